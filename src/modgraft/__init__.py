@@ -1,0 +1,1 @@
+"""modgraft: implant, compose, train and share modules in a frozen host model."""
