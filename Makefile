@@ -1,0 +1,51 @@
+# Every target sets itself up: a virtual environment in .venv, made once and again only when
+# pyproject.toml or constraints.txt change. Needs Python 3.11 or later and nothing else.
+
+PYTHON ?= python3
+JOBS ?= 2
+DEMO ?= modgraft mmcot train
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One thread a process: two processes with two threads each stall one another on two cores.
+export OMP_NUM_THREADS ?= 1
+# The type checker would otherwise ask the network for its newest version at every run.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
+
+setup: $(STAMP)  ## make .venv and install everything, pinned
+
+# PIP_CONSTRAINT rather than -c: it pins the build's own packages too. An environment without a
+# working pip (an interrupted set-up) is made afresh; any other is brought up to date.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "modgraft needs Python 3.11 or later; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	  $(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## train and test the default recipe (about ten minutes on two cores)
+	$(BIN)/$(DEMO)
+
+test: $(STAMP)  ## run the tests, JOBS processes side by side (JOBS=0: in this one)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+check: $(STAMP)  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(STAMP)  ## rewrite the sources as `make check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and every cache, keep runs/
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
