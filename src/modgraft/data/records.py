@@ -1,0 +1,311 @@
+"""Records and collections of questions, in ScienceQA's format, which DigitsQA shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from torch import Tensor
+
+from modgraft.errors import DataError, UnknownNameError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One multiple-choice question, with ScienceQA's fields (Lu et al. 2022), plus id and caption.
+
+    `answer` indexes `choices`; `image` is the picture's file name, None where there is none; `hint`
+    and `caption` are the text context. DigitsQA keeps its family ("read", "compare", ...) in
+    `category`.
+
+    Raises:
+        DataError: fewer than two choices, more than 26, or an answer that is none of them.
+    """
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    hint: str
+    image: str | None
+    task: str
+    grade: str
+    subject: str
+    topic: str
+    category: str
+    skill: str
+    lecture: str
+    solution: str
+    split: str
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        _check_record(self)
+
+    @property
+    def letter(self) -> str:
+        """The right answer's letter: "A" for choice 0."""
+        return LETTERS[self.answer]
+
+    @classmethod
+    def from_json(
+        cls,
+        qid: str,
+        raw: Mapping[str, Any],
+        *,
+        file: str | Path = "problems.json",
+        caption: str = "",
+    ) -> Record:
+        """The record from one entry of `problems.json`; other fields are ignored.
+
+        Args:
+            qid: The question's id, the entry's key.
+            raw: The entry.
+            file: Where it stands, for the messages.
+            caption: The image's caption, from `captions.json`.
+
+        Raises:
+            DataError: a missing field, one of the wrong type, or an invalid record; names file, id,
+                remedy.
+        """
+        if not isinstance(raw, Mapping):
+            raise DataError(
+                f"the record is {raw!r:.60}, not an object", id=qid, file=file, remedy=_FIX
+            )
+        for name in _FIELDS:
+            if name not in raw:
+                raise DataError(f"the record has no field {name!r}", id=qid, file=file, remedy=_FIX)
+            _check_type(qid, name, raw[name], file)
+        values = {name: raw[name] for name in _FIELDS}
+        values["choices"] = tuple(raw["choices"])
+        try:
+            return cls(id=qid, **values, caption=caption)
+        except DataError as error:
+            raise DataError(error.reason, id=qid, file=file, remedy=error.remedy) from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as `problems.json` has it (no id, no caption): inverse of `from_json`."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return values | {"choices": list(self.choices)}
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(Record) if f.name not in ("id", "caption"))
+_FIX = "Correct the entry, or pass skip_bad=True (--skip-bad) to go on without it"
+
+
+def _check_type(qid: str, name: str, value: object, file: str | Path) -> None:
+    if name == "choices":
+        ok, wanted = (
+            isinstance(value, list | tuple) and all(isinstance(v, str) for v in value),
+            "a list of strings",
+        )
+    elif name == "answer":
+        ok, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    elif name == "image":
+        ok, wanted = (
+            value is None or (isinstance(value, str) and value != ""),
+            "a file name or null",
+        )
+    else:
+        ok, wanted = isinstance(value, str), "a string"
+    if not ok:
+        raise DataError(f"{name!r} is {value!r:.60}, not {wanted}", id=qid, file=file, remedy=_FIX)
+
+
+def _check_record(record: Record) -> None:
+    count = len(record.choices)
+    if not record.question.strip():
+        raise DataError("the question is empty", id=record.id, remedy=_FIX)
+    if count < 2:
+        many = "no choices" if count == 0 else "only one choice"
+        raise DataError(f"the record has {many}", id=record.id, remedy=_FIX)
+    if count > len(LETTERS):
+        raise DataError(
+            f"{count} choices, but only {len(LETTERS)} letters", id=record.id, remedy=_FIX
+        )
+    if not 0 <= record.answer < count:
+        reason = (
+            f"answer index {record.answer} is out of range for {count} choices (0 to {count - 1})"
+        )
+        raise DataError(reason, id=record.id, remedy=_FIX)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """One question that was left out under `skip_bad`, and why."""
+
+    id: str
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Questions(Sequence[Record]):
+    """Records in order, their image features, and what was skipped in loading them.
+
+    Args:
+        records: The questions; ids are unique.
+        features: Id to float32 `[m, d]` (m patches of width d); an absent id is a question without
+            an image.
+        splits: Name to ids; ScienceQA's `pid_splits.json`. None: grouped by `record.split`.
+        images: The folder of `<split>/<id>/<image>`, where the image files are known.
+        skipped: What was left out in loading.
+
+    Raises:
+        DataError: an id that occurs twice, features for an id that is not there, or of unequal
+            widths.
+    """
+
+    records: tuple[Record, ...]
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    splits: Mapping[str, tuple[str, ...]] | None = None
+    images: Path | None = None
+    skipped: tuple[Skipped, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "records", tuple(self.records))
+        index = {record.id: record for record in self.records}
+        if len(index) != len(self.records):
+            twice = [qid for qid, n in Counter(r.id for r in self.records).items() if n > 1]
+            raise DataError(
+                f"the id occurs {len(self.records) - len(index) + 1} times", id=twice[0]
+            )
+        object.__setattr__(self, "_index", index)
+        width = None
+        for qid, map_ in self.features.items():
+            if qid not in index:
+                raise DataError(
+                    "features for a question that is not there", id=qid, remedy="Use .subset(ids)"
+                )
+            if map_.ndim != 2 or (width is not None and map_.shape[1] != width):
+                reason = (
+                    f"features of shape {tuple(map_.shape)}, expected [patches, {width or 'width'}]"
+                )
+                raise DataError(
+                    reason, id=qid, remedy="Extract all features with one and the same model"
+                )
+            width = map_.shape[1]
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Questions: ...
+    def __getitem__(self, index: int | slice) -> Record | Questions:
+        if isinstance(index, slice):
+            return self.subset(record.id for record in self.records[index])
+        return self.records[index]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __contains__(self, item: object) -> bool:
+        """Whether a record, or an id, is among the questions."""
+        return item in self._index if isinstance(item, str) else item in self.records
+
+    def __repr__(self) -> str:
+        return f"Questions({self.summary()})"
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids, in order."""
+        return tuple(record.id for record in self.records)
+
+    @property
+    def width(self) -> int | None:
+        """The features' width d; None where no question has any."""
+        return next((map_.shape[1] for map_ in self.features.values()), None)
+
+    def record(self, qid: str) -> Record:
+        """The record with this id.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        if qid not in self._index:
+            raise UnknownNameError.among("question", qid, self._index)
+        return self._index[qid]
+
+    def split(self, name: str) -> Questions:
+        """The questions of one split, in the order `splits` lists them.
+
+        Raises:
+            UnknownNameError: no split has this name.
+        """
+        splits = self.splits
+        if splits is None:
+            splits = {}
+            for record in self.records:
+                splits.setdefault(record.split, ())
+            splits = {key: tuple(r.id for r in self.records if r.split == key) for key in splits}
+        if name not in splits:
+            raise UnknownNameError.among("split", name, splits)
+        return self.subset(splits[name])
+
+    def subset(self, ids: Iterable[str]) -> Questions:
+        """The questions with these ids, in this order, with their features.
+
+        Raises:
+            UnknownNameError: an id that is not there.
+        """
+        records = tuple(self.record(qid) for qid in ids)
+        keep = {record.id for record in records}
+        features = {qid: map_ for qid, map_ in self.features.items() if qid in keep}
+        splits = self.splits and {
+            k: tuple(q for q in v if q in keep) for k, v in self.splits.items()
+        }
+        return dataclasses.replace(self, records=records, features=features, splits=splits)
+
+    def with_features(self, features: Mapping[str, Tensor]) -> Questions:
+        """The same questions with other image features (id to `[m, d]`)."""
+        return dataclasses.replace(self, features=dict(features))
+
+    def without_images(self) -> Questions:
+        """The text-only control: no features; the records, captions among them, stay."""
+        return self.with_features({})
+
+    def shuffle_images(self, seed: int) -> Questions:
+        """The shuffled-images control: each question with features gets another question's.
+
+        One random cycle through the questions of each split (Sattolo 1986), so features never cross
+        splits; two questions may still show equal pictures, if the data holds the same one twice.
+
+        Raises:
+            DataError: a split with a single image, which has nowhere to go.
+        """
+        groups: dict[str, list[str]] = {}
+        for record in self.records:
+            if record.id in self.features:
+                groups.setdefault(record.split, []).append(record.id)
+        rng, features = random.Random(seed), dict(self.features)
+        for name, ids in groups.items():
+            if len(ids) < 2:
+                reason = f"split {name!r} has a single image, so there is none to swap it with"
+                raise DataError(reason, id=ids[0], remedy="Shuffle over more questions")
+            source = list(ids)
+            for i in range(len(ids) - 1, 0, -1):
+                j = rng.randrange(i)  # below i, never i itself: this makes it one cycle
+                source[i], source[j] = source[j], source[i]
+            features |= {qid: self.features[other] for qid, other in zip(ids, source, strict=True)}
+        return self.with_features(features)
+
+    def summary(self) -> str:
+        """What is here, and what was skipped: one line, and one more for each skipped question."""
+        text = f"{len(self)} questions, {len(self.features)} with image features"
+        if self.width is not None:
+            text += f" of width {self.width}"
+        if not self.skipped:
+            return text
+        lines = [f"  {s.id} ({s.file}): {s.reason}" for s in self.skipped]
+        return "\n".join([f"{text}; skipped {len(self.skipped)}:", *lines])
+
+    _index: Mapping[str, Record] = field(init=False, repr=False, compare=False)

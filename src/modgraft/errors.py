@@ -1,0 +1,86 @@
+"""The library's exceptions: each says what went wrong, where, and what to do about it.
+
+All derive from `ModgraftError`, which is a `ValueError`; where a built-in says more (an unknown
+name is a `KeyError`, a missing file a `FileNotFoundError`), the class derives from that too, so
+either can be caught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class ModgraftError(ValueError):
+    """Base of every error modgraft raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError would print its argument's repr, OSError its errno: a message is for reading.
+        return " ".join(str(arg) for arg in self.args)
+
+
+class UnknownNameError(ModgraftError, KeyError):
+    """A module, form, role or question id that nobody has defined."""
+
+    @classmethod
+    def among(cls, kind: str, name: object, known: Iterable[object]) -> UnknownNameError:
+        """The error for `name`, which is no `kind`; `known` are the names there are."""
+        names = sorted(str(k) for k in known)
+        shown = ", ".join(repr(n) for n in names[:12]) or "none"
+        more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+        return cls(f"no {kind} is named {name!r}; there are: {shown}{more}")
+
+
+class SiteError(ModgraftError):
+    """A selection of sites that matched nothing, too few or too many, or the wrong kind."""
+
+
+class CompositionError(ModgraftError):
+    """An expression that cannot be read, or that means nothing for the modules it names."""
+
+
+class SideError(ModgraftError):
+    """A side input that is missing, has the wrong shape, or reached nobody."""
+
+
+class CheckpointError(ModgraftError):
+    """A saved module or run that is incomplete, corrupt, or belongs to another host."""
+
+
+class DataError(ModgraftError):
+    """Bad data: a record, image, feature or file that cannot be used as it is.
+
+    Args:
+        reason: What is wrong.
+        id: The question's id, where one question is at fault.
+        file: The file in which it was found.
+        remedy: What the user can do about it.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        id: str | None = None,
+        file: str | Path | None = None,
+        remedy: str = "",
+    ) -> None:
+        self.reason, self.id, self.file, self.remedy = reason, id, file, remedy
+        where = [f"{file}"] if file is not None else []
+        where += [f"question {id!r}"] if id is not None else []
+        message = f"{', '.join(where)}: {reason}" if where else reason
+        super().__init__(f"{message}. {remedy}" if remedy else message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process borders (a loader's workers) by their positional arguments alone.
+        return _data_error, (type(self), self.reason, self.id, self.file, self.remedy)
+
+
+class MissingFileError(DataError, FileNotFoundError):
+    """A data file that is not where it should be."""
+
+
+def _data_error(
+    cls: type[DataError], reason: str, id: str | None, file: str | Path | None, remedy: str
+) -> DataError:
+    return cls(reason, id=id, file=file, remedy=remedy)
