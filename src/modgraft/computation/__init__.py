@@ -1,0 +1,1 @@
+"""Computation functions: what a module does at a site."""

@@ -1,0 +1,1 @@
+"""Folders that modules are kept in and travel in."""

@@ -1,0 +1,143 @@
+"""Where the parts of known architectures are: data, not code.
+
+Each family is one row of role → path patterns, relative to the base model. In a pattern ``*`` is a
+layer number, ``{a,b}`` is either, and a trailing ``[i/n]`` is the i-th of n equal parts of a fused
+projection's output. An architecture that is not here works by path and by type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family.
+
+    Attributes:
+        types: the ``config.model_type`` values it covers.
+        roles: role → patterns.
+        prompt_at: how many leading positions stay first when tokens are put before the input (1 for
+            hosts that read a class token at position 0).
+        counts_positions: whether positions count the tokens that are seen, from 0.
+    """
+
+    types: tuple[str, ...]
+    roles: dict[str, tuple[str, ...]]
+    prompt_at: int = 0
+    counts_positions: bool = True
+
+
+_T5 = "{encoder,decoder}.block.*.layer.*"
+
+_BERT = {
+    "query": ("encoder.layer.*.attention.self.query",),
+    "key": ("encoder.layer.*.attention.self.key",),
+    "value": ("encoder.layer.*.attention.self.value",),
+    "output": ("encoder.layer.*.attention.output.dense",),
+    "attention": ("encoder.layer.*.attention",),
+    "feedforward": ("encoder.layer.*.output",),
+    "up": ("encoder.layer.*.intermediate.dense",),
+    "down": ("encoder.layer.*.output.dense",),
+    "block": ("encoder.layer.*",),
+    "embedding": ("embeddings.word_embeddings",),
+    "encoder.output": ("encoder",),
+}
+
+FAMILIES = (
+    Family(
+        ("t5", "mt5", "umt5"),
+        {
+            "query": (f"{_T5}.{{SelfAttention,EncDecAttention}}.q",),
+            "key": (f"{_T5}.{{SelfAttention,EncDecAttention}}.k",),
+            "value": (f"{_T5}.{{SelfAttention,EncDecAttention}}.v",),
+            "output": (f"{_T5}.{{SelfAttention,EncDecAttention}}.o",),
+            "attention": (f"{_T5}.SelfAttention",),
+            "cross_attention": ("decoder.block.*.layer.1.EncDecAttention",),
+            "feedforward": (f"{_T5}.DenseReluDense",),
+            "up": (f"{_T5}.DenseReluDense.{{wi,wi_0,wi_1}}",),
+            "down": (f"{_T5}.DenseReluDense.wo",),
+            "block": ("{encoder,decoder}.block.*",),
+            "embedding": ("{encoder,decoder}.embed_tokens",),
+            "encoder.output": ("encoder",),
+            "decoder.output": ("decoder",),
+        },
+        counts_positions=False,  # relative ones
+    ),
+    Family(("bert", "electra"), _BERT, prompt_at=1),
+    # their positions begin after the padding index
+    Family(("roberta", "xlm-roberta", "camembert"), _BERT, prompt_at=1, counts_positions=False),
+    Family(
+        ("gpt2",),
+        {
+            "query": ("h.*.attn.c_attn[0/3]",),
+            "key": ("h.*.attn.c_attn[1/3]",),
+            "value": ("h.*.attn.c_attn[2/3]",),
+            "output": ("h.*.attn.c_proj",),
+            "attention": ("h.*.attn",),
+            "feedforward": ("h.*.mlp",),
+            "up": ("h.*.mlp.c_fc",),
+            "down": ("h.*.mlp.c_proj",),
+            "block": ("h.*",),
+            "embedding": ("wte",),
+            "decoder.output": ("ln_f",),
+        },
+    ),
+    Family(
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "smollm3",
+            "olmo2",
+        ),
+        {
+            "query": ("layers.*.self_attn.q_proj",),
+            "key": ("layers.*.self_attn.k_proj",),
+            "value": ("layers.*.self_attn.v_proj",),
+            "output": ("layers.*.self_attn.o_proj",),
+            "attention": ("layers.*.self_attn",),
+            "feedforward": ("layers.*.mlp",),
+            "up": ("layers.*.mlp.{gate_proj,up_proj}",),
+            "down": ("layers.*.mlp.down_proj",),
+            "block": ("layers.*",),
+            "embedding": ("embed_tokens",),
+            "decoder.output": ("norm",),
+        },
+    ),
+    Family(
+        ("vit",),
+        {
+            "query": ("layers.*.attention.q_proj",),
+            "key": ("layers.*.attention.k_proj",),
+            "value": ("layers.*.attention.v_proj",),
+            "output": ("layers.*.attention.o_proj",),
+            "attention": ("layers.*.attention",),
+            "feedforward": ("layers.*.mlp",),
+            "up": ("layers.*.mlp.fc1",),
+            "down": ("layers.*.mlp.fc2",),
+            "block": ("layers.*",),
+            "embedding": ("embeddings",),
+            "encoder.output": ("layernorm",),
+        },
+        prompt_at=1,
+    ),
+)
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The family of a Hugging Face model, by its ``config.model_type``; None for any other."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return next((family for family in FAMILIES if kind in family.types), None)
+
+
+def base_path(model: nn.Module) -> str:
+    """The path of the base model inside ``model`` (``"bert"``), empty where it is the model."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and prefix in dict(model.named_children()) else ""

@@ -1,0 +1,121 @@
+"""The computation function f'(x; θ, φ): what a module does at a site, apart from where.
+
+A computation is written once, by hyper-parameters alone (``LoRA(rank=8)``); implanting makes a
+fresh copy for each site and calls its ``build``. It never sees the host's tree.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self, dataclass_transform
+
+from torch import Tensor, nn
+
+from ..context import Side
+from ..errors import ModgraftError
+from ..sites import Site
+from .layers import linear_map
+
+REGISTRY: dict[str, type[Computation]] = {}
+
+
+@dataclass_transform(eq_default=False)
+class Computation(nn.Module):
+    """One way for a module to change what a site computes.
+
+    A subclass declares its hyper-parameters as annotated fields: the constructor's signature is
+    the configuration, and what is saved is derived from it.
+    """
+
+    identity: ClassVar[bool] = False
+    """Whether the method leaves the host's output exactly equal at birth."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make a dataclass of the subclass, and remember it by name."""
+        super().__init_subclass__(**kwargs)
+        dataclass(eq=False, repr=False)(cls)
+        REGISTRY[cls.__name__] = cls
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """An ``nn.Module`` before any field is assigned, which a dataclass does not see to."""
+        self = super().__new__(cls)
+        nn.Module.__init__(self)
+        return self
+
+    @property
+    def needs(self) -> str | None:
+        """The name of the side input it reads, None if it reads none."""
+        return None
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments; ``type(self)(**self.config())`` is a fresh equal."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    def at(self, site: Site) -> Self:
+        """A fresh copy built for ``site``, on its device and in its floating type."""
+        built = type(self)(**self.config())
+        built.build(site)
+        like = next((p for p in site.module.parameters() if p.is_floating_point()), None)
+        if like is None and site.root is not None:
+            like = next((p for p in site.root.parameters() if p.is_floating_point()), None)
+        return built if like is None else built.to(device=like.device, dtype=like.dtype)
+
+    @abstractmethod
+    def build(self, site: Site) -> None:
+        """Make the parameters for ``site``.
+
+        Raises:
+            ModgraftError: where the method is not defined at such a site.
+        """
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+
+
+class ParameterComposition(Computation):
+    """f'(x) = f(x; θ + Δ(θ)): the module is a change of the site's weight."""
+
+    @abstractmethod
+    def delta(self, weight: Tensor) -> Tensor:
+        """Δ for ``weight`` ``[out, in]`` (an embedding: ``[entries, width]``), of its shape."""
+
+    def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
+        """f(x; θ + Δ) − f(x; θ): for a layer linear in its weight, f at Δ without bias."""
+        return linear_map(layer, x, self.delta(weight))
+
+
+class FunctionComposition(Computation):
+    """f'(x) = g(f(x; θ), x; φ): the module is a function of the site's output (and input)."""
+
+    @abstractmethod
+    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
+        """The new output.
+
+        Args:
+            y: ``[B, …, d]``, the site's output.
+            x: the site's input, None where it has no tensor input.
+            side: the side input it needs, with the batch of ``y``.
+        """
+
+
+class InputComposition(Computation):
+    """f'(x) = f([φ, x]): the module puts tokens before the host's input."""
+
+    @abstractmethod
+    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
+        """``[batch, k, d]`` embeddings and ``[batch, k]`` bool, True where a token is seen."""
+
+
+def resolve(name: str) -> type[Computation]:
+    """The computation called ``name``, built in or the user's own.
+
+    Raises:
+        ModgraftError: if no class of that name has been defined.
+    """
+    if name in REGISTRY:
+        return REGISTRY[name]
+    raise ModgraftError(
+        f"no computation {name!r}; known: {', '.join(sorted(REGISTRY))}. "
+        f"If it is your own class, import the file that defines it first"
+    )

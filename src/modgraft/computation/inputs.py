@@ -1,0 +1,61 @@
+"""Input composition: f'(x) = f([φ, x])."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor, nn
+
+from ..context import Side
+from ..errors import ModgraftError
+from ..sites import Site
+from .base import InputComposition
+
+
+@final
+class LinearMap(InputComposition):
+    """[P, x] with P = reshape(V W + b): feature vectors become soft prompt tokens.
+
+    V ``[B, m, dim]`` is the side input, W ``[dim, k·d]``, P ``[B, m·k, d]``, k = ``tokens_each``.
+    From an image encoder into a frozen language model's embeddings: one token a patch as LiMBeR
+    (Merullo et al. 2023, arXiv:2209.15162), several from one pooled vector as FROMAGe (Koh et al.
+    2023, arXiv:2301.13823).
+
+    Args:
+        source: the name of the side input.
+        dim: width of its features.
+        tokens_each: tokens for each feature vector.
+
+    Raises:
+        ModgraftError: for features that are not ``dim`` wide, or a call without them.
+    """
+
+    source: str = "image"
+    dim: int = 256
+    tokens_each: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.tokens_each < 1:
+            raise ModgraftError(
+                f"LinearMap(dim={self.dim}, tokens_each={self.tokens_each}): both are at least 1"
+            )
+
+    @property
+    def needs(self) -> str:  # noqa: D102
+        return self.source
+
+    def build(self, site: Site) -> None:  # noqa: D102
+        self.width = site.width
+        self.map = nn.Linear(self.dim, self.tokens_each * self.width)
+
+    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        if side is None:
+            raise ModgraftError(f"a linear map needs the side input {self.source!r}")
+        if side.tensor.shape[-1] != self.dim:
+            raise ModgraftError(
+                f"side input {self.source!r} is {side.tensor.shape[-1]} wide where this map was "
+                f"made for {self.dim}"
+            )
+        mapped = self.map(side.tensor.to(self.map.weight.dtype))  # [B, m, tokens_each·d]
+        seen = side.seen().repeat_interleave(self.tokens_each, dim=1)  # [B, m·tokens_each]
+        return mapped.reshape(batch, -1, self.width), seen  # [B, m·tokens_each, d]

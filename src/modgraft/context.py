@@ -1,0 +1,168 @@
+"""What one call carries to the sites: the composition that acts, and the side inputs.
+
+A host's ``forward`` has no argument for an image or a task; sites read both from here instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .errors import ModgraftError
+from .expression import Expression
+
+
+@dataclass(frozen=True)
+class Side:
+    """A tensor that a module needs and the host's ``forward`` has no argument for.
+
+    Args:
+        tensor: ``[B, m, d]`` floating point: ``m`` vectors of ``d`` features for each example.
+        mask: ``[B, m]`` bool, True where there is something to see; None: everything is seen. An
+            example whose row is all False has no such input, and is left exactly as it was.
+
+    Raises:
+        ModgraftError: for a tensor that is not ``[B, m, d]`` floating point, or a mask of another
+            shape or type.
+    """
+
+    tensor: Tensor
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tensor.dim() != 3 or not self.tensor.is_floating_point():
+            raise ModgraftError(
+                f"a side input is a floating-point tensor [batch, m, d], got {self.tensor.dtype} "
+                f"{list(self.tensor.shape)}; one vector an example is written tensor[:, None]"
+            )
+        mask = self.mask
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != self.tensor.shape[:2]):
+            raise ModgraftError(
+                f"the mask of a side input is bool {list(self.tensor.shape[:2])} (True where there "
+                f"is something to see), got {mask.dtype} {list(mask.shape)}"
+            )
+
+    def to(self, *args: object, **kwargs: object) -> Side:
+        """The same on another device (or in another floating type), as :meth:`torch.Tensor.to`."""
+        tensor = self.tensor.to(*args, **kwargs)  # type: ignore[arg-type]
+        mask = None if self.mask is None else self.mask.to(tensor.device)
+        return Side(tensor, mask)
+
+    def pin_memory(self) -> Side:
+        """The same in page-locked memory (asked for by ``DataLoader(pin_memory=True)``)."""
+        return Side(self.tensor.pin_memory(), None if self.mask is None else self.mask.pin_memory())
+
+    def seen(self) -> Tensor:
+        """``[B, m]`` bool, True where there is something to see."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.tensor.shape[:2], dtype=torch.bool, device=self.tensor.device)
+
+    def follow(self, rows: int) -> Side:
+        """The same for a batch that ``generate`` expanded to ``rows``: beams of one example are
+        neighbours there, and never leave it, so each row is repeated in place."""
+        times = rows // self.tensor.shape[0]
+        return (
+            self
+            if times == 1
+            else Side(
+                self.tensor.repeat_interleave(times, dim=0),
+                None if self.mask is None else self.mask.repeat_interleave(times, dim=0),
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a host: its composition, its side inputs, and whether it is a ``generate``."""
+
+    composition: Expression | None
+    side: Mapping[str, Side] = field(default_factory=dict)
+    generating: bool = False
+    spliced: bool = False  # input modules have already put their tokens into this call
+
+    def side_input(self, source: str, rows: int) -> Side | None:
+        """The side input named ``source`` for a site that sees ``rows`` examples, None if absent.
+
+        Raises:
+            ModgraftError: if its batch cannot be that of the site.
+        """
+        side = self.side.get(source)
+        if side is None:
+            return None
+        have = side.tensor.shape[0]
+        if have == rows:
+            return side
+        if self.generating and rows % have == 0:
+            return side.follow(rows)
+        raise ModgraftError(
+            f"side input {source!r} has {have} examples where the host works on {rows}; "
+            f"pass one row for each example of the batch"
+        )
+
+
+_calls: ContextVar[tuple[tuple[int, Call], ...]] = ContextVar("modgraft_calls", default=())
+
+
+class Context:
+    """The composition in force on one host, and the call under way in this thread or task.
+
+    Under ``torch.compile`` a context variable cannot be traced, so there the call is read from an
+    attribute, and the composition from ``weights``: a 0-dimensional float32 tensor a module, which
+    ``use`` writes into, so that a switch changes a number and no graph.
+    """
+
+    def __init__(self) -> None:
+        self.composition: Expression | None = None
+        self.weights: dict[str, Tensor] = {}
+        self.in_line = True  # the weights alone say what the composition is
+        self.traced = Call(None)
+
+    def current(self) -> Call:
+        """The call under way, or one of the composition in force and no side input."""
+        for owner, call in reversed(_calls.get()):
+            if owner == id(self):
+                return call
+        return Call(self.composition)
+
+    def switch(self, composition: Expression | None) -> None:
+        """Put ``composition`` in force."""
+        self.composition = composition
+        self.mirror(composition)
+
+    def mirror(self, composition: Expression | None) -> None:
+        """Write ``composition`` into what compiled code reads."""
+        weights = {} if composition is None else composition.weights()
+        self.in_line = composition is None or composition.is_line(list(self.weights))
+        for name, tensor in self.weights.items():
+            tensor.fill_(weights.get(name, 0.0))
+
+    @contextmanager
+    def call(self, call: Call) -> Iterator[None]:
+        """Make ``call`` the one under way, for this thread or task only."""
+        if torch.compiler.is_compiling():
+            before, self.traced = self.traced, call
+            yield
+            self.traced = before
+            return
+        before, self.traced = self.traced, call
+        other = call.composition is not self.composition
+        if other:
+            self.mirror(call.composition)
+        token = _calls.set((*_calls.get(), (id(self), call)))
+        try:
+            yield
+        finally:
+            _calls.reset(token)
+            self.traced = before
+            if other:
+                self.mirror(self.composition)
+
+    def with_side(self, **changes: object) -> Call:
+        """The current call with some fields changed."""
+        return replace(self.current(), **changes)  # type: ignore[arg-type]

@@ -1,0 +1,435 @@
+"""The host: a model, the modules implanted in it, and the composition of them that acts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from . import expression as ex
+from .computation.base import Computation, InputComposition, ParameterComposition
+from .computation.layers import weight_matrix
+from .context import Call, Context, Side
+from .errors import ModgraftError
+from .implant import graft, missing_side, prune
+from .sites import At, Site, find
+
+if TYPE_CHECKING:
+    from .training.fit import History
+
+Composition = str | ex.Expression | None
+
+
+class Implant(nn.Module):
+    """A module φ over all its sites: what is named, trained, saved and shared as a whole.
+
+    Attributes:
+        name: its name in compositions.
+        method: the computation as the user wrote it, without parameters.
+        paths: the labels of its sites, in order.
+        places: the built computations, one a site.
+    """
+
+    def __init__(self, name: str, method: Computation, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.name = name
+        self._method = (method,)  # in a tuple: it is a description, not a child with parameters
+        self.paths = tuple(site.label for site in sites)
+        self.places = nn.ModuleList(method.at(site) for site in sites)
+
+    @property
+    def method(self) -> Computation:
+        """The computation as the user wrote it."""
+        return self._method[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the module by ``"<site>:<name>"``."""
+        return {
+            f"{path}:{key}": tensor
+            for path, place in zip(self.paths, self.places, strict=True)
+            for key, tensor in place.state_dict().items()
+        }
+
+    @property
+    def size(self) -> int:
+        """How many parameters it has."""
+        return sum(p.numel() for p in self.parameters())
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self.name!r}, {len(self.paths)} sites, {self.size:,} parameters"
+
+
+class Host(nn.Module):
+    """A model in which modules are implanted, composed and trained.
+
+    It is an ``nn.Module`` whose ``forward`` is the model's, with two arguments more: ``side`` and
+    ``modules``. Optimisers, ``accelerate`` and the Hugging Face ``Trainer`` see it as any model.
+
+    Args:
+        model: any ``nn.Module``; known Hugging Face architectures get roles.
+        freeze: whether the model's own weights stay as they are.
+
+    Example:
+        >>> host = Host(model)
+        >>> host.implant("qa", LoRA(rank=8), at=["query", "value"])
+        >>> host.fit(loader, train="qa", steps=500)
+    """
+
+    def __init__(self, model: nn.Module, freeze: bool = True) -> None:
+        super().__init__()
+        if isinstance(model, Host):
+            raise ModgraftError("this is a Host already; implant in it, or wrap its .model anew")
+        self.model = model
+        self.implants = nn.ModuleDict()
+        self._context = Context()
+        # blocks that recompute their forward in backward, where the call has long returned
+        self._recomputing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        if freeze:
+            model.requires_grad_(False)
+
+    # -- implanting -----------------------------------------------------------------------------
+
+    def sites(self, at: At, expect: int | None = None) -> list[Site]:
+        """The sites that a selection means; see :func:`modgraft.sites.find`."""
+        return find(self.model, at, expect=expect)
+
+    def implant(
+        self,
+        name: str,
+        module: Computation,
+        at: At | None = None,
+        *,
+        expect: int | None = None,
+        active: bool = True,
+    ) -> Implant:
+        """Implant ``module`` under ``name`` at every site that ``at`` selects.
+
+        Args:
+            name: a Python identifier, new to this host.
+            module: a computation by its hyper-parameters, ``LoRA(rank=8)``.
+            at: a role, path pattern, type, predicate or list of these; an input module acts at the
+                host's input and needs none.
+            expect: how many sites there must be.
+            active: whether it joins the composition in force, at its end.
+
+        Returns:
+            The handle, also ``host[name]``.
+
+        Raises:
+            ModgraftError: for a name in use, no matching site, another number than expected, or a
+                site the method is not defined at. The host is then as it was.
+        """
+        ex.check_name(name)
+        if name in self.implants:
+            raise ModgraftError(
+                f"{name!r} is implanted already; host.remove({name!r}) first, or take another name"
+            )
+        if not isinstance(module, Computation):
+            raise ModgraftError(f"a computation such as LoRA(rank=8) is implanted, not {module!r}")
+        if isinstance(module, InputComposition):
+            if at not in (None, "input", ""):
+                raise ModgraftError(
+                    f"{type(module).__name__} acts at the host's input; leave out at={at!r}"
+                )
+            sites = [Site("", self.model, None, self.model)]
+        elif at is None:
+            raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
+        else:
+            sites = self.sites(at, expect)
+        implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
+        for site, place in zip(sites, implant.places, strict=True):
+            graft(site, name, place, self._context)  # type: ignore[arg-type]
+        implant.train(self.training)
+        self.implants[name] = implant
+        self._context.weights[name] = torch.zeros((), device=_device(self.model))
+        now = self._context.composition
+        self._context.switch(ex.chain(now, ex.Name(name)) if active else now)
+        return implant
+
+    def remove(self, name: str) -> None:
+        """Take a module out; the host is as it was before, bit for bit."""
+        implant = self[name]
+        for path in dict.fromkeys(implant.paths):
+            prune(self.model.get_submodule(path.partition("[")[0]), name)
+        del self.implants[name]
+        del self._context.weights[name]
+        self._context.switch(ex.without(self._context.composition, name))
+
+    def __getitem__(self, name: str) -> Implant:
+        if name not in self.implants:
+            ex.parse(name, list(self.implants))  # raises with the nearest name
+        return self.implants[name]  # type: ignore[return-value]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.implants
+
+    # -- composing ------------------------------------------------------------------------------
+
+    @property
+    def composition(self) -> ex.Expression | None:
+        """What is in force; None is the bare host."""
+        return self._context.composition
+
+    def use(self, composition: Composition) -> None:
+        """Put a composition in force until the next one; None is the bare host.
+
+        Raises:
+            ModgraftError: for an unknown name or an expression that means nothing.
+        """
+        self._context.switch(self._read(composition))
+
+    @contextmanager
+    def using(self, composition: Composition) -> Iterator[Self]:
+        """A composition in force for the calls in a ``with`` block, in this thread or task."""
+        call = self._context.with_side(composition=self._read(composition))
+        with self._context.call(call):
+            yield self
+
+    def _read(self, composition: Composition) -> ex.Expression | None:
+        if composition is None:
+            return None
+        read = ex.parse(str(composition), list(self.implants))
+        weights, inputs = read.weights(), self._inputs()
+        for name in read.names():
+            if name in inputs and (weights[name] != 1 or not _in_chain(read, name)):
+                raise ModgraftError(
+                    f"{name!r} puts tokens before the input, which cannot be added or scaled in "
+                    f"{str(read)!r}; tokens follow one another as in 'a >> b'"
+                )
+        return read
+
+    def _inputs(self) -> set[str]:
+        return {n for n in self.implants if isinstance(self[n].method, InputComposition)}
+
+    # -- running --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        *args: Any,
+        side: Mapping[str, Side] | None = None,
+        modules: Composition | EllipsisType = ...,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's ``forward``, with the modules in force.
+
+        Args:
+            *args: for the model.
+            side: side inputs by name, each with the batch of this call.
+            modules: a composition for this call alone.
+            **kwargs: for the model.
+
+        Raises:
+            ModgraftError: if an active module's side input is missing.
+        """
+        call = self._call(side, modules)
+        if torch.compiler.is_compiling():
+            before, self._context.traced = self._context.traced, call
+            out = self.model(*args, **kwargs)
+            self._context.traced = before
+            return out
+        self._remember()
+        with self._context.call(call):
+            return self.model(*args, **kwargs)
+
+    def generate(
+        self,
+        *args: Any,
+        side: Mapping[str, Side] | None = None,
+        modules: Composition | EllipsisType = ...,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's ``generate``: greedy, sampled or beam; side inputs follow the beams."""
+        call = self._call(side, modules, generating=True)
+        with self._context.call(call):
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _call(
+        self,
+        side: Mapping[str, Side] | None,
+        modules: Composition | EllipsisType,
+        generating: bool = False,
+    ) -> Call:
+        if torch.compiler.is_compiling():
+            return Call(None, side or {}, generating)
+        now = self._context.current()
+        composition = now.composition if modules is ... else self._read(modules)
+        given = {**now.side, **{n: self._placed(n, s) for n, s in (side or {}).items()}}
+        weights = {} if composition is None else composition.weights()
+        for name, weight in weights.items():
+            needs = self[name].method.needs
+            if weight and needs is not None and needs not in given:
+                raise missing_side(name, needs)
+        return Call(composition, given, generating)
+
+    def _placed(self, name: str, side: Side) -> Side:
+        if not isinstance(side, Side):
+            raise ModgraftError(
+                f"side input {name!r} is a {type(side).__name__}; write mg.Side(tensor, mask)"
+            )
+        device = _device(self.model)
+        return side if side.tensor.device == device else side.to(device)
+
+    def _remember(self) -> None:
+        """Let recomputation in backward find the call that it repeats."""
+        for block in self._recomputing:
+            function = block.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, _Remembering):
+                block.__dict__["_gradient_checkpointing_func"] = _Remembering(
+                    function, self._context
+                )
+
+    # -- training, storing ----------------------------------------------------------------------
+
+    @contextmanager
+    def training_only(self, train: str | Sequence[str] | None) -> Iterator[None]:
+        """Only these learn inside a ``with`` block: names of modules, ``"host"`` for the model's
+        own weights; None leaves everything as it is."""
+        before = [(p, p.requires_grad) for p in self.parameters()]
+        if train is not None:
+            names = [train] if isinstance(train, str) else list(train)
+            chosen = [self.model if n == "host" else self[n] for n in names]
+            self.requires_grad_(False)
+            for part in chosen:
+                part.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter, flag in before:
+                parameter.requires_grad_(flag)
+
+    def fit(
+        self, loader: Any, *, train: str | Sequence[str] | None = None, **settings: Any
+    ) -> History:
+        """Train on the batches of ``loader``; see :func:`modgraft.training.fit.fit`.
+
+        Args:
+            loader: yields dictionaries for :meth:`forward` (``labels`` and ``side`` among them).
+            train: names of the modules that learn, ``"host"`` for the model itself; None: whatever
+                requires a gradient now.
+            **settings: steps, lr, schedule, … of ``fit``.
+        """
+        from .training.fit import fit
+
+        with self.training_only(train):
+            return fit(self, loader, **settings)
+
+    def save(self, name: str, folder: str | Path) -> Path:
+        """Write one module to a folder; see :mod:`modgraft.store.folder`."""
+        from .store.folder import save
+
+        return save(self, name, Path(folder))
+
+    def load(self, folder: str | Path, name: str | None = None, *, strict: bool = True) -> Implant:
+        """Implant a saved module; see :mod:`modgraft.store.folder`.
+
+        Args:
+            folder: where :meth:`save` put it.
+            name: its name here; None: the one it was saved under.
+            strict: whether the host must be the one it was trained in, weight for weight.
+        """
+        from .store.folder import load
+
+        return load(self, Path(folder), name, strict=strict)
+
+    def merge(self, composition: Composition | EllipsisType = ...) -> nn.Module:
+        """A copy of the model with a composition in its weights; modgraft is not needed to run it.
+
+        Args:
+            composition: what to merge; left out, what is in force.
+
+        Raises:
+            ModgraftError: if a module in it is no change of weights: its merge would not be exact.
+        """
+        read = self.composition if composition is ... else self._read(composition)
+        weights = {} if read is None else read.weights()
+        for name in weights:
+            method = self[name].method
+            if not isinstance(method, ParameterComposition):
+                raise ModgraftError(
+                    f"{name!r} cannot be merged: {type(method).__name__} computes on activations, "
+                    f"and no weight of the host has its effect; leave it out, or keep it implanted"
+                )
+        deltas = [
+            (path, place.delta, weight)
+            for name, weight in weights.items()
+            for path, place in zip(self[name].paths, self[name].places, strict=True)
+        ]
+        plain = self._plain_copy()
+        with torch.no_grad():
+            for label, delta, weight in deltas:
+                site = find(plain, label)[0]
+                matrix = weight_matrix(site.module, site.part)
+                matrix.add_(weight * delta(matrix))  # type: ignore[operator]
+        return plain
+
+    def _plain_copy(self) -> nn.Module:
+        plain = copy.deepcopy(self.model)
+        for module in plain.modules():
+            while (state := module.__dict__.get("_modgraft_state")) is not None:
+                prune(module, state.entries[0].name)
+        for module in plain.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(function, _Remembering):
+                module.__dict__["_gradient_checkpointing_func"] = function.function
+        return plain
+
+    # -- looking --------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The model's config (Hugging Face models have one)."""
+        return self.model.config
+
+    def __repr__(self) -> str:
+        own = sum(p.numel() for p in self.model.parameters())
+        trains = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        rows = [
+            f"Host({type(self.model).__name__}, {own:,} parameters, {trains:,} train, "
+            f"in force: {self.composition or 'the bare host'})"
+        ]
+        for name, implant in self.implants.items():
+            assert isinstance(implant, Implant)  # noqa: S101
+            some = ", ".join(p or "input" for p in implant.paths[:2])
+            more = f" … {len(implant.paths)} sites" if len(implant.paths) > 2 else ""
+            rows.append(
+                f"  {name}: {implant.method!r} at {some}{more}, {implant.size:,} parameters "
+                f"({100 * implant.size / max(own, 1):.2f} %)"
+            )
+        return "\n".join(rows)
+
+
+class _Remembering:
+    """A checkpoint function whose recomputation runs under the call of its forward."""
+
+    def __init__(self, function: Any, context: Context) -> None:
+        self.function = function
+        self.context = context
+
+    def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.function(partial(self._under, self.context.current(), run), *args, **kwargs)
+
+    def _under(self, call: Call, run: Any, *args: Any) -> Any:
+        with self.context.call(call):
+            return run(*args)
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _in_chain(expression: ex.Expression, name: str) -> bool:
+    """Whether ``name`` stands in ``expression`` with nothing but ``>>`` around it."""
+    match expression:
+        case ex.Name():
+            return True
+        case ex.Chain(parts):
+            return all(_in_chain(p, name) for p in parts if name in p.names())
+    return False

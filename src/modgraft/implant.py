@@ -1,0 +1,310 @@
+"""The one place where a host is changed, and how it is changed back.
+
+A site's class is swapped for a subclass made on the fly. Keys, tensors and ``isinstance`` stay what
+they were; the subclass carries the original's name, so that whatever asks a class for its name gets
+the same answer. What acts there is kept outside the module's registered children.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .computation.base import (
+    Computation,
+    FunctionComposition,
+    InputComposition,
+    ParameterComposition,
+)
+from .computation.layers import weight_matrix
+from .context import Call, Context
+from .errors import ModgraftError
+from .sites import Site
+from .splice import splice
+
+_STATE = "_modgraft_state"
+
+
+@dataclass
+class Entry:
+    """One module at one site."""
+
+    name: str
+    module: Computation
+    part: tuple[int, int] | None
+
+
+@dataclass
+class State:
+    """What is implanted at one site."""
+
+    path: str
+    context: Context
+    entries: list[Entry] = field(default_factory=list)
+
+    def of(self, kind: type[Computation]) -> list[Entry]:
+        """The entries of one kind."""
+        return [e for e in self.entries if isinstance(e.module, kind)]
+
+
+def graft(site: Site, name: str, module: Computation, context: Context) -> None:
+    """Let ``module`` act at ``site`` under ``name``."""
+    host = site.module
+    state: State | None = host.__dict__.get(_STATE)
+    if state is None:
+        state = State(site.path, context)
+        host.__dict__[_STATE] = state
+        host.__class__ = _grafted(type(host))
+    state.entries.append(Entry(name, module, site.part))
+
+
+def prune(host: nn.Module, name: str) -> None:
+    """Undo :func:`graft`; the last one out restores the class."""
+    state: State = host.__dict__[_STATE]
+    state.entries = [entry for entry in state.entries if entry.name != name]
+    if not state.entries:
+        host.__class__ = type(host).__mro__[1]
+        del host.__dict__[_STATE]
+
+
+@cache
+def _grafted(original: type[nn.Module]) -> type[nn.Module]:
+    forward = original.forward
+
+    @wraps(forward)  # the signature that transformers inspects is the original's
+    def grafted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, forward, args, kwargs)
+
+    body: dict[str, Any] = {
+        "forward": grafted_forward,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    generate = getattr(original, "generate", None)
+    if generate is not None:
+
+        @wraps(generate)
+        def grafted_generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _generate(self, generate, args, kwargs)
+
+        body["generate"] = grafted_generate
+    return type(original.__name__, (original,), body)
+
+
+def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    """Algorithm 1 of the survey at one site: y = g(r(x), {f(x; θ, φ_j)})."""
+    state: State = host.__dict__[_STATE]
+    if torch.compiler.is_compiling():
+        call = state.context.traced
+        if state.context.in_line:
+            return _run_traced(host, state, call, forward, args, kwargs)
+    else:
+        call = state.context.current()
+    if call.composition is None:
+        return forward(host, *args, **kwargs)
+
+    weights = call.composition.weights()
+    active = [e for e in state.entries if weights.get(e.name, 0.0) != 0.0]
+    if not active:
+        return forward(host, *args, **kwargs)
+    inputs = [e for e in active if isinstance(e.module, InputComposition)]
+    if inputs and not call.spliced:
+        order = call.composition.names()
+        inputs.sort(key=lambda e: order.index(e.name))
+        return _run_spliced(host, state, call, inputs, forward, args, kwargs)
+
+    x = _first_tensor(args, kwargs)
+    out = forward(host, *args, **kwargs)
+    y = before = _tensor_of(out)
+    for entry in active:
+        if isinstance(entry.module, ParameterComposition):
+            y = _add(y, entry, weights[entry.name], _tensor_input(x, host, state), host)
+    functions = {e.name: e for e in active if isinstance(e.module, FunctionComposition)}
+    if functions:
+
+        def run(name: str, value: Tensor) -> Tensor:
+            entry = functions.get(name)
+            return value if entry is None else _apply(entry, value, x, call)
+
+        y = call.composition.apply(run, y)
+    return out if y is before else _with_tensor(out, y)
+
+
+def _run_traced(
+    host: nn.Module,
+    state: State,
+    call: Call,
+    forward: Callable[..., Any],
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    """The same under ``torch.compile``: every resident module, weighted by a tensor that a switch
+    of composition writes into, so that the graph stays the same."""
+    if state.of(InputComposition) and not call.spliced:
+        raise ModgraftError(
+            "compile host.model's parts or the host without input modules: a module that puts "
+            "tokens before the input changes the shapes at every switch"
+        )
+    x = _first_tensor(args, kwargs)
+    out = forward(host, *args, **kwargs)
+    y = before = _tensor_of(out)
+    for entry in state.entries:
+        if isinstance(entry.module, ParameterComposition):
+            weight = state.context.weights[entry.name].to(y.dtype)
+            y = _add(y, entry, weight, _tensor_input(x, host, state), host)
+    for entry in state.entries:
+        if not isinstance(entry.module, FunctionComposition):
+            continue
+        needs = entry.module.needs
+        if needs is not None and needs not in call.side:
+            # only here is the graph bound to a composition: nothing can be computed without it
+            composition = state.context.composition
+            if composition is not None and entry.name in composition.names():
+                raise missing_side(entry.name, needs)
+            continue
+        weight = state.context.weights[entry.name].to(y.dtype)
+        result = _apply(entry, y, x, call)
+        mixed = torch.where(weight == 1, result, y + weight * (result - y))
+        y = torch.where(weight == 0, y, mixed)
+    return out if y is before else _with_tensor(out, y)
+
+
+def _add(y: Tensor, entry: Entry, weight: float | Tensor, x: Tensor, host: nn.Module) -> Tensor:
+    """y + w·(f(x; θ + Δ) − f(x; θ)), on one part of y where the module acts on a part."""
+    module, part = entry.module, entry.part
+    assert isinstance(module, ParameterComposition)  # noqa: S101
+    effect = module.effect(x, host, weight_matrix(host, part))
+    if not (isinstance(weight, float) and weight == 1.0):
+        effect = weight * effect
+    if part is None:
+        return y + effect
+    size = y.shape[-1] // part[1]
+    start, end = part[0] * size, (part[0] + 1) * size
+    return torch.cat([y[..., :start], y[..., start:end] + effect, y[..., end:]], dim=-1)
+
+
+def _apply(entry: Entry, y: Tensor, x: Tensor | None, call: Call) -> Tensor:
+    module = entry.module
+    assert isinstance(module, FunctionComposition)  # noqa: S101
+    side = None
+    if module.needs is not None:
+        side = call.side_input(module.needs, y.shape[0])
+        if side is None:
+            raise missing_side(entry.name, module.needs)
+    return module(y, x, side)
+
+
+def missing_side(name: str, source: str) -> ModgraftError:
+    """The error of a call without a side input that an active module needs."""
+    return ModgraftError(
+        f"module {name!r} needs the side input {source!r} and this call has none; pass "
+        f"host(..., side={{{source!r}: mg.Side(tensor, mask)}}), with an all-False mask row for an "
+        f"example without one, or leave the module out with host.use(None)"
+    )
+
+
+# -- input modules: tokens before the input ----------------------------------------------------
+
+
+def _run_spliced(
+    host: nn.Module,
+    state: State,
+    call: Call,
+    inputs: list[Entry],
+    forward: Callable[..., Any],
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    plan = splice(host, _named(forward, host, args, kwargs), _token_source(inputs, call))
+    with state.context.call(replace(call, spliced=True)):
+        return plan.trim(forward(host, **plan.kwargs))
+
+
+def _generate(host: nn.Module, generate: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    state: State = host.__dict__[_STATE]
+    call = state.context.current()
+    names = () if call.composition is None else call.composition.names()
+    inputs = [e for n in names for e in state.of(InputComposition) if e.name == n]
+    if not inputs or call.spliced:
+        return generate(host, *args, **kwargs)
+    if args:
+        kwargs = {"input_ids": args[0], **kwargs}
+        if len(args) > 1:
+            raise ModgraftError("generate with input modules takes its arguments by name")
+    if kwargs.get("inputs") is not None:
+        kwargs = {**kwargs, "input_ids": kwargs["inputs"]}
+        del kwargs["inputs"]
+    plan = splice(host, kwargs, _token_source(inputs, call), generating=True)
+    with state.context.call(replace(call, spliced=True, generating=True)):
+        return generate(host, **plan.kwargs)
+
+
+def _token_source(inputs: list[Entry], call: Call) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def tokens(batch: int) -> tuple[Tensor, Tensor]:
+        made = []
+        for entry in inputs:
+            module = entry.module
+            assert isinstance(module, InputComposition)  # noqa: S101
+            side = None if module.needs is None else call.side_input(module.needs, batch)
+            if side is None and module.needs is not None:
+                raise missing_side(entry.name, module.needs)
+            made.append(module.tokens(batch, side))
+        return torch.cat([t for t, _ in made], dim=1), torch.cat([m for _, m in made], dim=1)
+
+    return tokens
+
+
+def _named(forward: Callable[..., Any], host: nn.Module, args: tuple, kwargs: dict) -> dict:
+    import inspect
+
+    bound = inspect.signature(forward).bind(host, *args, **kwargs)
+    named = dict(bound.arguments)
+    named.pop(next(iter(named)))  # self
+    for extra in [n for n, p in bound.signature.parameters.items() if p.kind is p.VAR_KEYWORD]:
+        named.update(named.pop(extra, {}))
+    return named
+
+
+# -- the tensor in what a layer takes and returns ----------------------------------------------
+
+
+def _first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def _tensor_input(x: Tensor | None, host: nn.Module, state: State) -> Tensor:
+    if x is None:
+        raise ModgraftError(f"{state.path} ({type(host).__name__}) was called without a tensor")
+    return x
+
+
+def _tensor_of(out: Any) -> Tensor:
+    """The tensor of an output: itself, or the first of a tuple or of a ``ModelOutput``."""
+    value = out
+    if not isinstance(value, Tensor):
+        value = out[0]
+    if not isinstance(value, Tensor):
+        raise ModgraftError(
+            f"a module acts on a tensor, and this site returns a {type(out).__name__}; "
+            f"choose a site inside it"
+        )
+    return value
+
+
+def _with_tensor(out: Any, value: Tensor) -> Any:
+    if isinstance(out, Tensor):
+        return value
+    if isinstance(out, tuple):
+        rest = (value, *out[1:])
+        return rest if type(out) is tuple else type(out)(*rest)  # a named tuple
+    first = next(iter(out.keys()))  # a ModelOutput: its first key that is not None
+    return replace(out, **{first: value})

@@ -1,0 +1,192 @@
+"""Where a module acts: sites of a host, found by role, by path pattern, by type or by predicate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .anatomy import base_path, family_of
+from .errors import ModgraftError
+
+At = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence["At"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a host.
+
+    Attributes:
+        path: dotted path of the sub-module; ``""`` is the host itself.
+        module: the sub-module there.
+        part: ``(i, n)`` for the i-th of n equal parts of a fused projection's output, else None.
+        root: the host's model, for what a sub-module does not know of itself.
+    """
+
+    path: str
+    module: nn.Module
+    part: tuple[int, int] | None = None
+    root: nn.Module | None = None
+
+    @property
+    def label(self) -> str:
+        """The path as it is written in a selection, ``"h.0.attn.c_attn[0/3]"``."""
+        return self.path + (f"[{self.part[0]}/{self.part[1]}]" if self.part else "")
+
+    @property
+    def in_width(self) -> int:
+        """Features of the input.
+
+        Raises:
+            ModgraftError: where the module is no linear layer.
+        """
+        match self.module:
+            case nn.Linear(in_features=width):
+                return width
+            case Conv1D(nx=width):
+                return width
+        raise self._widthless("input")
+
+    @property
+    def width(self) -> int:
+        """Features of the output (of the part, for a part of a fused projection).
+
+        Raises:
+            ModgraftError: where neither the module nor its model's config says.
+        """
+        full = _out_width(self.module) or _config_width(self.module) or _config_width(self.root)
+        if full is None:
+            raise self._widthless("output")
+        return full // self.part[1] if self.part else full
+
+    def _widthless(self, end: str) -> ModgraftError:
+        return ModgraftError(
+            f"cannot tell how wide the {end} of {self.path or 'the host'} "
+            f"({type(self.module).__name__}) is; choose a layer that knows, such as nn.Linear"
+        )
+
+
+def _out_width(module: nn.Module) -> int | None:
+    match module:
+        case nn.Linear(out_features=width) | Conv1D(nf=width) | nn.Embedding(embedding_dim=width):
+            return int(width)
+        case nn.LayerNorm(normalized_shape=shape):
+            return int(shape[-1])
+        case nn.Sequential():
+            widths = [w for child in module if (w := _out_width(child)) is not None]
+            return widths[-1] if widths else None
+    own = dict(module.named_parameters(recurse=False))
+    if own.keys() == {"weight"} and own["weight"].dim() == 1:  # RMSNorm of any make
+        return own["weight"].shape[0]
+    return None
+
+
+def _config_width(module: nn.Module | None) -> int | None:
+    return getattr(getattr(module, "config", None), "hidden_size", None)
+
+
+def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
+    """Select sites.
+
+    Args:
+        model: the host's model.
+        at: a role (``"query"``), a path pattern (``"decoder.*.SelfAttention.{q,v}"``, in which
+            ``*`` is anything), a type (``nn.Linear``), a predicate on path and module, or a list of
+            these. ``"block"`` means the role where the architecture is known.
+        expect: how many sites there must be.
+
+    Returns:
+        The sites in the order of ``model.named_modules()``, each once.
+
+    Raises:
+        ModgraftError: if nothing matches, or not as many as expected; it lists what there is.
+    """
+    found = {site.label: site for each in _list(at) for site in _find_one(model, each)}
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    sites = sorted(found.values(), key=lambda s: (order[s.path], s.part or (0, 0)))
+    if expect is not None and len(sites) != expect:
+        raise ModgraftError(
+            f"{at!r} matches {len(sites)} sites where {expect} were expected: "
+            f"{', '.join(s.label for s in sites[:12])}{' …' if len(sites) > 12 else ''}"
+        )
+    return sites
+
+
+def _list(at: At) -> Sequence[At]:
+    return at if isinstance(at, list | tuple) else [at]  # type: ignore[list-item]
+
+
+def _find_one(model: nn.Module, at: At) -> list[Site]:
+    paths = dict(model.named_modules())
+    if isinstance(at, type):
+        sites = [Site(p, m, None, model) for p, m in paths.items() if isinstance(m, at)]
+        if not sites:
+            kinds = sorted({type(m).__name__ for m in paths.values()})
+            raise ModgraftError(f"no {at.__name__} in the host; it is made of {', '.join(kinds)}")
+        return sites
+    if isinstance(at, str):
+        family = family_of(model)
+        if family is not None and at in family.roles:
+            base = base_path(model)
+            patterns = [f"{base}.{p}" if base else p for p in family.roles[at]]
+            sites = [s for p in patterns for s in _match(model, p, r"\d+")]
+        else:
+            sites = _match(model, at, ".*")
+        if not sites:
+            raise _no_match(model, at)
+        return sites
+    if callable(at):
+        sites = [Site(p, m, None, model) for p, m in paths.items() if at(p, m)]
+        if not sites:
+            raise ModgraftError(f"the predicate {at!r} holds for none of {len(paths)} sub-modules")
+        return sites
+    raise ModgraftError(
+        f"a selection is a role, a path pattern, a type, a predicate or a list, not {at!r}"
+    )
+
+
+def _match(model: nn.Module, pattern: str, star: str) -> list[Site]:
+    part = None
+    if fused := re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", pattern):
+        pattern, part = fused[1], (int(fused[2]), int(fused[3]))
+        if not part[0] < part[1]:
+            raise ModgraftError(f"part [{part[0]}/{part[1]}] of {pattern!r}: parts count from 0")
+    regex = re.compile(_regex(pattern, star))
+    return [Site(p, m, part, model) for p, m in model.named_modules() if regex.fullmatch(p)]
+
+
+def _regex(pattern: str, star: str) -> str:
+    out, depth = "", 0
+    for char in pattern:
+        if char == "*":
+            out += star
+        elif char == "{":
+            out, depth = out + "(?:", depth + 1
+        elif char == "}" and depth:
+            out, depth = out + ")", depth - 1
+        elif char == "," and depth:
+            out += "|"
+        else:
+            out += re.escape(char)
+    if depth:
+        raise ModgraftError(f"the pattern {pattern!r} opens a brace it does not close")
+    return out
+
+
+def _no_match(model: nn.Module, at: str) -> ModgraftError:
+    family = family_of(model)
+    paths = [p for p, _ in model.named_modules() if p]
+    if family is None:
+        roles = (
+            f"{type(model).__name__} is of no known family, so it has paths and types but no roles"
+        )
+    else:
+        roles = f"its roles: {', '.join(family.roles)}"
+    near = get_close_matches(at, paths, n=3, cutoff=0.4) or paths[:3]
+    near_roles = get_close_matches(at, list(family.roles), n=1) if family else []
+    hint = f"did you mean at={near_roles[0]!r}? " if near_roles else ""
+    return ModgraftError(f"{at!r} matches no site. {hint}{roles}; paths near it: {', '.join(near)}")

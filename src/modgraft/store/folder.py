@@ -1,0 +1,125 @@
+"""The project's own folder for one module: ``module.json`` and ``module.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..computation.base import resolve
+from ..errors import ModgraftError
+from .fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from ..host import Host, Implant
+
+FORMAT = 1
+
+
+def save(host: Host, name: str, folder: Path) -> Path:
+    """Write the module ``name``: configuration, sites, the host's fingerprint and the tensors.
+
+    The folder appears whole or not at all; one that is there already is replaced.
+    """
+    implant = host[name]
+    card: dict[str, Any] = {
+        "format": FORMAT,
+        "name": name,
+        "type": type(implant.method).__name__,
+        "config": implant.method.config(),
+        "sites": list(implant.paths),
+        "host": fingerprint(host.model),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    whole = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        tensors = {k: t.detach().cpu().contiguous() for k, t in implant.tensors().items()}
+        save_file(tensors, whole / "module.safetensors", metadata={"format": "pt"})
+        (whole / "module.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            if not (folder / "module.json").is_file():
+                raise ModgraftError(f"{folder} is there and holds no module; choose another folder")
+            shutil.rmtree(folder)
+        whole.replace(folder)
+    except BaseException:
+        shutil.rmtree(whole, ignore_errors=True)
+        raise
+    return folder
+
+
+def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant:
+    """Implant the module of ``folder``.
+
+    Raises:
+        ModgraftError: for a folder that is not whole, tensors that do not fit, NaN among them, or
+            (``strict``) a module trained in another host. The host is then as it was.
+    """
+    card, tensors = _read(folder)
+    own, theirs = fingerprint(host.model), card["host"]
+    if strict and own != theirs:
+        differs = [k for k in own if own[k] != theirs.get(k)]
+        raise ModgraftError(
+            f"{folder}: the module was trained in another host ({', '.join(differs)} differ: "
+            f"{theirs.get('architecture')} there, {own['architecture']} here); load it into the "
+            f"host it was trained in, or say host.load(..., strict=False) to try it all the same"
+        )
+    method = resolve(card["type"])(**card["config"])
+    at = None if card["sites"] == [""] else card["sites"]
+    name = name or str(card["name"])
+    implant = host.implant(name, method, at, expect=None if at is None else len(card["sites"]))
+    try:
+        _fill(implant, tensors, folder)
+    except BaseException:
+        host.remove(name)
+        raise
+    return implant
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    path = folder / "module.json"
+    if not path.is_file():
+        raise ModgraftError(f"no module in {folder}: {path.name} is not there")
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if card["format"] != FORMAT:
+            raise ModgraftError(f"{path}: format {card['format']}, this version reads {FORMAT}")
+        missing = {"name", "type", "config", "sites", "host"} - card.keys()
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ModgraftError(f"{path} is not a module's card ({error!r}); save it again") from error
+    if missing:
+        raise ModgraftError(f"{path} lacks {', '.join(sorted(missing))}; save the module again")
+    try:
+        return card, load_file(folder / "module.safetensors")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ModgraftError(
+            f"{folder / 'module.safetensors'} cannot be read ({error}); it is missing or cut "
+            f"short: copy the folder again"
+        ) from error
+
+
+def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    own = implant.tensors()
+    if own.keys() != tensors.keys():
+        extra, lacking = tensors.keys() - own.keys(), own.keys() - tensors.keys()
+        raise ModgraftError(
+            f"{folder}: {len(lacking)} tensors are missing {sorted(lacking)[:3]} and {len(extra)} "
+            f"are not the module's {sorted(extra)[:3]}; the file and its card are of two modules"
+        )
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            if tensor.shape != own[key].shape:
+                raise ModgraftError(
+                    f"{folder}: {key} is {list(tensor.shape)} where this host needs "
+                    f"{list(own[key].shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise ModgraftError(
+                    f"{folder}: {key} holds NaN or infinity; the run that wrote it had diverged"
+                )
+            own[key].copy_(tensor)
