@@ -146,6 +146,27 @@ class Skipped:
     reason: str
 
 
+class Skips:
+    """Where bad questions go: `skips(error)` raises it, or under `skip_bad` lists it and
+    returns.
+    """
+
+    def __init__(self, skip_bad: bool) -> None:
+        self.skip_bad = skip_bad
+        self.entries: list[Skipped] = []
+
+    def __call__(self, error: DataError) -> None:
+        """Raise `error`, or list the question it names."""
+        if not self.skip_bad or error.id is None:
+            raise error
+        self.entries.append(Skipped(error.id, str(error.file or ""), error.reason))
+
+    @property
+    def ids(self) -> set[str]:
+        """The ids that are out."""
+        return {entry.id for entry in self.entries}
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Questions(Sequence[Record]):
     """Records in order, their image features, and what was skipped in loading them.
@@ -224,6 +245,51 @@ class Questions(Sequence[Record]):
     def width(self) -> int | None:
         """The features' width d; None where no question has any."""
         return next((map_.shape[1] for map_ in self.features.values()), None)
+
+    @classmethod
+    def from_json(
+        cls,
+        problems: Mapping[str, Mapping[str, Any]],
+        *,
+        features: Mapping[str, Tensor] | None = None,
+        splits: Mapping[str, Sequence[str]] | None = None,
+        file: str | Path = "problems.json",
+    ) -> Questions:
+        """Questions from raw records {id: record}, as `problems.json` and DigitsQA have them.
+
+        Raises:
+            DataError: as `Record.from_json` and the constructor do.
+        """
+        records = tuple(Record.from_json(qid, raw, file=file) for qid, raw in problems.items())
+        lists = None if splits is None else {name: tuple(ids) for name, ids in splits.items()}
+        return cls(records, features or {}, lists)
+
+    def image_path(self, record: Record) -> Path:
+        """Where the record's picture lies: `<images>/<split>/<id>/<image>`, ScienceQA's layout.
+
+        Raises:
+            DataError: the record has no image, or the folder is not known.
+        """
+        if record.image is None:
+            raise DataError("the question has no image", id=record.id)
+        if self.images is None:
+            remedy = "Load the questions with images=<folder of <split>/<id>/image.png>"
+            raise DataError("the folder of images is not known", id=record.id, remedy=remedy)
+        return self.images / record.split / record.id / record.image
+
+    def without(self, skips: Skips) -> Questions:
+        """The questions that were not skipped, with the list of those that were.
+
+        Raises:
+            DataError: none is left.
+        """
+        out = skips.ids
+        kept = self.subset(qid for qid in self.ids if qid not in out)
+        if not kept and self.records:
+            first = skips.entries[0]
+            reason = f"every question was skipped, the first one because: {first.reason}"
+            raise DataError(reason, id=first.id, file=first.file)
+        return dataclasses.replace(kept, skipped=(*self.skipped, *skips.entries))
 
     def record(self, qid: str) -> Record:
         """The record with this id.

@@ -94,12 +94,14 @@ FORMS: dict[str, Form] = _rows(
 )
 
 
-def form(name: str) -> Form:
-    """The form of this name.
+def find_form(name: str | Form) -> Form:
+    """The form of this name; a `Form` is itself.
 
     Raises:
         UnknownNameError: there is none; the message lists those there are.
     """
+    if isinstance(name, Form):
+        return name
     if name not in FORMS:
         raise UnknownNameError.among("text form", name, FORMS)
     return FORMS[name]
@@ -130,9 +132,21 @@ def rationale_text(text: str) -> str:
     return text.removeprefix(SOLUTION).removeprefix("Solution :").strip()
 
 
+def rationale_of(text: str, form: Form) -> str:
+    """The rationale in a text of this form, gold or written by a model, as a second stage reads it.
+
+    Of a one-stage form it is what stands beside the stated answer.
+    """
+    if form.writes_answer:
+        _, because, after = text.partition(_BECAUSE)
+        # in QCM-ALE the answer comes first, in all others last
+        text = after if because else text[: answer.start()] if (answer := _last(text)) else text
+    return rationale_text(text)
+
+
 def gold_rationale(record: Record, form: Form) -> str:
-    """The rationale that a first stage of this form learns to write, as a second stage reads it."""
-    return rationale_text(form.target(record))
+    """The rationale that a model of this form learns to write, as a second stage reads it."""
+    return rationale_of(form.target(record), form)
 
 
 def extract_answer(text: str, choices: tuple[str, ...] | list[str]) -> int | None:
@@ -150,6 +164,11 @@ def extract_answer(text: str, choices: tuple[str, ...] | list[str]) -> int | Non
 
 
 _ANSWER = re.compile(r"The answer is\s*\(\s*([A-Z])\s*\)")
+_BECAUSE = "BECAUSE:"
+
+
+def _last(text: str) -> re.Match[str] | None:
+    return max(_ANSWER.finditer(text), key=re.Match.start, default=None)
 
 
 def _fields(record: Record) -> dict[str, str]:

@@ -1,0 +1,234 @@
+"""Vision features made from the image files, with any vision model of `transformers`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from modgraft.data.features import check_features
+from modgraft.data.records import Questions, Record, Skips
+from modgraft.errors import DataError, MissingFileError
+from modgraft.files import whole
+
+Processor = Callable[..., Mapping[str, Any]]
+_SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"
+_BATCHES = 50  # the cache is written every so many batches, so that an interrupted run loses few
+
+
+def load_vision(
+    source: str | Path, *, console: Console | None = None
+) -> tuple[PreTrainedModel, Processor]:
+    """A vision model and its image processor, in evaluation mode.
+
+    `source` is a local folder (nothing is fetched) or a name on the Hugging Face Hub; for a name,
+    what is about to be fetched is printed first. Known to work: `DetrModel`, `ViTModel`,
+    `CLIPVisionModel` (also from a whole CLIP model's folder) and `ResNetModel`.
+
+    Raises:
+        DataError: no such folder or name, a package that the model needs is not installed, or it is
+            not a model of images.
+    """
+    local = Path(source).is_dir()
+    if not local:
+        (console or Console(stderr=True)).print(
+            f"Fetching {source} (configuration, image processor and weights) from the Hugging Face "
+            "Hub, unless its cache has them already"
+        )
+    options: dict[str, Any] = {"local_files_only": local}
+    level = hf_logging.get_verbosity()
+    try:
+        hf_logging.set_verbosity_error()  # without torchvision it warns, but PIL does as well
+        config = AutoConfig.from_pretrained(source, **options)
+        # a whole CLIP has a text half, which would ask for text; only its image half is wanted
+        loader: Any = CLIPVisionModel if config.model_type == "clip" else AutoModel
+        model = cast(PreTrainedModel, loader.from_pretrained(source, **options))
+        processor = AutoImageProcessor.from_pretrained(source, **options)
+    except ImportError as error:
+        reason = f"{source} needs a package that is not installed: {str(error).strip()}"
+        raise DataError(reason, remedy="Install it, or use another vision model") from error
+    except (OSError, ValueError) as error:
+        remedy = "Give a folder made by save_pretrained (model and image processor), or a Hub name"
+        raise DataError(f"no vision model at {source}: {error}", remedy=remedy) from error
+    finally:
+        hf_logging.set_verbosity(level)
+    if model.main_input_name != "pixel_values":
+        reason = f"{source} is a {type(model).__name__}, which reads {model.main_input_name}"
+        raise DataError(reason, remedy="Use a model of images, such as a DetrModel or a ViTModel")
+    return model.eval(), cast(Processor, processor)
+
+
+def extract_features(
+    questions: Questions,
+    model: nn.Module,
+    processor: Processor,
+    *,
+    cache: str | Path | None = None,
+    batch_size: int = 8,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> Questions:
+    """The questions with the vision features of their images: the model's last hidden state.
+
+    Args:
+        questions: Questions whose images lie at `questions.image_path(record)`.
+        model: `model(**inputs).last_hidden_state` is `[B, m, d]`, or a map `[B, d, h, w]`, which
+            becomes `[B, h·w, d]` row by row. It is run in evaluation mode where it is.
+        processor: `processor(images=[PIL image, …], return_tensors="pt")` makes the inputs.
+        cache: A `.safetensors` file {id: features}. What it has is not made again; what is made is
+            added, whole or not at all, so an interrupted run goes on where it was. It belongs to
+            this model and processor; a replaced image is not noticed.
+        batch_size: Images a pass.
+        skip_bad: Leave out questions whose image is missing or broken; `.skipped` lists them.
+        progress: Show a progress bar.
+
+    Raises:
+        MissingFileError: an image that is not there.
+        DataError: a broken image, another model's cache, or features that cannot be used.
+    """
+    skips, file = Skips(skip_bad), Path(cache) if cache is not None else None
+    mark = fingerprint(model, processor) if file is not None else ""
+    maps = _read_cache(file, mark) if file is not None and file.exists() else {}
+    wanted = [record for record in questions if record.image is not None]
+    todo = [record for record in wanted if record.id not in maps]
+    if todo:
+        questions.image_path(todo[0])  # an unknown folder is no fault of a question, to be skipped
+    batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
+    unsaved, training = 0, model.training
+    columns = (
+        TextColumn("vision features"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True), disable=not (progress and todo))
+    model.eval()
+    try:
+        with bar:
+            task = bar.add_task("", total=len(todo))
+            for batch in batches:
+                maps |= _extract(batch, questions, model, processor, skips)
+                unsaved += 1
+                if file is not None and unsaved == _BATCHES:
+                    _write_cache(file, maps, mark)
+                    unsaved = 0
+                bar.advance(task, len(batch))
+    finally:
+        model.train(training)
+        if file is not None and unsaved:
+            _write_cache(file, maps, mark)
+    out = skips.ids
+    kept = [record for record in wanted if record.id not in out]
+    have = {record.id: maps[record.id] for record in kept}
+    features = check_features(have, kept, skips=skips, file=file or type(model).__name__)
+    return dataclasses.replace(questions, features=features).without(skips)
+
+
+def encode_images(images: Sequence[Image.Image], model: nn.Module, processor: Processor) -> Tensor:
+    """Features of images, float32 `[B, m, d]` on the CPU; no gradient, the model's mode as it is.
+
+    Raises:
+        DataError: the model has no last hidden state of this kind.
+    """
+    device = next(model.parameters()).device
+    inputs = processor(images=list(images), return_tensors="pt")
+    # not inference_mode: its tensors could not be saved for the backward pass of a fusion
+    with torch.no_grad():
+        hidden = model(
+            **{name: value.to(device) for name, value in inputs.items()}
+        ).last_hidden_state
+    if hidden.ndim == 4:
+        hidden = hidden.flatten(2).transpose(1, 2)  # [B, d, h, w] -> [B, h·w, d]
+    if hidden.ndim != 3 or len(hidden) != len(images):
+        reason = f"{type(model).__name__}'s last hidden state has shape {list(hidden.shape)}"
+        raise DataError(reason, remedy=f"Expected [{len(images)}, patches, width] or a map of it")
+    return hidden.float().cpu()
+
+
+def open_image(path: str | Path, *, id: str | None = None) -> Image.Image:
+    """The picture at `path`, read whole, as RGB.
+
+    Raises:
+        MissingFileError: no such file.
+        DataError: not an image, or a truncated one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        remedy = f"Put it there (images are at <split>/<id>/image.png), {_SKIP}"
+        raise MissingFileError("the image is missing", id=id, file=path, remedy=remedy)
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        remedy = f"Fetch the file again, {_SKIP}"
+        reason = f"the image is truncated or not an image ({error})"
+        raise DataError(reason, id=id, file=path, remedy=remedy) from error
+
+
+def fingerprint(model: nn.Module, processor: Processor) -> str:
+    """A hash of the model's class and weights and of the processor's settings: what a cache is
+    of.
+    """
+    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    # processors of transformers know their settings; a plain function is known by its name alone
+    settings = getattr(processor, "to_dict", dict)()
+    name = getattr(processor, "__qualname__", type(processor).__qualname__)
+    digest.update(json.dumps([name, settings], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _extract(
+    batch: Sequence[Record],
+    questions: Questions,
+    model: nn.Module,
+    processor: Processor,
+    skips: Skips,
+) -> dict[str, Tensor]:
+    images: dict[str, Image.Image] = {}
+    for record in batch:
+        try:
+            images[record.id] = open_image(questions.image_path(record), id=record.id)
+        except DataError as error:
+            skips(error)
+    if not images:
+        return {}
+    maps = encode_images(list(images.values()), model, processor)
+    # one tensor each: views of the batch could not be saved apart from each other
+    return {qid: map_.clone() for qid, map_ in zip(images, maps, strict=True)}
+
+
+def _read_cache(file: Path, mark: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as cache:
+            found = (cache.metadata() or {}).get("fingerprint", "")
+            maps = {qid: cache.get_tensor(qid) for qid in cache.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = f"the cache is not a whole .safetensors file ({error})"
+        raise DataError(reason, file=file, remedy="Delete it; it will be made again") from error
+    if found != mark:
+        reason = "the cache holds the features of another model or image processor"
+        raise DataError(
+            reason, file=file, remedy="Delete it, or give each model its own cache file"
+        )
+    return maps
+
+
+def _write_cache(file: Path, maps: Mapping[str, Tensor], mark: str) -> None:
+    with whole(file) as part:
+        save_file(dict(maps), part, metadata={"fingerprint": mark})

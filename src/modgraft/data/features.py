@@ -1,0 +1,169 @@
+"""Vision features of a question's image: read from a file, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modgraft.data.records import Record, Skips
+from modgraft.errors import DataError, MissingFileError
+from modgraft.files import read_json
+
+_SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"
+_AGAIN = "Extract the features again (modgraft.data.extract_features)"
+
+
+def load_features(
+    path: str | Path,
+    records: Iterable[Record],
+    *,
+    names: str | Path | None = None,
+    width: int | None = None,
+    skips: Skips | None = None,
+) -> dict[str, Tensor]:
+    """The features of every record with an image, from a `.npy` or `.safetensors` file.
+
+    Either one array `[n, m, d]` (or `[n, d]`, one patch each) with a JSON file {id: row}, as mm-cot
+    publishes them; or, `.safetensors` only, one tensor `[m, d]` (or `[d]`) an id. Nothing is
+    unpickled. Rows of questions without an image are left out: their text must stay as it is.
+
+    Args:
+        path: The features.
+        records: The questions; an id in the file that is none of theirs is an error.
+        names: The JSON file {id: row}; by default `<stem>.json` or `name_map.json` beside `path`.
+        width: The width d that they must have; by default that of the first.
+        skips: Where questions at fault go; by default the first one raises.
+
+    Returns:
+        Id to float32 `[m, d]`.
+
+    Raises:
+        MissingFileError: no such file, or no file of rows.
+        DataError: another format; a record without features or the reverse; features of another
+            width, not floating point, not finite, or all zero. Names file, id and remedy.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise MissingFileError("there is no such file (vision features)", file=file, remedy=_AGAIN)
+    records = list(records)
+    if file.suffix == ".npy":
+        table = _by_row(_read_npy(file), file, names)
+    elif file.suffix == ".safetensors":
+        tensors = _read_safetensors(file)
+        single = next(iter(tensors.values())) if len(tensors) == 1 else None
+        ids = {record.id for record in records}
+        # one tensor that is nobody's is the array of them all
+        whole = single is not None and (names is not None or not ids.intersection(tensors))
+        table = _by_row(single, file, names) if whole and single is not None else tensors
+    else:
+        reason = f"features in the format {file.suffix!r} cannot be read"
+        remedy = (
+            "Save them as .safetensors ({id: tensor}) or .npy (one array); pickles are not read"
+        )
+        raise DataError(reason, file=file, remedy=remedy)
+    return check_features(table, records, width=width, skips=skips, file=file)
+
+
+def check_features(
+    table: Mapping[str, Any],
+    records: Iterable[Record],
+    *,
+    width: int | None = None,
+    skips: Skips | None = None,
+    file: str | Path = "features",
+) -> dict[str, Tensor]:
+    """The features in `table` of every record with an image, checked, as float32 `[m, d]`.
+
+    Arguments, result and errors are those of `load_features`; `table` is {id: array or tensor}.
+    """
+    records, skips = list(records), skips or Skips(False)
+    ids = {record.id for record in records} | skips.ids
+    for qid in table:
+        if qid not in ids:
+            remedy = f"Load the questions they belong to, {_SKIP}"
+            skips(DataError("features for an unknown question", id=qid, file=file, remedy=remedy))
+    out: dict[str, Tensor] = {}
+    for record in records:
+        if record.image is None:
+            continue
+        try:
+            if record.id not in table:
+                remedy = f"{_AGAIN}, {_SKIP}"
+                reason = "the question has an image, but no features"
+                raise DataError(reason, id=record.id, file=file, remedy=remedy)
+            out[record.id] = _check_map(table[record.id], record.id, file, width)
+        except DataError as error:
+            skips(error)
+        else:
+            width = out[record.id].shape[1]
+    return out
+
+
+def _check_map(value: np.ndarray | Tensor, qid: str, file: str | Path, width: int | None) -> Tensor:
+    given = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    shape, remedy = list(given.shape), f"{_AGAIN}, {_SKIP}"
+    if not given.is_floating_point():
+        reason = f"the features are {given.dtype}, not floating point"
+        raise DataError(reason, id=qid, file=file, remedy=remedy)
+    map_ = given.detach().to(torch.float32)
+    map_ = map_[None] if map_.ndim == 1 else map_  # [d] -> [1, d]
+    if map_.ndim != 2 or 0 in map_.shape:
+        reason = f"the features have shape {shape}, expected [patches, width]"
+        raise DataError(reason, id=qid, file=file, remedy=remedy)
+    if width is not None and map_.shape[1] != width:
+        reason = f"the features are {map_.shape[1]} wide, expected {width}"
+        remedy = f"Use the features of the one model that the module was made for, {_SKIP}"
+        raise DataError(reason, id=qid, file=file, remedy=remedy)
+    if not torch.isfinite(map_).all():
+        raise DataError("the features hold NaN or infinity", id=qid, file=file, remedy=remedy)
+    if not map_.any():
+        reason = "the features are all zero, as written where an image was missing"
+        raise DataError(reason, id=qid, file=file, remedy=remedy)
+    return map_.contiguous()
+
+
+def _read_npy(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        reason = f"not a whole .npy array of numbers ({error})"
+        raise DataError(reason, file=file, remedy=_AGAIN) from error
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        reason = f"not a whole .safetensors file ({error})"
+        raise DataError(reason, file=file, remedy=_AGAIN) from error
+
+
+def _by_row(
+    array: np.ndarray | Tensor, file: Path, names: str | Path | None
+) -> dict[str, np.ndarray | Tensor]:
+    """{id: row} of one array, by its file of rows."""
+    beside = [file.with_suffix(".json"), file.with_name("name_map.json")]
+    map_file = Path(names) if names else next((f for f in beside if f.is_file()), beside[0])
+    remedy = (
+        f"Write {{id: row}} to it, or pass names=<file>; it says which row of {file.name} is whose"
+    )
+    rows = read_json(map_file, what="the rows of the features", remedy=remedy)
+    if array.ndim not in (2, 3):
+        reason = f"an array of shape {list(array.shape)}, expected [n, m, d] or [n, d]"
+        raise DataError(reason, file=file, remedy=_AGAIN)
+    out: dict[str, np.ndarray | Tensor] = {}
+    for qid, row in rows.items():
+        # mm-cot's own file has the rows as strings
+        text = str(row) if isinstance(row, int | str) and not isinstance(row, bool) else ""
+        if not text.isdecimal() or int(text) >= len(array):
+            reason = f"row {row!r} is none of the {len(array)} rows of {file.name}"
+            raise DataError(reason, id=qid, file=map_file, remedy="Correct the file of rows")
+        out[qid] = array[int(text)]
+    return out

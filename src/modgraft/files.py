@@ -1,0 +1,88 @@
+"""Reading JSON with errors that say where, and writing files whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modgraft.errors import DataError, MissingFileError
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its place when the block ends without an error.
+
+    What was at `path` before stays until then, and for good if the block fails; no half-written
+    file is ever seen under the real name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)  # mkstemp's 0600 is for secrets; this is an ordinary file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, whole or not at all."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` to `path` as JSON, whole or not at all; NaN is refused, missing is null."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, *, what: str, remedy: str) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Args:
+        path: The file.
+        what: What it holds, for the message of a missing file.
+        remedy: What to do when it is missing or broken.
+
+    Raises:
+        MissingFileError: no such file.
+        DataError: not UTF-8, not JSON (with line and column), not an object, or a key twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"there is no such file ({what})", file=path, remedy=remedy)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise DataError(
+                f"the key {twice!r} occurs twice in one object", file=path, remedy=remedy
+            )
+        return value
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise DataError(f"not JSON: {error.msg} at {where}", file=path, remedy=remedy) from error
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 text: byte {error.start} cannot be read"
+        raise DataError(reason, file=path, remedy=remedy) from error
+    if not isinstance(value, dict):
+        reason = f"holds a {type(value).__name__}, not an object {{id: …}}"
+        raise DataError(reason, file=path, remedy=remedy)
+    return value

@@ -1,0 +1,353 @@
+"""What a run scored: accuracy by column, rationales, facts, and where wrong answers went wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from rouge_score.rouge_scorer import RougeScorer
+
+from modgraft.data.records import Record
+from modgraft.data.text import extract_answer, squeeze
+from modgraft.errors import DataError, MissingFileError
+from modgraft.files import write_text
+
+ErrorClass = Literal["perception", "reasoning", "option mapping", "format"]
+ERRORS: tuple[ErrorClass, ...] = ("perception", "reasoning", "option mapping", "format")
+"""The steps at which an answer can go wrong, in their order."""
+
+
+class Facts(Protocol):
+    """What a rationale states: the digits by place, those that the question turns on, a
+    conclusion.
+    """
+
+    @property
+    def digits(self) -> Mapping[str, int]: ...  # noqa: D102
+    @property
+    def used(self) -> Mapping[str, int]: ...  # noqa: D102
+    @property
+    def conclusion(self) -> str | None: ...  # noqa: D102
+
+
+ReadFacts = Callable[[str], Facts]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a model made of one question: a line of `predictions.jsonl`.
+
+    `image` says whether the question has one; `text` is what the answering stage wrote, `choice`
+    the option it states (None: none could be read, a wrong answer), `error` the step that failed,
+    where that can be told. `rationale` and `gold_rationale` are None where there is no rationale.
+    """
+
+    id: str
+    category: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    image: bool
+    gold_rationale: str | None
+    rationale: str | None
+    text: str
+    choice: int | None
+    correct: bool
+    error: ErrorClass | None
+
+    @classmethod
+    def of(
+        cls,
+        record: Record,
+        text: str,
+        *,
+        rationale: str | None = None,
+        gold_rationale: str | None = None,
+        facts: ReadFacts | None = None,
+    ) -> Prediction:
+        """The prediction that `text`, the answering stage's output, makes for `record`.
+
+        Args:
+            record: The question.
+            text: What was written; the answer is read from it, among the actual choices.
+            rationale: The rationale written before, or read by, the answering stage.
+            gold_rationale: The true one, of the same text form.
+            facts: Reads a rationale's facts; with it a wrong answer is classified.
+        """
+        choice = extract_answer(text, record.choices)
+        return cls(
+            id=record.id,
+            category=record.category,
+            question=record.question,
+            choices=record.choices,
+            answer=record.answer,
+            image=record.image is not None,
+            gold_rationale=gold_rationale,
+            rationale=rationale,
+            text=text,
+            choice=choice,
+            correct=choice == record.answer,
+            error=classify_error(record, gold_rationale, rationale, choice, facts),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The prediction as a JSON object."""
+        return asdict(self) | {"choices": list(self.choices)}
+
+    @classmethod
+    def from_json(
+        cls, raw: Mapping[str, Any], *, file: str | Path = "predictions.jsonl"
+    ) -> Prediction:
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: fields are missing, or there are others.
+        """
+        names = {f.name for f in fields(cls)}
+        if set(raw) != names:
+            reason = f"its fields are not a prediction's: {sorted(names.symmetric_difference(raw))}"
+            raise DataError(reason, id=str(raw.get("id")), file=file, remedy="Evaluate again")
+        return cls(**{**raw, "choices": tuple(raw["choices"])})
+
+
+def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
+    """Write `predictions.jsonl`, one JSON object a line, whole or not at all."""
+    lines = [json.dumps(p.to_json(), ensure_ascii=False, allow_nan=False) for p in predictions]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_predictions(path: str | Path) -> list[Prediction]:
+    """Read what `write_predictions` wrote.
+
+    Raises:
+        MissingFileError: no such file.
+        DataError: a line that is not a prediction.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError("there is no such file", file=path, remedy="Evaluate the run first")
+    out = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            raw = json.loads(line)
+        except json.JSONDecodeError as error:
+            reason = f"not JSON: {error.msg}"
+            raise DataError(reason, file=where, remedy="Evaluate again") from error
+        if not isinstance(raw, dict):
+            raise DataError("not a JSON object", file=where, remedy="Evaluate again")
+        out.append(Prediction.from_json(raw, file=where))
+    return out
+
+
+def _grade(record: Record) -> int | None:
+    found = re.fullmatch(r"grade\s?(\d+)", record.grade)
+    return int(found[1]) if found else None
+
+
+COLUMNS: dict[str, Callable[[Record], bool]] = {
+    "NAT": lambda r: r.subject == "natural science",
+    "SOC": lambda r: r.subject == "social science",
+    "LAN": lambda r: r.subject == "language science",
+    "TXT": lambda r: bool(r.hint),
+    "IMG": lambda r: r.image is not None,
+    "NO": lambda r: not r.hint and r.image is None,
+    "G1-6": lambda r: (_grade(r) or 0) in range(1, 7),
+    "G7-12": lambda r: (_grade(r) or 0) in range(7, 13),
+    "Avg": lambda r: True,
+}
+"""Column to the questions it is over (Lu et al. 2022): TXT has a hint, IMG an image, NO neither."""
+
+
+def accuracy_by_column(
+    records: Sequence[Record], correct: Mapping[str, bool]
+) -> dict[str, float | None]:
+    """ScienceQA's table: percent of right answers by column, None for one without questions.
+
+    Args:
+        records: The questions.
+        correct: Id to whether it was answered right.
+
+    Raises:
+        DataError: a question without an answer.
+    """
+    for record in records:
+        if record.id not in correct:
+            raise DataError("the question has no prediction", id=record.id, remedy=_ALL)
+    return {
+        name: percent(correct[r.id] for r in records if has(r)) for name, has in COLUMNS.items()
+    }
+
+
+_ALL = "Predict every question: the accuracy over a part is not the accuracy"
+
+
+def percent(hits: Iterable[bool | float]) -> float | None:
+    """The mean, times 100; None of nothing, which has none."""
+    values = [float(hit) for hit in hits]
+    return 100 * math.fsum(values) / len(values) if values else None
+
+
+@cache
+def _scorer() -> RougeScorer:
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def rouge_l(gold: str, written: str) -> float:
+    """ROUGE-L, the F-measure of the longest common subsequence of words, 0..1 (Lin 2004).
+
+    Of `rouge-score` without stemming: lower case, letters and digits only. mm-cot averages the
+    `rouge` package's figure, which splits at blanks and so counts punctuation and case; the two
+    differ a little.
+    """
+    return _scorer().score(gold, written)["rougeL"].fmeasure
+
+
+def bleu(gold: str, written: str, n: int) -> float:
+    """BLEU-n = min(1, e^(1 − r/c)) · (Π_k≤n p_k)^(1/n), 0..1, of one sentence (Papineni et al.
+    2002).
+
+    p_k is the clipped k-gram precision, r and c the lengths. As mm-cot reports it: words split at
+    blanks and full stops, no smoothing, averaged over questions.
+    """
+    reference, words = ([w for w in re.split(r"[\s.]", text) if w] for text in (gold, written))
+    logs = 0.0
+    for k in range(1, n + 1):
+        want, have = _grams(reference, k), _grams(words, k)
+        shared = sum((want & have).values())
+        if shared == 0:
+            return 0.0
+        logs += math.log(shared / sum(have.values()))
+    return min(1.0, math.exp(1 - len(reference) / len(words))) * math.exp(logs / n)
+
+
+def _grams(words: list[str], k: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[i : i + k]) for i in range(len(words) - k + 1))
+
+
+def facts_right(gold: Facts, written: Facts) -> tuple[int, int]:
+    """Of the facts that the gold rationale states, how many the written one states too: (right,
+    all).
+
+    A fact is a digit at its place, or the conclusion.
+    """
+    right = sum(written.digits.get(place) == digit for place, digit in gold.digits.items())
+    total = len(gold.digits)
+    if gold.conclusion is not None:
+        right, total = right + (written.conclusion == gold.conclusion), total + 1
+    return right, total
+
+
+def classify_error(
+    record: Record,
+    gold_rationale: str | None,
+    rationale: str | None,
+    choice: int | None,
+    facts: ReadFacts | None,
+) -> ErrorClass | None:
+    """The first step that failed on the way to a wrong answer; None for a right one.
+
+    `format`: no option can be read from the answer, or no conclusion from the rationale.
+    `perception`: a digit that the question turns on is misread. `reasoning`: the digits are right,
+    the conclusion is not. `option mapping`: the conclusion is right, the option is not its own.
+    Without rationales, or a reader of their facts, only `format` can be told, and the rest is None.
+    """
+    if choice == record.answer:
+        return None
+    if choice is None:
+        return "format"
+    if facts is None or rationale is None or gold_rationale is None:
+        return None
+    gold, written = facts(gold_rationale), facts(rationale)
+    if written.conclusion is None:
+        return "format"
+    needed = gold.used or gold.digits
+    if any(written.digits.get(place) != digit for place, digit in needed.items()):
+        return "perception"
+    return "option mapping" if written.conclusion == gold.conclusion else "reasoning"
+
+
+def evaluate_predictions(
+    predictions: Sequence[Prediction],
+    records: Sequence[Record],
+    *,
+    facts: ReadFacts | None = None,
+    parameters: int | None = None,
+    trained: int | None = None,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """All figures of one model on these questions; what cannot be measured is None, never 0.
+
+    Args:
+        predictions: One for each question, in any order.
+        records: The questions.
+        facts: Reads a rationale's facts, for the accuracy of facts.
+        parameters: The model's parameters.
+        trained: How many of them were trained.
+        seconds: What training took.
+
+    Returns:
+        accuracy (all), image and text (questions with and without an image), columns, families (by
+        category), all in percent; rouge_l, bleu_1, bleu_4 (0..100), exact and facts (percent) over
+        questions with both rationales; errors {class: count}; unclassified, the wrong answers of no
+        class; parameters, trained, seconds; n questions.
+
+    Raises:
+        DataError: a question without a prediction, a prediction without a question, or two for one.
+    """
+    made = {p.id: p for p in predictions}
+    if len(made) != len(predictions):
+        twice = next(i for i, n in Counter(p.id for p in predictions).items() if n > 1)
+        raise DataError("the question has several predictions", id=twice, remedy="Keep one")
+    known = {record.id for record in records}
+    for qid in made:
+        if qid not in known:
+            remedy = "Evaluate with the questions that were predicted"
+            raise DataError("a prediction for an unknown question", id=qid, remedy=remedy)
+    columns = accuracy_by_column(records, {qid: p.correct for qid, p in made.items()})
+    families = dict.fromkeys(record.category for record in records)
+    wrong = [p for p in predictions if not p.correct]
+    return {
+        "accuracy": columns["Avg"],
+        "image": columns["IMG"],
+        "text": percent(p.correct for p in predictions if not p.image),
+        "columns": columns,
+        "families": {
+            name: percent(p.correct for p in predictions if p.category == name) for name in families
+        },
+        **_rationales(predictions, facts),
+        "errors": {name: sum(p.error == name for p in wrong) for name in ERRORS},
+        "unclassified": sum(p.error is None for p in wrong),
+        "parameters": parameters,
+        "trained": trained,
+        "seconds": seconds,
+        "n": len(records),
+    }
+
+
+def _rationales(
+    predictions: Sequence[Prediction], facts: ReadFacts | None
+) -> dict[str, float | None]:
+    pairs = [
+        (squeeze(p.gold_rationale), squeeze(p.rationale))
+        for p in predictions
+        # as published, a question without a gold rationale is left out; one for which nothing was
+        # written is not: it scores nothing
+        if p.gold_rationale is not None and p.rationale is not None and p.gold_rationale.strip()
+    ]
+    counts = [] if facts is None else [facts_right(facts(a), facts(b)) for a, b in pairs]
+    total = sum(n for _, n in counts)
+    return {
+        "rouge_l": percent(rouge_l(a, b) for a, b in pairs),
+        "bleu_1": percent(bleu(a, b, 1) for a, b in pairs),
+        "bleu_4": percent(bleu(a, b, 4) for a, b in pairs),
+        "exact": percent(a == b for a, b in pairs),
+        "facts": 100 * sum(right for right, _ in counts) / total if total else None,
+    }
