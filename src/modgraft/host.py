@@ -156,8 +156,8 @@ class Host(nn.Module):
     def remove(self, name: str) -> None:
         """Take a module out; the host is as it was before, bit for bit."""
         implant = self[name]
-        for path in dict.fromkeys(implant.paths):
-            prune(self.model.get_submodule(path.partition("[")[0]), name)
+        for path in {label.partition("[")[0] for label in implant.paths}:
+            prune(self.model.get_submodule(path), name)
         del self.implants[name]
         del self._context.weights[name]
         self._context.switch(ex.without(self._context.composition, name))

@@ -1,0 +1,466 @@
+"""The contract: what DESIGN calls "what must always hold", for every module on every host.
+
+A new module is one row of ``MODULES``; a new host one row of ``tests/hosts.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hosts import BATCH, FEATURES, HOSTS, HostCase, side, tensor_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import modgraft as mg
+
+
+@dataclass(frozen=True)
+class ModuleCase:
+    """A module, where it goes, what it needs, and a reference written from the paper's equation.
+
+    ``reference(host)`` changes a float64 copy of the bare model so that it computes what the host
+    with the module does, with tensors taken from ``host["m"]``; it returns the tensors by key.
+    """
+
+    name: str
+    make: Callable[[], mg.Computation]
+    at: Callable[[HostCase], Any]
+    reference: Callable[[mg.Host, nn.Module, dict[str, Tensor]], None]
+    needs_side: bool = False
+    merges: bool = False
+
+
+def _lora_reference(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """W' = W + s·BA, the weight replaced in the layer."""
+    for label in host["m"].paths:
+        path, _, part = label.partition("[")
+        layer = plain.get_submodule(path)
+        delta = 0.75 * tensors[f"{label}:B"] @ tensors[f"{label}:A"]
+        weight = layer.weight
+        if isinstance(layer, nn.Linear):
+            new = weight + delta
+        else:  # GPT-2's Conv1D, [in, 3·d]: the part's columns
+            i = int(part[0])
+            d = weight.shape[1] // 3
+            new = torch.cat(
+                [
+                    weight[:, : i * d],
+                    weight[:, i * d : i * d + d] + delta.T,
+                    weight[:, i * d + d :],
+                ],
+                1,
+            )
+        del layer.weight
+        layer.weight = new
+
+
+def _fusion_reference(form: str) -> Callable[..., None]:
+    """H' = (1 − G) ⊙ H + G ⊙ A, token by token, for the examples that have an image."""
+
+    def paper(h: Tensor, v: Tensor, t: dict[str, Tensor]) -> Tensor:  # h [d], v [m, d]
+        scores = torch.stack([h @ row for row in v]) / math.sqrt(h.numel())
+        a = (scores.exp() / scores.exp().sum()) @ v
+        g = 1 / (1 + torch.exp(-(t["W_l.weight"] @ h + t["W_v.weight"] @ a)))
+        return (1 - g) * h + g * a
+
+    def released(h: Tensor, v: Tensor, t: dict[str, Tensor]) -> Tensor:
+        wq, wk, wv = t["attention.in_proj_weight"].chunk(3)
+        bq, bk, bv = t["attention.in_proj_bias"].chunk(3)
+        q, k, u = wq @ h + bq, v @ wk.T + bk, v @ wv.T + bv
+        a = (k @ q / math.sqrt(h.numel())).softmax(0) @ u
+        a = t["attention.out_proj.weight"] @ a + t["attention.out_proj.bias"]
+        g = torch.sigmoid(t["gate.weight"] @ torch.cat([h, a]) + t["gate.bias"])
+        return (1 - g) * h + g * a
+
+    def change(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
+        t = {key.split(":")[1]: value for key, value in tensors.items()}
+        given = side(dtype=torch.float64)
+        token = paper if form == "paper" else released
+
+        def hook(module: nn.Module, args: Any, out: Any) -> Any:
+            h = out if isinstance(out, Tensor) else out[0]
+            rows = []
+            for row, features, mask in zip(h, given.tensor, given.mask, strict=True):
+                v = features[mask] @ t["W_h.weight"].T + t.get("W_h.bias", 0.0)
+                rows.append(torch.stack([token(x, v, t) for x in row]) if mask.any() else row)
+            new = torch.stack(rows)
+            if isinstance(out, Tensor):
+                return new
+            out.last_hidden_state = new
+            return out
+
+        plain.get_submodule(host["m"].paths[0]).register_forward_hook(hook)
+
+    return change
+
+
+MODULES = {
+    case.name: case
+    for case in (
+        ModuleCase(
+            "lora", lambda: mg.LoRA(rank=4, alpha=3.0), lambda h: h.lora_at, _lora_reference,
+            merges=True,
+        ),
+        ModuleCase(
+            "fusion", lambda: mg.GatedFusion(dim=FEATURES), lambda h: h.output_at,
+            _fusion_reference("paper"), needs_side=True,
+        ),
+        ModuleCase(
+            "fusion_released", lambda: mg.GatedFusion(dim=FEATURES, form="released"),
+            lambda h: h.output_at, _fusion_reference("released"), needs_side=True,
+        ),
+    )
+}  # fmt: skip
+
+pytestmark = [
+    pytest.mark.parametrize("case", HOSTS.values(), ids=list(HOSTS)),
+    pytest.mark.parametrize("module", MODULES.values(), ids=list(MODULES)),
+]
+
+
+def implanted(case: HostCase, module: ModuleCase, stir: bool = True, **kw: Any) -> mg.Host:
+    """A host with the module under the name ``m``, its tensors away from their start."""
+    host = mg.Host(case.model(), **kw).eval()
+    host.implant("m", module.make(), at=module.at(case))
+    if stir:
+        with torch.no_grad():
+            for p in host["m"].parameters():
+                p.normal_(0.0, 0.3)
+    return host
+
+
+def extra(module: ModuleCase, rows: int = BATCH, **kw: Any) -> dict[str, Any]:
+    return {"side": {"image": side(rows, **kw)}} if module.needs_side else {}
+
+
+def run(host: nn.Module, case: HostCase, **kw: Any) -> Tensor:
+    with torch.no_grad():
+        return tensor_of(host(**case.batch(), **kw))
+
+
+# 1 -- the host is untouched --------------------------------------------------------------------
+
+
+def test_host_tree_is_untouched(case: HostCase, module: ModuleCase) -> None:
+    model = case.model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    kinds = {path: (type(m), str(type(m))) for path, m in model.named_modules()}
+    attributes = {path: set(m.__dict__) for path, m in model.named_modules()}
+    host = mg.Host(model).eval()
+    bare = run(host, case)
+
+    def same_tree() -> None:
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[k], before[k]) for k in before)
+        assert [p for p, _ in model.named_modules()] == list(kinds)
+        for path, sub in model.named_modules():
+            assert isinstance(sub, kinds[path][0])
+            assert str(type(sub)) == kinds[path][1]
+
+    host.implant("m", module.make(), at=module.at(case))
+    same_tree()
+    run(host, case, **extra(module))
+    same_tree()
+    with pytest.raises(mg.ModgraftError, match="implanted already"):
+        host.implant("m", module.make(), at=module.at(case))
+    host.remove("m")
+    same_tree()
+    for path, sub in model.named_modules():
+        assert type(sub) is kinds[path][0]
+        assert set(sub.__dict__) == attributes[path]
+    assert torch.equal(run(host, case), bare)
+    assert not list(host.implants.parameters())
+
+
+# 2 -- identity at birth ------------------------------------------------------------------------
+
+
+def test_identity_at_birth(case: HostCase, module: ModuleCase) -> None:
+    host = mg.Host(case.model()).eval()
+    bare = run(host, case)
+    host.implant("m", module.make(), at=module.at(case))
+    if module.make().identity:
+        assert torch.equal(run(host, case, **extra(module)), bare)
+    else:
+        assert not torch.equal(run(host, case, **extra(module)), bare)
+    if module.needs_side:  # absent everywhere: exactly the host, trained or not
+        nothing = mg.Side(side().tensor, torch.zeros(BATCH, 4, dtype=torch.bool))
+        assert torch.equal(run(host, case, side={"image": nothing}), bare)
+        some = run(host, case, **extra(module))
+        assert torch.equal(some[1], bare[1])
+        assert not torch.allclose(some[0], bare[0])
+    host.use(None)
+    assert torch.equal(run(host, case), bare)
+
+
+# 3 -- only what was asked to train trains ------------------------------------------------------
+
+
+def test_only_what_was_asked_trains(case: HostCase, module: ModuleCase) -> None:
+    host = implanted(case, module)
+    host.implant("m2", module.make(), at=module.at(case))  # a name that begins with the other
+    frozen = {k: v.clone() for k, v in host.state_dict().items()}
+    with host.training_only("m"):
+        learn = [p for p in host.parameters() if p.requires_grad]
+        assert {id(p) for p in learn} == {id(p) for p in host["m"].parameters()}
+        optimiser = torch.optim.SGD(host.parameters(), lr=0.5)
+        tensor_of(host(**case.batch(), **extra(module))).square().mean().backward()
+        optimiser.step()
+    own = {id(p) for p in host["m"].parameters()}
+    changed = [k for k, v in host.state_dict().items() if not torch.equal(v, frozen[k])]
+    names = {k for k, p in host.named_parameters() if id(p) in own}
+    assert changed
+    assert set(changed) <= names
+    assert len(changed) >= len(names) - 3  # a gradient may vanish (softmax ignores a key's bias)
+
+
+# 4 -- the mathematics is the published one -----------------------------------------------------
+
+
+def test_forward_and_gradient_equal_the_written_out_equation(
+    case: HostCase, module: ModuleCase
+) -> None:
+    host = implanted(case, module).double()
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in case.batch().items()}
+    plain = copy.deepcopy(case.model()).double().requires_grad_(False)
+    tensors = {k: v.detach().clone().requires_grad_() for k, v in host["m"].tensors().items()}
+    for sub in list(plain.modules()):  # so that a reference may put a computed weight in place
+        for name in list(sub._parameters):
+            value = sub._parameters.pop(name)
+            setattr(sub, name, None if value is None else value.detach())
+    module.reference(host, plain, tensors)
+    expected = tensor_of(plain(**batch))
+    out = tensor_of(host(**batch, **extra(module, dtype=torch.float64)))
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-11)
+
+    probe = torch.randn(out.shape, dtype=out.dtype)
+    (out * probe).sum().backward()
+    (expected * probe).sum().backward()
+    for key, value in tensors.items():
+        path, _, name = key.rpartition(":")
+        own = host["m"].places[host["m"].paths.index(path)].get_parameter(name).grad
+        torch.testing.assert_close(own, value.grad, rtol=1e-7, atol=1e-10)
+
+
+# 5 -- merged equals unmerged -------------------------------------------------------------------
+
+
+def test_merged_equals_unmerged_or_is_refused(case: HostCase, module: ModuleCase) -> None:
+    host = implanted(case, module).double()
+    if not module.merges:
+        with pytest.raises(mg.ModgraftError, match="cannot be merged"):
+            host.merge("m")
+        return
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in case.batch().items()}
+    before = copy.deepcopy(host.model.state_dict())
+    plain = host.merge("-0.5*m")
+    assert type(plain) is type(case.model())
+    assert not any("_modgraft_state" in sub.__dict__ for sub in plain.modules())
+    assert all(torch.equal(v, before[k]) for k, v in host.model.state_dict().items())
+    expected = tensor_of(host(**batch, modules="-0.5*m"))
+    torch.testing.assert_close(tensor_of(plain(**batch)), expected, rtol=1e-9, atol=1e-11)
+
+
+# 6 -- it keeps working where people work -------------------------------------------------------
+
+
+def test_generate_greedy_sampled_and_beam(case: HostCase, module: ModuleCase) -> None:
+    if not case.generates:
+        pytest.skip(f"{case.name} does not generate")
+    host = implanted(case, module)
+    batch = case.batch()
+    batch.pop("labels", None)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6}
+    if module.merges:
+        plain = host.merge("m")
+        for how in ({}, {"num_beams": 3}):
+            assert torch.equal(
+                host.generate(**batch, **how, **settings),
+                plain.generate(**batch, **how, **settings),
+            )
+    ways = ({}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2})
+    for how in ways:
+        cached = host.generate(**batch, **extra(module), **how, **settings)
+        again = host.generate(**batch, **extra(module), **how, use_cache=False, **settings)
+        assert torch.equal(cached, again)
+        returned = how.get("num_return_sequences", 1)
+        for i in range(BATCH):  # each example alone: its side input followed its beams
+            one = {k: v[i : i + 1] for k, v in batch.items()}
+            kw = extra(module)
+            if kw:
+                full = kw["side"]["image"]
+                kw = {"side": {"image": mg.Side(full.tensor[i : i + 1], full.mask[i : i + 1])}}
+            alone = host.generate(**one, **kw, **how, **settings)
+            assert torch.equal(alone, cached[i * returned : (i + 1) * returned])
+    torch.manual_seed(7)
+    first = host.generate(**batch, **extra(module), do_sample=True, **settings)
+    torch.manual_seed(7)
+    assert torch.equal(first, host.generate(**batch, **extra(module), do_sample=True, **settings))
+
+
+def test_gradient_checkpointing_recomputes_under_the_same_call(
+    case: HostCase, module: ModuleCase
+) -> None:
+    host = implanted(case, module)
+    if not getattr(host.model, "supports_gradient_checkpointing", False):
+        pytest.skip(f"{case.name} has no gradient checkpointing")
+
+    def gradients() -> list[Tensor]:
+        host.zero_grad()
+        with host.using("0.5*m"):
+            loss = tensor_of(host(**case.batch(), **extra(module))).square().mean()
+        loss.backward()  # the composition in force is another one by now
+        return [p.grad.clone() for p in host["m"].parameters()]
+
+    host.train()
+    expected = gradients()
+    host.model.activation_checkpointing_enable()
+    for one, other in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_bf16_autocast(case: HostCase, module: ModuleCase) -> None:
+    host = implanted(case, module)
+    exact = run(host, case, **extra(module))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = tensor_of(host(**case.batch(), **extra(module)))
+        half.float().square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in host["m"].parameters())
+    assert (half.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+def test_compiled_once_for_every_composition(case: HostCase, module: ModuleCase) -> None:
+    host = implanted(case, module)
+    host.implant("n", module.make(), at=module.at(case))
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(host, backend=counting, fullgraph=True)
+    for composition in ("m", None, "n", "m >> n", "0.3*n", "m >> 2*n"):
+        host.use(composition)
+        torch.testing.assert_close(
+            run(compiled, case, **extra(module)), run(host, case, **extra(module)),
+            rtol=1e-4, atol=1e-5,
+        )  # fmt: skip
+    assert len(graphs) == 1
+
+
+def test_deepcopy_is_another_host(case: HostCase, module: ModuleCase) -> None:
+    host = implanted(case, module)
+    expected = run(host, case, **extra(module))
+    twin = copy.deepcopy(host)
+    assert torch.equal(run(twin, case, **extra(module)), expected)
+    with torch.no_grad():
+        for p in twin["m"].parameters():
+            p.mul_(2)
+    twin.use(None)
+    assert torch.equal(run(host, case, **extra(module)), expected)
+    twin.remove("m")
+    assert torch.equal(run(host, case, **extra(module)), expected)
+
+
+def test_save_pretrained_writes_the_bare_host(
+    case: HostCase, module: ModuleCase, tmp_path: Any
+) -> None:
+    host = implanted(case, module)
+    if not hasattr(host.model, "save_pretrained"):
+        pytest.skip(f"{case.name} is no transformers model")
+    host.model.save_pretrained(tmp_path)
+    original = type(case.model())
+    again = original.from_pretrained(tmp_path).eval()
+    assert again.config.architectures == [original.__name__]
+    host.use(None)
+    assert torch.equal(run(again, case), run(host, case))
+
+
+def test_state_dict_round_trip(case: HostCase, module: ModuleCase) -> None:
+    host, other = implanted(case, module), implanted(case, module, stir=False)
+    other.load_state_dict(host.state_dict())
+    assert torch.equal(run(other, case, **extra(module)), run(host, case, **extra(module)))
+
+
+# 7 -- loud, never silent -----------------------------------------------------------------------
+
+
+def test_saved_and_loaded_strictly(case: HostCase, module: ModuleCase, tmp_path: Any) -> None:
+    host = implanted(case, module)
+    expected = run(host, case, **extra(module))
+    host.save("m", tmp_path / "m")
+    fresh = mg.Host(case.model()).eval()
+    fresh.load(tmp_path / "m")
+    assert torch.equal(run(fresh, case, **extra(module)), expected)
+    fresh.load(tmp_path / "m", name="twice")
+    assert list(fresh.implants) == ["m", "twice"]
+
+    stranger = mg.Host(case.model(seed=5)).eval()
+    with pytest.raises(mg.ModgraftError, match="another host"):
+        stranger.load(tmp_path / "m")
+    assert "m" not in stranger
+    stranger.load(tmp_path / "m", strict=False)
+
+
+def test_bad_calls_are_refused_and_leave_the_host(case: HostCase, module: ModuleCase) -> None:
+    host = mg.Host(case.model()).eval()
+    bare = run(host, case)
+    with pytest.raises(mg.ModgraftError, match="matches no site"):
+        host.implant("m", module.make(), at="encoder.blok.*.nothing")
+    with pytest.raises(mg.ModgraftError, match="where 77 were expected"):
+        host.implant("m", module.make(), at=module.at(case), expect=77)
+    for name in ("a b", "host", "if", "1st"):
+        with pytest.raises(mg.ModgraftError, match="cannot name a module"):
+            host.implant(name, module.make(), at=module.at(case))
+    assert torch.equal(run(host, case), bare)
+    assert not any("_modgraft_state" in sub.__dict__ for sub in host.model.modules())
+
+    host.implant("mod", module.make(), at=module.at(case))
+    with pytest.raises(mg.ModgraftError, match="did you mean 'mod'"):
+        host.use("mdo")
+    with pytest.raises(mg.ModgraftError, match="means nothing"):
+        host.use("mod @ mod")
+    if module.needs_side:
+        with pytest.raises(mg.ModgraftError, match="needs the side input 'image'"):
+            run(host, case)
+        wide = mg.Side(torch.randn(BATCH, 4, FEATURES + 1))
+        with pytest.raises(mg.ModgraftError, match=f"{FEATURES + 1} wide"):
+            run(host, case, side={"image": wide})
+        with pytest.raises(mg.ModgraftError, match="examples where the host works on"):
+            run(host, case, side={"image": side(BATCH + 1)})
+        with pytest.raises(mg.ModgraftError, match="mg.Side"):
+            run(host, case, side={"image": torch.randn(BATCH, 4, FEATURES)})
+    host.use(None)
+    assert torch.equal(run(host, case), bare)
+
+
+def test_two_at_once_equal_the_sum_of_effects(case: HostCase, module: ModuleCase) -> None:
+    """``m + n`` adds effects on one output; ``m >> n`` lets n see what m left."""
+    host = implanted(case, module).double()
+    host.implant("n", module.make(), at=module.at(case))
+    with torch.no_grad():
+        for p in host["n"].parameters():
+            p.normal_(0.0, 0.3).to(torch.float64)
+    assert str(host.composition) == "m >> n"
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in case.batch().items()}
+    kw = extra(module, dtype=torch.float64)
+
+    def at(composition: Any) -> Tensor:
+        with torch.no_grad():
+            return tensor_of(host(**batch, **kw, modules=composition))
+
+    torch.testing.assert_close(at("m + n"), at("n + m"), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(at("2*(m + n) - m - n"), at("m + n"), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(at("m - m"), at(None), rtol=1e-9, atol=1e-11)
+    if module.merges:
+        torch.testing.assert_close(at("m >> n"), at("m + n"), rtol=1e-9, atol=1e-11)
+    else:
+        assert not torch.allclose(at("m >> n"), at("m + n"))

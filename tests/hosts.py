@@ -1,0 +1,192 @@
+"""The hosts of the contract suite: real transformers architectures, small, and a plain network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import modgraft as mg
+
+WIDTH, FEATURES, BATCH = 16, 6, 3
+VOCAB = {"vocab_size": 41}
+SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+
+
+@dataclass(frozen=True)
+class HostCase:
+    """A host, a batch for it, and where modules go.
+
+    ``lora_at`` and ``output_at`` select sites; ``output_at`` is one site whose output is
+    ``[B, n, WIDTH]``. ``text`` says whether there is an input to put tokens before.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    batch: Callable[[], dict[str, Any]]
+    lora_at: Any
+    output_at: str
+    generates: bool = False
+    text: bool = False
+
+    def model(self, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        model = self.make().eval()
+        with torch.no_grad():  # the default initialisation is so small that nothing shows
+            for parameter in model.parameters():
+                parameter.normal_(0.0, 0.3) if parameter.dim() > 1 else parameter.add_(0.1)
+        return model
+
+
+def tensor_of(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def ids(length: int = 7, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 41, (BATCH, length), generator=generator)
+
+
+def side(rows: int = BATCH, seed: int = 2, dtype: torch.dtype = torch.float32) -> mg.Side:
+    """Four feature vectors an example; example 1 has none, the last one only two."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(rows, 4, FEATURES, generator=generator, dtype=dtype)
+    mask = torch.ones(rows, 4, dtype=torch.bool)
+    mask[1] = False
+    mask[-1, 2:] = False
+    return mg.Side(features, mask)
+
+
+def _t5() -> nn.Module:
+    return T5ForConditionalGeneration(
+        T5Config(
+            **VOCAB,
+            d_model=WIDTH,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            decoder_start_token_id=0,
+            dropout_rate=0.0,
+        )
+    )
+
+
+def _bert() -> nn.Module:
+    return BertForMaskedLM(
+        BertConfig(
+            **VOCAB,
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def _gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            **VOCAB,
+            **SPECIAL,
+            n_embd=WIDTH,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+
+
+def _llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **VOCAB,
+            **SPECIAL,
+            hidden_size=WIDTH,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+
+
+def _vit() -> nn.Module:
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            image_size=8,
+            patch_size=4,
+            num_labels=5,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def _plain() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 4)
+    )
+
+
+def _pixels() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    return {"pixel_values": torch.randn(BATCH, 3, 8, 8, generator=generator)}
+
+
+def _vectors() -> dict[str, Any]:
+    return {"input": torch.randn(BATCH, 7, 5, generator=torch.Generator().manual_seed(4))}
+
+
+def _masked(values: Tensor) -> dict[str, Any]:
+    mask = torch.ones_like(values)
+    mask[0, -2:] = 0
+    return {"input_ids": values, "attention_mask": mask}
+
+
+def _decoder() -> dict[str, Any]:
+    mask = torch.ones_like(ids())
+    mask[0, :2] = 0  # padded on the left, as for generation
+    return {"input_ids": ids(), "attention_mask": mask}
+
+
+QV = ["query", "value"]
+HOSTS = {
+    case.name: case
+    for case in (
+        HostCase(
+            "t5", _t5, lambda: {**_masked(ids()), "labels": ids(5, 5)}, QV, "encoder.output",
+            generates=True, text=True,
+        ),
+        HostCase("bert", _bert, lambda: _masked(ids()), QV, "encoder.output", text=True),
+        HostCase("gpt2", _gpt2, _decoder, QV, "decoder.output", generates=True, text=True),
+        HostCase("llama", _llama, _decoder, QV, "decoder.output", generates=True, text=True),
+        HostCase("vit", _vit, _pixels, QV, "encoder.output"),
+        HostCase("plain", _plain, _vectors, nn.Linear, "2"),
+    )
+}  # fmt: skip
