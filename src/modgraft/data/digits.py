@@ -1,0 +1,328 @@
+"""DigitsQA: real scanned digits, questions in ScienceQA's format, nothing to download.
+
+The images are scikit-learn's 1,797 real 8 x 8 scans (`sklearn.datasets.load_digits`), cut
+1197 / 300 / 300 in their order: neighbours share a writer, so a shuffled cut would leak hands from
+training into the test. A question shows a strip of three digits, left, middle and right, drawn from
+its own split alone.
+
+The text of a question, options and table included, is drawn first; then which option is right,
+uniformly; then the digits, among those that make it right. So given the text alone every option is
+equally likely, by construction: a model that does not look at the image cannot beat 1 / (number of
+options). The family `text` has no image and can be answered from the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from modgraft.data.rationale import POSITIONS
+
+CUT = {"train": slice(0, 1197), "val": slice(1197, 1497), "test": slice(1497, 1797)}
+"""Which of scikit-learn's scans each split may show, in their order."""
+
+FAMILIES = ("read", "compare", "add", "lookup", "even", "text")
+"""The kinds of question; a record's `category`. All but the last show an image."""
+
+CODES = "FGHJKLMNPQRSTVWXYZ"
+"""The letters of a code table. None is an option's letter (A to E), I or O."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What all records of one family share: ScienceQA's descriptive fields."""
+
+    subject: str
+    topic: str
+    grade: str
+    skill: str
+    lecture: str
+
+
+KINDS = {
+    "read": _Kind(
+        "language science", "reading", "grade1", "Read a handwritten digit",
+        "A strip shows three handwritten digits: left, middle and right.",
+    ),
+    "compare": _Kind(
+        "natural science", "number sense", "grade2", "Compare two handwritten digits",
+        "Of two numbers, the one further along the number line is larger.",
+    ),
+    "even": _Kind(
+        "natural science", "number sense", "grade3", "Count even digits",
+        "A number is even if it can be split into two equal whole numbers.",
+    ),
+    "add": _Kind(
+        "natural science", "arithmetic", "grade5", "Add two handwritten digits",
+        "The sum of two numbers is what they make together.",
+    ),
+    "lookup": _Kind(
+        "social science", "maps and keys", "grade8", "Look a handwritten digit up in a code table",
+        "A code table gives each number a code. Find the row of the number, then read its code.",
+    ),
+    "text": _Kind(
+        "language science", "reading", "grade7", "Answer from the text",
+        "Everything that is needed is in the text.",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DigitsQA:
+    """Questions about strips of digits.
+
+    `problems[qid]` is a raw record in ScienceQA's format (`problems.json`), `splits[name]` the ids
+    of a split in order (`pid_splits.json`), `strips[qid]` the image, float32 [8, 24] in 0..1, ink
+    high, for the questions that have one, and `digits[qid]` its three true digits.
+    """
+
+    problems: dict[str, dict[str, Any]]
+    splits: dict[str, list[str]]
+    strips: dict[str, np.ndarray]
+    digits: dict[str, tuple[int, int, int]]
+
+
+@cache
+def scans() -> tuple[np.ndarray, np.ndarray]:
+    """All scans, float32 [1797, 8, 8] in 0..1 with ink high, and their digits, int64 [1797]."""
+    flat, target = load_digits(return_X_y=True)
+    images = np.asarray(flat, np.float32).reshape(-1, 8, 8) / 16.0
+    return images, np.asarray(target, np.int64)
+
+
+def digits_qa(
+    train: int = 12_000,
+    val: int = 480,
+    test: int = 900,
+    seed: int = 0,
+    *,
+    weights: Mapping[str, float] | None = None,
+) -> DigitsQA:
+    """Draw DigitsQA: `train`, `val` and `test` questions, in each split from its own scans.
+
+    Args:
+        train, val, test: how many questions. Families take turns in `val` and `test`, so that each
+            has its share.
+        seed: decides every draw; a split depends on the seed and its own name alone, not on the
+            others' sizes.
+        weights: how often each family is drawn for `train`; the default is evenly.
+
+    Raises:
+        ValueError: a negative number of questions, or weights for a family that does not exist.
+    """
+    share = dict.fromkeys(FAMILIES, 1.0) | dict(weights or {})
+    if unknown := sorted(set(share) - set(FAMILIES)):
+        raise ValueError(f"weights: no family {unknown}; the families are {list(FAMILIES)}")
+    images, labels = scans()
+    out = DigitsQA({}, {}, {}, {})
+    for number, (split, count) in enumerate({"train": train, "val": val, "test": test}.items()):
+        if count < 0:
+            raise ValueError(
+                f"{split}: {count} questions asked for; the number must not be negative"
+            )
+        rng = np.random.default_rng([seed, number])
+        where = np.arange(len(labels))[CUT[split]]
+        rows = [where[labels[where] == digit] for digit in range(10)]
+        out.splits[split] = []
+        odds = np.array([share[family] for family in FAMILIES])
+        for index in range(count):
+            if split == "train":
+                family = FAMILIES[rng.choice(len(FAMILIES), p=odds / odds.sum())]
+            else:
+                family = FAMILIES[index % len(FAMILIES)]
+            qid = f"{split}-{index:05d}"
+            drawn = _DRAW[family](rng)
+            out.problems[qid] = _record(family, split, drawn)
+            out.splits[split].append(qid)
+            if drawn.digits is not None:
+                chosen = [rng.choice(rows[digit]) for digit in drawn.digits]
+                out.strips[qid] = np.concatenate([images[i] for i in chosen], axis=1)
+                out.digits[qid] = drawn.digits
+    return out
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One drawn question, before it is written as a record."""
+
+    question: str
+    choices: list[str]
+    answer: int
+    rationale: str
+    hint: str = ""
+    digits: tuple[int, int, int] | None = None
+
+
+def _record(family: str, split: str, drawn: _Drawn) -> dict[str, Any]:
+    kind = KINDS[family]
+    return {
+        "question": drawn.question,
+        "choices": drawn.choices,
+        "answer": drawn.answer,
+        "hint": drawn.hint,
+        "image": "image.png" if drawn.digits is not None else None,
+        "task": "closed choice",
+        "grade": kind.grade,
+        "subject": kind.subject,
+        "topic": kind.topic,
+        "category": family,
+        "skill": kind.skill,
+        "lecture": kind.lecture,
+        "solution": drawn.rationale,
+        "split": split,
+    }
+
+
+def _some(rng: np.random.Generator, values: range | str, count: int) -> list[Any]:
+    """`count` different members of `values`, in random order."""
+    return [values[i] for i in rng.choice(len(values), size=count, replace=False)]
+
+
+def _options(rng: np.random.Generator, values: range | str) -> tuple[list[Any], int]:
+    """Three to five different options and, uniformly, which of them is right."""
+    options = _some(rng, values, int(rng.integers(3, 6)))
+    return options, int(rng.integers(len(options)))
+
+
+def _places(rng: np.random.Generator, count: int) -> list[int]:
+    """`count` different places of the strip, from left to right."""
+    return sorted(int(i) for i in rng.choice(3, size=count, replace=False))
+
+
+def _strip(rng: np.random.Generator, known: Mapping[int, int]) -> tuple[int, int, int]:
+    """Three digits: those of `known` (place -> digit), and any digit at the other places."""
+    left, middle, right = (known.get(i, int(rng.integers(10))) for i in range(3))
+    return left, middle, right
+
+
+def _stated(digits: tuple[int, int, int]) -> str:
+    return ", ".join(f"{place} {digit}" for place, digit in zip(POSITIONS, digits, strict=True))
+
+
+def _read(rng: np.random.Generator) -> _Drawn:
+    (place,) = _places(rng, 1)
+    options, answer = _options(rng, range(10))
+    digits = _strip(rng, {place: options[answer]})
+    return _Drawn(
+        f"What is the {POSITIONS[place]} digit?",
+        [str(o) for o in options],
+        answer,
+        f"{_stated(digits)}. {POSITIONS[place]} {digits[place]}, so {digits[place]}.",
+        digits=digits,
+    )
+
+
+def _compare(rng: np.random.Generator) -> _Drawn:
+    first, second = _places(rng, 2)
+    word = ("larger", "smaller")[int(rng.integers(2))]
+    options, answer = _options(rng, range(1, 10) if word == "larger" else range(9))
+    best = options[answer]
+    other = int(rng.integers(best) if word == "larger" else rng.integers(best + 1, 10))
+    swap = rng.random() < 0.5
+    digits = _strip(rng, {first: other if swap else best, second: best if swap else other})
+    a, b = POSITIONS[first], POSITIONS[second]
+    return _Drawn(
+        f"Which digit is {word}, {a} or {b}?",
+        [str(o) for o in options],
+        answer,
+        f"{_stated(digits)}. {a} {digits[first]}, {b} {digits[second]}, {word} {best}, so {best}.",
+        digits=digits,
+    )
+
+
+def _add(rng: np.random.Generator) -> _Drawn:
+    first, second = _places(rng, 2)
+    options, answer = _options(rng, range(19))
+    total = options[answer]
+    one = int(rng.integers(max(0, total - 9), min(9, total) + 1))
+    digits = _strip(rng, {first: one, second: total - one})
+    a, b = POSITIONS[first], POSITIONS[second]
+    return _Drawn(
+        f"What is {a} plus {b}?",
+        [str(o) for o in options],
+        answer,
+        f"{_stated(digits)}. {a} {one} plus {b} {total - one} is {total}, so {total}.",
+        digits=digits,
+    )
+
+
+def _even(rng: np.random.Generator) -> _Drawn:
+    options = _some(rng, range(4), 4)
+    answer = int(rng.integers(4))
+    even = set(_some(rng, range(3), options[answer]))
+    halves = [int(rng.integers(5)) for _ in range(3)]
+    left, middle, right = (2 * half + (i not in even) for i, half in enumerate(halves))
+    digits = (left, middle, right)
+    parity = ", ".join(f"{digit} {'odd' if digit % 2 else 'even'}" for digit in digits)
+    return _Drawn(
+        "How many digits are even?",
+        [str(o) for o in options],
+        answer,
+        f"{_stated(digits)}. {parity}, so {options[answer]}.",
+        digits=digits,
+    )
+
+
+def _table(rng: np.random.Generator) -> tuple[dict[int, str], str]:
+    """A code table of six rows, and the hint that shows it."""
+    rows = dict(zip(_some(rng, range(10), 6), _some(rng, CODES, 6), strict=True))
+    return rows, "Code table: " + ", ".join(f"{d} {code}" for d, code in rows.items()) + "."
+
+
+def _lookup(rng: np.random.Generator) -> _Drawn:
+    (place,) = _places(rng, 1)
+    rows, hint = _table(rng)
+    options, answer = _options(rng, "".join(rows.values()))
+    code = options[answer]
+    digit = next(d for d, c in rows.items() if c == code)
+    digits = _strip(rng, {place: digit})
+    return _Drawn(
+        f"Which code has the {POSITIONS[place]} digit?",
+        options,
+        answer,
+        f"{_stated(digits)}. {POSITIONS[place]} {digit}, row {digit} {code}, so {code}.",
+        hint,
+        digits,
+    )
+
+
+def _text(rng: np.random.Generator) -> _Drawn:
+    kind = ("lookup", "add", "compare")[int(rng.integers(3))]
+    if kind == "lookup":
+        rows, hint = _table(rng)
+        options, answer = _options(rng, "".join(rows.values()))
+        digit = next(d for d, c in rows.items() if c == options[answer])
+        rationale = f"row {digit} {options[answer]}, so {options[answer]}."
+        return _Drawn(f"Which code has the digit {digit}?", options, answer, rationale, hint)
+    if kind == "add":
+        a, b = (int(rng.integers(10)) for _ in range(2))
+        question, right = f"What is {a} plus {b}?", a + b
+        rationale = f"{a} plus {b} is {right}, so {right}."
+        values = range(19)
+    else:
+        a, b = _some(rng, range(10), 2)
+        word = ("larger", "smaller")[int(rng.integers(2))]
+        right = max(a, b) if word == "larger" else min(a, b)
+        question = f"Which digit is {word}, {a} or {b}?"
+        rationale = f"{a}, {b}, {word} {right}, so {right}."
+        values = range(10)
+    options, answer = _options(rng, values)
+    if right in options:
+        answer = options.index(right)
+    options[answer] = right
+    return _Drawn(question, [str(o) for o in options], answer, rationale)
+
+
+_DRAW: dict[str, Callable[[np.random.Generator], _Drawn]] = {
+    "read": _read,
+    "compare": _compare,
+    "add": _add,
+    "lookup": _lookup,
+    "even": _even,
+    "text": _text,
+}

@@ -1,0 +1,256 @@
+"""An eye for DigitsQA: a small convolutional network, a strip of three digits in, patches out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modgraft.data.digits import CUT, scans
+from modgraft.errors import ModgraftError
+
+PATCHES, FEATURES, POSITION = 12, 64, 16
+"""Patches of a strip; features of a patch; numbers that say where the patch is."""
+
+
+class DigitPatches(nn.Module):
+    """strips [B, 8, 24] -> patches [B, 12, 80]: 64 features and 16 numbers of position a patch.
+
+    Each of the three 8 x 8 digits goes through the same convolutions by itself, down to a 2 x 2
+    map. Patches are in reading order over the strip, two rows of six (`patches.reshape(B, 2, 6,
+    80)`), each over 4 x 4 pixels, and every patch has seen its whole digit: one look tells which
+    digit it is. Position: which of the three digits (one-hot, 3), which of the twelve patches
+    (one-hot, 12), and a constant 1.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    where: Tensor
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        wide = 2 * width
+        self.body = nn.Sequential(
+            *_layer(1, width),
+            *_layer(width, width),
+            *_layer(width, wide, stride=2),  # 8 x 8 -> 4 x 4
+            *_layer(wide, wide),
+            *_layer(wide, FEATURES, stride=2),  # 4 x 4 -> 2 x 2
+        )
+        self.mix = nn.Conv2d(FEATURES, FEATURES, 3, padding=1)
+        self.head = nn.Linear(FEATURES, 10)
+        self.register_buffer("mean", torch.zeros(FEATURES))
+        self.register_buffer("scale", torch.ones(FEATURES))
+        self.register_buffer("where", _positions(), persistent=False)
+
+    def maps(self, digits: Tensor) -> Tensor:
+        """Digits [N, 8, 8] in 0..1 -> their raw 2 x 2 maps as rows [N, 4, 64]."""
+        h = self.body(digits[:, None])
+        h = h + F.relu(self.mix(h))
+        return h.flatten(2).transpose(1, 2)  # [N, 64, 2, 2] -> [N, 4, 64]
+
+    def logits(self, digits: Tensor) -> Tensor:
+        """Digits [N, 8, 8] -> every patch's opinion [N, 4, 10]; their mean is the network's."""
+        return self.head(self.maps(digits))
+
+    def forward(self, strips: Tensor) -> Tensor:
+        """Strips [B, 8, 24] float in 0..1, ink high -> [B, 12, 80] float.
+
+        Raises:
+            ModgraftError: the strips are not [B, 8, 24].
+        """
+        if strips.dim() != 3 or strips.shape[1:] != (8, 24):
+            raise ModgraftError(
+                f"DigitPatches: strips are {list(strips.shape)}, not [batch, 8, 24]; "
+                "read an image file with read_strip(path)[None]"
+            )
+        B = len(strips)
+        digits = strips.reshape(B, 8, 3, 8).transpose(1, 2).reshape(3 * B, 8, 8)
+        maps = (self.maps(digits) - self.mean) / self.scale
+        # [3B, 4, 64] -> [B, digit, row, column, 64] -> [B, row, digit, column, 64] -> [B, 12, 64]
+        patches = maps.reshape(B, 3, 2, 2, FEATURES).transpose(1, 2).reshape(B, PATCHES, FEATURES)
+        return torch.cat([patches, self.where.to(patches).expand(B, -1, -1)], dim=-1)
+
+    @torch.no_grad()
+    def features(self, strips: Tensor | np.ndarray, batch: int = 512) -> Tensor:
+        """Strips [N, 8, 24] -> [N, 12, 80] float32, in batches, without gradients."""
+        strips = torch.as_tensor(strips, dtype=torch.float32)
+        if not len(strips):
+            return torch.zeros(0, PATCHES, FEATURES + POSITION)
+        return torch.cat([self(part) for part in strips.split(batch)])
+
+    @torch.no_grad()
+    def read(self, strips: Tensor | np.ndarray) -> Tensor:
+        """Strips [N, 8, 24] -> the digits that the network itself sees, int64 [N, 3]."""
+        strips = torch.as_tensor(strips, dtype=torch.float32)
+        digits = strips.reshape(-1, 8, 3, 8).transpose(1, 2).reshape(-1, 8, 8)
+        return self.logits(digits).mean(1).argmax(-1).reshape(-1, 3)
+
+
+def _layer(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    ]
+
+
+def _positions() -> Tensor:
+    """[12, 16]: which digit (3), which patch (12), and 1."""
+    digit = F.one_hot(torch.arange(6) // 2, 3).repeat(2, 1)
+    return torch.cat([digit, torch.eye(PATCHES), torch.ones(PATCHES, 1)], dim=1).float()
+
+
+def train_vision(
+    seed: int = 0, *, steps: int = 1500, batch: int = 96, lr: float = 3e-3
+) -> DigitPatches:
+    """Train `DigitPatches` on the 1,197 training digits alone; returns it frozen, for evaluation.
+
+    Every digit is seen turned, stretched, sheared, shifted, bent, thicker or thinner and with
+    noise, never twice the same. The loss asks the mean of the four patches, and each patch by
+    itself, for the digit (smoothed labels). What is returned is the running average of the weights.
+
+    Args:
+        seed: decides weights, batches and distortions; the global random state is left as it was.
+        steps, batch, lr: AdamW with one cycle of the learning rate. 1,500 steps take about 25 s on
+            one thread.
+    """
+    images, labels = (torch.from_numpy(a[CUT["train"]]) for a in scans())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = DigitPatches()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
+    average = {k: v.clone() for k, v in net.state_dict().items()}
+    for step in range(steps):
+        index = torch.randint(len(images), (batch,), generator=generator)
+        target = labels[index]
+        logits = net.logits(distort(images[index], generator))  # [b, 4, 10]
+        loss = F.cross_entropy(logits.mean(1), target, label_smoothing=0.05)
+        each = F.cross_entropy(
+            logits.flatten(0, 1), target.repeat_interleave(4), label_smoothing=0.05
+        )
+        optimizer.zero_grad()
+        (loss + 0.5 * each).backward()
+        optimizer.step()
+        schedule.step()
+        keep = min(0.99, (step + 1) / (step + 10))  # the first averages are over few steps
+        for key, value in net.state_dict().items():
+            if value.is_floating_point():
+                average[key].lerp_(value, 1 - keep)
+    net.load_state_dict(average)
+    net.eval().requires_grad_(False)
+    rows = net.maps(images).flatten(0, 1)  # [4 * 1197, 64]
+    net.mean.copy_(rows.mean(0))
+    # a channel that hardly varies is not blown up
+    deviation = rows.std(0)
+    net.scale.copy_(deviation.clamp_min(0.25 * float(deviation.mean())))
+    return net
+
+
+def distort(digits: Tensor, generator: torch.Generator) -> Tensor:
+    """Digits [N, 8, 8] in 0..1 as other hands might have written them, [N, 8, 8] in 0..1.
+
+    A random affine map (turn, stretch, shear, shift by about half a pixel), a smooth random bend,
+    another stroke weight, and noise.
+    """
+    N = len(digits)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    turn, shear = 0.13 * normal(N), 0.13 * normal(N)
+    wide, high = (0.09 * normal(N)).exp(), (0.09 * normal(N)).exp()
+    rows = [
+        torch.stack([turn.cos() * wide, shear - turn.sin() * high], dim=-1),
+        torch.stack([turn.sin() * wide, turn.cos() * high], dim=-1),
+    ]
+    affine = torch.cat([torch.stack(rows, dim=1), 0.13 * normal(N, 2, 1)], dim=2)  # [N, 2, 3]
+    grid = F.affine_grid(affine, [N, 1, 8, 8], align_corners=False)
+    bend = F.interpolate(0.1 * normal(N, 2, 3, 3), size=8, mode="bicubic", align_corners=True)
+    moved = F.grid_sample(
+        digits[:, None], grid + bend.permute(0, 2, 3, 1), mode="bilinear", align_corners=False
+    )[:, 0]
+    weight = (0.25 * normal(N, 1, 1)).exp()
+    moved = moved.clamp(0, 1) ** weight * (1 + 0.1 * normal(N, 1, 1))
+    return (moved + 0.05 * normal(N, 8, 8)).clamp(0, 1)
+
+
+def save_vision(net: DigitPatches, path: str | Path) -> None:
+    """Write the network's weights as safetensors."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, path)
+
+
+def load_vision(path: str | Path) -> DigitPatches:
+    """The network that `save_vision` wrote, frozen, in evaluation mode.
+
+    Raises:
+        ModgraftError: no such file, not safetensors, or not this network's weights.
+    """
+    if not Path(path).is_file():
+        raise ModgraftError(f"{path}: no such file; write one with save_vision(net, path)")
+    net = DigitPatches()
+    try:
+        net.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ModgraftError(f"{path}: not a DigitPatches network ({error})") from error
+    return net.eval().requires_grad_(False)
+
+
+def save_strip(strip: np.ndarray | Tensor, path: str | Path, *, zoom: int = 1) -> None:
+    """Write a strip [8, 24] in 0..1, ink high, as an image file, black on white, magnified."""
+    grey = np.rint(255 * (1 - np.asarray(strip))).clip(0, 255).astype(np.uint8)
+    Image.fromarray(np.kron(grey, np.ones((zoom, zoom), np.uint8))).save(path)
+
+
+def read_strip(path: str | Path) -> Tensor:
+    """Any image file of three digits side by side as a strip, float32 [8, 24] in 0..1, ink high.
+
+    The image is put on white where it is transparent, made grey, averaged down to 8 x 24 and
+    stretched to the full range; if most of it is dark after that, it is taken for
+    black ink on white, and inverted.
+
+    Raises:
+        ModgraftError: the file is missing, is no image, is cut short, or is blank.
+    """
+    if not Path(path).is_file():
+        raise ModgraftError(f"{path}: no such file; pass an image of three digits side by side")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            rgba = image.convert("RGBA")
+    except UnidentifiedImageError as error:
+        raise ModgraftError(f"{path}: not an image that can be read; pass a PNG or JPEG") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ModgraftError(f"{path}: a damaged image ({error}); save it again") from error
+    paper = Image.new("RGBA", rgba.size, "white")
+    grey = Image.alpha_composite(paper, rgba).convert("L").convert("F")
+    strip = torch.from_numpy(np.array(grey.resize((24, 8), Image.Resampling.BOX)) / 255.0)
+    low, high = float(strip.min()), float(strip.max())
+    if math.isclose(low, high, abs_tol=0.02):
+        raise ModgraftError(f"{path}: the image is blank; pass an image of three digits")
+    strip = ((strip - low) / (high - low)).float()
+    # paper is what there is more of; here ink is to be high
+    return 1 - strip if float(strip.mean()) > 0.5 else strip
+
+
+def vision_accuracy(net: DigitPatches, split: str) -> dict[str, Any]:
+    """Share of a split's digits read right, in 0..1: `digit` by four patches' mean, `patch` by
+    each."""
+    images, labels = (torch.from_numpy(a[CUT[split]]) for a in scans())
+    with torch.no_grad():
+        logits = net.logits(images)
+    return {
+        "digit": float((logits.mean(1).argmax(-1) == labels).float().mean()),
+        "patch": float((logits.argmax(-1) == labels[:, None]).float().mean()),
+    }
