@@ -285,7 +285,7 @@ class Questions(Sequence[Record]):
         """
         out = skips.ids
         kept = self.subset(qid for qid in self.ids if qid not in out)
-        if not kept and self.records:
+        if not kept and skips.entries:
             first = skips.entries[0]
             reason = f"every question was skipped, the first one because: {first.reason}"
             raise DataError(reason, id=first.id, file=first.file)
