@@ -1,0 +1,8 @@
+"""The report of a run: one self-contained HTML page, its figures, and the README's table."""
+
+from __future__ import annotations
+
+from modgraft.report.page import write
+from modgraft.report.table import insert, table
+
+__all__ = ["insert", "table", "write"]

@@ -1,0 +1,129 @@
+"""Wrong answers by class, and examples of each, with what differs from the true rationale."""
+
+from __future__ import annotations
+
+import difflib
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from modgraft.report.looks import enlarged
+from modgraft.report.run import Prediction, Results, Row, Run
+
+MEANINGS = {
+    "perception": "a digit that the question turns on is misread",
+    "reasoning": "the digits are right, the conclusion drawn from them is not",
+    "mapping": "the conclusion is right, the chosen option does not say it",
+    "format": "no conclusion, or no option, can be read from what was written",
+}
+"""What each class means. A class that is not here is shown by its name alone."""
+
+UNSORTED = "unclassified"
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some words of a written rationale, and whether they differ from the true one."""
+
+    text: str
+    differs: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One wrong answer; `image` is a data URI, or None where the run does not hold the image."""
+
+    prediction: Prediction
+    image: str | None
+    written: list[Piece]
+
+
+@dataclass(frozen=True)
+class Class:
+    """One class of error with its first examples, out of `total` in the predictions shown."""
+
+    name: str
+    meaning: str
+    total: int
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Wrong answers by class, mean over seeds, one line a row; None where a row has no classes."""
+
+    classes: list[str]
+    lines: list[tuple[Row, list[str] | None]]
+
+
+def counts(run: Run, results: Results) -> Counts:
+    """Count from the metrics, and from the predictions where the metrics have no classes."""
+    per_row = {row.key: _per_seed(run, row) for row in results.rows}
+    names = list(MEANINGS)
+    found = {name for seeds in per_row.values() for each in seeds for name in each}
+    names = [n for n in names if n in found] + sorted(found - set(names))
+    lines: list[tuple[Row, list[str] | None]] = []
+    for row in results.rows:
+        seeds = per_row[row.key]
+        cells = None
+        if seeds:
+            means = [statistics.fmean(each.get(name, 0) for each in seeds) for name in names]
+            digits = 0 if len(seeds) == 1 else 1
+            cells = [f"{mean:.{digits}f}" for mean in means]
+        lines.append((row, cells))
+    return Counts(names, lines)
+
+
+def _per_seed(run: Run, row: Row) -> Sequence[Mapping[str, int]]:
+    kept = [m.errors for m in row.seeds.values() if m.errors is not None]
+    if kept:
+        return kept
+    return [
+        Counter(each.error or UNSORTED for each in predictions if not each.correct)
+        for predictions in run.predictions.get(row.key, {}).values()
+    ]
+
+
+def examples(run: Run, predictions: Iterable[Prediction]) -> list[Class]:
+    """Group wrong answers by class, the most frequent first, and lay the first of each out."""
+    grouped: dict[str, list[Prediction]] = {}
+    for each in predictions:
+        if not each.correct:
+            grouped.setdefault(each.error or UNSORTED, []).append(each)
+    classes = []
+    for name, members in sorted(grouped.items(), key=lambda item: -len(item[1])):
+        shown = [_example(run, each) for each in _varied(members)]
+        classes.append(Class(name, MEANINGS.get(name, ""), len(members), shown))
+    return classes
+
+
+def _varied(members: list[Prediction]) -> list[Prediction]:
+    """The first of each category before the second of any: examples should not be all alike."""
+    seen: Counter[str] = Counter()
+    ranked = []
+    for place, each in enumerate(members):
+        ranked.append((seen[each.category], place, each))
+        seen[each.category] += 1
+    return [each for _, _, each in sorted(ranked, key=lambda item: item[:2])[:EXAMPLES]]
+
+
+def _example(run: Run, each: Prediction) -> Example:
+    image = run.images.get(each.id) if each.image else None
+    return Example(
+        each,
+        enlarged(image) if image is not None else None,
+        differences(each.gold_rationale or "", each.rationale or ""),
+    )
+
+
+def differences(gold: str, written: str) -> list[Piece]:
+    """`written` in pieces; those that a shortest word-by-word edit of `gold` puts in are marked."""
+    a, b = gold.split(), written.split()
+    matcher = difflib.SequenceMatcher(a=a, b=b, autojunk=False)
+    return [
+        Piece(" ".join(b[start:stop]), tag != "equal")
+        for tag, _, _, start, stop in matcher.get_opcodes()
+        if stop > start
+    ]

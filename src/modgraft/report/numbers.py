@@ -1,0 +1,145 @@
+"""From metrics per seed to a table's figures: mean, spread, chance, what may be called best."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from scipy import stats
+
+from modgraft.report.run import Metrics, Prediction, Results, Row, Run
+
+Read = Callable[[Metrics], float | None]
+
+LEVEL = 0.05
+"""Two rows are told apart where Welch's test over their seeds has a p below this."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measurement over seeds: `values` in the seeds' order, never empty."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation over seeds; None of a single seed, which has none."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def __str__(self) -> str:
+        spread = self.spread
+        return f"{self.mean:.1f}" if spread is None else f"{self.mean:.1f} ± {spread:.1f}"
+
+
+def figure(row: Row, read: Read) -> Figure | None:
+    """One metric of a row over the seeds that have it; None where none has."""
+    found = (read(metrics) for _, metrics in sorted(row.seeds.items()))
+    values = tuple(float(value) for value in found if value is not None)
+    return Figure(values) if values else None
+
+
+def apart(a: Figure, b: Figure) -> bool:
+    """Whether the seeds tell two figures apart (Welch's t-test, two-sided, `LEVEL`)."""
+    if a.spread is None or b.spread is None:
+        return False
+    if a.spread == b.spread == 0:
+        return a.mean != b.mean
+    test = stats.ttest_ind_from_stats(
+        a.mean, a.spread, len(a.values), b.mean, b.spread, len(b.values), equal_var=False
+    )
+    return float(test[1]) < LEVEL
+
+
+def best(rows: Iterable[Row], read: Read) -> set[str]:
+    """Keys of the rows that share first place: the highest mean, and all that it is not apart from.
+
+    Controls and leaks do not compete. Of single seeds nothing can be said, so nothing is best; nor
+    is a field in which every row shares first place.
+    """
+    field = {
+        row.key: found
+        for row in rows
+        if row.group != "control" and not row.leaks and (found := figure(row, read)) is not None
+    }
+    if len(field) < 2 or any(found.spread is None for found in field.values()):
+        return set()
+    top = max(field.values(), key=lambda found: found.mean)
+    first = {key for key, found in field.items() if found is top or not apart(top, found)}
+    return first if len(first) < len(field) else set()
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What guessing one of the options gives, in percent, and over how many questions."""
+
+    all: float
+    n: int
+    image: float | None
+    n_image: int
+    families: dict[str, float]
+
+    @classmethod
+    def of(cls, predictions: list[Prediction]) -> Chance | None:
+        """The expectation of a uniform guess over these questions' own options."""
+        if not predictions:
+            return None
+
+        def guess(some: list[Prediction]) -> float:
+            return 100 * statistics.fmean(1 / len(each.choices) for each in some)
+
+        seen = [each for each in predictions if each.image]
+        families: dict[str, list[Prediction]] = {}
+        for each in predictions:
+            families.setdefault(each.category, []).append(each)
+        return cls(
+            guess(predictions),
+            len(predictions),
+            guess(seen) if seen else None,
+            len(seen),
+            {name: guess(some) for name, some in families.items() if name},
+        )
+
+    def sampling_error(self) -> float:
+        """The largest standard error, in points, that this many image questions leave (at 50 %)."""
+        return 50 / math.sqrt(self.n_image or self.n)
+
+
+def chance_of(run: Run) -> Chance | None:
+    """Chance over the questions of the run, from the first row that has predictions."""
+    for seeds in run.predictions.values():
+        for _, predictions in sorted(seeds.items()):
+            if predictions:
+                return Chance.of(predictions)
+    return None
+
+
+def first_row(results: Results) -> Row | None:
+    """The row that the run is about: the first of group "main" that was run."""
+    return next((row for row in results.rows if row.group == "main" and row.seeds), None)
+
+
+def count(number: float | None) -> str:
+    """A number of parameters for reading: 1.04 M, 37 k, 512."""
+    if number is None:
+        return "–"
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            value = number / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return f"{number:.0f}"
+
+
+def seconds(number: float | None) -> str:
+    """A duration for reading: 48 s, 8.6 min, 2.1 h."""
+    if number is None:
+        return "–"
+    if number < 90:
+        return f"{number:.0f} s"
+    return f"{number / 60:.1f} min" if number < 5400 else f"{number / 3600:.1f} h"

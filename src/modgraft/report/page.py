@@ -1,0 +1,195 @@
+"""One HTML page for a run: no script, no request, light and dark, everything escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from modgraft.report import figures, looks, mistakes
+from modgraft.report.figures import Picture
+from modgraft.report.numbers import Chance, chance_of, figure, first_row
+from modgraft.report.run import Metrics, Results, Row, Run, read_run
+from modgraft.report.table import build
+
+MOST_QUESTIONS = 6
+"""Questions whose gates the page shows; the rest stay in gates.json."""
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Accuracy by something: a figure of the main rows, all rows as numbers, what has none."""
+
+    title: str
+    picture: Picture | None
+    names: list[str]
+    lines: list[tuple[Row, list[str]]]
+    empty: list[str]
+    left_out: list[str]
+
+
+def write(folder: Path | str) -> Path:
+    """Write `report.html` and its PNGs into a run folder, and return the page's path.
+
+    What the run does not hold is said on the page. Nothing is written until everything was read
+    and drawn, and a page that is there already is replaced in one step.
+
+    Raises:
+        MissingFileError: no such folder, or nothing of a run in it.
+        DataError: a file of the run cannot be read; file, line and field are named.
+    """
+    folder = Path(folder)
+    run = read_run(folder)
+    pictures: dict[str, Picture] = {}
+    text = _render(run, pictures)
+    for name, picture in pictures.items():
+        figures.save(picture, folder / f"{name}.png")
+    draft = folder / "report.html.new"
+    draft.write_text(text, "utf-8")
+    return draft.replace(folder / "report.html")
+
+
+def _render(run: Run, pictures: dict[str, Picture]) -> str:
+    results, chance = run.results, chance_of(run)
+    content: dict[str, Any] = {
+        "run": run,
+        "chance": chance,
+        "curves": _curves(run, pictures),
+        "gates": _gates(run, pictures),
+        "gates_left": max(0, len(run.gates) - MOST_QUESTIONS),
+        "table": None,
+    }
+    if results is not None:
+        content |= _results(run, results, chance, pictures)
+    env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                      lstrip_blocks=True)  # fmt: skip
+    env.filters |= {"png": looks.data_uri, "compact": _compact, "moment": _moment}
+    source = files("modgraft.report")
+    # The style sheet is the package's own text; it is the only thing that is not escaped.
+    style = Markup((source / "page.css").read_text("utf-8"))  # noqa: S704
+    return env.from_string((source / "page.html").read_text("utf-8")).render(content, style=style)
+
+
+def _results(
+    run: Run, results: Results, chance: Chance | None, pictures: dict[str, Picture]
+) -> dict[str, Any]:
+    seen = chance.image if chance else None
+    what = "questions with an image"
+    overview = figures.overview(results.rows, lambda m: m.image, seen, what)
+    if overview is None:
+        what = "all questions"
+        overview = figures.overview(
+            results.rows, lambda m: m.accuracy, chance.all if chance else None, what
+        )
+    if overview is not None:
+        pictures["results"] = overview
+    levels = {"Avg": chance.all} if chance else {}
+    if chance and chance.image is not None:
+        levels["IMG"] = chance.image
+    main = first_row(results)
+    seed, predictions = min(run.predictions.get(main.key, {}).items(), default=(None, [])) if (
+        main is not None
+    ) else (None, [])  # fmt: skip
+    return {
+        "table": build(results, chance),
+        "overview": overview,
+        "overview_of": what,
+        "breakdowns": [
+            _breakdown(results, "column", lambda m: m.columns, levels, pictures),
+            _breakdown(
+                results, "family", lambda m: m.families, chance.families if chance else {}, pictures
+            ),
+        ],
+        "main": main,
+        "tiles": _tiles(main, chance) if main is not None else [],
+        "counts": mistakes.counts(run, results),
+        "classes": mistakes.examples(run, predictions),
+        "examples_seed": seed,
+        "answered": len(predictions),
+    }
+
+
+def _tiles(main: Row, chance: Chance | None) -> list[tuple[str, str]]:
+    tiles = [
+        ("image questions, %", figure(main, lambda m: m.image)),
+        ("all questions, %", figure(main, lambda m: m.accuracy)),
+        ("ROUGE-L of the rationale", figure(main, lambda m: m.rouge_l)),
+        ("rationales exactly right, %", figure(main, lambda m: m.exact)),
+    ]
+    shown = [(title, str(value)) for title, value in tiles if value is not None]
+    if chance is not None and chance.image is not None:
+        shown.insert(1, ("chance on image questions, %", f"{chance.image:.1f}"))
+    return shown
+
+
+def _breakdown(
+    results: Results,
+    what: str,
+    read: Callable[[Metrics], Mapping[str, float | None]],
+    levels: Mapping[str, float],
+    pictures: dict[str, Picture],
+) -> Breakdown:
+    metrics = [m for row in results.rows for m in row.seeds.values()]
+    asked = list(dict.fromkeys(name for m in metrics for name in read(m)))
+    names = [n for n in asked if any(read(m).get(n) is not None for m in metrics)]
+    lines = []
+    for row in results.rows:
+        found = [figure(row, lambda m, name=name: read(m).get(name)) for name in names]
+        if any(found):
+            lines.append((row, ["–" if value is None else str(value) for value in found]))
+    main = [row for row, _ in lines if row.group == "main" and not row.leaks]
+    picture = figures.bars(main[: figures.MOST_BARS], names, read, levels, what)
+    if picture is not None:
+        pictures["columns" if what == "column" else "families"] = picture
+    left_out = [row.title for row, _ in lines if row not in main[: figures.MOST_BARS]]
+    return Breakdown(what, picture, names, lines, [n for n in asked if n not in names], left_out)
+
+
+def _curves(run: Run, pictures: dict[str, Picture]) -> list[tuple[str, Picture | None, int]]:
+    titles = {row.key: row.title for row in run.results.rows} if run.results else {}
+    curves = []
+    for key, seeds in run.curves.items():
+        title = titles.get(key, key)
+        bad = sum(
+            point.loss is not None and not abs(point.loss) < float("inf")
+            for points in seeds.values()
+            for point in points
+        )
+        picture = figures.loss(title, seeds)
+        if picture is not None:
+            pictures[f"loss-{_safe(key)}"] = picture
+        curves.append((title, picture, bad))
+    return curves
+
+
+def _gates(run: Run, pictures: dict[str, Picture]) -> list[looks.Question]:
+    shown = [looks.question(seed, gate) for seed, gate in run.gates[:MOST_QUESTIONS]]
+    for each in shown:
+        pictures[f"gate-{each.seed}-{_safe(each.gate.id)}"] = each.picture
+    return shown
+
+
+def _safe(name: str) -> str:
+    """A name that is a file name everywhere and cannot leave the folder."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".") or "_"
+
+
+def _compact(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _moment(written: str) -> str:
+    """A time stamp to the minute; one that is not ISO 8601 stays as it was written."""
+    try:
+        moment = datetime.fromisoformat(written)
+    except ValueError:
+        return written
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()

@@ -1,0 +1,214 @@
+"""The table of results: its columns and cells, once, for the page and for the README."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modgraft.errors import DataError
+from modgraft.report.numbers import Chance, Read, best, chance_of, count, figure, seconds
+from modgraft.report.run import Results, Row, check, read_run
+
+GROUPS = {
+    "main": "Models",
+    "ablation": "Ablations",
+    "control": "Controls (not competitors)",
+}
+NOT_RUN = "not run"
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its title, what it reads, and whether it is an accuracy, where a row can win."""
+
+    title: str
+    read: Read
+    wins: bool = False
+
+
+PERCENT = (
+    Column("Image questions", lambda m: m.image, wins=True),
+    Column("All questions", lambda m: m.accuracy, wins=True),
+    Column("ROUGE-L", lambda m: m.rouge_l),
+    Column("Exact rationale", lambda m: m.exact),
+    Column("Facts", lambda m: m.facts),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one cell says, and whether its row shares first place in this column."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row, ready to print; `cells` is empty where the row was not run."""
+
+    row: Row
+    cells: list[Cell]
+    marks: list[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines by group, in `GROUPS`' order; `dropped` are columns that no row has."""
+
+    columns: list[str]
+    groups: list[tuple[str, list[Line]]]
+    chance: list[str] | None
+    dropped: list[str]
+    remarks: list[str]
+
+
+def build(results: Results, chance: Chance | None = None) -> Table:
+    """Lay out results: percent as mean ± spread over seeds, then trained parameters and time."""
+    kept = [c for c in PERCENT if any(figure(row, c.read) for row in results.rows)]
+    winners = {c.title: best(results.rows, c.read) for c in kept if c.wins}
+    groups = []
+    for group, title in GROUPS.items():
+        lines = [_line(row, kept, winners, results) for row in results.rows if row.group == group]
+        if lines:
+            groups.append((title, lines))
+    guess = None
+    if chance is not None:
+        known = {"Image questions": chance.image, "All questions": chance.all}
+        row = [known.get(column.title) for column in kept]
+        guess = [NONE if value is None else f"{value:.1f}" for value in row] + [NONE, NONE]
+    return Table(
+        [c.title for c in kept] + ["Trained parameters", "Time"],
+        groups,
+        guess,
+        [c.title for c in PERCENT if c not in kept],
+        _remarks(results, chance, winners),
+    )
+
+
+def _line(row: Row, kept: list[Column], winners: dict[str, set[str]], results: Results) -> Line:
+    if not row.seeds:
+        return Line(row, [], [NOT_RUN])
+    cells = []
+    for column in kept:
+        found = figure(row, column.read)
+        won = row.key in winners.get(column.title, ())
+        cells.append(Cell(NONE if found is None else str(found), won))
+    trained, size, time = (
+        None if (found := figure(row, read)) is None else found.mean
+        for read in (lambda m: m.trained, lambda m: m.parameters, lambda m: m.seconds)
+    )
+    share = f" ({100 * trained / size:.0f} %)" if trained and size and trained < size else ""
+    cells.append(Cell(count(trained) + share))
+    cells.append(Cell(seconds(time)))
+    marks = ["leak"] if row.leaks else []
+    if len(row.seeds) < len(results.seeds):
+        marks.append(f"{len(row.seeds)} of {len(results.seeds)} seeds")
+    return Line(row, cells, marks)
+
+
+def _remarks(results: Results, chance: Chance | None, winners: dict[str, set[str]]) -> list[str]:
+    remarks = []
+    most = max((len(row.seeds) for row in results.rows), default=0)
+    if most > 1:
+        remarks.append(f"Mean ± spread (sample standard deviation) over {most} seeds, in percent.")
+        if any(winners.values()):
+            remarks.append(
+                "Bold: the highest mean, and every row that its seeds do not set apart from it "
+                "(Welch's test, 5 %). Controls do not compete."
+            )
+        else:
+            remarks.append("No row is in bold: the seeds set none apart from all others.")
+    else:
+        remarks.append("In percent, of one seed: no spread, so no row is called best.")
+    if chance is not None:
+        what = f"{chance.n_image} image questions" if chance.n_image else f"{chance.n} questions"
+        remarks.append(
+            f"The spread is not the error of a finite test set: {what} leave up to "
+            f"± {chance.sampling_error():.1f} points (one standard error). "
+            "Chance is the expectation of a uniform guess among each question's own options."
+        )
+    else:
+        remarks.append("Chance is not known: the run has no predictions.")
+    if any(row.leaks for row in results.rows):
+        remarks.append(
+            "Leak: the model was shown part of what it had to write; its figures are no result."
+        )
+    if any(not row.seeds for row in results.rows):
+        remarks.append(f"“{NOT_RUN}”: the run holds nothing of this row.")
+    remarks.append(f"“{NONE}”: not measured.")
+    return remarks
+
+
+def table(results: Results | Mapping[str, Any] | Path | str) -> str:
+    """The table of results as Markdown.
+
+    Args:
+        results: a run folder (chance is then worked out from its predictions), or the content of
+            a `results.json`.
+
+    Raises:
+        DataError: the results do not have the schema, or there are none yet.
+    """
+    chance = None
+    if isinstance(results, (Path, str)):
+        run = read_run(Path(results))
+        if run.results is None:
+            raise DataError(
+                "the run was interrupted before its results were written",
+                file=run.folder / "results.json",
+                remedy="Let the run finish: the same command resumes it.",
+            )
+        results, chance = run.results, chance_of(run)
+    elif not isinstance(results, Results):
+        results = check(results)
+    laid = build(results, chance)
+    width = len(laid.columns)
+    lines = [
+        "| | " + " | ".join(laid.columns) + " |",
+        "|---|" + "---:|" * width,
+    ]
+    for title, members in laid.groups:
+        lines.append(f"| *{title}* |" + " |" * width)
+        for line in members:
+            marks = "".join(f" ({mark})" for mark in line.marks)
+            cells = [f"**{c.text}**" if c.best else c.text for c in line.cells] or [""] * width
+            lines.append(f"| {_plain(line.row.title)}{marks} | " + " | ".join(cells) + " |")
+    if laid.chance is not None:
+        lines.append("| *Chance* | " + " | ".join(laid.chance) + " |")
+    notes = [f"{_plain(row.title)}: {_plain(row.note)}" for row in results.rows if row.note]
+    return "\n".join(
+        [*lines, "", " ".join(laid.remarks), *(["", "; ".join(notes) + "."] if notes else [])]
+    )
+
+
+def _plain(text: str) -> str:
+    """Keep a title from being read as Markdown or HTML."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def insert(page: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- results:name -->` and `<!-- /results -->` in a page.
+
+    Raises DataError where the page has not exactly one such pair of markers.
+    """
+    page = Path(page)
+    old = page.read_text("utf-8")
+    pattern = re.compile(
+        rf"(<!-- results:{re.escape(name)} -->\n)(.*?)(<!-- /results -->)", re.DOTALL
+    )
+    found = pattern.findall(old)
+    if len(found) != 1:
+        raise DataError(
+            f"{len(found)} places for the results of {name!r}, where one is needed",
+            file=page,
+            remedy=f"Put <!-- results:{name} --> and <!-- /results --> on lines of their own.",
+        )
+    new = pattern.sub(lambda match: f"{match[1]}{text}\n{match[3]}", old)
+    draft = page.with_name(page.name + ".new")
+    draft.write_text(new, "utf-8")
+    draft.replace(page)
