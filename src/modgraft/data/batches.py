@@ -20,6 +20,7 @@ from modgraft.errors import DataError
 _log = logging.getLogger(__name__)
 IGNORE = -100
 """The label that the loss leaves out."""
+_MEMORY = 1 << 16  # texts; tokenizing costs more than all the rest of a batch
 
 
 class Example(NamedTuple):
@@ -107,6 +108,7 @@ class Collate:
     cut: dict[str, set[str]] = field(
         default_factory=lambda: {"input": set(), "target": set()}, init=False
     )
+    _known: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.form = find_form(self.form) if isinstance(self.form, str) else self.form
@@ -144,16 +146,24 @@ class Collate:
             out["ids"] = [e.record.id for e in examples]
         return out
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        rows: Any = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
-        end: Any = self.tokenizer.eos_token_id
-        return [row if end is None or row[-1:] == [end] else [*row, end] for row in rows]
+    def _encode(self, texts: list[str]) -> list[Tensor]:
+        """Each text's tokens, int32 `[n]`; those of an epoch ago are remembered."""
+        if len(self._known) > _MEMORY:
+            self._known.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            rows: Any = self.tokenizer(new, truncation=False, verbose=False)["input_ids"]
+            end: Any = self.tokenizer.eos_token_id
+            for text, row in zip(new, rows, strict=True):
+                row = row if end is None or row[-1:] == [end] else [*row, end]
+                self._known[text] = torch.tensor(row, dtype=torch.int32)
+        return [self._known[text] for text in texts]
 
-    def _shorten(self, form: Form, example: Example) -> list[int]:
+    def _shorten(self, form: Form, example: Example) -> Tensor:
         fields = form.input_fields(example.record, example.rationale)
         long = len(self._encode([form.render_input(fields)])[0])
 
-        def encode(name: str, words: list[str]) -> list[int]:
+        def encode(name: str, words: list[str]) -> Tensor:
             return self._encode([form.render_input(fields | {name: " ".join(words)})])[0]
 
         for name, from_end in (("context", True), ("rationale", False), ("question", True)):
@@ -179,14 +189,14 @@ class Collate:
         self.cut[what].add(qid)
 
     def _pad(
-        self, rows: list[list[int]], value: int, length: int | None = None
+        self, rows: list[Tensor], value: int, length: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Rows and their mask, int64 `[B, longest]`, padded on the right."""
         length = length or max(len(row) for row in rows)
         ids = torch.full((len(rows), length), value, dtype=torch.long)
         mask = torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+            ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
         return ids, mask
 
