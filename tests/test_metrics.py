@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modgraft.data.digits import digits_qa
+from modgraft.data.rationale import facts
+from modgraft.data.records import Questions
 from modgraft.errors import DataError, MissingFileError
 from modgraft.metrics import (
     Prediction,
@@ -223,3 +226,19 @@ def test_predictions_are_written_and_read(tmp_path: Path) -> None:
         read_predictions(file)
     with pytest.raises(MissingFileError, match="Evaluate the run first"):
         read_predictions(tmp_path / "none.jsonl")
+
+
+def test_digits_qa_rationales_have_facts_and_classes() -> None:
+    questions = Questions.from_json(digits_qa(train=0, val=0, test=60).problems)
+    assert len({r.category for r in questions}) == 6
+    for one in questions:
+        gold, wrong = one.solution, (one.answer + 1) % len(one.choices)
+        right, total = facts_right(facts(gold), facts(gold))
+        assert right == total == (4 if one.image else 1)  # three digits and the conclusion
+        assert classify_error(one, gold, gold, wrong, facts) == "option mapping"
+        head, _, _ = gold.rpartition(", so ")
+        assert classify_error(one, gold, f"{head}, so Q.", wrong, facts) == "reasoning"
+        assert classify_error(one, gold, head, wrong, facts) == "format"
+        if one.image:
+            blind = re.sub(r"(left|middle|right) \d", r"\1 77", gold)
+            assert classify_error(one, gold, blind, wrong, facts) == "perception"
