@@ -1,0 +1,320 @@
+"""Checkpoints of a run: written whole or not at all, and refused where they do not belong.
+
+    folder/checkpoints/step-000123/
+        state.json                  position, early stopping, settings, size and hash of the rest
+        fingerprint.json            every tensor of the host: shape, dtype, whether it trains, hash
+        tensors.safetensors         the trainable parameters, and the buffers that changed
+        optimizer.safetensors       the optimiser's state, "<parameter>#<entry>"
+
+JSON and safetensors only. No generator state is among it: `fit` seeds every step from (seed,
+step), so that what is random is a function of the position. A folder is written under a temporary
+name, synchronised to disk and renamed; it therefore exists complete or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modgraft.errors import ModgraftError
+from modgraft.training.history import METRICS
+
+FORMAT = "modgraft.checkpoint/1"
+_NAME = re.compile(r"step-(\d{6,})")
+_TEMPORARY = (".tmp-", ".old-")
+_SHOWN = 4  # differences that an error lists
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One checkpoint read back: `state` as saved, tensors on the CPU under their names."""
+
+    path: Path
+    state: dict[str, Any]
+    fingerprint: dict[str, Any]
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def fingerprint(host: nn.Module) -> dict[str, Any]:
+    """What makes a host the same host: name → {"shape", "dtype", "trains"} and a content hash.
+
+    Trainable parameters and buffers have no hash: a checkpoint brings their content. Costs one
+    reading of the frozen weights.
+    """
+    found: dict[str, Any] = {}
+    for name, p in host.named_parameters():
+        found[name] = _describe(p) | {"trains": p.requires_grad}
+        if not p.requires_grad:
+            found[name]["sha256"] = _digest(p)
+    for name, buffer in host.named_buffers():
+        found[name] = _describe(buffer)
+    return found
+
+
+def _describe(tensor: Tensor) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """One line for every entry that differs, "name: a there, b here"."""
+    lines = []
+    for name in dict.fromkeys([*there, *here]):
+        if name not in here:
+            lines.append(f"{name}: only there")
+        elif name not in there:
+            lines.append(f"{name}: only here")
+        elif there[name] != here[name]:
+            lines.append(_difference(name, there[name], here[name]))
+    return lines
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    if isinstance(there, dict) and isinstance(here, dict):
+        key = next(k for k in [*there, *here] if there.get(k) != here.get(k))
+        if key == "sha256" and key in there and key in here:
+            return f"{name}: other weights"
+        if key == "sha256":
+            key = "trains"
+        return f"{name}: {key} {there.get(key)} there, {here.get(key)} here"
+    return f"{name}: {there!r} there, {here!r} here"
+
+
+def refuse_other(path: Path, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise if a checkpoint's fingerprint or settings are not the present ones.
+
+    Raises:
+        ModgraftError: naming the folder, the first differences and the remedy.
+
+    """
+    lines = differences(there, here)
+    if not lines:
+        return
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    raise ModgraftError(
+        f"{path} was made with {what} ({len(lines)} differ): {'; '.join(lines[:_SHOWN])}{more}. "
+        "Use what it was made with to go on, or another folder=, or resume=False to start over, "
+        "which deletes the run in this folder"
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one run's folder.
+
+    Args:
+        folder: the run's folder.
+        keep: how many of the latest stay, besides the best.
+
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        if keep < 1:
+            raise ModgraftError(f"keep={keep}: at least the latest checkpoint must stay")
+        self.folder, self.root, self.keep = folder, folder / "checkpoints", keep
+        self._lock: IO[bytes] | None = None
+
+    def open(self, *, resume: bool) -> None:
+        """Take the folder for this process, and remove what a killed process left half done.
+
+        With `resume=False` the run in the folder is deleted.
+
+        Raises:
+            ModgraftError: another process is training here, or the folder's metrics are not ours.
+
+        """
+        if resume and (self.folder / METRICS).exists() and not self.root.is_dir():
+            raise ModgraftError(
+                f"{self.folder} holds a {METRICS} and no checkpoints/, so it cannot be resumed: "
+                "give another folder=, or resume=False to overwrite it"
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        _sync(self.folder)
+        self._lock = (self.root / ".lock").open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise ModgraftError(
+                f"another process is training in {self.folder}: wait for it or give another folder="
+            ) from error
+        for path in self.root.iterdir():
+            if path.name.startswith(_TEMPORARY):
+                shutil.rmtree(path)
+        if not resume:
+            for path in self.paths():
+                self._remove(path)
+            (self.folder / METRICS).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def paths(self) -> list[Path]:
+        """The checkpoints there are, oldest first."""
+        found = [p for p in self.root.iterdir() if _NAME.fullmatch(p.name)]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is or would be."""
+        return self.root / f"step-{step:06d}"
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        fingerprint: dict[str, Any],
+        tensors: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+    ) -> Path:
+        """Write the checkpoint of a step, safe against a crash at any moment; return its folder."""
+        path = self.path(step)
+        temporary = self.root / f".tmp-{path.name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file(tensors, temporary / "tensors.safetensors")
+        save_file(optimizer, temporary / "optimizer.safetensors")
+        (temporary / "fingerprint.json").write_text(json.dumps(fingerprint))
+        files = {}
+        for file in sorted(temporary.iterdir()):
+            _sync(file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": _file_digest(file)}
+        state = {"format": FORMAT, "step": step} | state | {"files": files}
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        _sync(temporary / "state.json")
+        _sync(temporary)
+        if path.exists():  # saved before its evaluation was complete
+            self._remove(path)
+        temporary.rename(path)
+        _sync(self.root)
+        self._prune()
+        return path
+
+    def _prune(self) -> None:
+        """Remove all but the latest `keep`, and what those name as the best so far."""
+        paths = self.paths()
+        best = [json.loads((p / "state.json").read_text())["best"] for p in paths[-self.keep :]]
+        stay = {self.path(line["step"]) for line in best if line is not None}
+        for path in paths[: -self.keep]:
+            if path not in stay:
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        # renamed first: a kill half-way must not leave something that looks like a checkpoint
+        old = self.root / f".old-{path.name}"
+        path.rename(old)
+        shutil.rmtree(old)
+
+    def load(self, path: Path) -> Checkpoint:
+        """Read a checkpoint and verify every byte of it.
+
+        Raises:
+            ModgraftError: a file is missing, cut, changed, or of another format.
+
+        """
+        try:
+            state = json.loads((path / "state.json").read_text())
+            if state.get("format") != FORMAT:
+                raise ValueError(f"state.json has format {state.get('format')!r}, not {FORMAT!r}")
+            for name, file in state["files"].items():
+                size = (path / name).stat().st_size
+                if size != file["bytes"]:
+                    raise ValueError(f"{name} has {size} bytes of {file['bytes']}")
+                if _file_digest(path / name) != file["sha256"]:
+                    raise ValueError(f"{name} was changed after it was written")
+            return Checkpoint(
+                path,
+                state,
+                json.loads((path / "fingerprint.json").read_text()),
+                load_file(path / "tensors.safetensors"),
+                load_file(path / "optimizer.safetensors"),
+            )
+        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            step = int(path.name.removeprefix("step-"))
+            earlier = [p.name for p in self.paths() if int(p.name.removeprefix("step-")) < step]
+            goes_on = f"the run then goes on from {earlier[-1]}" if earlier else "the run restarts"
+            raise ModgraftError(
+                f"the checkpoint {path} is damaged: {error}. Delete this folder ({goes_on}), or "
+                "start over with resume=False"
+            ) from error
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def snapshot(host: nn.Module, buffers: Iterable[str]) -> dict[str, Tensor]:
+    """Copies on the CPU of the trainable parameters, and of the named buffers."""
+    wanted = set(buffers)
+    tensors = {n: p for n, p in host.named_parameters() if p.requires_grad}
+    tensors |= {n: b for n, b in host.named_buffers() if n in wanted}
+    return {name: _copy(tensor) for name, tensor in tensors.items()}
+
+
+def restore(host: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters and buffers of the same names."""
+    targets = dict(host.named_parameters()) | dict(host.named_buffers())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            targets[name].copy_(tensor)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> dict[str, Tensor]:
+    """The optimiser's state as flat tensors, "<parameter>#<entry>"; `names` maps id → name."""
+    return {
+        f"{names[id(p)]}#{key}": _copy(torch.as_tensor(value))
+        for p, entries in optimizer.state.items()
+        for key, value in entries.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` took."""
+    entries: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition("#")
+        entries.setdefault(parameter, {})[key] = tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: e for i, p in enumerate(parameters) if (e := entries.get(names[id(p)]))}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()

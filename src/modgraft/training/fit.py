@@ -1,0 +1,140 @@
+"""`fit`: one training loop for any host, on the CPU, one GPU or many, resumable to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modgraft.errors import ModgraftError
+from modgraft.training.checkpoint import Checkpoints
+from modgraft.training.history import History
+from modgraft.training.optim import trainable
+from modgraft.training.processes import accelerator_for, check_world
+from modgraft.training.run import Run
+from modgraft.training.settings import Settings, chosen_precision, total_steps
+from modgraft.training.stream import Batch, Stream, Weigh
+
+#: measures a host: a mapping of names to numbers
+Evaluate = Callable[[Any], Mapping[str, float]]
+
+
+def fit(
+    host: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    steps: int | None = None,
+    epochs: float | None = None,
+    lr: float = 1e-3,
+    schedule: str = "linear",
+    warmup: int | float = 0,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    clip: float | None = 1.0,
+    accumulate: int = 1,
+    weigh: Weigh | None = None,
+    precision: str | None = None,
+    evaluate: Iterable[Batch] | Evaluate | None = None,
+    evaluate_every: int | None = None,
+    patience: int | None = None,
+    monitor: str = "loss",
+    mode: str | None = None,
+    restore_best: bool | None = None,
+    folder: str | Path | None = None,
+    save_every: int | None = None,
+    keep: int = 2,
+    resume: bool = True,
+    seed: int = 0,
+    ignore: Sequence[str] = ("ids",),
+    fused: bool = True,
+    world: int | None = None,
+    progress: bool = True,
+    label: str = "fit",
+) -> History:
+    """Train exactly the parameters of `host` that have `requires_grad`, with AdamW.
+
+    The run is a function of (host, loader, settings, seed): the order of the data of (seed,
+    epoch), dropout of (seed, step). On the CPU an interrupted run that is started again with the
+    same arguments therefore continues to the same losses and weights, bit for bit. The global
+    generators of torch, numpy and python are left as they were found, `host` in the modes
+    (`train`/`eval`) it came in.
+
+    Args:
+        host: any module whose `forward(**batch)` returns an object with a scalar `.loss`.
+        loader: a `DataLoader`, or anything that yields dicts and can be iterated again; `Side`s
+            among the values move to the device like tensors. See `Stream` for the order.
+        steps: optimiser steps of the whole run; or
+        epochs: passes over the loader, ⌈batches / accumulate⌉ steps each.
+        lr: peak learning rate; `schedule` ("linear", "cosine", "constant") and `warmup` (steps,
+            or a float fraction of the run) shape it: see `optim.learning_rate`.
+        weight_decay: on matrices only, see `optim.undecayed`. `betas`, `eps`, `fused`: AdamW's.
+        clip: largest global gradient norm, None for no clipping.
+        accumulate: batches a step; the last step of an epoch may have fewer.
+        weigh: how many terms the mean loss of a batch averages over, such as `stream.label_tokens`.
+            With it, accumulated batches and processes add up to the gradient of one large batch;
+            without it each batch counts alike, which differs where batches hold unequal numbers.
+        precision: "no" or "bf16" autocast; None is what `accelerate launch` said, or "no".
+        evaluate: a loader, whose mean "loss" is measured, or a function host → {name: number}
+            (called in eval mode without gradients, on every process; the first one's counts).
+        evaluate_every: in steps; default once an epoch. There is one at the end in any case.
+        patience: stop after so many evaluations without a better `monitor`.
+        monitor: the measured value that decides what is best; `mode` "min" or "max", by default
+            "min" if "loss" is in its name.
+        restore_best: end with the weights of the best evaluation; default with `patience`.
+        folder: keeps metrics.jsonl and checkpoints/ (see `checkpoint`); None keeps nothing.
+        save_every: in steps; default a tenth of the run. The latest `keep` and the best stay.
+        resume: go on from the folder's last checkpoint, or return the record of a finished run
+            (with its weights loaded); False deletes the run in the folder.
+        ignore: names in a batch that `forward` does not take; "ids" serve in error messages.
+        world: number of processes there must be; None takes it from the launcher.
+        progress: show a bar on a terminal, lines elsewhere, after `label`.
+
+    Raises:
+        ModgraftError: nothing trains; a setting means nothing; a loss or gradient is not finite
+            (nothing is written); the folder's checkpoint is damaged, or of another model, data or
+            settings; processes are missing. Each names what, where and the remedy.
+        KeyboardInterrupt: after saving a checkpoint; its message says how to go on.
+
+    """
+    trainable(host)
+    accelerator = accelerator_for()
+    check_world(accelerator.num_processes, world)
+    stream = Stream(
+        loader, seed=seed, rank=accelerator.process_index, world=accelerator.num_processes
+    )
+    total = total_steps(steps, epochs, stream.length, accumulate)
+    if evaluate is None and (patience is not None or restore_best):
+        raise ModgraftError("early stopping needs something to go by: give evaluate=")
+    ids = stream.first_ids(ignore) if folder is not None else None
+    settings = Settings(
+        steps=total,
+        lr=lr,
+        schedule=schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        betas=betas,
+        eps=eps,
+        clip=clip,
+        accumulate=accumulate,
+        precision=chosen_precision(precision),
+        evaluate_every=evaluate_every or max(1, -(-(stream.length or total) // accumulate)),
+        patience=patience,
+        monitor=monitor,
+        mode=mode or ("min" if "loss" in monitor else "max"),
+        restore_best=patience is not None if restore_best is None else restore_best,
+        seed=seed,
+        fused=fused,
+        weigh=None if weigh is None else getattr(weigh, "__qualname__", type(weigh).__name__),
+        processes=accelerator.num_processes,
+        batches=stream.length,
+        first_ids=None if ids is None else tuple(ids),
+    )
+    run = Run(host, stream, settings, accelerator)
+    run.evaluate, run.weigh, run.ignore = evaluate, weigh, frozenset(ignore)
+    run.save_every = save_every or max(1, total // 10)
+    if folder is not None:
+        run.store = Checkpoints(Path(folder), keep=keep)
+    return run.start(resume=resume, progress=progress, label=label)

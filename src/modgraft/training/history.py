@@ -1,0 +1,176 @@
+"""What a training run recorded: `History` in memory, `metrics.jsonl` on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from modgraft.errors import ModgraftError
+
+#: the metrics file's name within a run's folder
+METRICS = "metrics.jsonl"
+
+
+@dataclass(slots=True)
+class History:
+    """The record of one run of `fit`, resumed parts included.
+
+    Attributes:
+        steps: the steps whose loss was recorded, 1 … T.
+        losses: the training loss at each of `steps`, before that step's update.
+        evaluations: one dict an evaluation: "step", "seconds" and what `evaluate` measured.
+        best: the evaluation with the best monitored value, None without `evaluate`.
+        monitor: the name of the monitored value.
+        seconds: wall time, added up over interruptions.
+        resumed_from: the step this call continued from, None if it started at the beginning.
+        stopped: why it ended: "steps" (all were taken) or "patience" (early stopping); None while
+            it runs.
+        untouched: trainable tensors that no step gave a gradient; usually a module that the
+            forward pass never reached.
+
+    """
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    monitor: str = "loss"
+    seconds: float = 0.0
+    resumed_from: int | None = None
+    stopped: str | None = None
+    untouched: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> float:
+        """The last recorded training loss.
+
+        Raises:
+            ModgraftError: nothing was recorded.
+
+        """
+        if not self.losses:
+            raise ModgraftError("this history holds no step: fit was asked for none")
+        return self.losses[-1]
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take one line of `metrics.jsonl`."""
+        if line["split"] == "train":
+            self.steps.append(line["step"])
+            self.losses.append(line["loss"])
+        else:
+            self.evaluations.append({k: v for k, v in line.items() if k != "split"})
+
+
+def numbers(measured: Any) -> dict[str, float | None]:
+    """What an evaluation returned as plain numbers, None for what is not finite.
+
+    Raises:
+        ModgraftError: it is no mapping of names to numbers.
+
+    """
+    try:
+        values = {str(k): float(v) for k, v in measured.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModgraftError(
+            f"evaluate returned {measured!r:.200}: it must be a dict of numbers such as "
+            "{'loss': 0.5}"
+        ) from error
+    return {k: v if math.isfinite(v) else None for k, v in values.items()}
+
+
+def check_monitor(values: dict[str, float | None], monitor: str, step: int) -> float:
+    """The monitored value; an evaluation that cannot be compared with others is refused.
+
+    Raises:
+        ModgraftError: the monitored value is absent or not finite.
+
+    """
+    value = values.get(monitor)
+    if value is None:
+        has = "is not finite" if monitor in values else f"is not among {list(values)}"
+        raise ModgraftError(
+            f"evaluation at step {step}: the monitored value {monitor!r} {has}; choose with "
+            "monitor= what evaluate measures"
+        )
+    return value
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a line, appended as it happens.
+
+    Lines have "step", "split" ("train" or "eval"), "seconds" since the run began, and for "train"
+    "loss", "lr", "grad_norm" (before clipping), "epoch"; for "eval" what `evaluate` measured.
+
+    Args:
+        folder: the run's folder, or None to keep nothing on disk.
+        write: False only reads, as processes other than the main one do.
+
+    """
+
+    def __init__(self, folder: Path | None, *, write: bool = True) -> None:
+        self.path = None if folder is None else folder / METRICS
+        self._write = write
+        self._file: IO[bytes] | None = None
+
+    def start(self, size: int) -> list[dict[str, Any]]:
+        """Cut the file to its first `size` bytes, where a checkpoint was made; return its lines.
+
+        Raises:
+            ModgraftError: the file is shorter than that, or holds something else.
+
+        """
+        if self.path is None:
+            return []
+        lines: list[dict[str, Any]] = []
+        if size:
+            found = self.path.stat().st_size if self.path.exists() else 0
+            if found < size:
+                raise ModgraftError(
+                    f"{self.path} holds {found} bytes, and its run's checkpoint was made after "
+                    f"{size}: the file was cut or replaced. Put it back, or start over with "
+                    "resume=False"
+                )
+            with self.path.open("rb") as file:
+                lines = self._parse(file.read(size))
+        if self._write:
+            self._file = self.path.open("ab")
+            self._file.truncate(size)
+        return lines
+
+    def _parse(self, content: bytes) -> list[dict[str, Any]]:
+        lines = []
+        for number, text in enumerate(content.splitlines(), 1):
+            try:
+                line = json.loads(text)
+                if line["split"] not in ("train", "eval") or not isinstance(line["step"], int):
+                    raise ValueError("not a line of metrics")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ModgraftError(
+                    f"{self.path}, line {number}: {error}. The file was changed since its run's "
+                    "checkpoint was made; put it back, or start over with resume=False"
+                ) from error
+            lines.append(line)
+        return lines
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line; a reader sees it at once."""
+        if self._file is not None:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+
+    def size(self) -> int:
+        """The file's length in bytes once everything written is safely on disk."""
+        if self._file is None:
+            return 0
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Close the file; more than once does no harm."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,153 @@
+"""The optimiser and its learning-rate schedules: AdamW with decay only where it makes sense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.errors import ModgraftError
+
+#: decay of one schedule: progress u in [0, 1) after warm-up -> factor in [0, 1]
+Decay = Callable[[float], float]
+
+
+def constant(u: float) -> float:
+    """d(u) = 1."""
+    return 1.0
+
+
+def linear(u: float) -> float:
+    """d(u) = 1 − u."""
+    return 1.0 - u
+
+
+def cosine(u: float) -> float:
+    """d(u) = (1 + cos πu) / 2  (Loshchilov and Hutter 2017, SGDR, without restarts)."""
+    return 0.5 * (1.0 + math.cos(math.pi * u))
+
+
+#: modules whose own parameters keep their size, whatever their number of axes
+UNDECAYED = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+SCHEDULES: dict[str, Decay] = {"constant": constant, "linear": linear, "cosine": cosine}
+
+
+def warmup_steps(warmup: int | float, total: int) -> int:
+    """Warm-up as a number of steps: an int is that number, a float in [0, 1) a fraction of `total`.
+
+    Raises:
+        ModgraftError: negative, a fraction of 1 or more, or a warm-up as long as the run.
+
+    """
+    if isinstance(warmup, float):
+        if not 0.0 <= warmup < 1.0:
+            raise ModgraftError(
+                f"warmup={warmup}: a float is a fraction of the run, 0 <= warmup < 1; "
+                f"for a number of steps give an int, warmup={int(warmup)}"
+            )
+        return round(warmup * total)
+    if not 0 <= warmup < max(total, 1):
+        raise ModgraftError(f"warmup={warmup} steps does not fit a run of {total} steps")
+    return warmup
+
+
+def learning_rate(
+    step: int, *, lr: float, total: int, warmup: int = 0, schedule: str = "linear"
+) -> float:
+    """η(s) = η·s/w for s ≤ w, else η·d((s − w − 1)/(T − w)); s = 1 … T is the step, w the warm-up.
+
+    The peak η is reached at s = w and held at s = w + 1; no step has a rate of zero, so none is
+    wasted. d is one of `SCHEDULES`.
+
+    Raises:
+        ModgraftError: an unknown schedule.
+
+    """
+    if schedule not in SCHEDULES:
+        raise ModgraftError(f"schedule={schedule!r} is unknown; choose one of {sorted(SCHEDULES)}")
+    if step <= warmup:
+        return lr * step / warmup
+    return lr * SCHEDULES[schedule]((step - warmup - 1) / (total - warmup))
+
+
+def trainable(host: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters with `requires_grad`, by name, each object once however often it is tied.
+
+    Raises:
+        ModgraftError: nothing trains.
+
+    """
+    found = {name: p for name, p in host.named_parameters() if p.requires_grad}
+    if not found:
+        count = sum(1 for _ in host.parameters())
+        raise ModgraftError(
+            f"nothing to train: none of the {count} parameters of {type(host).__name__} has "
+            "requires_grad. Implant a module first, or free some: "
+            "for p in module.parameters(): p.requires_grad_(True)"
+        )
+    return found
+
+
+def undecayed(host: nn.Module) -> set[int]:
+    """`id`s of the parameters that weight decay would harm.
+
+    Vectors and scalars (biases, norm scales, gates), everything a norm layer owns, and embedding
+    tables (a row that a batch does not use would shrink for nothing). Decided by object: a table
+    tied to an output layer is one object and stays undecayed.
+    """
+    found: set[int] = set()
+    for module in host.modules():
+        exempt = isinstance(module, UNDECAYED)
+        for p in module.parameters(recurse=False):
+            if exempt or p.ndim < 2:
+                found.add(id(p))
+    return found
+
+
+def parameter_groups(host: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
+    """The trainable parameters in two groups, decayed and not, in the order of the host's tree."""
+    exempt = undecayed(host)
+    parameters = list(trainable(host).values())
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in parameters if id(p) not in exempt], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) in exempt], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(
+    host: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    fused: bool = True,
+) -> torch.optim.AdamW:
+    """θ ← θ − η·(m̂/(√v̂ + ε) + λθ), λ only on matrices (Loshchilov and Hutter 2019).
+
+    Args:
+        host: any module; only its parameters with `requires_grad` are taken.
+        lr: η, the peak learning rate.
+        betas: decay rates of the first and second moment.
+        eps: ε.
+        weight_decay: λ; see `undecayed` for what is exempt.
+        fused: one kernel for the whole update instead of several a tensor. The arithmetic is the
+            same up to rounding.
+
+    """
+    groups = parameter_groups(host, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """‖g‖₂ over all gradients there are, a scalar tensor."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, clip: float) -> None:
+    """g ← g · min(1, clip / ‖g‖₂), given ‖g‖₂ = `norm`, which must be finite."""
+    torch.nn.utils.clip_grads_with_norm_(list(parameters), clip, norm)

@@ -1,0 +1,93 @@
+"""Several processes that must be as many as were asked for, and Ctrl-C at a safe moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from accelerate import Accelerator
+
+from modgraft.errors import ModgraftError
+
+#: where launchers say how many processes they start
+ANNOUNCED = ("WORLD_SIZE", "ACCELERATE_NUM_PROCESSES")
+
+
+def accelerator_for() -> Accelerator:
+    """The process group and device. Autocast is ours: accelerate's would patch the host's forward.
+
+    Raises:
+        ModgraftError: an `Accelerator` with mixed precision was made before in this process.
+
+    """
+    try:
+        return Accelerator(mixed_precision="no")
+    except ValueError as error:
+        raise ModgraftError(
+            "an accelerate.Accelerator with mixed precision was already made in this process; "
+            f'leave it out and give fit(..., precision="bf16"). accelerate says: {error}'
+        ) from error
+
+
+def check_world(found: int, expected: int | None = None) -> None:
+    """Refuse to run with another number of processes than was asked for.
+
+    `accelerate launch --cpu --num_processes 2` starts one process without a word; it leaves a
+    meeting point (MASTER_ADDR) in the environment and no WORLD_SIZE, which gives it away.
+
+    Args:
+        found: the number of processes there are.
+        expected: the number there should be; None takes it from the launcher's environment.
+
+    Raises:
+        ModgraftError: they differ, or a launcher meant several and started one.
+
+    """
+    launch = (
+        "ACCELERATE_USE_CPU=1 torchrun --nproc-per-node N script.py (without the variable on GPUs)"
+    )
+    for name in ANNOUNCED:
+        if expected is None and os.environ.get(name, "").isdecimal():
+            expected = int(os.environ[name])
+    if expected is not None and expected != found:
+        raise ModgraftError(f"{expected} processes were asked for and {found} run; use {launch}")
+    lost = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if expected is None and found == 1 and lost:
+        raise ModgraftError(
+            "accelerate launch was asked for several processes and started one, as it does with "
+            f"--cpu; use {launch}. If one is right, say so: fit(..., world=1)"
+        )
+
+
+class Interrupt:
+    """Holds a Ctrl-C back until the step is complete; a second one stops at once.
+
+    Outside the main thread, or where a program has its own handler, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.hold = True  # False while nothing can be left half done (evaluation)
+        self._before: object = None
+
+    def __enter__(self) -> Interrupt:
+        here = threading.current_thread() is threading.main_thread()
+        if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested or not self.hold:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,63 @@
+"""`fit` on the library's own host: side inputs travel, and only the module trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import loader, t5
+
+import modgraft as mg
+from modgraft.training.fit import fit
+
+
+def fused() -> mg.Host:
+    torch.manual_seed(4)
+    host = mg.Host(t5())
+    host.implant("fusion", mg.GatedFusion(source="image", dim=5), at="encoder.output")
+    host.implant("qa", mg.LoRA(rank=2), at=["query", "value"])
+    return host
+
+
+def batches(n: int = 6) -> list[dict]:
+    found = []
+    for batch in list(loader(shuffle=False, noisy=False))[:n]:
+        rows = len(batch["ids"])
+        image = torch.randn(rows, 3, 5, generator=torch.Generator().manual_seed(rows))
+        found.append(batch | {"side": {"image": mg.Side(image)}})
+    return found
+
+
+@pytest.mark.parametrize("train", [["fusion"], ["fusion", "qa"]])
+def test_implanted_modules_train_and_resume(tmp_path, train):
+    def run(host, data):
+        return host.fit(
+            data, train=train, steps=10, lr=1e-2, folder=tmp_path, save_every=2, progress=False
+        )
+
+    whole, parts = fused(), fused()
+    data = batches()
+    reference = {k: v.clone() for k, v in whole.model.state_dict().items()}
+    history = whole.fit(data, train=train, steps=10, lr=1e-2, progress=False)
+    broken = [*data[:5], {"input_ids": None, "labels": None, "side": data[0]["side"]}]
+    with pytest.raises((ValueError, AttributeError, TypeError)):
+        run(parts, broken)
+    assert run(fused(), data).losses == history.losses
+    assert history.untouched == []
+    assert all(torch.equal(v, reference[k]) for k, v in whole.model.state_dict().items())
+    for name in ("fusion", "qa"):
+        moved = [not torch.equal(a, b) for a, b in _pairs(whole, fused(), name)]
+        assert any(moved) == (name in train)
+
+
+def _pairs(a: mg.Host, b: mg.Host, name: str):
+    return zip(a[name].parameters(), b[name].parameters(), strict=True)
+
+
+def test_fit_and_host_fit_are_one():
+    a, b = fused(), fused()
+    a.fit(batches(), train="qa", steps=4, progress=False)
+    learns = {id(p) for p in b["qa"].parameters()}
+    for p in b.parameters():
+        p.requires_grad_(id(p) in learns)
+    fit(b, batches(), steps=4, progress=False)
+    assert all(torch.equal(x, y) for x, y in _pairs(a, b, "qa"))
