@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import BATCH, FEATURES, HOSTS, HostCase, side, tensor_of
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import modgraft as mg
+from hosts import BATCH, FEATURES, HOSTS, HostCase, side, tensor_of
 
 
 @dataclass(frozen=True)
@@ -436,7 +435,7 @@ def test_bad_calls_are_refused_and_leave_the_host(case: HostCase, module: Module
             run(host, case, side={"image": wide})
         with pytest.raises(mg.ModgraftError, match="examples where the host works on"):
             run(host, case, side={"image": side(BATCH + 1)})
-        with pytest.raises(mg.ModgraftError, match="mg.Side"):
+        with pytest.raises(mg.ModgraftError, match=r"mg\.Side"):
             run(host, case, side={"image": torch.randn(BATCH, 4, FEATURES)})
     host.use(None)
     assert torch.equal(run(host, case), bare)

@@ -1,18 +1,27 @@
-"""modgraft: implant, compose, train, store and share modules in a frozen host model."""
+"""modgraft: implant, compose, train and share modules in a frozen host model.
 
-from .computation.base import (
-    Computation,
-    FunctionComposition,
-    InputComposition,
-    ParameterComposition,
-)
-from .computation.fusion import GatedFusion
-from .computation.inputs import LinearMap
-from .computation.parameter import LoRA
-from .context import Side
-from .errors import ModgraftError
-from .host import Host, Implant
-from .sites import Site
+The public names are imported when they are first used: what needs no torch does not wait for it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modgraft.computation.base import (
+        Computation,
+        FunctionComposition,
+        InputComposition,
+        ParameterComposition,
+    )
+    from modgraft.computation.fusion import GatedFusion
+    from modgraft.computation.inputs import LinearMap
+    from modgraft.computation.parameter import LoRA
+    from modgraft.context import Side
+    from modgraft.errors import ModgraftError
+    from modgraft.host import Host, Implant
+    from modgraft.sites import Site
 
 __version__ = "0.1.0"
 
@@ -30,3 +39,32 @@ __all__ = [
     "Side",
     "Site",
 ]
+
+_HOMES = {
+    "computation.base": (
+        "Computation",
+        "FunctionComposition",
+        "InputComposition",
+        "ParameterComposition",
+    ),
+    "computation.fusion": ("GatedFusion",),
+    "computation.inputs": ("LinearMap",),
+    "computation.parameter": ("LoRA",),
+    "context": ("Side",),
+    "errors": ("ModgraftError",),
+    "host": ("Host", "Implant"),
+    "sites": ("Site",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'modgraft' has no attribute {name!r}")
+    value = getattr(import_module(f"modgraft.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .errors import ModgraftError
-from .expression import Expression
+from modgraft.errors import SideError
+from modgraft.expression import Expression
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Side:
             example whose row is all False has no such input, and is left exactly as it was.
 
     Raises:
-        ModgraftError: for a tensor that is not ``[B, m, d]`` floating point, or a mask of another
+        SideError: for a tensor that is not ``[B, m, d]`` floating point, or a mask of another
             shape or type.
     """
 
@@ -36,13 +36,13 @@ class Side:
 
     def __post_init__(self) -> None:
         if self.tensor.dim() != 3 or not self.tensor.is_floating_point():
-            raise ModgraftError(
+            raise SideError(
                 f"a side input is a floating-point tensor [batch, m, d], got {self.tensor.dtype} "
                 f"{list(self.tensor.shape)}; one vector an example is written tensor[:, None]"
             )
         mask = self.mask
         if mask is not None and (mask.dtype != torch.bool or mask.shape != self.tensor.shape[:2]):
-            raise ModgraftError(
+            raise SideError(
                 f"the mask of a side input is bool {list(self.tensor.shape[:2])} (True where there "
                 f"is something to see), got {mask.dtype} {list(mask.shape)}"
             )
@@ -90,7 +90,7 @@ class Call:
         """The side input named ``source`` for a site that sees ``rows`` examples, None if absent.
 
         Raises:
-            ModgraftError: if its batch cannot be that of the site.
+            SideError: if its batch cannot be that of the site.
         """
         side = self.side.get(source)
         if side is None:
@@ -100,7 +100,7 @@ class Call:
             return side
         if self.generating and rows % have == 0:
             return side.follow(rows)
-        raise ModgraftError(
+        raise SideError(
             f"side input {source!r} has {have} examples where the host works on {rows}; "
             f"pass one row for each example of the batch"
         )

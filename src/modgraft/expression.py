@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import TypeVar
 
-from .errors import ModgraftError
+from modgraft.errors import CompositionError
 
 T = TypeVar("T")
 
@@ -148,10 +148,10 @@ def check_name(name: str) -> str:
     """``name`` itself, if it can stand in an expression.
 
     Raises:
-        ModgraftError: if it is no identifier, a Python keyword, or a reserved word.
+        CompositionError: if it is no identifier, a Python keyword, or a reserved word.
     """
     if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
-        raise ModgraftError(
+        raise CompositionError(
             f"{name!r} cannot name a module: a name is a Python identifier other than "
             f"{', '.join(RESERVED)} and the keywords, since it stands in expressions as 'fr >> qa'"
         )
@@ -187,16 +187,18 @@ def parse(text: str, known: Sequence[str]) -> Expression:
         known: the names that may stand in it.
 
     Raises:
-        ModgraftError: for anything else, and for an unknown name (the nearest is suggested).
+        CompositionError: for anything else, and for an unknown name (the nearest is suggested).
     """
     if len(text) > 10_000:
-        raise ModgraftError(f"a composition of {len(text):,} characters; at most 10,000 are read")
+        raise CompositionError(
+            f"a composition of {len(text):,} characters; at most 10,000 are read"
+        )
     try:
         return _read(ast.parse(text.strip(), mode="eval").body, text, known)
     except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
-        if isinstance(error, ModgraftError):
+        if isinstance(error, CompositionError):
             raise
-        raise ModgraftError(
+        raise CompositionError(
             f"{text[:80]!r} is not a composition ({error}); write 'fr >> qa' or 'qa + 0.3*style'"
         ) from error
 
@@ -208,7 +210,7 @@ def _read(node: ast.expr, text: str, known: Sequence[str]) -> Expression:
                 return Name(name)
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"implanted: {', '.join(known) or '—'}"
-            raise ModgraftError(f"no module {name!r} in {text!r}; {hint}")
+            raise CompositionError(f"no module {name!r} in {text!r}; {hint}")
         case ast.BinOp(left=left, op=ast.RShift(), right=right):
             return chain(_read(left, text, known), _read(right, text, known))  # type: ignore[return-value]
         case ast.BinOp(left=left, op=(ast.Add() | ast.Sub()) as op, right=right):
@@ -225,7 +227,7 @@ def _read(node: ast.expr, text: str, known: Sequence[str]) -> Expression:
                 return Sum(tuple((weight * w, e) for w, e in _terms(_read(right, text, known))))
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return Sum(tuple((-w, e) for w, e in _terms(_read(operand, text, known))))
-    raise ModgraftError(
+    raise CompositionError(
         f"{ast.unparse(node)!r} means nothing in the composition {text!r}; "
         f"names go with '>>', '+', '-', 'number *' and brackets"
     )

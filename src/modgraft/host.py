@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from . import expression as ex
-from .computation.base import Computation, InputComposition, ParameterComposition
-from .computation.layers import weight_matrix
-from .context import Call, Context, Side
-from .errors import ModgraftError
-from .implant import graft, missing_side, prune
-from .sites import At, Site, find
+from modgraft import expression as ex
+from modgraft.computation.base import Computation, InputComposition, ParameterComposition
+from modgraft.computation.layers import weight_matrix
+from modgraft.context import Call, Context, Side
+from modgraft.errors import ModgraftError
+from modgraft.implant import graft, missing_side, prune
+from modgraft.sites import At, Site, find
 
 if TYPE_CHECKING:
-    from .training.fit import History
+    from modgraft.training.fit import History
 
 Composition = str | ex.Expression | None
 
@@ -315,14 +315,14 @@ class Host(nn.Module):
                 requires a gradient now.
             **settings: steps, lr, schedule, … of ``fit``.
         """
-        from .training.fit import fit
+        from modgraft.training.fit import fit
 
         with self.training_only(train):
             return fit(self, loader, **settings)
 
     def save(self, name: str, folder: str | Path) -> Path:
         """Write one module to a folder; see :mod:`modgraft.store.folder`."""
-        from .store.folder import save
+        from modgraft.store.folder import save
 
         return save(self, name, Path(folder))
 
@@ -334,7 +334,7 @@ class Host(nn.Module):
             name: its name here; None: the one it was saved under.
             strict: whether the host must be the one it was trained in, weight for weight.
         """
-        from .store.folder import load
+        from modgraft.store.folder import load
 
         return load(self, Path(folder), name, strict=strict)
 

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .computation.base import (
+from modgraft.computation.base import (
     Computation,
     FunctionComposition,
     InputComposition,
     ParameterComposition,
 )
-from .computation.layers import weight_matrix
-from .context import Call, Context
-from .errors import ModgraftError
-from .sites import Site
-from .splice import splice
+from modgraft.computation.layers import weight_matrix
+from modgraft.context import Call, Context
+from modgraft.errors import ModgraftError, SideError
+from modgraft.sites import Site
+from modgraft.splice import splice
 
 _STATE = "_modgraft_state"
 
@@ -200,9 +200,9 @@ def _apply(entry: Entry, y: Tensor, x: Tensor | None, call: Call) -> Tensor:
     return module(y, x, side)
 
 
-def missing_side(name: str, source: str) -> ModgraftError:
+def missing_side(name: str, source: str) -> SideError:
     """The error of a call without a side input that an active module needs."""
-    return ModgraftError(
+    return SideError(
         f"module {name!r} needs the side input {source!r} and this call has none; pass "
         f"host(..., side={{{source!r}: mg.Side(tensor, mask)}}), with an all-False mask row for an "
         f"example without one, or leave the module out with host.use(None)"

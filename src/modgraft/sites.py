@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .anatomy import base_path, family_of
-from .errors import ModgraftError
+from modgraft.anatomy import base_path, family_of
+from modgraft.errors import SiteError
 
 At = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence["At"]
 
@@ -42,7 +42,7 @@ class Site:
         """Features of the input.
 
         Raises:
-            ModgraftError: where the module is no linear layer.
+            SiteError: where the module is no linear layer.
         """
         match self.module:
             case nn.Linear(in_features=width):
@@ -56,15 +56,15 @@ class Site:
         """Features of the output (of the part, for a part of a fused projection).
 
         Raises:
-            ModgraftError: where neither the module nor its model's config says.
+            SiteError: where neither the module nor its model's config says.
         """
         full = _out_width(self.module) or _config_width(self.module) or _config_width(self.root)
         if full is None:
             raise self._widthless("output")
         return full // self.part[1] if self.part else full
 
-    def _widthless(self, end: str) -> ModgraftError:
-        return ModgraftError(
+    def _widthless(self, end: str) -> SiteError:
+        return SiteError(
             f"cannot tell how wide the {end} of {self.path or 'the host'} "
             f"({type(self.module).__name__}) is; choose a layer that knows, such as nn.Linear"
         )
@@ -103,13 +103,13 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
         The sites in the order of ``model.named_modules()``, each once.
 
     Raises:
-        ModgraftError: if nothing matches, or not as many as expected; it lists what there is.
+        SiteError: if nothing matches, or not as many as expected; it lists what there is.
     """
     found = {site.label: site for each in _list(at) for site in _find_one(model, each)}
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     sites = sorted(found.values(), key=lambda s: (order[s.path], s.part or (0, 0)))
     if expect is not None and len(sites) != expect:
-        raise ModgraftError(
+        raise SiteError(
             f"{at!r} matches {len(sites)} sites where {expect} were expected: "
             f"{', '.join(s.label for s in sites[:12])}{' …' if len(sites) > 12 else ''}"
         )
@@ -126,7 +126,7 @@ def _find_one(model: nn.Module, at: At) -> list[Site]:
         sites = [Site(p, m, None, model) for p, m in paths.items() if isinstance(m, at)]
         if not sites:
             kinds = sorted({type(m).__name__ for m in paths.values()})
-            raise ModgraftError(f"no {at.__name__} in the host; it is made of {', '.join(kinds)}")
+            raise SiteError(f"no {at.__name__} in the host; it is made of {', '.join(kinds)}")
         return sites
     if isinstance(at, str):
         family = family_of(model)
@@ -142,9 +142,9 @@ def _find_one(model: nn.Module, at: At) -> list[Site]:
     if callable(at):
         sites = [Site(p, m, None, model) for p, m in paths.items() if at(p, m)]
         if not sites:
-            raise ModgraftError(f"the predicate {at!r} holds for none of {len(paths)} sub-modules")
+            raise SiteError(f"the predicate {at!r} holds for none of {len(paths)} sub-modules")
         return sites
-    raise ModgraftError(
+    raise SiteError(
         f"a selection is a role, a path pattern, a type, a predicate or a list, not {at!r}"
     )
 
@@ -154,7 +154,7 @@ def _match(model: nn.Module, pattern: str, star: str) -> list[Site]:
     if fused := re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", pattern):
         pattern, part = fused[1], (int(fused[2]), int(fused[3]))
         if not part[0] < part[1]:
-            raise ModgraftError(f"part [{part[0]}/{part[1]}] of {pattern!r}: parts count from 0")
+            raise SiteError(f"part [{part[0]}/{part[1]}] of {pattern!r}: parts count from 0")
     regex = re.compile(_regex(pattern, star))
     return [Site(p, m, part, model) for p, m in model.named_modules() if regex.fullmatch(p)]
 
@@ -173,11 +173,11 @@ def _regex(pattern: str, star: str) -> str:
         else:
             out += re.escape(char)
     if depth:
-        raise ModgraftError(f"the pattern {pattern!r} opens a brace it does not close")
+        raise SiteError(f"the pattern {pattern!r} opens a brace it does not close")
     return out
 
 
-def _no_match(model: nn.Module, at: str) -> ModgraftError:
+def _no_match(model: nn.Module, at: str) -> SiteError:
     family = family_of(model)
     paths = [p for p, _ in model.named_modules() if p]
     if family is None:
@@ -189,4 +189,4 @@ def _no_match(model: nn.Module, at: str) -> ModgraftError:
     near = get_close_matches(at, paths, n=3, cutoff=0.4) or paths[:3]
     near_roles = get_close_matches(at, list(family.roles), n=1) if family else []
     hint = f"did you mean at={near_roles[0]!r}? " if near_roles else ""
-    return ModgraftError(f"{at!r} matches no site. {hint}{roles}; paths near it: {', '.join(near)}")
+    return SiteError(f"{at!r} matches no site. {hint}{roles}; paths near it: {', '.join(near)}")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anatomy import family_of
-from .errors import ModgraftError
+from modgraft.anatomy import family_of
+from modgraft.errors import ModgraftError
 
 IGNORED = -100  # the label that transformers' losses leave out
 

@@ -1,1 +1,6 @@
-"""Computation functions: what a module does at a site."""
+"""Computation functions: what a module does at a site. Importing it makes every one of them known
+by name, for modules that are loaded."""
+
+from modgraft.computation import base, fusion, inputs, parameter
+
+__all__ = ["base", "fusion", "inputs", "parameter"]

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Self, dataclass_transform
 
 from torch import Tensor, nn
 
-from ..context import Side
-from ..errors import ModgraftError
-from ..sites import Site
-from .layers import linear_map
+from modgraft.computation.layers import linear_map
+from modgraft.context import Side
+from modgraft.errors import UnknownNameError
+from modgraft.sites import Site
 
 REGISTRY: dict[str, type[Computation]] = {}
 
@@ -111,11 +111,11 @@ def resolve(name: str) -> type[Computation]:
     """The computation called ``name``, built in or the user's own.
 
     Raises:
-        ModgraftError: if no class of that name has been defined.
+        UnknownNameError: if no class of that name has been defined.
     """
     if name in REGISTRY:
         return REGISTRY[name]
-    raise ModgraftError(
+    raise UnknownNameError(
         f"no computation {name!r}; known: {', '.join(sorted(REGISTRY))}. "
         f"If it is your own class, import the file that defines it first"
     )

@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from ..context import Side
-from ..errors import ModgraftError
-from ..sites import Site
-from .base import FunctionComposition
+from modgraft.computation.base import FunctionComposition
+from modgraft.context import Side
+from modgraft.errors import ModgraftError
+from modgraft.sites import Site
 
 
 class Maps(NamedTuple):

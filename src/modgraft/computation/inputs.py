@@ -6,10 +6,10 @@ from typing import final
 
 from torch import Tensor, nn
 
-from ..context import Side
-from ..errors import ModgraftError
-from ..sites import Site
-from .base import InputComposition
+from modgraft.computation.base import InputComposition
+from modgraft.context import Side
+from modgraft.errors import ModgraftError
+from modgraft.sites import Site
 
 
 @final

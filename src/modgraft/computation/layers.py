@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ModgraftError
+from modgraft.errors import SiteError
 
 # layer type → (its weight as a matrix [out, in], x and such a matrix → the layer without bias)
 _LAYERS: dict[
@@ -25,7 +25,7 @@ def _row(layer: nn.Module) -> tuple:
     for kind, row in _LAYERS.items():
         if isinstance(layer, kind):
             return row
-    raise ModgraftError(
+    raise SiteError(
         f"a {type(layer).__name__} has no weight that a parameter module can change; "
         f"it acts on {', '.join(k.__name__ for k in _LAYERS)}"
     )
@@ -35,14 +35,14 @@ def weight_matrix(layer: nn.Module, part: tuple[int, int] | None = None) -> Tens
     """The weight of ``layer`` as a view ``[out, in]``, or the rows of one part of a fused one.
 
     Raises:
-        ModgraftError: for a layer without such a weight, or an output that has no such parts.
+        SiteError: for a layer without such a weight, or an output that has no such parts.
     """
     weight = _row(layer)[0](layer)
     if part is None:
         return weight
     index, count = part
     if isinstance(layer, nn.Embedding) or weight.shape[0] % count:
-        raise ModgraftError(
+        raise SiteError(
             f"a {type(layer).__name__} with {weight.shape[0]} outputs has no {count} equal parts"
         )
     return weight.chunk(count)[index]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ModgraftError
-from ..sites import Site
-from .base import ParameterComposition
-from .layers import weight_matrix
+from modgraft.computation.base import ParameterComposition
+from modgraft.computation.layers import weight_matrix
+from modgraft.errors import ModgraftError
+from modgraft.sites import Site
 
 
 @final

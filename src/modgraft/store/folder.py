@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..computation.base import resolve
-from ..errors import ModgraftError
-from .fingerprint import fingerprint
+from modgraft.computation.base import resolve
+from modgraft.errors import CheckpointError
+from modgraft.store.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from ..host import Host, Implant
+    from modgraft.host import Host, Implant
 
 FORMAT = 1
 
@@ -44,7 +44,9 @@ def save(host: Host, name: str, folder: Path) -> Path:
         (whole / "module.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             if not (folder / "module.json").is_file():
-                raise ModgraftError(f"{folder} is there and holds no module; choose another folder")
+                raise CheckpointError(
+                    f"{folder} is there and holds no module; choose another folder"
+                )
             shutil.rmtree(folder)
         whole.replace(folder)
     except BaseException:
@@ -57,14 +59,14 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
     """Implant the module of ``folder``.
 
     Raises:
-        ModgraftError: for a folder that is not whole, tensors that do not fit, NaN among them, or
+        CheckpointError: for a folder that is not whole, tensors that do not fit, NaN among them, or
             (``strict``) a module trained in another host. The host is then as it was.
     """
     card, tensors = _read(folder)
     own, theirs = fingerprint(host.model), card["host"]
     if strict and own != theirs:
         differs = [k for k in own if own[k] != theirs.get(k)]
-        raise ModgraftError(
+        raise CheckpointError(
             f"{folder}: the module was trained in another host ({', '.join(differs)} differ: "
             f"{theirs.get('architecture')} there, {own['architecture']} here); load it into the "
             f"host it was trained in, or say host.load(..., strict=False) to try it all the same"
@@ -84,20 +86,22 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     path = folder / "module.json"
     if not path.is_file():
-        raise ModgraftError(f"no module in {folder}: {path.name} is not there")
+        raise CheckpointError(f"no module in {folder}: {path.name} is not there")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         if card["format"] != FORMAT:
-            raise ModgraftError(f"{path}: format {card['format']}, this version reads {FORMAT}")
+            raise CheckpointError(f"{path}: format {card['format']}, this version reads {FORMAT}")
         missing = {"name", "type", "config", "sites", "host"} - card.keys()
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ModgraftError(f"{path} is not a module's card ({error!r}); save it again") from error
+        raise CheckpointError(
+            f"{path} is not a module's card ({error!r}); save it again"
+        ) from error
     if missing:
-        raise ModgraftError(f"{path} lacks {', '.join(sorted(missing))}; save the module again")
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; save the module again")
     try:
         return card, load_file(folder / "module.safetensors")
     except (FileNotFoundError, SafetensorError) as error:
-        raise ModgraftError(
+        raise CheckpointError(
             f"{folder / 'module.safetensors'} cannot be read ({error}); it is missing or cut "
             f"short: copy the folder again"
         ) from error
@@ -107,19 +111,19 @@ def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> N
     own = implant.tensors()
     if own.keys() != tensors.keys():
         extra, lacking = tensors.keys() - own.keys(), own.keys() - tensors.keys()
-        raise ModgraftError(
+        raise CheckpointError(
             f"{folder}: {len(lacking)} tensors are missing {sorted(lacking)[:3]} and {len(extra)} "
             f"are not the module's {sorted(extra)[:3]}; the file and its card are of two modules"
         )
     with torch.no_grad():
         for key, tensor in tensors.items():
             if tensor.shape != own[key].shape:
-                raise ModgraftError(
+                raise CheckpointError(
                     f"{folder}: {key} is {list(tensor.shape)} where this host needs "
                     f"{list(own[key].shape)}"
                 )
             if not torch.isfinite(tensor).all():
-                raise ModgraftError(
+                raise CheckpointError(
                     f"{folder}: {key} holds NaN or infinity; the run that wrote it had diverged"
                 )
             own[key].copy_(tensor)

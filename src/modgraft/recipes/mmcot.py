@@ -1,0 +1,305 @@
+"""Multimodal chain of thought: think about the picture first, then answer.
+
+Zhang et al. 2023, arXiv:2302.00923. Two T5s of one shape, each with gated fusion after its encoder.
+The first writes a rationale from question, context, options and image (QCM→R); the second answers
+from the same and the rationale (QCMR→A). Both learn from gold rationales, so they train side by
+side. At test the second reads what the first wrote freely, token by token, never decoded along a
+gold rationale; rationales are handed over by question id; an answer is read among the actual
+options or counts as wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
+
+import modgraft as mg
+from modgraft.data.batches import Collate, QADataset
+from modgraft.data.records import Questions
+from modgraft.data.text import find_form, rationale_of
+from modgraft.models.t5 import copy_init, small_t5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run.
+
+    Attributes:
+        data: ``"digits"`` for DigitsQA, or a folder in ScienceQA's format.
+        features: for a folder: a features file, or a vision model to extract them with.
+        model: a pretrained T5 (folder or hub name); None: a small one from scratch.
+        rationale, answer, direct, explain: the text forms of stage 1, stage 2 and the two one-stage
+            controls.
+        train, val, test: DigitsQA's sizes.
+        d_model, d_ff, heads, layers: the small T5's shape.
+        steps_rationale, steps_answer: optimiser steps of a model that writes rationales, and of one
+            that only answers.
+        batch, lr, warmup, weight_decay, beta2: of AdamW, with linear decay.
+        max_input, max_rationale, max_answer: tokens.
+        decode_batch: questions decoded at once.
+        rank: of the modular variant's LoRA.
+        skip_bad: go on without bad records, listing them.
+    """
+
+    data: str = "digits"
+    features: str | None = None
+    model: str | None = None
+    rationale: str = "QCM-E"
+    answer: str = "QCMG-VA"
+    direct: str = "QCM-VA"
+    explain: str = "QCM-EVA"
+    train: int = 12_000
+    val: int = 480
+    test: int = 900
+    d_model: int = 128
+    d_ff: int = 256
+    heads: int = 4
+    layers: int = 2
+    steps_rationale: int = 1500
+    steps_answer: int = 800
+    batch: int = 32
+    lr: float = 1e-3
+    warmup: int = 50
+    weight_decay: float = 0.01
+    beta2: float = 0.98
+    max_input: int = 512
+    max_rationale: int = 64
+    max_answer: int = 16
+    decode_batch: int = 150
+    rank: int = 8
+    skip_bad: bool = False
+
+
+SCIENCEQA = Settings(
+    rationale="QCM-LE", answer="QCMG-A", direct="QCM-A", explain="QCM-LEA",
+    steps_rationale=32_000, steps_answer=32_000, batch=8, lr=5e-5, warmup=0, beta2=0.999,
+    max_rationale=512, max_answer=64, decode_batch=16,
+)  # fmt: skip
+"""The published settings for ScienceQA: 20 epochs of 12,726 questions in batches of 8."""
+
+
+@dataclass(frozen=True)
+class Net:
+    """A model to train.
+
+    Attributes:
+        key: its folder.
+        title: what the report calls it.
+        reads: which of the settings' text forms it learns.
+        fusion: the form of fusion, None for a model of text alone.
+        base: the text model that is frozen under modules alone (the modular variant).
+    """
+
+    key: str
+    title: str
+    reads: Literal["rationale", "answer", "direct", "explain"]
+    fusion: Literal["paper", "released"] | None = "paper"
+    base: str | None = None
+
+
+NETS = {
+    net.key: net
+    for net in (
+        Net("stage1", "Stage 1, fused", "rationale"),
+        Net("stage2", "Stage 2, fused", "answer"),
+        Net("stage1-text", "Stage 1, text only", "rationale", fusion=None),
+        Net("stage2-text", "Stage 2, text only", "answer", fusion=None),
+        Net("direct", "One stage, answer", "direct"),
+        Net("explain", "One stage, rationale then answer", "explain"),
+        Net("stage1-released", "Stage 1, released fusion", "rationale", "released"),
+        Net("stage2-released", "Stage 2, released fusion", "answer", "released"),
+        Net(
+            "stage1-modular", "Stage 1, modules on frozen text T5", "rationale", base="stage1-text"
+        ),
+        Net("stage2-modular", "Stage 2, modules on frozen text T5", "answer", base="stage2-text"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result table: which nets, on which images, with which rationales.
+
+    Attributes:
+        key, title, group, note: for the table.
+        answers: the net that answers.
+        thinks: the net that writes the rationales; ``"gold"`` hands over the true ones; None where
+            one stage does all.
+        shuffled: every question with another one's image.
+        forced: rationales decoded along the gold ones, as the released code did. It leaks.
+    """
+
+    key: str
+    title: str
+    answers: str
+    thinks: str | None
+    group: Literal["main", "control", "ablation"] = "control"
+    shuffled: bool = False
+    forced: bool = False
+    note: str = ""
+
+    @property
+    def nets(self) -> tuple[str, ...]:
+        """The nets it needs."""
+        return tuple(n for n in (self.thinks, self.answers) if n is not None and n != "gold")
+
+
+ROWS = {
+    row.key: row
+    for row in (
+        Row("fused", "Two stages, fused", "stage2", "stage1", "main"),
+        Row("shuffled", "Images shuffled", "stage2", "stage1", shuffled=True,
+            note="the same models, each question with another one's image"),
+        Row("text", "Text only", "stage2-text", "stage1-text",
+            note="two stages trained and tested without images"),
+        Row("gold", "Gold rationales", "stage2", "gold",
+            note="stage 2 alone: what a perfect stage 1 would give"),
+        Row("forced", "Teacher-forced", "stage2", "stage1", forced=True,
+            note="rationales decoded along the gold ones: not a result but its leak"),
+        Row("forced-text", "Text only, teacher-forced", "stage2-text", "stage1-text",
+            forced=True, note="the leak alone lifts a model that sees nothing"),
+        Row("direct", "One stage, QCM→A", "direct", None, "ablation"),
+        Row("explain", "One stage, QCM→EA", "explain", None, "ablation"),
+        Row("released", "Two stages, released fusion", "stage2-released", "stage1-released",
+            "ablation", note="the fusion of the released code"),
+        Row("modular", "Two stages, modular", "stage2-modular", "stage1-modular", "ablation",
+            note="text T5s frozen; only fusion and LoRA trained"),
+    )
+}  # fmt: skip
+
+DEMO = ("fused", "shuffled", "text", "gold", "forced")
+
+
+# -- the model ----------------------------------------------------------------------------------
+
+
+def text_t5(settings: Settings, vocabulary: int, seed: int) -> T5ForConditionalGeneration:
+    """The T5 before surgery: pretrained, or small and new."""
+    if settings.model is not None:
+        return T5ForConditionalGeneration.from_pretrained(settings.model)
+    shape = {k: getattr(settings, k) for k in ("d_model", "d_ff", "heads", "layers")}
+    return copy_init(small_t5(vocabulary, **shape, seed=seed), seed=seed)
+
+
+def surgery(t5: T5ForConditionalGeneration, net: Net, dim: int, settings: Settings) -> mg.Host:
+    """The whole of it: no copy of T5's ``forward``, no subclass."""
+    host = mg.Host(t5, freeze=net.base is not None)
+    if net.fusion is not None:
+        fusion = mg.GatedFusion(source="image", dim=dim, form=net.fusion)
+        host.implant("fusion", fusion, at="encoder.output", expect=1)
+    if net.base is not None:
+        attention = ["query", "key", "value", "output"]
+        host.implant("lora", mg.LoRA(rank=settings.rank), at=attention)
+    return host
+
+
+# -- training -----------------------------------------------------------------------------------
+
+
+def train(
+    host: mg.Host, net: Net, questions: Questions, tokenizer: PreTrainedTokenizerBase,
+    settings: Settings, seed: int, folder: str,
+) -> float:  # fmt: skip
+    """Train one net on gold rationales; returns the seconds it took."""
+    form = find_form(getattr(settings, net.reads))
+
+    def loader(split: str, shuffle: bool) -> DataLoader:
+        part = _seen(questions.split(split), net)
+        gold = gold_rationales(part, settings) if form.reads_rationale else None
+        collate = Collate(tokenizer, form, settings.max_input, width=questions.width)
+        return DataLoader(QADataset(part, gold), settings.batch, shuffle, collate_fn=collate)
+
+    steps = settings.steps_answer if net.reads in ("answer", "direct") else settings.steps_rationale
+    history = host.fit(
+        loader("train", True), evaluate=loader("val", False), steps=steps, lr=settings.lr,
+        warmup=settings.warmup, weight_decay=settings.weight_decay, betas=(0.9, settings.beta2),
+        evaluate_every=max(1, steps // 6), seed=seed, folder=folder, progress=False,
+        label=net.title,
+    )  # fmt: skip
+    return history.seconds
+
+
+def gold_rationales(questions: Questions, settings: Settings) -> dict[str, str]:
+    """Id → the true rationale in the very form that stage 1 learns to write."""
+    form = find_form(settings.rationale)
+    return {record.id: rationale_of(form.target(record), form) for record in questions}
+
+
+def _seen(questions: Questions, net: Net) -> Questions:
+    return questions if net.fusion is not None else questions.without_images()
+
+
+# -- decoding -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def write(
+    host: mg.Host, net: Net, questions: Questions, tokenizer: PreTrainedTokenizerBase,
+    settings: Settings, rationales: Mapping[str, str] | None = None, forced: bool = False,
+) -> dict[str, str]:  # fmt: skip
+    """Id → what the net writes, greedily and with the KV cache.
+
+    ``forced`` decodes along the gold target instead, each token after the true ones before it: it
+    measures a leak and is never a result.
+    """
+    host.eval()
+    form = find_form(getattr(settings, net.reads))
+    length = settings.max_answer if net.reads in ("answer", "direct") else settings.max_rationale
+    part = _seen(questions, net)
+    dataset = QADataset(part, rationales if form.reads_rationale else None)
+    collate = Collate(
+        tokenizer, form, settings.max_input, width=questions.width, targets=forced
+    )  # fmt: skip
+    order = sorted(range(len(part)), key=lambda i: len(form.input(part[i], dataset[i].rationale)))
+    written: dict[str, str] = {}
+    for batch in DataLoader(dataset, settings.decode_batch, sampler=order, collate_fn=collate):  # type: ignore[arg-type]
+        ids, batch = batch.pop("ids"), _on(batch, host)
+        if net.fusion is None:
+            batch.pop("side", None)
+        if forced:
+            tokens = host(**batch).logits.argmax(-1)
+            tokens = tokens.masked_fill(batch["labels"] == -100, tokenizer.pad_token_id)
+        else:
+            tokens = host.generate(**batch, max_new_tokens=length, do_sample=False, num_beams=1)
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        written |= dict(zip(ids, texts, strict=True))
+    return {record.id: written[record.id] for record in questions}
+
+
+def _on(batch: dict, host: mg.Host) -> dict:
+    device = next(host.parameters()).device
+    return {
+        k: {n: s.to(device) for n, s in v.items()} if isinstance(v, dict) else v.to(device)
+        for k, v in batch.items()
+    }
+
+
+def rationales_written(
+    host: mg.Host, net: Net, questions: Questions, tokenizer: PreTrainedTokenizerBase,
+    settings: Settings, forced: bool = False,
+) -> dict[str, str]:  # fmt: skip
+    """Id → the rationale that a stage-1 net writes, as a stage-2 net reads it."""
+    form = find_form(settings.rationale)
+    texts = write(host, net, questions, tokenizer, settings, forced=forced)
+    return {qid: rationale_of(text, form) for qid, text in texts.items()}
+
+
+def nets_of(rows: Iterable[str]) -> list[Net]:
+    """The nets that these rows need, bases first."""
+    needed = {key for row in rows for key in ROWS[row].nets}
+    needed |= {base for key in needed if (base := NETS[key].base) is not None}
+    return [net for key, net in NETS.items() if key in needed]
+
+
+def smaller(settings: Settings, share: float) -> Settings:
+    """The same with a share of the steps and of the questions, for a quick look."""
+    scaled = {
+        name: max(1, round(share * getattr(settings, name)))
+        for name in ("train", "val", "test", "steps_rationale", "steps_answer", "warmup")
+    }
+    return replace(settings, **scaled)

@@ -1,0 +1,251 @@
+"""What people do with a host beyond the contract: Trainer, DDP, PEFT's tensors, threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import T5Config, Trainer, TrainingArguments
+
+import modgraft as mg
+from hosts import BATCH, FEATURES, HOSTS, QV, ids, side
+
+
+# PEFT's own use of what transformers has renamed
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("name", ["t5", "bert", "gpt2", "llama", "vit"])
+def test_lora_equals_peft_from_the_same_tensors(name: str) -> None:
+    case = HOSTS[name]
+    targets = {
+        "t5": ["q", "v"], "bert": ["query", "value"], "gpt2": ["c_attn"],
+        "llama": ["q_proj", "v_proj"], "vit": ["q_proj", "v_proj"],
+    }[name]  # fmt: skip
+    at = "*.c_attn" if name == "gpt2" else QV  # PEFT takes GPT-2's fused projection as one
+    host = mg.Host(case.model()).eval()
+    host.implant("m", mg.LoRA(rank=4, alpha=6.0), at=at)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6.0, target_modules=targets, fan_in_fan_out=name == "gpt2"
+    )
+    peer = peft.get_peft_model(case.model(), config).eval()
+    layers = {
+        k.removeprefix("base_model.model."): m
+        for k, m in peer.named_modules()
+        if hasattr(m, "lora_A")
+    }
+    assert set(layers) == set(host["m"].paths)
+    with torch.no_grad():
+        for path, place in zip(host["m"].paths, host["m"].places, strict=True):
+            place.A.normal_(0, 0.3)
+            place.B.normal_(0, 0.3)
+            layers[path].lora_A["default"].weight.copy_(place.A)
+            layers[path].lora_B["default"].weight.copy_(place.B)
+        ours, theirs = host(**case.batch()).logits, peer(**case.batch()).logits
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        merged = peer.merge_and_unload()(**case.batch()).logits
+        torch.testing.assert_close(
+            host.merge("m")(**case.batch()).logits, merged, atol=1e-5, rtol=1e-5
+        )
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"input_ids": ids()[i % BATCH], "labels": ids(5, 5)[i % BATCH], "row": i % BATCH}
+
+
+def gather(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    given, picked = side(), [r["row"] for r in rows]
+    return {
+        "input_ids": torch.stack([r["input_ids"] for r in rows]),
+        "labels": torch.stack([r["labels"] for r in rows]),
+        "side": {"image": mg.Side(given.tensor[picked], given.mask[picked])},
+    }
+
+
+def test_the_trainer_of_transformers_trains_a_host(tmp_path: Path) -> None:
+    host = mg.Host(HOSTS["t5"].model())
+    host.implant("fusion", mg.GatedFusion(dim=FEATURES), at="encoder.output")
+    host.implant("lora", mg.LoRA(rank=2), at=QV)
+    theta = {k: v.clone() for k, v in host.model.state_dict().items()}
+    phi = {k: v.clone() for k, v in host.implants.state_dict().items()}
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=40, learning_rate=3e-2,
+        report_to=[], remove_unused_columns=False, use_cpu=True, label_names=["labels"],
+        eval_strategy="steps", eval_steps=6, logging_steps=1, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        host, arguments, data_collator=gather, train_dataset=Rows(), eval_dataset=Rows()
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    assert any("eval_loss" in row for row in trainer.state.log_history)
+    assert all(torch.equal(v, theta[k]) for k, v in host.model.state_dict().items())
+    assert all(not torch.equal(v, phi[k]) for k, v in host.implants.state_dict().items())
+
+
+def test_threads_do_not_see_each_others_compositions() -> None:
+    case = HOSTS["gpt2"]
+    host = mg.Host(case.model()).eval()
+    for name in ("a", "b"):
+        host.implant(name, mg.LoRA(rank=4), at=QV)
+        with torch.no_grad():
+            for p in host[name].parameters():
+                p.normal_(0, 0.3)
+    wanted = ["a", "b", None, "a + b"] * 6
+
+    def run(composition: str | None) -> torch.Tensor:
+        with torch.no_grad(), host.using(composition):
+            return host(**case.batch()).logits
+
+    alone = [run(c) for c in wanted]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, wanted))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_hidden_states_are_still_recorded() -> None:
+    case = HOSTS["t5"]
+    host = mg.Host(case.model()).eval()
+    host.implant("fusion", mg.GatedFusion(dim=FEATURES), at="encoder.output")
+    out = host(**case.batch(), side={"image": side()}, output_hidden_states=True)
+    assert len(out.encoder_hidden_states) == 3
+    assert len(out.decoder_hidden_states) == 3
+    host.remove("fusion")
+    host.implant("inside", mg.GatedFusion(dim=FEATURES), at="encoder.block.0")
+    out = host(**case.batch(), side={"image": side()}, output_hidden_states=True)
+    assert len(out.encoder_hidden_states) == 3
+
+
+def test_released_fusion_adds_what_the_released_code_added() -> None:
+    """T5-base (width 768) with features 256 wide: 3,740,160 parameters."""
+    config = T5Config(vocab_size=11, d_model=768, num_layers=1, num_heads=12, d_ff=8)
+    with torch.device("meta"):
+        from transformers import T5ForConditionalGeneration
+
+        model = T5ForConditionalGeneration(config)
+        host = mg.Host(model)
+        host.implant("fusion", mg.GatedFusion(dim=256, form="released"), at="encoder.output")
+    assert host["fusion"].size == 3_740_160
+
+
+def test_selections() -> None:
+    host = mg.Host(HOSTS["t5"].model())
+    assert len(host.sites("query")) == 6
+    assert len(host.sites("decoder.*.SelfAttention.{q,v}", expect=4)) == 4
+    assert len(host.sites(nn.Embedding)) >= 3
+    assert len(host.sites(lambda path, m: path.endswith(".wo"), expect=4)) == 4
+    assert [s.path for s in host.sites("encoder.output")] == ["encoder"]
+    assert len(host.sites(["query", "encoder.block.0.*.q"])) == 6  # each once
+    with pytest.raises(mg.ModgraftError, match="did you mean at='query'"):
+        host.sites("querry")
+    with pytest.raises(mg.ModgraftError, match="opens a brace"):
+        host.sites("encoder.{q")
+    with pytest.raises(mg.ModgraftError, match="no Conv2d in the host"):
+        host.sites(nn.Conv2d)
+    with pytest.raises(mg.ModgraftError, match="at most 16"):
+        host.implant("wide", mg.LoRA(rank=99), at="query")
+    with pytest.raises(mg.ModgraftError, match="no weight that a parameter module can change"):
+        host.implant("norm", mg.LoRA(rank=1), at="*.layer_norm")
+    with pytest.raises(mg.ModgraftError, match="equal parts"):
+        host.implant("part", mg.LoRA(rank=1), at="encoder.block.0.layer.0.SelfAttention.q[0/5]")
+    assert not list(host.implants)
+
+
+def test_repr_tells_what_is_where() -> None:
+    host = mg.Host(HOSTS["t5"].model())
+    host.implant("qa", mg.LoRA(rank=2), at=QV)
+    text = repr(host)
+    assert "qa: LoRA(rank=2, alpha=None, dropout=0.0)" in text
+    assert "12 sites" in text
+    assert f"{host['qa'].size:,} parameters" in text
+
+
+def test_damaged_module_folders(tmp_path: Path) -> None:
+    case = HOSTS["t5"]
+    host = mg.Host(case.model())
+    host.implant("qa", mg.LoRA(rank=2), at=QV)
+    host.save("qa", tmp_path / "qa")
+    weights = tmp_path / "qa" / "module.safetensors"
+    whole = weights.read_bytes()
+    fresh = mg.Host(case.model())
+    for broken in (whole[:-40], b"", whole.replace(b'"F32"', b'"F3"', 1)):
+        weights.write_bytes(broken)
+        with pytest.raises(mg.ModgraftError, match="missing or cut"):
+            fresh.load(tmp_path / "qa")
+    with torch.no_grad():
+        host["qa"].places[0].A[0, 0] = float("nan")
+    host.save("qa", tmp_path / "qa")
+    with pytest.raises(mg.ModgraftError, match="NaN or infinity"):
+        fresh.load(tmp_path / "qa")
+    (tmp_path / "qa" / "module.json").write_text("{")
+    with pytest.raises(mg.ModgraftError, match="not a module's card"):
+        fresh.load(tmp_path / "qa")
+    with pytest.raises(mg.ModgraftError, match="no module in"):
+        fresh.load(tmp_path / "nowhere")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("keep me")
+    with pytest.raises(mg.ModgraftError, match="holds no module"):
+        host.save("qa", tmp_path / "other")
+    assert (tmp_path / "other" / "mine.txt").read_text() == "keep me"
+    assert not list(fresh.implants)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_ddp_on_two_processes(tmp_path: Path) -> None:
+    """Each rank sees half of the batch with its own side inputs; gradients are those of one
+    process on all of it."""
+    script = tmp_path / "ddp.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, torch, torch.distributed as dist
+            sys.path.insert(0, sys.argv[1])
+            from hosts import HOSTS, QV, FEATURES, side, ids
+            import modgraft as mg
+            torch.set_num_threads(1)
+            dist.init_process_group("gloo")
+            rank, world = dist.get_rank(), dist.get_world_size()
+            assert world == 2, world
+            host = mg.Host(HOSTS["t5"].model())
+            torch.manual_seed(0)
+            host.implant("fusion", mg.GatedFusion(dim=FEATURES), at="encoder.output")
+            host.implant("lora", mg.LoRA(rank=2), at=QV)
+            net = torch.nn.parallel.DistributedDataParallel(host)
+            x, y = ids()[:2], ids(5, 5)[:2]
+            given = side()
+            def loss(model, rows):
+                one = mg.Side(given.tensor[rows], given.mask[rows])
+                return model(input_ids=x[rows], labels=y[rows], side={"image": one}).loss
+            loss(net, slice(rank, rank + 1)).backward()
+            shared = [p.grad.clone() for p in host.implants.parameters()]
+            host.zero_grad()
+            loss(host, slice(0, 2)).backward()
+            for a, p in zip(shared, host.implants.parameters()):
+                torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)
+            dist.destroy_process_group()
+            print("equal on rank", rank)
+            """
+        )
+    )
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        str(script), str(Path(__file__).parent),
+    ]  # fmt: skip
+    out = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert out.stdout.count("equal on rank") == 2
