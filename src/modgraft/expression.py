@@ -99,7 +99,7 @@ class Sum(Expression):
         for weight, term in self.terms:
             sign = (" - " if weight < 0 else " + ") if out else ("-" if weight < 0 else "")
             text = str(term) if isinstance(term, Name) else f"({term})"
-            out += sign + (text if abs(weight) == 1 else f"{abs(weight):g}*{text}")
+            out += sign + (text if abs(weight) == 1 else f"{_written(abs(weight))}*{text}")
         return out
 
 
@@ -173,7 +173,7 @@ def without(expression: Expression | None, name: str) -> Expression | None:
             return chain(*(without(part, name) for part in parts))
         case Sum(terms):
             kept = tuple((w, e) for w, t in terms if (e := without(t, name)) is not None)
-            return Sum(kept) if kept else None
+            return _sum(kept) if kept else None
         case Name(own) if own == name:
             return None
     return expression
@@ -215,18 +215,16 @@ def _read(node: ast.expr, text: str, known: Sequence[str]) -> Expression:
             return chain(_read(left, text, known), _read(right, text, known))  # type: ignore[return-value]
         case ast.BinOp(left=left, op=(ast.Add() | ast.Sub()) as op, right=right):
             sign = 1.0 if isinstance(op, ast.Add) else -1.0
-            right_terms = _terms(_read(right, text, known))
-            return Sum(
-                (*_terms(_read(left, text, known)), *((sign * w, e) for w, e in right_terms))
-            )
+            first, second = _read(left, text, known), _read(right, text, known)
+            return _sum((*_terms(first), *_scaled(sign, second)))
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             if _number(left) is None:
                 left, right = right, left
             weight = _number(left)
             if weight is not None:
-                return Sum(tuple((weight * w, e) for w, e in _terms(_read(right, text, known))))
+                return _sum(_scaled(weight, _read(right, text, known)))
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return Sum(tuple((-w, e) for w, e in _terms(_read(operand, text, known))))
+            return _sum(_scaled(-1.0, _read(operand, text, known)))
     raise CompositionError(
         f"{ast.unparse(node)!r} means nothing in the composition {text!r}; "
         f"names go with '>>', '+', '-', 'number *' and brackets"
@@ -235,6 +233,20 @@ def _read(node: ast.expr, text: str, known: Sequence[str]) -> Expression:
 
 def _terms(expression: Expression) -> tuple[tuple[float, Expression], ...]:
     return expression.terms if isinstance(expression, Sum) else ((1.0, expression),)
+
+
+def _scaled(weight: float, expression: Expression) -> tuple[tuple[float, Expression], ...]:
+    return tuple((weight * w, term) for w, term in _terms(expression))
+
+
+def _sum(terms: tuple[tuple[float, Expression], ...]) -> Expression:
+    """The terms added; one term as it is, is itself."""
+    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 else Sum(terms)
+
+
+def _written(weight: float) -> str:
+    short = f"{weight:g}"
+    return short if float(short) == weight else repr(weight)
 
 
 def _number(node: ast.expr) -> float | None:

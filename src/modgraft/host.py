@@ -5,65 +5,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modgraft import expression as ex
 from modgraft.computation.base import Computation, InputComposition, ParameterComposition
 from modgraft.computation.layers import weight_matrix
 from modgraft.context import Call, Context, Side
-from modgraft.errors import ModgraftError
-from modgraft.implant import graft, missing_side, prune
+from modgraft.errors import CompositionError, ModgraftError
+from modgraft.handle import Implant
+from modgraft.implant import graft, missing_side, prune, pruned
+from modgraft.recompute import forget, remember
 from modgraft.sites import At, Site, find
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
 
 Composition = str | ex.Expression | None
-
-
-class Implant(nn.Module):
-    """A module φ over all its sites: what is named, trained, saved and shared as a whole.
-
-    Attributes:
-        name: its name in compositions.
-        method: the computation as the user wrote it, without parameters.
-        paths: the labels of its sites, in order.
-        places: the built computations, one a site.
-    """
-
-    def __init__(self, name: str, method: Computation, sites: Sequence[Site]) -> None:
-        super().__init__()
-        self.name = name
-        self._method = (method,)  # in a tuple: it is a description, not a child with parameters
-        self.paths = tuple(site.label for site in sites)
-        self.places = nn.ModuleList(method.at(site) for site in sites)
-
-    @property
-    def method(self) -> Computation:
-        """The computation as the user wrote it."""
-        return self._method[0]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the module by ``"<site>:<name>"``."""
-        return {
-            f"{path}:{key}": tensor
-            for path, place in zip(self.paths, self.places, strict=True)
-            for key, tensor in place.state_dict().items()
-        }
-
-    @property
-    def size(self) -> int:
-        """How many parameters it has."""
-        return sum(p.numel() for p in self.parameters())
-
-    def extra_repr(self) -> str:  # noqa: D102
-        return f"{self.name!r}, {len(self.paths)} sites, {self.size:,} parameters"
 
 
 class Host(nn.Module):
@@ -195,6 +157,11 @@ class Host(nn.Module):
     def _read(self, composition: Composition) -> ex.Expression | None:
         if composition is None:
             return None
+        if not isinstance(composition, str | ex.Expression):
+            raise CompositionError(
+                f"one composition a call, as 'fr >> qa', not {composition!r}; for several, call "
+                f"the host once for the examples of each"
+            )
         read = ex.parse(str(composition), list(self.implants))
         weights, inputs = read.weights(), self._inputs()
         for name in read.names():
@@ -234,7 +201,7 @@ class Host(nn.Module):
             out = self.model(*args, **kwargs)
             self._context.traced = before
             return out
-        self._remember()
+        remember(self._recomputing, self._context)
         with self._context.call(call):
             return self.model(*args, **kwargs)
 
@@ -275,15 +242,6 @@ class Host(nn.Module):
             )
         device = _device(self.model)
         return side if side.tensor.device == device else side.to(device)
-
-    def _remember(self) -> None:
-        """Let recomputation in backward find the call that it repeats."""
-        for block in self._recomputing:
-            function = block.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, _Remembering):
-                block.__dict__["_gradient_checkpointing_func"] = _Remembering(
-                    function, self._context
-                )
 
     # -- training, storing ----------------------------------------------------------------------
 
@@ -361,23 +319,13 @@ class Host(nn.Module):
             for name, weight in weights.items()
             for path, place in zip(self[name].paths, self[name].places, strict=True)
         ]
-        plain = self._plain_copy()
+        plain = pruned(copy.deepcopy(self.model))
+        forget(plain)
         with torch.no_grad():
             for label, delta, weight in deltas:
                 site = find(plain, label)[0]
                 matrix = weight_matrix(site.module, site.part)
                 matrix.add_(weight * delta(matrix))  # type: ignore[operator]
-        return plain
-
-    def _plain_copy(self) -> nn.Module:
-        plain = copy.deepcopy(self.model)
-        for module in plain.modules():
-            while (state := module.__dict__.get("_modgraft_state")) is not None:
-                prune(module, state.entries[0].name)
-        for module in plain.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(function, _Remembering):
-                module.__dict__["_gradient_checkpointing_func"] = function.function
         return plain
 
     # -- looking --------------------------------------------------------------------------------
@@ -403,21 +351,6 @@ class Host(nn.Module):
                 f"({100 * implant.size / max(own, 1):.2f} %)"
             )
         return "\n".join(rows)
-
-
-class _Remembering:
-    """A checkpoint function whose recomputation runs under the call of its forward."""
-
-    def __init__(self, function: Any, context: Context) -> None:
-        self.function = function
-        self.context = context
-
-    def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.function(partial(self._under, self.context.current(), run), *args, **kwargs)
-
-    def _under(self, call: Call, run: Any, *args: Any) -> Any:
-        with self.context.call(call):
-            return run(*args)
 
 
 def _device(model: nn.Module) -> torch.device:

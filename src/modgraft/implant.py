@@ -7,6 +7,7 @@ the same answer. What acts there is kept outside the module's registered childre
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
@@ -70,6 +71,14 @@ def prune(host: nn.Module, name: str) -> None:
     if not state.entries:
         host.__class__ = type(host).__mro__[1]
         del host.__dict__[_STATE]
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    """``model`` itself, with everything that is implanted in it taken out."""
+    for module in model.modules():
+        while (state := module.__dict__.get(_STATE)) is not None:
+            prune(module, state.entries[0].name)
+    return model
 
 
 @cache
@@ -261,8 +270,6 @@ def _token_source(inputs: list[Entry], call: Call) -> Callable[[int], tuple[Tens
 
 
 def _named(forward: Callable[..., Any], host: nn.Module, args: tuple, kwargs: dict) -> dict:
-    import inspect
-
     bound = inspect.signature(forward).bind(host, *args, **kwargs)
     named = dict(bound.arguments)
     named.pop(next(iter(named)))  # self

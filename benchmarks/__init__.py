@@ -1,0 +1,1 @@
+"""One file a claim, side by side in one run; times are compared as ratios, never alone."""

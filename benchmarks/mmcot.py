@@ -1,0 +1,125 @@
+"""mm-cot: what the KV cache saves in decoding, and what padding labels to 512 costs in training.
+
+The released code lost the cache and padded every label to 512 tokens. Both ways run here in turn,
+on the recipe's own fused T5 and batches of DigitsQA, and on a T5 of T5-small's published shape.
+
+    python -m benchmarks.mmcot
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import T5Config, T5ForConditionalGeneration
+
+import modgraft as mg
+from benchmarks.timing import Pair, side_by_side
+from modgraft.data.batches import Collate, QADataset
+from modgraft.data.digits import digits_qa
+from modgraft.data.records import Questions
+from modgraft.data.tokenizer import train_tokenizer
+from modgraft.models.t5 import small_t5
+from modgraft.recipes.mmcot import NETS, Settings, surgery
+
+WIDTH, PATCHES = 80, 12
+
+
+def small() -> T5ForConditionalGeneration:
+    """T5-small's shape (Raffel et al. 2020), random weights: speed does not depend on them."""
+    return T5ForConditionalGeneration(T5Config(d_model=512, num_layers=6, decoder_start_token_id=0))
+
+
+def fused(t5: T5ForConditionalGeneration) -> mg.Host:
+    """The recipe's stage-1 net."""
+    return surgery(t5, NETS["stage1"], WIDTH, Settings())
+
+
+def batches(rows: int) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """One DigitsQA batch with labels to its longest, the same padded to 512, and the vocabulary."""
+    qa = digits_qa(rows, 0, 0)
+    features = {qid: torch.randn(PATCHES, WIDTH) for qid in qa.strips}
+    questions = Questions.from_json(qa.problems, features=features)
+    tokenizer = train_tokenizer(f"{r.question} {r.hint} {r.solution}" for r in questions)
+    examples = [QADataset(questions)[i] for i in range(rows)]
+    common = {"width": WIDTH, "with_ids": False}
+    short = Collate(tokenizer, "QCM-E", **common)(examples)
+    long = Collate(tokenizer, "QCM-E", pad_labels_to=512, **common)(examples)
+    assert short["labels"].shape[1] < 64 < long["labels"].shape[1] == 512
+    return short, long, len(tokenizer)
+
+
+def decoding(host: mg.Host, batch: dict[str, Any], tokens: int, rounds: int) -> Pair:
+    """``generate`` with the KV cache against the same without it: same tokens, in turn."""
+    host.eval()
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+
+    def write(use_cache: bool) -> torch.Tensor:
+        return host.generate(
+            **inputs, max_new_tokens=tokens, min_new_tokens=tokens, use_cache=use_cache
+        )
+
+    assert torch.equal(write(True), write(False)), "with and without the cache must agree"
+    return side_by_side(lambda: write(True), lambda: write(False), rounds)
+
+
+def training(host: mg.Host, short: dict[str, Any], long: dict[str, Any], rounds: int) -> Pair:
+    """A training step with labels padded to the batch's longest, against all padded to 512."""
+    host.train()
+    optimiser = torch.optim.AdamW(host.parameters(), lr=1e-6)
+
+    def step(batch: dict[str, Any]) -> Callable[[], None]:
+        def run() -> None:
+            optimiser.zero_grad()
+            host(**batch).loss.backward()
+            optimiser.step()
+
+        return run
+
+    return side_by_side(step(short), step(long), rounds)
+
+
+def main() -> None:
+    """Run both and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=32, help="questions in a batch")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    short, long, vocabulary = batches(options.rows)
+    shapes = {
+        "recipe's T5": (lambda: fused(small_t5(vocabulary)), 64),
+        "T5-small's shape": (lambda: fused(small()), 64),
+    }
+    table = Table(title=f"batch of {options.rows}, one thread, {options.rounds} rounds in turn")
+    for title in ("", "modgraft", "the other way", "ratio (smallest to largest round)"):
+        table.add_column(title, justify="left" if not title else "right")
+    for name, (make, tokens) in shapes.items():
+        pair = decoding(make(), short, tokens, options.rounds)
+        made = options.rows * tokens
+        fast, slow = made / median(pair.a), made / median(pair.b)
+        table.add_row(
+            f"{name}: decoding {tokens} tokens, with / without KV cache",
+            f"{fast:,.0f} tokens/s", f"{slow:,.0f} tokens/s", _ratio(pair),
+        )  # fmt: skip
+        pair = training(make(), short, long, options.rounds)
+        table.add_row(
+            f"{name}: training step, labels to the longest ({short['labels'].shape[1]}) / to 512",
+            f"{1e3 * median(pair.a):,.0f} ms", f"{1e3 * median(pair.b):,.0f} ms", _ratio(pair),
+        )  # fmt: skip
+    Console(width=150).print(table)
+
+
+def _ratio(pair: Pair) -> str:
+    low, high = pair.spread
+    return f"{pair.ratio:.1f} ({low:.1f} to {high:.1f})"
+
+
+if __name__ == "__main__":
+    main()

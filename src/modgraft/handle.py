@@ -1,0 +1,49 @@
+"""The handle of an implanted module: what ``host[name]`` is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from modgraft.computation.base import Computation
+from modgraft.sites import Site
+
+
+class Implant(nn.Module):
+    """A module φ over all its sites: what is named, trained, saved and shared as a whole.
+
+    Attributes:
+        name: its name in compositions.
+        method: the computation as the user wrote it, without parameters.
+        paths: the labels of its sites, in order.
+        places: the built computations, one a site.
+    """
+
+    def __init__(self, name: str, method: Computation, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.name = name
+        self._method = (method,)  # in a tuple: it is a description, not a child with parameters
+        self.paths = tuple(site.label for site in sites)
+        self.places = nn.ModuleList(method.at(site) for site in sites)
+
+    @property
+    def method(self) -> Computation:
+        """The computation as the user wrote it."""
+        return self._method[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the module by ``"<site>:<name>"``."""
+        return {
+            f"{path}:{key}": tensor
+            for path, place in zip(self.paths, self.places, strict=True)
+            for key, tensor in place.state_dict().items()
+        }
+
+    @property
+    def size(self) -> int:
+        """How many parameters it has."""
+        return sum(p.numel() for p in self.parameters())
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self.name!r}, {len(self.paths)} sites, {self.size:,} parameters"

@@ -1,0 +1,110 @@
+"""Compositions: read, printed back, and what they mean."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modgraft.errors import CompositionError
+from modgraft.expression import Chain, Expression, Name, Sum, chain, check_name, parse, without
+
+NAMES = ["fr", "qa", "toxic", "a1"]
+names = st.sampled_from(NAMES)
+weights = st.sampled_from([0.5, 2.0, 0.3, 1.0, 0.25])
+
+
+def texts(depth: int = 3) -> st.SearchStrategy[str]:
+    inner = names if depth == 0 else st.deferred(lambda: texts(depth - 1))
+    return st.one_of(
+        names,
+        st.tuples(inner, st.sampled_from([" + ", " - ", " >> "]), inner).map(
+            lambda t: f"({t[0]}){t[1]}({t[2]})"
+        ),
+        st.tuples(weights, inner).map(lambda t: f"{t[0]}*({t[1]})"),
+        inner.map(lambda t: f"-({t})"),
+    )
+
+
+def effect(expression: Expression, y: float) -> float:
+    """With modules that are functions of a number; fr doubles, qa adds 3, …"""
+    functions = {"fr": lambda v: 2 * v, "qa": lambda v: v + 3, "toxic": lambda v: v * v, "a1": abs}
+    return expression.apply(lambda name, v: functions[name](v), y)
+
+
+@given(texts())
+def test_printed_then_parsed_is_equal(text: str) -> None:
+    read = parse(text, NAMES)
+    again = parse(str(read), NAMES)
+    assert str(again) == str(read)
+    assert again.weights() == pytest.approx(read.weights())
+    assert effect(again, 1.5) == pytest.approx(effect(read, 1.5))
+
+
+@given(texts(2), texts(2))
+def test_algebra(one: str, other: str) -> None:
+    a, b = parse(one, NAMES), parse(other, NAMES)
+    total = parse(f"({one}) + ({other})", NAMES)
+    difference = parse(f"({one}) - ({other})", NAMES)
+    y = 1.5
+    assert effect(total, y) - y == pytest.approx((effect(a, y) - y) + (effect(b, y) - y))
+    assert effect(difference, y) - y == pytest.approx((effect(a, y) - y) - (effect(b, y) - y))
+    stacked = parse(f"({one}) >> ({other})", NAMES)
+    assert effect(stacked, y) == pytest.approx(effect(b, effect(a, y)))
+
+
+def test_meaning() -> None:
+    read = parse("qa + 0.3*(fr - toxic)", NAMES)
+    assert read.weights() == {"qa": 1.0, "fr": 0.3, "toxic": -0.3}
+    assert str(read) == "qa + 0.3*fr - 0.3*toxic"
+    assert parse("fr >> qa >> a1", NAMES) == Chain((Name("fr"), Name("qa"), Name("a1")))
+    assert str(parse("-fr", NAMES)) == "-fr"
+    assert str(parse("(fr + qa) >> a1", NAMES)) == "(fr + qa) >> a1"
+    assert effect(parse("fr >> qa", NAMES), 2.0) == 7.0
+    assert effect(parse("fr + qa", NAMES), 2.0) == 2.0 + 2.0 + 3.0
+    assert without(read, "fr") == Sum(((1.0, Name("qa")), (-0.3, Name("toxic"))))
+    assert without(parse("fr >> qa", NAMES), "fr") == Name("qa")
+    assert without(Name("fr"), "fr") is None
+    assert chain(None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("frr", "did you mean 'fr'"),
+        ("zzz", "implanted: fr, qa"),
+        ("fr @ qa", "means nothing"),
+        ("fr * qa", "means nothing"),
+        ("fr + 1", "means nothing"),
+        ("fr.x", "means nothing"),
+        ("fr(qa)", "means nothing"),
+        ("__import__('os').system('x')", "means nothing"),
+        ("fr if qa else a1", "means nothing"),
+        ("True * fr", "means nothing"),
+        ("fr >>", "not a composition"),
+        ("", "not a composition"),
+        ("fr; qa", "not a composition"),
+        ("(" * 4000 + "fr" + ")" * 4000, "not a composition"),
+        ("fr + " * 3000 + "fr", "at most 10,000"),
+        ("fr\0", "not a composition"),
+    ],
+)
+def test_nonsense_is_refused_with_a_reason(text: str, says: str) -> None:
+    with pytest.raises(CompositionError, match=says):
+        parse(text, NAMES)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        read = parse(text, NAMES)
+    except CompositionError:
+        return
+    assert set(read.names()) <= set(NAMES)
+
+
+def test_names() -> None:
+    assert check_name("qa_2") == "qa_2"
+    for bad in ("", "a b", "2a", "for", "host", "average", "a.b"):
+        with pytest.raises(CompositionError, match="cannot name a module"):
+            check_name(bad)
