@@ -44,6 +44,9 @@ class _Kind:
     lecture: str
 
 
+WEIGHTS = {"read": 1.0, "compare": 1.0, "add": 2.0, "lookup": 1.5, "even": 1.0, "text": 1.5}
+"""How often each family is drawn for training: those that take more steps of thought more often."""
+
 KINDS = {
     "read": _Kind(
         "language science", "reading", "grade1", "Read a handwritten digit",
@@ -110,12 +113,12 @@ def digits_qa(
             has its share.
         seed: decides every draw; a split depends on the seed and its own name alone, not on the
             others' sizes.
-        weights: how often each family is drawn for `train`; the default is evenly.
+        weights: how often each family is drawn for `train`, in place of `WEIGHTS`.
 
     Raises:
         ValueError: a negative number of questions, or weights for a family that does not exist.
     """
-    share = dict.fromkeys(FAMILIES, 1.0) | dict(weights or {})
+    share = WEIGHTS | dict(weights or {})
     if unknown := sorted(set(share) - set(FAMILIES)):
         raise ValueError(f"weights: no family {unknown}; the families are {list(FAMILIES)}")
     images, labels = scans()
@@ -178,14 +181,21 @@ def _record(family: str, split: str, drawn: _Drawn) -> dict[str, Any]:
     }
 
 
-def _some(rng: np.random.Generator, values: range | str, count: int) -> list[Any]:
+def _some(
+    rng: np.random.Generator, values: range | str, count: int, odds: np.ndarray | None = None
+) -> list[Any]:
     """`count` different members of `values`, in random order."""
-    return [values[i] for i in rng.choice(len(values), size=count, replace=False)]
+    return [values[i] for i in rng.permutation(rng.choice(len(values), count, False, odds))]
 
 
-def _options(rng: np.random.Generator, values: range | str) -> tuple[list[Any], int]:
-    """Three to five different options and, uniformly, which of them is right."""
-    options = _some(rng, values, int(rng.integers(3, 6)))
+def _options(
+    rng: np.random.Generator, values: range | str, odds: np.ndarray | None = None
+) -> tuple[list[Any], int]:
+    """Three to five different options and, uniformly, which of them is right.
+
+    `odds` make some values likelier to be shown; which of those shown is right stays uniform.
+    """
+    options = _some(rng, values, int(rng.integers(3, 6)), odds)
     return options, int(rng.integers(len(options)))
 
 
@@ -237,7 +247,9 @@ def _compare(rng: np.random.Generator) -> _Drawn:
 
 def _add(rng: np.random.Generator) -> _Drawn:
     first, second = _places(rng, 2)
-    options, answer = _options(rng, range(19))
+    # as often as two digits make them, so that all pairs of digits come about equally often
+    ways = 10.0 - np.abs(np.arange(19) - 9)
+    options, answer = _options(rng, range(19), ways / ways.sum())
     total = options[answer]
     one = int(rng.integers(max(0, total - 9), min(9, total) + 1))
     digits = _strip(rng, {first: one, second: total - one})
@@ -258,7 +270,10 @@ def _even(rng: np.random.Generator) -> _Drawn:
     halves = [int(rng.integers(5)) for _ in range(3)]
     left, middle, right = (2 * half + (i not in even) for i, half in enumerate(halves))
     digits = (left, middle, right)
-    parity = ", ".join(f"{digit} {'odd' if digit % 2 else 'even'}" for digit in digits)
+    parity = ", ".join(
+        f"{place} {digit} {'odd' if digit % 2 else 'even'}"
+        for place, digit in zip(POSITIONS, digits, strict=True)
+    )
     return _Drawn(
         "How many digits are even?",
         [str(o) for o in options],

@@ -22,7 +22,7 @@ class Facts:
 
     Attributes:
         digits: place -> digit, from the rationale's first sentence (empty where it states none).
-        used: place -> digit, those the question turns on, as the second sentence repeats them.
+        used: place -> digit, those the question turns on, which the second sentence repeats.
         conclusion: the value it ends in (`so 7` gives "7"), or None.
     """
 

@@ -64,7 +64,7 @@ def small_t5(
 def copy_init(
     model: T5ForConditionalGeneration,
     *,
-    match: float = 4.0,
+    match: float = 8.0,
     offsets: tuple[int, ...] = (-1, 1),
     decoder_offsets: tuple[int, ...] = (-1,),
     strength: float = 6.0,

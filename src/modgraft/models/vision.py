@@ -168,15 +168,15 @@ def distort(digits: Tensor, generator: torch.Generator) -> Tensor:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    turn, shear = 0.13 * normal(N), 0.13 * normal(N)
-    wide, high = (0.09 * normal(N)).exp(), (0.09 * normal(N)).exp()
+    turn, shear = 0.1 * normal(N), 0.1 * normal(N)
+    wide, high = (0.07 * normal(N)).exp(), (0.07 * normal(N)).exp()
     rows = [
         torch.stack([turn.cos() * wide, shear - turn.sin() * high], dim=-1),
         torch.stack([turn.sin() * wide, turn.cos() * high], dim=-1),
     ]
-    affine = torch.cat([torch.stack(rows, dim=1), 0.13 * normal(N, 2, 1)], dim=2)  # [N, 2, 3]
+    affine = torch.cat([torch.stack(rows, dim=1), 0.11 * normal(N, 2, 1)], dim=2)  # [N, 2, 3]
     grid = F.affine_grid(affine, [N, 1, 8, 8], align_corners=False)
-    bend = F.interpolate(0.1 * normal(N, 2, 3, 3), size=8, mode="bicubic", align_corners=True)
+    bend = F.interpolate(0.08 * normal(N, 2, 3, 3), size=8, mode="bicubic", align_corners=True)
     moved = F.grid_sample(
         digits[:, None], grid + bend.permute(0, 2, 3, 1), mode="bilinear", align_corners=False
     )[:, 0]
