@@ -171,10 +171,10 @@ def report(
 
       modgraft report runs/table --readme README.md
     """
-    from modgraft.report import insert, table, write
+    from modgraft.report import families, insert, read_results, table, write
 
     page = write(run)
-    text = table(run)
+    text = f"{table(run)}\n\nBy family:\n\n{families(read_results(run / 'results.json'))}"
     if readme is not None:
         insert(readme, name, text)
     typer.echo(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from modgraft.report.page import write
-from modgraft.report.table import insert, table
+from modgraft.report.run import read_results
+from modgraft.report.table import families, insert, table
 
-__all__ = ["insert", "table", "write"]
+__all__ = ["families", "insert", "read_results", "table", "write"]

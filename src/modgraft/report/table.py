@@ -186,6 +186,19 @@ def table(results: Results | Mapping[str, Any] | Path | str) -> str:
     )
 
 
+def families(results: Results) -> str:
+    """Accuracy by family as Markdown, mean ± spread over seeds, a row a line."""
+    names = list(
+        dict.fromkeys(f for row in results.rows for m in row.seeds.values() for f in m.families)
+    )
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for row in results.rows:
+        cells = [figure(row, lambda m, name=name: m.families.get(name)) for name in names]
+        shown = " | ".join(NONE if cell is None else str(cell) for cell in cells)
+        lines.append(f"| {_plain(row.title)}{' (leak)' if row.leaks else ''} | {shown} |")
+    return "\n".join(lines)
+
+
 def _plain(text: str) -> str:
     """Keep a title from being read as Markdown or HTML."""
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
