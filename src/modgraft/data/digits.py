@@ -44,7 +44,7 @@ class _Kind:
     lecture: str
 
 
-WEIGHTS = {"read": 1.0, "compare": 1.0, "add": 2.0, "lookup": 1.5, "even": 1.0, "text": 1.5}
+WEIGHTS = {"read": 0.5, "compare": 1.0, "add": 2.0, "lookup": 1.5, "even": 1.5, "text": 1.5}
 """How often each family is drawn for training: those that take more steps of thought more often."""
 
 KINDS = {
