@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,6 +34,8 @@ Rows = Annotated[
 ]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes side by side, one thread each.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without bad records; list them.")]
+SHOWN = 20
+"""Skipped questions that the terminal lists; results.json has them all."""
 
 
 @app.callback(invoke_without_command=True)
@@ -66,9 +70,16 @@ def mmcot_train(
         int | None, typer.Option(min=1, help="Optimiser steps of every net, for both stages.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Questions in a batch.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The split to test; none: test, or val where there is none.")
+    ] = None,
     quick: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="A share of questions and steps, for a look.")
+        float, typer.Option(min=0.01, max=1.0, help="A share of digits' questions and of steps.")
     ] = 1.0,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, as lr=3e-4."),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run's folder first.")] = False,
     skip_bad: SkipBad = False,
 ) -> None:
@@ -88,18 +99,23 @@ def mmcot_train(
     from modgraft.recipes.mmcot_run import run as run_recipe
 
     base = Settings() if data == "digits" else SCIENCEQA
-    settings = replace(base, data=data, features=features, model=model, skip_bad=skip_bad)
+    if quick < 1:
+        base = smaller(base, quick)
+    settings = replace(
+        base, data=data if data == "digits" else _path(data), features=_path(features),
+        model=_path(model), split=split, skip_bad=skip_bad,
+    )  # fmt: skip
     if steps is not None:
-        settings = replace(settings, steps_rationale=steps, steps_answer=steps)
+        warmup = min(settings.warmup, steps - 1)
+        settings = replace(settings, steps_rationale=steps, steps_answer=steps, warmup=warmup)
     if batch is not None:
         settings = replace(settings, batch=batch)
-    if quick < 1:
-        settings = smaller(settings, quick)
+    settings = replace(settings, **_changes(settings, change or []))
+    chosen, which, console = _rows(rows), _seeds(seeds), Console()
     if fresh:
         _delete(run)
-    chosen = _rows(rows)
-    console = Console()
-    run_recipe(run, settings, chosen, _seeds(seeds), jobs=jobs, console=console)
+    with _stoppable():
+        run_recipe(run, settings, chosen, which, jobs=jobs, console=console)
     _show(run, console)
 
 
@@ -117,14 +133,15 @@ def mmcot_evaluate(
       modgraft mmcot evaluate --run runs/mmcot --rows fused,shuffled
     """
     from modgraft.files import read_json
+    from modgraft.recipes.mmcot_data import settings_of
     from modgraft.recipes.mmcot_run import run as run_recipe
-    from modgraft.recipes.mmcot_run import settings_of
 
     settings, console = settings_of(run), Console()
     asked = read_json(run / "run.json", what="a run", remedy="modgraft mmcot train")
     chosen = _rows(rows) if rows else asked["rows"]
     which = _seeds(seeds) if seeds else asked["seeds"]
-    run_recipe(run, settings, chosen, which, jobs=jobs, evaluate_only=True, console=console)
+    with _stoppable():
+        run_recipe(run, settings, chosen, which, jobs=jobs, evaluate_only=True, console=console)
     _show(run, console)
 
 
@@ -143,8 +160,11 @@ def mmcot_ask(
 
       modgraft mmcot ask strip.png "What is the left digit?" 3 5 8
     """
-    from modgraft.recipes.mmcot_run import ask
+    from transformers.utils.logging import disable_progress_bar
 
+    from modgraft.recipes.mmcot_ask import ask
+
+    disable_progress_bar()  # of loading weights: it is over in a moment
     path = None if image == "-" else Path(image)
     rationale, text, choice = ask(run, path, question, choices, hint, seed)
     console = Console(highlight=False)
@@ -185,14 +205,38 @@ def _rows(text: str) -> list[str]:
     from modgraft.recipes.mmcot import DEMO, ROWS
 
     named = {"demo": list(DEMO), "all": list(ROWS)}
-    return named.get(text) or [part.strip() for part in text.split(",") if part.strip()]
+    chosen = named.get(text) or [part.strip() for part in text.split(",") if part.strip()]
+    if not chosen:
+        raise typer.BadParameter(f"--rows names none; take demo, all, or of: {', '.join(ROWS)}")
+    return list(dict.fromkeys(chosen))
 
 
 def _seeds(text: str) -> list[int]:
-    try:
-        return sorted({int(part) for part in text.split(",")})
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r}: write seeds as 0 or 0,1,2") from error
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"{text!r}: write seeds as 0 or 0,1,2")
+    return sorted({int(part) for part in parts})
+
+
+def _path(name: str | None) -> str | None:
+    """A local path from the root, so that a run goes on from another folder; other names as is."""
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+
+
+def _changes(settings: Any, pairs: list[str]) -> dict[str, Any]:
+    """The settings that ``--set`` names, each read as what it was before."""
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if not hasattr(settings, name) or not text:
+            names = ", ".join(vars(settings))
+            raise typer.BadParameter(f"--set {pair}: write NAME=VALUE; the names are {names}")
+        kind = type(getattr(settings, name))
+        try:
+            changes[name] = kind(text) if kind in (int, float) else text
+        except ValueError as error:
+            raise typer.BadParameter(f"--set {pair}: the value is no {kind.__name__}") from error
+    return changes
 
 
 def _delete(run: Path) -> None:
@@ -209,10 +253,29 @@ def _delete(run: Path) -> None:
 
 
 def _show(run: Path, console: Console) -> None:
+    from modgraft.files import read_json
     from modgraft.report.terminal import show
 
     show(run, console)
-    console.print(f"\nReport: {run / 'report.html'}", highlight=False)
+    results = read_json(run / "results.json", what="results", remedy="modgraft mmcot train")
+    lines, skipped = list(results.get("notes", [])), results.get("skipped", [])
+    if skipped:
+        lines.append(f"Skipped {len(skipped)} bad questions (--skip-bad):")
+        lines += [f"  {s['id']} ({s['file']}): {s['reason']}" for s in skipped[:SHOWN]]
+        if len(skipped) > SHOWN:
+            lines.append(f"  and {len(skipped) - SHOWN} more, in {run / 'results.json'}")
+    lines.append(f"\nReport: {run / 'report.html'}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command goes on where it was")
+        raise typer.Exit(130) from None
 
 
 def entry() -> None:
@@ -222,11 +285,9 @@ def entry() -> None:
     try:
         app()
     except ModgraftError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False)
+        text = f"[red]error:[/red] {_escaped(str(error))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command goes on where it was")
-        sys.exit(130)
 
 
 def _escaped(text: str) -> str:

@@ -36,6 +36,8 @@ class Settings:
         rationale, answer, direct, explain: the text forms of stage 1, stage 2 and the two one-stage
             controls.
         train, val, test: DigitsQA's sizes.
+        split: the split to test; None: test, or val where there is none.
+        steps_eye: steps of DigitsQA's eye.
         d_model, d_ff, heads, layers: the small T5's shape.
         steps_rationale, steps_answer: optimiser steps of a model that writes rationales, and of one
             that only answers.
@@ -56,6 +58,8 @@ class Settings:
     train: int = 12_000
     val: int = 480
     test: int = 900
+    split: str | None = None
+    steps_eye: int = 1500
     d_model: int = 128
     d_ff: int = 256
     heads: int = 4
@@ -215,8 +219,9 @@ def train(
         return DataLoader(QADataset(part, gold), settings.batch, shuffle, collate_fn=collate)
 
     steps = settings.steps_answer if net.reads in ("answer", "direct") else settings.steps_rationale
+    held_out = loader("val", False) if (questions.splits or {}).get("val") else None
     history = host.fit(
-        loader("train", True), evaluate=loader("val", False), steps=steps, lr=settings.lr,
+        loader("train", True), evaluate=held_out, steps=steps, lr=settings.lr,
         warmup=settings.warmup, weight_decay=settings.weight_decay, betas=(0.9, settings.beta2),
         evaluate_every=max(1, steps // 6), seed=seed, folder=folder, progress=False,
         label=net.title,
@@ -300,6 +305,14 @@ def smaller(settings: Settings, share: float) -> Settings:
     """The same with a share of the steps and of the questions, for a quick look."""
     scaled = {
         name: max(1, round(share * getattr(settings, name)))
-        for name in ("train", "val", "test", "steps_rationale", "steps_answer", "warmup")
+        for name in (
+            "train",
+            "val",
+            "test",
+            "steps_eye",
+            "steps_rationale",
+            "steps_answer",
+            "warmup",
+        )
     }
     return replace(settings, **scaled)

@@ -7,19 +7,28 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from modgraft.errors import ModgraftError
+
+PATIENCE = 30.0
+"""Seconds that a stopped job has to end its step and save, before it is killed."""
+
+EVERY = 10.0
+"""Seconds between lines of progress where there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,12 @@ class Job:
     Attributes:
         key: its name among the jobs.
         title: what a person reads.
-        function: a module-level function; it must find out by itself that its work is done already.
+        function: a module-level function.
         args: picklable arguments.
         folder: where its log goes, and where a ``metrics.jsonl`` tells how far it is.
         steps: the last step in that file; None for a job that counts no steps.
-        after: keys of jobs that must have ended before.
+        after: keys of jobs that must have ended before; a key of no job here counts as done.
+        made: the last file that the job writes: where it is there, the job is done already.
     """
 
     key: str
@@ -43,31 +53,43 @@ class Job:
     folder: Path
     steps: int | None = None
     after: tuple[str, ...] = ()
+    made: Path | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.made is not None and self.made.exists()
 
 
 def side_by_side(jobs: Sequence[Job], workers: int, console: Console | None = None) -> None:
-    """Run jobs, at most ``workers`` at once, and show how far each is.
+    """Run the jobs that are not done, at most ``workers`` at once, and show how far each is.
+
+    Jobs start in their order, as soon as those they come after have ended.
 
     Raises:
-        ModgraftError: if a job fails; the others are stopped, and what they have is kept.
-        KeyboardInterrupt: after every job has saved what it has.
+        ModgraftError: if a job fails, or waits for one that waits for it; the others are stopped,
+            and what they have is kept.
+        KeyboardInterrupt: after every job has saved what it has; a second Ctrl-C does not wait.
     """
     console = console or Console()
-    waiting, done = list(jobs), set[str]()
+    waiting = [job for job in jobs if not job.done]
+    missing = {job.key for job in waiting}
     running: dict[str, tuple[Job, BaseProcess]] = {}
-    spawn = multiprocessing.get_context("spawn")  # a forked torch may hang in its thread pools
+    context = _context(waiting)
     with _Board(console) as board:
         try:
             while waiting or running:
-                for job in [j for j in waiting if done.issuperset(j.after)]:
-                    if len(running) < workers:
-                        waiting.remove(job)
-                        process = spawn.Process(
-                            target=_child, args=(job.function, job.args, job.folder), daemon=True
-                        )
-                        process.start()
-                        running[job.key] = job, process
-                        board.start(job)
+                ready = [job for job in waiting if missing.isdisjoint(job.after)]
+                if not ready and not running:
+                    stuck = ", ".join(job.key for job in waiting)
+                    raise ModgraftError(f"these jobs wait for each other: {stuck}")
+                for job in ready[: workers - len(running)]:
+                    waiting.remove(job)
+                    board.start(job)
+                    work = job.function, job.args, job.folder
+                    process = context.Process(target=_child, args=work, daemon=True)
+                    process.start()
+                    running[job.key] = job, process
                 for key, (job, process) in list(running.items()):
                     board.update(job)
                     if process.exitcode is not None:
@@ -75,18 +97,47 @@ def side_by_side(jobs: Sequence[Job], workers: int, console: Console | None = No
                         if process.exitcode:
                             raise ModgraftError(_failure(job, process.exitcode))
                         board.finish(job)
-                        done.add(key)
+                        missing.discard(key)
                 time.sleep(0.2)
+        except KeyboardInterrupt:
+            board.say("stopping: every job ends its step and saves; Ctrl-C again does not wait")
+            raise
         finally:
             _stop([process for _, process in running.values()])
 
 
+def _context(jobs: Sequence[Job]) -> Any:
+    """How to start processes: with torch imported once for all of them, where that is safe.
+
+    A server that has done nothing but import the jobs' modules forks itself for every job. (A fork
+    of this very process might hang in torch's thread pools; other systems than Linux have libraries
+    that bear no fork at all, and each job imports everything anew.)
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(sorted({job.function.__module__ for job in jobs}))
+    # A terminal's Ctrl-C goes to every process. Only this one is to hear it, and to stop the others
+    # each at its best moment; they inherit the block. (The tracker's start would lift it.)
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
 def _child(function: Callable[..., None], args: tuple[Any, ...], folder: Path) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt)
+    threading.Thread(target=_outlive, daemon=True).start()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop saves, as Ctrl-C does
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "error.txt").unlink(missing_ok=True)
     log = (folder / "log.txt").open("a", encoding="utf-8")
     with log, redirect_stdout(log), redirect_stderr(log):
         try:
@@ -100,27 +151,48 @@ def _child(function: Callable[..., None], args: tuple[Any, ...], folder: Path) -
             sys.exit(1)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """A stop is a Ctrl-C to whoever handles those: ``fit`` ends its step and saves."""
+    handler = signal.getsignal(signal.SIGINT)
+    if callable(handler):
+        handler(number, frame)
+
+
+def _outlive() -> None:
+    """Stop when the parent is gone without a word, rather than train on unseen."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _failure(job: Job, status: int) -> str:
     error = job.folder / "error.txt"
     if error.is_file():
         why = error.read_text(encoding="utf-8")
         error.unlink()
+    elif status == -signal.SIGKILL:
+        why = "its process was killed, by somebody or for want of memory"
     else:
-        why = f"its process ended with status {status}, without a word (out of memory?)"
+        why = f"its process ended with status {status}, without a word"
     return f"{job.title}: {why}\n(whole log: {job.folder / 'log.txt'}; the same command goes on)"
 
 
 def _stop(processes: list[BaseProcess]) -> None:
     for process in processes:
         process.terminate()
-    for process in processes:
-        process.join(30)
-        if process.is_alive():
+    end = time.monotonic() + PATIENCE
+    try:
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+    finally:
+        for process in processes:
             process.kill()
+            process.join()
 
 
 class _Board:
-    """Bars on a terminal, a line every ten seconds elsewhere."""
+    """Bars on a terminal, a line now and then elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -148,19 +220,19 @@ class _Board:
         self.began[job.key] = time.monotonic()
         self.tasks[job.key] = self.bars.add_task(job.title, total=job.steps, state="")
         if not self.console.is_terminal:
-            self._say(f"{job.title}: started")
+            self.say(f"{job.title}: started")
 
     def update(self, job: Job) -> None:
         line = _last_line(job.folder / "metrics.jsonl") if job.steps else None
         if line is not None:
             self.bars.update(self.tasks[job.key], completed=line["step"])
             self.bars.update(self.tasks[job.key], state=self._state(job, line))
-        if not self.console.is_terminal and time.monotonic() - self.spoken > 10:
+        if not self.console.is_terminal and time.monotonic() - self.spoken > EVERY:
             self.spoken = time.monotonic()
             for key in [k for k in self.began if k in self.tasks]:
                 state = self.bars.tasks[self.tasks[key]]
                 done = f"{state.completed:.0f}/{state.total:.0f}" if state.total else "running"
-                self._say(f"{state.description}: {done}  {state.fields['state']}")
+                self.say(f"{state.description}: {done}  {state.fields['state']}")
 
     def finish(self, job: Job) -> None:
         seconds = time.monotonic() - self.began.pop(job.key)
@@ -168,7 +240,7 @@ class _Board:
         self.bars.update(task, total=job.steps or 1, completed=job.steps or 1, state="done")
         self.bars.stop_task(task)
         if not self.console.is_terminal:
-            self._say(f"{job.title}: done in {seconds:.0f} s")
+            self.say(f"{job.title}: done in {seconds:.0f} s")
 
     def _state(self, job: Job, line: dict[str, Any]) -> str:
         step, now = int(line["step"]), time.monotonic()
@@ -182,7 +254,7 @@ class _Board:
             text += f"  {rate:.1f} steps/s  {int(left) // 60}:{int(left) % 60:02d} left"
         return text
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

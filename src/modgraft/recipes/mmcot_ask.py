@@ -1,0 +1,101 @@
+"""One question to a trained run of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from modgraft.data.extract import encode_images, open_image
+from modgraft.data.extract import load_vision as load_any_vision
+from modgraft.data.records import LETTERS, Questions, Record
+from modgraft.data.text import FORMS, rationale_of
+from modgraft.errors import DataError
+from modgraft.files import read_json
+from modgraft.metrics import Prediction
+from modgraft.models.vision import load_vision, read_strip
+from modgraft.recipes.mmcot import NETS, Net, Settings, write
+from modgraft.recipes.mmcot_data import is_file, load_run_tokenizer, settings_of
+from modgraft.recipes.mmcot_nets import card_of, load_net
+
+
+def ask(
+    folder: Path, image: Path | None, question: str, choices: Sequence[str], hint: str = "",
+    seed: int | None = None,
+) -> tuple[str, str, int | None]:  # fmt: skip
+    """Ask a trained run one question.
+
+    Args:
+        folder: the run.
+        image: an image file; None asks without one, of exactly the text model.
+        question: the question.
+        choices: two options or more.
+        hint: text context.
+        seed: which of the run's seeds; None: the first.
+
+    Returns:
+        The rationale, the answer as written, and the index of the option it names, if any.
+
+    Raises:
+        DataError: no question, too few or too many options, an image that cannot be read, a seed
+            that the run does not have.
+        MissingFileError: the run or its fused nets are not there.
+    """
+    if not question.strip() or not 2 <= len(choices) <= len(LETTERS):
+        raise DataError(
+            f"a question needs words and 2 to {len(LETTERS)} options; here are {len(choices)}",
+            remedy='For example: modgraft mmcot ask strip.png "What is the left digit?" 3 5 8',
+        )
+    settings, seed = settings_of(folder), _seed(folder, seed)
+    for key in ("stage1", "stage2"):
+        card_of(folder, seed, key)
+    blank = dict.fromkeys(
+        ("task", "grade", "subject", "topic", "category", "skill", "lecture", "solution"), ""
+    )
+    record = Record(
+        id="asked", question=question, choices=tuple(choices), answer=0, hint=hint,
+        image=image.name if image else None, split="test", **blank,
+    )  # fmt: skip
+    features = {} if image is None else {"asked": _look(folder, seed, image, settings)}
+    questions = Questions((record,), features)
+    tokenizer = load_run_tokenizer(folder, seed)
+    thoughts = _told(folder, seed, "stage1", questions, tokenizer, settings, None)
+    told = rationale_of(thoughts["asked"], FORMS[settings.rationale])
+    answers = _told(folder, seed, "stage2", questions, tokenizer, settings, {"asked": told})
+    return told, answers["asked"], Prediction.of(record, answers["asked"]).choice
+
+
+def _seed(folder: Path, seed: int | None) -> int:
+    seeds = read_json(folder / "run.json", what="a run", remedy="modgraft mmcot train")["seeds"]
+    if seed is not None and seed not in seeds:
+        remedy = f"Take one of {', '.join(map(str, seeds))}"
+        raise DataError(f"the run has no seed {seed}", file=folder, remedy=remedy)
+    return seeds[0] if seed is None else seed
+
+
+def _told(
+    folder: Path, seed: int, key: str, questions: Questions, tokenizer: PreTrainedTokenizerBase,
+    settings: Settings, rationales: dict[str, str] | None,
+) -> dict[str, str]:  # fmt: skip
+    host, net = load_net(folder, seed, key), NETS[key]
+    if not questions.features:  # nothing to see: exactly the text model
+        host.use(None)
+        net = Net(net.key, net.title, net.reads, fusion=None)
+    return write(host, net, questions, tokenizer, settings, rationales)
+
+
+def _look(folder: Path, seed: int, image: Path, settings: Settings) -> Tensor:
+    """Features of an image file, float32 [m, d]."""
+    if settings.data == "digits":
+        eye = load_vision(folder / f"seed{seed}" / "data" / "vision.safetensors")
+        return eye.features(read_strip(image)[None])[0]
+    picture = open_image(image)
+    if settings.features is None or is_file(settings.features):
+        raise DataError(
+            "this run's features came from a file, so a new image cannot be looked at", file=image,
+            remedy="Train with --features VISION_MODEL, the folder or hub name of one",
+        )  # fmt: skip
+    model, processor = load_any_vision(settings.features)
+    return encode_images([picture], model, processor)[0]

@@ -1,0 +1,308 @@
+"""What a run of the recipe learns from: questions, tokenizer and image features, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from modgraft.data.digits import digits_qa
+from modgraft.data.extract import extract_features
+from modgraft.data.extract import load_vision as load_any_vision
+from modgraft.data.records import Questions
+from modgraft.data.scienceqa import load_scienceqa
+from modgraft.data.text import find_form
+from modgraft.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from modgraft.errors import CheckpointError, DataError
+from modgraft.files import read_json, whole, write_json
+from modgraft.models.vision import save_strip, save_vision, train_vision
+from modgraft.recipes.mmcot import Net, Settings, gold_rationales, nets_of
+
+FORMS_READ = ("rationale", "answer", "direct", "explain")
+"""The settings that name text forms."""
+
+
+def settings_of(folder: Path) -> Settings:
+    """The settings of the run in ``folder``.
+
+    Raises:
+        MissingFileError: there is none.
+        CheckpointError: they are another version's.
+    """
+    remedy = f"Train it first: modgraft mmcot train --run {folder}"
+    asked = read_json(folder / "run.json", what="a run's settings", remedy=remedy)
+    try:
+        return Settings(**asked["settings"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / 'run.json'}: not this version's settings ({error}); train the run anew "
+            f"with --fresh, or with the version that wrote it ({asked.get('modgraft', 'unknown')})"
+        ) from error
+
+
+def check(settings: Settings, rows: Sequence[str]) -> None:
+    """Look at everything that can be looked at before anything is written.
+
+    Raises:
+        DataError: data that cannot be read, a split without questions, rows that need image
+            features where there are none, a text form that does not exist.
+    """
+    for name in FORMS_READ:
+        find_form(getattr(settings, name))
+    if settings.data == "digits":
+        if settings.features is not None:
+            raise DataError("digits come with an eye of their own", remedy="Leave --features out")
+        return
+    if not Path(settings.data).is_dir():
+        remedy = "Give --data digits, or the folder with problems.json and pid_splits.json"
+        raise DataError("there is no such folder", file=settings.data, remedy=remedy)
+    questions = _load(settings, None)
+    if not (questions.splits or {}).get("train"):
+        raise DataError("no split is named train, or it is empty", file=_splits_file(settings))
+    tested_split(questions, settings)
+    seeing = [row for row in rows if any(net.fusion for net in nets_of([row]))]
+    if seeing and settings.features is None:
+        raise DataError(
+            f"there are no image features, which these rows need: {', '.join(seeing)}",
+            file=settings.data,
+            remedy="Pass --features FILE (.npy or .safetensors) or a vision model to make them, or "
+            "take --rows text",
+        )
+    if seeing and not any(r.image for r in questions.split("train")):
+        reason = f"no question for training has an image, which these rows need: {seeing}"
+        raise DataError(reason, file=settings.data, remedy="Take --rows text")
+    if is_file(settings.features) and not Path(str(settings.features)).is_file():
+        remedy = "Correct --features"
+        raise DataError("there is no such file of features", file=settings.features, remedy=remedy)
+
+
+def is_file(features: str | None) -> bool:
+    """Whether the setting names a file of features rather than a vision model."""
+    return features is not None and Path(features).suffix in (".npy", ".safetensors")
+
+
+def sees(settings: Settings, nets: Iterable[Net]) -> bool:
+    """Whether image features have to be there before these nets are trained.
+
+    A text model of digits need not wait for them. Other images may be bad, which is to be found
+    before anything has been trained for hours.
+    """
+    if settings.data == "digits":
+        return any(net.fusion for net in nets)
+    return settings.features is not None
+
+
+def reads_features(settings: Settings, nets: Iterable[Net]) -> bool:
+    """Whether these nets' questions are loaded with image features.
+
+    Under ``skip_bad`` which questions are left depends on their images too, and all nets and rows
+    are to be about the same questions.
+    """
+    other = settings.data != "digits" and settings.features is not None
+    return any(net.fusion for net in nets) or (settings.skip_bad and other)
+
+
+def tested_split(questions: Questions, settings: Settings) -> str:
+    """The split that rows are tested on: the one asked for, or else test, or else val.
+
+    Raises:
+        DataError: there is none, or it holds no question.
+    """
+    splits = questions.splits or {}
+    named = (settings.split,) if settings.split else ("test", "val")
+    found = next((name for name in named if splits.get(name)), None)
+    if found is None:
+        has = ", ".join(f"{name} ({len(ids)})" for name, ids in splits.items())
+        raise DataError(
+            f"no question is in a split {' or '.join(named)}",
+            file=_splits_file(settings), remedy=f"Choose with --split; there are: {has}",
+        )  # fmt: skip
+    return found
+
+
+def notes(questions: Questions, settings: Settings) -> list[str]:
+    """What the reader of the results should know about the data, in sentences."""
+    said, splits = [], questions.splits or {}
+    tested = tested_split(questions, settings)
+    if settings.split is None and tested != "test":
+        said.append(f"There is no test split: the results are those of the split {tested}.")
+    if tested == "val":
+        said.append(
+            "Losses during training were measured on the questions of the results; nothing was "
+            "chosen by them."
+        )
+    if not splits.get("val"):
+        said.append("There is no val split: no loss was measured beside training.")
+    if settings.data != "digits" and not (Path(settings.data) / "captions.json").is_file():
+        said.append("There is no captions.json: the questions go without captions.")
+    return said
+
+
+def _splits_file(settings: Settings) -> Path:
+    return Path(settings.data) / "pid_splits.json"
+
+
+# -- jobs ---------------------------------------------------------------------------------------
+
+
+def text_made(folder: Path, seed: int, settings: Settings) -> Path:
+    """What `prepare_text` writes last."""
+    name = "tokenizer.json" if settings.model is None else "tokenizer"
+    return folder / f"seed{seed}" / "data" / name
+
+
+def prepare_text(folder: Path, seed: int) -> None:
+    """Questions in ScienceQA's format and a tokenizer, into ``seed<k>/data``."""
+    settings, data = settings_of(folder), folder / f"seed{seed}" / "data"
+    if settings.data == "digits":
+        qa = digits_qa(settings.train, settings.val, settings.test, seed=seed)
+        write_json(data / "problems.json", qa.problems)
+        write_json(data / "pid_splits.json", qa.splits)
+        strips = {qid: torch.from_numpy(s).contiguous() for qid, s in qa.strips.items()}
+        save_file(strips, data / "strips.safetensors")
+    questions = load_questions(folder, seed, features=False)
+    _list_skipped(data, questions)
+    part = data / "tokenizer.part"
+    part.mkdir(parents=True, exist_ok=True)
+    if settings.model is not None:
+        _pretrained_tokenizer(settings.model).save_pretrained(part)
+        part.replace(data / "tokenizer")
+        return
+    saved = save_tokenizer(train_tokenizer(_texts(questions.split("train"), settings)), part)
+    saved.replace(data / "tokenizer.json")
+    part.rmdir()
+
+
+def _pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    local = Path(model).is_dir()
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=local)
+    except (OSError, ValueError, ImportError) as error:
+        remedy = "Give --model a folder made by save_pretrained (T5 and tokenizer), or a Hub name"
+        reason = f"no T5 with a tokenizer there ({str(error).strip().splitlines()[0]})"
+        raise DataError(reason, file=model, remedy=remedy) from error
+    if config.model_type != "t5":
+        remedy = "Give --model a T5, such as t5-base or google/flan-t5-base"
+        raise DataError(f"the model is a {config.model_type}, not a T5", file=model, remedy=remedy)
+    if len(tokenizer) > config.vocab_size:
+        reason = f"its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}"
+        raise DataError(reason, file=model, remedy="Give the model its own tokenizer")
+    return tokenizer
+
+
+def _texts(questions: Questions, settings: Settings) -> list[str]:
+    forms = [find_form(getattr(settings, name)) for name in FORMS_READ]
+    gold = gold_rationales(questions, settings)
+    return [
+        text
+        for record in questions
+        for form in forms
+        for text in (
+            form.input(record, gold[record.id] if form.reads_rationale else None),
+            form.target(record),
+        )
+    ]
+
+
+def images_made(folder: Path, seed: int, settings: Settings) -> Path:
+    """What `prepare_images` writes last."""
+    name = "features.safetensors" if settings.data == "digits" else "images.json"
+    return folder / f"seed{seed}" / "data" / name
+
+
+def prepare_images(folder: Path, seed: int) -> None:
+    """Image features of every question: digits' into ``seed<k>/data``, others' into the run."""
+    settings = settings_of(folder)
+    if settings.data == "digits":
+        _look_at_digits(folder, seed, settings)
+        return
+    if settings.features is None:  # a run of text alone
+        return
+    if is_file(settings.features):
+        questions = load_questions(folder, seed)
+    else:
+        model, processor = load_any_vision(settings.features)
+        cache = folder / "features.safetensors"
+        questions = load_questions(folder, seed, features=False)
+        questions = extract_features(
+            questions, model, processor, cache=cache, skip_bad=settings.skip_bad
+        )
+    _list_skipped(folder / f"seed{seed}" / "data", questions)
+    seen = {"images": len(questions.features), "width": questions.width}
+    write_json(images_made(folder, seed, settings), seen)
+
+
+def _look_at_digits(folder: Path, seed: int, settings: Settings) -> None:
+    data = folder / f"seed{seed}" / "data"
+    eye = train_vision(seed, steps=settings.steps_eye)
+    save_vision(eye, data / "vision.safetensors")
+    strips = load_strips(folder, seed)
+    ids = list(strips)
+    features = eye.features(torch.stack([strips[qid] for qid in ids]))
+    questions = load_questions(folder, seed, features=False)
+    for record in questions.split(tested_split(questions, settings)):
+        if record.id in strips:
+            image = questions.image_path(record)
+            image.parent.mkdir(parents=True, exist_ok=True)
+            save_strip(strips[record.id], image)
+    # rows before the array that the reader waits for: a killed job leaves no half of a pair
+    path = data / "features.safetensors"
+    write_json(path.with_suffix(".json"), {qid: i for i, qid in enumerate(ids)})
+    with whole(path) as part:
+        save_file({"features": features}, part)
+
+
+def _list_skipped(data: Path, questions: Questions) -> None:
+    if questions.skipped:
+        write_json(data / "skipped.json", {"skipped": [asdict(s) for s in questions.skipped]})
+
+
+# -- what the jobs made -------------------------------------------------------------------------
+
+
+def load_questions(folder: Path, seed: int, *, features: bool = True) -> Questions:
+    """The questions of a run, with their image features unless ``features`` is False."""
+    settings, data = settings_of(folder), folder / f"seed{seed}" / "data"
+    if settings.data == "digits":
+        return load_scienceqa(
+            data, captions=False, features=data / "features.safetensors" if features else None
+        )
+    if not features or settings.features is None:
+        return _load(settings, None)
+    given = is_file(settings.features)
+    return _load(settings, Path(settings.features) if given else folder / "features.safetensors")
+
+
+def _load(settings: Settings, features: Path | None) -> Questions:
+    source = Path(settings.data)
+    captions = (source / "captions.json").is_file()
+    return load_scienceqa(
+        source, captions=captions, features=features, skip_bad=settings.skip_bad
+    )  # fmt: skip
+
+
+def load_skipped(folder: Path, seed: int) -> list[dict[str, str]]:
+    """The questions that were left out under ``skip_bad``: id, file, reason."""
+    path = folder / f"seed{seed}" / "data" / "skipped.json"
+    if not path.is_file():
+        return []
+    return read_json(path, what="skipped questions", remedy="Train with --fresh")["skipped"]
+
+
+def load_strips(folder: Path, seed: int) -> dict[str, Tensor]:
+    """DigitsQA's images, id → float32 [8, 24] in 0..1."""
+    return load_file(folder / f"seed{seed}" / "data" / "strips.safetensors")
+
+
+def load_run_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run."""
+    data = folder / f"seed{seed}" / "data"
+    if (data / "tokenizer").is_dir():
+        return AutoTokenizer.from_pretrained(data / "tokenizer", local_files_only=True)
+    return load_tokenizer(data)

@@ -1,0 +1,180 @@
+"""The nets of a run of the recipe: trained, saved, loaded, and asked."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import T5ForConditionalGeneration
+
+import modgraft as mg
+from modgraft.data.rationale import facts
+from modgraft.data.records import Questions
+from modgraft.data.text import find_form, rationale_of
+from modgraft.errors import CheckpointError
+from modgraft.files import read_json, write_json
+from modgraft.metrics import Prediction
+from modgraft.recipes.mmcot import (
+    NETS,
+    Row,
+    Settings,
+    gold_rationales,
+    rationales_written,
+    surgery,
+    text_t5,
+    train,
+    write,
+)
+from modgraft.recipes.mmcot_data import (
+    load_questions,
+    load_run_tokenizer,
+    load_strips,
+    reads_features,
+    settings_of,
+)
+from modgraft.store.fingerprint import fingerprint
+
+GATES = 6
+"""How many questions the report looks into."""
+
+
+def train_net(folder: Path, seed: int, key: str) -> None:
+    """Train one net and save it: the T5 as transformers does, each module as modgraft does."""
+    settings, net, home = settings_of(folder), NETS[key], folder / f"seed{seed}"
+    questions = load_questions(folder, seed, features=reads_features(settings, [net]))
+    if net.fusion is None:
+        questions = questions.without_images()
+    tokenizer = load_run_tokenizer(folder, seed)
+    torch.manual_seed(seed)
+    if net.base is not None:
+        t5 = load_net(folder, seed, net.base).model
+    else:
+        with _reading(settings.model, "give --model a whole T5, or fetch it again"):
+            t5 = text_t5(settings, len(tokenizer), seed)
+    host = surgery(t5, net, questions.width or 1, settings)  # type: ignore[arg-type]
+    trained = sum(p.numel() for p in host.parameters() if p.requires_grad)
+    seconds = train(host, net, questions, tokenizer, settings, seed, str(home / key))
+    if net.base is None:
+        host.model.save_pretrained(home / key / "model")  # type: ignore[operator]
+    for name in host.implants:
+        host.save(name, home / key / name)
+    size = sum(p.numel() for p in host.parameters())
+    card = {"modules": list(host.implants), "parameters": size, "trained": trained}
+    card |= {"seconds": seconds, "host": fingerprint(host.model)}
+    write_json(home / key / "net.json", card)
+    shutil.rmtree(home / key / "checkpoints", ignore_errors=True)
+
+
+def load_net(folder: Path, seed: int, key: str) -> mg.Host:
+    """A trained net, in evaluation mode, on the CPU.
+
+    Raises:
+        MissingFileError: it is not trained.
+        CheckpointError: its T5 or its modules are damaged, or another net's.
+    """
+    home = folder / f"seed{seed}"
+    card, model = card_of(folder, seed, key), home / (NETS[key].base or key) / "model"
+    again = f"delete {home / key} and train again: modgraft mmcot train --run {folder}"
+    with _reading(model, again):
+        t5 = T5ForConditionalGeneration.from_pretrained(model, local_files_only=True)
+    if card.get("host", (own := fingerprint(t5))) != own:
+        raise CheckpointError(
+            f"{model} holds another T5 than the one that was trained for {home / key}; put that "
+            f"one back, or {again}"
+        )
+    host = mg.Host(t5)
+    for name in card["modules"]:
+        host.load(home / key / name)
+    return host.eval()
+
+
+@contextmanager
+def _reading(model: Path | str | None, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{model} cannot be read ({why}); {remedy}") from error
+
+
+def card_of(folder: Path, seed: int, key: str) -> dict[str, Any]:
+    """``net.json`` of a trained net: modules, parameters, trained, seconds, host.
+
+    Raises:
+        MissingFileError: it is not trained.
+    """
+    path = folder / f"seed{seed}" / key / "net.json"
+    remedy = f"Train it: modgraft mmcot train --run {folder}, with a row that needs it"
+    return read_json(path, what=f"the trained net {NETS[key].title!r}", remedy=remedy)
+
+
+def predict(
+    folder: Path, seed: int, row: Row, questions: Questions, settings: Settings
+) -> list[Prediction]:
+    """What the row's nets make of these questions."""
+    tokenizer = load_run_tokenizer(folder, seed)
+    shown = questions.shuffle_images(seed) if row.shuffled else questions
+    answering, gold = NETS[row.answers], gold_rationales(questions, settings)
+    thoughts: dict[str, str] | None = gold if row.thinks == "gold" else None
+    if row.thinks not in (None, "gold"):
+        thinking = NETS[row.thinks]
+        host = _on_device(load_net(folder, seed, thinking.key))
+        thoughts = rationales_written(host, thinking, shown, tokenizer, settings, row.forced)
+    host = _on_device(load_net(folder, seed, answering.key))
+    texts = write(host, answering, shown, tokenizer, settings, thoughts)
+    form = find_form(getattr(settings, answering.reads))
+    if answering.reads == "explain":
+        thoughts = {qid: rationale_of(text, form) for qid, text in texts.items()}
+        gold = {r.id: rationale_of(form.target(r), form) for r in questions}
+    return [
+        Prediction.of(
+            record, texts[record.id],
+            rationale=None if thoughts is None else thoughts[record.id],
+            gold_rationale=None if thoughts is None else gold[record.id],
+            facts=facts if settings.data == "digits" else None,
+        )
+        for record in questions
+    ]  # fmt: skip
+
+
+def _on_device(host: mg.Host) -> mg.Host:
+    return host.to("cuda") if torch.cuda.is_available() else host
+
+
+@torch.no_grad()
+def gates(
+    folder: Path, seed: int, questions: Questions, settings: Settings,
+    predictions: Sequence[Prediction],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What stage 1's fusion looked at, for a few questions, the families in turn."""
+    if settings.data != "digits":
+        return []  # a real image is no small grid of greys; its page comes with its own figure
+    host, tokenizer = load_net(folder, seed, "stage1"), load_run_tokenizer(folder, seed)
+    strips, shown = load_strips(folder, seed), {p.id: p for p in predictions}
+    form, made = find_form(settings.rationale), []
+    for record in [r for r in questions if r.id in questions.features][:GATES]:
+        batch = tokenizer(form.input(record), return_tensors="pt")
+        with host.using(None):
+            h = host.model.encoder(**batch).last_hidden_state  # type: ignore[operator, union-attr]
+        maps = host["fusion"].places[0].maps(h, mg.Side(questions.features[record.id][None]))  # type: ignore[operator]
+        made.append(
+            {
+                "id": record.id,
+                "question": record.question,
+                "choices": list(record.choices),
+                "image": np.round(strips[record.id].numpy(), 4).tolist(),
+                "tokens": tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist()),
+                "attention": maps.attention[0].tolist(),
+                "gate": maps.gate[0].mean(-1).tolist(),
+                "rationale": shown[record.id].rationale,
+                "text": shown[record.id].text,
+                "correct": shown[record.id].correct,
+            }
+        )
+    return made

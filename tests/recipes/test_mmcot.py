@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import fcntl
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import SMALL, files, modgraft, refused, train
+from transformers import T5ForConditionalGeneration, T5PreTrainedModel
+
+import modgraft as mg
+from modgraft.data.text import find_form
+from modgraft.metrics import read_predictions
+from modgraft.models.t5 import small_t5
+from modgraft.recipes import mmcot, mmcot_nets
+from modgraft.recipes.mmcot import DEMO, NETS, ROWS, Net, Settings, nets_of, smaller, surgery
+from modgraft.recipes.mmcot_data import load_questions, load_run_tokenizer, settings_of
+from modgraft.recipes.mmcot_nets import load_net, predict
+from modgraft.report.run import read_run
+
+QUICK = ("--quick", "0.02", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of every row, all as small as can be: what it learned is nothing.
+
+    Trained once, also where several processes test; each has a copy to itself.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    made = root / "mmcot-run" / "all"
+    with (root / "mmcot-run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (made / "report.html").is_file():
+            result = train(made, "--rows", "all", *QUICK)
+            assert result.code == 0, result
+            assert "seed 0: Stage 1, fused: started" in result.out
+            assert f"Report: {made / 'report.html'}" in result.out
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("runs") / "all"))
+
+
+def figures(run: Path, row: str) -> dict[str, Any]:
+    """A row's figures but for the seconds."""
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    found = next(r for r in rows if r["key"] == row)["seeds"]["0"]
+    return {k: v for k, v in found.items() if k != "seconds"}
+
+
+# the recipe
+
+
+def code_lines(function: object) -> list[str]:
+    source = inspect.getsource(function)  # type: ignore[arg-type]
+    body = source.split('"""')[2] if '"""' in source else source
+    head = [line for line in source.split('"""')[0].splitlines() if line.strip()]
+    return head + [line for line in body.splitlines() if line.strip()]
+
+
+def test_the_surgery_is_at_most_ten_lines_and_no_class_is_a_t5() -> None:
+    assert len(code_lines(surgery)) <= 10
+    classes = [c for _, c in inspect.getmembers(mmcot, inspect.isclass)]
+    own = [c for c in classes if c.__module__ == mmcot.__name__]
+    assert own
+    assert not [c for c in own if issubclass(c, T5PreTrainedModel | torch.nn.Module)]
+    assert "def forward" not in inspect.getsource(mmcot)
+
+
+@pytest.mark.parametrize("key", ["stage1-modular", "stage2-modular"])
+def test_the_modular_variant_trains_at_most_15_percent(key: str) -> None:
+    settings = Settings()
+    host = surgery(mmcot.text_t5(settings, 110, 0), NETS[key], 80, settings)
+    trained = sum(p.numel() for p in host.parameters() if p.requires_grad)
+    share = trained / sum(p.numel() for p in host.parameters())
+    assert 0.02 < share <= 0.15
+    theirs = {id(p) for p in host.model.parameters()}
+    assert not [n for n, p in host.named_parameters() if p.requires_grad and id(p) in theirs]
+
+
+def test_nets_come_after_their_bases_and_rows_name_nets_there_are() -> None:
+    nets = [net.key for net in nets_of(ROWS)]
+    assert nets == list(NETS)
+    for net in nets_of(["modular"]):
+        assert net.base is None or nets.index(net.base) < nets.index(net.key)
+    assert set(DEMO) <= set(ROWS)
+
+
+def test_a_quick_look_is_a_share() -> None:
+    quick = smaller(Settings(), 0.02)
+    assert (quick.train, quick.test, quick.steps_rationale) == (
+        round(0.02 * Settings().train), 18, round(0.02 * Settings().steps_rationale)
+    )  # fmt: skip
+    assert quick.warmup < quick.steps_answer
+
+
+# the run
+
+
+def test_every_row_is_there_and_the_report_reads_it(run: Path) -> None:
+    read = read_run(run)
+    assert read.results is not None
+    assert [row.key for row in read.results.rows] == list(ROWS)
+    assert not read.notes
+    for row in read.results.rows:
+        (measured,) = row.seeds.values()
+        assert measured.n == 18
+        assert measured.image is not None
+        assert row.leaks == ("forced" in row.key)
+        assert (measured.rouge_l is None) == (ROWS[row.key].thinks is None and row.key == "direct")
+        assert len(read.predictions[row.key][0]) == 18
+    assert set(read.curves) == set(NETS)
+    assert len(read.gates) == 6
+    assert "<html" in (run / "report.html").read_text()[:200]
+    raw = json.loads((run / "results.json").read_text())
+    assert (raw["split"], raw["notes"], raw["skipped"]) == ("test", [], [])
+    assert not list(run.glob("seed0/*/checkpoints"))
+    assert not [p for p in files(run) if p.endswith(".part") or p.endswith("error.txt")]
+
+
+def test_rationales_are_handed_over_by_id(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = load_questions(run, 0).split("test")
+    tokenizer, settings = load_run_tokenizer(run, 0), settings_of(run)
+    gold = mmcot.gold_rationales(questions, settings)
+
+    class Echo:
+        """Writes what it reads."""
+
+        def __init__(self, host: mg.Host) -> None:
+            self.eval, self.parameters = host.eval, host.parameters
+
+        def generate(self, *, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            return input_ids
+
+    real = mmcot_nets.load_net
+    monkeypatch.setattr(mmcot_nets, "load_net", lambda *args: Echo(real(*args)))
+    monkeypatch.setattr(
+        mmcot_nets, "rationales_written", lambda *_: dict(reversed(list(gold.items())))
+    )
+    made = {p.id: p for p in predict(run, 0, ROWS["fused"], questions, settings)}
+    form = find_form(settings.answer)
+    for record in questions:
+        read = tokenizer(form.input(record, gold[record.id]))["input_ids"]
+        assert made[record.id].text == tokenizer.decode(read, skip_special_tokens=True)
+        assert made[record.id].rationale == gold[record.id]
+
+
+@pytest.mark.parametrize("key", ["stage1", "stage2", "stage1-released", "stage1-modular"])
+def test_without_images_logits_are_bit_equal_to_the_text_models(run: Path, key: str) -> None:
+    host = load_net(run, 0, key)
+    questions, tokenizer = load_questions(run, 0).split("test"), load_run_tokenizer(run, 0)
+    rationales = mmcot.gold_rationales(questions, settings_of(run))
+    form = find_form(getattr(settings_of(run), NETS[key].reads))
+    texts = [form.input(r, rationales[r.id] if form.reads_rationale else None) for r in questions]
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    batch["decoder_input_ids"] = torch.arange(12).expand(len(texts), 12)
+    features = torch.randn(len(texts), 12, 80)
+    absent = {"image": mg.Side(features, torch.zeros(len(texts), 12, dtype=torch.bool))}
+    with torch.no_grad():
+        with host.using("lora" if "modular" in key else None):
+            alone = host(**batch).logits
+        blind = host(**batch, side=absent).logits
+        seeing = host(**batch, side={"image": mg.Side(features)}).logits
+        plain = T5ForConditionalGeneration.from_pretrained(
+            run / "seed0" / (NETS[key].base or key) / "model"
+        ).eval()(**batch).logits  # fmt: skip
+    assert torch.equal(blind, alone)
+    assert not torch.equal(seeing, alone)
+    assert torch.equal(plain, alone) == ("modular" not in key)
+
+
+def test_the_same_command_again_changes_nothing(run: Path) -> None:
+    before, began = files(run), time.monotonic()
+    result = train(run, "--rows", "all", *QUICK)
+    assert result.code == 0
+    assert time.monotonic() - began < 5
+    assert "started" not in result.out
+    assert "Two stages, fused" in result.out
+    assert files(run) == before
+
+
+def test_fewer_rows_of_the_same_run_change_nothing(run: Path) -> None:
+    before = (run / "results.json").read_bytes()
+    assert train(run, "--rows", "text", *QUICK).code == 0
+    assert (run / "results.json").read_bytes() == before
+
+
+def test_other_settings_are_refused(run: Path) -> None:
+    before = files(run)
+    said = refused(train(run, "--rows", "all", *QUICK, "--set", "lr=0.5"), "other settings", "lr")
+    assert "0.001, now 0.5" in said
+    assert "--run NAME" in said
+    assert "--fresh" in said
+    assert files(run) == before
+
+
+def test_evaluating_again_gives_the_same_figures(run: Path) -> None:
+    before = {row: figures(run, row) for row in ROWS}
+    seen = files(run)
+    result = modgraft("mmcot", "evaluate", "--run", run, "--rows", "fused,shuffled")
+    assert result.code == 0, result
+    assert "test, Images shuffled: done" in result.out
+    assert "Stage 1" not in result.out
+    assert {row: figures(run, row) for row in ROWS} == before
+    changed = {name for name, what in files(run).items() if what != seen.get(name)}
+    assert "seed0/fused/predictions.jsonl" in changed
+    assert "seed0/text/predictions.jsonl" not in changed
+
+
+def test_evaluating_what_is_not_trained(tmp_path: Path, run: Path) -> None:
+    refused(
+        modgraft("mmcot", "evaluate", "--run", tmp_path / "none"),
+        "run.json", "no such file", "modgraft mmcot train --run",
+    )  # fmt: skip
+    before = (run / "run.json").read_bytes()
+    result = modgraft("mmcot", "evaluate", "--run", run, "--seeds", "0,7")
+    refused(result, "seed7", "no such file", "modgraft mmcot train")
+    assert (run / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--rows", "fused,nonsense"], ["no row is named 'nonsense'", "'fused'"]),
+        (["--features", "vit.npy"], ["eye of their own"]),
+        (["--data", "absent"], ["absent", "no such folder", "--data"]),
+        (["--set", "rationale=QCM-X"], ["no text form is named 'QCM-X'", "'QCM-E'"]),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    tmp_path: Path, args: list[str], words: list[str]
+) -> None:
+    refused(train(tmp_path / "run", *args), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "args", [["--rows", ","], ["--seeds", "0,x"], ["--seeds", "-1"], ["--set", "nolr=3"],
+             ["--set", "lr=much"], ["--steps", "0"]],
+)  # fmt: skip
+def test_what_cannot_be_read_is_a_usage_error(tmp_path: Path, args: list[str]) -> None:
+    result = train(tmp_path / "run", *args)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_fresh_deletes_runs_only(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("dear")
+    refused(train(tmp_path, "--fresh", *QUICK), "--fresh deletes runs only")
+    assert (tmp_path / "thesis.txt").exists()
+    run = tmp_path / "run"
+    (run / "seed0" / "stage1").mkdir(parents=True)
+    (run / "seed0" / "stage1" / "metrics.jsonl").write_text("")
+    old = {"settings": vars(Settings()), "rows": ["fused"], "seeds": [0]}
+    (run / "run.json").write_text(json.dumps(old))
+    refused(train(run, "--rows", "text", *QUICK), "other settings")
+    result = train(run, "--rows", "gold", "--fresh", *QUICK)
+    assert result.code == 0, result
+    assert not (run / "seed0" / "stage1").exists()
+    assert [r["key"] for r in json.loads((run / "results.json").read_text())["rows"]] == ["gold"]
+
+
+# one question
+
+
+def test_asking_about_an_image_of_the_test(run: Path) -> None:
+    record = next(r for r in load_questions(run, 0).split("test") if r.image)
+    image = run / "seed0" / "data" / "images" / "test" / record.id / "image.png"
+    ask = ["mmcot", "ask", image, record.question, *record.choices, "--run", run]
+    result = modgraft(*ask, "--hint", record.hint)
+    assert result.code in (0, 2), result  # 2: it read no option from what the net wrote
+    (made,) = [p for p in read_predictions(run / "seed0/fused/predictions.jsonl")
+               if p.id == record.id]  # fmt: skip
+    rationale, _, answer = result.out.partition("Answer")
+    assert rationale.split() == ["Rationale", *(made.rationale or "").split()]
+    if made.choice is None:
+        assert answer.split() == f"none of the options (it wrote: {made.text})".split()
+    else:
+        assert answer.split()[1] == made.choices[made.choice]
+
+
+def test_asking_without_an_image_asks_the_text_model(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def write(host: mg.Host, net: Net, questions: Any, *rest: Any) -> dict[str, str]:
+        seen.append((net.fusion, host.composition, len(questions.features)))
+        return {"asked": "7 . The answer is (B)."}
+
+    monkeypatch.setattr("modgraft.recipes.mmcot_ask.write", write)
+    result = modgraft("mmcot", "ask", "-", "What is 3 plus 4?", "6", "7", "--run", run)
+    assert result.code == 0
+    assert "Answer (B) 7" in result.out
+    assert [(fusion, n) for fusion, _, n in seen] == [(None, 0), (None, 0)]
+
+
+def test_asking_badly(run: Path, tmp_path: Path) -> None:
+    png = next((run / "seed0" / "data" / "images" / "test").glob("*/image.png"))
+    (tmp_path / "cut.png").write_bytes(png.read_bytes()[:60])
+    (tmp_path / "text.png").write_text("no image")
+
+    def ask(*args: str | Path) -> Any:
+        return modgraft("mmcot", "ask", *args, "--run", run)
+
+    refused(ask(tmp_path / "none.png", "What?", "1", "2"), "none.png", "no such file")
+    refused(ask(tmp_path / "cut.png", "What?", "1", "2"), "cut.png", "damaged")
+    refused(ask(tmp_path / "text.png", "What?", "1", "2"), "text.png", "not an image")
+    refused(ask(png, "What?", "1"), "2 to 26 options", "modgraft mmcot ask")
+    refused(ask(png, " ", "1", "2"), "needs words")
+    refused(ask(png, "What?", "1", "2", "--seed", "5"), "no seed 5", "Take one of 0")
+    assert ask(png, "What?").code == 2  # no option at all: the usage is shown
+    none = modgraft("mmcot", "ask", png, "What?", "1", "2", "--run", tmp_path / "norun")
+    refused(none, "norun", "Train it first")
+
+
+# damage and interruption
+
+
+def test_a_net_of_another_model(run: Path, tmp_path: Path) -> None:
+    home = run / "seed0"
+    for key in ("stage1", "stage2-text"):
+        own = home / key / "model"
+        own.rename(tmp_path / key)
+        try:
+            vocabulary = len(load_run_tokenizer(run, 0))
+            small_t5(vocabulary, d_model=32, d_ff=32, layers=1, seed=9).save_pretrained(own)
+            row = "fused" if key == "stage1" else "text"
+            before = (run / "results.json").read_bytes()
+            result = modgraft("mmcot", "evaluate", "--run", run, "--rows", row)
+            refused(result, str(own), "another T5", "put that one back", "modgraft mmcot train")
+            if key == "stage1":
+                asked = modgraft("mmcot", "ask", "-", "What?", "1", "2", "--run", run)
+                refused(asked, str(own), "another T5")
+            weights = own / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:1000])
+            result = modgraft("mmcot", "evaluate", "--run", run, "--rows", row)
+            refused(result, str(own), "cannot be read", "modgraft mmcot train")
+            assert (run / "results.json").read_bytes() == before
+        finally:
+            for part in own.iterdir():
+                part.unlink()
+            own.rmdir()
+            (tmp_path / key).rename(own)
+
+
+@pytest.mark.parametrize("how", ["kill", "ctrl-c"])
+def test_an_interrupted_run_ends_as_an_undisturbed_one(run: Path, tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "run"
+    args = ["mmcot", "train", "--run", str(folder), "--rows", "text", *QUICK]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from modgraft.cli import entry; entry()", *args],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    curve, net = folder / "seed0/stage1-text/metrics.jsonl", folder / "seed0/stage1-text/net.json"
+    end = time.monotonic() + 60
+    while not (curve.exists() and curve.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL if how == "kill" else signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert "Traceback" not in out
+    if how == "ctrl-c":
+        assert process.returncode == 130
+        assert "stopped; the same command goes on where it was" in out
+    assert not net.exists(), "it was too fast to be interrupted"
+    assert not (folder / "results.json").exists()
+    assert modgraft(*args).code == 0
+    assert figures(folder, "text") == figures(run, "text")
+    for key in ("stage1-text", "stage2-text"):
+        assert losses(folder, key) == losses(run, key)
+
+
+def losses(run: Path, key: str) -> list[tuple[int, str, float]]:
+    lines = (run / "seed0" / key / "metrics.jsonl").read_text().splitlines()
+    return [(d["step"], d["split"], d["loss"]) for d in map(json.loads, lines)]
+
+
+def test_settings_of_another_version(tmp_path: Path) -> None:
+    old = {"settings": {**vars(replace(Settings())), "gone": 1}, "rows": [], "seeds": [0]}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    refused(modgraft("mmcot", "evaluate", "--run", tmp_path), "run.json", "gone", "--fresh")
