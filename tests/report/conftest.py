@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from modgraft.data.digits import digits_qa
-from modgraft.data.rationale import error_class
+from modgraft.data.rationale import facts
+from modgraft.data.records import Record
+from modgraft.metrics import classify_error
 
 # key, title, group, note, accuracy by family (read, compare, add, lookup, even, text)
 ROWS: list[tuple[str, str, str, str, tuple[int, ...]]] = [
@@ -84,12 +86,13 @@ def _predict(rng: random.Random, qid: str, raw: dict, skill: float, data: Any) -
         if rng.random() < 0.7 and digits:
             at = rng.choice(digits)
             written = written[:at] + str((int(written[at]) + 3) % 10) + written[at + 1 :]
+    error = classify_error(Record.from_json(qid, raw), gold, written, choice, facts)
     text = "The answer" if choice is None else f"The answer is ({'ABCDE'[choice]})."
     return {
         "id": qid, "category": raw["category"], "question": raw["question"],
         "choices": raw["choices"], "answer": answer, "image": qid in data.strips,
         "gold_rationale": gold, "rationale": written, "text": text, "choice": choice,
-        "correct": choice == answer, "error": error_class(gold, written, answer, choice),
+        "correct": choice == answer, "error": error,
     }  # fmt: skip
 
 

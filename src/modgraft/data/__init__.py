@@ -1,0 +1,1 @@
+"""Data: DigitsQA, ScienceQA, text forms, batches, tokenizers."""

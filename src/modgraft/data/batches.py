@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from modgraft.context import Side
@@ -218,6 +218,33 @@ class Collate:
             tensor[i, : len(map_)] = map_
             mask[i, : len(map_)] = True
         return Side(tensor, mask)
+
+
+class SortedBatches(Sampler[list[int]]):
+    """Random batches of examples of like length, so that little is padded.
+
+    Each epoch is a random order, cut into pools of `pool` batches; a pool is sorted by length and
+    cut into batches; the batches come in random order. All draws are torch's global generator's.
+
+    Args:
+        lengths: Each example's length, in any unit.
+        batch: Examples in a batch; the last one may hold fewer.
+        pool: Batches in a pool: 1 is plain shuffling.
+    """
+
+    def __init__(self, lengths: Sequence[float], batch: int, pool: int = 16) -> None:
+        self.lengths, self.batch, self.pool = lengths, batch, pool
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, size = torch.randperm(len(self.lengths)).tolist(), self.batch * self.pool
+        made: list[list[int]] = []
+        for start in range(0, len(order), size):
+            pool = sorted(order[start : start + size], key=lambda i: self.lengths[i])
+            made += [pool[i : i + self.batch] for i in range(0, len(pool), self.batch)]
+        return iter([made[i] for i in torch.randperm(len(made)).tolist()])
 
 
 def collate(

@@ -1,4 +1,4 @@
-"""What a DigitsQA rationale says, and which step of a wrong answer failed."""
+"""What a DigitsQA rationale says."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from dataclasses import dataclass
 
 POSITIONS = ("left", "middle", "right")
 """The places of a strip, from left to right."""
-
-ERRORS = ("perception", "reasoning", "mapping", "format")
-"""The ways to be wrong; see `error_class`."""
 
 _STATED = re.compile(rf"\b({'|'.join(POSITIONS)}) (\d+)\b")
 _CONCLUSION = re.compile(r"\bso (\w+)")
@@ -41,29 +38,3 @@ def facts(rationale: str) -> Facts:
     digits, used = ({p: int(d) for p, d in reversed(_STATED.findall(s))} for s in (first, rest))
     found = _CONCLUSION.findall(rationale)
     return Facts(digits, used, found[-1] if found else None)
-
-
-def error_class(gold: str, written: str, answer: int, choice: int | None) -> str | None:
-    """Which step failed: one of `ERRORS`, or None where the chosen option is right.
-
-    Args:
-        gold: the true rationale.
-        written: the model's rationale.
-        answer: the right option's index.
-        choice: the chosen option's index, or None where no option could be read from the answer.
-
-    `perception`: a digit that the question turns on is misread. `reasoning`: the digits are right,
-    the conclusion is not. `mapping`: the conclusion is right, the option is not. `format`: no
-    conclusion, or no option, can be read.
-    """
-    if choice == answer:
-        return None
-    true, said = facts(gold), facts(written)
-    if said.conclusion is None:
-        return "format"
-    turns_on = true.used or true.digits
-    if any(said.digits.get(place) != digit for place, digit in turns_on.items()):
-        return "perception"
-    if said.conclusion != true.conclusion:
-        return "reasoning"
-    return "format" if choice is None else "mapping"

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
 
 import modgraft as mg
-from modgraft.data.batches import Collate, QADataset
+from modgraft.data.batches import Collate, QADataset, SortedBatches
 from modgraft.data.records import Questions
 from modgraft.data.text import find_form, rationale_of
 from modgraft.models.t5 import copy_init, small_t5
@@ -64,15 +64,15 @@ class Settings:
     d_ff: int = 256
     heads: int = 4
     layers: int = 2
-    steps_rationale: int = 1500
-    steps_answer: int = 800
+    steps_rationale: int = 2000
+    steps_answer: int = 600
     batch: int = 32
     lr: float = 1e-3
     warmup: int = 50
     weight_decay: float = 0.01
     beta2: float = 0.98
     max_input: int = 512
-    max_rationale: int = 64
+    max_rationale: int = 48
     max_answer: int = 16
     decode_batch: int = 150
     rank: int = 8
@@ -187,7 +187,8 @@ def text_t5(settings: Settings, vocabulary: int, seed: int) -> T5ForConditionalG
     if settings.model is not None:
         return T5ForConditionalGeneration.from_pretrained(settings.model)
     shape = {k: getattr(settings, k) for k in ("d_model", "d_ff", "heads", "layers")}
-    return copy_init(small_t5(vocabulary, **shape, seed=seed), seed=seed)
+    # 4 back in the decoder: from before the letter to the value, in "7 . The answer is (B)"
+    return copy_init(small_t5(vocabulary, **shape, seed=seed), decoder_offsets=(-1, -4), seed=seed)
 
 
 def surgery(t5: T5ForConditionalGeneration, net: Net, dim: int, settings: Settings) -> mg.Host:
@@ -216,7 +217,14 @@ def train(
         part = _seen(questions.split(split), net)
         gold = gold_rationales(part, settings) if form.reads_rationale else None
         collate = Collate(tokenizer, form, settings.max_input, width=questions.width)
-        return DataLoader(QADataset(part, gold), settings.batch, shuffle, collate_fn=collate)
+        dataset = QADataset(part, gold)
+        if not shuffle:
+            return DataLoader(dataset, settings.batch, collate_fn=collate)
+        read = dict.fromkeys(part.ids) if gold is None else gold
+        lengths = [len(form.input(record, read[record.id])) for record in part]
+        return DataLoader(
+            dataset, batch_sampler=SortedBatches(lengths, settings.batch), collate_fn=collate
+        )
 
     steps = settings.steps_answer if net.reads in ("answer", "direct") else settings.steps_rationale
     held_out = loader("val", False) if (questions.splits or {}).get("val") else None

@@ -14,7 +14,7 @@ from modgraft.report.run import Prediction, Results, Row, Run
 MEANINGS = {
     "perception": "a digit that the question turns on is misread",
     "reasoning": "the digits are right, the conclusion drawn from them is not",
-    "mapping": "the conclusion is right, the chosen option does not say it",
+    "option mapping": "the conclusion is right, the chosen option does not say it",
     "format": "no conclusion, or no option, can be read from what was written",
 }
 """What each class means. A class that is not here is shown by its name alone."""
