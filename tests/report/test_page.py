@@ -79,7 +79,8 @@ def test_the_page_says_what_matters(page: Path) -> None:
     text = page.read_text("utf-8")
     for piece in ("Two stages, fused", "2026-03-14 15:09 UTC", "Controls (not competitors)",
                   'class="leak"', "Teacher-forced rationale", "Chance", "sample standard deviation",
-                  "not measured: G7-12", "Option mapping", "✓ right", "✗ chosen", "<mark>"):  # fmt: skip
+                  "not measured: G7-12", "Option mapping", "✓ right", "✗ chosen",
+                  "<mark>"):  # fmt: skip
         assert piece in text, piece
     assert "Not run." not in text
 
