@@ -249,3 +249,40 @@ def test_ddp_on_two_processes(tmp_path: Path) -> None:
     )  # fmt: skip
     assert out.returncode == 0, out.stderr[-3000:]
     assert out.stdout.count("equal on rank") == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_lora_at_an_embedding(name: str) -> None:
+    """Row i of the table gets s·B[i] A; a table that is the output layer too is not merged into."""
+    case = HOSTS[name]
+    host = mg.Host(case.model()).eval()
+    host.implant("m", mg.LoRA(rank=2, alpha=4.0), at="embedding")
+    place, table = host["m"].places[0], host.model.get_input_embeddings()
+    with torch.no_grad():
+        place.B.normal_(0, 0.3)
+        expected = table.weight[ids()] + 2.0 * place.B[ids()] @ place.A
+        torch.testing.assert_close(table(ids()), expected)
+        if name == "gpt2":
+            with pytest.raises(mg.ModgraftError, match=r"lm_head share it"):
+                host.merge("m")
+        else:
+            merged = host.merge("m")(**case.batch()).logits
+            torch.testing.assert_close(merged, host(**case.batch()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_one_host_a_model() -> None:
+    host = mg.Host(HOSTS["gpt2"].model())
+    host.implant("m", mg.LoRA(rank=2), at="query")
+    other = mg.Host(host.model)
+    with pytest.raises(mg.ModgraftError, match="another Host has modules"):
+        other.implant("n", mg.LoRA(rank=2), at="value")
+    mg.Host(host.merge(None)).implant("n", mg.LoRA(rank=2), at="value")
+    with pytest.raises(mg.ModgraftError, match="a Host already"):
+        mg.Host(host)
+
+
+def test_one_composition_a_call() -> None:
+    host = mg.Host(HOSTS["gpt2"].model())
+    host.implant("m", mg.LoRA(rank=2), at="query")
+    with pytest.raises(mg.ModgraftError, match="one composition a call"):
+        host(**HOSTS["gpt2"].batch(), modules=["m", None, "m"])

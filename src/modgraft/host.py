@@ -18,7 +18,7 @@ from modgraft.computation.layers import weight_matrix
 from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
 from modgraft.handle import Implant
-from modgraft.implant import graft, missing_side, prune, pruned
+from modgraft.implant import foreign, graft, missing_side, prune, pruned
 from modgraft.recompute import forget, remember
 from modgraft.sites import At, Site, find
 
@@ -105,6 +105,11 @@ class Host(nn.Module):
             raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
         else:
             sites = self.sites(at, expect)
+        if other := foreign(self.model, self._context):
+            raise ModgraftError(
+                f"another Host has modules in this model (at {other[0] or 'its input'}); work with "
+                f"that one, or wrap the copy that its merge(None) gives"
+            )
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
         for site, place in zip(sites, implant.places, strict=True):
             graft(site, name, place, self._context)  # type: ignore[arg-type]
@@ -303,7 +308,8 @@ class Host(nn.Module):
             composition: what to merge; left out, what is in force.
 
         Raises:
-            ModgraftError: if a module in it is no change of weights: its merge would not be exact.
+            ModgraftError: if its merge would not be exact: a module in it is no change of weights,
+                or changes a weight that another layer shares.
         """
         read = self.composition if composition is ... else self._read(composition)
         weights = {} if read is None else read.weights()
@@ -324,6 +330,7 @@ class Host(nn.Module):
         with torch.no_grad():
             for label, delta, weight in deltas:
                 site = find(plain, label)[0]
+                _check_untied(plain, site)
                 matrix = weight_matrix(site.module, site.part)
                 matrix.add_(weight * delta(matrix))  # type: ignore[operator]
         return plain
@@ -356,6 +363,19 @@ class Host(nn.Module):
 def _device(model: nn.Module) -> torch.device:
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def _check_untied(model: nn.Module, site: Site) -> None:
+    """Refuse to change a weight that other layers use too."""
+    weight = site.module.weight
+    users = [
+        p for p, m in model.named_modules() if any(w is weight for w in m._parameters.values())
+    ]
+    if len(users) > 1:
+        raise ModgraftError(
+            f"the weight of {site.path} cannot be merged into: {', '.join(users)} share it, and "
+            f"the module changes one of them only; keep it implanted"
+        )
 
 
 def _in_chain(expression: ex.Expression, name: str) -> bool:

@@ -81,6 +81,12 @@ def pruned(model: nn.Module) -> nn.Module:
     return model
 
 
+def foreign(model: nn.Module, context: Context) -> list[str]:
+    """The sites of ``model`` in which another host has implanted something."""
+    states = [m.__dict__[_STATE] for m in model.modules() if _STATE in m.__dict__]
+    return [state.path for state in states if state.context is not context]
+
+
 @cache
 def _grafted(original: type[nn.Module]) -> type[nn.Module]:
     forward = original.forward
