@@ -225,6 +225,7 @@ def _gather(
         "split": tested,
         "notes": notes(questions, settings),
         "skipped": load_skipped(folder, first),
+        "titles": {net.key: net.title for net in nets_of(asked["rows"])},
         "seeds": asked["seeds"],
         "wall_seconds": round(seconds, 1),
         "rows": rows,

@@ -154,7 +154,9 @@ def _breakdown(
 
 
 def _curves(run: Run, pictures: dict[str, Picture]) -> list[tuple[str, Picture | None, int]]:
-    titles = {row.key: row.title for row in run.results.rows} if run.results else {}
+    titles: dict[str, str] = {}
+    if run.results:
+        titles = {row.key: row.title for row in run.results.rows} | run.results.titles
     curves = []
     for key, seeds in run.curves.items():
         title = titles.get(key, key)

@@ -62,13 +62,27 @@ class Row(_Model):
         return self.leak
 
 
+class Skipped(_Model):
+    """A question that was left out as bad, and why."""
+
+    id: str
+    file: str
+    reason: str
+
+
 class Results(_Model):
-    """`results.json`: what was run, with which settings, and what came out."""
+    """`results.json`: what was run, with which settings, and what came out.
+
+    `titles` names the trained models by their folders, `notes` are sentences for the reader.
+    """
 
     name: str
     created: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
     seeds: list[int] = Field(default_factory=list)
+    titles: dict[str, str] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+    skipped: list[Skipped] = Field(default_factory=list)
     rows: list[Row] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -225,6 +239,11 @@ def read_run(folder: Path) -> Run:
         run.notes.append(
             "The run was interrupted: results.json is not written, so there is no table of "
             "results. What was written until then is shown."
+        )
+    else:
+        run.notes.extend(run.results.notes)
+        run.notes.extend(
+            f"Question {s.id} was left out ({s.file}): {s.reason}" for s in run.results.skipped
         )
     for seed, path in seeds:
         _read_seed(run, seed, path)
