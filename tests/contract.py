@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -25,6 +25,8 @@ class ModuleCase:
 
     ``reference(host)`` changes a float64 copy of the bare model so that it computes what the host
     with the module does, with tensors taken from ``host["m"]``; it returns the tensors by key.
+    ``adds`` says that its effect does not depend on the site's output, so that ``a >> b`` equals
+    ``a + b``; ``refused`` names the hosts where it is not defined, and what the error says there.
     """
 
     name: str
@@ -33,6 +35,8 @@ class ModuleCase:
     reference: Callable[[mg.Host, nn.Module, dict[str, Tensor]], None]
     needs_side: bool = False
     merges: bool = False
+    adds: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def _lora_reference(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -99,6 +103,92 @@ def _fusion_reference(form: str) -> Callable[..., None]:
     return change
 
 
+Change = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]  # y, x, φ → the new y
+
+
+def _at_each_site(change: Change, on: str = "output") -> Callable[..., None]:
+    """The layer's output (or input) replaced, with what the site's own tensors make of it.
+
+    A tensor that only the first site has is shared by all.
+    """
+
+    def reference(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
+        labels = host["m"].paths
+
+        def own(label: str) -> dict[str, Tensor]:
+            keys = [key.rpartition(":") for key in tensors]
+            return {name: tensors[f"{at}:{name}"] for at, _, name in keys if at == label}
+
+        for label in labels:
+            path, _, part = label.partition("[")
+            t = {**own(labels[0]), **own(label)}
+
+            def after(m: nn.Module, args: Any, kw: Any, out: Any, t: Any = t, part: str = part):
+                x = next(v for v in (*args, *kw.values()) if isinstance(v, Tensor))
+                y = out if isinstance(out, Tensor) else out[0]
+                if part:  # "1/3]"
+                    i, d = int(part[0]), y.shape[-1] // int(part[2])
+                    pieces = list(y.split(d, dim=-1))
+                    pieces[i] = change(pieces[i], x, t)
+                    return torch.cat(pieces, dim=-1)
+                new = change(y, x, t)
+                if isinstance(out, Tensor | tuple):
+                    return new if isinstance(out, Tensor) else (new, *out[1:])
+                out.last_hidden_state = new
+                return out
+
+            def before(m: nn.Module, args: Any, t: Any = t):
+                return (change(args[0], args[0], t), *args[1:])
+
+            layer = plain.get_submodule(path)
+            if on == "output":
+                layer.register_forward_hook(after, with_kwargs=True)
+            else:
+                layer.register_forward_pre_hook(before)
+
+    return reference
+
+
+def _bottleneck(v: Tensor, t: dict[str, Tensor]) -> Tensor:
+    """W_u relu(W_d v + b_d) + b_u."""
+    hidden = v @ t["down.weight"].T + t["down.bias"]
+    return (hidden * (hidden > 0)) @ t["up.weight"].T + t["up.bias"]
+
+
+def _compacter(y: Tensor, x: Tensor, t: dict[str, Tensor]) -> Tensor:
+    """y + 0.7·(W_u gelu(W_d y + b_d) + b_u), W = Σ_j A_j ⊗ S_j T_jᵀ."""
+    w = {
+        k: sum(
+            torch.kron(A, S @ T.T)
+            for A, S, T in zip(t.get("A", t.get(f"A_{k}")), t[f"S_{k}"], t[f"T_{k}"], strict=True)
+        )
+        for k in ("down", "up")
+    }
+    v = y @ w["down"].T + t["b_down"]
+    hidden = 0.5 * v * (1 + torch.erf(v / math.sqrt(2)))
+    return y + 0.7 * (hidden @ w["up"].T + t["b_up"])
+
+
+def _convolved(v: Tensor, F: Tensor, depthwise: bool) -> Tensor:
+    """F ∗ v for v ``[B, n, d]`` or ``[B, C, H, W]``: a shifted copy of v for each tap of F."""
+    tokens = v.dim() == 3
+    if tokens:
+        v, F = v.transpose(1, 2)[:, :, None], F[:, :, None]  # [B, d, 1, n], [d, d, 1, k]
+    (h, w), (rows, columns) = v.shape[2:], F.shape[2:]
+    wide = torch.zeros(*v.shape[:2], h + rows - 1, w + columns - 1, dtype=v.dtype)
+    wide[:, :, rows // 2 : rows // 2 + h, columns // 2 : columns // 2 + w] = v
+    out = torch.zeros_like(v)
+    for i in range(rows):
+        for j in range(columns):
+            tap, shifted = F[:, :, i, j], wide[:, :, i : i + h, j : j + w]
+            mix = tap[None, :, :, None] * shifted if depthwise else None
+            out = out + (torch.einsum("ec,bchw->behw", tap, shifted) if mix is None else mix)
+    return out[:, :, 0].transpose(1, 2) if tokens else out
+
+
+NO_MAP = dict.fromkeys(("t5", "bert", "gpt2", "llama", "plain"), "not known to put out a map")
+ONE_BY_ONE = dict.fromkeys(("gpt2", "llama"), "one at a time")
+
 MODULES = {
     case.name: case
     for case in (
@@ -114,13 +204,58 @@ MODULES = {
             "fusion_released", lambda: mg.GatedFusion(dim=FEATURES, form="released"),
             lambda h: h.output_at, _fusion_reference("released"), needs_side=True,
         ),
+        ModuleCase(
+            "adapter", lambda: mg.Adapter(reduction=4, scale=0.7), lambda h: h.adapter_at,
+            _at_each_site(lambda y, x, t: y + 0.7 * _bottleneck(y, t)),
+        ),
+        ModuleCase(
+            "parallel", lambda: mg.ParallelAdapter(width=5), lambda h: h.parallel_at,
+            _at_each_site(lambda y, x, t: y + 4 * _bottleneck(x, t)), adds=True,
+        ),
+        ModuleCase(
+            "compacter", lambda: mg.Compacter(width=8, rank=2, scale=0.7), lambda h: h.adapter_at,
+            _at_each_site(_compacter),
+        ),
+        ModuleCase(
+            "compacter_apart", lambda: mg.Compacter(width=8, n=2, shared=False, scale=0.7),
+            lambda h: h.output_at, _at_each_site(_compacter),
+        ),
+        ModuleCase(
+            "conv", lambda: mg.ConvAdapter(), lambda h: h.adapter_at,
+            _at_each_site(lambda y, x, t: y + _convolved(y, t["F"], False)),
+        ),
+        ModuleCase(
+            "conv_parallel", lambda: mg.ConvAdapter(form="parallel", depthwise=True),
+            lambda h: h.parallel_at,
+            _at_each_site(lambda y, x, t: y + _convolved(x, t["F"], True)), adds=True,
+        ),
+        ModuleCase(
+            "conv_tokens", lambda: mg.ConvAdapter(kernel=3, depthwise=True), lambda h: h.output_at,
+            _at_each_site(lambda y, x, t: y + _convolved(y, t["F"], True)), refused=ONE_BY_ONE,
+        ),
+        ModuleCase(
+            "conv_map", lambda: mg.ConvAdapter(over="map", kernel=3),
+            lambda h: h.map_at or h.output_at,
+            _at_each_site(lambda y, x, t: y + _convolved(y, t["F"], False)), refused=NO_MAP,
+        ),
+        ModuleCase(
+            "rescale", lambda: mg.Rescale(), lambda h: h.keys_at,
+            _at_each_site(lambda y, x, t: y * t["phi"]), merges=True,
+        ),
+        ModuleCase(
+            "rescale_input", lambda: mg.Rescale(where="input"), lambda h: h.inner_at,
+            _at_each_site(lambda y, x, t: x * t["phi"], on="input"), merges=True,
+        ),
     )
 }  # fmt: skip
 
-pytestmark = [
-    pytest.mark.parametrize("case", HOSTS.values(), ids=list(HOSTS)),
-    pytest.mark.parametrize("module", MODULES.values(), ids=list(MODULES)),
-]
+DEFINED = [
+    pytest.param(case, module, id=f"{module.name}-{case.name}")
+    for module in MODULES.values()
+    for case in HOSTS.values()
+    if case.name not in module.refused
+]  # that the others are refused is in tests/test_function.py
+pytestmark = pytest.mark.parametrize(("case", "module"), DEFINED)
 
 
 def implanted(case: HostCase, module: ModuleCase, stir: bool = True, **kw: Any) -> mg.Host:
@@ -459,7 +594,7 @@ def test_two_at_once_equal_the_sum_of_effects(case: HostCase, module: ModuleCase
     torch.testing.assert_close(at("m + n"), at("n + m"), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(at("2*(m + n) - m - n"), at("m + n"), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(at("m - m"), at(None), rtol=1e-9, atol=1e-11)
-    if module.merges:
+    if module.merges or module.adds:
         torch.testing.assert_close(at("m >> n"), at("m + n"), rtol=1e-9, atol=1e-11)
     else:
         assert not torch.allclose(at("m >> n"), at("m + n"))

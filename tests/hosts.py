@@ -34,6 +34,11 @@ class HostCase:
 
     ``lora_at`` and ``output_at`` select sites; ``output_at`` is one site whose output is
     ``[B, n, WIDTH]``. ``text`` says whether there is an input to put tokens before.
+
+    ``adapter_at``: outputs ``[B, n, WIDTH]``, by default after attention and feed-forward (Houlsby
+    et al.); ``parallel_at``: sites that take and give ``[B, n, WIDTH]``; ``keys_at`` and
+    ``inner_at``: linear layers whose output or input IA³ scales; ``map_at``: a site whose output
+    is a map ``[B, C, H, W]``, None where there is none.
     """
 
     name: str
@@ -43,6 +48,11 @@ class HostCase:
     output_at: str
     generates: bool = False
     text: bool = False
+    adapter_at: Any = ("output", "down")
+    parallel_at: Any = "feedforward"
+    keys_at: Any = ("key", "value")
+    inner_at: Any = "down"
+    map_at: str | None = None
 
     def model(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
@@ -154,6 +164,22 @@ def _plain() -> nn.Module:
     )
 
 
+class SmallCNN(nn.Module):
+    """Two convolutions, then each place of the map as a token, and a linear head on their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)
+        self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        h = self.conv(torch.tanh(self.stem(pixel_values)))  # [B, 3, H, W] → [B, C, H, W]
+        tokens = torch.tanh(h).flatten(2).transpose(1, 2)  # [B, HW, C]
+        return self.head(torch.tanh(self.mix(tokens)).mean(dim=1))
+
+
 def _pixels() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     return {"pixel_values": torch.randn(BATCH, 3, 8, 8, generator=generator)}
@@ -183,10 +209,23 @@ HOSTS = {
             "t5", _t5, lambda: {**_masked(ids()), "labels": ids(5, 5)}, QV, "encoder.output",
             generates=True, text=True,
         ),
-        HostCase("bert", _bert, lambda: _masked(ids()), QV, "encoder.output", text=True),
+        HostCase(
+            "bert", _bert, lambda: _masked(ids()), QV, "encoder.output", text=True,
+            parallel_at="attention",
+        ),
         HostCase("gpt2", _gpt2, _decoder, QV, "decoder.output", generates=True, text=True),
         HostCase("llama", _llama, _decoder, QV, "decoder.output", generates=True, text=True),
-        HostCase("vit", _vit, _pixels, QV, "encoder.output"),
-        HostCase("plain", _plain, _vectors, nn.Linear, "2"),
+        HostCase(
+            "vit", _vit, _pixels, QV, "encoder.output",
+            map_at="*.patch_embeddings.projection",
+        ),
+        HostCase(
+            "plain", _plain, _vectors, nn.Linear, "2", adapter_at=["0", "2"], parallel_at="2",
+            keys_at=nn.Linear, inner_at=nn.Linear,
+        ),
+        HostCase(
+            "cnn", SmallCNN, _pixels, nn.Linear, "mix", adapter_at="mix", parallel_at="mix",
+            keys_at=nn.Linear, inner_at=nn.Linear, map_at="conv",
+        ),
     )
 }  # fmt: skip

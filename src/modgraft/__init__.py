@@ -15,9 +15,13 @@ if TYPE_CHECKING:
         InputComposition,
         ParameterComposition,
     )
+    from modgraft.computation.compacter import Compacter
+    from modgraft.computation.convolution import ConvAdapter
+    from modgraft.computation.function import Adapter, ParallelAdapter
     from modgraft.computation.fusion import GatedFusion
     from modgraft.computation.inputs import LinearMap
     from modgraft.computation.parameter import LoRA
+    from modgraft.computation.rescale import Rescale
     from modgraft.context import Side
     from modgraft.errors import ModgraftError
     from modgraft.host import Host, Implant
@@ -26,7 +30,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
+    "Compacter",
     "Computation",
+    "ConvAdapter",
     "FunctionComposition",
     "GatedFusion",
     "Host",
@@ -35,7 +42,9 @@ __all__ = [
     "LinearMap",
     "LoRA",
     "ModgraftError",
+    "ParallelAdapter",
     "ParameterComposition",
+    "Rescale",
     "Side",
     "Site",
 ]
@@ -47,9 +56,13 @@ _HOMES = {
         "InputComposition",
         "ParameterComposition",
     ),
+    "computation.compacter": ("Compacter",),
+    "computation.convolution": ("ConvAdapter",),
+    "computation.function": ("Adapter", "ParallelAdapter"),
     "computation.fusion": ("GatedFusion",),
     "computation.inputs": ("LinearMap",),
     "computation.parameter": ("LoRA",),
+    "computation.rescale": ("Rescale",),
     "context": ("Side",),
     "errors": ("ModgraftError",),
     "host": ("Host", "Implant"),

@@ -25,7 +25,10 @@ class Implant(nn.Module):
         self.name = name
         self._method = (method,)  # in a tuple: it is a description, not a child with parameters
         self.paths = tuple(site.label for site in sites)
-        self.places = nn.ModuleList(method.at(site) for site in sites)
+        places = [method.at(site) for site in sites]
+        for place in places[1:]:
+            place.tie(places[0])
+        self.places = nn.ModuleList(places)
 
     @property
     def method(self) -> Computation:

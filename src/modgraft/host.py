@@ -14,7 +14,7 @@ from torch import nn
 
 from modgraft import expression as ex
 from modgraft.computation.base import Computation, InputComposition, ParameterComposition
-from modgraft.computation.layers import weight_matrix
+from modgraft.computation.layers import bias_vector, weight_matrix
 from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
 from modgraft.handle import Implant
@@ -320,19 +320,26 @@ class Host(nn.Module):
                     f"{name!r} cannot be merged: {type(method).__name__} computes on activations, "
                     f"and no weight of the host has its effect; leave it out, or keep it implanted"
                 )
-        deltas = [
-            (path, place.delta, weight)
+        changes = [
+            (path, place, weight)
             for name, weight in weights.items()
             for path, place in zip(self[name].paths, self[name].places, strict=True)
         ]
         plain = pruned(copy.deepcopy(self.model))
         forget(plain)
         with torch.no_grad():
-            for label, delta, weight in deltas:
-                site = find(plain, label)[0]
+            for label, place, weight in changes:
+                assert isinstance(place, ParameterComposition)  # noqa: S101
+                site, bare = find(plain, label)[0], find(self.model, label)[0]
                 _check_untied(plain, site)
-                matrix = weight_matrix(site.module, site.part)
-                matrix.add_(weight * delta(matrix))  # type: ignore[operator]
+                # Δ of the bare host's weight: an earlier one may already be in the copy's
+                delta = place.delta(weight_matrix(bare.module, bare.part))
+                weight_matrix(site.module, site.part).add_(weight * delta)
+                bias, bare_bias = (bias_vector(s.module, s.part) for s in (site, bare))
+                if bias is not None and bare_bias is not None:
+                    change = place.delta_bias(bare_bias)
+                    if change is not None:
+                        bias.add_(weight * change)
         return plain
 
     # -- looking --------------------------------------------------------------------------------

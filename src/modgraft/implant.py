@@ -199,8 +199,7 @@ def _add(y: Tensor, entry: Entry, weight: float | Tensor, x: Tensor, host: nn.Mo
         effect = weight * effect
     if part is None:
         return y + effect
-    size = y.shape[-1] // part[1]
-    start, end = part[0] * size, (part[0] + 1) * size
+    start, end = _range(part, y)
     return torch.cat([y[..., :start], y[..., start:end] + effect, y[..., end:]], dim=-1)
 
 
@@ -212,7 +211,16 @@ def _apply(entry: Entry, y: Tensor, x: Tensor | None, call: Call) -> Tensor:
         side = call.side_input(module.needs, y.shape[0])
         if side is None:
             raise missing_side(entry.name, module.needs)
-    return module(y, x, side)
+    if entry.part is None:
+        return module(y, x, side)
+    start, end = _range(entry.part, y)
+    return torch.cat([y[..., :start], module(y[..., start:end], x, side), y[..., end:]], dim=-1)
+
+
+def _range(part: tuple[int, int], y: Tensor) -> tuple[int, int]:
+    """Where a part of a fused projection's output begins and ends in ``y``."""
+    size = y.shape[-1] // part[1]
+    return part[0] * size, (part[0] + 1) * size
 
 
 def missing_side(name: str, source: str) -> SideError:

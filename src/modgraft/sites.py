@@ -63,6 +63,31 @@ class Site:
             raise self._widthless("output")
         return full // self.part[1] if self.part else full
 
+    @property
+    def channels_first(self) -> bool:
+        """Whether the output is a feature map ``[B, C, …]`` rather than ``[B, …, d]``."""
+        last = self.module
+        while isinstance(last, nn.Sequential) and len(last):
+            known = [child for child in last if _out_width(child) is not None]
+            if not known:
+                break
+            last = known[-1]
+        return isinstance(last, nn.Conv1d | nn.Conv2d | nn.BatchNorm2d)
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether tokens pass one by one here when the host generates, none seeing a later one."""
+        config = getattr(self.root, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            return "encoder" not in self.path.split(".")
+        if getattr(config, "is_decoder", False):
+            return True
+        family = None if self.root is None else family_of(self.root)
+        if family is not None:
+            return "encoder.output" not in family.roles
+        can = getattr(self.root, "can_generate", None)
+        return bool(can and can())
+
     def _widthless(self, end: str) -> SiteError:
         return SiteError(
             f"cannot tell how wide the {end} of {self.path or 'the host'} "
@@ -73,6 +98,10 @@ class Site:
 def _out_width(module: nn.Module) -> int | None:
     match module:
         case nn.Linear(out_features=width) | Conv1D(nf=width) | nn.Embedding(embedding_dim=width):
+            return int(width)
+        case nn.Conv1d(out_channels=width) | nn.Conv2d(out_channels=width):
+            return int(width)
+        case nn.BatchNorm2d(num_features=width):
             return int(width)
         case nn.LayerNorm(normalized_shape=shape):
             return int(shape[-1])

@@ -1,6 +1,24 @@
 """Computation functions: what a module does at a site. Importing it makes every one of them known
 by name, for modules that are loaded."""
 
-from modgraft.computation import base, fusion, inputs, parameter
+from modgraft.computation import (
+    base,
+    compacter,
+    convolution,
+    function,
+    fusion,
+    inputs,
+    parameter,
+    rescale,
+)
 
-__all__ = ["base", "fusion", "inputs", "parameter"]
+__all__ = [
+    "base",
+    "compacter",
+    "convolution",
+    "function",
+    "fusion",
+    "inputs",
+    "parameter",
+    "rescale",
+]

@@ -69,6 +69,11 @@ class Computation(nn.Module):
             ModgraftError: where the method is not defined at such a site.
         """
 
+    def tie(self, first: Computation) -> None:
+        """Use the parameters of ``first``, built for the module's first site, where the method
+        shares some over all its sites; ``first`` alone owns them. Most share none.
+        """
+
     def extra_repr(self) -> str:  # noqa: D102
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
 
@@ -79,6 +84,10 @@ class ParameterComposition(Computation):
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
         """Δ for ``weight`` ``[out, in]`` (an embedding: ``[entries, width]``), of its shape."""
+
+    def delta_bias(self, bias: Tensor) -> Tensor | None:
+        """Δ for the layer's ``bias`` ``[out]``, None where the method leaves it as it is."""
+        return None
 
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
         """f(x; θ + Δ) − f(x; θ): for a layer linear in its weight, f at Δ without bias."""
@@ -93,7 +102,7 @@ class FunctionComposition(Computation):
         """The new output.
 
         Args:
-            y: ``[B, …, d]``, the site's output.
+            y: ``[B, …, d]``, the site's output (the part's, for a part of a fused projection).
             x: the site's input, None where it has no tensor input.
             side: the side input it needs, with the batch of ``y``.
         """

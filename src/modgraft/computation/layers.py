@@ -48,6 +48,14 @@ def weight_matrix(layer: nn.Module, part: tuple[int, int] | None = None) -> Tens
     return weight.chunk(count)[index]
 
 
+def bias_vector(layer: nn.Module, part: tuple[int, int] | None = None) -> Tensor | None:
+    """The bias of ``layer`` as a view ``[out]``, or its part; None for a layer without one."""
+    bias = getattr(layer, "bias", None)
+    if not isinstance(bias, Tensor) or part is None:
+        return bias
+    return bias.chunk(part[1])[part[0]]
+
+
 def linear_map(layer: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
     """What ``layer`` computes with ``matrix`` for its weight and no bias."""
     return _row(layer)[1](layer, x, matrix)

@@ -1,0 +1,122 @@
+"""Compacter: a bottleneck whose matrices are sums of Kronecker products."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modgraft.computation.base import Computation, FunctionComposition
+from modgraft.computation.bottleneck import (
+    NONLINEARITIES,
+    bottleneck,
+    check_options,
+    check_output,
+)
+from modgraft.computation.function import Nonlinearity
+from modgraft.context import Side
+from modgraft.errors import ModgraftError
+from modgraft.sites import Site
+
+
+@final
+class Compacter(FunctionComposition):
+    """f'(x) = y + s·(W_u σ(W_d y + b_d) + b_u), W = Σ_j A_j ⊗ S_j T_jᵀ, T of W_u = 0 at the start.
+
+    Compacter (Mahabadi et al. 2021, arXiv:2106.04647): y ``[B, …, d]``; each of W_d ``[m, d]`` and
+    W_u ``[d, m]`` is a sum of n Kronecker products of A_j ``[n, n]`` and a matrix of rank r, S_j
+    ``[rows/n, r]`` times T_jᵀ ``[r, columns/n]``. ``A`` ``[n, n, n]`` is one for all, in W_d and
+    W_u of every site; the first site owns it.
+
+    Args:
+        reduction: d / m, rounded so that m is whole; 16 if neither it nor ``width`` is given.
+        width: m itself.
+        n: how many products; it divides d and m.
+        rank: r.
+        shared: whether A is one for all, as in the paper; else W_d and W_u of each site have
+            their own.
+        nonlinearity: σ: ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``tanh``.
+        scale: s.
+
+    Raises:
+        ModgraftError: for options that make no bottleneck, an n that does not divide d and m, a
+            rank above what S_j T_jᵀ can have, or an output that is not ``[B, …, d]``.
+    """
+
+    identity: ClassVar[bool] = True
+
+    reduction: int | None = None
+    width: int | None = None
+    n: int = 4
+    rank: int = 1
+    shared: bool = True
+    nonlinearity: Nonlinearity = "gelu"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_options("Compacter", self.reduction, self.width, self.nonlinearity, self.scale)
+        for key in ("n", "rank"):
+            if getattr(self, key) < 1:
+                raise ModgraftError(f"Compacter({key}={getattr(self, key)}): {key} is at least 1")
+
+    def build(self, site: Site) -> None:  # noqa: D102
+        n, r = self.n, self.rank
+        d, m = bottleneck("Compacter", site, self.reduction, self.width)
+        if d % n or m % n:
+            raise ModgraftError(
+                f"Compacter(n={n}) at {site.label}: n divides the site's width {d} and the "
+                f"bottleneck's {m}; use Compacter(width={max(n, m // n * n)}, n={n})"
+                + (f", with an n that divides {d}" if d % n else "")
+            )
+        if r > min(d, m) // n:
+            raise ModgraftError(
+                f"Compacter(rank={r}) at {site.label}: a product's second factor is {m // n} × "
+                f"{d // n}, so the rank is at most {min(d, m) // n}"
+            )
+        if self.shared:
+            self.A = nn.Parameter(torch.empty(n, n, n))
+        else:
+            self.A_down = nn.Parameter(torch.empty(n, n, n))
+            self.A_up = nn.Parameter(torch.empty(n, n, n))
+        for A in self.parameters():
+            nn.init.normal_(A, std=0.1)
+        self.S_down = nn.Parameter(torch.empty(n, m // n, r))
+        self.T_down = nn.Parameter(torch.empty(n, d // n, r))
+        self.S_up = nn.Parameter(torch.empty(n, d // n, r))
+        self.T_up = nn.Parameter(torch.zeros(n, m // n, r))
+        for factors in (self.S_down, self.T_down, self.S_up):
+            for matrix in factors:
+                nn.init.xavier_uniform_(matrix)
+        self.b_down = nn.Parameter(torch.zeros(m))
+        self.b_up = nn.Parameter(torch.zeros(d))
+        self._first: tuple[Compacter, ...] = ()  # in a tuple: no child of this site's
+
+    def tie(self, first: Computation) -> None:
+        """Use the A of the first site."""
+        if self.shared and isinstance(first, Compacter):
+            del self.A
+            self._first = (first,)
+
+    def _rules(self) -> tuple[Tensor, Tensor]:
+        """The A ``[n, n, n]`` of W_d and of W_u."""
+        if self.shared:
+            A = self._first[0].A if self._first else self.A
+            return A, A
+        return self.A_down, self.A_up
+
+    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:  # noqa: D102
+        check_output("Compacter", y, self.b_up.numel())
+        A_down, A_up = self._rules()
+        down = _kronecker_sum(A_down, self.S_down, self.T_down)  # [m, d]
+        up = _kronecker_sum(A_up, self.S_up, self.T_up)  # [d, m]
+        hidden = NONLINEARITIES[self.nonlinearity](F.linear(y, down, self.b_down))  # [B, …, m]
+        return y + self.scale * F.linear(hidden, up, self.b_up)
+
+
+def _kronecker_sum(A: Tensor, S: Tensor, T: Tensor) -> Tensor:
+    """Σ_j A_j ⊗ S_j T_jᵀ: A ``[n, p, a]``, S ``[n, q, r]``, T ``[n, b, r]`` → ``[pq, ab]``."""
+    B = S @ T.transpose(1, 2)  # [n, q, b]
+    rows, columns = A.shape[1] * B.shape[1], A.shape[2] * B.shape[2]
+    return torch.einsum("jpa,jqb->pqab", A, B).reshape(rows, columns)

@@ -1,0 +1,68 @@
+"""Rescaling: a layer's output or input, feature by feature."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.computation.base import ParameterComposition
+from modgraft.computation.layers import bias_vector, linear_map, weight_matrix
+from modgraft.errors import ModgraftError
+from modgraft.sites import Site
+
+
+@final
+class Rescale(ParameterComposition):
+    """f'(x) = φ ⊙ f(x), or f(φ ⊙ x): Δ = (diag φ − I)·[W, b], or W·(diag φ − I); φ = 1 at birth.
+
+    IA³ (Liu et al. 2022, arXiv:2205.05638). At a layer linear in its weight W ``[out, in]`` both
+    are changes of weights, so they add as such and merge exactly: φ ``[out]`` scales the output,
+    bias and all, φ ``[in]`` the input. PEFT's IA³ is ``Rescale()`` at ``["key", "value"]`` and
+    ``Rescale(where="input")`` at ``"down"``, after the activation; that of adapters scales before
+    it, ``Rescale()`` at ``"up"``. An embedding ``[entries, width]`` has an output to scale only.
+
+    Args:
+        where: ``"output"`` or ``"input"``.
+
+    Raises:
+        ModgraftError: for another ``where``, the input of an embedding, or a layer that is not
+            linear in a weight.
+    """
+
+    identity: ClassVar[bool] = True
+
+    where: Literal["output", "input"] = "output"
+
+    def __post_init__(self) -> None:
+        if self.where not in ("output", "input"):
+            raise ModgraftError(f"Rescale(where={self.where!r}): 'output' or 'input'")
+
+    def build(self, site: Site) -> None:  # noqa: D102
+        rows, columns = weight_matrix(site.module, site.part).shape
+        looked_up = isinstance(site.module, nn.Embedding)
+        if looked_up and self.where == "input":
+            raise ModgraftError(
+                f"Rescale(where='input') at {site.label}: an embedding's input is ids; use "
+                f"Rescale(where='output')"
+            )
+        self._part = site.part
+        self._along_columns = looked_up or self.where == "input"
+        self.phi = nn.Parameter(torch.ones(columns if self._along_columns else rows))
+
+    def delta(self, weight: Tensor) -> Tensor:  # noqa: D102
+        change = self.phi - 1
+        return weight * (change if self._along_columns else change[:, None])
+
+    def delta_bias(self, bias: Tensor) -> Tensor | None:  # noqa: D102
+        return bias * (self.phi - 1) if self.where == "output" else None
+
+    def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
+        """(φ − 1) ⊙ f(x), or W((φ − 1) ⊙ x): one product with W, and no second W is made."""
+        change = self.phi - 1
+        if self.where == "input":
+            return linear_map(layer, x * change, weight)
+        y, bias = linear_map(layer, x, weight), bias_vector(layer, self._part)
+        made = change * (y if bias is None else y + bias)
+        return made.to(y.dtype)  # under autocast y is in half precision, φ is not
