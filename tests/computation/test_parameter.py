@@ -93,7 +93,7 @@ def test_a_bias_changes_and_merges_also_in_a_part(dora: bool) -> None:
 
 
 def test_the_gradient_of_a_supermask_is_that_of_its_mask() -> None:
-    """∂L/∂s = ∂L/∂W' ⊙ W at every weight, those that are out among them (Ramanujan, eq. 4)."""
+    """∂L/∂s = ∂L/∂W' ⊙ W at every weight, those that are out among them (Ramanujan 2020)."""
     weight = torch.randn(4, 6, dtype=torch.float64)
     layer = nn.Linear(6, 4, bias=False).double()
     layer.weight = nn.Parameter(weight)
