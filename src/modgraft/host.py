@@ -14,7 +14,7 @@ from torch import nn
 
 from modgraft import expression as ex
 from modgraft.computation.base import Computation, InputComposition, ParameterComposition
-from modgraft.computation.layers import weight_matrix
+from modgraft.computation.layers import bias_vector, weight_matrix
 from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
 from modgraft.handle import Implant
@@ -321,18 +321,22 @@ class Host(nn.Module):
                     f"and no weight of the host has its effect; leave it out, or keep it implanted"
                 )
         deltas = [
-            (path, place.delta, weight)
+            (label, place, weight)
             for name, weight in weights.items()
-            for path, place in zip(self[name].paths, self[name].places, strict=True)
+            for label, place in zip(self[name].paths, self[name].places, strict=True)
         ]
         plain = pruned(copy.deepcopy(self.model))
         forget(plain)
         with torch.no_grad():
-            for label, delta, weight in deltas:
-                site = find(plain, label)[0]
+            for label, place, weight in deltas:
+                assert isinstance(place, ParameterComposition)  # noqa: S101
+                here, site = find(self.model, label)[0], find(plain, label)[0]
                 _check_untied(plain, site)
-                matrix = weight_matrix(site.module, site.part)
-                matrix.add_(weight * delta(matrix))  # type: ignore[operator]
+                # every Δ is of the host's own weight, whatever has been added here already
+                delta = place.delta(weight_matrix(here.module, here.part))
+                weight_matrix(site.module, site.part).add_(weight * delta)
+                if (bias := place.bias_delta()) is not None:
+                    bias_vector(site.module, site.part).add_(weight * bias)
         return plain
 
     # -- looking --------------------------------------------------------------------------------

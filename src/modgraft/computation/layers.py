@@ -48,6 +48,20 @@ def weight_matrix(layer: nn.Module, part: tuple[int, int] | None = None) -> Tens
     return weight.chunk(count)[index]
 
 
-def linear_map(layer: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-    """What ``layer`` computes with ``matrix`` for its weight and no bias."""
-    return _row(layer)[1](layer, x, matrix)
+def bias_vector(layer: nn.Module, part: tuple[int, int] | None = None) -> Tensor:
+    """The bias of ``layer`` as a view ``[out]``, or of one part of a fused one.
+
+    Raises:
+        SiteError: for a layer without a bias.
+    """
+    _row(layer)
+    bias = getattr(layer, "bias", None)
+    if bias is None:
+        raise SiteError(f"this {type(layer).__name__} has no bias that could change")
+    return bias if part is None else bias.chunk(part[1])[part[0]]
+
+
+def linear_map(layer: nn.Module, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What ``layer`` computes with ``matrix`` for its weight and ``bias`` for its bias."""
+    y = _row(layer)[1](layer, x, matrix)
+    return y if bias is None else y + bias
