@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.linalg import hadamard
 from torch import Tensor, nn
 
 import modgraft as mg
@@ -27,6 +28,8 @@ class ModuleCase:
     with the module does, with tensors taken from ``host["m"]``; it returns the tensors by key.
     ``adds`` says that its effect does not depend on the site's output, so that ``a >> b`` equals
     ``a + b``; ``refused`` names the hosts where it is not defined, and what the error says there.
+    ``prepare(host, name)`` does what the method's own training procedure does beside the
+    parameters, such as choosing a mask.
     """
 
     name: str
@@ -37,30 +40,100 @@ class ModuleCase:
     merges: bool = False
     adds: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    prepare: Callable[[mg.Host, str], None] = lambda host, name: None
 
 
-def _lora_reference(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """W' = W + s·BA, the weight replaced in the layer."""
-    for label in host["m"].paths:
-        path, _, part = label.partition("[")
-        layer = plain.get_submodule(path)
-        delta = 0.75 * tensors[f"{label}:B"] @ tensors[f"{label}:A"]
-        weight = layer.weight
-        if isinstance(layer, nn.Linear):
-            new = weight + delta
-        else:  # GPT-2's Conv1D, [in, 3·d]: the part's columns
-            i = int(part[0])
-            d = weight.shape[1] // 3
-            new = torch.cat(
-                [
-                    weight[:, : i * d],
-                    weight[:, i * d : i * d + d] + delta.T,
-                    weight[:, i * d + d :],
-                ],
-                1,
-            )
-        del layer.weight
-        layer.weight = new
+def _weights(rule: Callable[[Tensor, dict[str, Tensor], Any], Tensor]) -> Callable[..., None]:
+    """A reference that puts W' = rule(W, the site's tensors, its place) in, W [out, in]."""
+
+    def change(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
+        for label, place in zip(host["m"].paths, host["m"].places, strict=True):
+            path, _, part = label.partition("[")
+            layer = plain.get_submodule(path)
+            own = {k.rpartition(":")[2]: t for k, t in tensors.items() if k.startswith(label + ":")}
+            weight = layer.weight
+            if isinstance(layer, nn.Linear):
+                new = rule(weight, own, place)
+            else:  # GPT-2's Conv1D, [in, 3·d]: the part's columns
+                i, d = int(part[0]), weight.shape[1] // 3
+                thirds = [weight[:, :d], weight[:, d : 2 * d], weight[:, 2 * d :]]
+                thirds[i] = rule(thirds[i].T, own, place).T
+                new = torch.cat(thirds, 1)
+            del layer.weight
+            layer.weight = new
+
+    return change
+
+
+def _lora(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+    return weight + 3.0 / 4 * t["B"] @ t["A"]
+
+
+def _rslora(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+    return weight + 3.0 / math.sqrt(4) * t["B"] @ t["A"]
+
+
+def _dora(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+    """W' = m V / ‖V‖, row by row, the norm a constant (section 4.3 of the paper)."""
+    v = weight + 3.0 / 4 * t["B"] @ t["A"]
+    rows = []
+    for w, row, change in zip(weight, v, t["magnitude"], strict=True):
+        m = w.square().sum().sqrt() + change
+        rows.append(m * row / row.detach().square().sum().sqrt())
+    return torch.stack(rows)
+
+
+def _subnetwork(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+    assert 0 < t["mask"].sum() < t["mask"].numel()
+    return t["mask"] * (weight + t["phi"])
+
+
+def _supermask(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+    """W' = W ⊙ b; the gradient of b goes to the scores as it is."""
+    s = t["scores"]
+    least = s.detach().flatten().sort(descending=True).values[math.ceil(0.7 * s.numel()) - 1]
+    b = (s.detach() >= least).to(s.dtype)
+    return weight * (b + (s - s.detach()))
+
+
+def _sparse(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+    assert t["indices"].shape == t["values"].shape
+    new = [list(row) for row in weight]
+    for index, value in zip(t["indices"].tolist(), t["values"], strict=True):
+        row, column = divmod(index, weight.shape[1])
+        new[row][column] = new[row][column] + value
+    return torch.stack([torch.stack(row) for row in new])
+
+
+def _dense(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+    return weight + t["values"].reshape(weight.shape)
+
+
+def _intrinsic(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+    """W' = W + φM, M written out: a Hadamard, a diagonal, a permutation … matrix a block."""
+    d, wide = 6, 8
+    H = torch.tensor(hadamard(wide), dtype=torch.float64)
+    pad = torch.eye(wide, dtype=torch.float64)[:, :d]
+    blocks = []
+    for i, (b, p, g) in enumerate(zip(place.signs, place.order, place.gauss, strict=True)):
+        P = torch.eye(wide, dtype=torch.float64)[p - i * wide]
+        blocks.append(H @ g.double().diag() @ P @ H @ b.double().diag() @ pad)
+    n = weight.numel()
+    M = torch.cat(blocks)[:n] / math.sqrt(wide * n)  # [n, d]
+    return weight + (M @ t["phi"]).reshape(weight.shape)
+
+
+def _prune(host: mg.Host, name: str) -> None:
+    for i, place in enumerate(host[name].places):
+        chance = torch.rand(place.phi.shape, generator=torch.Generator().manual_seed(i))
+        place.prune(chance < 0.8)
+
+
+def _keep(host: mg.Host, name: str) -> None:
+    for i, place in enumerate(host[name].places):  # as many as it happens to be, at each site
+        size = place.values.numel()
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(i))
+        place.keep(order[: size // 10 + i])
 
 
 def _fusion_reference(form: str) -> Callable[..., None]:
@@ -193,8 +266,36 @@ MODULES = {
     case.name: case
     for case in (
         ModuleCase(
-            "lora", lambda: mg.LoRA(rank=4, alpha=3.0), lambda h: h.lora_at, _lora_reference,
+            "lora", lambda: mg.LoRA(rank=4, alpha=3.0), lambda h: h.lora_at, _weights(_lora),
             merges=True,
+        ),
+        ModuleCase(
+            "rslora", lambda: mg.LoRA(rank=4, alpha=3.0, rslora=True), lambda h: h.lora_at,
+            _weights(_rslora), merges=True,
+        ),
+        ModuleCase(
+            "dora", lambda: mg.LoRA(rank=4, alpha=3.0, dora=True), lambda h: h.lora_at,
+            _weights(_dora), merges=True,
+        ),
+        ModuleCase(
+            "subnetwork", mg.SparseSubnetwork, lambda h: h.lora_at, _weights(_subnetwork),
+            merges=True, prepare=_prune,
+        ),
+        ModuleCase(
+            "supermask", lambda: mg.Supermask(density=0.7), lambda h: h.lora_at,
+            _weights(_supermask), merges=True,
+        ),
+        ModuleCase(
+            "sparse", lambda: mg.SparseDelta(density=0.1), lambda h: h.lora_at, _weights(_sparse),
+            merges=True, prepare=_keep,
+        ),
+        ModuleCase(
+            "sparse_first_phase", lambda: mg.SparseDelta(density=0.1), lambda h: h.lora_at,
+            _weights(_dense), merges=True,
+        ),
+        ModuleCase(
+            "intrinsic", lambda: mg.IntrinsicDimension(dim=6, seed=3), lambda h: h.lora_at,
+            _weights(_intrinsic), merges=True,
         ),
         ModuleCase(
             "fusion", lambda: mg.GatedFusion(dim=FEATURES), lambda h: h.output_at,
@@ -262,6 +363,7 @@ def implanted(case: HostCase, module: ModuleCase, stir: bool = True, **kw: Any) 
     """A host with the module under the name ``m``, its tensors away from their start."""
     host = mg.Host(case.model(), **kw).eval()
     host.implant("m", module.make(), at=module.at(case))
+    module.prepare(host, "m")
     if stir:
         with torch.no_grad():
             for p in host["m"].parameters():
@@ -364,7 +466,12 @@ def test_forward_and_gradient_equal_the_written_out_equation(
     host = implanted(case, module).double()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in case.batch().items()}
     plain = copy.deepcopy(case.model()).double().requires_grad_(False)
-    tensors = {k: v.detach().clone().requires_grad_() for k, v in host["m"].tensors().items()}
+    learn = {id(p) for p in host["m"].parameters()}
+    tensors = {
+        f"{path}:{name}": value.detach().clone().requires_grad_(id(value) in learn)
+        for path, place in zip(host["m"].paths, host["m"].places, strict=True)
+        for name, value in place.state_dict(keep_vars=True).items()
+    }
     for sub in list(plain.modules()):  # so that a reference may put a computed weight in place
         for name in list(sub._parameters):
             value = sub._parameters.pop(name)
@@ -378,6 +485,8 @@ def test_forward_and_gradient_equal_the_written_out_equation(
     (out * probe).sum().backward()
     (expected * probe).sum().backward()
     for key, value in tensors.items():
+        if not value.requires_grad:  # a mask
+            continue
         path, _, name = key.rpartition(":")
         own = host["m"].places[host["m"].paths.index(path)].get_parameter(name).grad
         torch.testing.assert_close(own, value.grad, rtol=1e-7, atol=1e-10)
@@ -399,6 +508,14 @@ def test_merged_equals_unmerged_or_is_refused(case: HostCase, module: ModuleCase
     assert not any("_modgraft_state" in sub.__dict__ for sub in plain.modules())
     assert all(torch.equal(v, before[k]) for k, v in host.model.state_dict().items())
     expected = tensor_of(host(**batch, modules="-0.5*m"))
+    torch.testing.assert_close(tensor_of(plain(**batch)), expected, rtol=1e-9, atol=1e-11)
+    twin = copy.deepcopy(host)  # two: each one's Δ is of the host's weight, not of what one left
+    twin.implant("n", module.make(), at=module.at(case))
+    with torch.no_grad():
+        for p in twin["n"].parameters():
+            p.normal_(0.0, 0.3)
+    expected = tensor_of(twin(**batch, modules="m + 2*n"))
+    plain = twin.merge("m + 2*n")
     torch.testing.assert_close(tensor_of(plain(**batch)), expected, rtol=1e-9, atol=1e-11)
 
 

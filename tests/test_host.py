@@ -167,7 +167,7 @@ def test_repr_tells_what_is_where() -> None:
     host = mg.Host(HOSTS["t5"].model())
     host.implant("qa", mg.LoRA(rank=2), at=QV)
     text = repr(host)
-    assert "qa: LoRA(rank=2, alpha=None, dropout=0.0)" in text
+    assert "qa: LoRA(rank=2, alpha=None, dropout=0.0, rslora=False, dora=False, " in text
     assert "12 sites" in text
     assert f"{host['qa'].size:,} parameters" in text
 

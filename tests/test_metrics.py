@@ -167,6 +167,12 @@ def predictions() -> list[Prediction]:
     ]
 
 
+def test_exact_is_up_to_white_space() -> None:
+    """A tokenizer of whole words writes "so 3." where a template has "so 3 ."."""
+    made = [Prediction.of(SIX[0], "", rationale="left 3, so 3.", gold_rationale="left 3 , so  3 .")]
+    assert evaluate_predictions(made, SIX[:1])["exact"] == 100.0
+
+
 def test_evaluate_predictions_by_hand() -> None:
     made = predictions()
     got = evaluate_predictions(made[::-1], SIX[:3], facts=read, parameters=7, seconds=1.5)

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from modgraft.computation.function import Adapter, ParallelAdapter
     from modgraft.computation.fusion import GatedFusion
     from modgraft.computation.inputs import LinearMap
+    from modgraft.computation.intrinsic import IntrinsicDimension
     from modgraft.computation.parameter import LoRA
     from modgraft.computation.rescale import Rescale
+    from modgraft.computation.sparse import SparseDelta, SparseSubnetwork, Supermask
     from modgraft.context import Side
     from modgraft.errors import ModgraftError
     from modgraft.host import Host, Implant
     from modgraft.sites import Site
+    from modgraft.training.lottery import magnitude_pruning, sparse_finetuning
 
 __version__ = "0.1.0"
 
@@ -39,6 +42,7 @@ __all__ = [
     "Host",
     "Implant",
     "InputComposition",
+    "IntrinsicDimension",
     "LinearMap",
     "LoRA",
     "ModgraftError",
@@ -47,6 +51,11 @@ __all__ = [
     "Rescale",
     "Side",
     "Site",
+    "SparseDelta",
+    "SparseSubnetwork",
+    "Supermask",
+    "magnitude_pruning",
+    "sparse_finetuning",
 ]
 
 _HOMES = {
@@ -61,12 +70,15 @@ _HOMES = {
     "computation.function": ("Adapter", "ParallelAdapter"),
     "computation.fusion": ("GatedFusion",),
     "computation.inputs": ("LinearMap",),
+    "computation.intrinsic": ("IntrinsicDimension",),
     "computation.parameter": ("LoRA",),
     "computation.rescale": ("Rescale",),
+    "computation.sparse": ("SparseDelta", "SparseSubnetwork", "Supermask"),
     "context": ("Side",),
     "errors": ("ModgraftError",),
     "host": ("Host", "Implant"),
     "sites": ("Site",),
+    "training.lottery": ("magnitude_pruning", "sparse_finetuning"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

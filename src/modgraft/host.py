@@ -321,9 +321,9 @@ class Host(nn.Module):
                     f"and no weight of the host has its effect; leave it out, or keep it implanted"
                 )
         changes = [
-            (path, place, weight)
+            (label, place, weight)
             for name, weight in weights.items()
-            for path, place in zip(self[name].paths, self[name].places, strict=True)
+            for label, place in zip(self[name].paths, self[name].places, strict=True)
         ]
         plain = pruned(copy.deepcopy(self.model))
         forget(plain)
@@ -336,10 +336,8 @@ class Host(nn.Module):
                 delta = place.delta(weight_matrix(bare.module, bare.part))
                 weight_matrix(site.module, site.part).add_(weight * delta)
                 bias, bare_bias = (bias_vector(s.module, s.part) for s in (site, bare))
-                if bias is not None and bare_bias is not None:
-                    change = place.delta_bias(bare_bias)
-                    if change is not None:
-                        bias.add_(weight * change)
+                if bias is not None and (change := place.bias_delta(bare_bias)) is not None:
+                    bias.add_(weight * change)
         return plain
 
     # -- looking --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ fresh copy for each site and calls its ``build``. It never sees the host's tree.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, dataclass_transform
 
@@ -74,6 +75,15 @@ class Computation(nn.Module):
         shares some over all its sites; ``first`` alone owns them. Most share none.
         """
 
+    def expect(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the sizes that stored ``tensors`` (by name) have, where training decided them.
+
+        Most methods' sizes follow from the configuration and the site, and nothing is done.
+
+        Raises:
+            ModgraftError: where they are not tensors of this method at this site.
+        """
+
     def extra_repr(self) -> str:  # noqa: D102
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
 
@@ -85,13 +95,14 @@ class ParameterComposition(Computation):
     def delta(self, weight: Tensor) -> Tensor:
         """Δ for ``weight`` ``[out, in]`` (an embedding: ``[entries, width]``), of its shape."""
 
-    def delta_bias(self, bias: Tensor) -> Tensor | None:
-        """Δ for the layer's ``bias`` ``[out]``, None where the method leaves it as it is."""
+    def bias_delta(self, bias: Tensor | None) -> Tensor | None:
+        """The change ``[out]`` of the site's ``bias`` (None: it has none, or the change does not
+        depend on it), None where there is no change."""
         return None
 
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
-        """f(x; θ + Δ) − f(x; θ): for a layer linear in its weight, f at Δ without bias."""
-        return linear_map(layer, x, self.delta(weight))
+        """f(x; θ + Δ) − f(x; θ): for a layer linear in its weight, f at Δ and the bias's Δ."""
+        return linear_map(layer, x, self.delta(weight), self.bias_delta(None))
 
 
 class FunctionComposition(Computation):

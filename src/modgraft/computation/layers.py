@@ -56,6 +56,7 @@ def bias_vector(layer: nn.Module, part: tuple[int, int] | None = None) -> Tensor
     return bias.chunk(part[1])[part[0]]
 
 
-def linear_map(layer: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-    """What ``layer`` computes with ``matrix`` for its weight and no bias."""
-    return _row(layer)[1](layer, x, matrix)
+def linear_map(layer: nn.Module, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What ``layer`` computes with ``matrix`` for its weight and ``bias`` for its bias."""
+    y = _row(layer)[1](layer, x, matrix)
+    return y if bias is None else y + bias

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modgraft.computation.base import ParameterComposition
-from modgraft.computation.layers import weight_matrix
+from modgraft.computation.layers import bias_vector, weight_matrix
 from modgraft.errors import ModgraftError
 from modgraft.sites import Site
 
@@ -23,13 +23,23 @@ class LoRA(ParameterComposition):
     ``nn.Linear`` draws its weight, B ``[out, r]`` is zero. At an embedding, A is ``[r, width]`` and
     B ``[entries, r]``.
 
+    ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732) makes s = α / √r. ``dora`` (Liu et al. 2024,
+    arXiv:2402.09353) makes θ' = m ⊙ V / ‖V‖ with V = θ + s·BA, the norm over each output's weights
+    and without a gradient, as in the paper's section 4.3; m = ‖θ‖ + ``magnitude`` ``[out]``, where
+    magnitude = 0 at the start, so that m / ‖V‖ is then exactly 1. ``bias`` trains a change b
+    ``[out]`` of the layer's bias too, 0 at the start.
+
     Args:
         rank: r, at most the smaller side of the weight.
-        alpha: α; None means α = r, so that s = 1.
+        alpha: α; None means α = r, so that s = 1 (with ``rslora``: √r).
         dropout: probability in [0, 1) of dropping an input of the branch while training.
+        rslora: whether s falls with √r.
+        dora: whether magnitude and direction are taken apart.
+        bias: whether the bias changes as well.
 
     Raises:
-        ModgraftError: for a rank or dropout out of range, or a site without a weight matrix.
+        ModgraftError: for a rank or dropout out of range, a site without a weight matrix, or
+            ``bias`` where the layer has none.
     """
 
     identity: ClassVar[bool] = True
@@ -37,6 +47,9 @@ class LoRA(ParameterComposition):
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    bias: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -46,8 +59,9 @@ class LoRA(ParameterComposition):
 
     @property
     def scale(self) -> float:
-        """s = α / r."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        """s = α / r, or α / √r."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def build(self, site: Site) -> None:  # noqa: D102
         rows, columns = weight_matrix(site.module, site.part).shape
@@ -59,13 +73,44 @@ class LoRA(ParameterComposition):
         self.A = nn.Parameter(torch.empty(self.rank, columns))
         self.B = nn.Parameter(torch.zeros(rows, self.rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        # the axis of a weight that is summed over for one output
+        self._summed = 0 if isinstance(site.module, nn.Embedding) else 1
+        if self.dora:
+            self.magnitude = nn.Parameter(torch.zeros(columns if self._summed == 0 else rows))
+        if self.bias:
+            vector = bias_vector(site.module, site.part)
+            if vector is None:
+                raise ModgraftError(
+                    f"LoRA(bias=True) at {site.label}: this {type(site.module).__name__} has no "
+                    f"bias that could change; leave bias out there"
+                )
+            self.b = nn.Parameter(torch.zeros(vector.shape))
 
     def delta(self, weight: Tensor) -> Tensor:  # noqa: D102
-        return self.scale * (self.B @ self.A)
+        low_rank = self.scale * (self.B @ self.A)
+        if not self.dora:
+            return low_rank
+        changed = weight + low_rank  # V [out, in]
+        norm, born = self._norm(changed), self._norm(weight)  # [out, 1] each
+        magnitude = born + self.magnitude.view_as(born)  # m
+        # an output without weights has no direction: it stays 0
+        return magnitude / norm.where(norm > 0, 1.0) * changed - weight
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        # of the same layout always, so that equal weights have equal norms to the last bit
+        return weight.detach().contiguous().norm(dim=self._summed, keepdim=True)
+
+    def bias_delta(self, bias: Tensor | None) -> Tensor | None:  # noqa: D102
+        return self.b if self.bias else None
 
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
-        """s·B(Ax), in factors: [B, n, in] → [B, n, r] → [B, n, out]."""
+        """s·B(Ax) (+ b), in factors: [B, n, in] → [B, n, r] → [B, n, out]; DoRA: f at Δ."""
         if isinstance(layer, nn.Embedding):
+            if self.dora:
+                return super().effect(x, layer, weight)
             return self.scale * F.linear(F.embedding(x, self.B), self.A.T)
         x = F.dropout(x, self.dropout, self.training)
-        return self.scale * F.linear(F.linear(x, self.A), self.B)
+        if self.dora:
+            return super().effect(x, layer, weight)
+        y = self.scale * F.linear(F.linear(x, self.A), self.B)
+        return y + self.b if self.bias else y

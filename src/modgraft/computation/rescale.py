@@ -55,8 +55,8 @@ class Rescale(ParameterComposition):
         change = self.phi - 1
         return weight * (change if self._along_columns else change[:, None])
 
-    def delta_bias(self, bias: Tensor) -> Tensor | None:  # noqa: D102
-        return bias * (self.phi - 1) if self.where == "output" else None
+    def bias_delta(self, bias: Tensor | None) -> Tensor | None:  # noqa: D102
+        return None if bias is None or self.where == "input" else bias * (self.phi - 1)
 
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
         """(φ − 1) ⊙ f(x), or W((φ − 1) ⊙ x): one product with W, and no second W is made."""

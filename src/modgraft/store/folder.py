@@ -115,6 +115,9 @@ def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> N
             f"{folder}: {len(lacking)} tensors are missing {sorted(lacking)[:3]} and {len(extra)} "
             f"are not the module's {sorted(extra)[:3]}; the file and its card are of two modules"
         )
+    for path, place in zip(implant.paths, implant.places, strict=True):
+        place.expect({k: tensors[f"{path}:{k}"] for k in place.state_dict()})  # type: ignore[operator]
+    own = implant.tensors()
     with torch.no_grad():
         for key, tensor in tensors.items():
             if tensor.shape != own[key].shape:

@@ -1,0 +1,203 @@
+"""Lottery tickets: training that decides which weights a sparse module keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from modgraft.computation.base import Computation
+from modgraft.computation.layers import weight_matrix
+from modgraft.computation.sparse import SparseDelta, SparseSubnetwork
+from modgraft.errors import ModgraftError
+from modgraft.handle import Implant
+from modgraft.sites import find
+from modgraft.training.history import History
+from modgraft.training.stream import Batch
+
+Method = TypeVar("Method", bound=Computation)
+
+
+class Trains(Protocol):
+    """A :class:`modgraft.Host`, as far as this file knows it."""
+
+    @property
+    def model(self) -> Any: ...  # noqa: D102
+
+    def __getitem__(self, name: str) -> Implant: ...
+
+    def fit(self, loader: Any, *, train: str, **settings: Any) -> History: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Round:
+    """One training of :func:`magnitude_pruning`.
+
+    Attributes:
+        number: 0 for the dense training, then one for each pruning.
+        density: the share of the weights that are there.
+        history: of this training.
+    """
+
+    number: int
+    density: float
+    history: History
+
+
+def magnitude_pruning(
+    host: Trains,
+    name: str,
+    loader: Iterable[Batch],
+    *,
+    rounds: int,
+    share: float = 0.2,
+    rewind: int = 0,
+    everywhere: bool = True,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> Iterator[Round]:
+    """Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635).
+
+    Train; take out the smallest |θ + φ| of the weights still there; put the others back to where
+    they began; again. The iterator stops after each training, with the host as it then is, to be
+    measured or left there. Between two trainings nothing but the mask is carried over.
+
+    Args:
+        host: the host; only the module ``name``, a :class:`modgraft.SparseSubnetwork`, learns.
+        name: the module's name; what its mask has taken out already stays out.
+        loader: as for ``host.fit``.
+        rounds: prunings; there is one training more than that.
+        share: of the weights still there, that each pruning takes out.
+        rewind: 0 goes back to the host's weights; k > 0 to the weights after k steps of training
+            (Frankle et al. 2020, arXiv:1912.05671), from which each training starts its schedule
+            anew.
+        everywhere: whether the smallest weights of all sites together go, as in the paper's deep
+            networks; False takes the same share of each site.
+        folder: for ``host.fit``; each training has its own within it.
+        **settings: for ``host.fit``, the same for every training. Weight decay draws φ to 0, that
+            is to the host's weights.
+
+    Yields:
+        One :class:`Round` a training, ``rounds + 1`` in all.
+
+    Raises:
+        ModgraftError: for a module of another kind, an argument out of range, or a training that
+            did not reach the module because it is not in force.
+    """
+    places = _places(host, name, SparseSubnetwork)
+    if rounds < 1 or not 0 < share < 1 or rewind < 0:
+        raise ModgraftError(
+            f"magnitude_pruning(rounds={rounds}, share={share}, rewind={rewind}): rounds is at "
+            f"least 1, share is in (0, 1), rewind at least 0 steps"
+        )
+
+    def train(part: str, **changes: Any) -> History:
+        own = {} if folder is None else {"folder": Path(folder) / part}
+        return host.fit(loader, train=name, **{**settings, **own, **changes})
+
+    def run() -> Iterator[Round]:
+        if rewind:
+            train("rewind", steps=rewind, epochs=None)
+        began = {label: place.phi.detach().clone() for label, place in places.items()}
+        for number in range(rounds + 1):
+            if number:
+                _prune(host, places, share, everywhere)
+                with torch.no_grad():
+                    for label, place in places.items():
+                        place.phi.copy_(began[label])
+            history = train(f"round-{number}")
+            masks = [place.get_buffer("mask") for place in places.values()]
+            there = sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+            yield Round(number, there, history)
+
+    return run()
+
+
+@torch.no_grad()
+def _prune(
+    host: Trains, places: Mapping[str, SparseSubnetwork], share: float, everywhere: bool
+) -> None:
+    sizes: list[Tensor] = []  # |θ + φ|, infinite where a weight has gone already
+    for label, place in places.items():
+        site = find(host.model, label)[0]
+        size = (weight_matrix(site.module, site.part) + place.phi).abs()
+        sizes.append(size.masked_fill(~place.get_buffer("mask"), torch.inf).flatten())
+    groups = [torch.cat(sizes)] if everywhere else sizes
+    keep = []
+    for group in groups:
+        there = int(group.isfinite().sum())
+        count = max(0, min(max(1, round(share * there)), there - 1))  # one goes, and one stays
+        smallest = group.topk(count, largest=False).indices
+        keep.append(torch.ones_like(group, dtype=torch.bool).scatter(0, smallest, False))
+    flat = torch.cat(keep).split([size.numel() for size in sizes])
+    for place, mask in zip(places.values(), flat, strict=True):
+        place.prune(mask.view_as(place.phi))
+
+
+def sparse_finetuning(
+    host: Trains,
+    name: str,
+    loader: Iterable[Batch],
+    *,
+    first: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> tuple[History, History]:
+    """Two-phase sparse fine-tuning (Ansell et al. 2022, arXiv:2110.07560).
+
+    All of φ is trained; b becomes 1 at the ``density`` share of all weights that changed most, over
+    all sites together; φ goes back to 0, and what b kept is trained. The paper's L1 penalty on φ is
+    left out.
+
+    Args:
+        host: the host; only the module ``name``, a :class:`modgraft.SparseDelta`, learns.
+        name: the module's name; it must be in its first phase still.
+        loader: as for ``host.fit``.
+        first: settings of the first phase that differ.
+        folder: for ``host.fit``; each phase has its own within it.
+        **settings: for ``host.fit``, of both phases.
+
+    Returns:
+        The record of each phase.
+
+    Raises:
+        ModgraftError: for a module of another kind, one whose mask has been chosen, or one that
+            the training did not reach because it is not in force.
+    """
+    places = _places(host, name, SparseDelta)
+    if any(place.get_buffer("indices").numel() for place in places.values()):
+        raise ModgraftError(
+            f"{name!r} has its mask already; train it on with host.fit(loader, train={name!r}), or "
+            f"implant a fresh SparseDelta"
+        )
+    parts = ("first", "second")
+    own = [{} if folder is None else {"folder": Path(folder) / part} for part in parts]
+    dense = host.fit(loader, train=name, **{**settings, **own[0], **(first or {})})
+    changes = torch.cat([place.values.detach().abs() for place in places.values()])
+    density = next(iter(places.values())).density
+    best = changes.topk(max(1, round(density * changes.numel()))).indices
+    start = 0
+    for place in places.values():
+        size = place.values.numel()
+        place.keep(best[(best >= start) & (best < start + size)].sort().values - start)
+        start += size
+    return dense, host.fit(loader, train=name, **{**settings, **own[1]})
+
+
+def _places(host: Trains, name: str, kind: type[Method]) -> dict[str, Method]:
+    implant = host[name]
+    places = {
+        label: place
+        for label, place in zip(implant.paths, implant.places, strict=True)
+        if isinstance(place, kind)
+    }
+    if not places:
+        raise ModgraftError(
+            f"{name!r} is a {type(implant.method).__name__}; this trains a {kind.__name__}: "
+            f"host.implant('m', mg.{kind.__name__}(), at='query')"
+        )
+    return places
