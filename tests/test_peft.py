@@ -22,7 +22,11 @@ TARGETS = {
     "llama": ["q_proj", "v_proj"],
     "vit": ["q_proj", "v_proj"],
 }
-METHODS = {"rslora": {"rslora": True}, "dora": {"dora": True}}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+}
 
 
 def pair(case: HostCase, at: Any, targets: list[str], **own: Any) -> tuple[mg.Host, nn.Module, Any]:
