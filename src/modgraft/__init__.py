@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         FunctionComposition,
         InputComposition,
         ParameterComposition,
+        TokenComposition,
     )
     from modgraft.computation.compacter import Compacter
     from modgraft.computation.convolution import ConvAdapter
@@ -54,6 +55,7 @@ __all__ = [
     "SparseDelta",
     "SparseSubnetwork",
     "Supermask",
+    "TokenComposition",
     "magnitude_pruning",
     "sparse_finetuning",
 ]
@@ -64,6 +66,7 @@ _HOMES = {
         "FunctionComposition",
         "InputComposition",
         "ParameterComposition",
+        "TokenComposition",
     ),
     "computation.compacter": ("Compacter",),
     "computation.convolution": ("ConvAdapter",),

@@ -13,7 +13,12 @@ import torch
 from torch import nn
 
 from modgraft import expression as ex
-from modgraft.computation.base import Computation, InputComposition, ParameterComposition
+from modgraft.computation.base import (
+    Computation,
+    InputComposition,
+    ParameterComposition,
+    TokenComposition,
+)
 from modgraft.computation.layers import bias_vector, weight_matrix
 from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
@@ -76,8 +81,8 @@ class Host(nn.Module):
         Args:
             name: a Python identifier, new to this host.
             module: a computation by its hyper-parameters, ``LoRA(rank=8)``.
-            at: a role, path pattern, type, predicate or list of these; an input module acts at the
-                host's input and needs none.
+            at: a role, path pattern, type, predicate or list of these; a module that puts tokens
+                before the host's input needs none.
             expect: how many sites there must be.
             active: whether it joins the composition in force, at its end.
 
@@ -95,16 +100,17 @@ class Host(nn.Module):
             )
         if not isinstance(module, Computation):
             raise ModgraftError(f"a computation such as LoRA(rank=8) is implanted, not {module!r}")
-        if isinstance(module, InputComposition):
+        if isinstance(module, TokenComposition):
             if at not in (None, "input", ""):
                 raise ModgraftError(
                     f"{type(module).__name__} acts at the host's input; leave out at={at!r}"
                 )
-            sites = [Site("", self.model, None, self.model)]
+            at = ""
         elif at is None:
+            at = module.default_at
+        if at is None:
             raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
-        else:
-            sites = self.sites(at, expect)
+        sites = self.sites(at, expect)
         if other := foreign(self.model, self._context):
             raise ModgraftError(
                 f"another Host has modules in this model (at {other[0] or 'its input'}); work with "

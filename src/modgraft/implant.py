@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from modgraft.computation.base import (
     Computation,
     FunctionComposition,
-    InputComposition,
     ParameterComposition,
+    TokenComposition,
 )
 from modgraft.computation.layers import weight_matrix
 from modgraft.context import Call, Context
@@ -128,7 +128,7 @@ def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
     active = [e for e in state.entries if weights.get(e.name, 0.0) != 0.0]
     if not active:
         return forward(host, *args, **kwargs)
-    inputs = [e for e in active if isinstance(e.module, InputComposition)]
+    inputs = [e for e in active if isinstance(e.module, TokenComposition)]
     if inputs and not call.spliced:
         order = call.composition.names()
         inputs.sort(key=lambda e: order.index(e.name))
@@ -161,7 +161,7 @@ def _run_traced(
 ) -> Any:
     """The same under ``torch.compile``: every resident module, weighted by a tensor that a switch
     of composition writes into, so that the graph stays the same."""
-    if state.of(InputComposition) and not call.spliced:
+    if state.of(TokenComposition) and not call.spliced:
         raise ModgraftError(
             "compile host.model's parts or the host without input modules: a module that puts "
             "tokens before the input changes the shapes at every switch"
@@ -253,7 +253,7 @@ def _generate(host: nn.Module, generate: Callable[..., Any], args: tuple, kwargs
     state: State = host.__dict__[_STATE]
     call = state.context.current()
     names = () if call.composition is None else call.composition.names()
-    inputs = [e for n in names for e in state.of(InputComposition) if e.name == n]
+    inputs = [e for n in names for e in state.of(TokenComposition) if e.name == n]
     if not inputs or call.spliced:
         return generate(host, *args, **kwargs)
     if args:
@@ -273,7 +273,7 @@ def _token_source(inputs: list[Entry], call: Call) -> Callable[[int], tuple[Tens
         made = []
         for entry in inputs:
             module = entry.module
-            assert isinstance(module, InputComposition)  # noqa: S101
+            assert isinstance(module, TokenComposition)  # noqa: S101
             side = None if module.needs is None else call.side_input(module.needs, batch)
             if side is None and module.needs is not None:
                 raise missing_side(entry.name, module.needs)

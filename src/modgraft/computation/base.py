@@ -32,6 +32,9 @@ class Computation(nn.Module):
     identity: ClassVar[bool] = False
     """Whether the method leaves the host's output exactly equal at birth."""
 
+    default_at: ClassVar[str | None] = None
+    """The selection of sites that is meant when none is given; None: one has to be given."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make a dataclass of the subclass, and remember it by name."""
         super().__init_subclass__(**kwargs)
@@ -120,7 +123,16 @@ class FunctionComposition(Computation):
 
 
 class InputComposition(Computation):
-    """f'(x) = f([φ, x]): the module puts tokens before the host's input."""
+    """f'(x) = f([φ, x]): the module puts vectors before what the host reads.
+
+    What one module puts there can follow another's (``a >> b``) and cannot be added or scaled.
+    """
+
+
+class TokenComposition(InputComposition):
+    """f([φ, x]) at the first layer: tokens before the host's input."""
+
+    default_at: ClassVar[str | None] = ""
 
     @abstractmethod
     def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,14 @@ from typing import final
 
 from torch import Tensor, nn
 
-from modgraft.computation.base import InputComposition
+from modgraft.computation.base import TokenComposition
 from modgraft.context import Side
 from modgraft.errors import ModgraftError
 from modgraft.sites import Site
 
 
 @final
-class LinearMap(InputComposition):
+class LinearMap(TokenComposition):
     """[P, x] with P = reshape(V W + b): feature vectors become soft prompt tokens.
 
     V ``[B, m, dim]`` is the side input, W ``[dim, k·d]``, P ``[B, m·k, d]``, k = ``tokens_each``.
