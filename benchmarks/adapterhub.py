@@ -1,0 +1,174 @@
+"""What AdapterHub's ``adapters`` computes, written down for ``tests/test_adapterhub.py``.
+
+``adapters`` pins an older ``transformers`` than modgraft runs with, so it has an environment of its
+own, and this file uses nothing of modgraft:
+
+    python3 -m venv /tmp/adapters-env
+    /tmp/adapters-env/bin/pip install torch==2.13.0 transformers==4.57.6 adapters==1.3.0
+    /tmp/adapters-env/bin/python benchmarks/adapterhub.py tests/fixtures/adapterhub
+
+It writes ``HOST.safetensors`` for each small host (weights, a padded batch, the bare output),
+``METHOD.safetensors`` for each method (``HOST/tensor/NAME`` as ``adapters`` names it,
+``HOST/grad/NAME`` of mean(output²), ``HOST/output``), and ``made.json`` with versions and
+configurations. All is float32 but the outputs, which ``adapters`` computed in float64 from that.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import adapters
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SIZE = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+HOSTS = {
+    "bert": (
+        "Bert",
+        "ForMaskedLM",
+        {
+            **SIZE,
+            "intermediate_size": 24,
+            "max_position_embeddings": 32,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+    ),
+    "gpt2": (
+        "GPT2",
+        "LMHeadModel",
+        {
+            **IDS,
+            "vocab_size": 41,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 32,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
+    "t5": (
+        "T5",
+        "ForConditionalGeneration",
+        {
+            "vocab_size": 41,
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+            "dropout_rate": 0.0,
+        },
+    ),
+    "llama": (
+        "Llama",
+        "ForCausalLM",
+        {**SIZE, **IDS, "intermediate_size": 24, "num_key_value_heads": 1},
+    ),
+}
+PHM = {"reduction_factor": 2, "phm_dim": 4, "phm_rank": 2}
+METHODS = {
+    "houlsby": ("DoubleSeqBnConfig", {"reduction_factor": 4}),
+    "pfeiffer": ("SeqBnConfig", {"reduction_factor": 4}),
+    "parallel": ("ParBnConfig", {"reduction_factor": 4}),
+    "compacter": ("CompacterConfig", PHM),
+    "compacter_apart": ("CompacterConfig", {**PHM, "phm_dim": 2, "shared_phm_rule": False}),
+    "compacter_plus_plus": ("CompacterPlusPlusConfig", PHM),
+    "lora": ("LoRAConfig", {"r": 3, "alpha": 6}),
+    "ia3": ("IA3Config", {}),
+    "prefix": ("PrefixTuningConfig", {"prefix_length": 4, "flat": True}),
+    "prefix_reparametrised": ("PrefixTuningConfig", {"prefix_length": 4, "bottleneck_size": 8}),
+}
+
+
+def stir(module: nn.Module) -> None:
+    """Weights away from their start, which is so small that nothing would show."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0.0, 0.3) if parameter.dim() > 1 else parameter.add_(0.1)
+
+
+def build(name: str) -> nn.Module:
+    """The host, the same one every time."""
+    stem, task, config = HOSTS[name]
+    torch.manual_seed(0)
+    # its prefixes are masked out where a mask is bool, as in the other implementations
+    config = getattr(transformers, stem + "Config")(**config, attn_implementation="eager")
+    model = getattr(transformers, stem + task)(config)
+    stir(model)
+    return model.eval()
+
+
+def batch(name: str) -> dict[str, Tensor]:
+    """Three examples, the second padded at its end."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 41, (3, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[1, 5:], mask[1, 5:] = 0, 0
+    made = {"input_ids": ids, "attention_mask": mask}
+    if name == "t5":
+        made["labels"] = torch.randint(3, 41, (3, 5), generator=generator)
+    return made
+
+
+def run(host: str, method: str) -> dict[str, Tensor]:
+    """One method in one host: its tensors, their gradients, and the output."""
+    model = build(host)
+    adapters.init(model)
+    bare = set(model.state_dict())
+    kind, options = METHODS[method]
+    model.add_adapter("m", config=getattr(adapters, kind)(**options))
+    model.set_active_adapters("m")
+    model.double().eval()
+    own = {k: p for k, p in model.named_parameters() if k not in bare}
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for tensor in own.values():
+            tensor.copy_(torch.randn(tensor.shape).mul(0.3).add(1.0 if method == "ia3" else 0.0))
+    for tensor in own.values():
+        tensor.requires_grad_(True)
+    output = model(**batch(host)).logits
+    output.square().mean().backward()
+    made = {f"{host}/tensor/{k}": p.detach().float() for k, p in own.items()}
+    made |= {f"{host}/grad/{k}": p.grad.float() for k, p in own.items()}
+    return {**made, f"{host}/output": output.detach()}
+
+
+def main(folder: Path) -> None:
+    """Write every fixture into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bare = {}
+    for host in HOSTS:
+        model, inputs = build(host), batch(host)
+        tensors = {f"weight/{k}": p.detach().clone() for k, p in model.named_parameters()}
+        tensors |= {f"input/{k}": v for k, v in inputs.items()}
+        with torch.no_grad():
+            tensors["output"] = bare[host] = model.double()(**inputs).logits
+        save_file(tensors, folder / f"{host}.safetensors")
+    for method in METHODS:
+        tensors = {}
+        for host in HOSTS:
+            tensors |= run(host, method)
+            changed = (tensors[f"{host}/output"] - bare[host]).abs().max()
+            print(f"{host:6} {method:22} changes the output by up to {changed:.3g}")
+        save_file(tensors, folder / f"{method}.safetensors")
+    made = {
+        "versions": {m.__name__: m.__version__ for m in (adapters, transformers, torch)},
+        "hosts": {k: {"class": s + t, "config": c} for k, (s, t, c) in HOSTS.items()},
+        "methods": {k: {"class": c, "options": o} for k, (c, o) in METHODS.items()},
+    }
+    (folder / "made.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(Path(sys.argv[1]))
