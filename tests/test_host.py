@@ -249,3 +249,23 @@ def test_one_composition_a_call() -> None:
     host.implant("m", mg.LoRA(rank=2), at="query")
     with pytest.raises(mg.ModgraftError, match="one composition a call"):
         host(**HOSTS["gpt2"].batch(), modules=["m", None, "m"])
+
+
+@torch.no_grad()
+def test_compiled_in_another_order_than_they_were_implanted() -> None:
+    case = HOSTS["bert"]
+    host = mg.Host(case.model()).eval()
+    for name in ("m", "n"):
+        host.implant(name, mg.Adapter(width=4), at="down")
+        for p in host[name].parameters():
+            p.normal_(0, 0.3)
+    torch._dynamo.reset()
+    compiled = torch.compile(host, backend="eager", fullgraph=True)
+    bare = host(**case.batch(), modules=None).logits
+    for composition in ("n >> m", "m - 2*n"):
+        with host.using(composition):
+            out = compiled(**case.batch()).logits
+            torch.testing.assert_close(out, host(**case.batch()).logits)
+            assert not torch.allclose(out, bare)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="before the call"):
+        compiled(**case.batch(), modules="n >> m")

@@ -121,6 +121,7 @@ class Context:
         self.composition: Expression | None = None
         self.weights: dict[str, Tensor] = {}
         self.in_line = True  # the weights alone say what the composition is
+        self.mirrored: Expression | None = None  # the composition that the weights are of
         self.traced = Call(None)
 
     def current(self) -> Call:
@@ -137,6 +138,7 @@ class Context:
 
     def mirror(self, composition: Expression | None) -> None:
         """Write ``composition`` into what compiled code reads."""
+        self.mirrored = composition
         weights = {} if composition is None else composition.weights()
         self.in_line = composition is None or composition.is_line(list(self.weights))
         for name, tensor in self.weights.items():

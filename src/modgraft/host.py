@@ -235,6 +235,11 @@ class Host(nn.Module):
         generating: bool = False,
     ) -> Call:
         if torch.compiler.is_compiling():
+            if modules is not ...:
+                raise ModgraftError(
+                    "under torch.compile a composition is put in force before the call: "
+                    "host.use('a >> b'), or with host.using('a >> b'): ..., not modules="
+                )
             return Call(None, side or {}, generating)
         now = self._context.current()
         composition = now.composition if modules is ... else self._read(modules)

@@ -119,6 +119,7 @@ def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
         call = state.context.traced
         if state.context.in_line:
             return _run_traced(host, state, call, forward, args, kwargs)
+        call = replace(call, composition=state.context.mirrored)
     else:
         call = state.context.current()
     if call.composition is None:
@@ -179,7 +180,7 @@ def _run_traced(
         needs = entry.module.needs
         if needs is not None and needs not in call.side:
             # only here is the graph bound to a composition: nothing can be computed without it
-            composition = state.context.composition
+            composition = state.context.mirrored
             if composition is not None and entry.name in composition.names():
                 raise missing_side(entry.name, needs)
             continue
