@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modgraft.changed import Change, one_product
 from modgraft.computation.base import (
     Computation,
     FunctionComposition,
@@ -136,11 +137,20 @@ def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
         return _run_spliced(host, state, call, inputs, forward, args, kwargs)
 
     x = _first_tensor(args, kwargs)
-    out = forward(host, *args, **kwargs)
+    changes = [
+        Change(e.module, weights[e.name], e.part)
+        for e in active
+        if isinstance(e.module, ParameterComposition)
+    ]
+    changed = None
+    if changes:
+        x = _tensor_input(x, host, state)
+        changed = one_product(host, forward, x, changes)
+    out = forward(host, *args, **kwargs) if changed is None else changed
     y = before = _tensor_of(out)
-    for entry in active:
-        if isinstance(entry.module, ParameterComposition):
-            y = _add(y, entry, weights[entry.name], _tensor_input(x, host, state), host)
+    if changed is None and x is not None:
+        for change in changes:
+            y = _add(y, change, change.weight, x, host)
     functions = {e.name: e for e in active if isinstance(e.module, FunctionComposition)}
     if functions:
 
@@ -173,7 +183,8 @@ def _run_traced(
     for entry in state.entries:
         if isinstance(entry.module, ParameterComposition):
             weight = state.context.weights[entry.name].to(y.dtype)
-            y = _add(y, entry, weight, _tensor_input(x, host, state), host)
+            change = Change(entry.module, 1.0, entry.part)
+            y = _add(y, change, weight, _tensor_input(x, host, state), host)
     for entry in state.entries:
         if not isinstance(entry.module, FunctionComposition):
             continue
@@ -191,11 +202,10 @@ def _run_traced(
     return out if y is before else _with_tensor(out, y)
 
 
-def _add(y: Tensor, entry: Entry, weight: float | Tensor, x: Tensor, host: nn.Module) -> Tensor:
+def _add(y: Tensor, change: Change, weight: float | Tensor, x: Tensor, host: nn.Module) -> Tensor:
     """y + w·(f(x; θ + Δ) − f(x; θ)), on one part of y where the module acts on a part."""
-    module, part = entry.module, entry.part
-    assert isinstance(module, ParameterComposition)  # noqa: S101
-    effect = module.effect(x, host, weight_matrix(host, part))
+    part = change.part
+    effect = change.module.effect(x, host, weight_matrix(host, part))
     if not (isinstance(weight, float) and weight == 1.0):
         effect = weight * effect
     if part is None:

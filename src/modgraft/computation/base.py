@@ -7,7 +7,7 @@ fresh copy for each site and calls its ``build``. It never sees the host's tree.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, dataclass_transform
 
@@ -101,6 +101,19 @@ class ParameterComposition(Computation):
     def bias_delta(self, bias: Tensor | None) -> Tensor | None:
         """The change ``[out]`` of the site's ``bias`` (None: it has none, or the change does not
         depend on it), None where there is no change."""
+        return None
+
+    @property
+    def in_weights(self) -> bool:
+        """Whether it is f at θ + Δ now; False while it treats the input in a way of its own."""
+        return True
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """B ``[out, r]`` and A ``[r, in]`` with Δ = BA for a Δ of low rank, None for another."""
+        return None
+
+    def alone(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+        """f(x; θ + Δ) by the layer's own f, where that is all it takes; None where it is not."""
         return None
 
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:

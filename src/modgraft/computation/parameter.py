@@ -103,6 +103,13 @@ class LoRA(ParameterComposition):
     def bias_delta(self, bias: Tensor | None) -> Tensor | None:  # noqa: D102
         return self.b if self.bias else None
 
+    @property
+    def in_weights(self) -> bool:  # noqa: D102
+        return not (self.dropout and self.training)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:  # noqa: D102
+        return None if self.dora else (self.B, self.scale * self.A)
+
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
         """s·B(Ax) (+ b), in factors: [B, n, in] → [B, n, r] → [B, n, out]; DoRA: f at Δ."""
         if isinstance(layer, nn.Embedding):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal, final
 
 import torch
@@ -57,6 +58,12 @@ class Rescale(ParameterComposition):
 
     def bias_delta(self, bias: Tensor | None) -> Tensor | None:  # noqa: D102
         return None if bias is None or self.where == "input" else bias * (self.phi - 1)
+
+    def alone(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:  # noqa: D102
+        if self.where == "input":
+            return f((x * self.phi).to(x.dtype))
+        y = f(x)
+        return (y * self.phi).to(y.dtype)  # under autocast y is in half precision, φ is not
 
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
         """(φ − 1) ⊙ f(x), or W((φ − 1) ⊙ x): one product with W, and no second W is made."""

@@ -1,0 +1,166 @@
+"""One product with changed weights: the same as the layer plus each effect, gradients included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import modgraft as mg
+from modgraft import implant
+from modgraft.changed import Change, LowRank, one_product
+
+METHODS = {
+    "lora": lambda: mg.LoRA(rank=3, alpha=5.0),
+    "rslora": lambda: mg.LoRA(rank=3, rslora=True, bias=True),
+    "dora": lambda: mg.LoRA(rank=3, dora=True),
+    "subnetwork": mg.SparseSubnetwork,
+    "supermask": mg.Supermask,
+    "sparse": mg.SparseDelta,
+    "intrinsic": lambda: mg.IntrinsicDimension(dim=5),
+    "rescale": mg.Rescale,
+    "rescale_input": lambda: mg.Rescale(where="input"),
+}
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 12), "0"),
+    "conv1d": (lambda: Conv1D(12, 6), "0"),
+    "part": (lambda: Conv1D(12, 6), "0[1/3]"),
+}
+
+
+def host_with(make: Any, at: str, dtype: torch.dtype = torch.float64, **modules: Any) -> mg.Host:
+    torch.manual_seed(0)
+    host = mg.Host(nn.Sequential(make()).to(dtype))
+    for name, module in modules.items():
+        host.implant(name, module, at=at)
+    for p in host.implants.parameters():
+        nn.init.normal_(p, 0.0, 0.3)
+    return host
+
+
+def results(host: mg.Host, x: Tensor, composition: str) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = host(x, modules=composition)
+    learn = [p for p in host.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(
+        (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum(),
+        [x, *learn],
+        allow_unused=True,
+    )
+    return [y.detach(), *(g for g in grads if g is not None)]
+
+
+@pytest.mark.parametrize("composition", ["m", "-0.5*m", "m + 2*n", "m >> n >> low"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_the_layer_and_its_effects(
+    method: str, layer: str, composition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, at = LAYERS[layer]
+    modules = {"m": METHODS[method](), "n": METHODS[method](), "low": mg.LoRA(rank=2)}
+    host = host_with(make, at, **modules)
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    for host.model[0].weight.requires_grad in (False, True):
+        fast = results(host, x, composition)
+        with monkeypatch.context() as patch:
+            patch.setattr(implant, "one_product", lambda *a: None)
+            slow = results(host, x, composition)
+        assert len(fast) == len(slow)
+        for one, other in zip(fast, slow, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("twice", [False, True])
+def test_gradcheck(transposed: bool, twice: bool) -> None:
+    torch.manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    x, b, B, A = leaf(2, 3, 4), leaf(5), leaf(5, 2), leaf(2, 4)
+    W = leaf(4, 5).T if transposed else leaf(5, 4)
+    check = torch.autograd.gradgradcheck if twice else torch.autograd.gradcheck
+    assert check(LowRank.apply, (x, W, b, B, A))
+    assert check(LowRank.apply, (x[0, 0], W.detach(), None, B, A))
+
+
+def product(host: mg.Host, x: Tensor, *names: str) -> Tensor | None:
+    layer = host.model[0]
+    changes = [Change(host[name].places[0], 1.0, None) for name in names]
+    return one_product(layer, type(layer).__mro__[1].forward, x, changes)
+
+
+def test_keeps_nothing_of_the_size_of_the_weight() -> None:
+    """Beside the input and the host's own weight, backward keeps the factors."""
+    host = host_with(lambda: nn.Linear(32, 24), "0", torch.float32, m=mg.LoRA(rank=2))
+    x = torch.randn(50, 32, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        host(x)
+    own = {x.data_ptr(), host.model[0].weight.data_ptr()}
+    assert own <= {t.data_ptr() for t in kept}
+    assert sum(t.numel() for t in kept if t.data_ptr() not in own) <= 2 * 2 * (32 + 24)
+
+
+def test_few_tokens_take_the_effects() -> None:
+    """The weight is made where it is smaller than the activations: N·(in + out) ≥ in·out."""
+    host = host_with(lambda: nn.Linear(30, 60), "0", torch.float32, m=mg.LoRA(rank=2))
+    assert product(host, torch.randn(19, 30), "m") is None
+    assert product(host, torch.randn(1, 20, 30), "m") is not None
+
+
+def test_where_rounding_or_dropout_forbids_it() -> None:
+    host = host_with(lambda: nn.Linear(6, 12), "0", torch.float32, m=mg.LoRA(2, dropout=0.5))
+    x = torch.randn(50, 6)
+    assert product(host.eval(), x, "m") is not None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert product(host, x, "m") is None
+    assert product(host.train(), x, "m") is None
+    assert product(host.eval().bfloat16(), x.bfloat16(), "m") is None
+
+
+def test_a_small_change_is_not_lost_in_half_precision() -> None:
+    """Each entry of Δ is a 2000th of its weight: W + Δ rounded to 8 bits would be W."""
+    host = mg.Host(nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()).eval()
+    host.implant("m", mg.LoRA(rank=1), at="0")
+    with torch.no_grad():
+        host.model[0].weight.copy_(torch.tensor([1.0, -1.0]).repeat(32))  # f(1, 1, …) = 0
+        host["m"].places[0].A.fill_(0.02)
+        host["m"].places[0].B.fill_(0.025)
+    y = host(torch.ones(64, 64).bfloat16())
+    torch.testing.assert_close(y.float(), torch.full((64, 64), 64 * 0.0005), rtol=0.02, atol=0)
+
+
+def test_another_forward_or_weight_is_left_to_itself() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class Packed(nn.Parameter):
+        """Stands for a quantised weight."""
+
+    x = torch.randn(50, 6)
+    host = host_with(lambda: Doubled(6, 12), "0", torch.float32, m=mg.LoRA(2))
+    assert product(host, x, "m") is None
+    host = host_with(lambda: nn.Linear(6, 12), "0", torch.float32, m=mg.LoRA(2))
+    host.model[0].weight = Packed(host.model[0].weight.detach(), requires_grad=False)
+    assert product(host, x, "m") is None
+
+
+def test_rescaling_runs_the_layer_once() -> None:
+    for where in ("output", "input"):
+        host = host_with(lambda: nn.Linear(6, 12), "0", m=mg.Rescale(where=where))
+        x = torch.randn(5, 6, dtype=torch.float64)
+        with torch.profiler.profile() as profile:
+            host(x)
+        products = [e for e in profile.events() if e.name in ("aten::addmm", "aten::mm")]
+        assert len(products) == 1
