@@ -222,6 +222,26 @@ def _at_each_site(change: Change, on: str = "output") -> Callable[..., None]:
     return reference
 
 
+def _in_the_residual(change: Change) -> Callable[..., None]:
+    """f(…, r + c(f(…, r), r)) with c what the site's own tensors add, r the first argument here."""
+
+    def reference(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
+        for label in host["m"].paths:
+            t = {k.rpartition(":")[2]: v for k, v in tensors.items() if k.startswith(label + ":")}
+
+            def after(m: nn.Module, args: Any, kw: Any, out: Any, t: Any = t) -> Any:
+                y = out if isinstance(out, Tensor) else out[0]
+                if not args:
+                    (name,) = [k for k, v in kw.items() if k == "hidden_states"]
+                    args, kw = (kw[name],), {k: v for k, v in kw.items() if k != name}
+                return m.forward(args[0] + change(y, args[0], t), *args[1:], **kw)
+
+            layer = plain.get_submodule(label.removesuffix("[residual]"))
+            layer.register_forward_hook(after, with_kwargs=True)
+
+    return reference
+
+
 def _bottleneck(v: Tensor, t: dict[str, Tensor]) -> Tensor:
     """W_u relu(W_d v + b_d) + b_u."""
     hidden = v @ t["down.weight"].T + t["down.bias"]
@@ -308,6 +328,11 @@ MODULES = {
         ModuleCase(
             "adapter", lambda: mg.Adapter(reduction=4, scale=0.7), lambda h: h.adapter_at,
             _at_each_site(lambda y, x, t: y + 0.7 * _bottleneck(y, t)),
+        ),
+        ModuleCase(
+            "adapter_residual", lambda: mg.Adapter(reduction=4),
+            lambda h: f"{h.parallel_at}[residual]",
+            _in_the_residual(lambda y, x, t: _bottleneck(y, t)),
         ),
         ModuleCase(
             "parallel", lambda: mg.ParallelAdapter(width=5), lambda h: h.parallel_at,

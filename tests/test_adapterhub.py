@@ -47,6 +47,9 @@ ON_THE_STREAM = {
     "t5": {r"(.*\.block\.\d)\.layer\.\d\.adapters": r"\1"},
     "llama": {r"(.*\.layers\.\d)\.output_adapters\.adapters": r"\1"},
 }
+# In a post-norm host it reads after the norm, adds before it, and the norm is taken again.
+ON_THE_STREAM["bert"] = {r"(.*\d\.output)\.adapters": r"\1[residual]"}
+ON_THE_STREAM_AT = dict.fromkeys(ON_THE_STREAM, "block") | {"bert": "feedforward[residual]"}
 LORAS = {r"(.*)\.loras": r"\1"}
 
 BOTTLENECK = {
@@ -152,17 +155,27 @@ def test_houlsby(name: str) -> None:
 @pytest.mark.parametrize("name", ON_THE_STREAM)
 def test_pfeiffer(name: str) -> None:
     host = rebuilt(name)
-    implant = host.implant("m", mg.Adapter(reduction=4), at="block")
+    implant = host.implant("m", mg.Adapter(reduction=4), at=ON_THE_STREAM_AT[name])
     check(host, name, "pfeiffer", pairs(implant, name, "pfeiffer", ON_THE_STREAM[name], BOTTLENECK))
 
 
-@pytest.mark.parametrize("name", ["t5"])
+# Theirs reads what goes into the block's feed-forward before its norm, if it is normed first. Where
+# no module of the host takes that, as in GPT-2 and Llama, ours is the paper's: what the
+# feed-forward takes.
+PARALLEL = {
+    "bert": ("feedforward[residual]", ON_THE_STREAM["bert"]),
+    "t5": (
+        "{encoder.block.*.layer.1,decoder.block.*.layer.2}",
+        {r"(.*\.layer\.\d)\.adapters": r"\1"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARALLEL)
 def test_parallel(name: str) -> None:
     host = rebuilt(name)
-    module = mg.ParallelAdapter(reduction=4)
-    at = "{encoder.block.*.layer.1,decoder.block.*.layer.2}"  # takes the stream before its norm
-    implant = host.implant("m", module, at=at, expect=4)
-    where = {r"(.*\.layer\.\d)\.adapters": r"\1"}
+    at, where = PARALLEL[name]
+    implant = host.implant("m", mg.ParallelAdapter(reduction=4), at=at)
     check(host, name, "parallel", pairs(implant, name, "parallel", where, BOTTLENECK))
 
 
@@ -179,7 +192,8 @@ def test_compacter(name: str, method: str) -> None:
 @pytest.mark.parametrize("name", ON_THE_STREAM)
 def test_compacter_plus_plus(name: str) -> None:
     host = rebuilt(name)
-    implant = host.implant("m", mg.Compacter(reduction=2, n=4, rank=2), at="block")
+    module = mg.Compacter(reduction=2, n=4, rank=2)
+    implant = host.implant("m", module, at=ON_THE_STREAM_AT[name])
     method = "compacter_plus_plus"
     check(host, name, method, pairs(implant, name, method, ON_THE_STREAM[name], KRONECKER))
 

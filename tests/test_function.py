@@ -243,3 +243,16 @@ def test_convolution_equals_a_layer_of_torch(kernel: int, depthwise: bool) -> No
             moved = y.transpose(1, 2) if over == "tokens" else y
             made = wanted(moved).transpose(1, 2) if over == "tokens" else wanted(moved)
             torch.testing.assert_close(host(x), y + made)
+
+
+def test_a_residual_is_for_functions_and_for_sites_that_take_one() -> None:
+    host = mg.Host(HOSTS["bert"].model()).eval()
+    with pytest.raises(mg.ModgraftError, match=r"only a function of activations.*leave out"):
+        host.implant("m", mg.LoRA(), at="query[residual]")
+    host.implant("m", mg.Adapter(reduction=4), at="up[residual]")  # 16 wide in, 24 out
+    with pytest.raises(mg.ModgraftError, match=r"dense\[residual\]: none of the tensors"):
+        host(**HOSTS["bert"].batch())
+    host.remove("m")
+    assert [s.label for s in host.sites("feedforward[residual]")] == [
+        f"bert.encoder.layer.{i}.output[residual]" for i in range(2)
+    ]

@@ -26,6 +26,7 @@ from modgraft.computation.base import (
 from modgraft.computation.layers import weight_matrix
 from modgraft.context import Call, Context
 from modgraft.errors import ModgraftError, SideError
+from modgraft.residual import Step, shifted
 from modgraft.sites import Site
 from modgraft.splice import splice
 
@@ -39,6 +40,7 @@ class Entry:
     name: str
     module: Computation
     part: tuple[int, int] | None
+    residual: bool = False
 
 
 @dataclass
@@ -62,7 +64,7 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
         state = State(site.path, context)
         host.__dict__[_STATE] = state
         host.__class__ = _grafted(type(host))
-    state.entries.append(Entry(name, module, site.part))
+    state.entries.append(Entry(name, module, site.part, site.residual))
 
 
 def prune(host: nn.Module, name: str) -> None:
@@ -136,6 +138,18 @@ def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
         inputs.sort(key=lambda e: order.index(e.name))
         return _run_spliced(host, state, call, inputs, forward, args, kwargs)
 
+    if residual := {e.name: e for e in active if e.residual}:
+        composition = call.composition
+
+        def fold(step: Step, e: Tensor) -> Tensor:
+            def one(name: str, e: Tensor) -> Tensor:
+                entry = residual.get(name)
+                return e if entry is None else step(lambda y, r: _apply(entry, y, r, call), e)
+
+            return composition.apply(one, e)
+
+        args, kwargs = _shifted(host, state, forward, args, kwargs, fold)
+
     x = _first_tensor(args, kwargs)
     changes = [
         Change(e.module, weights[e.name], e.part)
@@ -151,7 +165,9 @@ def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
     if changed is None and x is not None:
         for change in changes:
             y = _add(y, change, change.weight, x, host)
-    functions = {e.name: e for e in active if isinstance(e.module, FunctionComposition)}
+    functions = {
+        e.name: e for e in active if isinstance(e.module, FunctionComposition) and not e.residual
+    }
     if functions:
 
         def run(name: str, value: Tensor) -> Tensor:
@@ -177,6 +193,17 @@ def _run_traced(
             "compile host.model's parts or the host without input modules: a module that puts "
             "tokens before the input changes the shapes at every switch"
         )
+    if any(entry.residual for entry in state.entries):
+
+        def fold(step: Step, e: Tensor) -> Tensor:
+            for entry in state.entries:
+                if entry.residual and _can_act(entry, state, call):
+                    after = step(lambda y, r, entry=entry: _apply(entry, y, r, call), e)
+                    e = _mixed(e, after, state.context.weights[entry.name])
+            return e
+
+        args, kwargs = _shifted(host, state, forward, args, kwargs, fold)
+
     x = _first_tensor(args, kwargs)
     out = forward(host, *args, **kwargs)
     y = before = _tensor_of(out)
@@ -186,20 +213,44 @@ def _run_traced(
             change = Change(entry.module, 1.0, entry.part)
             y = _add(y, change, weight, _tensor_input(x, host, state), host)
     for entry in state.entries:
-        if not isinstance(entry.module, FunctionComposition):
+        if not isinstance(entry.module, FunctionComposition) or entry.residual:
             continue
-        needs = entry.module.needs
-        if needs is not None and needs not in call.side:
-            # only here is the graph bound to a composition: nothing can be computed without it
-            composition = state.context.mirrored
-            if composition is not None and entry.name in composition.names():
-                raise missing_side(entry.name, needs)
-            continue
-        weight = state.context.weights[entry.name].to(y.dtype)
-        result = _apply(entry, y, x, call)
-        mixed = torch.where(weight == 1, result, y + weight * (result - y))
-        y = torch.where(weight == 0, y, mixed)
+        if _can_act(entry, state, call):
+            y = _mixed(y, _apply(entry, y, x, call), state.context.weights[entry.name])
     return out if y is before else _with_tensor(out, y)
+
+
+def _can_act(entry: Entry, state: State, call: Call) -> bool:
+    """Whether a traced call has the side input that ``entry`` needs."""
+    needs = entry.module.needs
+    if needs is None or needs in call.side:
+        return True
+    # only here is the graph bound to a composition: nothing can be computed without it
+    composition = state.context.mirrored
+    if composition is not None and entry.name in composition.names():
+        raise missing_side(entry.name, needs)
+    return False
+
+
+def _mixed(before: Tensor, after: Tensor, weight: Tensor) -> Tensor:
+    """before + w·(after − before), exactly one of them where w is 0 or 1."""
+    weight = weight.to(before.dtype)
+    mixed = torch.where(weight == 1, after, before + weight * (after - before))
+    return torch.where(weight == 0, before, mixed)
+
+
+def _shifted(
+    host: nn.Module,
+    state: State,
+    forward: Callable[..., Any],
+    args: tuple,
+    kwargs: dict,
+    fold: Callable[[Step, Tensor], Tensor],
+) -> tuple[tuple, dict]:
+    def f(args: tuple, kwargs: dict) -> Tensor:
+        return _tensor_of(forward(host, *args, **kwargs))
+
+    return shifted(f, args, kwargs, fold, state.path)
 
 
 def _add(y: Tensor, change: Change, weight: float | Tensor, x: Tensor, host: nn.Module) -> Tensor:

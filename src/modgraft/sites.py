@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from torch import nn
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from modgraft.anatomy import base_path, family_of
 from modgraft.errors import SiteError
 
+RESIDUAL = "[residual]"
 At = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence["At"]
 
 
@@ -25,17 +26,21 @@ class Site:
         module: the sub-module there.
         part: ``(i, n)`` for the i-th of n equal parts of a fused projection's output, else None.
         root: the host's model, for what a sub-module does not know of itself.
+        residual: whether effects enter the sub-module's residual input rather than its output; see
+            :mod:`modgraft.residual`.
     """
 
     path: str
     module: nn.Module
     part: tuple[int, int] | None = None
     root: nn.Module | None = None
+    residual: bool = False
 
     @property
     def label(self) -> str:
         """The path as it is written in a selection, ``"h.0.attn.c_attn[0/3]"``."""
-        return self.path + (f"[{self.part[0]}/{self.part[1]}]" if self.part else "")
+        part = f"[{self.part[0]}/{self.part[1]}]" if self.part else ""
+        return self.path + part + (RESIDUAL if self.residual else "")
 
     @property
     def in_width(self) -> int:
@@ -125,7 +130,8 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
         model: the host's model.
         at: a role (``"query"``), a path pattern (``"decoder.*.SelfAttention.{q,v}"``, in which
             ``*`` is anything), a type (``nn.Linear``), a predicate on path and module, or a list of
-            these. ``"block"`` means the role where the architecture is known.
+            these. ``"block"`` means the role where the architecture is known. A role or pattern
+            with ``[residual]`` behind it means the residual input of what it means without.
         expect: how many sites there must be.
 
     Returns:
@@ -157,6 +163,8 @@ def _find_one(model: nn.Module, at: At) -> list[Site]:
             kinds = sorted({type(m).__name__ for m in paths.values()})
             raise SiteError(f"no {at.__name__} in the host; it is made of {', '.join(kinds)}")
         return sites
+    if isinstance(at, str) and at.endswith(RESIDUAL):
+        return [replace(s, residual=True) for s in _find_one(model, at.removesuffix(RESIDUAL))]
     if isinstance(at, str):
         family = family_of(model)
         if family is not None and at in family.roles:

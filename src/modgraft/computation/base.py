@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modgraft.computation.layers import linear_map
 from modgraft.context import Side
-from modgraft.errors import UnknownNameError
+from modgraft.errors import SiteError, UnknownNameError
 from modgraft.sites import Site
 
 REGISTRY: dict[str, type[Computation]] = {}
@@ -57,7 +57,16 @@ class Computation(nn.Module):
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     def at(self, site: Site) -> Self:
-        """A fresh copy built for ``site``, on its device and in its floating type."""
+        """A fresh copy built for ``site``, on its device and in its floating type.
+
+        Raises:
+            ModgraftError: where the method is not defined at such a site.
+        """
+        if site.residual and not isinstance(self, FunctionComposition):
+            raise SiteError(
+                f"{type(self).__name__} at {site.label}: only a function of activations, such as "
+                f"Adapter, can act in a residual; leave out [residual]"
+            )
         built = type(self)(**self.config())
         built.build(site)
         like = next((p for p in site.module.parameters() if p.is_floating_point()), None)

@@ -37,8 +37,10 @@ class Adapter(FunctionComposition):
     The bottleneck adapter of Houlsby et al. 2019 (arXiv:1902.00751): y ``[B, …, d]``, W_d
     ``[m, d]``, W_u ``[d, m]``. Where it stands is a selection: ``at=["output", "down"]`` puts one
     after each attention and each feed-forward, before the residual sum, as Houlsby et al. do;
-    ``at="down"`` after the feed-forward alone, as Pfeiffer et al. 2021 (arXiv:2005.00247) found to
-    be enough; ``at="block"`` one on the residual stream after each block.
+    ``at="down"`` after the feed-forward alone; ``at="block"`` one on the residual stream after each
+    block, as Pfeiffer et al. 2021 (arXiv:2005.00247) found to be enough. In BERT, which norms after
+    the sum, theirs is ``at="feedforward[residual]"``: it reads what was normed, and the norm is
+    taken again with what it adds.
 
     Args:
         reduction: d / m, rounded so that m is whole; 16 if neither it nor ``width`` is given.
@@ -76,8 +78,8 @@ class ParallelAdapter(FunctionComposition):
     The parallel adapter of He et al. 2022 (arXiv:2110.04366), who put it beside the feed-forward
     with s = 4: x and y ``[B, …, d]``, W_d ``[m, d]``, W_u ``[d, m]``. The site takes x as its first
     tensor and keeps its shape: ``at="feedforward"`` in T5, GPT-2, Llama-style decoders and ViT, or
-    ``at="attention"``. BERT's feed-forward is no module of its own, and its ``"attention"`` ends
-    after the residual sum and the norm.
+    ``at="attention"``. BERT's ends with the residual sum and the norm, where
+    ``at="feedforward[residual]"`` is beside the feed-forward and inside the norm.
 
     Args:
         reduction: d / m, rounded so that m is whole; 16 if neither it nor ``width`` is given.

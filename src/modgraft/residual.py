@@ -1,0 +1,69 @@
+"""Effects that enter a site's residual input: ``at="feedforward[residual]"``.
+
+A post-norm block ends in one module that sums and norms, as BERT's output layers do: f(h, r) =
+norm(W h + r). A module that acts there inside the norm changes r, not f's output:
+
+    f'(…, r) = f(…, r + e),  e = 0 at first and e ← e + m(y, r) − y with y = f(…, r + e) for each m,
+
+so that modules stack and add in the residual as elsewhere in the output, and one that is born as
+the identity has e = 0. r is the last tensor among the site's arguments that has its output's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modgraft.errors import SiteError
+
+Effect = Callable[[Tensor, Tensor], Tensor]  # m: y, r → the new y
+Step = Callable[[Effect, Tensor], Tensor]  # m, e → the e after it
+
+
+def shifted(
+    f: Callable[[tuple, dict], Tensor],
+    args: tuple,
+    kwargs: dict,
+    fold: Callable[[Step, Tensor], Tensor],
+    path: str,
+) -> tuple[tuple, dict]:
+    """The arguments of ``f`` with r + e for r.
+
+    Args:
+        f: the site's own output tensor for arguments.
+        args: its arguments.
+        kwargs: those by name.
+        fold: takes a step for each module, from e = 0 on.
+        path: the site's path, for the error.
+
+    Raises:
+        SiteError: where no argument has the output's shape.
+    """
+    bare = f(args, kwargs)
+    like = [k for k, v in enumerate(args) if _same(v, bare)]
+    named = [k for k, v in kwargs.items() if _same(v, bare)]
+    if not like and not named:
+        raise SiteError(
+            f"{path}[residual]: none of the tensors that this site takes has its output's shape "
+            f"{list(bare.shape)}, so there is no residual to add to; leave out [residual]"
+        )
+    r = kwargs[named[-1]] if named else args[like[-1]]
+    start = torch.zeros_like(r)
+
+    def put(e: Tensor) -> tuple[tuple, dict]:
+        if named:
+            return args, {**kwargs, named[-1]: r + e}
+        return (*args[: like[-1]], r + e, *args[like[-1] + 1 :]), kwargs
+
+    def step(effect: Effect, e: Tensor) -> Tensor:
+        y = bare if e is start else f(*put(e))
+        return e + (effect(y, r) - y)
+
+    return put(fold(step, start))
+
+
+def _same(value: Any, output: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == output.shape
