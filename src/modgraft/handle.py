@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
+from modgraft.errors import UnknownNameError
 from modgraft.sites import Site
 
 
@@ -50,3 +51,19 @@ class Implant(nn.Module):
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.name!r}, {len(self.paths)} sites, {self.size:,} parameters"
+
+
+def learner(model: nn.Module, name: str) -> nn.Module | None:
+    """The part of a host that ``train=name`` means: ``"host"`` is all of it, ``"host.head"`` what
+    is at that path; None for another name, a module's.
+
+    Raises:
+        UnknownNameError: if nothing is at that path.
+    """
+    if name != "host" and not name.startswith("host."):
+        return None
+    try:
+        return model.get_submodule(name.removeprefix("host").removeprefix("."))
+    except AttributeError as error:
+        children = ", ".join(f"'host.{child}'" for child, _ in model.named_children())
+        raise UnknownNameError(f"train={name!r}: {error}; there are {children}") from error

@@ -22,10 +22,10 @@ from modgraft.computation.base import (
 from modgraft.computation.layers import bias_vector, weight_matrix
 from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
-from modgraft.handle import Implant
+from modgraft.handle import Implant, learner
 from modgraft.implant import foreign, graft, missing_side, prune, pruned
 from modgraft.recompute import forget, remember
-from modgraft.sites import At, Site, find
+from modgraft.sites import At, Site, check_untied, find
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
@@ -264,11 +264,11 @@ class Host(nn.Module):
     @contextmanager
     def training_only(self, train: str | Sequence[str] | None) -> Iterator[None]:
         """Only these learn inside a ``with`` block: names of modules, ``"host"`` for the model's
-        own weights; None leaves everything as it is."""
+        own weights, ``"host.head"`` for a part's; None leaves everything as it is."""
         before = [(p, p.requires_grad) for p in self.parameters()]
         if train is not None:
             names = [train] if isinstance(train, str) else list(train)
-            chosen = [self.model if n == "host" else self[n] for n in names]
+            chosen = [learner(self.model, n) or self[n] for n in names]
             self.requires_grad_(False)
             for part in chosen:
                 part.requires_grad_(True)
@@ -285,8 +285,8 @@ class Host(nn.Module):
 
         Args:
             loader: yields dictionaries for :meth:`forward` (``labels`` and ``side`` among them).
-            train: names of the modules that learn, ``"host"`` for the model itself; None: whatever
-                requires a gradient now.
+            train: names of the modules that learn, ``"host"`` for the model itself, ``"host.head"``
+                for a part of it; None: whatever requires a gradient now.
             **settings: steps, lr, schedule, … of ``fit``.
         """
         from modgraft.training.fit import fit
@@ -342,7 +342,7 @@ class Host(nn.Module):
             for label, place, weight in changes:
                 assert isinstance(place, ParameterComposition)  # noqa: S101
                 site, bare = find(plain, label)[0], find(self.model, label)[0]
-                _check_untied(plain, site)
+                check_untied(plain, site)
                 # Δ of the bare host's weight: an earlier one may already be in the copy's
                 delta = place.delta(weight_matrix(bare.module, bare.part))
                 weight_matrix(site.module, site.part).add_(weight * delta)
@@ -379,19 +379,6 @@ class Host(nn.Module):
 def _device(model: nn.Module) -> torch.device:
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
-
-
-def _check_untied(model: nn.Module, site: Site) -> None:
-    """Refuse to change a weight that other layers use too."""
-    weight = site.module.weight
-    users = [
-        p for p, m in model.named_modules() if any(w is weight for w in m._parameters.values())
-    ]
-    if len(users) > 1:
-        raise ModgraftError(
-            f"the weight of {site.path} cannot be merged into: {', '.join(users)} share it, and "
-            f"the module changes one of them only; keep it implanted"
-        )
 
 
 def _in_chain(expression: ex.Expression, name: str) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.anatomy import base_path, family_of
-from modgraft.errors import SiteError
+from modgraft.errors import ModgraftError, SiteError
 
 RESIDUAL = "[residual]"
 At = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence["At"]
@@ -227,3 +227,20 @@ def _no_match(model: nn.Module, at: str) -> SiteError:
     near_roles = get_close_matches(at, list(family.roles), n=1) if family else []
     hint = f"did you mean at={near_roles[0]!r}? " if near_roles else ""
     return SiteError(f"{at!r} matches no site. {hint}{roles}; paths near it: {', '.join(near)}")
+
+
+def check_untied(model: nn.Module, site: Site) -> None:
+    """Refuse to change a weight that other layers use too.
+
+    Raises:
+        ModgraftError: naming them.
+    """
+    weight = site.module.weight
+    users = [
+        p for p, m in model.named_modules() if any(w is weight for w in m._parameters.values())
+    ]
+    if len(users) > 1:
+        raise ModgraftError(
+            f"the weight of {site.path} cannot be merged into: {', '.join(users)} share it, and "
+            f"the module changes one of them only; keep it implanted"
+        )

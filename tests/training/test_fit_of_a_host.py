@@ -61,3 +61,17 @@ def test_fit_and_host_fit_are_one():
         p.requires_grad_(id(p) in learns)
     fit(b, batches(), steps=4, progress=False)
     assert all(torch.equal(x, y) for x, y in _pairs(a, b, "qa"))
+
+
+def test_a_part_of_the_host_learns_beside_a_module():
+    host = fused()
+    before = {k: v.clone() for k, v in host.state_dict().items()}
+    host.fit(
+        batches(), train=["qa", "host.decoder.final_layer_norm"], steps=2, lr=1e-2, progress=False
+    )
+    moved = {k for k, v in host.state_dict().items() if not torch.equal(v, before[k])}
+    learns = {id(p) for p in (*host["qa"].parameters(), host.model.decoder.final_layer_norm.weight)}
+    assert moved == {k for k, p in host.named_parameters() if id(p) in learns}
+    assert not any(p.requires_grad for p in host.model.parameters())
+    with pytest.raises(mg.ModgraftError, match=r"there are .*'host\.lm_head'"):
+        host.fit(batches(), train="host.lm_haed", steps=2)

@@ -195,3 +195,23 @@ def run(method: mg.Computation, host: mg.Host) -> None:
         mg.sparse_finetuning(host, "m", loader(), **FIT)
     else:
         list(mg.magnitude_pruning(host, "m", loader(), rounds=1, **FIT))
+
+
+def test_what_learns_beside_it_is_rewound_as_well() -> None:
+    host = implanted(mg.SparseSubnetwork())
+    head = host.model.lm_head.weight
+    before, after = head.detach().clone(), []
+    rounds = mg.magnitude_pruning(host, "m", loader(), rounds=1, also=["host.lm_head"], **FIT)
+    for _ in rounds:
+        after.append(head.detach().clone())
+    assert not torch.equal(after[0], before)
+    assert not torch.equal(after[1], after[0])
+    alone = implanted(mg.SparseSubnetwork())  # the second training, by itself from the beginning
+    for place, done in zip(alone["m"].places, host["m"].places, strict=True):
+        place.prune(done.get_buffer("mask"))
+    alone.fit(loader(), train=["m", "host.lm_head"], **FIT)
+    torch.testing.assert_close(alone.model.lm_head.weight, head, rtol=1e-9, atol=1e-12)
+
+    host = implanted(mg.SparseDelta(density=0.1))
+    mg.sparse_finetuning(host, "m", loader(), also=["host.lm_head"], **FIT)
+    assert not torch.equal(host.model.lm_head.weight, before)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
 from modgraft.computation.layers import weight_matrix
@@ -30,7 +31,11 @@ class Trains(Protocol):
 
     def __getitem__(self, name: str) -> Implant: ...
 
-    def fit(self, loader: Any, *, train: str, **settings: Any) -> History: ...  # noqa: D102
+    def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
+
+    def training_only(self, train: Sequence[str]) -> AbstractContextManager[None]: ...  # noqa: D102
+
+    def fit(self, loader: Any, *, train: Sequence[str], **settings: Any) -> History: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ def magnitude_pruning(
     share: float = 0.2,
     rewind: int = 0,
     everywhere: bool = True,
+    also: Sequence[str] = (),
     folder: str | Path | None = None,
     **settings: Any,
 ) -> Iterator[Round]:
@@ -77,6 +83,8 @@ def magnitude_pruning(
             anew.
         everywhere: whether the smallest weights of all sites together go, as in the paper's deep
             networks; False takes the same share of each site.
+        also: what learns beside it, as ``train`` of ``host.fit`` names it, such as
+            ``["host.head"]``; it goes back to where it began as well.
         folder: for ``host.fit``; each training has its own within it.
         **settings: for ``host.fit``, the same for every training. Weight decay draws φ to 0, that
             is to the host's weights.
@@ -97,18 +105,20 @@ def magnitude_pruning(
 
     def train(part: str, **changes: Any) -> History:
         own = {} if folder is None else {"folder": Path(folder) / part}
-        return host.fit(loader, train=name, **{**settings, **own, **changes})
+        return host.fit(loader, train=[name, *also], **{**settings, **own, **changes})
 
     def run() -> Iterator[Round]:
         if rewind:
             train("rewind", steps=rewind, epochs=None)
-        began = {label: place.phi.detach().clone() for label, place in places.items()}
+        with host.training_only([name, *also]):
+            learn = [p for p in host.parameters() if p.requires_grad]
+        began = [p.detach().clone() for p in learn]
         for number in range(rounds + 1):
             if number:
                 _prune(host, places, share, everywhere)
                 with torch.no_grad():
-                    for label, place in places.items():
-                        place.phi.copy_(began[label])
+                    for parameter, value in zip(learn, began, strict=True):
+                        parameter.copy_(value)
             history = train(f"round-{number}")
             masks = [place.get_buffer("mask") for place in places.values()]
             there = sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
@@ -144,6 +154,7 @@ def sparse_finetuning(
     loader: Iterable[Batch],
     *,
     first: Mapping[str, Any] | None = None,
+    also: Sequence[str] = (),
     folder: str | Path | None = None,
     **settings: Any,
 ) -> tuple[History, History]:
@@ -158,6 +169,8 @@ def sparse_finetuning(
         name: the module's name; it must be in its first phase still.
         loader: as for ``host.fit``.
         first: settings of the first phase that differ.
+        also: what learns beside it in both phases, as ``train`` of ``host.fit`` names it, such as
+            ``["host.head"]``; the second phase goes on with what the first has made of it.
         folder: for ``host.fit``; each phase has its own within it.
         **settings: for ``host.fit``, of both phases.
 
@@ -176,7 +189,8 @@ def sparse_finetuning(
         )
     parts = ("first", "second")
     own = [{} if folder is None else {"folder": Path(folder) / part} for part in parts]
-    dense = host.fit(loader, train=name, **{**settings, **own[0], **(first or {})})
+    train = [name, *also]
+    dense = host.fit(loader, train=train, **{**settings, **own[0], **(first or {})})
     changes = torch.cat([place.values.detach().abs() for place in places.values()])
     density = next(iter(places.values())).density
     best = changes.topk(max(1, round(density * changes.numel()))).indices
@@ -185,7 +199,7 @@ def sparse_finetuning(
         size = place.values.numel()
         place.keep(best[(best >= start) & (best < start + size)].sort().values - start)
         start += size
-    return dense, host.fit(loader, train=name, **{**settings, **own[1]})
+    return dense, host.fit(loader, train=train, **{**settings, **own[1]})
 
 
 def _places(host: Trains, name: str, kind: type[Method]) -> dict[str, Method]:
