@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import modgraft as mg
 from hosts import BATCH, FEATURES, HOSTS, HostCase, side, tensor_of
+from written_out import prepend
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ModuleCase:
     with the module does, with tensors taken from ``host["m"]``; it returns the tensors by key.
     ``adds`` says that its effect does not depend on the site's output, so that ``a >> b`` equals
     ``a + b``; ``refused`` names the hosts where it is not defined, and what the error says there.
+    ``chains_only`` says that it can neither be added nor scaled, and that ``m >> n`` is both, one
+    reference after the other.
     ``prepare(host, name)`` does what the method's own training procedure does beside the
     parameters, such as choosing a mask.
     """
@@ -39,6 +42,7 @@ class ModuleCase:
     needs_side: bool = False
     merges: bool = False
     adds: bool = False
+    chains_only: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[mg.Host, str], None] = lambda host, name: None
 
@@ -279,7 +283,25 @@ def _convolved(v: Tensor, F: Tensor, depthwise: bool) -> Tensor:
     return out[:, :, 0].transpose(1, 2) if tokens else out
 
 
+def _prefixed(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """[P_k; K] and [P_v; V] at every site; P = W_2 tanh(W_1 E + b_1) + b_2 with an MLP."""
+    labels = host["m"].paths
+    for label, place in zip(labels, host["m"].places, strict=True):
+        keys, values = (tensors.get(f"{label}:{name}") for name in ("keys", "values"))
+        if keys is None:
+            E, W_1, b_1 = (
+                tensors[f"{labels[0]}:{name}"]
+                for name in ("embedding", "hidden.weight", "hidden.bias")
+            )
+            W_2, b_2 = (tensors[f"{label}:out.{name}"] for name in ("weight", "bias"))
+            both = torch.stack([W_2 @ torch.tanh(W_1 @ row + b_1) + b_2 for row in E])
+            shape, half = (len(E), place.heads, place.width), both.shape[1] // 2
+            keys, values = both[:, :half].reshape(shape), both[:, half:].reshape(shape)
+        prepend(plain, label, keys, values)
+
+
 NO_MAP = dict.fromkeys(("t5", "bert", "gpt2", "llama", "plain"), "not known to put out a map")
+NO_ATTENTION = dict.fromkeys(("plain", "cnn"), "nor does any other layer of this host")
 ONE_BY_ONE = dict.fromkeys(("gpt2", "llama"), "one at a time")
 
 MODULES = {
@@ -371,6 +393,14 @@ MODULES = {
         ModuleCase(
             "rescale_input", lambda: mg.Rescale(where="input"), lambda h: h.inner_at,
             _at_each_site(lambda y, x, t: x * t["phi"], on="input"), merges=True,
+        ),
+        ModuleCase(
+            "prefix", lambda: mg.Prefix(length=3), lambda h: h.attention_at, _prefixed,
+            chains_only=True, refused=NO_ATTENTION,
+        ),
+        ModuleCase(
+            "prefix_mlp", lambda: mg.Prefix(length=2, reparametrise=5), lambda h: h.attention_at,
+            _prefixed, chains_only=True, refused=NO_ATTENTION,
         ),
     )
 }  # fmt: skip
@@ -588,9 +618,14 @@ def test_gradient_checkpointing_recomputes_under_the_same_call(
     if not getattr(host.model, "supports_gradient_checkpointing", False):
         pytest.skip(f"{case.name} has no gradient checkpointing")
 
+    under = "0.5*m"
+    if module.chains_only:
+        under = "m"
+        host.use(None)
+
     def gradients() -> list[Tensor]:
         host.zero_grad()
-        with host.using("0.5*m"):
+        with host.using(under):
             loss = tensor_of(host(**case.batch(), **extra(module))).square().mean()
         loss.backward()  # the composition in force is another one by now
         return [p.grad.clone() for p in host["m"].parameters()]
@@ -623,7 +658,8 @@ def test_compiled_once_for_every_composition(case: HostCase, module: ModuleCase)
         return graph
 
     compiled = torch.compile(host, backend=counting, fullgraph=True)
-    for composition in ("m", None, "n", "m >> n", "0.3*n", "m >> 2*n"):
+    scaled = () if module.chains_only else ("0.3*n", "m >> 2*n")
+    for composition in ("m", None, "n", "m >> n", *scaled):
         host.use(composition)
         torch.testing.assert_close(
             run(compiled, case, **extra(module)), run(host, case, **extra(module)),
@@ -733,6 +769,18 @@ def test_two_at_once_equal_the_sum_of_effects(case: HostCase, module: ModuleCase
         with torch.no_grad():
             return tensor_of(host(**batch, **kw, modules=composition))
 
+    if module.chains_only:
+        for refused in ("m + n", "m - n", "2*m", "m >> 0.5*n", "m >> m"):
+            with pytest.raises(mg.ModgraftError, match="cannot be added or scaled"):
+                at(refused)
+        plain = copy.deepcopy(case.model()).double()
+        for name in ("m", "n"):
+            one = {"m": host[name]}
+            module.reference(one, plain, host[name].tensors())  # type: ignore[arg-type]
+        with torch.no_grad():
+            expected = tensor_of(plain(**batch))
+        torch.testing.assert_close(at("m >> n"), expected, rtol=1e-9, atol=1e-11)
+        return
     torch.testing.assert_close(at("m + n"), at("n + m"), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(at("2*(m + n) - m - n"), at("m + n"), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(at("m - m"), at(None), rtol=1e-9, atol=1e-11)

@@ -38,7 +38,8 @@ class HostCase:
     ``adapter_at``: outputs ``[B, n, WIDTH]``, by default after attention and feed-forward (Houlsby
     et al.); ``parallel_at``: sites that take and give ``[B, n, WIDTH]``; ``keys_at`` and
     ``inner_at``: linear layers whose output or input IA³ scales; ``map_at``: a site whose output
-    is a map ``[B, C, H, W]``, None where there is none.
+    is a map ``[B, C, H, W]``, None where there is none; ``attention_at``: attention layers, or a
+    layer that is none where the host has none.
     """
 
     name: str
@@ -53,6 +54,7 @@ class HostCase:
     keys_at: Any = ("key", "value")
     inner_at: Any = "down"
     map_at: str | None = None
+    attention_at: Any = "self_attention"
 
     def model(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
@@ -221,11 +223,11 @@ HOSTS = {
         ),
         HostCase(
             "plain", _plain, _vectors, nn.Linear, "2", adapter_at=["0", "2"], parallel_at="2",
-            keys_at=nn.Linear, inner_at=nn.Linear,
+            keys_at=nn.Linear, inner_at=nn.Linear, attention_at="2",
         ),
         HostCase(
             "cnn", SmallCNN, _pixels, nn.Linear, "mix", adapter_at="mix", parallel_at="mix",
-            keys_at=nn.Linear, inner_at=nn.Linear, map_at="conv",
+            keys_at=nn.Linear, inner_at=nn.Linear, map_at="conv", attention_at="mix",
         ),
     )
 }  # fmt: skip

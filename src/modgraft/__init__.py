@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         Computation,
         FunctionComposition,
         InputComposition,
+        KeyValueComposition,
         ParameterComposition,
         TokenComposition,
     )
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from modgraft.computation.inputs import LinearMap
     from modgraft.computation.intrinsic import IntrinsicDimension
     from modgraft.computation.parameter import LoRA
+    from modgraft.computation.prefix import Prefix
     from modgraft.computation.rescale import Rescale
     from modgraft.computation.sparse import SparseDelta, SparseSubnetwork, Supermask
     from modgraft.context import Side
@@ -44,11 +46,13 @@ __all__ = [
     "Implant",
     "InputComposition",
     "IntrinsicDimension",
+    "KeyValueComposition",
     "LinearMap",
     "LoRA",
     "ModgraftError",
     "ParallelAdapter",
     "ParameterComposition",
+    "Prefix",
     "Rescale",
     "Side",
     "Site",
@@ -65,6 +69,7 @@ _HOMES = {
         "Computation",
         "FunctionComposition",
         "InputComposition",
+        "KeyValueComposition",
         "ParameterComposition",
         "TokenComposition",
     ),
@@ -75,6 +80,7 @@ _HOMES = {
     "computation.inputs": ("LinearMap",),
     "computation.intrinsic": ("IntrinsicDimension",),
     "computation.parameter": ("LoRA",),
+    "computation.prefix": ("Prefix",),
     "computation.rescale": ("Rescale",),
     "computation.sparse": ("SparseDelta", "SparseSubnetwork", "Supermask"),
     "context": ("Side",),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from modgraft import expression as ex
+from modgraft.attention import serve
 from modgraft.computation.base import (
     Computation,
     InputComposition,
@@ -81,8 +82,7 @@ class Host(nn.Module):
         Args:
             name: a Python identifier, new to this host.
             module: a computation by its hyper-parameters, ``LoRA(rank=8)``.
-            at: a role, path pattern, type, predicate or list of these; a module that puts tokens
-                before the host's input needs none.
+            at: a role, path pattern, type, predicate or list of these; a prompt needs none.
             expect: how many sites there must be.
             active: whether it joins the composition in force, at its end.
 
@@ -117,6 +117,7 @@ class Host(nn.Module):
                 f"that one, or wrap the copy that its merge(None) gives"
             )
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
+        serve(module)
         for site, place in zip(sites, implant.places, strict=True):
             graft(site, name, place, self._context)  # type: ignore[arg-type]
         implant.train(self.training)
@@ -178,8 +179,8 @@ class Host(nn.Module):
         for name in read.names():
             if name in inputs and (weights[name] != 1 or not _in_chain(read, name)):
                 raise ModgraftError(
-                    f"{name!r} puts tokens before the input, which cannot be added or scaled in "
-                    f"{str(read)!r}; tokens follow one another as in 'a >> b'"
+                    f"{name!r} puts vectors before the input, which cannot be added or scaled in "
+                    f"{str(read)!r}; they follow one another as in 'a >> b'"
                 )
         return read
 

@@ -20,6 +20,7 @@ from modgraft.changed import Change, one_product
 from modgraft.computation.base import (
     Computation,
     FunctionComposition,
+    KeyValueComposition,
     ParameterComposition,
     TokenComposition,
 )
@@ -30,7 +31,7 @@ from modgraft.residual import Step, shifted
 from modgraft.sites import Site
 from modgraft.splice import splice
 
-_STATE = "_modgraft_state"
+STATE = "_modgraft_state"
 
 
 @dataclass
@@ -50,6 +51,7 @@ class State:
     path: str
     context: Context
     entries: list[Entry] = field(default_factory=list)
+    attended: int = 0  # how often its attention function has run with keys and values of modules
 
     def of(self, kind: type[Computation]) -> list[Entry]:
         """The entries of one kind."""
@@ -59,34 +61,34 @@ class State:
 def graft(site: Site, name: str, module: Computation, context: Context) -> None:
     """Let ``module`` act at ``site`` under ``name``."""
     host = site.module
-    state: State | None = host.__dict__.get(_STATE)
+    state: State | None = host.__dict__.get(STATE)
     if state is None:
         state = State(site.path, context)
-        host.__dict__[_STATE] = state
+        host.__dict__[STATE] = state
         host.__class__ = _grafted(type(host))
     state.entries.append(Entry(name, module, site.part, site.residual))
 
 
 def prune(host: nn.Module, name: str) -> None:
     """Undo :func:`graft`; the last one out restores the class."""
-    state: State = host.__dict__[_STATE]
+    state: State = host.__dict__[STATE]
     state.entries = [entry for entry in state.entries if entry.name != name]
     if not state.entries:
         host.__class__ = type(host).__mro__[1]
-        del host.__dict__[_STATE]
+        del host.__dict__[STATE]
 
 
 def pruned(model: nn.Module) -> nn.Module:
     """``model`` itself, with everything that is implanted in it taken out."""
     for module in model.modules():
-        while (state := module.__dict__.get(_STATE)) is not None:
+        while (state := module.__dict__.get(STATE)) is not None:
             prune(module, state.entries[0].name)
     return model
 
 
 def foreign(model: nn.Module, context: Context) -> list[str]:
     """The sites of ``model`` in which another host has implanted something."""
-    states = [m.__dict__[_STATE] for m in model.modules() if _STATE in m.__dict__]
+    states = [m.__dict__[STATE] for m in model.modules() if STATE in m.__dict__]
     return [state.path for state in states if state.context is not context]
 
 
@@ -117,7 +119,7 @@ def _grafted(original: type[nn.Module]) -> type[nn.Module]:
 
 def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
     """Algorithm 1 of the survey at one site: y = g(r(x), {f(x; θ, φ_j)})."""
-    state: State = host.__dict__[_STATE]
+    state: State = host.__dict__[STATE]
     if torch.compiler.is_compiling():
         call = state.context.traced
         if state.context.in_line:
@@ -160,7 +162,9 @@ def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
     if changes:
         x = _tensor_input(x, host, state)
         changed = one_product(host, forward, x, changes)
+    attended = _attended(state)
     out = forward(host, *args, **kwargs) if changed is None else changed
+    _check_bypass(host, state, active, attended)
     y = before = _tensor_of(out)
     if changed is None and x is not None:
         for change in changes:
@@ -205,7 +209,9 @@ def _run_traced(
         args, kwargs = _shifted(host, state, forward, args, kwargs, fold)
 
     x = _first_tensor(args, kwargs)
+    attended = _attended(state)
     out = forward(host, *args, **kwargs)
+    _check_bypass(host, state, state.entries, attended)
     y = before = _tensor_of(out)
     for entry in state.entries:
         if isinstance(entry.module, ParameterComposition):
@@ -312,7 +318,7 @@ def _run_spliced(
 
 
 def _generate(host: nn.Module, generate: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-    state: State = host.__dict__[_STATE]
+    state: State = host.__dict__[STATE]
     call = state.context.current()
     names = () if call.composition is None else call.composition.names()
     inputs = [e for n in names for e in state.of(TokenComposition) if e.name == n]
@@ -352,6 +358,24 @@ def _named(forward: Callable[..., Any], host: nn.Module, args: tuple, kwargs: di
     for extra in [n for n, p in bound.signature.parameters.items() if p.kind is p.VAR_KEYWORD]:
         named.update(named.pop(extra, {}))
     return named
+
+
+def _attended(state: State) -> int:
+    """How often the site's attention function has run with keys and values of modules."""
+    if torch.compiler.is_compiling():  # written before it is read: no graph is bound to a count
+        state.attended = 0
+    return state.attended
+
+
+def _check_bypass(host: nn.Module, state: State, active: list[Entry], attended: int) -> None:
+    """Refuse a forward in which keys and values that act have met no attention function."""
+    lost = [e.name for e in active if isinstance(e.module, KeyValueComposition)]
+    if lost and state.attended == attended:
+        raise ModgraftError(
+            f"{', '.join(lost)} had no effect at {state.path}: this {type(host).__name__} did not "
+            f"send its attention through transformers' registry of attention functions; "
+            f"host.remove({lost[0]!r}), or set the option of the model's config that by-passes it"
+        )
 
 
 # -- the tensor in what a layer takes and returns ----------------------------------------------

@@ -161,6 +161,16 @@ class TokenComposition(InputComposition):
         """``[batch, k, d]`` embeddings and ``[batch, k]`` bool, True where a token is seen."""
 
 
+class KeyValueComposition(InputComposition):
+    """softmax(Q [P_k; K]ᵀ) [P_v; V] at an attention layer: keys and values before its own."""
+
+    default_at: ClassVar[str | None] = "self_attention"
+
+    @abstractmethod
+    def keys_values(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
+        """P_k and P_v, each ``[batch, kv_heads, k, head_dim]``; every query sees them."""
+
+
 def resolve(name: str) -> type[Computation]:
     """The computation called ``name``, built in or the user's own.
 

@@ -1,0 +1,165 @@
+"""Keys and values of modules before those of an attention layer, at the one place all layers pass.
+
+transformers asks one registry for the function that attends, and calls it with the layer first and
+with the keys and values that the KV cache gave back. ``serve`` puts :func:`_attend` around every
+function the registry hands out, once a process: where modules are in force on that layer, theirs go
+before the layer's own; so a cache never holds them, and each step sees them once. A layer without
+any gets the function it asked for, with the arguments it gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modgraft.computation.base import Computation, KeyValueComposition
+from modgraft.errors import ModgraftError
+from modgraft.implant import STATE, Entry, State, missing_side
+
+SERVED = ("eager", "sdpa")
+_INSTALLED = "_modgraft_installed"
+
+
+def serve(module: Computation) -> None:
+    """See to it that ``module`` reaches the attention functions, if it is of keys and values."""
+    if not isinstance(module, KeyValueComposition):
+        return
+    from transformers.modeling_utils import AttentionInterface
+
+    original = AttentionInterface.get_interface
+    if _INSTALLED in original.__dict__:
+        return
+
+    @wraps(original)
+    def get_interface(self: Any, attn_implementation: str | None, default: Callable) -> Callable:
+        function = original(self, attn_implementation, default)  # type: ignore[arg-type]
+        return partial(_attend, function, attn_implementation or "eager")
+
+    get_interface.__dict__[_INSTALLED] = True
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+
+
+def _attend(
+    function: Callable[..., Any],
+    kind: str,
+    layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """``function`` of what is in force at ``layer`` before its own keys ``[B, h, n, d]``."""
+    state: State | None = layer.__dict__.get(STATE)
+    entries = [] if state is None else _in_force(state)
+    if state is None or not entries:
+        return function(layer, query, key, value, attention_mask, *args, **kwargs)
+    if kind not in SERVED or kwargs.get("cache") is not None:
+        raise ModgraftError(
+            f"{entries[0].name!r} puts keys and values before those of {state.path}, which is "
+            f"written for attention by {' and '.join(SERVED)}, not by {kind!r} here; "
+            f"host.model.set_attn_implementation('sdpa')"
+        )
+    made = [_keys_values(entry, state, key) for entry in entries]
+    counts = [keys.shape[2] for keys, _ in made]
+    seen = None
+    if torch.compiler.is_compiling():  # all that are resident; the weights say which are seen
+        weights = state.context.weights
+        each = [
+            (weights[e.name] != 0).expand(count) for e, count in zip(entries, counts, strict=True)
+        ]
+        seen = torch.cat(each)  # [k]
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(layer, "is_causal", True)
+    # an eager function takes no mask to mean that all is seen, sdpa that the layer knows
+    causal = causal and kind == "sdpa" and query.shape[2] > 1
+    mask = _extended(attention_mask, query, key, sum(counts), causal, seen, kind)
+    if kwargs.get("position_bias") is not None:  # [1, h, q, n]: of the layer's own keys alone
+        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (sum(counts), 0))
+    state.attended += 1
+    key = torch.cat([*(keys for keys, _ in made), key], dim=2)  # [B, h, k + n, d]
+    value = torch.cat([*(values for _, values in made), value], dim=2)
+    return function(layer, query, key, value, mask, *args, **kwargs)
+
+
+def _in_force(state: State) -> list[Entry]:
+    """The modules of keys and values at a site, in the order of the composition.
+
+    In compiled code all of them: a switch of composition writes weights and changes no graph.
+    """
+    entries = state.of(KeyValueComposition)
+    if not entries or torch.compiler.is_compiling():
+        return entries
+    composition = state.context.current().composition
+    names = () if composition is None else composition.names()
+    return [entry for name in names for entry in entries if entry.name == name]
+
+
+def _keys_values(entry: Entry, state: State, key: Tensor) -> tuple[Tensor, Tensor]:
+    """What a module puts before keys like ``key`` ``[B, h, n, d]``."""
+    module, (batch, heads, _, width) = entry.module, key.shape
+    assert isinstance(module, KeyValueComposition)  # noqa: S101
+    side = None
+    if module.needs is not None:
+        compiling = torch.compiler.is_compiling()
+        call = state.context.traced if compiling else state.context.current()
+        side = call.side_input(module.needs, batch)
+        if side is None:
+            raise missing_side(entry.name, module.needs)
+    keys, values = module.keys_values(batch, side)
+    for made in (keys, values):
+        if made.shape[:2] != (batch, heads) or made.shape[3] != width:
+            raise ModgraftError(
+                f"{entry.name!r} made keys or values {list(made.shape)} for {state.path}, which "
+                f"attends to [{batch}, {heads}, n, {width}]; choose another attention layer with "
+                f"at=, or leave this one out"
+            )
+    return keys.to(key.dtype), values.to(key.dtype)
+
+
+def _extended(
+    mask: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    count: int,
+    causal: bool,
+    seen: Tensor | None,
+    kind: str,
+) -> Tensor | None:
+    """A layer's mask with ``count`` columns before it, seen by every query.
+
+    Args:
+        mask: ``[B or 1, h or 1, q or 1, n]``, bool (True is seen) or added to the scores.
+        query: ``[B, h, q, d]``.
+        key: ``[B, h, n, d]``, the layer's own.
+        count: how many keys go before them.
+        causal: what no mask means: a query sees the keys up to its own position, else all.
+        seen: ``[count]`` bool, which of them are seen; None: all.
+        kind: the attention function, which takes a bool mask (sdpa) or an added one (eager).
+    """
+    q, n = query.shape[2], key.shape[2]
+    if mask is None:
+        if seen is None and not causal:
+            return None
+        if kind == "sdpa":
+            mask = torch.ones(1, 1, q, n, dtype=torch.bool, device=key.device)
+            mask = mask.tril() if causal else mask
+        else:
+            mask = torch.zeros(1, 1, q, n, dtype=query.dtype, device=key.device)
+    if mask.shape[-1] != n:
+        mask = mask.expand(*mask.shape[:-1], n)
+    shape = (*mask.shape[:-1], count)
+    if mask.dtype == torch.bool:
+        columns = mask.new_ones(shape) if seen is None else seen.expand(shape)
+    else:
+        columns = mask.new_zeros(shape)
+        if seen is not None:  # −inf, where a text's own columns may all be the least number
+            columns = columns.masked_fill(~seen, -torch.inf)
+    return torch.cat([columns, mask], dim=-1)  # [.., .., q or 1, k + n]

@@ -1,0 +1,81 @@
+"""Prefix tuning: trained keys and values at every attention layer."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.computation.base import Computation, KeyValueComposition
+from modgraft.computation.heads import key_value_shape
+from modgraft.context import Side
+from modgraft.errors import ModgraftError
+from modgraft.sites import Site
+
+
+@final
+class Prefix(KeyValueComposition):
+    """softmax(Q [P_k; K]ᵀ·s) [P_v; V] with φ = (P_k, P_v) at every attention layer.
+
+    Prefix tuning (Li & Liang 2021, arXiv:2101.00190): P_k and P_v ``[k, heads, d]`` go before the
+    keys and values of a layer, and every query sees them. The text keeps its own positions: the
+    first token stays at position 0, prefix keys are not rotated, and T5's relative bias is zero for
+    them; so the length of a prefix takes none of the host's positions. (In PEFT a prefix is a KV
+    cache: the text's positions begin after it.) The layer's scores come back with k more columns.
+
+    Args:
+        length: k.
+        reparametrise: the hidden width h of the paper's section 4.3: P is then an MLP's output,
+            (P_k, P_v) = W_2 tanh(W_1 E + b_1) + b_2, with E ``[k, e]`` (e the host's width) and
+            W_1 ``[h, e]`` shared by all sites, the first of which owns them, and W_2 of the site.
+            It is saved as it is, so that training resumes; ``mg.fold_prefix`` makes the plain one.
+
+    Raises:
+        ModgraftError: for a length or a width below 1, or a site that is no attention layer of
+            transformers.
+    """
+
+    length: int = 10
+    reparametrise: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ModgraftError(f"Prefix(length={self.length}): a prefix has at least 1 vector")
+        if self.reparametrise is not None and self.reparametrise < 1:
+            raise ModgraftError(
+                f"Prefix(reparametrise={self.reparametrise}): the MLP's hidden width is at least "
+                f"1; for a prefix without one leave it out, Prefix(length={self.length})"
+            )
+
+    def build(self, site: Site) -> None:  # noqa: D102
+        self.heads, self.width = key_value_shape("Prefix", site)
+        self._first: tuple[Prefix, ...] = ()  # in a tuple: no child of this site's
+        if self.reparametrise is None:
+            self.keys = nn.Parameter(torch.empty(self.length, self.heads, self.width))
+            self.values = nn.Parameter(torch.empty(self.length, self.heads, self.width))
+            for tensor in (self.keys, self.values):
+                nn.init.normal_(tensor, std=0.02)
+        else:
+            self.embedding = nn.Parameter(torch.randn(self.length, site.width))
+            self.hidden = nn.Linear(site.width, self.reparametrise)
+            self.out = nn.Linear(self.reparametrise, 2 * self.heads * self.width)
+
+    def tie(self, first: Computation) -> None:
+        """Use the embedding and the first layer of the first site's MLP."""
+        if self.reparametrise is not None and isinstance(first, Prefix):
+            del self.embedding, self.hidden
+            self._first = (first,)
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """P_k and P_v as they are now, each ``[k, heads, d]``."""
+        if self.reparametrise is None:
+            return self.keys, self.values
+        first = self._first[0] if self._first else self
+        made = self.out(torch.tanh(first.hidden(first.embedding)))  # [k, 2·heads·d]
+        keys, values = made.reshape(self.length, 2, self.heads, self.width).unbind(1)
+        return keys, values
+
+    def keys_values(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        keys, values = (t.transpose(0, 1).expand(batch, -1, -1, -1) for t in self.plain())
+        return keys, values  # [B, heads, k, d]
