@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from modgraft.host import Host, Implant
     from modgraft.sites import Site
     from modgraft.training.lottery import magnitude_pruning, sparse_finetuning
+    from modgraft.training.prefix import fold_prefix, prefix_from_text
 
 __version__ = "0.1.0"
 
@@ -60,7 +61,9 @@ __all__ = [
     "SparseSubnetwork",
     "Supermask",
     "TokenComposition",
+    "fold_prefix",
     "magnitude_pruning",
+    "prefix_from_text",
     "sparse_finetuning",
 ]
 
@@ -88,6 +91,7 @@ _HOMES = {
     "host": ("Host", "Implant"),
     "sites": ("Site",),
     "training.lottery": ("magnitude_pruning", "sparse_finetuning"),
+    "training.prefix": ("fold_prefix", "prefix_from_text"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,7 +9,9 @@ any gets the function it asked for, with the arguments it gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any
 
@@ -23,6 +25,9 @@ from modgraft.implant import STATE, Entry, State, missing_side
 
 SERVED = ("eager", "sdpa")
 _INSTALLED = "_modgraft_installed"
+_observed: ContextVar[dict[nn.Module, tuple[Tensor, Tensor]] | None] = ContextVar(
+    "modgraft_observed", default=None
+)
 
 
 def serve(module: Computation) -> None:
@@ -44,6 +49,17 @@ def serve(module: Computation) -> None:
     AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
 
 
+@contextmanager
+def observed() -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """The keys and values ``[B, h, n, d]`` of the layers that attend inside a ``with`` block."""
+    found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    token = _observed.set(found)
+    try:
+        yield found
+    finally:
+        _observed.reset(token)
+
+
 def _attend(
     function: Callable[..., Any],
     kind: str,
@@ -58,6 +74,8 @@ def _attend(
     """``function`` of what is in force at ``layer`` before its own keys ``[B, h, n, d]``."""
     state: State | None = layer.__dict__.get(STATE)
     entries = [] if state is None else _in_force(state)
+    if not torch.compiler.is_compiling() and (found := _observed.get()) is not None:
+        found[layer] = key, value
     if state is None or not entries:
         return function(layer, query, key, value, attention_mask, *args, **kwargs)
     if kind not in SERVED or kwargs.get("cache") is not None:

@@ -1,0 +1,84 @@
+"""What belongs to a prefix beside its forward: a start from a real text, and folding its MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from modgraft.attention import observed
+from modgraft.computation.prefix import Prefix
+from modgraft.errors import ModgraftError
+from modgraft.handle import Implant
+from modgraft.host import Host
+
+
+def prefix_from_text(host: Host, name: str, **batch: Any) -> None:
+    """Set a prefix to the keys and values that the bare host has for a text of k tokens.
+
+    Li & Liang 2021, section 4.3 and figure 5: real words make a better start than random numbers
+    where there is little data. In a causal decoder the prefix then is that text, at positions 0
+    to k − 1.
+
+    Args:
+        host: where the prefix is implanted.
+        name: a ``Prefix`` without an MLP.
+        **batch: one text for the host's ``forward``, ``input_ids`` ``[1, k]`` (and
+            ``decoder_input_ids`` ``[1, k]``).
+
+    Raises:
+        ModgraftError: for another module, or a text that does not give each site k keys.
+    """
+    places = _places(host, name)
+    if places[0].reparametrise is not None:
+        raise ModgraftError(
+            f"the MLP of {name!r} decides what its keys and values are; start from a text with "
+            f"Prefix(length={places[0].length})"
+        )
+    with torch.no_grad(), observed() as found:
+        host(**batch, modules=None)
+    starts = []
+    for path, place in zip(host[name].paths, places, strict=True):
+        start = found.get(host.model.get_submodule(path))
+        shape = [] if start is None else list(start[0].shape)
+        if start is None or shape[0] != 1 or shape[2] != place.length:
+            raise ModgraftError(
+                f"{path} sees keys {shape or 'of none'} for this text, where {name!r} needs one "
+                f"text of {place.length} tokens [1, heads, {place.length}, d]"
+            )
+        starts.append(start)
+    with torch.no_grad():
+        for place, (keys, values) in zip(places, starts, strict=True):
+            place.keys.copy_(keys[0].transpose(0, 1))  # [heads, k, d] → [k, heads, d]
+            place.values.copy_(values[0].transpose(0, 1))
+
+
+def fold_prefix(host: Host, name: str, into: str) -> Implant:
+    """Implant the plain prefix that ``name``, whose MLP is needed to train it alone, has come to.
+
+    Args:
+        host: where it is implanted.
+        name: a ``Prefix(reparametrise=…)``; it stays as it is, and can be trained on.
+        into: the name of the new one, which is not put in force. It is what
+            ``host.save(into, …)`` shares.
+
+    Raises:
+        ModgraftError: for another module, or a name in use.
+    """
+    places = _places(host, name)
+    sites = list(host[name].paths)
+    folded = host.implant(into, Prefix(places[0].length), sites, expect=len(sites), active=False)
+    with torch.no_grad():
+        for place, plain in zip(places, folded.places, strict=True):
+            assert isinstance(plain, Prefix)  # noqa: S101
+            for tensor, value in zip(plain.plain(), place.plain(), strict=True):
+                tensor.copy_(value)
+    return folded
+
+
+def _places(host: Host, name: str) -> list[Prefix]:
+    places = [place for place in host[name].places if isinstance(place, Prefix)]
+    if not places:
+        kind = type(host[name].method).__name__
+        raise ModgraftError(f"{name!r} is a {kind}; this is for mg.Prefix(length=…)")
+    return places
