@@ -130,9 +130,8 @@ def test_repr_tells_what_is_where() -> None:
     host = mg.Host(HOSTS["t5"].model())
     host.implant("qa", mg.LoRA(rank=2), at=QV)
     text = repr(host)
-    assert "qa: LoRA(rank=2, alpha=None, dropout=0.0, rslora=False, dora=False, " in text
-    assert "12 sites" in text
-    assert f"{host['qa'].size:,} parameters" in text
+    assert "LoRA(rank=2)" in text
+    assert f"{host['qa'].size:,} train" in text
 
 
 def test_damaged_module_folders(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from modgraft.cli_inspect import inspect
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -25,6 +27,7 @@ mmcot = typer.Typer(
     help="Multimodal chain of thought: T5 with gated image fusion, in two stages.",
 )
 app.add_typer(mmcot, name="mmcot")
+app.command("inspect")(inspect)
 
 JOBS = min(2, os.cpu_count() or 1)
 Run = Annotated[Path, typer.Option(help="The run's folder.")]

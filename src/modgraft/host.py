@@ -94,6 +94,11 @@ class Host(nn.Module):
                 site the method is not defined at. The host is then as it was.
         """
         ex.check_name(name)
+        if hasattr(nn.ModuleDict, name):
+            raise ModgraftError(
+                f"{name!r} cannot name a module: every nn.Module has an attribute of that name; "
+                f"take another, such as {name + '_1'!r}"
+            )
         if name in self.implants:
             raise ModgraftError(
                 f"{name!r} is implanted already; host.remove({name!r}) first, or take another name"
@@ -360,21 +365,9 @@ class Host(nn.Module):
         return self.model.config
 
     def __repr__(self) -> str:
-        own = sum(p.numel() for p in self.model.parameters())
-        trains = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        rows = [
-            f"Host({type(self.model).__name__}, {own:,} parameters, {trains:,} train, "
-            f"in force: {self.composition or 'the bare host'})"
-        ]
-        for name, implant in self.implants.items():
-            assert isinstance(implant, Implant)  # noqa: S101
-            some = ", ".join(p or "input" for p in implant.paths[:2])
-            more = f" … {len(implant.paths)} sites" if len(implant.paths) > 2 else ""
-            rows.append(
-                f"  {name}: {implant.method!r} at {some}{more}, {implant.size:,} parameters "
-                f"({100 * implant.size / max(own, 1):.2f} %)"
-            )
-        return "\n".join(rows)
+        from modgraft.look import describe
+
+        return describe(self)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -10,22 +10,28 @@ from torch import nn
 SAMPLES = 256  # values read from each tensor: a host of any size is known in well under a second
 
 
+def shape_fingerprint(model: nn.Module) -> dict[str, str]:
+    """What can be told of a host without its weights.
+
+    Returns:
+        ``architecture``, the class's name; ``shape``, a hash over names and shapes of the weights.
+    """
+    shape = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters(remove_duplicate=True)):
+        shape.update(f"{name}{list(tensor.shape)};".encode())
+    return {"architecture": type(model).__name__, "shape": shape.hexdigest()[:16]}
+
+
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """A host's fingerprint.
 
     Returns:
-        ``architecture``, the class's name; ``shape``, a hash over names and shapes of the weights;
-        ``weights``, a hash over evenly spaced values of each (in float32, so that it is the same on
-        every device, but not after a change of precision).
+        :func:`shape_fingerprint`, and ``weights``, a hash over evenly spaced values of each weight
+        (in float32, so that it is the same on every device, but not after a change of precision).
     """
-    shape, weights = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters(remove_duplicate=True)):
-        shape.update(f"{name}{list(tensor.shape)};".encode())
+    weights = hashlib.sha256()
+    for _, tensor in sorted(model.named_parameters(remove_duplicate=True)):
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // SAMPLES)
         weights.update(flat[::step].to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return {
-        "architecture": type(model).__name__,
-        "shape": shape.hexdigest()[:16],
-        "weights": weights.hexdigest()[:16],
-    }
+    return {**shape_fingerprint(model), "weights": weights.hexdigest()[:16]}

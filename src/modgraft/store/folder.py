@@ -62,7 +62,7 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
         CheckpointError: for a folder that is not whole, tensors that do not fit, NaN among them, or
             (``strict``) a module trained in another host. The host is then as it was.
     """
-    card, tensors = _read(folder)
+    card, tensors = read(folder)
     own, theirs = fingerprint(host.model), card["host"]
     if strict and own != theirs:
         differs = [k for k in own if own[k] != theirs.get(k)]
@@ -83,7 +83,12 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
     return implant
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A saved module's card and its tensors.
+
+    Raises:
+        CheckpointError: for a folder that is not whole.
+    """
     path = folder / "module.json"
     if not path.is_file():
         raise CheckpointError(f"no module in {folder}: {path.name} is not there")

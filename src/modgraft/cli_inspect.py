@@ -1,0 +1,251 @@
+"""``modgraft inspect``: a model's sites, what a selection matches, which saved modules fit it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SHOWN = 8
+"""Sites of a selection that are listed; --json has them all."""
+
+
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="A folder that save_pretrained wrote, or a hub name.")
+    ],
+    at: Annotated[
+        list[str] | None,
+        typer.Option(help="A role or path pattern: what does it match? May be given again."),
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="The rank that --at counts LoRA's cost at.")] = 8,
+    modules: Annotated[
+        list[Path] | None,
+        typer.Option(help="A saved module's folder: does it fit? May be given again."),
+    ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Read the weights too; else config.json is enough.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+) -> None:
+    """Show a model's sites by role, and what can be implanted where.
+
+    [bold]Examples[/bold]
+
+      modgraft inspect bert-base-uncased                    fetches its config.json alone
+
+      modgraft inspect ./my-model --at query --at value --rank 16
+
+      modgraft inspect ./my-model --modules modules/qa --weights
+    """
+    host = read_model(model, weights)
+    report: dict[str, Any] = {"model": model, **_overview(host)}
+    if at:
+        report["selection"] = _selection(host, at, rank)
+    if modules:
+        report["modules"] = [_card(host, folder, weights) for folder in modules]
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    _print(host, report)
+
+
+def read_model(name: str, weights: bool = False) -> nn.Module:
+    """The model of a folder or of a hub name, without its weights unless they are asked for.
+
+    Raises:
+        DataError: for a folder without a config, a config that cannot be read, or a name that
+            cannot be fetched.
+    """
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
+    from modgraft.errors import DataError
+
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise DataError(
+            "no config.json here", file=folder,
+            remedy="Give a folder that model.save_pretrained(folder) wrote, or a hub name",
+        )  # fmt: skip
+    if folder.is_file() or (not folder.exists() and name.count("/") != 1 and "/" in name):
+        raise DataError(
+            "this is no folder", file=name,
+            remedy="Give a folder with a config.json, or a hub name such as bert-base-uncased",
+        )  # fmt: skip
+    if not folder.exists():
+        what = "config.json and the weights" if weights else "config.json, no weights,"
+        typer.echo(f"fetching {what} of {name} from the Hugging Face hub", err=True)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        kind = _class_of(config)
+        if weights:
+            return kind.from_pretrained(name)
+        with torch.device("meta"):  # shapes alone: no memory, whatever the size
+            return kind(config)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        remedy = (
+            "See whether its config.json is whole, and its model_type one that transformers "
+            f"{transformers.__version__} knows; any other model: print(mg.Host(model)) in Python"
+            if folder.exists()
+            else "See the name and the network, or give a folder that you have"
+        )
+        raise DataError(first.rstrip("."), file=name, remedy=remedy) from error
+
+
+def _class_of(config: Any) -> Any:
+    """The class that ``config.architectures`` names, else the bare model of its type."""
+    import transformers
+
+    for name in config.architectures or ():
+        if (found := getattr(transformers, name, None)) is not None:
+            return found
+        typer.echo(f"transformers has no {name}; the bare model is shown", err=True)
+    return transformers.AutoModel._model_mapping[type(config)]
+
+
+def _overview(model: nn.Module) -> dict[str, Any]:
+    from modgraft.anatomy import family_of
+    from modgraft.look import rows_of
+
+    return {
+        "architecture": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "roles": family_of(model) is not None,
+        "sites": [
+            {
+                "at": row.at,
+                "paths": [site.label for site in row.sites],
+                "shape": row.shape,
+                "type": row.kind,
+            }
+            for row in rows_of(model)
+        ],
+    }
+
+
+def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]:
+    from modgraft.look import lora_cost, shape_of
+    from modgraft.sites import find
+
+    sites = find(model, list(at))
+    return {
+        "at": list(at),
+        "sites": [
+            {"path": s.label, "shape": shape_of(s), "type": type(s.module).__name__} for s in sites
+        ],
+        "rank": rank,
+        "lora_parameters": lora_cost(sites, rank),
+    }
+
+
+def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
+    """A saved module's card, its size, and whether it is of this host."""
+    from modgraft.errors import SiteError
+    from modgraft.sites import find
+    from modgraft.store.fingerprint import fingerprint, shape_fingerprint
+    from modgraft.store.folder import read
+
+    card, tensors = read(folder)
+    own = fingerprint(model) if weights else shape_fingerprint(model)
+    differs = [key for key, value in own.items() if card["host"].get(key) != value]
+    absent = []
+    for path in card["sites"]:
+        try:
+            find(model, path)
+        except SiteError:
+            absent.append(path)
+    return {
+        "folder": str(folder),
+        "name": card["name"],
+        "type": card["type"],
+        "config": card["config"],
+        "sites": len(card["sites"]),
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "fits": not differs and not absent,
+        "compared": list(own),
+        "differs": differs,
+        "absent": absent,
+    }
+
+
+def _print(model: nn.Module, report: dict[str, Any]) -> None:
+    from modgraft.look import sites_table
+
+    console = Console(highlight=False, markup=False)
+    console.print(f"{report['architecture']}: {report['parameters']:,} parameters")
+    if not report["roles"]:
+        console.print("of no family whose roles are known: its sites by path and type")
+    console.print()
+    _show(console, sites_table(model))
+    if "selection" in report:
+        _print_selection(console, report["selection"], report["parameters"])
+    if "modules" in report:
+        _print_modules(console, report["modules"], report["parameters"])
+
+
+def _print_selection(console: Console, chosen: dict[str, Any], own: int) -> None:
+    from modgraft.look import table
+
+    sites, rank, cost = chosen["sites"], chosen["rank"], chosen["lora_parameters"]
+    console.print(f"\n{', '.join(chosen['at'])}: {len(sites)} sites")
+    if cost is None:
+        console.print(f"LoRA(rank={rank}) needs a weight matrix of that rank at every one of them")
+    else:
+        console.print(f"LoRA(rank={rank}): {cost:,} parameters, {_share(cost, own)} of the model")
+    rows = [(s["path"], s["shape"], s["type"]) for s in sites[:SHOWN]]
+    if len(sites) > SHOWN:
+        rows.append((f"and {len(sites) - SHOWN} more", "", ""))
+    console.print()
+    _show(console, table(("site", "weight or width", "type"), rows))
+
+
+def _print_modules(console: Console, cards: Sequence[dict[str, Any]], own: int) -> None:
+    from modgraft.look import table
+
+    rows = []
+    for card in cards:
+        options = ", ".join(f"{k}={v!r}" for k, v in card["config"].items())
+        size = card["parameters"]
+        rows.append(
+            (
+                card["name"],
+                f"{card['type']}({options})",
+                f"{card['sites']}",
+                f"{size:,}",
+                _share(size, own),
+                _verdict(card),
+            )
+        )
+    console.print()
+    columns = ("module", "method", "sites", "parameters", "of the model", "fits")
+    _show(console, table(columns, rows))
+
+
+def _show(console: Console, made: Table) -> None:
+    """A table as wide as the terminal, or as wide as it is where the output goes elsewhere."""
+    from modgraft.look import plain
+
+    console.print(made if console.is_terminal else plain(made), soft_wrap=not console.is_terminal)
+
+
+def _share(size: int, own: int) -> str:
+    return f"{100 * size / max(1, own):.2f} %"
+
+
+def _verdict(card: dict[str, Any]) -> str:
+    if card["absent"]:
+        return f"no: {len(card['absent'])} of its sites are not here, {card['absent'][0]} for one"
+    if card["differs"]:
+        return f"no: another host ({', '.join(card['differs'])})"
+    return "yes" if "weights" in card["compared"] else "in shape; weights not compared (--weights)"

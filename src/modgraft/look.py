@@ -1,0 +1,219 @@
+"""What is where in a host: its sites, the modules in it, and what trains, as tables of text.
+
+Each row of sites begins with a selection: what stands there can be given as ``at=``.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING
+
+from rich.box import Box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from modgraft.anatomy import family_of
+from modgraft.computation.base import Computation
+from modgraft.computation.layers import weight_matrix
+from modgraft.errors import SiteError
+from modgraft.sites import Site, find
+
+if TYPE_CHECKING:
+    from modgraft.host import Host
+
+SITES = ("sites at", "number", "first", "weight or width", "type")
+MODULES = ("module", "method", "sites", "first", "parameters", "of the host", "trains", "in force")
+RIGHT = ("number", "parameters", "of the host", "sites")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The sites that one selection means.
+
+    Attributes:
+        at: the selection.
+        sites: what it selects.
+    """
+
+    at: str
+    sites: Sequence[Site]
+
+    @property
+    def shape(self) -> str:
+        """The weight ``out × in`` of a linear layer, the width of another; a `…` if they differ."""
+        return _first_of(shape_of(site) for site in self.sites)
+
+    @property
+    def kind(self) -> str:
+        """The type of its sub-modules; a `…` if they differ."""
+        return _first_of(type(site.module).__name__ for site in self.sites)
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text."""
+        first = self.sites[0].label or "the host"
+        return self.at, f"{len(self.sites)}", first, self.shape, self.kind
+
+
+def shape_of(site: Site) -> str:
+    """``"64 × 32"`` for a layer with such a weight, else how wide its output is, or –."""
+    try:
+        rows, columns = weight_matrix(site.module, site.part).shape
+        return f"{rows:,} × {columns:,}"
+    except (SiteError, ValueError):
+        pass
+    try:
+        return f"{site.width:,}"
+    except SiteError:
+        return "–"
+
+
+def lora_cost(sites: Iterable[Site], rank: int) -> int | None:
+    """The parameters of LoRA at ``rank`` over ``sites``; None where it is not defined at one."""
+    total = 0
+    for site in sites:
+        try:
+            rows, columns = weight_matrix(site.module, site.part).shape
+        except (SiteError, ValueError):
+            return None
+        if rank > min(rows, columns):
+            return None
+        total += rank * (rows + columns)
+    return total
+
+
+def rows_of(model: nn.Module) -> list[Row]:
+    """The sites of ``model``: by role where its family is known, else by path pattern and type."""
+    family = family_of(model)
+    if family is None:
+        return _by_pattern(model)
+    rows = []
+    for role in family.roles:
+        try:
+            rows.append(Row(role, find(model, role)))
+        except SiteError:  # a role that this model of the family has not: an encoder alone, say
+            continue
+    return rows
+
+
+def _by_pattern(model: nn.Module) -> list[Row]:
+    groups: dict[tuple[str, type], list[str]] = {}
+    for path, module in model.named_modules():
+        own = any(True for _ in module.parameters(recurse=False))
+        inner = not own and any(True for _ in module.parameters())
+        if path and (own or (inner and not isinstance(module, nn.ModuleList | nn.Sequential))):
+            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+            groups.setdefault((pattern, type(module)), []).append(path)
+    rows = []
+    for (pattern, _), paths in groups.items():
+        for at in (pattern, _numbered(paths), "{" + ",".join(paths) + "}"):
+            sites = find(model, at)
+            if [site.path for site in sites] == paths:
+                rows.append(Row(at, sites))
+                break
+    return rows
+
+
+def _numbered(paths: Sequence[str]) -> str:
+    """``"layer.{0,1}.ffn"``: every number that stands at a place of one of the paths."""
+    places = [
+        list(dict.fromkeys(parts)) for parts in zip(*(p.split(".") for p in paths), strict=True)
+    ]
+    return ".".join(p[0] if len(p) == 1 else "{" + ",".join(p) + "}" for p in places)
+
+
+def brief(method: Computation) -> str:
+    """A method as it would be written: what differs from the defaults alone."""
+    parts = []
+    for field in fields(method):  # type: ignore[arg-type]
+        value = getattr(method, field.name)
+        if field.default is MISSING or value != field.default:
+            shown = brief(value) if isinstance(value, Computation) else repr(value)
+            parts.append(f"{field.name}={shown}")
+    return f"{type(method).__name__}({', '.join(parts)})"
+
+
+def modules_table(host: Host) -> Table:
+    """The modules implanted in ``host``, one a row."""
+    own = max(1, _size(host.model))
+    weights = {} if host.composition is None else host.composition.weights()
+    rows = []
+    for name in host.implants:
+        implant = host[name]
+        learns = [p.requires_grad for p in implant.parameters()]
+        rows.append(
+            (
+                name,
+                brief(implant.method),
+                f"{len(implant.paths)}",
+                implant.paths[0] or "the input",
+                f"{implant.size:,}",
+                f"{100 * implant.size / own:.2f} %",
+                "yes" if learns and all(learns) else "in part" if any(learns) else "no",
+                f"× {weights[name]:g}" if weights.get(name, 1) != 1 else _yes(name in weights),
+            )
+        )
+    return table(MODULES, rows)
+
+
+def summary(host: Host) -> str:
+    """One line: the model, its parameters, what trains, and the composition in force."""
+    trains = sum(p.numel() for p in host.parameters() if p.requires_grad)
+    return (
+        f"Host({type(host.model).__name__}): {_size(host.model):,} parameters, {trains:,} train; "
+        f"in force: {host.composition or 'the bare host'}"
+    )
+
+
+def sites_table(model: nn.Module, title: str = "") -> Table:
+    """The sites of ``model``, one selection a row."""
+    return table(SITES, [row.cells() for row in rows_of(model)], title)
+
+
+def describe(host: Host) -> str:
+    """What ``print(host)`` shows: plain text, aligned, for a terminal, a notebook or a log."""
+    parts = [summary(host)]
+    if len(host.implants):
+        parts.append(plain(modules_table(host)))
+    parts.append(plain(sites_table(host.model)))
+    return "\n\n".join(parts)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
+    """A table whose cells are text as it is: ``[0/3]`` is no markup."""
+    made = Table(title=title or None, title_justify="left", box=_RULE, padding=(0, 1, 0, 0))
+    made.show_edge = False
+    for name in columns:
+        side = "right" if name in RIGHT else "left"
+        made.add_column(name, justify=side, overflow="fold", header_style="bold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
+
+
+def plain(made: Table) -> str:
+    """A table without colour, as wide as it is."""
+    out = io.StringIO()
+    Console(file=out, width=1000, color_system=None, force_terminal=False).print(made)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n")
+"""Columns apart by two blanks, and one rule below the header."""
+
+
+def _first_of(values: Iterable[str]) -> str:
+    found = list(dict.fromkeys(values))
+    return found[0] + (" …" if len(found) > 1 else "")
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
