@@ -108,6 +108,15 @@ def build(name: str) -> nn.Module:
     return model.eval()
 
 
+def without_positions(t5: nn.Module) -> None:
+    """Relative positions that weigh nothing: where a prefix of k is there, ``adapters`` counts
+    the keys from k on and the queries from 0, so that a token is k away from itself."""
+    with torch.no_grad():
+        for name, parameter in t5.named_parameters():
+            if "relative_attention_bias" in name:
+                parameter.zero_()
+
+
 def batch(name: str) -> dict[str, Tensor]:
     """Three examples, the second padded at its end."""
     generator = torch.Generator().manual_seed(1)
@@ -123,6 +132,8 @@ def batch(name: str) -> dict[str, Tensor]:
 def run(host: str, method: str) -> dict[str, Tensor]:
     """One method in one host: its tensors, their gradients, and the output."""
     model = build(host)
+    if host == "t5" and method.startswith("prefix"):
+        without_positions(model)
     adapters.init(model)
     bare = set(model.state_dict())
     kind, options = METHODS[method]

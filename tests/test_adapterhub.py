@@ -227,3 +227,59 @@ def test_ia3(name: str) -> None:
     implant = host.implant("m", mg.Rescale(), at=["key", "value", last])
     names: Names = {"phi": ("lora_B", lambda t: t)}
     check(host, name, "ia3", pairs(implant, name, "ia3", LORAS, names))
+
+
+# One of theirs holds the prefixes of all layers of a kind: ours is a module a kind.
+PREFIXES = {
+    "bert": {"self_prefix": None},
+    "gpt2": {"self_prefix": None},
+    "t5": {
+        "encoder_prefix": "encoder.*.SelfAttention",
+        "self_prefix": "decoder.*.SelfAttention",
+        "cross_prefix": "cross_attention",
+    },
+    "llama": {"self_prefix": None},
+}
+
+
+@pytest.mark.parametrize("method", ["prefix", "prefix_reparametrised"])
+@pytest.mark.parametrize("name", PREFIXES)
+def test_prefix(name: str, method: str) -> None:
+    host = rebuilt(name)
+    with torch.no_grad():  # with a prefix, theirs moves the text's keys away from its queries
+        for key, parameter in host.model.named_parameters():
+            if "relative_attention_bias" in key:
+                parameter.zero_()
+    width = 8 if method == "prefix_reparametrised" else None
+    keys = [k.split("/")[2] for k in fixture(method) if k.startswith(f"{name}/tensor/")]
+    matched: list[tuple[nn.Parameter, str, Callable[[Tensor], Tensor]]] = []
+    for kind, at in PREFIXES[name].items():
+        implant = host.implant(kind, mg.Prefix(length=4, reparametrise=width), at=at)
+        stem = next(k for k in keys if f".{kind}." in k).partition(f".{kind}.")[0]
+        theirs = f"{stem}.{kind}.control_trans"
+        for i, place in enumerate(implant.places):
+            if width is None:
+                for j, parameter in enumerate((place.keys, place.values)):
+                    matched.append((parameter, theirs, _layer_of(2 * i + j, len(implant.paths))))
+                continue
+            for part in ("weight", "bias"):
+                parameter = place.get_parameter(f"out.{part}")
+                change = _chunk_of(i, len(implant.paths))
+                matched.append((parameter, f"{theirs}.2.{part}", change))
+        if width is not None:
+            first = implant.places[0]
+            matched.append((first.embedding, f"{stem}.{kind}.wte.weight", lambda t: t))
+            for part in ("weight", "bias"):
+                parameter = first.get_parameter(f"hidden.{part}")
+                matched.append((parameter, f"{theirs}.0.{part}", lambda t: t))
+    assert {theirs for _, theirs, _ in matched} == set(keys)
+    check(host, name, method, matched)
+
+
+def _layer_of(index: int, layers: int) -> Callable[[Tensor], Tensor]:
+    """Keys or values of one layer, of a tensor [k · 2 layers · heads · d]."""
+    return lambda t: t.reshape(4, 2 * layers, -1)[:, index]
+
+
+def _chunk_of(index: int, layers: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: t.chunk(layers)[index]
