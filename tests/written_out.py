@@ -32,12 +32,15 @@ def _attention(
     rows = []
     for b in range(batch):
         for h in range(heads):
-            prepended = module.__dict__.get(_PREPENDED, [])
-            K = torch.cat([*(keys[:, h // group] for keys, _ in prepended), key[b, h // group]])
-            V = torch.cat([*(vals[:, h // group] for _, vals in prepended), value[b, h // group]])
+            given = module.__dict__.get(_PREPENDED, [])
+            K = torch.cat([*(keys[:, h // group] for keys, _, _ in given), key[b, h // group]])
+            V = torch.cat([*(vals[:, h // group] for _, vals, _ in given), value[b, h // group]])
             for i in range(length):
-                own = torch.cat([torch.zeros(len(K) - n, dtype=K.dtype), bias[b, h, i]])
-                scores = scale * K @ query[b, h, i] + own
+                added = [
+                    torch.zeros(len(keys), dtype=K.dtype) if more is None else more[h, i]
+                    for keys, _, more in given
+                ]
+                scores = scale * K @ query[b, h, i] + torch.cat([*added, bias[b, h, i]])
                 weights = (scores - scores.max()).exp()
                 rows.append((weights / weights.sum()) @ V)
     out = torch.stack(rows).reshape(batch, heads, length, V.shape[1])
@@ -48,9 +51,11 @@ AttentionInterface.register("written_out", _attention)
 AttentionMaskInterface.register("written_out", eager_mask)
 
 
-def prepend(model: nn.Module, path: str, keys: Tensor, values: Tensor) -> None:
+def prepend(
+    model: nn.Module, path: str, keys: Tensor, values: Tensor, bias: Tensor | None = None
+) -> None:
     """Let ``model`` compute its attention as above, with these ``[k, heads, d]`` at one layer,
-    after those that are there."""
+    after those that are there, and ``bias`` ``[heads, q, k]`` added to their scores."""
     model.set_attn_implementation("written_out")  # type: ignore[operator]
     layer = model.get_submodule(path)
-    layer.__dict__.setdefault(_PREPENDED, []).append((keys, values))
+    layer.__dict__.setdefault(_PREPENDED, []).append((keys, values, bias))
