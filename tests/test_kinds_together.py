@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import modgraft as mg
 from contract import MODULES
-from hosts import BATCH, HOSTS, HostCase, ids, tensor_of
+from hosts import BATCH, FEATURES, HOSTS, HostCase, ids, side, tensor_of
+from test_inputs import written_out
+from written_out import prepend
 
 NAMES = ("bert", "gpt2", "t5", "llama", "vit")
 KINDS = (
@@ -99,6 +101,32 @@ def test_trained_together(case: HostCase, kinds: tuple[str, ...], tmp_path: Path
         for kind in (*kinds[1:], kinds[0]):
             host.remove(kind)
         assert torch.equal(tensor_of(host(**case.batch())), bare)
+
+
+def test_tokens_and_a_prefix_at_once(case: HostCase) -> None:
+    """f([V W + b, x]) with the attention of every layer written out."""
+    if not case.text:
+        pytest.skip(f"{case.name} reads no text")
+    host, twin = (mg.Host(case.model()).eval() for _ in range(2))
+    for each in (host, twin):
+        torch.manual_seed(1)
+        each.implant("eye", mg.LinearMap(dim=FEATURES, tokens_each=2))
+    host.implant("prefix", mg.Prefix(length=3))
+    for path, place in zip(host["prefix"].paths, host["prefix"].places, strict=True):
+        for p in place.parameters():
+            nn.init.normal_(p, std=0.5)
+        prepend(twin.model, path, place.keys, place.values)
+    with torch.no_grad():
+        expected = written_out(twin, case, at=1 if case.name == "bert" else 0)
+        out = host(**case.batch(), side={"image": side()}).logits
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    if not case.generates:
+        return
+    batch = {k: v for k, v in case.batch().items() if k != "labels"}
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3}
+    text = host.generate(**batch, side={"image": side()}, **settings)
+    again = host.generate(**batch, side={"image": side()}, use_cache=False, **settings)
+    assert torch.equal(text, again)
 
 
 @together

@@ -103,6 +103,11 @@ def test_attention_that_it_cannot_serve_is_an_error() -> None:
     config = HOSTS["gpt2"].make().config
     config.reorder_and_upcast_attn = True
     config._attn_implementation = "eager"
+    host = prefixed(HOSTS["bert"])
+    layer = host.model.get_submodule(host["m"].paths[0])
+    with pytest.raises(mg.ModgraftError, match=r"mask \[1, 1, 7, 9\] for 7 keys"):
+        layer(torch.randn(1, 7, 16), torch.ones(1, 1, 7, 9, dtype=torch.bool))
+
     past = mg.Host(GPT2LMHeadModel(config)).eval()
     past.implant("m", mg.Prefix(length=3))
     with pytest.raises(mg.ModgraftError, match=r"m had no effect at transformer\.h\.0\.attn"):
@@ -423,6 +428,7 @@ def test_bad_options(make: Any, message: str) -> None:
         ("t5", "*.1.layer.0.SelfAttention.q", r"at='encoder\.block\.1\.layer\.0\.SelfAttention'"),
         ("vit", "feedforward", r"at='vit\.layers\.0\.attention'"),
         ("plain", None, "'self_attention' matches no site"),
+        ("gpt2", "*.h.1.attn[0/3]", r"taken as a whole, at='transformer\.h\.1\.attn'"),
     ],
 )
 def test_a_site_that_does_not_attend(name: str, at: Any, message: str) -> None:

@@ -24,6 +24,7 @@ from modgraft.errors import ModgraftError
 from modgraft.implant import STATE, Entry, State, missing_side
 
 SERVED = ("eager", "sdpa")
+_OF_OWN_KEYS = ("cache", "indices", "block_indices")  # arguments that count a layer's own keys
 _INSTALLED = "_modgraft_installed"
 _observed: ContextVar[dict[nn.Module, tuple[Tensor, Tensor]] | None] = ContextVar(
     "modgraft_observed", default=None
@@ -63,7 +64,8 @@ def observed() -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
 def _attend(
     function: Callable[..., Any],
     kind: str,
-    layer: nn.Module,
+    /,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -71,17 +73,19 @@ def _attend(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """``function`` of what is in force at ``layer`` before its own keys ``[B, h, n, d]``."""
-    state: State | None = layer.__dict__.get(STATE)
+    """``function`` of what is in force at ``module`` before its own keys ``[B, h, n, d]``."""
+    state: State | None = module.__dict__.get(STATE)
     entries = [] if state is None else _in_force(state)
     if not torch.compiler.is_compiling() and (found := _observed.get()) is not None:
-        found[layer] = key, value
+        found[module] = key, value
     if state is None or not entries:
-        return function(layer, query, key, value, attention_mask, *args, **kwargs)
-    if kind not in SERVED or kwargs.get("cache") is not None:
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+    odd = [name for name in _OF_OWN_KEYS if kwargs.get(name) is not None]
+    if kind not in SERVED or odd:
+        what = " with ".join([repr(kind), *odd])
         raise ModgraftError(
-            f"{entries[0].name!r} puts keys and values before those of {state.path}, which is "
-            f"written for attention by {' and '.join(SERVED)}, not by {kind!r} here; "
+            f"{entries[0].name!r} puts keys and values before those of {state.path}, which can be "
+            f"done for attention by {' and '.join(SERVED)}, not by {what}; "
             f"host.model.set_attn_implementation('sdpa')"
         )
     made = [_keys_values(entry, state, key) for entry in entries]
@@ -95,7 +99,7 @@ def _attend(
         seen = torch.cat(each)  # [k]
     causal = kwargs.get("is_causal")
     if causal is None:
-        causal = getattr(layer, "is_causal", True)
+        causal = getattr(module, "is_causal", True)
     # an eager function takes no mask to mean that all is seen, sdpa that the layer knows
     causal = causal and kind == "sdpa" and query.shape[2] > 1
     mask = _extended(attention_mask, query, key, sum(counts), causal, seen, kind)
@@ -104,7 +108,7 @@ def _attend(
     state.attended += 1
     key = torch.cat([*(keys for keys, _ in made), key], dim=2)  # [B, h, k + n, d]
     value = torch.cat([*(values for _, values in made), value], dim=2)
-    return function(layer, query, key, value, mask, *args, **kwargs)
+    return function(module, query, key, value, mask, *args, **kwargs)
 
 
 def _in_force(state: State) -> list[Entry]:
@@ -171,8 +175,12 @@ def _extended(
             mask = mask.tril() if causal else mask
         else:
             mask = torch.zeros(1, 1, q, n, dtype=query.dtype, device=key.device)
-    if mask.shape[-1] != n:
-        mask = mask.expand(*mask.shape[:-1], n)
+    if mask.shape[-1] not in (1, n):
+        raise ModgraftError(
+            f"an attention mask {list(mask.shape)} for {n} keys: a prefix cannot tell which of its "
+            f"columns are whose; pass one column a key, as transformers' models do"
+        )
+    mask = mask.expand(*mask.shape[:-1], n)
     shape = (*mask.shape[:-1], count)
     if mask.dtype == torch.bool:
         columns = mask.new_ones(shape) if seen is None else seen.expand(shape)

@@ -30,6 +30,10 @@ def key_value_shape(method: str, site: Site) -> tuple[int, int]:
     module = site.module
     if not attends(module):
         raise SiteError(_refusal(method, site))
+    if site.part is not None:
+        raise SiteError(
+            f"{method} at {site.label}: an attention layer is taken as a whole, at={site.path!r}"
+        )
     width = next((w for name in _WIDTHS if isinstance(w := getattr(module, name, None), int)), None)
     width = width or _config_width(module)
     if not width:
