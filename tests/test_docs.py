@@ -1,4 +1,4 @@
-"""Every ```python block of the README and of docs/ runs; blocks of one file share one namespace.
+"""Every ```python block of README, CONTRIBUTING and docs/ runs; each page shares one namespace.
 
 A block that cannot run says so in its own fence, with the reason, and the reason is reported:
 
@@ -70,7 +70,11 @@ def run_blocks(blocks: list[Block], path: str) -> None:
 
 PAGES = {
     str(path.relative_to(ROOT)): python_blocks(path.read_text("utf-8"), path.name)
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("**/*.md")),
+    ]
 }
 
 
