@@ -104,7 +104,9 @@ class Host(nn.Module):
                 f"{name!r} is implanted already; host.remove({name!r}) first, or take another name"
             )
         if not isinstance(module, Computation):
-            raise ModgraftError(f"a computation such as LoRA(rank=8) is implanted, not {module!r}")
+            known = isinstance(module, type) and issubclass(module, Computation)
+            call = f"{module.__name__}(…)" if known else "a computation such as LoRA(rank=8)"
+            raise ModgraftError(f"{call} is implanted, not {module!r}")
         if isinstance(module, TokenComposition):
             if at not in (None, "input", ""):
                 raise ModgraftError(

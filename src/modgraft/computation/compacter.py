@@ -71,9 +71,10 @@ class Compacter(FunctionComposition):
                 + (f", with an n that divides {d}" if d % n else "")
             )
         if r > min(d, m) // n:
+            most = min(d, m) // n
             raise ModgraftError(
                 f"Compacter(rank={r}) at {site.label}: a product's second factor is {m // n} × "
-                f"{d // n}, so the rank is at most {min(d, m) // n}"
+                f"{d // n}, so the rank is at most {most}; use Compacter(rank={most})"
             )
         if self.shared:
             self.A = nn.Parameter(torch.empty(n, n, n))

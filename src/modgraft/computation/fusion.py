@@ -45,7 +45,8 @@ class GatedFusion(FunctionComposition):
         form: ``"paper"`` or ``"released"``.
 
     Raises:
-        ModgraftError: for an unknown form, or features that are not ``dim`` wide.
+        ModgraftError: for an unknown form, a site that puts out a map, or features that are not
+            ``dim`` wide.
     """
 
     source: str = "image"
@@ -63,6 +64,12 @@ class GatedFusion(FunctionComposition):
         return self.source
 
     def build(self, site: Site) -> None:  # noqa: D102
+        if site.channels_first:
+            raise ModgraftError(
+                f"GatedFusion at {site.label}: it attends from each of the tokens [B, n, d], and a "
+                f"{type(site.module).__name__} puts out a map [B, C, …]; choose a site behind "
+                f"which the map is tokens"
+            )
         d, released = site.width, self.form == "released"
         self.W_h = nn.Linear(self.dim, d, bias=released)
         if released:

@@ -52,7 +52,8 @@ class IntrinsicDimension(ParameterComposition):
         if self.dim > shape.numel():
             raise ModgraftError(
                 f"IntrinsicDimension(dim={self.dim}) at {site.label}: its weight has "
-                f"{shape[0]} × {shape[1]} = {shape.numel()} numbers, so dim is at most that"
+                f"{shape[0]} × {shape[1]} = {shape.numel()} numbers, so dim is at most that; "
+                f"use IntrinsicDimension(dim={shape.numel()})"
             )
         self._shape = shape
         self._width = 1 << (self.dim - 1).bit_length()  # L

@@ -68,7 +68,7 @@ class LoRA(ParameterComposition):
         if self.rank > min(rows, columns):
             raise ModgraftError(
                 f"LoRA(rank={self.rank}) at {site.label}: its weight is {rows} × {columns}, "
-                f"so the rank is at most {min(rows, columns)}"
+                f"so the rank is at most {min(rows, columns)}; use LoRA(rank={min(rows, columns)})"
             )
         self.A = nn.Parameter(torch.empty(self.rank, columns))
         self.B = nn.Parameter(torch.zeros(rows, self.rank))
@@ -82,7 +82,7 @@ class LoRA(ParameterComposition):
             if vector is None:
                 raise ModgraftError(
                     f"LoRA(bias=True) at {site.label}: this {type(site.module).__name__} has no "
-                    f"bias that could change; leave bias out there"
+                    f"bias that could change; use LoRA(rank={self.rank}) there"
                 )
             self.b = nn.Parameter(torch.zeros(vector.shape))
 

@@ -41,7 +41,9 @@ class Prefix(KeyValueComposition):
 
     def __post_init__(self) -> None:
         if self.length < 1:
-            raise ModgraftError(f"Prefix(length={self.length}): a prefix has at least 1 vector")
+            raise ModgraftError(
+                f"Prefix(length={self.length}): a prefix has at least 1 vector, Prefix(length=1)"
+            )
         if self.reparametrise is not None and self.reparametrise < 1:
             raise ModgraftError(
                 f"Prefix(reparametrise={self.reparametrise}): the MLP's hidden width is at least "

@@ -1,0 +1,222 @@
+"""Bad input, over all methods: an error says where, has the numbers, and shows the right call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import modgraft as mg
+from contract import MODULES, ModuleCase, implanted
+from hosts import HOSTS
+
+
+def refused(host: mg.Host, make: Callable[[], Any], at: Any, *says: str) -> None:
+    """Implanting raises, says all of this, and leaves the host as it was."""
+    with pytest.raises(mg.ModgraftError) as error:
+        host.implant("m", make(), at=at)
+    for part in says:
+        assert part in str(error.value), str(error.value)
+    assert "m" not in host
+    assert not any("_modgraft_state" in sub.__dict__ for sub in host.model.modules())
+
+
+# -- more than the layer has ---------------------------------------------------------------------
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+DOWN = "bert.encoder.layer.0.output.dense"
+TOO_LARGE: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
+    "lora": (
+        lambda: mg.LoRA(rank=99), "query",
+        (QUERY, "16 × 16", "at most 16", "use LoRA(rank=16)"),
+    ),
+    "compacter": (
+        lambda: mg.Compacter(width=8, rank=9), "down",
+        (DOWN, "2 × 4", "at most 2", "use Compacter(rank=2)"),
+    ),
+    "compacter_products": (
+        lambda: mg.Compacter(width=8, n=3), "down",
+        (DOWN, "width 16", "bottleneck's 8", "use Compacter(width=6, n=3)", "divides 16"),
+    ),
+    "intrinsic": (
+        lambda: mg.IntrinsicDimension(dim=999), "query",
+        (QUERY, "16 × 16 = 256", "use IntrinsicDimension(dim=256)"),
+    ),
+    "adapter": (
+        lambda: mg.Adapter(reduction=99), "down",
+        (DOWN, "16 wide", "at most 16", "Adapter(width=8)"),
+    ),
+    "parallel": (
+        lambda: mg.ParallelAdapter(reduction=99), "attention",
+        ("16 wide", "at most 16", "ParallelAdapter(width=8)"),
+    ),
+    "supermask": (lambda: mg.Supermask(density=2), "query", ("density=2", "(0, 1)", "density=0.1")),
+    "sparse": (lambda: mg.SparseDelta(density=2), "query", ("density=2", "(0, 1)", "density=0.1")),
+    "prefix": (lambda: mg.Prefix(length=0), None, ("length=0", "at least 1", "Prefix(length=1)")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_more_than_the_layer_has(name: str) -> None:
+    make, at, says = TOO_LARGE[name]
+    refused(mg.Host(HOSTS["bert"].model()), make, at, *says)
+
+
+# -- sites a method cannot use -------------------------------------------------------------------
+
+FUNCTIONS = {
+    "adapter": lambda: mg.Adapter(width=2),
+    "compacter": lambda: mg.Compacter(width=4),
+    "conv": mg.ConvAdapter,
+    "parallel": lambda: mg.ParallelAdapter(width=2),
+    "fusion": lambda: mg.GatedFusion(dim=6),
+}
+WEIGHTS = {
+    "lora": lambda: mg.LoRA(rank=2),
+    "subnetwork": mg.SparseSubnetwork,
+    "supermask": mg.Supermask,
+    "sparse": mg.SparseDelta,
+    "intrinsic": lambda: mg.IntrinsicDimension(dim=3),
+    "rescale": mg.Rescale,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_change_of_weights_where_there_is_no_weight_matrix(name: str) -> None:
+    host = mg.Host(HOSTS["plain"].model())
+    refused(host, WEIGHTS[name], "1", "Tanh", "Linear")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_where_the_output_has_no_width(name: str) -> None:
+    host = mg.Host(HOSTS["plain"].model())
+    refused(host, FUNCTIONS[name], "1", "1 (Tanh)", "choose a layer that knows, such as nn.Linear")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_of_tokens_at_a_map(name: str) -> None:
+    host = mg.Host(HOSTS["cnn"].model())
+    refused(host, FUNCTIONS[name], "conv", " at conv: ", "Conv2d puts out a map [B, C, ")
+
+
+WRONG_SITES: dict[str, tuple[str, Callable[[], Any], Any, tuple[str, ...]]] = {
+    "a map of tokens": (
+        "bert", lambda: mg.ConvAdapter(over="map"), "block",
+        ("bert.encoder.layer.0", "nn.Conv2d", "use ConvAdapter(over='tokens')"),
+    ),
+    "beside an embedding": (
+        "bert", lambda: mg.ParallelAdapter(width=2), "embedding",
+        ("bert.embeddings.word_embeddings", "token ids", "use Adapter there"),
+    ),
+    "beside a layer that changes its width": (
+        "llama", lambda: mg.ParallelAdapter(width=2), "key",
+        ("model.layers.0.self_attn.k_proj", "16 wide", "output 8", "at='feedforward'"),
+    ),
+    "the input of an embedding": (
+        "bert", lambda: mg.Rescale(where="input"), "embedding",
+        ("ids", "use Rescale(where='output')"),
+    ),
+    "a bias where there is none": (
+        "t5", lambda: mg.LoRA(rank=2, bias=True), "query",
+        ("SelfAttention.q", "no bias", "use LoRA(rank=2)"),
+    ),
+    "a prefix at a projection": (
+        "bert", mg.Prefix, "query",
+        (QUERY, "(Linear)", "at='bert.encoder.layer.0.attention.self'"),
+    ),
+    "a prefix without attention": ("plain", mg.Prefix, "0", ("0 (Linear)", "use LoRA or Adapter")),
+    "tokens inside the host": (
+        "bert", lambda: mg.LinearMap(dim=6), "query", ("LinearMap", "leave out at='query'"),
+    ),
+    "a residual of weights": (
+        "bert", lambda: mg.LoRA(rank=2), "query[residual]", ("LoRA", "leave out [residual]"),
+    ),
+    "no site at all": ("bert", lambda: mg.LoRA(rank=2), None, ("at='query'",)),
+    "a number for a site": ("bert", lambda: mg.LoRA(rank=2), 3, ("a role, a path pattern", "3")),
+    "a role with a slip": (
+        "bert", lambda: mg.LoRA(rank=2), "querry", ("'querry'", "did you mean at='query'?"),
+    ),
+    "a class for a module": ("bert", lambda: mg.LoRA, "query", ("LoRA(…) is implanted",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG_SITES)
+def test_a_site_the_method_cannot_use(what: str) -> None:
+    name, make, at, says = WRONG_SITES[what]
+    refused(mg.Host(HOSTS[name].model()), make, at, *says)
+
+
+def test_a_name_that_every_torch_module_has() -> None:
+    host = mg.Host(HOSTS["bert"].model())
+    for name in ("keys", "train", "half"):
+        with pytest.raises(mg.ModgraftError, match=f"take another, such as '{name}_1'"):
+            host.implant(name, mg.LoRA(rank=2), at="query")
+    assert not list(host.implants)
+    assert not any("_modgraft_state" in sub.__dict__ for sub in host.model.modules())
+
+
+# -- a fused projection addressed wrongly --------------------------------------------------------
+
+FUSED = {
+    "[3/3]": ("[3/3]", "count from 0"),
+    "[0/5]": ("48", "5 equal parts"),
+}
+
+
+@pytest.mark.parametrize("part", FUSED)
+def test_a_fused_projection_addressed_wrongly(part: str) -> None:
+    host = mg.Host(HOSTS["gpt2"].model())
+    refused(host, lambda: mg.LoRA(rank=2), f"transformer.h.*.attn.c_attn{part}", *FUSED[part])
+
+
+# -- a loaded module that is damaged or another's ------------------------------------------------
+
+
+def saved(module: ModuleCase, folder: Path) -> tuple[Any, Path]:
+    """The first host on which the module is defined, and the module's folder."""
+    case = next(case for name, case in HOSTS.items() if name not in module.refused)
+    implanted(case, module).save("m", folder)
+    return case, folder / "module.safetensors"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("name", MODULES)
+def test_nan_in_a_loaded_tensor(name: str, value: float, tmp_path: Path) -> None:
+    case, file = saved(MODULES[name], tmp_path / "m")
+    whole = load_file(file)
+    floats = [k for k, t in whole.items() if t.is_floating_point() and t.numel()]
+    if not floats:
+        pytest.skip(f"{name} keeps no floating-point tensor")
+    for key in (floats[0], floats[-1]):
+        damaged = {k: t.clone() for k, t in whole.items()}
+        damaged[key].view(-1)[-1] = value
+        save_file(damaged, file, metadata={"format": "pt"})
+        host = mg.Host(case.model())
+        with pytest.raises(mg.ModgraftError, match="holds NaN or infinity") as error:
+            host.load(tmp_path / "m")
+        assert key in str(error.value)
+        assert str(tmp_path / "m") in str(error.value)
+        assert "m" not in host
+        assert not any("_modgraft_state" in sub.__dict__ for sub in host.model.modules())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_another_shape_in_a_loaded_tensor(name: str, tmp_path: Path) -> None:
+    case, file = saved(MODULES[name], tmp_path / "m")
+    whole = load_file(file)
+    if not whole:
+        pytest.skip(f"{name} keeps no tensors")
+    key = next(iter(whole))
+    longer = {**whole, key: torch.cat([whole[key].flatten()] * 2)}
+    save_file({k: t.contiguous() for k, t in longer.items()}, file, metadata={"format": "pt"})
+    host = mg.Host(case.model())
+    with pytest.raises(mg.ModgraftError) as error:
+        host.load(tmp_path / "m")
+    assert re.search(r"\d", str(error.value))
+    assert key.rpartition(":")[2] in str(error.value), str(error.value)
+    assert "m" not in host
