@@ -182,6 +182,42 @@ class SmallCNN(nn.Module):
         return self.head(torch.tanh(self.mix(tokens)).mean(dim=1))
 
 
+class SmallAttention(nn.Module):
+    """An encoder layer, then four learned queries that attend to it and to the raw features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(5, WIDTH)
+        self.encoder = nn.TransformerEncoderLayer(WIDTH, 2, 24, dropout=0.0, batch_first=True)
+        self.latents = nn.Embedding(4, WIDTH)
+        self.cross = nn.MultiheadAttention(WIDTH, 2, kdim=5, vdim=WIDTH, batch_first=True)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, features: Tensor, unseen: Tensor) -> Tensor:
+        h = self.encoder(self.read(features), src_key_padding_mask=unseen)  # [B, n, d]
+        rows = torch.arange(4, device=h.device).expand(h.shape[0], 4)
+        read, _ = self.cross(self.latents(rows), features, h, key_padding_mask=unseen)  # [B, 4, d]
+        return self.head(torch.tanh(self.mix(read)).mean(dim=1))
+
+
+class SmallRNN(nn.Module):
+    """Two layers of a bidirectional LSTM with projections, a GRU, and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(41, WIDTH)
+        self.lstm = nn.LSTM(
+            WIDTH, 10, num_layers=2, bidirectional=True, proj_size=8, batch_first=True
+        )
+        self.gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h, _ = self.lstm(self.words(input_ids))  # [B, n] → [B, n, d]
+        return self.head(self.gru(h)[0])
+
+
 def _pixels() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     return {"pixel_values": torch.randn(BATCH, 3, 8, 8, generator=generator)}
@@ -189,6 +225,12 @@ def _pixels() -> dict[str, Any]:
 
 def _vectors() -> dict[str, Any]:
     return {"input": torch.randn(BATCH, 7, 5, generator=torch.Generator().manual_seed(4))}
+
+
+def _padded_vectors() -> dict[str, Any]:
+    unseen = torch.zeros(BATCH, 7, dtype=torch.bool)
+    unseen[0, 5:] = True
+    return {"features": _vectors()["input"], "unseen": unseen}
 
 
 def _masked(values: Tensor) -> dict[str, Any]:
@@ -226,8 +268,28 @@ HOSTS = {
             keys_at=nn.Linear, inner_at=nn.Linear, attention_at="2",
         ),
         HostCase(
-            "cnn", SmallCNN, _pixels, nn.Linear, "mix", adapter_at="mix", parallel_at="mix",
-            keys_at=nn.Linear, inner_at=nn.Linear, map_at="conv", attention_at="mix",
+            "cnn", SmallCNN, _pixels, [nn.Conv2d, nn.Linear], "mix", adapter_at="mix",
+            parallel_at="mix", keys_at=["conv", "head"], inner_at=[nn.Conv2d, "mix"], map_at="conv",
+            attention_at="mix",
+        ),
+        HostCase(
+            "mha", SmallAttention, _padded_vectors,
+            [
+                "encoder.self_attn.in_proj_weight[0/3]", "encoder.self_attn.in_proj_weight[2/3]",
+                "encoder.linear1", "cross.{q,k,v}_proj_weight", "*.out_proj",
+            ],
+            "encoder", adapter_at=["encoder.self_attn", "encoder.linear2", "cross"],
+            parallel_at="encoder",
+            keys_at=["encoder.self_attn.in_proj_weight[1/3]", "cross.{k,v}_proj_weight"],
+            inner_at=["encoder.self_attn.out_proj", "encoder.linear2", "cross.k_proj_weight"],
+            attention_at="cross",
+        ),
+        HostCase(
+            "rnn", SmallRNN, lambda: {"input_ids": ids()},
+            ["lstm.weight_{ih_l1_reverse,hr_l0}", "lstm.weight_hh_l0[1/4]", "gru.weight_*"],
+            "gru", adapter_at=["lstm", "gru"], parallel_at="gru",
+            keys_at=["lstm.weight_hr_l1", "gru.weight_ih_l0[2/3]"],
+            inner_at=["lstm.weight_{ih,hh}_l0", "gru.weight_hh_l0[1/3]"], attention_at="gru",
         ),
     )
 }  # fmt: skip

@@ -27,11 +27,15 @@ _PLAIN = (nn.Linear.forward, Conv1D.forward)
 
 @dataclass(frozen=True)
 class Change:
-    """w·Δ of one module, at one part of a fused projection or at all of the layer."""
+    """w·Δ of one module, at one part of a fused projection or at all of the layer.
+
+    ``parameter`` says which of the layer's weights, where it has several.
+    """
 
     module: ParameterComposition
-    weight: float
+    weight: float | Tensor
     part: tuple[int, int] | None
+    parameter: str | None = None
 
 
 def one_product(

@@ -14,19 +14,21 @@ from torch import nn
 
 from modgraft import expression as ex
 from modgraft.attention import serve
+from modgraft.changed import Change
 from modgraft.computation.base import (
     Computation,
     InputComposition,
     ParameterComposition,
     TokenComposition,
 )
-from modgraft.computation.layers import bias_vector, weight_matrix
 from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
+from modgraft.fastpath import leave_fast_path, take_fast_path
 from modgraft.handle import Implant, learner
 from modgraft.implant import foreign, graft, missing_side, prune, pruned
 from modgraft.recompute import forget, remember
-from modgraft.sites import At, Site, check_untied, find
+from modgraft.replaced import new_weights, write
+from modgraft.sites import At, Site, find
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
@@ -59,6 +61,7 @@ class Host(nn.Module):
         self._context = Context()
         # blocks that recompute their forward in backward, where the call has long returned
         self._recomputing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        leave_fast_path(model)
         if freeze:
             model.requires_grad_(False)
 
@@ -136,9 +139,9 @@ class Host(nn.Module):
 
     def remove(self, name: str) -> None:
         """Take a module out; the host is as it was before, bit for bit."""
-        implant = self[name]
-        for path in {label.partition("[")[0] for label in implant.paths}:
-            prune(self.model.get_submodule(path), name)
+        self[name]  # raises for an unknown one
+        for module in self.model.modules():
+            prune(module, name)
         del self.implants[name]
         del self._context.weights[name]
         self._context.switch(ex.without(self._context.composition, name))
@@ -339,24 +342,20 @@ class Host(nn.Module):
                     f"{name!r} cannot be merged: {type(method).__name__} computes on activations, "
                     f"and no weight of the host has its effect; leave it out, or keep it implanted"
                 )
-        changes = [
-            (label, place, weight)
-            for name, weight in weights.items()
-            for label, place in zip(self[name].paths, self[name].places, strict=True)
-        ]
+        changes: dict[str, list[Change]] = {}
+        for name, weight in weights.items():
+            for label, place in zip(self[name].paths, self[name].places, strict=True):
+                assert isinstance(place, ParameterComposition)  # noqa: S101
+                site = find(self.model, label)[0]
+                change = Change(place, weight, site.part, site.parameter)
+                changes.setdefault(site.path, []).append(change)
         plain = pruned(copy.deepcopy(self.model))
         forget(plain)
+        take_fast_path(plain)
         with torch.no_grad():
-            for label, place, weight in changes:
-                assert isinstance(place, ParameterComposition)  # noqa: S101
-                site, bare = find(plain, label)[0], find(self.model, label)[0]
-                check_untied(plain, site)
-                # Δ of the bare host's weight: an earlier one may already be in the copy's
-                delta = place.delta(weight_matrix(bare.module, bare.part))
-                weight_matrix(site.module, site.part).add_(weight * delta)
-                bias, bare_bias = (bias_vector(s.module, s.part) for s in (site, bare))
-                if bias is not None and (change := place.bias_delta(bare_bias)) is not None:
-                    bias.add_(weight * change)
+            for path, some in changes.items():
+                # every Δ is of the bare host's weight, and so is what it is added to
+                write(plain, path, new_weights(self.model.get_submodule(path), some))
         return plain
 
     # -- looking --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ the same answer. What acts there is kept outside the module's registered childre
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from typing import Any
@@ -24,12 +24,14 @@ from modgraft.computation.base import (
     ParameterComposition,
     TokenComposition,
 )
-from modgraft.computation.layers import weight_matrix
+from modgraft.computation.layers import feature_axis, weight_matrix
 from modgraft.context import Call, Context
 from modgraft.errors import ModgraftError, SideError
+from modgraft.replaced import twin
 from modgraft.residual import Step, shifted
 from modgraft.sites import Site
 from modgraft.splice import splice
+from modgraft.tensors import first_tensor, tensor_input, tensor_of, with_tensor
 
 STATE = "_modgraft_state"
 
@@ -42,6 +44,8 @@ class Entry:
     module: Computation
     part: tuple[int, int] | None
     residual: bool = False
+    parameter: str | None = None
+    axis: int = -1  # of the output's features
 
 
 @dataclass
@@ -66,12 +70,15 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
         state = State(site.path, context)
         host.__dict__[STATE] = state
         host.__class__ = _grafted(type(host))
-    state.entries.append(Entry(name, module, site.part, site.residual))
+    axis = feature_axis(host)
+    state.entries.append(Entry(name, module, site.part, site.residual, site.parameter, axis))
 
 
 def prune(host: nn.Module, name: str) -> None:
-    """Undo :func:`graft`; the last one out restores the class."""
-    state: State = host.__dict__[STATE]
+    """Undo :func:`graft` where it was done; the last one out restores the class."""
+    state: State | None = host.__dict__.get(STATE)
+    if state is None:
+        return
     state.entries = [entry for entry in state.entries if entry.name != name]
     if not state.entries:
         host.__class__ = type(host).__mro__[1]
@@ -152,20 +159,18 @@ def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
 
         args, kwargs = _shifted(host, state, forward, args, kwargs, fold)
 
-    x = _first_tensor(args, kwargs)
-    changes = [
-        Change(e.module, weights[e.name], e.part)
-        for e in active
-        if isinstance(e.module, ParameterComposition)
-    ]
+    x = first_tensor(args, kwargs)
+    changes, inner = _changes(active, weights)
     changed = None
     if changes:
-        x = _tensor_input(x, host, state)
-        changed = one_product(host, forward, x, changes)
+        x = tensor_input(x, state.path)
+        changed = None if inner else one_product(host, forward, x, changes)
     attended = _attended(state)
-    out = forward(host, *args, **kwargs) if changed is None else changed
+    out = forward(twin(host, inner), *args, **kwargs) if changed is None else changed
     _check_bypass(host, state, active, attended)
-    y = before = _tensor_of(out)
+    if len(inner) == len(active):
+        return out
+    y = before = tensor_of(out)
     if changed is None and x is not None:
         for change in changes:
             y = _add(y, change, change.weight, x, host)
@@ -179,7 +184,7 @@ def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
             return value if entry is None else _apply(entry, value, x, call)
 
         y = call.composition.apply(run, y)
-    return out if y is before else _with_tensor(out, y)
+    return out if y is before else with_tensor(out, y)
 
 
 def _run_traced(
@@ -208,22 +213,35 @@ def _run_traced(
 
         args, kwargs = _shifted(host, state, forward, args, kwargs, fold)
 
-    x = _first_tensor(args, kwargs)
+    x = first_tensor(args, kwargs)
+    changes, inner = _changes(state.entries, state.context.weights)
     attended = _attended(state)
-    out = forward(host, *args, **kwargs)
+    out = forward(twin(host, inner), *args, **kwargs)
     _check_bypass(host, state, state.entries, attended)
-    y = before = _tensor_of(out)
-    for entry in state.entries:
-        if isinstance(entry.module, ParameterComposition):
-            weight = state.context.weights[entry.name].to(y.dtype)
-            change = Change(entry.module, 1.0, entry.part)
-            y = _add(y, change, weight, _tensor_input(x, host, state), host)
+    if len(inner) == len(state.entries):
+        return out
+    y = before = tensor_of(out)
+    for change in changes:
+        assert isinstance(change.weight, Tensor)  # noqa: S101
+        y = _add(y, change, change.weight.to(y.dtype), tensor_input(x, state.path), host)
     for entry in state.entries:
         if not isinstance(entry.module, FunctionComposition) or entry.residual:
             continue
         if _can_act(entry, state, call):
             y = _mixed(y, _apply(entry, y, x, call), state.context.weights[entry.name])
-    return out if y is before else _with_tensor(out, y)
+    return out if y is before else with_tensor(out, y)
+
+
+def _changes(
+    entries: list[Entry], weights: Mapping[str, float] | Mapping[str, Tensor]
+) -> tuple[list[Change], list[Change]]:
+    """The changes of the weight of a layer that is linear in it, and those of other parameters."""
+    changes: list[Change] = []
+    for e in entries:
+        if isinstance(e.module, ParameterComposition):
+            changes.append(Change(e.module, weights[e.name], e.part, e.parameter))
+    linear = [change for change in changes if change.parameter is None]
+    return linear, [change for change in changes if change.parameter is not None]
 
 
 def _can_act(entry: Entry, state: State, call: Call) -> bool:
@@ -254,7 +272,7 @@ def _shifted(
     fold: Callable[[Step, Tensor], Tensor],
 ) -> tuple[tuple, dict]:
     def f(args: tuple, kwargs: dict) -> Tensor:
-        return _tensor_of(forward(host, *args, **kwargs))
+        return tensor_of(forward(host, *args, **kwargs))
 
     return shifted(f, args, kwargs, fold, state.path)
 
@@ -267,8 +285,7 @@ def _add(y: Tensor, change: Change, weight: float | Tensor, x: Tensor, host: nn.
         effect = weight * effect
     if part is None:
         return y + effect
-    start, end = _range(part, y)
-    return torch.cat([y[..., :start], y[..., start:end] + effect, y[..., end:]], dim=-1)
+    return _replaced(y, part, feature_axis(host), lambda own: own + effect)
 
 
 def _apply(entry: Entry, y: Tensor, x: Tensor | None, call: Call) -> Tensor:
@@ -281,14 +298,16 @@ def _apply(entry: Entry, y: Tensor, x: Tensor | None, call: Call) -> Tensor:
             raise missing_side(entry.name, module.needs)
     if entry.part is None:
         return module(y, x, side)
-    start, end = _range(entry.part, y)
-    return torch.cat([y[..., :start], module(y[..., start:end], x, side), y[..., end:]], dim=-1)
+    return _replaced(y, entry.part, entry.axis, lambda own: module(own, x, side))
 
 
-def _range(part: tuple[int, int], y: Tensor) -> tuple[int, int]:
-    """Where a part of a fused projection's output begins and ends in ``y``."""
-    size = y.shape[-1] // part[1]
-    return part[0] * size, (part[0] + 1) * size
+def _replaced(
+    y: Tensor, part: tuple[int, int], axis: int, change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``y`` with one part of its features changed."""
+    pieces = list(y.chunk(part[1], dim=axis))
+    pieces[part[0]] = change(pieces[part[0]])
+    return torch.cat(pieces, dim=axis)
 
 
 def missing_side(name: str, source: str) -> SideError:
@@ -376,42 +395,3 @@ def _check_bypass(host: nn.Module, state: State, active: list[Entry], attended: 
             f"send its attention through transformers' registry of attention functions; "
             f"host.remove({lost[0]!r}), or set the option of the model's config that by-passes it"
         )
-
-
-# -- the tensor in what a layer takes and returns ----------------------------------------------
-
-
-def _first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    return None
-
-
-def _tensor_input(x: Tensor | None, host: nn.Module, state: State) -> Tensor:
-    if x is None:
-        raise ModgraftError(f"{state.path} ({type(host).__name__}) was called without a tensor")
-    return x
-
-
-def _tensor_of(out: Any) -> Tensor:
-    """The tensor of an output: itself, or the first of a tuple or of a ``ModelOutput``."""
-    value = out
-    if not isinstance(value, Tensor):
-        value = out[0]
-    if not isinstance(value, Tensor):
-        raise ModgraftError(
-            f"a module acts on a tensor, and this site returns a {type(out).__name__}; "
-            f"choose a site inside it"
-        )
-    return value
-
-
-def _with_tensor(out: Any, value: Tensor) -> Any:
-    if isinstance(out, Tensor):
-        return value
-    if isinstance(out, tuple):
-        rest = (value, *out[1:])
-        return rest if type(out) is tuple else type(out)(*rest)  # a named tuple
-    first = next(iter(out.keys()))  # a ModelOutput: its first key that is not None
-    return replace(out, **{first: value})

@@ -62,7 +62,7 @@ class Row:
 def shape_of(site: Site) -> str:
     """``"64 × 32"`` for a layer with such a weight, else how wide its output is, or –."""
     try:
-        rows, columns = weight_matrix(site.module, site.part).shape
+        rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
         return f"{rows:,} × {columns:,}"
     except (SiteError, ValueError):
         pass
@@ -77,7 +77,7 @@ def lora_cost(sites: Iterable[Site], rank: int) -> int | None:
     total = 0
     for site in sites:
         try:
-            rows, columns = weight_matrix(site.module, site.part).shape
+            rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
         except (SiteError, ValueError):
             return None
         if rank > min(rows, columns):
@@ -112,7 +112,7 @@ def _by_pattern(model: nn.Module) -> list[Row]:
     for (pattern, _), paths in groups.items():
         for at in (pattern, _numbered(paths), "{" + ",".join(paths) + "}"):
             sites = find(model, at)
-            if [site.path for site in sites] == paths:
+            if [site.label for site in sites] == paths:
                 rows.append(Row(at, sites))
                 break
     return rows

@@ -1,4 +1,7 @@
-"""Where a module acts: sites of a host, found by role, by path pattern, by type or by predicate."""
+"""Where a module acts: sites of a host, found by role, by path pattern, by type or by predicate.
+
+A site is a sub-module, or a parameter of one that has several (attention, an RNN).
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.anatomy import base_path, family_of
-from modgraft.errors import ModgraftError, SiteError
+from modgraft.errors import SiteError
 
 RESIDUAL = "[residual]"
+# the layers that are linear in one weight: there the sub-module and its weight are the same site
+WEIGHTED = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 At = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence["At"]
 
 
@@ -28,6 +35,8 @@ class Site:
         root: the host's model, for what a sub-module does not know of itself.
         residual: whether effects enter the sub-module's residual input rather than its output; see
             :mod:`modgraft.residual`.
+        parameter: the name within the sub-module of the parameter that is meant,
+            ``"in_proj_weight"``; None: the sub-module, and the one weight of a layer that has one.
     """
 
     path: str
@@ -35,12 +44,14 @@ class Site:
     part: tuple[int, int] | None = None
     root: nn.Module | None = None
     residual: bool = False
+    parameter: str | None = None
 
     @property
     def label(self) -> str:
         """The path as it is written in a selection, ``"h.0.attn.c_attn[0/3]"``."""
+        whole = joined(self.path, (self.parameter or "").removesuffix(".weight"))
         part = f"[{self.part[0]}/{self.part[1]}]" if self.part else ""
-        return self.path + part + (RESIDUAL if self.residual else "")
+        return whole + part + (RESIDUAL if self.residual else "")
 
     @property
     def in_width(self) -> int:
@@ -77,7 +88,7 @@ class Site:
             if not known:
                 break
             last = known[-1]
-        return isinstance(last, nn.Conv1d | nn.Conv2d | nn.BatchNorm2d)
+        return isinstance(last, (*_CONVOLUTIONS, nn.BatchNorm2d))
 
     @property
     def stepwise(self) -> bool:
@@ -104,8 +115,16 @@ def _out_width(module: nn.Module) -> int | None:
     match module:
         case nn.Linear(out_features=width) | Conv1D(nf=width) | nn.Embedding(embedding_dim=width):
             return int(width)
-        case nn.Conv1d(out_channels=width) | nn.Conv2d(out_channels=width):
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            return int(module.out_channels)
+        case nn.MultiheadAttention(embed_dim=width):
             return int(width)
+        case nn.RNNBase():
+            return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
+        case nn.TransformerEncoderLayer() | nn.TransformerDecoderLayer():
+            return module.linear2.out_features
+        case nn.TransformerEncoder() | nn.TransformerDecoder():
+            return _out_width(module.layers[0])
         case nn.BatchNorm2d(num_features=width):
             return int(width)
         case nn.LayerNorm(normalized_shape=shape):
@@ -129,9 +148,11 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
     Args:
         model: the host's model.
         at: a role (``"query"``), a path pattern (``"decoder.*.SelfAttention.{q,v}"``, in which
-            ``*`` is anything), a type (``nn.Linear``), a predicate on path and module, or a list of
-            these. ``"block"`` means the role where the architecture is known. A role or pattern
-            with ``[residual]`` behind it means the residual input of what it means without.
+            ``*`` is anything) of sub-modules or, if it matches none, of parameters
+            (``"attn.in_proj_weight[0/3]"``), a type (``nn.Linear``), a predicate on path and
+            module, or a list of these. ``"block"`` means the role where the architecture is known.
+            A role or pattern with ``[residual]`` behind it means the residual input of what it
+            means without.
         expect: how many sites there must be.
 
     Returns:
@@ -142,7 +163,9 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
     """
     found = {site.label: site for each in _list(at) for site in _find_one(model, each)}
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
-    sites = sorted(found.values(), key=lambda s: (order[s.path], s.part or (0, 0)))
+    sites = sorted(
+        found.values(), key=lambda s: (order[s.path], s.parameter or "", s.part or (0, 0))
+    )
     if expect is not None and len(sites) != expect:
         raise SiteError(
             f"{at!r} matches {len(sites)} sites where {expect} were expected: "
@@ -158,7 +181,7 @@ def _list(at: At) -> Sequence[At]:
 def _find_one(model: nn.Module, at: At) -> list[Site]:
     paths = dict(model.named_modules())
     if isinstance(at, type):
-        sites = [Site(p, m, None, model) for p, m in paths.items() if isinstance(m, at)]
+        sites = [_site(model, p, m) for p, m in paths.items() if isinstance(m, at)]
         if not sites:
             kinds = sorted({type(m).__name__ for m in paths.values()})
             raise SiteError(f"no {at.__name__} in the host; it is made of {', '.join(kinds)}")
@@ -177,7 +200,7 @@ def _find_one(model: nn.Module, at: At) -> list[Site]:
             raise _no_match(model, at)
         return sites
     if callable(at):
-        sites = [Site(p, m, None, model) for p, m in paths.items() if at(p, m)]
+        sites = [_site(model, p, m) for p, m in paths.items() if at(p, m)]
         if not sites:
             raise SiteError(f"the predicate {at!r} holds for none of {len(paths)} sub-modules")
         return sites
@@ -187,13 +210,70 @@ def _find_one(model: nn.Module, at: At) -> list[Site]:
 
 
 def _match(model: nn.Module, pattern: str, star: str) -> list[Site]:
-    part = None
+    part, whole = None, pattern
     if fused := re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", pattern):
         pattern, part = fused[1], (int(fused[2]), int(fused[3]))
         if not part[0] < part[1]:
-            raise SiteError(f"part [{part[0]}/{part[1]}] of {pattern!r}: parts count from 0")
+            last = f"; the last is {pattern}[{part[1] - 1}/{part[1]}]" if part[1] else ""
+            raise SiteError(f"{whole!r}: the {part[1]} parts count from 0{last}")
     regex = re.compile(_regex(pattern, star))
-    return [Site(p, m, part, model) for p, m in model.named_modules() if regex.fullmatch(p)]
+    found = [_site(model, p, m, part) for p, m in model.named_modules() if regex.fullmatch(p)]
+    if found:
+        return found
+    named = [
+        (path, module, name, value)
+        for path, module in model.named_modules()
+        for name, value in module._parameters.items()
+        if regex.fullmatch(joined(path, name))
+    ]
+    found = [_site(model, p, m, part, name) for p, m, name, v in named if v is not None]
+    if named and not found:
+        raise _absent(named[0][0], named[0][1], named[0][2], whole)
+    return found
+
+
+def _site(
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    part: tuple[int, int] | None = None,
+    name: str | None = None,
+) -> Site:
+    """The site at a sub-module, or at its parameter ``name``."""
+    if name == "weight" and isinstance(module, WEIGHTED):
+        name = None
+    above, _, own = path.rpartition(".")
+    if own == "out_proj" and name in (None, "bias"):
+        attention = model.get_submodule(above)
+        if isinstance(attention, nn.MultiheadAttention):  # it reads the weight, and never calls it
+            return Site(above, attention, part, model, parameter=f"out_proj.{name or 'weight'}")
+    return Site(path, module, part, model, parameter=name)
+
+
+def joined(path: str, name: str) -> str:
+    """Two parts of a dotted path, of which either may be empty."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def weight_labels(path: str, module: nn.Module) -> list[tuple[str, str]]:
+    """The selections of the single weights of a layer that has several, and what each is."""
+    matrices = [n for n, p in module._parameters.items() if p is not None and p.dim() == 2]
+    if not isinstance(module, nn.MultiheadAttention):
+        return [(joined(path, name), "") for name in matrices]
+    names = [f"{matrices[0]}[{i}/3]" for i in range(3)] if len(matrices) == 1 else matrices
+    said = zip([*names, "out_proj"], ["query", "key", "value", "output"], strict=True)
+    return [(joined(path, name), what) for name, what in said]
+
+
+def _absent(path: str, module: nn.Module, name: str, asked: str) -> SiteError:
+    labels, why = weight_labels(path, module), ""
+    if isinstance(module, nn.MultiheadAttention):
+        k, v = module.kdim, module.vdim
+        kept = "one weight" if module._qkv_same_embed_dim else "three weights"
+        why = f" (embed_dim={module.embed_dim}, kdim={k}, vdim={v}: they are kept in {kept})"
+    some = ", ".join(f"{label!r}{f' ({what})' if what else ''}" for label, what in labels)
+    here = f"; write at={labels[0][0]!r}; its weights are {some}" if labels else ""
+    return SiteError(f"{asked!r}: this {type(module).__name__} has no {name}{why}{here}")
 
 
 def _regex(pattern: str, star: str) -> str:
@@ -227,20 +307,3 @@ def _no_match(model: nn.Module, at: str) -> SiteError:
     near_roles = get_close_matches(at, list(family.roles), n=1) if family else []
     hint = f"did you mean at={near_roles[0]!r}? " if near_roles else ""
     return SiteError(f"{at!r} matches no site. {hint}{roles}; paths near it: {', '.join(near)}")
-
-
-def check_untied(model: nn.Module, site: Site) -> None:
-    """Refuse to change a weight that other layers use too.
-
-    Raises:
-        ModgraftError: naming them.
-    """
-    weight = site.module.weight
-    users = [
-        p for p, m in model.named_modules() if any(w is weight for w in m._parameters.values())
-    ]
-    if len(users) > 1:
-        raise ModgraftError(
-            f"the weight of {site.path} cannot be merged into: {', '.join(users)} share it, and "
-            f"the module changes one of them only; keep it implanted"
-        )

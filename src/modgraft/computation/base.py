@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, dataclass_transform
 
 from torch import Tensor, nn
 
-from modgraft.computation.layers import linear_map
+from modgraft.computation.layers import check_features, check_weight, linear_map
 from modgraft.context import Side
 from modgraft.errors import SiteError, UnknownNameError
 from modgraft.sites import Site
@@ -103,6 +103,10 @@ class Computation(nn.Module):
 class ParameterComposition(Computation):
     """f'(x) = f(x; θ + Δ(θ)): the module is a change of the site's weight."""
 
+    def at(self, site: Site) -> Self:  # noqa: D102
+        check_weight(type(self).__name__, site)
+        return super().at(site)
+
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
         """Δ for ``weight`` ``[out, in]`` (an embedding: ``[entries, width]``), of its shape."""
@@ -132,6 +136,10 @@ class ParameterComposition(Computation):
 
 class FunctionComposition(Computation):
     """f'(x) = g(f(x; θ), x; φ): the module is a function of the site's output (and input)."""
+
+    def at(self, site: Site) -> Self:  # noqa: D102
+        check_features(type(self).__name__, site)
+        return super().at(site)
 
     @abstractmethod
     def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:

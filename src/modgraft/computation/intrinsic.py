@@ -48,7 +48,7 @@ class IntrinsicDimension(ParameterComposition):
             )
 
     def build(self, site: Site) -> None:  # noqa: D102
-        shape = weight_matrix(site.module, site.part).shape
+        shape = weight_matrix(site.module, site.part, site.parameter).shape
         if self.dim > shape.numel():
             raise ModgraftError(
                 f"IntrinsicDimension(dim={self.dim}) at {site.label}: its weight has "

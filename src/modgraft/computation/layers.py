@@ -1,62 +1,196 @@
-"""The layers that are linear in their weight, and how each applies one: a table."""
+"""Where a layer keeps its weights, and how the layers that are linear in one apply it.
+
+A weight is seen as a matrix [out, in] whatever its layout; a convolution's is
+[out, in/groups · k…].
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.errors import SiteError
+from modgraft.sites import WEIGHTED, Site, weight_labels
 
-# layer type → (its weight as a matrix [out, in], x and such a matrix → the layer without bias)
-_LAYERS: dict[
-    type[nn.Module],
-    tuple[Callable[[nn.Module], Tensor], Callable[[nn.Module, Tensor, Tensor], Tensor]],
-] = {
-    nn.Linear: (lambda m: m.weight, lambda m, x, w: F.linear(x, w)),
-    Conv1D: (lambda m: m.weight.T, lambda m, x, w: F.linear(x, w)),  # stored [in, out]
-    nn.Embedding: (lambda m: m.weight, lambda m, x, w: F.embedding(x, w)),
-}  # type: ignore[return-value]
+_POINTWISE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+Part = tuple[int, int] | None
 
 
-def _row(layer: nn.Module) -> tuple:
-    for kind, row in _LAYERS.items():
-        if isinstance(layer, kind):
-            return row
-    raise SiteError(
-        f"a {type(layer).__name__} has no weight that a parameter module can change; "
-        f"it acts on {', '.join(k.__name__ for k in _LAYERS)}"
+def check_weight(method: str, site: Site) -> None:
+    """Refuse a site that is not one weight matrix, or a part that it does not have.
+
+    Raises:
+        SiteError: with the selections that are, at a layer of several weights.
+    """
+    layer, kind = site.module, type(site.module).__name__
+    if site.parameter is None and not isinstance(layer, WEIGHTED):
+        raise _several(method, site)
+    weight = stored(layer, site.parameter)
+    if weight.dim() != 2 and site.parameter is not None:
+        raise SiteError(
+            f"{method} at {site.label}: this parameter is {list(weight.shape)}, and {method} "
+            f"changes weights [out, in]"
+        )
+    if site.part is None:
+        return
+    rows, count = weight_matrix(layer, None, site.parameter).shape[0], site.part[1]
+    whole = site.label.rpartition("[")[0]
+    if isinstance(layer, nn.Embedding):
+        raise SiteError(f"{method} at {site.label}: a table has no parts; write at={whole!r}")
+    if rows % count:
+        better = next((n for n in (3, 2) if rows % n == 0 and n != count), None)
+        parts = f"at='{whole}[0/{better}]', or the whole, " if better else ""
+        raise SiteError(
+            f"{method} at {site.label}: this {kind} has {rows} outputs, which is not {count} equal "
+            f"parts ({rows} / {count} = {rows / count:.4g}); write {parts}at={whole!r}"
+        )
+    if getattr(layer, "groups", 1) > 1:
+        raise SiteError(
+            f"{method} at {site.label}: a convolution of {layer.groups} groups is in parts "
+            f"already; write at={whole!r}"
+        )
+
+
+def check_features(method: str, site: Site) -> None:
+    """Refuse a site that puts out no features, or no such part of them.
+
+    Raises:
+        SiteError: with the corrected call.
+    """
+    kind = type(site.module).__name__
+    if site.parameter is not None:
+        raise SiteError(
+            f"{method} at {site.label}: a {kind} reads this parameter itself, and no activation "
+            f"passes there that {method} could change; act on the layer's output, "
+            f"at={site.path!r}, or take a parameter module such as LoRA(rank=8)"
+        )
+    if site.part is None:
+        return
+    whole, count = site.label.rpartition("[")[0], site.part[1]
+    full = replace(site, part=None).width
+    if full % count or (site.channels_first and feature_axis(site.module) == -1):
+        raise SiteError(
+            f"{method} at {site.label}: this {kind} puts out {full} features, which is not {count} "
+            f"equal parts; write at={whole!r}"
+        )
+
+
+def _several(method: str, site: Site) -> SiteError:
+    kind, labels = type(site.module).__name__, weight_labels(site.path, site.module)
+    if not labels:
+        return SiteError(
+            f"{method} at {site.label or 'the host itself'}: a {kind} has no weight that a "
+            f"parameter module can change; it acts on "
+            f"{', '.join(k.__name__ for k in WEIGHTED)}, and on parameters [out, in] by their names"
+        )
+    some = ", ".join(f"{label!r}{f' ({what})' if what else ''}" for label, what in labels[:8])
+    return SiteError(
+        f"{method} at {site.label or 'the host itself'}: a {kind} has several weights, "
+        f"{some}{' …' if len(labels) > 8 else ''}; say which: at={labels[0][0]!r}"
     )
 
 
-def weight_matrix(layer: nn.Module, part: tuple[int, int] | None = None) -> Tensor:
-    """The weight of ``layer`` as a view ``[out, in]``, or the rows of one part of a fused one.
+def weight_matrix(layer: nn.Module, part: Part = None, parameter: str | None = None) -> Tensor:
+    """A weight of ``layer`` as ``[out, in]``, or the rows of one part of a fused one.
 
     Raises:
-        SiteError: for a layer without such a weight, or an output that has no such parts.
+        SiteError: where there is no such weight; :func:`check_weight` says what to select instead.
     """
-    weight = _row(layer)[0](layer)
-    if part is None:
-        return weight
-    index, count = part
-    if isinstance(layer, nn.Embedding) or weight.shape[0] % count:
-        raise SiteError(
-            f"a {type(layer).__name__} with {weight.shape[0]} outputs has no {count} equal parts"
-        )
-    return weight.chunk(count)[index]
+    if parameter is None and not isinstance(layer, WEIGHTED):
+        raise SiteError(f"a {type(layer).__name__} is not linear in one weight")
+    weight = stored(layer, parameter)
+    if isinstance(layer, Conv1D) and parameter is None:
+        weight = weight.T  # stored [in, out]
+    matrix = weight.flatten(1)  # [out, in/groups, k…] → [out, in/groups · k…]
+    return matrix if part is None else matrix.chunk(part[1])[part[0]]
 
 
-def bias_vector(layer: nn.Module, part: tuple[int, int] | None = None) -> Tensor | None:
-    """The bias of ``layer`` as a view ``[out]``, or its part; None for a layer without one."""
-    bias = getattr(layer, "bias", None)
-    if not isinstance(bias, Tensor) or part is None:
-        return bias
-    return bias.chunk(part[1])[part[0]]
+def bias_vector(layer: nn.Module, part: Part = None, parameter: str | None = None) -> Tensor | None:
+    """The bias ``[out]`` beside a weight of ``layer``, or its part; None where there is none."""
+    place = _bias_place(layer, part, parameter)
+    return None if place is None else stored(layer, place[0])[place[1] : place[2]]
+
+
+def add_to_weight(
+    weight: Tensor, delta: Tensor, layer: nn.Module, part: Part, parameter: str | None
+) -> Tensor:
+    """``weight``, as ``layer`` stores it, plus ``delta`` ``[out, in]`` of it or of a part."""
+    if part is not None:
+        before = part[0] * delta.shape[0]
+        after = (part[1] - part[0] - 1) * delta.shape[0]
+        delta = F.pad(delta, (0, 0, before, after))  # [out / n, in] → [out, in]
+    if isinstance(layer, Conv1D) and parameter is None:
+        delta = delta.T
+    return weight + delta.reshape(weight.shape)
+
+
+def add_to_bias(
+    layer: nn.Module, part: Part, parameter: str | None, change: Tensor, new: dict[str, Tensor]
+) -> None:
+    """Add ``change`` to the bias beside a weight: in ``new``, by the name of its parameter."""
+    place = _bias_place(layer, part, parameter)
+    if place is not None:
+        name, start, end = place
+        bias = new.get(name, stored(layer, name))
+        new[name] = bias + F.pad(change, (start, bias.shape[0] - end))
 
 
 def linear_map(layer: nn.Module, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """What ``layer`` computes with ``matrix`` for its weight and ``bias`` for its bias."""
-    y = _row(layer)[1](layer, x, matrix)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # with its padding mode, stride, …
+        kernel = matrix.reshape(-1, *layer.weight.shape[1:])  # [out, in/groups, k…]
+        return layer._conv_forward(x, kernel, bias)
+    y = F.embedding(x, matrix) if isinstance(layer, nn.Embedding) else F.linear(x, matrix)
     return y if bias is None else y + bias
+
+
+def low_rank_map(layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """What ``layer`` computes with BA for its weight, by way of the r numbers between them."""
+    if isinstance(layer, nn.Embedding):
+        return F.linear(F.embedding(x, B), A.T)
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return F.linear(F.linear(x, A), B)
+    groups = layer.groups  # each has the same A on channels of its own, and its rows of B
+    hidden = linear_map(layer, x, A.repeat(groups, 1))  # [B, groups · r, …]
+    point = next(run for kind, run in _POINTWISE.items() if isinstance(layer, kind))
+    return point(hidden, over_output(layer, B), groups=groups)  # 1×1
+
+
+def over_output(layer: nn.Module, values: Tensor) -> Tensor:
+    """``values`` ``[…, out]`` shaped so that they go along the features of the layer's output."""
+    return values[(..., *[None] * (-1 - feature_axis(layer)))]
+
+
+def feature_axis(layer: nn.Module) -> int:
+    """Which axis of the layer's output its features are: the last, but for convolutions."""
+    return next((-k - 2 for k, kind in enumerate(_POINTWISE) if isinstance(layer, kind)), -1)
+
+
+def stored(layer: nn.Module, name: str | None) -> Tensor:
+    """The parameter called ``name`` (None: the weight), as ``layer`` keeps it."""
+    value = layer
+    for each in (name or "weight").split("."):
+        value = getattr(value, each)
+    return value  # type: ignore[return-value]
+
+
+def _bias_place(layer: nn.Module, part: Part, parameter: str | None) -> tuple[str, int, int] | None:
+    """Which parameter holds the bias beside a weight, and where in it."""
+    weight = parameter or "weight"
+    name, start = weight.replace("weight", "bias"), 0
+    if isinstance(layer, nn.MultiheadAttention) and weight[:6] in ("q_proj", "k_proj", "v_proj"):
+        name, start = "in_proj_bias", "qkv".index(weight[0]) * layer.embed_dim
+    bias = layer
+    for each in name.split("."):
+        bias = getattr(bias, each, None)
+    if name == weight or not isinstance(bias, Tensor) or bias.dim() != 1:
+        return None
+    rows = weight_matrix(layer, None, parameter).shape[0]
+    if part is not None:
+        rows //= part[1]
+        start += part[0] * rows
+    return name, start, start + rows

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modgraft.computation.base import ParameterComposition
-from modgraft.computation.layers import bias_vector, weight_matrix
+from modgraft.computation.layers import (
+    bias_vector,
+    low_rank_map,
+    over_output,
+    weight_matrix,
+)
 from modgraft.errors import ModgraftError
 from modgraft.sites import Site
 
@@ -64,11 +69,17 @@ class LoRA(ParameterComposition):
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def build(self, site: Site) -> None:  # noqa: D102
-        rows, columns = weight_matrix(site.module, site.part).shape
+        rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
         if self.rank > min(rows, columns):
             raise ModgraftError(
                 f"LoRA(rank={self.rank}) at {site.label}: its weight is {rows} × {columns}, "
                 f"so the rank is at most {min(rows, columns)}; use LoRA(rank={min(rows, columns)})"
+            )
+        if self.dropout and site.parameter is not None:
+            raise ModgraftError(
+                f"LoRA(dropout={self.dropout}) at {site.label}: a {type(site.module).__name__} is "
+                f"run with its weights changed, so there is no input of the branch to drop; use "
+                f"LoRA(rank={self.rank}) there"
             )
         self.A = nn.Parameter(torch.empty(self.rank, columns))
         self.B = nn.Parameter(torch.zeros(rows, self.rank))
@@ -78,7 +89,7 @@ class LoRA(ParameterComposition):
         if self.dora:
             self.magnitude = nn.Parameter(torch.zeros(columns if self._summed == 0 else rows))
         if self.bias:
-            vector = bias_vector(site.module, site.part)
+            vector = bias_vector(site.module, site.part, site.parameter)
             if vector is None:
                 raise ModgraftError(
                     f"LoRA(bias=True) at {site.label}: this {type(site.module).__name__} has no "
@@ -112,12 +123,9 @@ class LoRA(ParameterComposition):
 
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
         """s·B(Ax) (+ b), in factors: [B, n, in] → [B, n, r] → [B, n, out]; DoRA: f at Δ."""
-        if isinstance(layer, nn.Embedding):
-            if self.dora:
-                return super().effect(x, layer, weight)
-            return self.scale * F.linear(F.embedding(x, self.B), self.A.T)
-        x = F.dropout(x, self.dropout, self.training)
+        if not isinstance(layer, nn.Embedding):  # there x is ids
+            x = F.dropout(x, self.dropout, self.training)
         if self.dora:
             return super().effect(x, layer, weight)
-        y = self.scale * F.linear(F.linear(x, self.A), self.B)
-        return y + self.b if self.bias else y
+        y = self.scale * low_rank_map(layer, x, self.A, self.B)
+        return y + over_output(layer, self.b) if self.bias else y

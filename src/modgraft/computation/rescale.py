@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, Literal, final
 
@@ -9,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import ParameterComposition
-from modgraft.computation.layers import bias_vector, linear_map, weight_matrix
+from modgraft.computation.layers import (
+    bias_vector,
+    linear_map,
+    over_output,
+    weight_matrix,
+)
 from modgraft.errors import ModgraftError
 from modgraft.sites import Site
 
@@ -41,8 +47,9 @@ class Rescale(ParameterComposition):
             raise ModgraftError(f"Rescale(where={self.where!r}): 'output' or 'input'")
 
     def build(self, site: Site) -> None:  # noqa: D102
-        rows, columns = weight_matrix(site.module, site.part).shape
-        looked_up = isinstance(site.module, nn.Embedding)
+        layer = site.module
+        rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
+        looked_up = isinstance(layer, nn.Embedding)
         if looked_up and self.where == "input":
             raise ModgraftError(
                 f"Rescale(where='input') at {site.label}: an embedding's input is ids; use "
@@ -50,11 +57,20 @@ class Rescale(ParameterComposition):
             )
         self._part = site.part
         self._along_columns = looked_up or self.where == "input"
-        self.phi = nn.Parameter(torch.ones(columns if self._along_columns else rows))
+        # a convolution's columns are in/groups · k…: a channel has k… of them, in its group's rows
+        self._groups, self._taps = 1, 1
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            self._groups, self._taps = layer.groups, math.prod(layer.kernel_size)
+        channels = columns // self._taps * self._groups if self._along_columns else rows
+        self.phi = nn.Parameter(torch.ones(channels))
 
     def delta(self, weight: Tensor) -> Tensor:  # noqa: D102
         change = self.phi - 1
-        return weight * (change if self._along_columns else change[:, None])
+        if not self._along_columns:
+            return weight * change[:, None]
+        columns = change.view(self._groups, -1).repeat_interleave(self._taps, 1)  # [g, in/g · k…]
+        grouped = weight.unflatten(0, (self._groups, -1))  # [g, out/g, in/g · k…]
+        return (grouped * columns[:, None]).flatten(0, 1)
 
     def bias_delta(self, bias: Tensor | None) -> Tensor | None:  # noqa: D102
         return None if bias is None or self.where == "input" else bias * (self.phi - 1)
@@ -69,7 +85,8 @@ class Rescale(ParameterComposition):
         """(φ − 1) ⊙ f(x), or W((φ − 1) ⊙ x): one product with W, and no second W is made."""
         change = self.phi - 1
         if self.where == "input":
-            return linear_map(layer, x * change, weight)
+            return linear_map(layer, x * over_output(layer, change), weight)
         y, bias = linear_map(layer, x, weight), bias_vector(layer, self._part)
-        made = change * (y if bias is None else y + bias)
+        whole = y if bias is None else y + over_output(layer, bias)
+        made = over_output(layer, change) * whole
         return made.to(y.dtype)  # under autocast y is in half precision, φ is not

@@ -29,7 +29,7 @@ class SparseSubnetwork(ParameterComposition):
     identity: ClassVar[bool] = True
 
     def build(self, site: Site) -> None:  # noqa: D102
-        shape = weight_matrix(site.module, site.part).shape
+        shape = weight_matrix(site.module, site.part, site.parameter).shape
         self.phi = nn.Parameter(torch.zeros(shape))
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
 
@@ -74,7 +74,9 @@ class Supermask(ParameterComposition):
         _check_density(self, self.density)
 
     def build(self, site: Site) -> None:  # noqa: D102
-        self.scores = nn.Parameter(torch.empty(weight_matrix(site.module, site.part).shape))
+        self.scores = nn.Parameter(
+            torch.empty(weight_matrix(site.module, site.part, site.parameter).shape)
+        )
         nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))
 
     def kept(self) -> Tensor:
@@ -114,7 +116,7 @@ class SparseDelta(ParameterComposition):
         _check_density(self, self.density)
 
     def build(self, site: Site) -> None:  # noqa: D102
-        self._shape = weight_matrix(site.module, site.part).shape
+        self._shape = weight_matrix(site.module, site.part, site.parameter).shape
         self.values = nn.Parameter(torch.zeros(self._shape.numel()))
         self.register_buffer("indices", torch.zeros(0, dtype=torch.int32))
 

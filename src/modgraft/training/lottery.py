@@ -134,7 +134,7 @@ def _prune(
     sizes: list[Tensor] = []  # |θ + φ|, infinite where a weight has gone already
     for label, place in places.items():
         site = find(host.model, label)[0]
-        size = (weight_matrix(site.module, site.part) + place.phi).abs()
+        size = (weight_matrix(site.module, site.part, site.parameter) + place.phi).abs()
         sizes.append(size.masked_fill(~place.get_buffer("mask"), torch.inf).flatten())
     groups = [torch.cat(sizes)] if everywhere else sizes
     keep = []

@@ -1,0 +1,84 @@
+"""f(x; θ + Δ) where f is not linear in θ: the layer itself is run, with other weights.
+
+Attention and RNNs read several parameters in one computation, so an effect cannot be added to what
+they put out. What runs is a twin that shares everything with the layer but the changed tensors:
+the layer is never touched, so that no other thread sees them, and gradients reach Δ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from modgraft.changed import Change
+from modgraft.computation.layers import (
+    add_to_bias,
+    add_to_weight,
+    bias_vector,
+    stored,
+    weight_matrix,
+)
+from modgraft.errors import ModgraftError
+from modgraft.sites import joined
+
+
+def new_weights(layer: nn.Module, changes: Sequence[Change]) -> dict[str, Tensor]:
+    """θ + Σ w·Δ by the name of the parameter, every Δ that of the layer's own θ."""
+    new: dict[str, Tensor] = {}
+    for each in changes:
+        at, name = (each.part, each.parameter), each.parameter or "weight"
+        own = new[name] if name in new else stored(layer, name)
+        delta = each.weight * each.module.delta(weight_matrix(layer, *at))
+        new[name] = add_to_weight(own, delta, layer, *at)
+        change = each.module.bias_delta(bias_vector(layer, *at))
+        if change is not None:
+            add_to_bias(layer, *at, each.weight * change, new)
+    return new
+
+
+def twin(layer: nn.Module, changes: Sequence[Change]) -> nn.Module:
+    """``layer`` with changed weights, which shares all else with it; itself if none changes."""
+    return _sharing(layer, new_weights(layer, changes)) if changes else layer
+
+
+def _sharing(layer: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    made = object.__new__(type(layer))
+    made.__dict__.update(layer.__dict__)
+    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    made.__dict__["_parameters"] = {**layer._parameters, **own}
+    inner: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        child, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(child, {})[rest] = tensor
+    if inner:
+        children = {name: _sharing(layer.get_submodule(name), of) for name, of in inner.items()}
+        made.__dict__["_modules"] = {**layer._modules, **children}
+    if isinstance(layer, nn.RNNBase):  # it keeps a list, and compares it with what it had
+        names = layer._flat_weights_names
+        made.__dict__["_flat_weights"] = [made._parameters[name] for name in names]
+        made.__dict__["_flat_weight_refs"] = [None] * len(names)
+    return made
+
+
+def write(model: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
+    """Put ``tensors`` into the parameters of the layer at ``path``, for good.
+
+    Raises:
+        ModgraftError: for a parameter that other layers use too.
+    """
+    for name, tensor in tensors.items():
+        own = model.get_submodule(path).get_parameter(name)
+        users = [
+            joined(at, each).removesuffix(".weight")
+            for at, module in model.named_modules()
+            for each, value in module._parameters.items()
+            if value is own
+        ]
+        if len(users) > 1:
+            raise ModgraftError(
+                f"{joined(path, name)} cannot be merged into: {', '.join(users)} share it, and the "
+                f"module changes one of them only; keep it implanted"
+            )
+        own.copy_(tensor)

@@ -1,0 +1,56 @@
+"""The tensor in what a layer takes, and in what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from modgraft.errors import ModgraftError
+
+
+def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
+    """The first of a layer's arguments that is a tensor."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def tensor_input(x: Tensor | None, path: str) -> Tensor:
+    """``x``, the input of the site at ``path``, which must be there."""
+    if x is None:
+        raise ModgraftError(f"{path or 'the host'} was called without a tensor")
+    return x
+
+
+def tensor_of(out: Any) -> Tensor:
+    """The tensor of an output: itself, or the first of a tuple or of a ``ModelOutput``."""
+    value = out
+    if not isinstance(value, Tensor):
+        value = out[0]
+    if isinstance(value, PackedSequence):
+        raise ModgraftError(
+            "this RNN returns a PackedSequence, whose rows are steps of several examples, and a "
+            "function of activations acts on [B, n, d]: call the RNN with a padded tensor, or "
+            "implant a parameter module at one of its weights, at='rnn.weight_ih_l0'"
+        )
+    if not isinstance(value, Tensor):
+        raise ModgraftError(
+            f"a module acts on a tensor, and this site returns a {type(out).__name__}; "
+            f"choose a site inside it"
+        )
+    return value
+
+
+def with_tensor(out: Any, value: Tensor) -> Any:
+    """``out`` with ``value`` for :func:`tensor_of` of it."""
+    if isinstance(out, Tensor):
+        return value
+    if isinstance(out, tuple):
+        rest = (value, *out[1:])
+        return rest if type(out) is tuple else type(out)(*rest)  # a named tuple
+    first = next(iter(out.keys()))  # a ModelOutput: its first key that is not None
+    return replace(out, **{first: value})
