@@ -56,6 +56,13 @@ class HostCase:
     map_at: str | None = None
     attention_at: Any = "self_attention"
 
+    def seen(self) -> Tensor:
+        """[B, …] bool: which of the outputs are of no padding."""
+        batch = self.batch()
+        if self.name in ("bert", "gpt2", "llama"):
+            return batch["attention_mask"].bool()
+        return torch.ones(BATCH, dtype=torch.bool)
+
     def model(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         model = self.make().eval()

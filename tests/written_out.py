@@ -1,7 +1,8 @@
-"""Attention written out, query by query, for references: keys and values before a layer's own."""
+"""For references: attention written out, query by query, and tokens joined to the input by hand."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-_PREPENDED = "written_out"
+_PREPENDED, _BEFORE = "written_out", "written_out_before"
 
 
 def _attention(
@@ -59,3 +60,46 @@ def prepend(
     model.set_attn_implementation("written_out")  # type: ignore[operator]
     layer = model.get_submodule(path)
     layer.__dict__.setdefault(_PREPENDED, []).append((keys, values, bias))
+
+
+def before_input(plain: nn.Module, at: int, made: list[Tensor]) -> None:
+    """[φ, x] joined by hand outside the model, one example at a time, unseen tokens left out.
+
+    ``made`` holds each example's tokens [k, d]; a second call puts its own after the first's. The
+    first ``at`` of what is seen stays before them (a class token).
+    """
+    if _BEFORE in plain.__dict__:
+        plain.__dict__[_BEFORE].append(made)
+        return
+    plain.__dict__[_BEFORE] = [made]
+    forward = plain.forward
+
+    def by_hand(**batch: Any) -> SimpleNamespace:
+        logits = []
+        for b in range(len(made)):
+            one = {key: value[b : b + 1] for key, value in batch.items()}
+            phi = torch.cat([tokens[b] for tokens in plain.__dict__[_BEFORE]])
+            join = _before_image if "pixel_values" in one else _before_text
+            logits.append(join(plain, forward, one, phi, at))
+        return SimpleNamespace(logits=torch.stack(logits))
+
+    plain.forward = by_hand
+
+
+def _before_text(plain: Any, forward: Any, one: dict[str, Tensor], phi: Tensor, at: int) -> Tensor:
+    x, mask = plain.get_input_embeddings()(one.pop("input_ids"))[0], one["attention_mask"][0]
+    place, k = int(mask.nonzero()[0]) + at, len(phi)
+    one["inputs_embeds"] = torch.cat([x[:place], phi, x[place:]])[None]
+    one["attention_mask"] = torch.cat([mask[:place], mask.new_ones(k), mask[place:]])[None]
+    out = forward(**one).logits[0]
+    return out if "labels" in one else torch.cat([out[:place], out[place + k :]])
+
+
+def _before_image(plain: Any, forward: Any, one: dict[str, Tensor], phi: Tensor, at: int) -> Tensor:
+    def joined(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+        return torch.cat([x[0, :at], phi, x[0, at:]])[None]
+
+    hook = plain.vit.embeddings.register_forward_hook(joined)
+    logits = forward(**one).logits[0]
+    hook.remove()
+    return logits

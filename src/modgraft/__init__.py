@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from modgraft.computation.intrinsic import IntrinsicDimension
     from modgraft.computation.parameter import LoRA
     from modgraft.computation.prefix import Prefix
+    from modgraft.computation.prompts import Prompt, SoftPrompt
     from modgraft.computation.rescale import Rescale
     from modgraft.computation.sparse import SparseDelta, SparseSubnetwork, Supermask
     from modgraft.context import Side
@@ -54,9 +55,11 @@ __all__ = [
     "ParallelAdapter",
     "ParameterComposition",
     "Prefix",
+    "Prompt",
     "Rescale",
     "Side",
     "Site",
+    "SoftPrompt",
     "SparseDelta",
     "SparseSubnetwork",
     "Supermask",
@@ -84,6 +87,7 @@ _HOMES = {
     "computation.intrinsic": ("IntrinsicDimension",),
     "computation.parameter": ("LoRA",),
     "computation.prefix": ("Prefix",),
+    "computation.prompts": ("Prompt", "SoftPrompt"),
     "computation.rescale": ("Rescale",),
     "computation.sparse": ("SparseDelta", "SparseSubnetwork", "Supermask"),
     "context": ("Side",),

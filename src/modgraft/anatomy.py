@@ -21,13 +21,18 @@ class Family:
         roles: role → patterns.
         prompt_at: how many leading positions stay first when tokens are put before the input (1 for
             hosts that read a class token at position 0).
-        counts_positions: whether positions count the tokens that are seen, from 0.
+        counts_positions: whether the host takes each token's position as an argument.
+        position_table: the embedding that positions are looked up in, empty where there is none.
+        embedded: for a host that reads no text: the layers whose output is the first sequence of
+            tokens, and the last.
     """
 
     types: tuple[str, ...]
     roles: dict[str, tuple[str, ...]]
     prompt_at: int = 0
     counts_positions: bool = True
+    position_table: str = ""
+    embedded: tuple[str, str] | None = None
 
 
 _T5 = "{encoder,decoder}.block.*.layer.*"
@@ -68,9 +73,12 @@ FAMILIES = (
         },
         counts_positions=False,  # relative ones
     ),
-    Family(("bert", "electra"), _BERT, prompt_at=1),
-    # their positions begin after the padding index
-    Family(("roberta", "xlm-roberta", "camembert"), _BERT, prompt_at=1, counts_positions=False),
+    Family(
+        ("bert", "electra", "roberta", "xlm-roberta", "camembert"),
+        _BERT,
+        prompt_at=1,
+        position_table="embeddings.position_embeddings",
+    ),
     Family(
         ("gpt2",),
         {
@@ -87,6 +95,7 @@ FAMILIES = (
             "embedding": ("wte",),
             "decoder.output": ("ln_f",),
         },
+        position_table="wpe",
     ),
     Family(
         (
@@ -132,6 +141,8 @@ FAMILIES = (
             "encoder.output": ("layernorm",),
         },
         prompt_at=1,
+        counts_positions=False,
+        embedded=("embeddings", "layernorm"),
     ),
 )
 

@@ -5,7 +5,7 @@ A host's ``forward`` has no argument for an image or a task; sites read both fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -85,6 +85,8 @@ class Call:
     side: Mapping[str, Side] = field(default_factory=dict)
     generating: bool = False
     spliced: bool = False  # input modules have already put their tokens into this call
+    # where they are put in inside the host: a site's path and its output → the new output
+    relay: Callable[[str, Tensor], Tensor] | None = None
 
     def side_input(self, source: str, rows: int) -> Side | None:
         """The side input named ``source`` for a site that sees ``rows`` examples, None if absent.
@@ -123,6 +125,8 @@ class Context:
         self.in_line = True  # the weights alone say what the composition is
         self.mirrored: Expression | None = None  # the composition that the weights are of
         self.traced = Call(None)
+        self.first: set[str] = set()  # the modules that put tokens before the input
+        self.leading: tuple[str, ...] = ()  # those of them in the composition, in order
 
     def current(self) -> Call:
         """The call under way, or one of the composition in force and no side input."""
@@ -140,6 +144,7 @@ class Context:
         """Write ``composition`` into what compiled code reads."""
         self.mirrored = composition
         weights = {} if composition is None else composition.weights()
+        self.leading = tuple(name for name in weights if name in self.first)
         self.in_line = composition is None or composition.is_line(list(self.weights))
         for name, tensor in self.weights.items():
             tensor.fill_(weights.get(name, 0.0))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
-from modgraft.errors import UnknownNameError
+from modgraft.errors import ModgraftError, UnknownNameError
 from modgraft.sites import Site
 
 
@@ -67,3 +67,19 @@ def learner(model: nn.Module, name: str) -> nn.Module | None:
     except AttributeError as error:
         children = ", ".join(f"'host.{child}'" for child, _ in model.named_children())
         raise UnknownNameError(f"train={name!r}: {error}; there are {children}") from error
+
+
+def check_learns(name: str, part: nn.Module) -> nn.Module:
+    """``part`` itself, which ``train=name`` means.
+
+    Raises:
+        ModgraftError: if it has no parameters.
+    """
+    if next(part.parameters(), None) is None:
+        what = part.method if isinstance(part, Implant) else type(part).__name__
+        raise ModgraftError(
+            f"train={name!r}: {what} has no parameters, so nothing of it can be trained; leave it "
+            f"out of train=. The form of a Prompt that learns is SoftPrompt(init=text, "
+            f"tokenizer=tokenizer)"
+        )
+    return part

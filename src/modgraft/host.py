@@ -24,8 +24,9 @@ from modgraft.computation.base import (
 from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
 from modgraft.fastpath import leave_fast_path, take_fast_path
-from modgraft.handle import Implant, learner
-from modgraft.implant import foreign, graft, missing_side, prune, pruned
+from modgraft.handle import Implant, check_learns, learner
+from modgraft.implant import foreign, graft, prune, pruned
+from modgraft.inlet import missing_side
 from modgraft.recompute import forget, remember
 from modgraft.replaced import new_weights, write
 from modgraft.sites import At, Site, find
@@ -279,7 +280,7 @@ class Host(nn.Module):
         before = [(p, p.requires_grad) for p in self.parameters()]
         if train is not None:
             names = [train] if isinstance(train, str) else list(train)
-            chosen = [learner(self.model, n) or self[n] for n in names]
+            chosen = [check_learns(n, learner(self.model, n) or self[n]) for n in names]
             self.requires_grad_(False)
             for part in chosen:
                 part.requires_grad_(True)

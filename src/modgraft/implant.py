@@ -7,10 +7,9 @@ the same answer. What acts there is kept outside the module's registered childre
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -26,11 +25,17 @@ from modgraft.computation.base import (
 )
 from modgraft.computation.layers import feature_axis, weight_matrix
 from modgraft.context import Call, Context
-from modgraft.errors import ModgraftError, SideError
+from modgraft.errors import ModgraftError
+from modgraft.inlet import (
+    active_inputs,
+    call_with_tokens,
+    generate_with_tokens,
+    inner_sites,
+    missing_side,
+)
 from modgraft.replaced import twin
 from modgraft.residual import Step, shifted
 from modgraft.sites import Site
-from modgraft.splice import splice
 from modgraft.tensors import first_tensor, tensor_input, tensor_of, with_tensor
 
 STATE = "_modgraft_state"
@@ -72,6 +77,10 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
         host.__class__ = _grafted(type(host))
     axis = feature_axis(host)
     state.entries.append(Entry(name, module, site.part, site.residual, site.parameter, axis))
+    if isinstance(module, TokenComposition) and not site.path:
+        context.first.add(name)
+        for inner in inner_sites(site):
+            graft(inner, name, module, context)
 
 
 def prune(host: nn.Module, name: str) -> None:
@@ -79,7 +88,12 @@ def prune(host: nn.Module, name: str) -> None:
     state: State | None = host.__dict__.get(STATE)
     if state is None:
         return
+    gone = [entry for entry in state.entries if entry.name == name]
     state.entries = [entry for entry in state.entries if entry.name != name]
+    if not state.path and any(isinstance(e.module, TokenComposition) for e in gone):
+        state.context.first.discard(name)
+        for inner in inner_sites(Site("", host, None, host)):
+            prune(inner.module, name)
     if not state.entries:
         host.__class__ = type(host).__mro__[1]
         del host.__dict__[STATE]
@@ -141,11 +155,10 @@ def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
     active = [e for e in state.entries if weights.get(e.name, 0.0) != 0.0]
     if not active:
         return forward(host, *args, **kwargs)
-    inputs = [e for e in active if isinstance(e.module, TokenComposition)]
+    inputs = active_inputs(state, call.composition.names())
     if inputs and not call.spliced:
-        order = call.composition.names()
-        inputs.sort(key=lambda e: order.index(e.name))
-        return _run_spliced(host, state, call, inputs, forward, args, kwargs)
+        run_inside = partial(_run, host, forward)
+        return call_with_tokens(host, state, call, inputs, run_inside, args, kwargs)
 
     if residual := {e.name: e for e in active if e.residual}:
         composition = call.composition
@@ -171,6 +184,8 @@ def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
     if len(inner) == len(active):
         return out
     y = before = tensor_of(out)
+    if inputs and call.relay is not None:
+        y = call.relay(state.path, y)
     if changed is None and x is not None:
         for change in changes:
             y = _add(y, change, change.weight, x, host)
@@ -198,10 +213,11 @@ def _run_traced(
     """The same under ``torch.compile``: every resident module, weighted by a tensor that a switch
     of composition writes into, so that the graph stays the same."""
     if state.of(TokenComposition) and not call.spliced:
-        raise ModgraftError(
-            "compile host.model's parts or the host without input modules: a module that puts "
-            "tokens before the input changes the shapes at every switch"
-        )
+        # tokens change the shapes: the graph is bound to which modules put some there
+        inputs = active_inputs(state, state.context.leading)
+        if inputs:
+            run_inside = partial(_run, host, forward)
+            return call_with_tokens(host, state, call, inputs, run_inside, args, kwargs)
     if any(entry.residual for entry in state.entries):
 
         def fold(step: Step, e: Tensor) -> Tensor:
@@ -221,6 +237,8 @@ def _run_traced(
     if len(inner) == len(state.entries):
         return out
     y = before = tensor_of(out)
+    if call.relay is not None and state.of(TokenComposition):
+        y = call.relay(state.path, y)
     for change in changes:
         assert isinstance(change.weight, Tensor)  # noqa: S101
         y = _add(y, change, change.weight.to(y.dtype), tensor_input(x, state.path), host)
@@ -310,73 +328,14 @@ def _replaced(
     return torch.cat(pieces, dim=axis)
 
 
-def missing_side(name: str, source: str) -> SideError:
-    """The error of a call without a side input that an active module needs."""
-    return SideError(
-        f"module {name!r} needs the side input {source!r} and this call has none; pass "
-        f"host(..., side={{{source!r}: mg.Side(tensor, mask)}}), with an all-False mask row for an "
-        f"example without one, or leave the module out with host.use(None)"
-    )
-
-
-# -- input modules: tokens before the input ----------------------------------------------------
-
-
-def _run_spliced(
-    host: nn.Module,
-    state: State,
-    call: Call,
-    inputs: list[Entry],
-    forward: Callable[..., Any],
-    args: tuple,
-    kwargs: dict,
-) -> Any:
-    plan = splice(host, _named(forward, host, args, kwargs), _token_source(inputs, call))
-    with state.context.call(replace(call, spliced=True)):
-        return plan.trim(forward(host, **plan.kwargs))
-
-
 def _generate(host: nn.Module, generate: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
     state: State = host.__dict__[STATE]
     call = state.context.current()
     names = () if call.composition is None else call.composition.names()
-    inputs = [e for n in names for e in state.of(TokenComposition) if e.name == n]
+    inputs = active_inputs(state, names)
     if not inputs or call.spliced:
         return generate(host, *args, **kwargs)
-    if args:
-        kwargs = {"input_ids": args[0], **kwargs}
-        if len(args) > 1:
-            raise ModgraftError("generate with input modules takes its arguments by name")
-    if kwargs.get("inputs") is not None:
-        kwargs = {**kwargs, "input_ids": kwargs["inputs"]}
-        del kwargs["inputs"]
-    plan = splice(host, kwargs, _token_source(inputs, call), generating=True)
-    with state.context.call(replace(call, spliced=True, generating=True)):
-        return generate(host, **plan.kwargs)
-
-
-def _token_source(inputs: list[Entry], call: Call) -> Callable[[int], tuple[Tensor, Tensor]]:
-    def tokens(batch: int) -> tuple[Tensor, Tensor]:
-        made = []
-        for entry in inputs:
-            module = entry.module
-            assert isinstance(module, TokenComposition)  # noqa: S101
-            side = None if module.needs is None else call.side_input(module.needs, batch)
-            if side is None and module.needs is not None:
-                raise missing_side(entry.name, module.needs)
-            made.append(module.tokens(batch, side))
-        return torch.cat([t for t, _ in made], dim=1), torch.cat([m for _, m in made], dim=1)
-
-    return tokens
-
-
-def _named(forward: Callable[..., Any], host: nn.Module, args: tuple, kwargs: dict) -> dict:
-    bound = inspect.signature(forward).bind(host, *args, **kwargs)
-    named = dict(bound.arguments)
-    named.pop(next(iter(named)))  # self
-    for extra in [n for n, p in bound.signature.parameters.items() if p.kind is p.VAR_KEYWORD]:
-        named.update(named.pop(extra, {}))
-    return named
+    return generate_with_tokens(host, state, call, inputs, generate, args, kwargs)
 
 
 def _attended(state: State) -> int:

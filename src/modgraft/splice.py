@@ -1,8 +1,7 @@
-"""Put tokens before a text model's input; labels, positions and logits stay where they were."""
+"""Put tokens before a host's input; labels, positions and logits stay where they were."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.anatomy import family_of
+from modgraft.anatomy import Family, base_path, family_of
 from modgraft.errors import ModgraftError
+from modgraft.tokens import check_room, token_positions
 
 IGNORED = -100  # the label that transformers' losses leave out
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one module puts before the input.
+
+    Attributes:
+        name: the module's.
+        embeddings: ``[B, k, d]``.
+        seen: ``[B, k]`` bool, True where a token is seen.
+        after: how many of the input's own positions stay before them.
+        masked: whether some of them may be unseen.
+    """
+
+    name: str
+    embeddings: Tensor
+    seen: Tensor
+    after: int
+    masked: bool = False
+
+
+#: from the batch size, what each module puts there, in order
+Source = Callable[[int], list[Tokens]]
 
 
 @dataclass(frozen=True)
@@ -22,50 +45,154 @@ class Splice:
 
     Attributes:
         kwargs: the arguments to call the model with.
-        at: where the tokens begin.
-        count: how many there are.
-        length: how long the text is.
+        keep: ``[B, T]``, where the text's own positions are among all; None: nothing to trim.
+        total: how many positions there are with the tokens.
+        relay: for a host that reads no text, what puts tokens in and takes them out inside it.
     """
 
     kwargs: dict[str, Any]
-    at: int
-    count: int
-    length: int
+    keep: Tensor | None = None
+    total: int = 0
+    relay: Relay | None = None
+    last_unseen: Tensor | None = None
 
     def trim(self, out: Any) -> Any:
         """The model's output without the positions of the tokens."""
-        for key in ("logits", "last_hidden_state"):
+        if self.keep is None:
+            return out
+        if type(out) is tuple:
+            raise ModgraftError("with an input module, call the host without return_dict=False")
+        logits = getattr(out, "logits", None)
+        if self.last_unseen is not None and isinstance(logits, Tensor) and logits.dim() == 2:
+            _check_last(out, self.last_unseen)
+        for key, dims in (
+            ("logits", 3), ("last_hidden_state", 3), ("start_logits", 2), ("end_logits", 2)
+        ):  # fmt: skip
             value = getattr(out, key, None)
-            if isinstance(value, Tensor) and value.shape[1:2] == (self.count + self.length,):
-                kept = torch.cat([value[:, : self.at], value[:, self.at + self.count :]], dim=1)
-                out = replace(out, **{key: kept})
+            if isinstance(value, Tensor) and value.dim() == dims and value.shape[1] == self.total:
+                out = replace(out, **{key: _gather(value, self.keep)})
         return out
 
 
+@dataclass(frozen=True)
+class Relay:
+    """Tokens put into a host's first sequence of tokens, and taken out of its last.
+
+    Attributes:
+        enter: the layer whose output is the first sequence ``[B, N, d]``.
+        leave: the one whose output is the last.
+        tokens: what the modules put there, in order.
+    """
+
+    enter: str
+    leave: str
+    tokens: tuple[Tokens, ...]
+
+    def __call__(self, path: str, y: Tensor) -> Tensor:
+        """The output ``y`` of the layer at ``path`` with the tokens, or without them again."""
+        if path == self.enter:
+            for own in reversed(self.tokens):
+                _check_width(own, y)
+                new = own.embeddings.to(y.dtype)
+                y = torch.cat([y[:, : own.after], new, y[:, own.after :]], dim=1)  # [B, k + N, d]
+        elif path == self.leave:
+            for own in self.tokens:
+                end = own.after + own.embeddings.shape[1]
+                y = torch.cat([y[:, : own.after], y[:, end:]], dim=1)  # [B, k + N, d] → [B, N, d]
+        return y
+
+
 def splice(
-    model: nn.Module,
-    kwargs: dict[str, Any],
-    tokens: Callable[[int], tuple[Tensor, Tensor]],
-    generating: bool = False,
+    model: nn.Module, kwargs: dict[str, Any], source: Source, generating: bool = False
 ) -> Splice:
-    """Rewrite the arguments of a text model's ``forward`` or ``generate``.
+    """Rewrite the arguments of a model's ``forward`` or ``generate``.
+
+    Tokens go right before the first one of the text that is seen (after it, where it is a class
+    token): padding on the left stays on the left. Positions are the model's own, moved by the
+    tokens that are seen.
 
     Args:
-        model: a Hugging Face text model.
-        kwargs: its arguments by name, with ``input_ids`` or ``inputs_embeds`` ``[B, T(, d)]``.
-        tokens: from the batch size, ``[B, k, d]`` embeddings and ``[B, k]`` bool, True where seen.
+        model: a Hugging Face model.
+        kwargs: its arguments by name, with ``input_ids`` or ``inputs_embeds`` ``[B, T(, d)]``, or
+            ``pixel_values`` ``[B, C, H, W]`` for one that reads images.
+        source: what to put there.
         generating: whether the arguments are those of ``generate``.
 
-    Returns:
-        The call with ``inputs_embeds`` ``[B, k + T, d]``, mask, labels and positions to match.
-
     Raises:
-        ModgraftError: if there is no text to put the tokens before.
+        ModgraftError: if there is no text to put the tokens before, or no positions for both.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    ids = kwargs.pop("input_ids", None)
-    embeds = kwargs.pop("inputs_embeds", None)
-    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    family = family_of(model)
+    if family is not None and family.embedded is not None:
+        return _into_images(model, family, kwargs, source)
+    return _into_text(model, family, kwargs, source, generating)
+
+
+def _into_text(
+    model: nn.Module,
+    family: Family | None,
+    kwargs: dict[str, Any],
+    source: Source,
+    generating: bool,
+) -> Splice:
+    config = getattr(model, "config", None)
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
+    embeds = _embedded(model, kwargs, ids, embeds)
+    batch, length = embeds.shape[:2]
+    groups = [_unseen_first(own) for own in source(batch)]
+    count = sum(own.embeddings.shape[1] for own in groups)
+    check_room(model, count, length)
+
+    given = kwargs.get("attention_mask")
+    if given is not None and (not isinstance(given, Tensor) or given.shape != (batch, length)):
+        raise ModgraftError(f"with an input module, attention_mask is [{batch}, {length}]")
+    mask = given
+    if mask is None:
+        mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
+        if generating and ids is not None:
+            mask = _mask_of_padding(model, ids, mask)
+    rows: dict[str, Tensor] = {"inputs_embeds": embeds, "attention_mask": mask}
+    if "token_type_ids" in kwargs:
+        rows["token_type_ids"] = kwargs["token_type_ids"]
+    match kwargs.get("labels"):
+        case Tensor() as labels if labels.shape == (batch, length) and not encoder_decoder:
+            if not labels.is_floating_point():  # one a token, not one a class
+                rows["labels"] = labels
+    if "position_ids" in kwargs:
+        rows["position_ids"] = kwargs["position_ids"].expand(batch, length)
+    elif not generating and family is not None and family.counts_positions:
+        rows["position_ids"] = _own_positions(model, ids, embeds)
+
+    padded = given is not None or generating or any(own.masked for own in groups)
+    keep = torch.arange(length, device=embeds.device).expand(batch, length)
+    for own in reversed(groups):
+        _check_width(own, embeds)
+        rows, moved = _insert(rows, own, padded)
+        keep = moved.gather(1, keep)
+    kwargs |= rows
+    for key in ("start_positions", "end_positions"):  # of an answer in the text, or past its end
+        if key in kwargs:
+            at = kwargs[key].reshape(batch)
+            moved = keep.gather(1, at.clamp(0, length - 1)[:, None])[:, 0]
+            kwargs[key] = torch.where(at < length, moved, at + count)
+    if generating and not encoder_decoder:
+        _keep_lengths(model, kwargs, ids, count, length)
+    reads_last = family is not None and not encoder_decoder and "decoder.output" in family.roles
+    trims = None if encoder_decoder else keep
+    last = (rows["attention_mask"][:, -1] == 0) if reads_last else None
+    return Splice(kwargs, trims, length + count, last_unseen=last)
+
+
+def _embedded(
+    model: nn.Module, kwargs: dict[str, Any], ids: Tensor | None, embeds: Tensor | None
+) -> Tensor:
+    """The text's embeddings ``[B, T, d]``."""
+    if kwargs.get("past_key_values") is not None or kwargs.get("encoder_outputs") is not None:
+        raise ModgraftError(
+            "with an input module, continue from a cache by host.generate(...): a single call with "
+            "past_key_values or encoder_outputs cannot tell whether they hold the module's tokens"
+        )
     if embeds is None:
         if ids is None:
             raise ModgraftError(
@@ -73,33 +200,145 @@ def splice(
                 f"neither (it has {', '.join(kwargs) or 'nothing'})"
             )
         embeds = model.get_input_embeddings()(ids)  # type: ignore[operator]
-    if kwargs.get("past_key_values") is not None and not generating:
+    assert isinstance(embeds, Tensor)  # noqa: S101
+    if embeds.dim() != 3:
         raise ModgraftError(
-            "with an input module, continue from a cache by host.generate(...): a single call with "
-            "past_key_values cannot tell whether the cache holds the module's tokens"
+            f"an input module puts tokens before texts [batch, T], not before {list(embeds.shape)}"
         )
+    return embeds
+
+
+def _unseen_first(own: Tokens) -> Tokens:
+    """The same with nothing between those that are seen and the text: relative positions count."""
+    if not own.masked:
+        return own
+    order = own.seen.int().argsort(dim=1, stable=True)
+    embeddings, seen = (_gather(value, order) for value in (own.embeddings, own.seen))
+    return replace(own, embeddings=embeddings, seen=seen)
+
+
+def _insert(rows: dict[str, Tensor], own: Tokens, padded: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Every row with the tokens in it, and where the positions before are now, ``[B, T]``."""
+    mask, seen = rows["attention_mask"], own.seen
+    (batch, length), count = mask.shape, seen.shape[1]
+    start = torch.full((batch, 1), own.after, device=mask.device)
+    if padded:  # argmax: the first that is seen
+        start = start + (mask != 0).int().argmax(dim=1, keepdim=True)
+    start = start.clamp(max=length)
+    j = torch.arange(length + count, device=mask.device)[None]  # [1, T + k]
+    old = torch.where(j < start, j, j - count)
+    index = torch.where((j >= start) & (j < start + count), length + j - start, old)
+    out = {}
+    for key, value in rows.items():
+        match key:
+            case "inputs_embeds":
+                new = own.embeddings
+            case "attention_mask":
+                new = seen
+            case "labels":
+                new = torch.full_like(seen, IGNORED, dtype=torch.long)
+            case "position_ids":  # the tokens take the place of the one they go before
+                beyond = torch.cat([value, value[:, -1:] + 1], dim=1)
+                shown = seen.long().cumsum(1)
+                new = beyond.gather(1, start) + (shown - 1).clamp(min=0)
+                after = torch.arange(length, device=mask.device)[None] >= start
+                value = value + after * shown[:, -1:]
+            case _:
+                new = torch.zeros_like(seen)
+        # [B, T, …], [B, k, …] → [B, T + k, …]
+        out[key] = _gather(torch.cat([value, new.to(value.dtype)], dim=1), index)
+    t = torch.arange(length, device=mask.device)[None]
+    return out, torch.where(t < start, t, t + count)
+
+
+def _gather(value: Tensor, index: Tensor) -> Tensor:
+    """``value`` ``[B, n, …]`` at ``index`` ``[B, m]``: ``[B, m, …]``."""
+    index = index.reshape(*index.shape, *(1,) * (value.dim() - 2))
+    return value.gather(1, index.expand(*index.shape[:2], *value.shape[2:]))
+
+
+def _own_positions(model: nn.Module, ids: Tensor | None, embeds: Tensor) -> Tensor:
+    """The positions ``[B, T]`` that the model gives the text where it is told none."""
     batch, length = embeds.shape[:2]
-    made, seen = tokens(batch)
-    count = made.shape[1]
-    family = family_of(model)
-    at = 0 if family is None else family.prompt_at
+    positions = token_positions(model)
+    first = 0 if positions is None else positions[0]
+    if first and ids is not None:  # RoBERTa's: padding has a position of its own, the one before
+        text = ids.ne(first - 1).long()
+        return text.cumsum(1) * text + first - 1
+    return torch.arange(first, first + length, device=embeds.device).expand(batch, length)
 
-    def insert(value: Tensor, new: Tensor) -> Tensor:  # [B, T, …] → [B, k + T, …]
-        return torch.cat([value[:, :at], new.to(value.dtype), value[:, at:]], dim=1)
 
+def _mask_of_padding(model: nn.Module, ids: Tensor, ones: Tensor) -> Tensor:
+    """What ``generate`` takes for the mask of a text that comes without one."""
+    settings = model.generation_config
+    pad: Any = settings.pad_token_id  # type: ignore[union-attr]
+    eos: Any = settings.eos_token_id  # type: ignore[union-attr]
+    ends = eos if isinstance(eos, list) else [eos]
+    return ones if pad is None or pad in ends else ids.ne(pad).long()
+
+
+def _keep_lengths(
+    model: nn.Module, kwargs: dict[str, Any], ids: Tensor | None, count: int, length: int
+) -> None:
+    """Return the text with what follows, as without tokens, and count lengths as without them.
+
+    ``generate`` takes the length of ``inputs_embeds`` off the bounds of the whole length.
+    """
+    off = count if ids is None else count + length
+    if ids is not None:
+        kwargs["input_ids"] = ids
+    sources = (kwargs.get("generation_config"), model.generation_config)
+
+    def setting(name: str) -> Any:
+        found = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
+        return next((value for value in found if value is not None), None)
+
+    for bound in ("max", "min"):
+        whole = setting(f"{bound}_length")
+        if whole and setting(f"{bound}_new_tokens") is None:
+            kwargs[f"{bound}_length"] = whole + off
+
+
+def _into_images(
+    model: nn.Module, family: Family, kwargs: dict[str, Any], source: Source
+) -> Splice:
+    pixels = kwargs.get("pixel_values")
+    if pixels is None:
+        raise ModgraftError(
+            f"an input module puts tokens before the patches of pixel_values here, and this call "
+            f"has none (it has {', '.join(kwargs) or 'nothing'})"
+        )
+    assert family.embedded is not None  # noqa: S101
+    base = base_path(model)
+    enter, leave = (f"{base}.{p}" if base else p for p in family.embedded)
+    groups = source(pixels.shape[0])
     mask = kwargs.get("attention_mask")
-    if mask is None:
-        mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
-    kwargs["inputs_embeds"] = insert(embeds, made)
-    kwargs["attention_mask"] = insert(mask, seen)
-    if "token_type_ids" in kwargs:
-        kwargs["token_type_ids"] = insert(kwargs["token_type_ids"], torch.zeros_like(seen))
-    labels = kwargs.get("labels")
-    if labels is not None and not encoder_decoder and labels.shape == (batch, length):
-        kwargs["labels"] = insert(labels, torch.full_like(seen, IGNORED, dtype=torch.long))
-    if not generating and family is not None and family.counts_positions:
-        parameters = inspect.signature(type(model).forward).parameters
-        if "position_ids" in parameters and "position_ids" not in kwargs:
-            # counted over what is seen, so that a text without an image keeps its own positions
-            kwargs["position_ids"] = (kwargs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    return Splice(kwargs, at, count, length)
+    if mask is not None or any(own.masked for own in groups):
+        if mask is None:
+            size: Any = model.config.patch_size  # type: ignore[union-attr]
+            rows, columns = (size, size) if isinstance(size, int) else size
+            patches = (pixels.shape[-2] // rows) * (pixels.shape[-1] // columns)
+            mask = pixels.new_ones(len(pixels), family.prompt_at + patches, dtype=torch.bool)
+        for own in reversed(groups):  # [B, N] → [B, k + N]
+            seen = own.seen.to(mask.dtype)
+            mask = torch.cat([mask[:, : own.after], seen, mask[:, own.after :]], dim=1)
+        kwargs["attention_mask"] = mask
+    return Splice(kwargs, relay=Relay(enter, leave, tuple(groups)))
+
+
+def _check_width(own: Tokens, embeds: Tensor) -> None:
+    made, width = own.embeddings.shape, embeds.shape[-1]
+    if made[0] != embeds.shape[0] or made[-1] != width or own.seen.shape != made[:2]:
+        raise ModgraftError(
+            f"{own.name!r} gave tokens {list(made)} and a mask {list(own.seen.shape)} where this "
+            f"host reads [{embeds.shape[0]}, k, {width}] and [{embeds.shape[0]}, k]"
+        )
+
+
+def _check_last(out: Any, unseen: Tensor) -> None:
+    """A decoder's class is read at the last position, which it finds from ids alone."""
+    if not torch.compiler.is_compiling() and bool(unseen.any()):
+        raise ModgraftError(
+            f"{type(out).__name__} is read at the last position, where some texts of this batch "
+            f"have padding; with an input module, pad on the left (padding_side='left')"
+        )

@@ -17,6 +17,7 @@ from modgraft.computation.layers import check_features, check_weight, linear_map
 from modgraft.context import Side
 from modgraft.errors import SiteError, UnknownNameError
 from modgraft.sites import Site
+from modgraft.tokens import token_width
 
 REGISTRY: dict[str, type[Computation]] = {}
 
@@ -164,9 +165,23 @@ class TokenComposition(InputComposition):
 
     default_at: ClassVar[str | None] = ""
 
+    def at(self, site: Site) -> Self:
+        """A fresh copy built for the host at ``site``.
+
+        Raises:
+            ModgraftError: for a host that reads no tokens.
+        """
+        token_width(site.module)
+        return super().at(site)
+
     @abstractmethod
     def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         """``[batch, k, d]`` embeddings and ``[batch, k]`` bool, True where a token is seen."""
+
+    def after(self, first: int) -> int:
+        """How many of the input's positions stay before the tokens; the host keeps ``first``
+        there, 1 where it reads a class token."""
+        return first
 
 
 class KeyValueComposition(InputComposition):

@@ -10,6 +10,7 @@ from modgraft.computation.base import TokenComposition
 from modgraft.context import Side
 from modgraft.errors import ModgraftError
 from modgraft.sites import Site
+from modgraft.tokens import token_width
 
 
 @final
@@ -45,7 +46,7 @@ class LinearMap(TokenComposition):
         return self.source
 
     def build(self, site: Site) -> None:  # noqa: D102
-        self.width = site.width
+        self.width = token_width(site.module)
         self.map = nn.Linear(self.dim, self.tokens_each * self.width)
 
     def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102

@@ -1,0 +1,208 @@
+"""Prompts, written and trained: f'(x) = f([φ, x]) at the first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import InitVar
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.anatomy import family_of
+from modgraft.computation.base import TokenComposition
+from modgraft.context import Side
+from modgraft.errors import ModgraftError
+from modgraft.sites import Site
+from modgraft.tokens import check_room, token_table, token_width
+
+
+@final
+class SoftPrompt(TokenComposition):
+    """f([φ, x]), φ ``[length, d]`` trained embeddings before the input.
+
+    Prompt tuning (Lester et al. 2021, arXiv:2104.08691): on an encoder-decoder before the encoder's
+    input alone. On a vision transformer, after the class token, it is the shallow visual prompt of
+    Jia et al. (2022, arXiv:2203.12119), whose bound is √(6 / (3·patch² + d)).
+
+    Args:
+        length: how many tokens.
+        init: what φ begins as: ``"random"``, uniform in ±``bound``; ``"vocabulary"``, the
+            embeddings of tokens drawn among the ``common`` first, without repetition; a text or a
+            sequence of class labels, with ``tokenizer``; or what these become and what is saved:
+            for each token the id of its embedding, or several ids to take the mean of, as of a
+            label in more than one piece. Where there are fewer than ``length``, the rest is drawn
+            as for ``"vocabulary"``, as in the paper.
+        common: how many ids count as common; T5's vocabulary has the most common first.
+        bound: of the random start.
+        at_start: before a class token too, as PEFT has it; else after it, where the host expects
+            one first (BERT). Without a class token there is no difference.
+        tokenizer: makes ids of a text or labels; it is not kept.
+
+    Raises:
+        ModgraftError: for more ids than ``length`` or ids the host has no embedding for, a host
+            that reads no tokens, or more tokens than it has positions.
+    """
+
+    length: int = 20
+    init: str | Sequence[Any] = "random"
+    common: int = 5000
+    bound: float = 0.5
+    at_start: bool = False
+    tokenizer: InitVar[Any] = None
+
+    def __post_init__(self, tokenizer: Any) -> None:
+        if self.length < 1 or self.common < 1 or self.bound < 0:
+            raise ModgraftError(
+                f"SoftPrompt(length={self.length}, common={self.common}, bound={self.bound}): the "
+                f"first two are at least 1, the bound at least 0"
+            )
+        if tokenizer is not None:
+            self.init = _ids_of(self.init, tokenizer)
+        elif isinstance(self.init, str):
+            if self.init not in ("random", "vocabulary"):
+                raise ModgraftError(
+                    f"init={self.init!r} is neither 'random' nor 'vocabulary'; for a text, write "
+                    f"SoftPrompt(init={self.init!r}, tokenizer=tokenizer)"
+                )
+            return
+        else:
+            self.init = tuple(_checked(own) for own in self.init)
+        if not 0 < len(self.init) <= self.length:
+            raise ModgraftError(
+                f"init has {len(self.init)} tokens where length={self.length}; write "
+                f"SoftPrompt(length={max(len(self.init), 1)}, …) or begin with fewer, and at least "
+                f"one"
+            )
+
+    def build(self, site: Site) -> None:  # noqa: D102
+        host = site.module
+        _check_start(self.at_start, host)
+        width = token_width(host)
+        check_room(host, self.length)
+        phi = torch.empty(self.length, width).uniform_(-self.bound, self.bound)
+        if self.init != "random":
+            phi = self._from_vocabulary(token_table(host))
+        self.phi = nn.Parameter(phi)
+
+    @torch.no_grad()
+    def _from_vocabulary(self, table: nn.Embedding) -> Tensor:
+        size, device = table.num_embeddings, table.weight.device
+        own = () if isinstance(self.init, str) else self.init
+        groups = [(i,) if isinstance(i, int) else i for i in own]
+        _check_ids([i for group in groups for i in group], size)
+        among, left = min(self.common, size), self.length - len(groups)
+        drawn = torch.randperm(among)[:left]
+        if left > among:
+            drawn = torch.randint(among, (left,))
+        rows = [table(torch.tensor(group, device=device)).mean(0, keepdim=True) for group in groups]
+        return torch.cat([*rows, table(drawn.to(device))]).clone()
+
+    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        seen = torch.ones(batch, self.length, dtype=torch.bool, device=self.phi.device)
+        return self.phi.expand(batch, -1, -1), seen  # [length, d] → [B, length, d]
+
+    def after(self, first: int) -> int:  # noqa: D102
+        return 0 if self.at_start else first
+
+
+@final
+class Prompt(TokenComposition):
+    """f([φ, x]), φ = Emb(p), p a text.
+
+    The same as the text's tokens put before the input's, after a class token where the host expects
+    one first. It has no parameters: φ is looked up in the host's embeddings at every call.
+
+    Args:
+        text: p, without special tokens.
+        ids: its token ids, made by ``tokenizer`` where they are not given; both are saved, so that
+            loading needs no tokenizer.
+        at_start: before a class token too.
+        tokenizer: makes ids of the text; it is not kept.
+
+    Raises:
+        ModgraftError: for a text without a tokenizer, an empty one, ids that the host has no
+            embedding for, a host that reads no text, or more tokens than it has positions.
+    """
+
+    text: str = ""
+    ids: Sequence[int] = ()
+    at_start: bool = False
+    tokenizer: InitVar[Any] = None
+
+    def __post_init__(self, tokenizer: Any) -> None:
+        if tokenizer is not None:
+            made = _encoded(self.text, tokenizer)
+            if self.ids and tuple(self.ids) != made:
+                raise ModgraftError(
+                    f"Prompt({self.text!r}): this tokenizer gives {list(made)}, not "
+                    f"ids={list(self.ids)}; give one of the two"
+                )
+            self.ids = made
+        self.ids = tuple(self.ids)
+        if not self.ids:
+            raise ModgraftError(
+                f"Prompt({self.text!r}) has no tokens; write Prompt('You are …', "
+                f"tokenizer=tokenizer), with the host's tokenizer, or Prompt(text, ids=(…))"
+            )
+
+    def build(self, site: Site) -> None:  # noqa: D102
+        host = site.module
+        _check_start(self.at_start, host)
+        _check_ids(self.ids, token_table(host).num_embeddings)
+        check_room(host, len(self.ids))
+        self._host = (host,)  # in a tuple: the table is the host's, and may be another one later
+        self.register_buffer("_ids", torch.tensor(self.ids), persistent=False)
+
+    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        ids = self.get_buffer("_ids").expand(batch, -1)  # [k] → [B, k]
+        table = self._host[0].get_input_embeddings()  # type: ignore[operator]
+        return table(ids), torch.ones_like(ids, dtype=torch.bool)  # [B, k, d], [B, k]
+
+    def after(self, first: int) -> int:  # noqa: D102
+        return 0 if self.at_start else first
+
+
+def _encoded(text: str, tokenizer: Any) -> tuple[int, ...]:
+    made = tokenizer.encode(text, add_special_tokens=False)
+    return tuple(getattr(made, "ids", made))  # of transformers a list, of tokenizers an Encoding
+
+
+def _ids_of(init: str | Sequence[Any], tokenizer: Any) -> tuple[Any, ...]:
+    """A text token by token, labels each as the mean of its own."""
+    if isinstance(init, str):
+        return _encoded(init, tokenizer)
+    if not all(isinstance(label, str) for label in init):
+        raise ModgraftError(f"with a tokenizer, init is a text or class labels, not {init!r}")
+    return tuple(_checked(_encoded(label, tokenizer)) for label in init)
+
+
+def _checked(own: Any) -> int | tuple[int, ...]:
+    """An id, or several in a tuple, of one token."""
+    if isinstance(own, int) and not isinstance(own, bool):
+        return own
+    if isinstance(own, Sequence) and own and all(isinstance(i, int) for i in own):
+        return tuple(own)
+    hint = "; for labels, write SoftPrompt(init=labels, tokenizer=tokenizer)"
+    raise ModgraftError(
+        f"init holds {own!r}, which is neither a token's id nor several ids"
+        f"{hint if isinstance(own, str) else ''}"
+    )
+
+
+def _check_ids(ids: Sequence[int], size: int) -> None:
+    wrong = [i for i in ids if not 0 <= i < size]
+    if wrong:
+        raise ModgraftError(
+            f"token ids {wrong[:5]} are outside this host's vocabulary of {size}; take the "
+            f"tokenizer that belongs to the host"
+        )
+
+
+def _check_start(at_start: bool, host: nn.Module) -> None:
+    family = family_of(host)
+    if at_start and family is not None and family.embedded is not None:
+        raise ModgraftError(
+            f"{type(host).__name__} reads its class at position 0, before which nothing goes; "
+            f"leave out at_start=True"
+        )
