@@ -33,7 +33,7 @@ from modgraft.inlet import (
     inner_sites,
     missing_side,
 )
-from modgraft.replaced import twin
+from modgraft.replaced import run as run_changed
 from modgraft.residual import Step, shifted
 from modgraft.sites import Site
 from modgraft.tensors import first_tensor, tensor_input, tensor_of, with_tensor
@@ -179,7 +179,7 @@ def _run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
         x = tensor_input(x, state.path)
         changed = None if inner else one_product(host, forward, x, changes)
     attended = _attended(state)
-    out = forward(twin(host, inner), *args, **kwargs) if changed is None else changed
+    out = run_changed(host, forward, inner, args, kwargs) if changed is None else changed
     _check_bypass(host, state, active, attended)
     if len(inner) == len(active):
         return out
@@ -232,7 +232,7 @@ def _run_traced(
     x = first_tensor(args, kwargs)
     changes, inner = _changes(state.entries, state.context.weights)
     attended = _attended(state)
-    out = forward(twin(host, inner), *args, **kwargs)
+    out = run_changed(host, forward, inner, args, kwargs)
     _check_bypass(host, state, state.entries, attended)
     if len(inner) == len(state.entries):
         return out

@@ -7,8 +7,10 @@ the layer is never touched, so that no other thread sees them, and gradients rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modgraft.changed import Change
@@ -37,12 +39,28 @@ def new_weights(layer: nn.Module, changes: Sequence[Change]) -> dict[str, Tensor
     return new
 
 
-def twin(layer: nn.Module, changes: Sequence[Change]) -> nn.Module:
-    """``layer`` with changed weights, which shares all else with it; itself if none changes."""
-    return _sharing(layer, new_weights(layer, changes)) if changes else layer
+def run(
+    layer: nn.Module,
+    forward: Callable[..., Any],
+    changes: Sequence[Change],
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    """``forward`` of ``layer`` with changed weights."""
+    if not changes:
+        return forward(layer, *args, **kwargs)
+    twin = _sharing(layer, new_weights(layer, changes))
+    before = dict(twin.__dict__)
+    out = forward(twin, *args, **kwargs)
+    if not torch.compiler.is_compiling():  # what a layer notes on itself while it runs is its own
+        for name, value in twin.__dict__.items():
+            if name not in before or before[name] is not value:
+                layer.__dict__[name] = value
+    return out
 
 
 def _sharing(layer: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """A twin of ``layer`` with some of its parameters replaced, by name."""
     made = object.__new__(type(layer))
     made.__dict__.update(layer.__dict__)
     own = {name: tensor for name, tensor in tensors.items() if "." not in name}
