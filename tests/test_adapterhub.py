@@ -102,10 +102,11 @@ def pairs(
 ) -> list[tuple[nn.Parameter, str, Callable[[Tensor], Tensor]]]:
     """Each of our parameters, the name of theirs, and what makes ours of theirs."""
     keys = [k.split("/")[2] for k in fixture(method) if k.startswith(f"{host}/tensor/")]
+    keys = [k for k in keys if f".{implant.name}." in k]
     label_of = {}
     for key in keys:
         for pattern, label in where.items():
-            if found := re.fullmatch(rf"({pattern})\.m\..*", key):
+            if found := re.fullmatch(rf"({pattern})\.{implant.name}\..*", key):
                 label_of[found[1]] = re.sub(pattern, label, found[1])
     assert sorted(label_of.values()) == sorted(implant.paths)
     there = {label: stem for stem, label in label_of.items()}
@@ -113,10 +114,11 @@ def pairs(
     for label, place in zip(implant.paths, implant.places, strict=True):
         for own, parameter in place.named_parameters():
             if own == "A" and "A_down" in names:  # one for all: it is their model's own
-                theirs = next(k for k in keys if k.endswith("shared_parameters.m.phm_rule"))
+                theirs = next(k for k in keys if "shared_parameters" in k)
                 change = names["A_down"][1]
             else:
-                theirs, change = f"{there[label]}.m.{names[own][0]}", names[own][1]
+                theirs = f"{there[label]}.{implant.name}.{names[own][0]}"
+                change = names[own][1]
             made.append((parameter, theirs, change))
             used.add(theirs)
     assert used == set(keys)  # none of theirs is left over
@@ -157,6 +159,18 @@ def test_pfeiffer(name: str) -> None:
     host = rebuilt(name)
     implant = host.implant("m", mg.Adapter(reduction=4), at=ON_THE_STREAM_AT[name])
     check(host, name, "pfeiffer", pairs(implant, name, "pfeiffer", ON_THE_STREAM[name], BOTTLENECK))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_one_on_the_other(name: str) -> None:
+    """Their Stack, as MAD-X has a task's adapter on a language's, is our ``m >> n``."""
+    host = rebuilt(name)
+    matched = []
+    for own in ("m", "n"):
+        implant = host.implant(own, mg.Adapter(reduction=4), at=ON_THE_STREAM_AT[name])
+        matched += pairs(implant, name, "stack", ON_THE_STREAM[name], BOTTLENECK)
+    assert str(host.composition) == "m >> n"
+    check(host, name, "stack", matched)
 
 
 # Theirs reads what goes into the block's feed-forward before its norm, if it is normed first. Where
