@@ -162,16 +162,35 @@ def test_a_name_that_every_torch_module_has() -> None:
 
 # -- a fused projection addressed wrongly --------------------------------------------------------
 
-FUSED = {
-    "[3/3]": ("[3/3]", "count from 0"),
-    "[0/5]": ("48", "5 equal parts"),
-}
+C_ATTN = "transformer.h.0.attn.c_attn"
+FUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "a part beyond the last": (
+        "gpt2", "transformer.h.*.attn.c_attn[3/3]", ("count from 0", "c_attn[2/3]"),
+    ),
+    "parts that do not divide it": (
+        "gpt2", "transformer.h.*.attn.c_attn[0/5]", ("48", "5 equal parts", f"at='{C_ATTN}[0/3]'"),
+    ),
+    "parts of what is not fused": ("bert", "*.query[0/3]", ("16", "3 equal parts", f"at='{QUERY}'")),
+    "parts of a role": ("gpt2", "query[0/3]", ("did you mean at='query'?",)),
+    "parts of a table": (
+        "bert", "*.word_embeddings[0/2]", ("no parts", "at='bert.embeddings.word_embeddings'"),
+    ),
+    "another host's name for it": ("gpt2", "*.q_proj", ("matches no site", "roles: query", "c_attn")),
+    "packed where it is apart": ("mha", "cross.in_proj_weight[0/3]", ("at='cross.q_proj_weight'",)),
+    "attention as one weight": ("mha", "encoder.self_attn", ("in_proj_weight[0/3]", "query")),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("part", FUSED)
-def test_a_fused_projection_addressed_wrongly(part: str) -> None:
+@pytest.mark.parametrize("what", FUSED)
+def test_a_fused_projection_addressed_wrongly(what: str) -> None:
+    name, at, says = FUSED[what]
+    refused(mg.Host(HOSTS[name].model()), lambda: mg.LoRA(rank=2), at, *says)
+
+
+def test_a_function_at_parts_that_do_not_divide_a_projection() -> None:
     host = mg.Host(HOSTS["gpt2"].model())
-    refused(host, lambda: mg.LoRA(rank=2), f"transformer.h.*.attn.c_attn{part}", *FUSED[part])
+    at = "transformer.h.*.attn.c_attn[0/5]"
+    refused(host, lambda: mg.Adapter(width=2), at, "48", "5 equal parts", f"at='{C_ATTN}'")
 
 
 # -- a loaded module that is damaged or another's ------------------------------------------------

@@ -62,6 +62,14 @@ def test_what_has_parameters_is_among_the_rows_of_an_unknown_family() -> None:
         mg.Host(model).sites(row.at, expect=len(row.sites))
 
 
+def test_single_weights_of_attention_are_rows() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    rows = rows_of(nn.TransformerEncoder(layer, 3))
+    shapes = {row.at: row.shape for row in rows if len(row.sites) == 3}
+    assert shapes["layers.*.self_attn.in_proj_weight[0/3]"] == "16 × 16"
+    assert len({row.at for row in rows}) == len(rows)
+
+
 def test_print_of_a_host() -> None:
     host = mg.Host(HOSTS["t5"].model())
     host.implant("qa", mg.LoRA(rank=2), at=QV)

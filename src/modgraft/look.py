@@ -21,7 +21,7 @@ from modgraft.anatomy import family_of
 from modgraft.computation.base import Computation
 from modgraft.computation.layers import weight_matrix
 from modgraft.errors import SiteError
-from modgraft.sites import Site, find
+from modgraft.sites import WEIGHTED, Site, find, weight_labels
 
 if TYPE_CHECKING:
     from modgraft.host import Host
@@ -102,20 +102,28 @@ def rows_of(model: nn.Module) -> list[Row]:
 
 def _by_pattern(model: nn.Module) -> list[Row]:
     groups: dict[tuple[str, type], list[str]] = {}
-    for path, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
         own = any(True for _ in module.parameters(recurse=False))
         inner = not own and any(True for _ in module.parameters())
         if path and (own or (inner and not isinstance(module, nn.ModuleList | nn.Sequential))):
-            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
-            groups.setdefault((pattern, type(module)), []).append(path)
+            groups.setdefault((_starred(path), type(module)), []).append(path)
+        if own and not isinstance(module, WEIGHTED):
+            for label, _ in weight_labels(path, module):  # the single weights of attention, RNNs, …
+                if label not in modules:
+                    groups.setdefault((_starred(label), type(module)), []).append(label)
     rows = []
-    for (pattern, _), paths in groups.items():
-        for at in (pattern, _numbered(paths), "{" + ",".join(paths) + "}"):
+    for (pattern, _), labels in groups.items():
+        for at in (pattern, _numbered(labels), "{" + ",".join(labels) + "}"):
             sites = find(model, at)
-            if [site.label for site in sites] == paths:
+            if [site.label for site in sites] == labels:
                 rows.append(Row(at, sites))
                 break
     return rows
+
+
+def _starred(label: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", label)
 
 
 def _numbered(paths: Sequence[str]) -> str:
