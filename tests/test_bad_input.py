@@ -170,12 +170,16 @@ FUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "parts that do not divide it": (
         "gpt2", "transformer.h.*.attn.c_attn[0/5]", ("48", "5 equal parts", f"at='{C_ATTN}[0/3]'"),
     ),
-    "parts of what is not fused": ("bert", "*.query[0/3]", ("16", "3 equal parts", f"at='{QUERY}'")),
+    "parts of what is not fused": (
+        "bert", "*.query[0/3]", ("16", "3 equal parts", f"at='{QUERY}'"),
+    ),
     "parts of a role": ("gpt2", "query[0/3]", ("did you mean at='query'?",)),
     "parts of a table": (
         "bert", "*.word_embeddings[0/2]", ("no parts", "at='bert.embeddings.word_embeddings'"),
     ),
-    "another host's name for it": ("gpt2", "*.q_proj", ("matches no site", "roles: query", "c_attn")),
+    "another host's name for it": (
+        "gpt2", "*.q_proj", ("matches no site", "its roles: query, key"),
+    ),
     "packed where it is apart": ("mha", "cross.in_proj_weight[0/3]", ("at='cross.q_proj_weight'",)),
     "attention as one weight": ("mha", "encoder.self_attn", ("in_proj_weight[0/3]", "query")),
 }  # fmt: skip
