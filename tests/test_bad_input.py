@@ -57,6 +57,17 @@ TOO_LARGE: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
     ),
     "supermask": (lambda: mg.Supermask(density=2), "query", ("density=2", "(0, 1)", "density=0.1")),
     "sparse": (lambda: mg.SparseDelta(density=2), "query", ("density=2", "(0, 1)", "density=0.1")),
+    "soft_prompt": (
+        lambda: mg.SoftPrompt(length=40), None,
+        ("40 tokens before the text", "32 positions", "length=4"),
+    ),
+    "prompt": (
+        lambda: mg.Prompt("long", ids=(5,) * 32), None,
+        ("32 tokens before the text", "32 positions"),
+    ),
+    "prompt_of_another_vocabulary": (
+        lambda: mg.Prompt("hm", ids=(5, 99)), None, ("99", "vocabulary of 41", "tokenizer"),
+    ),
     "prefix": (lambda: mg.Prefix(length=0), None, ("length=0", "at least 1", "Prefix(length=1)")),
 }  # fmt: skip
 
@@ -65,6 +76,17 @@ TOO_LARGE: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
 def test_more_than_the_layer_has(name: str) -> None:
     make, at, says = TOO_LARGE[name]
     refused(mg.Host(HOSTS["bert"].model()), make, at, *says)
+
+
+def test_a_prompt_and_a_text_longer_than_the_hosts_positions() -> None:
+    host = mg.Host(HOSTS["bert"].model())
+    host.implant("soft", mg.SoftPrompt(length=20))
+    text = torch.randint(3, 41, (2, 13))
+    with pytest.raises(mg.ModgraftError) as error:
+        host(input_ids=text)
+    for part in ("20 tokens", "text of 13", "33 in all", "32 positions", "12", "at most 19"):
+        assert part in str(error.value)
+    host(input_ids=text[:, :12])
 
 
 # -- sites a method cannot use -------------------------------------------------------------------
@@ -130,6 +152,12 @@ WRONG_SITES: dict[str, tuple[str, Callable[[], Any], Any, tuple[str, ...]]] = {
         (QUERY, "(Linear)", "at='bert.encoder.layer.0.attention.self'"),
     ),
     "a prefix without attention": ("plain", mg.Prefix, "0", ("0 (Linear)", "use LoRA or Adapter")),
+    "tokens before what reads none": (
+        "plain", mg.SoftPrompt, None, ("Sequential", "such as LoRA(rank=8)"),
+    ),
+    "a text before an image": (
+        "vit", lambda: mg.Prompt("hm", ids=(5,)), None, ("no vocabulary", "SoftPrompt(init="),
+    ),
     "tokens inside the host": (
         "bert", lambda: mg.LinearMap(dim=6), "query", ("LinearMap", "leave out at='query'"),
     ),
