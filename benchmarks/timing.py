@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -27,13 +27,24 @@ class Pair:
         return min(ratios), max(ratios)
 
 
-def side_by_side(a: Callable[[], object], b: Callable[[], object], rounds: int = 7) -> Pair:
-    """Time two functions in turn, after one uncounted call of each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    a(), b()
+def in_turn(
+    functions: Sequence[Callable[[], object]],
+    rounds: int = 7,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Seconds of each function over rounds of all in turn, after one uncounted call of each."""
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
     for _ in range(rounds):
-        for function, out in ((a, times[0]), (b, times[1])):
-            start = time.perf_counter()
+        for function, out in zip(functions, times, strict=True):
+            start = clock()
             function()
-            out.append(time.perf_counter() - start)
-    return Pair(tuple(times[0]), tuple(times[1]))
+            out.append(clock() - start)
+    return times
+
+
+def side_by_side(a: Callable[[], object], b: Callable[[], object], rounds: int = 7) -> Pair:
+    """Time two functions in turn."""
+    first, second = in_turn([a, b], rounds)
+    return Pair(tuple(first), tuple(second))
