@@ -22,8 +22,9 @@ class SoftPrompt(TokenComposition):
     """f([φ, x]), φ ``[length, d]`` trained embeddings before the input.
 
     Prompt tuning (Lester et al. 2021, arXiv:2104.08691): on an encoder-decoder before the encoder's
-    input alone. On a vision transformer, after the class token, it is the shallow visual prompt of
-    Jia et al. (2022, arXiv:2203.12119), whose bound is √(6 / (3·patch² + d)).
+    input alone, as in the paper and in PEFT. On a vision transformer, after the class token, it is
+    the shallow visual prompt of Jia et al. (2022, arXiv:2203.12119), whose bound is
+    √(6 / (3·patch² + d)).
 
     Args:
         length: how many tokens.
@@ -36,7 +37,8 @@ class SoftPrompt(TokenComposition):
         common: how many ids count as common; T5's vocabulary has the most common first.
         bound: of the random start.
         at_start: before a class token too, as PEFT has it; else after it, where the host expects
-            one first (BERT). Without a class token there is no difference.
+            one first (BERT). Without a class token there is no difference. Padding on the left
+            stays before the tokens in any case, where PEFT has it between them and the text.
         tokenizer: makes ids of a text or labels; it is not kept.
 
     Raises:
