@@ -25,7 +25,7 @@ def written_out(host: mg.Host, case: HostCase, at: int) -> torch.Tensor:
     place = host["eye"].places[0]
     tokens = (given.tensor @ place.map.weight.T + place.map.bias).reshape(BATCH, 4, 2, -1)
     made = [own[mask].flatten(0, 1) for own, mask in zip(tokens, given.mask, strict=True)]
-    plain = case.model()
+    plain = host.merge(None)
     before_input(plain, at, made)
     return plain(**batch).logits
 
