@@ -273,6 +273,27 @@ def test_compiled_in_any_order_it_is_one_graph() -> None:
     assert len(graphs) == 2
 
 
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+@each([HOSTS["gpt2"], HOSTS["t5"]])
+def test_compiled_gradients_are_those_of_what_is_in_force(case: HostCase, kind: str) -> None:
+    host = prefixed(case)
+    prefixed(case, "n", host)
+    host.model.set_attn_implementation(kind)
+    torch._dynamo.reset()
+    compiled = torch.compile(host, backend="aot_eager", fullgraph=True)
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        host.zero_grad()
+        tensor_of(model(**case.batch())).square().mean().backward()
+        zero = torch.zeros(())
+        return [zero if p.grad is None else p.grad.clone() for p in host.implants.parameters()]
+
+    for composition in ("n", "m >> n"):
+        host.use(composition)
+        for one, other in zip(gradients(compiled), gradients(host), strict=True):
+            torch.testing.assert_close(one, other.expand_as(one), rtol=1e-3, atol=1e-5)
+
+
 class FromSide(mg.KeyValueComposition):
     """Keys and values from a side input: one for each of its vectors."""
 
