@@ -119,7 +119,8 @@ def test_tokens_and_a_prefix_at_once(case: HostCase) -> None:
     with torch.no_grad():
         expected = written_out(twin, case, at=1 if case.name == "bert" else 0)
         out = host(**case.batch(), side={"image": side()}).logits
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    seen = case.seen()
+    torch.testing.assert_close(out[seen], expected[seen], rtol=1e-4, atol=1e-5)
     if not case.generates:
         return
     batch = {k: v for k, v in case.batch().items() if k != "labels"}
