@@ -33,7 +33,7 @@ class ModuleCase:
     ``chains_only`` says that it can neither be added nor scaled, and that ``m >> n`` is both, one
     reference after the other.
     ``prepare(host, name)`` does what the method's own training procedure does beside the
-    parameters, such as choosing a mask.
+    parameters, such as choosing a mask. ``task`` follows a name in a composition as it is printed.
     """
 
     name: str
@@ -46,6 +46,7 @@ class ModuleCase:
     chains_only: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[mg.Host, str], None] = lambda host, name: None
+    task: str = ""
 
     @property
     def before_input(self) -> bool:
@@ -53,15 +54,21 @@ class ModuleCase:
         return isinstance(self.make(), mg.TokenComposition)
 
 
-def _weights(rule: Callable[..., Tensor], bias: Callable[..., Tensor] | None = None) -> Any:
+def _weights(
+    rule: Callable[..., Tensor],
+    bias: Callable[..., Tensor] | None = None,
+    group: Callable[[str], str] = lambda label: label,
+) -> Any:
     """A reference that puts W' = rule(W, the site's tensors, its place) in, W [out, in].
 
-    ``bias`` does the same to the bias [out] beside it, where there is one.
+    ``bias`` does the same to the bias [out] beside it, where there is one. What a site does not
+    have itself, it has from the first one of its ``group``.
     """
 
     def change(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
         for label, place in zip(host["m"].paths, host["m"].places, strict=True):
-            own = {k.rpartition(":")[2]: t for k, t in tensors.items() if k.startswith(label + ":")}
+            first = next(one for one in host["m"].paths if group(one) == group(label))
+            own = {**_of_site(first, tensors), **_of_site(label, tensors)}
             layer, *named = _where(plain, label)
             for (name, i, n), rewrite in zip(named, (rule, bias), strict=True):
                 old = getattr(layer, name, None)
@@ -76,6 +83,10 @@ def _weights(rule: Callable[..., Tensor], bias: Callable[..., Tensor] | None = N
                 setattr(layer, name, torch.cat(rows).T if turned else torch.cat(rows))
 
     return change
+
+
+def _of_site(label: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.rpartition(":")[2]: t for k, t in tensors.items() if k.startswith(label + ":")}
 
 
 def _where(plain: nn.Module, label: str) -> tuple[nn.Module, tuple, tuple]:
@@ -211,7 +222,9 @@ def _fusion_reference(form: str) -> Callable[..., None]:
 Change = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]  # y, x, φ → the new y
 
 
-def _at_each_site(change: Change) -> Callable[..., None]:
+def _at_each_site(
+    change: Change, where: Callable[[str], bool] = lambda label: True
+) -> Callable[..., None]:
     """The layer's output replaced, with what the site's own tensors make of it.
 
     A tensor that only the first site has is shared by all.
@@ -224,7 +237,7 @@ def _at_each_site(change: Change) -> Callable[..., None]:
             keys = [key.rpartition(":") for key in tensors]
             return {name: tensors[f"{at}:{name}"] for at, _, name in keys if at == label}
 
-        for label in labels:
+        for label in filter(where, labels):
             path, _, part = label.partition("[")
             t = {**own(labels[0]), **own(label)}
 
@@ -337,6 +350,58 @@ def _tokens(phi: Callable[[dict[str, Tensor], nn.Module, Any, Any], Tensor]) -> 
 
 
 NO_TOKENS = dict.fromkeys(("plain", "cnn", "mha", "rnn"), "reads no token embeddings")
+
+
+def _drawn(t: dict[str, Tensor], name: str, *shape: int) -> Tensor:
+    """φ = H z + b, z = [t; s] or W₂ relu(W₁ [t; s] + b₁) + b₂, of the first and only task."""
+    z = torch.cat([t["generator.tasks"][0], t["site"]])
+    if "generator.project.0.weight" in t:
+        hidden = t["generator.project.0.weight"] @ z + t["generator.project.0.bias"]
+        hidden = hidden * (hidden > 0)
+        z = t["generator.project.2.weight"] @ hidden + t["generator.project.2.bias"]
+    head = f"generator.heads.{name.replace('.', '-')}-{'x'.join(map(str, shape))}"
+    return (t[f"{head}.weight"] @ z + t[f"{head}.bias"]).reshape(shape)
+
+
+def _drawn_lora(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+    rows, columns = weight.shape
+    return weight + 3.0 / 4 * _drawn(t, "B", rows, 4) @ _drawn(t, "A", 4, columns)
+
+
+def _drawn_adapter(y: Tensor, x: Tensor, t: dict[str, Tensor]) -> Tensor:
+    d, m = y.shape[-1], 4
+    shapes = {"down.weight": (m, d), "down.bias": (m,), "up.weight": (d, m), "up.bias": (d,)}
+    return y + 0.7 * _bottleneck(y, {name: _drawn(t, name, *s) for name, s in shapes.items()})
+
+
+def _relu_layers(v: Tensor, t: dict[str, Tensor], name: str) -> Tensor:
+    hidden = v @ t[f"D_{name}.weight"].T + t[f"D_{name}.bias"]
+    return (hidden * (hidden > 0)) @ t[f"U_{name}.weight"].T + t[f"U_{name}.bias"]
+
+
+def _coupled(y: Tensor, x: Tensor, t: dict[str, Tensor]) -> Tensor:
+    e1, e2 = y[..., : y.shape[-1] // 2], y[..., y.shape[-1] // 2 :]
+    o1 = _relu_layers(e2, t, "F") + e1
+    return torch.cat([o1, _relu_layers(o1, t, "G") + e2], -1)
+
+
+def _uncoupled(y: Tensor, x: Tensor, t: dict[str, Tensor]) -> Tensor:
+    o1, o2 = y[..., : y.shape[-1] // 2], y[..., y.shape[-1] // 2 :]
+    e2 = o2 - _relu_layers(o1, t, "G")
+    return torch.cat([o1 - _relu_layers(e2, t, "F"), e2], -1)
+
+
+def _embeds(label: str) -> bool:
+    return label.endswith(("embed_tokens", "word_embeddings", "wte", "vit.embeddings"))
+
+
+def _invertible(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
+    _at_each_site(_coupled, where=_embeds)(host, plain, tensors)
+    _at_each_site(_uncoupled, where=lambda label: not _embeds(label))(host, plain, tensors)
+
+
+EMBEDDED = ("t5", "bert", "gpt2", "llama", "vit")
+UNEQUAL = dict.fromkeys(("plain", "cnn", "mha", "rnn"), "are to share A, which is")
 NO_MAP = dict.fromkeys(
     ("t5", "bert", "gpt2", "llama", "plain", "mha", "rnn"), "not known to put out a map"
 )
@@ -458,6 +523,41 @@ MODULES = {
             "linear_map", lambda: mg.LinearMap(dim=FEATURES), lambda h: None,
             _tokens(lambda t, model, prompt, v: v @ t["map.weight"].T + t["map.bias"]),
             needs_side=True, chains_only=True, refused=NO_TOKENS,
+        ),
+        ModuleCase(
+            "shared", lambda: mg.Shared(mg.LoRA(rank=4, alpha=3.0), group="name"),
+            lambda h: h.lora_at, _weights(_lora, group=lambda label: label.rpartition(".")[2]),
+            merges=True,
+        ),
+        ModuleCase(
+            "shared_a", lambda: mg.Shared(mg.LoRA(rank=4, alpha=3.0), only=("A",)),
+            lambda h: h.lora_at, _weights(_lora, group=lambda label: ""), merges=True,
+            refused=UNEQUAL,
+        ),
+        ModuleCase(
+            "shared_adapter", lambda: mg.Shared(mg.Adapter(reduction=4, scale=0.7)),
+            lambda h: h.adapter_at,
+            _at_each_site(lambda y, x, t: y + 0.7 * _bottleneck(y, t)),
+        ),
+        ModuleCase(
+            "hyper",
+            lambda: mg.HyperNetwork(
+                mg.LoRA(rank=4, alpha=3.0), tasks=("fr",), embedding=3, hidden=7
+            ),
+            lambda h: h.lora_at, _weights(_drawn_lora, group=lambda label: ""), merges=True,
+            task="['fr']",
+        ),
+        ModuleCase(
+            "hyper_adapter",
+            lambda: mg.HyperNetwork(
+                mg.Adapter(reduction=4, scale=0.7), tasks=("fr",), embedding=4
+            ),
+            lambda h: h.adapter_at, _at_each_site(_drawn_adapter), task="['fr']",
+        ),
+        ModuleCase(
+            "invertible", lambda: mg.InvertibleAdapter(),
+            lambda h: ["embedding", h.output_at] if h.name in EMBEDDED else h.output_at,
+            _invertible,
         ),
     )
 }  # fmt: skip
@@ -844,7 +944,7 @@ def test_two_at_once_equal_the_sum_of_effects(case: HostCase, module: ModuleCase
     with torch.no_grad():
         for p in host["n"].parameters():
             p.normal_(0.0, 0.3).to(torch.float64)
-    assert str(host.composition) == "m >> n"
+    assert str(host.composition) == f"m{module.task} >> n{module.task}"
     batch = {k: v.double() if v.is_floating_point() else v for k, v in case.batch().items()}
     kw = extra(module, dtype=torch.float64)
 

@@ -7,9 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modgraft.errors import CompositionError
-from modgraft.expression import Chain, Expression, Name, Sum, chain, check_name, parse, without
+from modgraft.expression import (
+    Chain,
+    Expression,
+    Name,
+    Sum,
+    chain,
+    check_name,
+    module_of,
+    parse,
+    without,
+)
 
-NAMES = ["fr", "qa", "toxic", "a1"]
+TASK = "h['q\\'a b\"']"  # any string is a task's name; this is how it is printed
+NAMES = ["fr", "qa", "toxic", "a1", "h['fr']", TASK, "one['only']"]
 names = st.sampled_from(NAMES)
 weights = st.sampled_from([0.5, 2.0, 0.3, 1.0, 0.25])
 
@@ -29,6 +40,7 @@ def texts(depth: int = 3) -> st.SearchStrategy[str]:
 def effect(expression: Expression, y: float) -> float:
     """With modules that are functions of a number; fr doubles, qa adds 3, …"""
     functions = {"fr": lambda v: 2 * v, "qa": lambda v: v + 3, "toxic": lambda v: v * v, "a1": abs}
+    functions |= {"h['fr']": lambda v: v - 1, TASK: lambda v: 3 - v, "one['only']": lambda v: -v}
     return expression.apply(lambda name, v: functions[name](v), y)
 
 
@@ -68,11 +80,40 @@ def test_meaning() -> None:
     assert chain(None, None) is None
 
 
+def test_a_task_of_a_module() -> None:
+    read = parse("""0.5*h["fr"] - (h['fr'] >> fr)""", NAMES)
+    assert str(read) == "0.5*h['fr'] - (h['fr'] >> fr)"
+    assert read.weights() == {"h['fr']": -0.5, "fr": -1.0}
+    assert parse("one >> fr", NAMES) == Chain((Name("one['only']"), Name("fr")))
+    assert module_of("h['fr']") == module_of("h") == "h"
+    assert str(without(read, "h")) == "-fr"
+    assert without(parse("h['fr'] >> one", NAMES), "fr") == parse("h['fr'] >> one", NAMES)
+
+
+@given(st.text(min_size=1, max_size=20))
+def test_any_text_names_a_task(task: str) -> None:
+    name = f"h[{task!r}]"
+    read = parse(f"2*{name} >> fr", ["fr", name])
+    assert read.names() == (name, "fr")
+    assert parse(str(read), ["fr", name]) == read
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("frr", "did you mean 'fr'"),
         ("zzz", "implanted: fr, qa"),
+        ("h", r"has 2 tasks and 'h' does not say which; write h\['fr'\]"),
+        ("h['fx']", r"knows no task 'fx'; in .* did you mean h\['fr'\]"),
+        ("one['two']", r"did you mean one\['only'\]"),
+        ("fr['de']", r"'fr' has no tasks; .* write fr, not fr\['de'\]"),
+        ("hh['fr']", "did you mean 'h'"),
+        ("h[fr]", "means nothing"),
+        ("h[0]", "means nothing"),
+        ("h['fr':'de']", "means nothing"),
+        ("h[b'fr']", "means nothing"),
+        ("h['fr']['de']", "means nothing"),
+        ("h[f'{fr}']", "means nothing"),
         ("fr @ qa", "means nothing"),
         ("fr * qa", "means nothing"),
         ("fr + 1", "means nothing"),

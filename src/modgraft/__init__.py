@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from modgraft.computation.convolution import ConvAdapter
     from modgraft.computation.function import Adapter, ParallelAdapter
     from modgraft.computation.fusion import GatedFusion
+    from modgraft.computation.hyper import HyperNetwork
     from modgraft.computation.inputs import LinearMap
     from modgraft.computation.intrinsic import IntrinsicDimension
+    from modgraft.computation.invertible import InvertibleAdapter
     from modgraft.computation.parameter import LoRA
     from modgraft.computation.prefix import Prefix
     from modgraft.computation.prompts import Prompt, SoftPrompt
     from modgraft.computation.rescale import Rescale
+    from modgraft.computation.shared import Shared
     from modgraft.computation.sparse import SparseDelta, SparseSubnetwork, Supermask
     from modgraft.context import Side
     from modgraft.errors import ModgraftError
@@ -45,9 +48,11 @@ __all__ = [
     "FunctionComposition",
     "GatedFusion",
     "Host",
+    "HyperNetwork",
     "Implant",
     "InputComposition",
     "IntrinsicDimension",
+    "InvertibleAdapter",
     "KeyValueComposition",
     "LinearMap",
     "LoRA",
@@ -57,6 +62,7 @@ __all__ = [
     "Prefix",
     "Prompt",
     "Rescale",
+    "Shared",
     "Side",
     "Site",
     "SoftPrompt",
@@ -83,12 +89,15 @@ _HOMES = {
     "computation.convolution": ("ConvAdapter",),
     "computation.function": ("Adapter", "ParallelAdapter"),
     "computation.fusion": ("GatedFusion",),
+    "computation.hyper": ("HyperNetwork",),
     "computation.inputs": ("LinearMap",),
     "computation.intrinsic": ("IntrinsicDimension",),
+    "computation.invertible": ("InvertibleAdapter",),
     "computation.parameter": ("LoRA",),
     "computation.prefix": ("Prefix",),
     "computation.prompts": ("Prompt", "SoftPrompt"),
     "computation.rescale": ("Rescale",),
+    "computation.shared": ("Shared",),
     "computation.sparse": ("SparseDelta", "SparseSubnetwork", "Supermask"),
     "context": ("Side",),
     "errors": ("ModgraftError",),

@@ -1,6 +1,7 @@
 """Compositions: expressions over module names, read with ``ast`` and never evaluated.
 
-``"fr >> qa"`` stacks, ``"qa + 0.3*(general - toxic)"`` adds effects measured against the bare host.
+``"fr >> qa"`` stacks, ``"qa + 0.3*(general - toxic)"`` adds effects measured against the bare host,
+``"h['fr']"`` is the module ``h`` as it was generated for the task ``fr``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Expression(ABC):
 
 @dataclass(frozen=True)
 class Name(Expression):
-    """One module."""
+    """One module, ``"qa"``, or one task of a module that has several, ``"h['fr']"``."""
 
     name: str
 
@@ -174,16 +175,22 @@ def without(expression: Expression | None, name: str) -> Expression | None:
         case Sum(terms):
             kept = tuple((w, e) for w, t in terms if (e := without(t, name)) is not None)
             return _sum(kept) if kept else None
-        case Name(own) if own == name:
+        case Name(own) if module_of(own) == name:
             return None
     return expression
+
+
+def module_of(name: str) -> str:
+    """The module that ``name`` in a composition speaks of: ``"h"`` for ``"h['fr']"``."""
+    return name.partition("[")[0]
 
 
 def parse(text: str, known: Sequence[str]) -> Expression:
     """Read a composition.
 
     Args:
-        text: names with ``>>``, ``+``, ``-``, ``number *`` and brackets.
+        text: names with ``>>``, ``+``, ``-``, ``number *`` and brackets; a task of a module as
+            ``name['task']``, which a module of one task need not say.
         known: the names that may stand in it.
 
     Raises:
@@ -206,11 +213,9 @@ def parse(text: str, known: Sequence[str]) -> Expression:
 def _read(node: ast.expr, text: str, known: Sequence[str]) -> Expression:
     match node:
         case ast.Name(id=name):
-            if name in known:
-                return Name(name)
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"implanted: {', '.join(known) or '—'}"
-            raise CompositionError(f"no module {name!r} in {text!r}; {hint}")
+            return _name(name, None, text, known)
+        case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str() as task)):
+            return _name(name, task, text, known)
         case ast.BinOp(left=left, op=ast.RShift(), right=right):
             return chain(_read(left, text, known), _read(right, text, known))  # type: ignore[return-value]
         case ast.BinOp(left=left, op=(ast.Add() | ast.Sub()) as op, right=right):
@@ -229,6 +234,31 @@ def _read(node: ast.expr, text: str, known: Sequence[str]) -> Expression:
         f"{ast.unparse(node)!r} means nothing in the composition {text!r}; "
         f"names go with '>>', '+', '-', 'number *' and brackets"
     )
+
+
+def _name(module: str, task: str | None, text: str, known: Sequence[str]) -> Name:
+    name = module if task is None else f"{module}[{task!r}]"
+    if name in known:
+        return Name(name)
+    tasks = [n for n in known if n != module and module_of(n) == module]
+    if task is None and len(tasks) == 1:
+        return Name(tasks[0])
+    if tasks and task is None:
+        raise CompositionError(
+            f"{module!r} has {len(tasks)} tasks and {text!r} does not say which; write {tasks[0]}, "
+            f"or another of {', '.join(tasks)}"
+        )
+    if tasks:
+        near = get_close_matches(name, tasks, n=1, cutoff=0.0)[0]
+        raise CompositionError(
+            f"{module!r} knows no task {task!r}; in {text!r} did you mean {near}? "
+            f"There are {', '.join(tasks)}"
+        )
+    if module in known:
+        raise CompositionError(f"{module!r} has no tasks; in {text!r} write {module}, not {name}")
+    near = get_close_matches(module, _unique(map(module_of, known)), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"implanted: {', '.join(known) or '—'}"
+    raise CompositionError(f"no module {module!r} in {text!r}; {hint}")
 
 
 def _terms(expression: Expression) -> tuple[tuple[float, Expression], ...]:

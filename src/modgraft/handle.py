@@ -26,15 +26,25 @@ class Implant(nn.Module):
         self.name = name
         self._method = (method,)  # in a tuple: it is a description, not a child with parameters
         self.paths = tuple(site.label for site in sites)
-        places = [method.at(site) for site in sites]
-        for place in places[1:]:
-            place.tie(places[0])
-        self.places = nn.ModuleList(places)
+        self.places = nn.ModuleList(method.across(sites))
 
     @property
     def method(self) -> Computation:
         """The computation as the user wrote it."""
         return self._method[0]
+
+    @property
+    def names(self) -> list[str]:
+        """What compositions call it: its name, or ``"name['task']"`` for each of its tasks."""
+        return self.method.named(self.name)
+
+    def acting(self, name: str) -> list[tuple[str, Computation]]:
+        """What acts under ``name``, one of :attr:`names`, by the label of the site."""
+        index = self.names.index(name)
+        return [
+            (label, place.acting()[index])  # type: ignore[operator]
+            for label, place in zip(self.paths, self.places, strict=True)
+        ]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the module by ``"<site>:<name>"``."""

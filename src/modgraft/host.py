@@ -111,14 +111,14 @@ class Host(nn.Module):
             known = isinstance(module, type) and issubclass(module, Computation)
             call = f"{module.__name__}(…)" if known else "a computation such as LoRA(rank=8)"
             raise ModgraftError(f"{call} is implanted, not {module!r}")
-        if isinstance(module, TokenComposition):
+        if isinstance(module.acts, TokenComposition):
             if at not in (None, "input", ""):
                 raise ModgraftError(
                     f"{type(module).__name__} acts at the host's input; leave out at={at!r}"
                 )
             at = ""
         elif at is None:
-            at = module.default_at
+            at = module.acts.default_at
         if at is None:
             raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
         sites = self.sites(at, expect)
@@ -128,28 +128,37 @@ class Host(nn.Module):
                 f"that one, or wrap the copy that its merge(None) gives"
             )
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
-        serve(module)
-        for site, place in zip(sites, implant.places, strict=True):
-            graft(site, name, place, self._context)  # type: ignore[arg-type]
+        serve(module.acts)
+        if active and len(implant.names) > 1:
+            raise ModgraftError(
+                f"{name!r} has {len(implant.names)} tasks, and none is in force by itself: "
+                f"host.implant({name!r}, …, active=False), then host.use({implant.names[0]!r})"
+            )
+        for own in implant.names:
+            for site, (_, place) in zip(sites, implant.acting(own), strict=True):
+                graft(site, own, place, self._context)
+            self._context.weights[own] = torch.zeros((), device=_device(self.model))
         implant.train(self.training)
         self.implants[name] = implant
-        self._context.weights[name] = torch.zeros((), device=_device(self.model))
         now = self._context.composition
-        self._context.switch(ex.chain(now, ex.Name(name)) if active else now)
+        self._context.switch(ex.chain(now, ex.Name(implant.names[0])) if active else now)
         return implant
 
     def remove(self, name: str) -> None:
         """Take a module out; the host is as it was before, bit for bit."""
-        self[name]  # raises for an unknown one
-        for module in self.model.modules():
-            prune(module, name)
+        names = self[name].names  # raises for an unknown one
+        for own in names:
+            for module in self.model.modules():
+                prune(module, own)
+            del self._context.weights[own]
         del self.implants[name]
-        del self._context.weights[name]
         self._context.switch(ex.without(self._context.composition, name))
 
     def __getitem__(self, name: str) -> Implant:
         if name not in self.implants:
-            ex.parse(name, list(self.implants))  # raises with the nearest name
+            read = ex.parse(name, list(self._context.weights))  # raises with the nearest name
+            one = ex.module_of(read.names()[0])
+            raise CompositionError(f"{str(read)!r} is a composition; a module is host[{one!r}]")
         return self.implants[name]  # type: ignore[return-value]
 
     def __contains__(self, name: str) -> bool:
@@ -185,7 +194,7 @@ class Host(nn.Module):
                 f"one composition a call, as 'fr >> qa', not {composition!r}; for several, call "
                 f"the host once for the examples of each"
             )
-        read = ex.parse(str(composition), list(self.implants))
+        read = ex.parse(str(composition), list(self._context.weights))
         weights, inputs = read.weights(), self._inputs()
         for name in read.names():
             if name in inputs and (weights[name] != 1 or not _in_chain(read, name)):
@@ -196,7 +205,11 @@ class Host(nn.Module):
         return read
 
     def _inputs(self) -> set[str]:
-        return {n for n in self.implants if isinstance(self[n].method, InputComposition)}
+        return {n for n in self._context.weights if isinstance(self._acts(n), InputComposition)}
+
+    def _acts(self, name: str) -> Computation:
+        """The computation, without parameters, that ``name`` in a composition speaks of."""
+        return self[ex.module_of(name)].method.acts
 
     # -- running --------------------------------------------------------------------------------
 
@@ -258,7 +271,7 @@ class Host(nn.Module):
         given = {**now.side, **{n: self._placed(n, s) for n, s in (side or {}).items()}}
         weights = {} if composition is None else composition.weights()
         for name, weight in weights.items():
-            needs = self[name].method.needs
+            needs = self._acts(name).needs
             if weight and needs is not None and needs not in given:
                 raise missing_side(name, needs)
         return Call(composition, given, generating)
@@ -337,7 +350,7 @@ class Host(nn.Module):
         read = self.composition if composition is ... else self._read(composition)
         weights = {} if read is None else read.weights()
         for name in weights:
-            method = self[name].method
+            method = self._acts(name)
             if not isinstance(method, ParameterComposition):
                 raise ModgraftError(
                     f"{name!r} cannot be merged: {type(method).__name__} computes on activations, "
@@ -345,7 +358,7 @@ class Host(nn.Module):
                 )
         changes: dict[str, list[Change]] = {}
         for name, weight in weights.items():
-            for label, place in zip(self[name].paths, self[name].places, strict=True):
+            for label, place in self[ex.module_of(name)].acting(name):
                 assert isinstance(place, ParameterComposition)  # noqa: S101
                 site = find(self.model, label)[0]
                 change = Change(place, weight, site.part, site.parameter)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -162,10 +162,19 @@ def modules_table(host: Host) -> Table:
                 f"{implant.size:,}",
                 f"{100 * implant.size / own:.2f} %",
                 "yes" if learns and all(learns) else "in part" if any(learns) else "no",
-                f"× {weights[name]:g}" if weights.get(name, 1) != 1 else _yes(name in weights),
+                _in_force(implant.names, weights),
             )
         )
     return table(MODULES, rows)
+
+
+def _in_force(names: Sequence[str], weights: Mapping[str, float]) -> str:
+    """``"yes"``, ``"× 0.5"`` or ``"no"``; of a module with several tasks, which of them are."""
+    parts = []
+    for name in (n for n in names if n in weights):
+        weight = "" if weights[name] == 1 else f"× {weights[name]:g}"
+        parts.append(f"{name} {weight}".strip() if len(names) > 1 else weight or "yes")
+    return ", ".join(parts) or "no"
 
 
 def summary(host: Host) -> str:
@@ -221,7 +230,3 @@ def _first_of(values: Iterable[str]) -> str:
 
 def _size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

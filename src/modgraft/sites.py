@@ -91,6 +91,16 @@ class Site:
         return isinstance(last, (*_CONVOLUTIONS, nn.BatchNorm2d))
 
     @property
+    def embeds(self) -> bool:
+        """Whether the host turns its input into vectors here."""
+        if isinstance(self.module, nn.Embedding):
+            return True
+        family = None if self.root is None else family_of(self.root)
+        if self.root is None or family is None or "embedding" not in family.roles:
+            return False
+        return self.path in [site.path for site in _find_one(self.root, "embedding")]
+
+    @property
     def stepwise(self) -> bool:
         """Whether tokens pass one by one here when the host generates, none seeing a later one."""
         config = getattr(self.root, "config", None)
@@ -274,6 +284,12 @@ def _absent(path: str, module: nn.Module, name: str, asked: str) -> SiteError:
     some = ", ".join(f"{label!r}{f' ({what})' if what else ''}" for label, what in labels)
     here = f"; write at={labels[0][0]!r}; its weights are {some}" if labels else ""
     return SiteError(f"{asked!r}: this {type(module).__name__} has no {name}{why}{here}")
+
+
+def matches(pattern: str, site: Site) -> bool:
+    """Whether the path of ``site``, with its part or without, is one that ``pattern`` means."""
+    regex = re.compile(_regex(pattern, ".*"))
+    return any(regex.fullmatch(text) for text in (site.label, site.path))
 
 
 def _regex(pattern: str, star: str) -> str:

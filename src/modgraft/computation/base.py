@@ -7,7 +7,7 @@ fresh copy for each site and calls its ``build``. It never sees the host's tree.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, dataclass_transform
 
@@ -36,11 +36,12 @@ class Computation(nn.Module):
     default_at: ClassVar[str | None] = None
     """The selection of sites that is meant when none is given; None: one has to be given."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
         """Make a dataclass of the subclass, and remember it by name."""
         super().__init_subclass__(**kwargs)
-        dataclass(eq=False, repr=False)(cls)
-        REGISTRY[cls.__name__] = cls
+        if registered:  # else it stands in for a class that is
+            dataclass(eq=False, repr=False)(cls)
+            REGISTRY[cls.__name__] = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """An ``nn.Module`` before any field is assigned, which a dataclass does not see to."""
@@ -52,6 +53,19 @@ class Computation(nn.Module):
     def needs(self) -> str | None:
         """The name of the side input it reads, None if it reads none."""
         return None
+
+    @property
+    def acts(self) -> Computation:
+        """The computation that acts at the sites: itself, or what a method over others wraps."""
+        return self
+
+    def named(self, name: str) -> list[str]:
+        """What compositions call it under ``name``: that, or ``"name['task']"`` for each task."""
+        return [name]
+
+    def acting(self) -> list[Computation]:
+        """Of a built place: what acts there under each of the :meth:`named`."""
+        return [self]
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments; ``type(self)(**self.config())`` is a fresh equal."""
@@ -82,6 +96,13 @@ class Computation(nn.Module):
         Raises:
             ModgraftError: where the method is not defined at such a site.
         """
+
+    def across(self, sites: Sequence[Site]) -> list[Computation]:
+        """The module built over all its sites: a place for each."""
+        places: list[Computation] = [self.at(site) for site in sites]
+        for place in places[1:]:
+            place.tie(places[0])
+        return places
 
     def tie(self, first: Computation) -> None:
         """Use the parameters of ``first``, built for the module's first site, where the method

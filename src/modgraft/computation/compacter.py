@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modgraft.computation.base import Computation, FunctionComposition
+from modgraft.computation.borrow import Owner, borrow
 from modgraft.computation.bottleneck import (
     NONLINEARITIES,
     bottleneck,
@@ -92,20 +93,15 @@ class Compacter(FunctionComposition):
                 nn.init.xavier_uniform_(matrix)
         self.b_down = nn.Parameter(torch.zeros(m))
         self.b_up = nn.Parameter(torch.zeros(d))
-        self._first: tuple[Compacter, ...] = ()  # in a tuple: no child of this site's
 
     def tie(self, first: Computation) -> None:
         """Use the A of the first site."""
-        if self.shared and isinstance(first, Compacter):
-            del self.A
-            self._first = (first,)
+        if self.shared:
+            borrow(self, ["A"], Owner(first))
 
     def _rules(self) -> tuple[Tensor, Tensor]:
         """The A ``[n, n, n]`` of W_d and of W_u."""
-        if self.shared:
-            A = self._first[0].A if self._first else self.A
-            return A, A
-        return self.A_down, self.A_up
+        return (self.A, self.A) if self.shared else (self.A_down, self.A_up)
 
     def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:  # noqa: D102
         check_output("Compacter", y, self.b_up.numel())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import Computation, KeyValueComposition
+from modgraft.computation.borrow import Owner, borrow
 from modgraft.computation.heads import key_value_shape
 from modgraft.context import Side
 from modgraft.errors import ModgraftError
@@ -52,7 +53,6 @@ class Prefix(KeyValueComposition):
 
     def build(self, site: Site) -> None:  # noqa: D102
         self.heads, self.width = key_value_shape("Prefix", site)
-        self._first: tuple[Prefix, ...] = ()  # in a tuple: no child of this site's
         if self.reparametrise is None:
             self.keys = nn.Parameter(torch.empty(self.length, self.heads, self.width))
             self.values = nn.Parameter(torch.empty(self.length, self.heads, self.width))
@@ -65,16 +65,14 @@ class Prefix(KeyValueComposition):
 
     def tie(self, first: Computation) -> None:
         """Use the embedding and the first layer of the first site's MLP."""
-        if self.reparametrise is not None and isinstance(first, Prefix):
-            del self.embedding, self.hidden
-            self._first = (first,)
+        if self.reparametrise is not None:
+            borrow(self, ["embedding", "hidden.weight", "hidden.bias"], Owner(first))
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """P_k and P_v as they are now, each ``[k, heads, d]``."""
         if self.reparametrise is None:
             return self.keys, self.values
-        first = self._first[0] if self._first else self
-        made = self.out(torch.tanh(first.hidden(first.embedding)))  # [k, 2·heads·d]
+        made = self.out(torch.tanh(self.hidden(self.embedding)))  # [k, 2·heads·d]
         keys, values = made.reshape(self.length, 2, self.heads, self.width).unbind(1)
         return keys, values
 

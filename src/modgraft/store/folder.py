@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from modgraft.computation.base import resolve
 from modgraft.errors import CheckpointError
+from modgraft.store.config import described, understood
 from modgraft.store.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ def save(host: Host, name: str, folder: Path) -> Path:
     card: dict[str, Any] = {
         "format": FORMAT,
         "name": name,
-        "type": type(implant.method).__name__,
-        "config": implant.method.config(),
+        **described(implant.method),
         "sites": list(implant.paths),
         "host": fingerprint(host.model),
     }
@@ -71,10 +70,12 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
             f"{theirs.get('architecture')} there, {own['architecture']} here); load it into the "
             f"host it was trained in, or say host.load(..., strict=False) to try it all the same"
         )
-    method = resolve(card["type"])(**card["config"])
+    method = understood({"type": card["type"], "config": card["config"]}, folder)
     at = None if card["sites"] == [""] else card["sites"]
     name = name or str(card["name"])
-    implant = host.implant(name, method, at, expect=None if at is None else len(card["sites"]))
+    expect = None if at is None else len(card["sites"])
+    one = len(method.named(name)) == 1  # one of several tasks cannot come into force unasked
+    implant = host.implant(name, method, at, expect=expect, active=one)
     try:
         _fill(implant, tensors, folder)
     except BaseException:
@@ -121,7 +122,8 @@ def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> N
             f"are not the module's {sorted(extra)[:3]}; the file and its card are of two modules"
         )
     for path, place in zip(implant.paths, implant.places, strict=True):
-        place.expect({k: tensors[f"{path}:{k}"] for k in place.state_dict()})  # type: ignore[operator]
+        if stored := {k: tensors[f"{path}:{k}"] for k in place.state_dict()}:
+            place.expect(stored)  # type: ignore[operator]
     own = implant.tensors()
     with torch.no_grad():
         for key, tensor in tensors.items():

@@ -97,6 +97,11 @@ def magnitude_pruning(
             did not reach the module because it is not in force.
     """
     places = _places(host, name, SparseSubnetwork)
+    if len(places) < len(host[name].paths):
+        raise ModgraftError(
+            f"{name!r} is one mask over {len(host[name].paths)} sites of different weights, and "
+            f"which of them are small is not one question; implant mg.SparseSubnetwork() itself"
+        )
     if rounds < 1 or not 0 < share < 1 or rewind < 0:
         raise ModgraftError(
             f"magnitude_pruning(rounds={rounds}, share={share}, rewind={rewind}): rounds is at "
@@ -207,8 +212,8 @@ def _places(host: Trains, name: str, kind: type[Method]) -> dict[str, Method]:
     places = {
         label: place
         for label, place in zip(implant.paths, implant.places, strict=True)
-        if isinstance(place, kind)
-    }
+        if isinstance(place, kind) and next(place.parameters(), None) is not None
+    }  # a place without tensors of its own uses those of another
     if not places:
         raise ModgraftError(
             f"{name!r} is a {type(implant.method).__name__}; this trains a {kind.__name__}: "

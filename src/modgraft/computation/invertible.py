@@ -1,0 +1,90 @@
+"""The invertible adapter: at the embeddings forward, before the output backward."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.computation.base import Computation, FunctionComposition
+from modgraft.computation.borrow import Owner, borrow
+from modgraft.computation.bottleneck import NONLINEARITIES, check_options, check_output
+from modgraft.computation.function import Nonlinearity
+from modgraft.context import Side
+from modgraft.errors import ModgraftError
+from modgraft.sites import Site
+
+
+@final
+class InvertibleAdapter(FunctionComposition):
+    """f'(x) = [o₁; o₂]: o₁ = y₁ + F(y₂), o₂ = y₂ + G(o₁) at an embedding, elsewhere its inverse.
+
+    MAD-X (Pfeiffer et al. 2020, arXiv:2005.00052), a coupling as in NICE (Dinh et al. 2015): y =
+    f(x) = [y₁; y₂], two halves of d/2, and F(v) = U_F σ(D_F v), G(v) = U_G σ(D_G v), each with
+    biases, D ``[d/2r, d/2]``, U ``[d/2, d/2r]``, U = 0 at the start. Any site that is no embedding
+    undoes it: o₂ = y₂ − G(y₁), o₁ = y₁ − F(o₂). All sites have the tensors of the first:
+    ``at=["embedding", "encoder.output"]``, for a decoder ``["embedding", "decoder.output"]``. The
+    block of AdapterHub has the same equations, and draws U, so that it is not born as the identity.
+
+    Args:
+        reduction: r, so that the bottleneck of F and of G is d / 2r wide; 2 in MAD-X.
+        nonlinearity: σ: ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``tanh``.
+
+    Raises:
+        ModgraftError: for an odd d, a reduction that leaves nothing, sites of several widths, or an
+            output that is not ``[B, …, d]``.
+    """
+
+    identity: ClassVar[bool] = True
+
+    reduction: int = 2
+    nonlinearity: Nonlinearity = "relu"
+
+    def __post_init__(self) -> None:
+        check_options("InvertibleAdapter", self.reduction, None, self.nonlinearity, 1.0)
+
+    def build(self, site: Site) -> None:  # noqa: D102
+        d = site.width
+        if site.channels_first or d % 2:
+            what = "a map [B, C, …]" if site.channels_first else f"{d} wide, which is odd"
+            raise ModgraftError(
+                f"InvertibleAdapter at {site.label}: it couples two halves of [B, …, d], and this "
+                f"output is {what}; choose a site of even width, at='embedding' for instance"
+            )
+        half, m = d // 2, d // 2 // self.reduction
+        if m < 1:
+            raise ModgraftError(
+                f"InvertibleAdapter(reduction={self.reduction}) at {site.label}: half of its width "
+                f"is {half}, so nothing would be left; use a reduction of at most {half}"
+            )
+        self._label, self._inverse, self._width = site.label, not site.embeds, d
+        self.D_F, self.U_F = nn.Linear(half, m), nn.Linear(m, half)
+        self.D_G, self.U_G = nn.Linear(half, m), nn.Linear(m, half)
+        for zero in (self.D_F.bias, self.D_G.bias, *self.U_F.parameters(), *self.U_G.parameters()):
+            nn.init.zeros_(zero)
+
+    def tie(self, first: Computation) -> None:
+        """Use all tensors of the first site."""
+        assert isinstance(first, InvertibleAdapter)  # noqa: S101
+        if first._width != self._width:
+            raise ModgraftError(
+                f"InvertibleAdapter: {first._label} is {first._width} wide and {self._label} "
+                f"{self._width}, and the one is to undo the other; implant it at sites of one width"
+            )
+        borrow(self, [key for key, _ in self.named_parameters()], Owner(first))
+
+    def _mix(self, down: nn.Linear, up: nn.Linear, v: Tensor) -> Tensor:
+        """U σ(D v): [B, …, d/2] → [B, …, d/2r] → [B, …, d/2]."""
+        return up(NONLINEARITIES[self.nonlinearity](down(v)))
+
+    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:  # noqa: D102
+        check_output("InvertibleAdapter", y, self._width)
+        one, two = y.chunk(2, dim=-1)  # [B, …, d] → two of [B, …, d/2]
+        if self._inverse:
+            two = two - self._mix(self.D_G, self.U_G, one)
+            one = one - self._mix(self.D_F, self.U_F, two)
+        else:
+            one = one + self._mix(self.D_F, self.U_F, two)
+            two = two + self._mix(self.D_G, self.U_G, one)
+        return torch.cat([one, two], dim=-1)
