@@ -207,7 +207,7 @@ def _print_selection(console: Console, chosen: dict[str, Any], own: int) -> None
     if len(sites) > SHOWN:
         rows.append((f"and {len(sites) - SHOWN} more", "", ""))
     console.print()
-    _show(console, table(("site", "weight or width", "type"), rows))
+    _show(console, table(("site", "shape", "type"), rows))
 
 
 def _print_modules(console: Console, cards: Sequence[dict[str, Any]], own: int) -> None:

@@ -26,7 +26,7 @@ from modgraft.sites import WEIGHTED, Site, find, weight_labels
 if TYPE_CHECKING:
     from modgraft.host import Host
 
-SITES = ("sites at", "number", "first", "weight or width", "type")
+SITES = ("sites at", "number", "first", "shape", "type")
 MODULES = ("module", "method", "sites", "first", "parameters", "of the host", "trains", "in force")
 RIGHT = ("number", "parameters", "of the host", "sites")
 
