@@ -465,6 +465,18 @@ def test_an_encoders_output_is_as_long_as_its_text_and_a_decoders_as_its_own() -
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_last_logits_alone(name: str) -> None:
+    host = soft(HOSTS[name].model())
+    whole = host(ids()).logits
+    for last in (1, 3, 9):  # of 7
+        out = host(ids(), logits_to_keep=last).logits
+        torch.testing.assert_close(out, whole[:, -last:])
+    with pytest.raises(mg.ModgraftError, match="not which"):
+        host(ids(), logits_to_keep=torch.tensor([0, 2]))
+
+
+@torch.no_grad()
 def test_own_positions_and_embeddings_of_the_caller() -> None:
     host = soft(HOSTS["gpt2"].model())
     text, own = ids(), torch.arange(5, 12)[None]

@@ -48,6 +48,7 @@ class Splice:
         keep: ``[B, T]``, where the text's own positions are among all; None: nothing to trim.
         total: how many positions there are with the tokens.
         relay: for a host that reads no text, what puts tokens in and takes them out inside it.
+        last_unseen: ``[B]`` bool, for a decoder: whether its last position is padding.
     """
 
     kwargs: dict[str, Any]
@@ -178,10 +179,17 @@ def _into_text(
             kwargs[key] = torch.where(at < length, moved, at + count)
     if generating and not encoder_decoder:
         _keep_lengths(model, kwargs, ids, count, length)
+    elif isinstance(last := kwargs.get("logits_to_keep"), int):
+        kwargs["logits_to_keep"] = min(last, length)
+    elif last is not None:
+        raise ModgraftError(
+            "with an input module, logits_to_keep is how many of the last, not which; pick from "
+            "the logits of the whole text"
+        )
     reads_last = family is not None and not encoder_decoder and "decoder.output" in family.roles
     trims = None if encoder_decoder else keep
-    last = (rows["attention_mask"][:, -1] == 0) if reads_last else None
-    return Splice(kwargs, trims, length + count, last_unseen=last)
+    unseen = (rows["attention_mask"][:, -1] == 0) if reads_last else None
+    return Splice(kwargs, trims, length + count, last_unseen=unseen)
 
 
 def _embedded(

@@ -133,15 +133,15 @@ class Prompt(TokenComposition):
     tokenizer: InitVar[Any] = None
 
     def __post_init__(self, tokenizer: Any) -> None:
+        self.ids = tuple(int(i) for i in self.ids)
         if tokenizer is not None:
             made = _encoded(self.text, tokenizer)
-            if self.ids and tuple(self.ids) != made:
+            if self.ids and self.ids != made:
                 raise ModgraftError(
                     f"Prompt({self.text!r}): this tokenizer gives {list(made)}, not "
                     f"ids={list(self.ids)}; give one of the two"
                 )
             self.ids = made
-        self.ids = tuple(self.ids)
         if not self.ids:
             raise ModgraftError(
                 f"Prompt({self.text!r}) has no tokens; write Prompt('You are …', "
