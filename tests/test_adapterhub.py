@@ -212,6 +212,19 @@ def test_compacter_plus_plus(name: str) -> None:
     check(host, name, method, pairs(implant, name, method, ON_THE_STREAM[name], KRONECKER))
 
 
+def test_invertible() -> None:
+    host = rebuilt("llama")
+    implant = host.implant("m", mg.InvertibleAdapter(reduction=2), at="embedding")
+    names: Names = {
+        f"{ours}_{block}.{part}": (f"{block}.{theirs}.{part}", lambda t: t)
+        for block in ("F", "G")
+        for ours, theirs in (("D", 0), ("U", 2))
+        for part in ("weight", "bias")
+    }
+    where = {r"model\.invertible_adapters": "model.embed_tokens"}
+    check(host, "llama", "invertible", pairs(implant, "llama", "invertible", where, names))
+
+
 @pytest.mark.parametrize("name", ["bert", "t5", "llama"])
 def test_lora(name: str) -> None:
     host = rebuilt(name)

@@ -225,6 +225,25 @@ def test_a_function_at_parts_that_do_not_divide_a_projection() -> None:
     refused(host, lambda: mg.Adapter(width=2), at, "48", "5 equal parts", f"at='{C_ATTN}'")
 
 
+# -- a task that a hypernetwork does not know -----------------------------------------------------
+
+
+def test_a_task_that_a_hypernetwork_does_not_know() -> None:
+    host = mg.Host(HOSTS["bert"].model())
+    hyper = mg.HyperNetwork(mg.Adapter(width=2), tasks=("fr", "de"), embedding=4)
+    host.implant("h", hyper, at="output", active=False)
+    for composition, says in (
+        ("h['frr']", ("'h' knows no task 'frr'", "did you mean h['fr']?")),
+        ("h", ("h['fr']",)),
+        ("2*h['es'] + h['de']", ("'h' knows no task 'es'", "h['fr']", "h['de']")),
+    ):
+        with pytest.raises(mg.ModgraftError) as error:
+            host.use(composition)
+        for part in says:
+            assert part in str(error.value), str(error.value)
+    assert host.composition is None
+
+
 # -- a loaded module that is damaged or another's ------------------------------------------------
 
 

@@ -148,6 +148,7 @@ def test_inspect_says_which_modules_fit(tmp_path: Path) -> None:
     report = json.loads(run(folder, *both, "--weights", "--json"))
     assert [card["fits"] for card in report["modules"]] == [True, False]
     assert report["modules"][0]["parameters"] == host["qa"].size
+    assert report["modules"][0]["method"] == "LoRA(rank=2)"
     assert report["modules"][0]["compared"] == ["architecture", "shape", "weights"]
     HOSTS["bert"].model(seed=5).save_pretrained(folder)
     assert "no: another host (weights)" in run(folder, *both, "--weights")

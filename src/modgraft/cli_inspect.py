@@ -151,8 +151,10 @@ def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]
 
 def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
     """A saved module's card, its size, and whether it is of this host."""
-    from modgraft.errors import SiteError
+    from modgraft.errors import SiteError, UnknownNameError
+    from modgraft.look import brief
     from modgraft.sites import find
+    from modgraft.store.config import understood
     from modgraft.store.fingerprint import fingerprint, shape_fingerprint
     from modgraft.store.folder import read
 
@@ -165,11 +167,16 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
             find(model, path)
         except SiteError:
             absent.append(path)
+    try:
+        method = brief(understood({"type": card["type"], "config": card["config"]}, folder))
+    except UnknownNameError:  # the user's own: it is known where its file has been imported
+        method = f"{card['type']}(…)"
     return {
         "folder": str(folder),
         "name": card["name"],
         "type": card["type"],
         "config": card["config"],
+        "method": method,
         "sites": len(card["sites"]),
         "parameters": sum(t.numel() for t in tensors.values()),
         "fits": not differs and not absent,
@@ -215,12 +222,11 @@ def _print_modules(console: Console, cards: Sequence[dict[str, Any]], own: int) 
 
     rows = []
     for card in cards:
-        options = ", ".join(f"{k}={v!r}" for k, v in card["config"].items())
         size = card["parameters"]
         rows.append(
             (
                 card["name"],
-                f"{card['type']}({options})",
+                card["method"],
                 f"{card['sites']}",
                 f"{size:,}",
                 _share(size, own),
