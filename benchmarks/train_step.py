@@ -5,8 +5,8 @@ back to the embeddings, with no gradient of any weight. modgraft and PEFT take a
 (forward, backward, AdamW) from the same tensors at the same rank, layers and scaling; their losses
 and gradients are compared before anything is timed. All three run in turn, on one thread.
 
-The second table is the rule of thumb in ``modgraft.changed``: the layer with W + s·BA made for the
-call, against the layer and LoRA's effect in factors, forward and backward, by number of tokens.
+The second table is the rule of thumb of ``modgraft.changed``: the layer and an effect beside it,
+against the layer with changed weights, forward and backward, by number of tokens.
 
     python -m benchmarks.train_step [--rounds 15]
 """
@@ -110,31 +110,38 @@ def check(host: mg.Host, peer: Any, data: dict[str, Tensor]) -> None:
 
 
 def rule(rounds: int) -> Table:
-    """Where making W + s·BA begins to pay: N·(in + out) ≥ in·out."""
-    table = Table(title="time of the effect in factors / of one product with W + s·BA")
+    """What an effect beside the layer costs by what the layer with changed weights does."""
+    table = Table(title="time of the layer and an effect beside it / with changed weights")
     table.add_column("layer")
+    table.add_column("Δ")
     for tokens in TOKENS:
         table.add_column(f"{tokens} tokens", justify="right")
     table.add_column("rule says from", justify="right")
     for outs, ins in ((384, 384), (1536, 384), (384, 1536)):
         W, b = torch.randn(outs, ins), torch.randn(outs)
-        B, A = (torch.randn(s).requires_grad_() for s in ((outs, RANK), (RANK, ins)))
-        cells = []
-        for tokens in TOKENS:
-            x = torch.randn(tokens, ins, requires_grad=True)
-            probe = torch.randn(tokens, outs)
-
-            def one(x: Tensor = x, probe: Tensor = probe, W: Any = W, b: Any = b, B: Any = B,
-                    A: Any = A) -> None:  # fmt: skip
-                LowRank.apply(x, W, b, B, 2.0 * A).backward(probe)  # type: ignore[union-attr]
-
-            def two(x: Tensor = x, probe: Tensor = probe, W: Any = W, b: Any = b, B: Any = B,
-                    A: Any = A) -> None:  # fmt: skip
-                (F.linear(x, W, b) + 2.0 * F.linear(F.linear(x, A), B)).backward(probe)
-
-            cells.append(f"{side_by_side(one, two, 4 * rounds).ratio:.2f}")
-        start = -(-outs * ins // (outs + ins))
-        table.add_row(f"{ins} → {outs}", *cells, f"{start} tokens")
+        B, A, D = (
+            torch.randn(s).requires_grad_() for s in ((outs, RANK), (RANK, ins), (outs, ins))
+        )
+        ways: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], str]] = {
+            f"rank {RANK}": (
+                lambda x, W=W, b=b, B=B, A=A: LowRank.apply(x, W, b, B, 2.0 * A)[0],
+                lambda x, W=W, b=b, B=B, A=A: F.linear(x, W, b) + 2.0 * F.linear(F.linear(x, A), B),
+                "1 token",
+            ),
+            "dense": (
+                lambda x, W=W, b=b, D=D: F.linear(x, W + D, b),
+                lambda x, W=W, b=b, D=D: F.linear(x, W, b) + F.linear(x, D),
+                f"{-(-outs * ins // (outs + ins))} tokens",
+            ),
+        }
+        for kind, (one, two, start) in ways.items():
+            cells = []
+            for tokens in TOKENS:
+                x = torch.randn(tokens, ins, requires_grad=True)
+                y = torch.randn(tokens, outs)
+                steps = [lambda f=f, x=x, y=y: f(x).backward(y) for f in (one, two)]
+                cells.append(f"{side_by_side(*steps, rounds=4 * rounds).ratio:.2f}")
+            table.add_row(f"{ins} → {outs}", kind, *cells, start)
     return table
 
 

@@ -84,8 +84,8 @@ def test_gradcheck(transposed: bool, twice: bool) -> None:
     x, b, B, A = leaf(2, 3, 4), leaf(5), leaf(5, 2), leaf(2, 4)
     W = leaf(4, 5).T if transposed else leaf(5, 4)
     check = torch.autograd.gradgradcheck if twice else torch.autograd.gradcheck
-    assert check(LowRank.apply, (x, W, b, B, A))
-    assert check(LowRank.apply, (x[0, 0], W.detach(), None, B, A))
+    assert check(lambda *given: LowRank.apply(*given)[0], (x, W, b, B, A))
+    assert check(lambda *given: LowRank.apply(*given)[0], (x[0, 0], W.detach(), None, B, A))
 
 
 def product(host: mg.Host, x: Tensor, *names: str) -> Tensor | None:
@@ -95,7 +95,7 @@ def product(host: mg.Host, x: Tensor, *names: str) -> Tensor | None:
 
 
 def test_keeps_nothing_of_the_size_of_the_weight() -> None:
-    """Beside the input and the host's own weight, backward keeps the factors."""
+    """Beside the input and the host's own weight, backward keeps the factors and x Aᵀ."""
     host = host_with(lambda: nn.Linear(32, 24), "0", torch.float32, m=mg.LoRA(rank=2))
     x = torch.randn(50, 32, requires_grad=True)
     kept: list[Tensor] = []
@@ -108,34 +108,44 @@ def test_keeps_nothing_of_the_size_of_the_weight() -> None:
         host(x)
     own = {x.data_ptr(), host.model[0].weight.data_ptr()}
     assert own <= {t.data_ptr() for t in kept}
-    assert sum(t.numel() for t in kept if t.data_ptr() not in own) <= 2 * 2 * (32 + 24)
+    assert sum(t.numel() for t in kept if t.data_ptr() not in own) <= 2 * (50 + 32 + 24)
 
 
-def test_few_tokens_take_the_effects() -> None:
+def test_few_tokens_take_the_effects_of_what_is_not_of_low_rank() -> None:
     """The weight is made where it is smaller than the activations: N·(in + out) ≥ in·out."""
-    host = host_with(lambda: nn.Linear(30, 60), "0", torch.float32, m=mg.LoRA(rank=2))
-    assert product(host, torch.randn(19, 30), "m") is None
-    assert product(host, torch.randn(1, 20, 30), "m") is not None
+    modules = {"m": mg.SparseDelta(), "low": mg.LoRA(rank=2)}
+    host = host_with(lambda: nn.Linear(30, 60), "0", torch.float32, **modules)
+    for names in (["m"], ["m", "low"]):
+        assert product(host, torch.randn(19, 30), *names) is None
+        assert product(host, torch.randn(1, 20, 30), *names) is not None
+    assert product(host, torch.randn(1, 30), "low") is not None
 
 
 def test_where_rounding_or_dropout_forbids_it() -> None:
-    host = host_with(lambda: nn.Linear(6, 12), "0", torch.float32, m=mg.LoRA(2, dropout=0.5))
+    modules = {"m": mg.LoRA(2, dropout=0.5), "n": mg.SparseDelta()}
+    host = host_with(lambda: nn.Linear(6, 12), "0", torch.float32, **modules).eval()
     x = torch.randn(50, 6)
-    assert product(host.eval(), x, "m") is not None
+    assert product(host, x, "m") is not None
+    assert product(host, x, "n") is not None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert product(host, x, "m") is None
+        assert product(host, x, "n") is None
     assert product(host.train(), x, "m") is None
-    assert product(host.eval().bfloat16(), x.bfloat16(), "m") is None
+    host = host.eval().bfloat16()
+    assert product(host, x.bfloat16(), "m") is not None  # in factors nothing is lost
+    assert product(host, x.bfloat16(), "n") is None
 
 
-def test_a_small_change_is_not_lost_in_half_precision() -> None:
+@pytest.mark.parametrize("module", [mg.LoRA(rank=1), mg.SparseDelta()], ids=["low", "dense"])
+def test_a_small_change_is_not_lost_in_half_precision(module: mg.Computation) -> None:
     """Each entry of Δ is a 2000th of its weight: W + Δ rounded to 8 bits would be W."""
     host = mg.Host(nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()).eval()
-    host.implant("m", mg.LoRA(rank=1), at="0")
+    host.implant("m", module, at="0")
+    starts = {"A": 0.02, "B": 0.025, "values": 0.0005}
     with torch.no_grad():
         host.model[0].weight.copy_(torch.tensor([1.0, -1.0]).repeat(32))  # f(1, 1, …) = 0
-        host["m"].places[0].A.fill_(0.02)
-        host["m"].places[0].B.fill_(0.025)
+        for name, parameter in host["m"].places[0].named_parameters():
+            parameter.fill_(starts[name])
     y = host(torch.ones(64, 64).bfloat16())
     torch.testing.assert_close(y.float(), torch.full((64, 64), 64 * 0.0005), rtol=0.02, atol=0)
 

@@ -67,12 +67,18 @@ def pair(case: HostCase, at: Any, targets: list[str], **own: Any) -> tuple[mg.Ho
     return host, peer, layers
 
 
+def doubled(case: HostCase) -> dict[str, Any]:
+    """The case's batch in float64, where rounding is no part of what is compared."""
+    return {k: v.double() if v.is_floating_point() else v for k, v in case.batch().items()}
+
+
 def check(case: HostCase, host: mg.Host, peer: Any) -> None:
+    host, peer, batch = host.double(), peer.double(), doubled(case)
     with torch.no_grad():
-        ours, theirs = tensor_of(host(**case.batch())), tensor_of(peer(**case.batch()))
+        ours, theirs = tensor_of(host(**batch)), tensor_of(peer(**batch))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        ours = tensor_of(host.merge("m")(**case.batch()))
-        theirs = tensor_of(peer.merge_and_unload()(**case.batch()))
+        ours = tensor_of(host.merge("m")(**batch))
+        theirs = tensor_of(peer.merge_and_unload()(**batch))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -82,7 +88,7 @@ def test_equals_peft_from_the_same_tensors(name: str, method: str) -> None:
     at = "*.c_attn" if name == "gpt2" else QV  # PEFT takes GPT-2's fused projection as one
     case = HOSTS[name]
     host, peer, layers = pair(case, at, TARGETS[name], **METHODS[method])
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in case.batch().items()}
+    batch = doubled(case)
     tensor_of(host.double()(**batch)).square().mean().backward()
     tensor_of(peer.double()(**batch)).square().mean().backward()
     for path, place in zip(host["m"].paths, host["m"].places, strict=True):
@@ -91,7 +97,7 @@ def test_equals_peft_from_the_same_tensors(name: str, method: str) -> None:
             theirs.append(layers[path].lora_magnitude_vector["default"].weight)
         for own, other in zip(place.parameters(), theirs, strict=True):
             torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
-    check(case, host.float(), peer.float())
+    check(case, host, peer)
 
 
 def test_bias_equals_peft() -> None:

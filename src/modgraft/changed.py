@@ -1,10 +1,11 @@
-"""A linear layer with changed weights, f(x; θ + Σ w·Δ), in one product.
+"""A linear layer with changed weights, f(x; θ + Σ w·Δ), in about one product.
 
 What a step costs is passing over the activations: N inputs of a layer ``[out, in]`` are N·in
-numbers, their outputs N·out. A module's own ``effect`` passes over both once more, beside the
-layer; θ + Σ w·Δ is made by one pass over the weight, and then nothing but the layer runs. So the
-weight is made where it is smaller than the activations, N·(in + out) ≥ in·out, and effects are
-taken where there are few tokens, as in decoding. ``benchmarks/train_step.py`` measures both.
+numbers, their outputs N·out. A module's own ``effect`` passes over both once more. Where every Δ
+is of low rank, its share is added into the layer's own product instead. Another Δ is as large as θ,
+and θ + Σ w·Δ is made by one pass over the weight, after which nothing but the layer runs; that pays
+where the weight is smaller than the activations, N·(in + out) ≥ in·out, and effects are taken where
+there are few tokens, as in decoding. ``benchmarks/train_step.py`` measures all of it.
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ def one_product(
     layer: nn.Module, forward: Callable[..., Any], x: Tensor, changes: Sequence[Change]
 ) -> Tensor | None:
     """f(x; θ + Σ w·Δ) ``[…, out]``, None where the layer and each module's effect are cheaper, or
-    are all there is: another kind of layer, or a module that is no change of weights just now.
-
-    In half precision as well: Δ is small beside θ, and a sum rounded to 8 bits would lose it.
+    are all there is: another kind of layer, autocast, or a module that is no change of weights now.
 
     Args:
         layer: the site.
@@ -63,67 +62,66 @@ def one_product(
     weight, bias = weight_matrix(layer), bias_vector(layer)
     if type(weight) not in (Tensor, nn.Parameter):  # a quantised one adds in its own way
         return None
-    if x.dtype != weight.dtype or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         return None
     outs, ins = weight.shape
-    if x.numel() // ins * (ins + outs) < ins * outs:
-        return None
-    bias = _with_changes(layer, bias, changes)
     factors = [_factors(c, outs) for c in changes]
     low_rank = [f for f in factors if f is not None]
     if len(low_rank) == len(changes):
         B, A = low_rank[0]
         if len(low_rank) > 1:  # a sum of low rank is of low rank: [B₁ B₂] [A₁; A₂]
             B, A = torch.cat([b for b, _ in low_rank], 1), torch.cat([a for _, a in low_rank])
-        out = LowRank.apply(x, weight, bias, B, A)
-        assert isinstance(out, Tensor)  # noqa: S101
-        return out
+        return LowRank.apply(x, weight, _with_changes(layer, bias, changes), B, A)[0]
+    # in half precision Δ, small beside θ, would be lost in a sum that is rounded to 8 bits
+    if x.dtype.itemsize < 4 or x.numel() // ins * (ins + outs) < ins * outs:
+        return None
     new = weight
     for change in changes:
         delta = change.module.delta(weight_matrix(layer, change.part))
         delta = delta if change.weight == 1 else change.weight * delta
         new = new + (delta if change.part is None else _padded(delta, change.part, outs))
-    return F.linear(x, _laid_out_as(weight, new), bias)
+    return F.linear(x, _laid_out_as(weight, new), _with_changes(layer, bias, changes))
 
 
 class LowRank(torch.autograd.Function):
-    """y = x (W + BA)ᵀ + b, forward in one product and backward in factors.
+    """y = x Wᵀ + b + (x Aᵀ) Bᵀ = x (W + BA)ᵀ + b, the last sum made in place; and x Aᵀ.
 
-    With G the gradient of y: ∂x = G (W + BA), ∂B = Gᵀ(x Aᵀ), ∂A = (G B)ᵀ x. Nothing of the size of
-    W is kept for backward, where W + BA is made again, and no gradient of its size is made unless
-    W itself trains. It can be differentiated twice.
+    With G the gradient of y: ∂x = G W + (G B) A, in place as well, ∂B = Gᵀ(x Aᵀ), ∂A = (G B)ᵀ x.
+    Nothing of the size of W is made, unless W itself trains, and of the size of y and x nothing
+    but themselves. It can be differentiated twice.
     """
 
     @staticmethod
-    def forward(x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor) -> Tensor:  # noqa: D102
-        return F.linear(x, _sum(W, B, A), b)
+    def forward(  # noqa: D102
+        x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y = F.linear(x, W, b)
+        hidden = x.reshape(-1, W.shape[1]) @ A.T  # […, in] → [N, r]
+        y.view(-1, W.shape[0]).addmm_(hidden, B.T)
+        return y, hidden
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: D102
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:  # noqa: D102
         x, W, _, B, A = inputs
-        ctx.save_for_backward(x, W, B, A)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, W, B, A, output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        x, W, B, A = ctx.saved_tensors
+        x, W, B, A, hidden = ctx.saved_tensors
         wants_x, wants_W, wants_b, wants_B, wants_A = ctx.needs_input_grad
         G = grads[0].reshape(-1, W.shape[0])  # […, out] → [N, out]
         X = x.reshape(-1, W.shape[1])  # […, in] → [N, in]
+        if torch.is_grad_enabled():  # to be differentiated again, through x and A
+            hidden = X @ A.T
+        GB = G @ B  # [N, r]
         return (
-            (G @ _sum(W, B, A)).view_as(x) if wants_x else None,
+            (G @ W).addmm_(GB, A).view_as(x) if wants_x else None,
             G.T @ X if wants_W else None,
             G.sum(0) if wants_b else None,
-            # as a [r, out] product: over the wide side in its stored order
-            ((X @ A.T).T @ G).T if wants_B else None,
-            (G @ B).T @ X if wants_A else None,
+            (hidden.T @ G).T if wants_B else None,  # as [r, out]: over G in its stored order
+            GB.T @ X if wants_A else None,
         )
-
-
-def _sum(W: Tensor, B: Tensor, A: Tensor) -> Tensor:
-    """W + BA in the layout of W, so that equal weights give equal products to the last bit."""
-    if W.is_contiguous():
-        return torch.addmm(W, B, A)
-    return torch.addmm(W.T, A.T, B.T).T
 
 
 def _laid_out_as(weight: Tensor, new: Tensor) -> Tensor:
