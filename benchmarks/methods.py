@@ -63,7 +63,7 @@ class Row:
         """The host with the modules in it, born from ``seed``."""
         host = mg.Host(classifier(seed))
         for name, (make, at) in self.modules.items():
-            host.implant(name, make(), at=at)
+            host.implant(name, make(), at=at, active=self.use is None)
         if self.use is not None:
             host.use(self.use)
         return host
@@ -88,6 +88,14 @@ def one(make: Callable[[], mg.Computation], at: Any) -> dict[str, Any]:
     return {"m": (make, at)}
 
 
+def prompt() -> mg.Computation:
+    return mg.Prompt("Which part of the standard library is this?", tokenizer=tokenizer())
+
+
+MADX = {
+    "m": (mg.InvertibleAdapter, ["embedding", "encoder.output"]),
+    "a": (lambda: mg.Adapter(reduction=16), "down"),
+}
 IA3 = {
     "m": (mg.Rescale, ["key", "value"]),
     "inner": (lambda: mg.Rescale(where="input"), "down"),
@@ -124,10 +132,21 @@ ROWS: dict[str, Row] = {
         "ConvAdapter(3, depthwise)",
         one(lambda: mg.ConvAdapter(kernel=3, depthwise=True), EVERY), 3e-3,
     ),
+    "soft_prompt": Row("SoftPrompt(10)", one(lambda: mg.SoftPrompt(10), None), 1e-2, WIDE),
+    "prompt": Row("Prompt (the head learns)", one(prompt, None), 1e-2, WIDE, train=(HEAD,)),
     "prefix": Row("Prefix(10)", one(lambda: mg.Prefix(10), None), 1e-2, WIDE),
     "prefix_mlp": Row(
         "Prefix(10) by an MLP", one(lambda: mg.Prefix(10, reparametrise=64), None), 3e-3
     ),
+    "shared": Row(
+        "Shared(LoRA(8)), by name", one(lambda: mg.Shared(mg.LoRA(8), group="name"), QV), 3e-3
+    ),
+    "hyper": Row(
+        "HyperNetwork(LoRA(8)), one task",
+        one(lambda: mg.HyperNetwork(mg.LoRA(8), tasks=("docs",), embedding=8), QV), 3e-3,
+        use="m['docs']",
+    ),
+    "invertible": Row("InvertibleAdapter and Adapter", MADX, 3e-3),
 }  # fmt: skip
 
 

@@ -104,9 +104,15 @@ class Classifier(BertPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        out = self.bert(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+        out = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+        )
         hidden = out.last_hidden_state  # [B, n, d]
         assert attention_mask is not None
         seen = attention_mask[..., None].to(hidden.dtype)
