@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from modgraft import expression as ex
 from modgraft.computation.base import Computation
 from modgraft.errors import ModgraftError, UnknownNameError
 from modgraft.sites import Site
@@ -93,3 +94,18 @@ def check_learns(name: str, part: nn.Module) -> nn.Module:
             f"tokenizer=tokenizer)"
         )
     return part
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot name a module.
+
+    Raises:
+        ModgraftError: for what cannot stand in an expression, and for a name that every
+            ``nn.Module`` has an attribute of, since an implant is kept under its own name.
+    """
+    ex.check_name(name)
+    if hasattr(nn.ModuleDict, name):
+        raise ModgraftError(
+            f"{name!r} cannot name a module: every nn.Module has an attribute of that name; take "
+            f"another, such as {name + '_1'!r}"
+        )

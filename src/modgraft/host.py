@@ -24,7 +24,7 @@ from modgraft.computation.base import (
 from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
 from modgraft.fastpath import leave_fast_path, take_fast_path
-from modgraft.handle import Implant, check_learns, learner
+from modgraft.handle import Implant, check_learns, check_name, learner
 from modgraft.implant import foreign, graft, prune, pruned
 from modgraft.inlet import missing_side
 from modgraft.recompute import forget, remember
@@ -97,12 +97,7 @@ class Host(nn.Module):
             ModgraftError: for a name in use, no matching site, another number than expected, or a
                 site the method is not defined at. The host is then as it was.
         """
-        ex.check_name(name)
-        if hasattr(nn.ModuleDict, name):
-            raise ModgraftError(
-                f"{name!r} cannot name a module: every nn.Module has an attribute of that name; "
-                f"take another, such as {name + '_1'!r}"
-            )
+        check_name(name)
         if name in self.implants:
             raise ModgraftError(
                 f"{name!r} is implanted already; host.remove({name!r}) first, or take another name"
