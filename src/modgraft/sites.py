@@ -101,6 +101,16 @@ class Site:
         return self.path in [site.path for site in _find_one(self.root, "embedding")]
 
     @property
+    def time_first(self) -> bool:
+        """Whether the output is known to be ``[n, B, d]`` rather than ``[B, n, d]``."""
+        layer = self.module
+        if isinstance(layer, nn.TransformerEncoder | nn.TransformerDecoder):
+            layer = layer.layers[0]
+        if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            layer = layer.self_attn
+        return isinstance(layer, nn.MultiheadAttention | nn.RNNBase) and not layer.batch_first
+
+    @property
     def stepwise(self) -> bool:
         """Whether tokens pass one by one here when the host generates, none seeing a later one."""
         config = getattr(self.root, "config", None)
@@ -268,7 +278,7 @@ def joined(path: str, name: str) -> str:
 def weight_labels(path: str, module: nn.Module) -> list[tuple[str, str]]:
     """The selections of the single weights of a layer that has several, and what each is."""
     matrices = [n for n, p in module._parameters.items() if p is not None and p.dim() == 2]
-    if not isinstance(module, nn.MultiheadAttention):
+    if not isinstance(module, nn.MultiheadAttention) or len(matrices) not in (1, 3):
         return [(joined(path, name), "") for name in matrices]
     names = [f"{matrices[0]}[{i}/3]" for i in range(3)] if len(matrices) == 1 else matrices
     said = zip([*names, "out_proj"], ["query", "key", "value", "output"], strict=True)
@@ -319,7 +329,8 @@ def _no_match(model: nn.Module, at: str) -> SiteError:
         )
     else:
         roles = f"its roles: {', '.join(family.roles)}"
-    near = get_close_matches(at, paths, n=3, cutoff=0.4) or paths[:3]
+    weights = [label for p, m in model.named_modules() for label, _ in weight_labels(p, m)]
+    near = get_close_matches(at, [*paths, *weights], n=3, cutoff=0.4) or paths[:3]
     near_roles = get_close_matches(at, list(family.roles), n=1) if family else []
     hint = f"did you mean at={near_roles[0]!r}? " if near_roles else ""
     return SiteError(f"{at!r} matches no site. {hint}{roles}; paths near it: {', '.join(near)}")

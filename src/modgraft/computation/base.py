@@ -161,6 +161,12 @@ class FunctionComposition(Computation):
 
     def at(self, site: Site) -> Self:  # noqa: D102
         check_features(type(self).__name__, site)
+        if self.needs is not None and site.time_first:
+            raise SiteError(
+                f"{type(self).__name__} at {site.label or 'the host itself'}: this "
+                f"{type(site.module).__name__} puts out [n, B, d], where an example's side input "
+                f"{self.needs!r} cannot be told from a step's; make it with batch_first=True"
+            )
         return super().at(site)
 
     @abstractmethod

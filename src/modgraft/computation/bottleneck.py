@@ -94,7 +94,7 @@ def check_parallel(name: str, site: Site) -> None:
             f"{name} at {site.label}: its input is token ids, and {name} reads [B, n, d]; use "
             f"Adapter there, which reads the output"
         )
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         into = module.in_channels
     elif hasattr(module, "in_features") or hasattr(module, "nx"):
         into = site.in_width

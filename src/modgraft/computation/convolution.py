@@ -57,9 +57,10 @@ class ConvAdapter(FunctionComposition):
     def build(self, site: Site) -> None:  # noqa: D102
         image = self.over == "map"
         kind = type(site.module).__name__
-        if isinstance(site.module, nn.Conv1d):
+        if isinstance(site.module, nn.Conv1d | nn.Conv3d):
+            shape = "[B, C, n]" if isinstance(site.module, nn.Conv1d) else "[B, C, D, H, W]"
             raise ModgraftError(
-                f"ConvAdapter at {site.label}: a {kind} puts out [B, C, n], and ConvAdapter acts "
+                f"ConvAdapter at {site.label}: a {kind} puts out {shape}, and ConvAdapter acts "
                 f"on tokens [B, n, d] and on maps [B, C, H, W]"
             )
         if image and not site.channels_first:
@@ -72,6 +73,12 @@ class ConvAdapter(FunctionComposition):
             raise ModgraftError(
                 f"ConvAdapter(over='tokens') at {site.label}: a {kind} puts out a map "
                 f"[B, C, H, W]; use ConvAdapter(over='map')"
+            )
+        if not image and self.kernel > 1 and site.time_first:
+            raise ModgraftError(
+                f"ConvAdapter(kernel={self.kernel}) at {site.label or 'the host itself'}: this "
+                f"{kind} puts out [n, B, d], since it was made without batch_first=True, and "
+                f"neighbours are sought along n in [B, n, d]; use ConvAdapter(kernel=1) there"
             )
         if not image and self.kernel > 1 and site.stepwise:
             raise ModgraftError(

@@ -26,7 +26,9 @@ class LoRA(ParameterComposition):
 
     Low-rank adaptation (Hu et al. 2022, arXiv:2106.09685). A ``[r, in]`` is drawn uniformly as
     ``nn.Linear`` draws its weight, B ``[out, r]`` is zero. At an embedding, A is ``[r, width]`` and
-    B ``[entries, r]``.
+    B ``[entries, r]``. At a convolution they are of its weight as a matrix
+    [out, in/groups · k · k], which is a convolution by A and then a 1×1 one by B; all groups have
+    the same A (in PEFT each has r / groups rows of its own).
 
     ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732) makes s = α / √r. ``dora`` (Liu et al. 2024,
     arXiv:2402.09353) makes θ' = m ⊙ V / ‖V‖ with V = θ + s·BA, the norm over each output's weights
@@ -37,7 +39,8 @@ class LoRA(ParameterComposition):
     Args:
         rank: r, at most the smaller side of the weight.
         alpha: α; None means α = r, so that s = 1 (with ``rslora``: √r).
-        dropout: probability in [0, 1) of dropping an input of the branch while training.
+        dropout: probability in [0, 1) of dropping an input of the branch while training; 0 at a
+            single weight of attention or an RNN, where there is no branch.
         rslora: whether s falls with √r.
         dora: whether magnitude and direction are taken apart.
         bias: whether the bias changes as well.

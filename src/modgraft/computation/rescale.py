@@ -28,7 +28,9 @@ class Rescale(ParameterComposition):
     are changes of weights, so they add as such and merge exactly: φ ``[out]`` scales the output,
     bias and all, φ ``[in]`` the input. PEFT's IA³ is ``Rescale()`` at ``["key", "value"]`` and
     ``Rescale(where="input")`` at ``"down"``, after the activation; that of adapters scales before
-    it, ``Rescale()`` at ``"up"``. An embedding ``[entries, width]`` has an output to scale only.
+    it, ``Rescale()`` at ``"up"``. An embedding ``[entries, width]`` has an output to scale only. At
+    a convolution φ is of channels, at a single weight of attention or an RNN of its own rows or
+    columns.
 
     Args:
         where: ``"output"`` or ``"input"``.
