@@ -8,7 +8,7 @@ and gradients are compared before anything is timed. All three run in turn, on o
 The second table is the rule of thumb of ``modgraft.changed``: the layer and an effect beside it,
 against the layer with changed weights, forward and backward, by number of tokens.
 
-    python -m benchmarks.train_step [--rounds 15]
+    python -m benchmarks.train_step [--rounds 15] [--markdown]
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 import modgraft as mg
 from benchmarks.memory import peak_bytes
 from benchmarks.minilm import NAMES, classifier
+from benchmarks.show import show
 from benchmarks.timing import in_turn, side_by_side
 from modgraft.changed import LowRank
 
@@ -149,7 +149,9 @@ def main() -> None:
     """Check, then time and weigh the three, and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    options = parser.parse_args()
+    rounds = options.rounds
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data = batch()
@@ -173,9 +175,8 @@ def main() -> None:
             name, f"{1e3 * median(wall[i]):,.0f}",
             f"{median(ratios):.2f} ({low:.2f} to {high:.2f})", f"{cpu:.2f}", f"{peaks[i]:.0f}",
         )  # fmt: skip
-    console = Console(width=150)
-    console.print(table)
-    console.print(rule(rounds))
+    show(table, options.markdown)
+    show(rule(rounds), options.markdown)
 
 
 if __name__ == "__main__":

@@ -174,3 +174,19 @@ def test_rescaling_runs_the_layer_once() -> None:
             host(x)
         products = [e for e in profile.events() if e.name in ("aten::addmm", "aten::mm")]
         assert len(products) == 1
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_example_by_example() -> None:
+    host = host_with(lambda: nn.Linear(6, 12), "0", m=mg.LoRA(2))
+    own, x = dict(host.named_parameters()), torch.randn(4, 6, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(host, parameters, (row,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(own, x[:, None])
+    for i, row in enumerate(x):
+        host.zero_grad()
+        loss(own, row[None]).backward()
+        for name, parameter in host["m"].named_parameters(prefix="implants.m"):
+            torch.testing.assert_close(each[name][i], parameter.grad)

@@ -91,6 +91,8 @@ class LowRank(torch.autograd.Function):
     but themselves. It can be differentiated twice.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(  # noqa: D102
         x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor
