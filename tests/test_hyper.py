@@ -141,6 +141,49 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(out, values)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_task_becomes_a_module_of_its_own(name: str, tmp_path: Path) -> None:
+    """It computes what the task did, to the bit, and is saved and loaded without the generator."""
+    module, at = METHODS[name]
+    host, needs = grafted(module, at), module.needs is not None
+    out = run(host, DE, needs=needs)
+    made = mg.own_module(host, DE, into="de")
+    assert repr(made.method) == repr(module)
+    assert host.composition is None
+    assert torch.equal(run(host, "de", needs=needs), out)
+    host.remove("h")
+    host.save("de", tmp_path / "de")
+    fresh = mg.Host(HOSTS["bert"].model()).eval()
+    fresh.load(tmp_path / "de")
+    assert torch.equal(run(fresh, "de", needs=needs), out)
+
+
+def test_a_shared_module_becomes_one_with_tensors_at_each_site() -> None:
+    host = mg.Host(HOSTS["bert"].model()).eval()
+    for name, module in (("m", mg.SparseDelta(density=0.1)), ("n", mg.LoRA(rank=2))):
+        host.implant(name, mg.Shared(module), at="query")
+    place: Any = host["m"].places[0]
+    place.keep(torch.arange(20))
+    with torch.no_grad():
+        for p in host.implants.parameters():
+            p.normal_(0, 0.3)
+    out = run(host, "m + n")
+    host.use(None)
+    mg.own_module(host, "m", into="a")
+    assert host["a"].size == 2 * host["m"].size == 40
+    mg.own_module(host, "n", into="b")
+    assert torch.equal(run(host, "a + b"), out)
+    for wrong, message in (
+        ("m + n", "one module or one task"),
+        ("2*m", "one module or one task"),
+        ("x", "no module 'x'"),
+    ):
+        with pytest.raises(mg.ModgraftError, match=message):
+            mg.own_module(host, wrong, into="c")
+    with pytest.raises(mg.ModgraftError, match="implanted already"):
+        mg.own_module(host, "m", into="a")
+
+
 # -- which task acts ----------------------------------------------------------------------------
 
 

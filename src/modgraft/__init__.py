@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from modgraft.computation.sparse import SparseDelta, SparseSubnetwork, Supermask
     from modgraft.context import Side
     from modgraft.errors import ModgraftError
+    from modgraft.export import own_module
     from modgraft.host import Host, Implant
     from modgraft.sites import Site
     from modgraft.training.lottery import magnitude_pruning, sparse_finetuning
@@ -72,6 +73,7 @@ __all__ = [
     "TokenComposition",
     "fold_prefix",
     "magnitude_pruning",
+    "own_module",
     "prefix_from_text",
     "sparse_finetuning",
 ]
@@ -101,6 +103,7 @@ _HOMES = {
     "computation.sparse": ("SparseDelta", "SparseSubnetwork", "Supermask"),
     "context": ("Side",),
     "errors": ("ModgraftError",),
+    "export": ("own_module",),
     "host": ("Host", "Implant"),
     "sites": ("Site",),
     "training.lottery": ("magnitude_pruning", "sparse_finetuning"),

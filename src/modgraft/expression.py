@@ -180,6 +180,16 @@ def without(expression: Expression | None, name: str) -> Expression | None:
     return expression
 
 
+def in_chain(expression: Expression, name: str) -> bool:
+    """Whether ``name`` stands in ``expression`` with nothing but ``>>`` around it."""
+    match expression:
+        case Name():
+            return True
+        case Chain(parts):
+            return all(in_chain(p, name) for p in parts if name in p.names())
+    return False
+
+
 def module_of(name: str) -> str:
     """The module that ``name`` in a composition speaks of: ``"h"`` for ``"h['fr']"``."""
     return name.partition("[")[0]

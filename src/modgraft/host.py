@@ -122,13 +122,13 @@ class Host(nn.Module):
                 f"another Host has modules in this model (at {other[0] or 'its input'}); work with "
                 f"that one, or wrap the copy that its merge(None) gives"
             )
+        if active and len(names := module.named(name)) > 1:
+            raise ModgraftError(
+                f"{name!r} has {len(names)} tasks, and none is in force by itself: "
+                f"host.implant({name!r}, …, active=False), then host.use({names[0]!r})"
+            )
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
         serve(module.acts)
-        if active and len(implant.names) > 1:
-            raise ModgraftError(
-                f"{name!r} has {len(implant.names)} tasks, and none is in force by itself: "
-                f"host.implant({name!r}, …, active=False), then host.use({implant.names[0]!r})"
-            )
         for own in implant.names:
             for site, (_, place) in zip(sites, implant.acting(own), strict=True):
                 graft(site, own, place, self._context)
@@ -192,7 +192,7 @@ class Host(nn.Module):
         read = ex.parse(str(composition), list(self._context.weights))
         weights, inputs = read.weights(), self._inputs()
         for name in read.names():
-            if name in inputs and (weights[name] != 1 or not _in_chain(read, name)):
+            if name in inputs and (weights[name] != 1 or not ex.in_chain(read, name)):
                 raise ModgraftError(
                     f"{name!r} puts vectors before the input, which cannot be added or scaled in "
                     f"{str(read)!r}; they follow one another as in 'a >> b'"
@@ -383,13 +383,3 @@ class Host(nn.Module):
 def _device(model: nn.Module) -> torch.device:
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
-
-
-def _in_chain(expression: ex.Expression, name: str) -> bool:
-    """Whether ``name`` stands in ``expression`` with nothing but ``>>`` around it."""
-    match expression:
-        case ex.Name():
-            return True
-        case ex.Chain(parts):
-            return all(_in_chain(p, name) for p in parts if name in p.names())
-    return False
