@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from modgraft.computation.base import Computation, KeyValueComposition
 from modgraft.errors import ModgraftError
-from modgraft.implant import STATE, Entry, State, missing_side
+from modgraft.inlet import missing_side
+from modgraft.running import STATE, Entry, State
 
 SERVED = ("eager", "sdpa")
 _OF_OWN_KEYS = ("cache", "indices", "block_indices")  # arguments that count a layer's own keys

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from modgraft.errors import SideError
-from modgraft.expression import Expression
+from modgraft.expression import Chain, Expression
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,34 @@ class Call:
         )
 
 
+@dataclass(frozen=True)
+class Switch(Expression):
+    """y + w (f(y) − y): what compiled code has for each module, w a 0-dimensional tensor.
+
+    A change of composition writes into ``weight``. Exactly y where w is 0, exactly f(y) where it
+    is 1.
+    """
+
+    name: str
+    weight: Tensor
+
+    def names(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.name,)
+
+    def weights(self) -> dict[str, Any]:  # noqa: D102
+        return {self.name: self.weight}
+
+    def apply(self, run: Callable[[str, T], T], y: T) -> T:  # noqa: D102
+        before, after = y, run(self.name, y)
+        if after is before:  # a module that does not act here
+            return y
+        assert isinstance(before, Tensor)  # noqa: S101
+        assert isinstance(after, Tensor)  # noqa: S101
+        weight = self.weight.to(before.dtype)
+        mixed = torch.where(weight == 1, after, before + weight * (after - before))
+        return torch.where(weight == 0, before, mixed)  # type: ignore[return-value]
+
+
 _calls: ContextVar[tuple[tuple[int, Call], ...]] = ContextVar("modgraft_calls", default=())
 
 
@@ -115,8 +146,8 @@ class Context:
     """The composition in force on one host, and the call under way in this thread or task.
 
     Under ``torch.compile`` a context variable cannot be traced, so there the call is read from an
-    attribute, and the composition from ``weights``: a 0-dimensional float32 tensor a module, which
-    ``use`` writes into, so that a switch changes a number and no graph.
+    attribute, and the composition is every resident module behind a :class:`Switch`: a
+    0-dimensional float32 tensor, which ``use`` writes into, so that it changes no graph.
     """
 
     def __init__(self) -> None:
@@ -124,9 +155,26 @@ class Context:
         self.weights: dict[str, Tensor] = {}
         self.in_line = True  # the weights alone say what the composition is
         self.mirrored: Expression | None = None  # the composition that the weights are of
+        self.switches: Expression | None = None  # all that is resident
         self.traced = Call(None)
         self.first: set[str] = set()  # the modules that put tokens before the input
         self.leading: tuple[str, ...] = ()  # those of them in the composition, in order
+
+    def now(self) -> Call:
+        """The call under way, as the code that asks can read it: compiled or not."""
+        if not torch.compiler.is_compiling():
+            return self.current()
+        composition = self.switches if self.in_line else self.mirrored
+        return replace(self.traced, composition=composition)
+
+    def first_in(self, composition: Expression) -> tuple[str, ...]:
+        """The modules that put tokens before the input, in the order of ``composition``.
+
+        They change shapes, so that a graph is bound to which of them do.
+        """
+        if torch.compiler.is_compiling():
+            return self.leading
+        return tuple(name for name in composition.names() if name in self.first)
 
     def current(self) -> Call:
         """The call under way, or one of the composition in force and no side input."""
@@ -148,6 +196,9 @@ class Context:
         self.in_line = composition is None or composition.is_line(list(self.weights))
         for name, tensor in self.weights.items():
             tensor.fill_(weights.get(name, 0.0))
+        if self.switches is None or self.switches.names() != tuple(self.weights):
+            self.switches = Chain(tuple(Switch(n, w) for n, w in self.weights.items()))
+            self.switches.weights()  # remembered: compiled code reads it
 
     @contextmanager
     def call(self, call: Call) -> Iterator[None]:

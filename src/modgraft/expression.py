@@ -141,7 +141,7 @@ def _unique(names: Iterable[str]) -> tuple[str, ...]:
 def _added(pairs: Iterable[tuple[float, str]]) -> dict[str, float]:
     total: dict[str, float] = {}
     for weight, name in pairs:
-        total[name] = total.get(name, 0.0) + weight
+        total[name] = total[name] + weight if name in total else weight
     return total
 
 

@@ -21,7 +21,7 @@ from modgraft.sites import Site
 from modgraft.splice import Source, Tokens, splice
 
 if TYPE_CHECKING:
-    from modgraft.implant import Entry, State
+    from modgraft.running import Entry, State
 
 
 def inner_sites(site: Site) -> list[Site]:
