@@ -3,8 +3,8 @@
 What a step costs is passing over the activations: N inputs of a layer ``[out, in]`` are N·in
 numbers, their outputs N·out. A module's own ``effect`` passes over both once more. Where every Δ
 is of low rank, its share is added into the layer's own product instead. Another Δ is as large as θ,
-and θ + Σ w·Δ is made by one pass over the weight, after which nothing but the layer runs; that pays
-where the weight is smaller than the activations, N·(in + out) ≥ in·out, and effects are taken where
+and θ + Σ w·Δ is made by one pass over the weight, after which nothing but the layer runs. Both pay
+where the weight is smaller than the activations, N·(in + out) ≥ in·out; effects are taken where
 there are few tokens, as in decoding. ``benchmarks/train_step.py`` measures all of it.
 """
 
@@ -65,6 +65,8 @@ def one_product(
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         return None
     outs, ins = weight.shape
+    if x.numel() // ins * (ins + outs) < ins * outs:
+        return None
     factors = [_factors(c, outs) for c in changes]
     low_rank = [f for f in factors if f is not None]
     if len(low_rank) == len(changes):
@@ -72,8 +74,7 @@ def one_product(
         if len(low_rank) > 1:  # a sum of low rank is of low rank: [B₁ B₂] [A₁; A₂]
             B, A = torch.cat([b for b, _ in low_rank], 1), torch.cat([a for _, a in low_rank])
         return LowRank.apply(x, weight, _with_changes(layer, bias, changes), B, A)[0]
-    # in half precision Δ, small beside θ, would be lost in a sum that is rounded to 8 bits
-    if x.dtype.itemsize < 4 or x.numel() // ins * (ins + outs) < ins * outs:
+    if x.dtype.itemsize < 4:  # Δ, small beside θ, would be lost in a sum rounded to 8 bits
         return None
     new = weight
     for change in changes:
