@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import modgraft as mg
-from modgraft import implant
+from modgraft import running
 from modgraft.changed import Change, LowRank, one_product
 
 METHODS = {
@@ -66,7 +66,7 @@ def test_equals_the_layer_and_its_effects(
     for host.model[0].weight.requires_grad in (False, True):
         fast = results(host, x, composition)
         with monkeypatch.context() as patch:
-            patch.setattr(implant, "one_product", lambda *a: None)
+            patch.setattr(running, "one_product", lambda *a: None)
             slow = results(host, x, composition)
         assert len(fast) == len(slow)
         for one, other in zip(fast, slow, strict=True):

@@ -117,12 +117,14 @@ class LowRank(torch.autograd.Function):
         X = x.reshape(-1, W.shape[1])  # […, in] → [N, in]
         if torch.is_grad_enabled():  # to be differentiated again, through x and A
             hidden = X @ A.T
+        # first what reads G thinly, while it is in the cache: the product with W drives it out
         GB = G @ B  # [N, r]
+        of_B = (hidden.T @ G).T if wants_B else None  # as [r, out]: over G in its stored order
         return (
             (G @ W).addmm_(GB, A).view_as(x) if wants_x else None,
             G.T @ X if wants_W else None,
             G.sum(0) if wants_b else None,
-            (hidden.T @ G).T if wants_B else None,  # as [r, out]: over G in its stored order
+            of_B,
             GB.T @ X if wants_A else None,
         )
 
