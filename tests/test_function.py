@@ -256,3 +256,6 @@ def test_a_residual_is_for_functions_and_for_sites_that_take_one() -> None:
     assert [s.label for s in host.sites("feedforward[residual]")] == [
         f"bert.encoder.layer.{i}.output[residual]" for i in range(2)
     ]
+    attention = mg.Host(nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}))
+    with pytest.raises(mg.ModgraftError, match="sums no residual; leave out"):
+        attention.implant("m", mg.Adapter(reduction=4), at="attn[residual]")

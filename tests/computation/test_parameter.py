@@ -192,7 +192,7 @@ def at(method: mg.Computation, layer: nn.Module) -> Any:
         (lambda: at(mg.LoRA(rank=9), nn.Linear(8, 20)), r"20 × 8, so the rank is at most 8"),
         (
             lambda: at(mg.LoRA(rank=2, bias=True), nn.Linear(4, 4, bias=False)),
-            r"LoRA\(bias=True\) at 0: this Linear has no bias .* leave bias out there",
+            r"LoRA\(bias=True\) at 0: this Linear has no bias .* use LoRA\(rank=2\) there",
         ),
         (
             lambda: at(mg.LoRA(rank=2, bias=True), nn.Embedding(4, 4)),

@@ -77,6 +77,11 @@ class Computation(nn.Module):
         Raises:
             ModgraftError: where the method is not defined at such a site.
         """
+        if site.residual and isinstance(site.module, nn.MultiheadAttention):
+            raise SiteError(
+                f"{type(self).__name__} at {site.label}: an nn.MultiheadAttention takes query, key "
+                f"and value, and sums no residual; leave out [residual]"
+            )
         if site.residual and not isinstance(self, FunctionComposition):
             raise SiteError(
                 f"{type(self).__name__} at {site.label}: only a function of activations, such as "
