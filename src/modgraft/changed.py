@@ -67,13 +67,9 @@ def one_product(
     outs, ins = weight.shape
     if x.numel() // ins * (ins + outs) < ins * outs:
         return None
-    factors = [_factors(c, outs) for c in changes]
-    low_rank = [f for f in factors if f is not None]
-    if len(low_rank) == len(changes):
-        B, A = low_rank[0]
-        if len(low_rank) > 1:  # a sum of low rank is of low rank: [B₁ B₂] [A₁; A₂]
-            B, A = torch.cat([b for b, _ in low_rank], 1), torch.cat([a for _, a in low_rank])
-        return LowRank.apply(x, weight, _with_changes(layer, bias, changes), B, A)[0]
+    low_rank = _low_rank(changes, outs)
+    if low_rank is not None:
+        return LowRank.apply(x, weight, _with_changes(layer, bias, changes), *low_rank)[0]
     if x.dtype.itemsize < 4:  # Δ, small beside θ, would be lost in a sum rounded to 8 bits
         return None
     new = weight
@@ -85,47 +81,53 @@ def one_product(
 
 
 class LowRank(torch.autograd.Function):
-    """y = x Wᵀ + b + (x Aᵀ) Bᵀ = x (W + BA)ᵀ + b, the last sum made in place; and x Aᵀ.
+    """y = s·(x Aᵀ) Bᵀ + b + x Wᵀ = x (W + s·BA)ᵀ + b, the thin product first; and s·x Aᵀ.
 
-    With G the gradient of y: ∂x = G W + (G B) A, in place as well, ∂B = Gᵀ(x Aᵀ), ∂A = (G B)ᵀ x.
-    Nothing of the size of W is made, unless W itself trains, and of the size of y and x nothing
-    but themselves. It can be differentiated twice.
+    The layer's own product is added to what the thin one has written, as it would be to a bias, so
+    that y is passed over no more often than in the layer alone. With G the gradient of y:
+    ∂x = s·(G B) A + G W in the same way, ∂B = s·Gᵀ(x Aᵀ), ∂A = s·(G B)ᵀ x. Nothing of the size of W
+    is made, unless W itself trains, and of the size of y and x nothing but themselves. It can be
+    differentiated twice.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(  # noqa: D102
-        x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor
+        x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor, s: float
     ) -> tuple[Tensor, Tensor]:
-        y = F.linear(x, W, b)
-        hidden = x.reshape(-1, W.shape[1]) @ A.T  # […, in] → [N, r]
-        y.view(-1, W.shape[0]).addmm_(hidden, B.T)
-        return y, hidden
+        X = x.reshape(-1, W.shape[1])  # […, in] → [N, in]
+        hidden = s * (X @ A.T)  # [N, r]
+        if b is None:
+            y = hidden @ B.T
+        else:  # as one product: a column of ones carries the bias
+            y = F.pad(hidden, (0, 1), value=1.0) @ torch.cat([B, b[:, None]], 1).T
+        return y.addmm_(X, W.T).view(*x.shape[:-1], W.shape[0]), hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:  # noqa: D102
-        x, W, _, B, A = inputs
+        x, W, _, B, A, ctx.s = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, W, B, A, output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, W, B, A, hidden = ctx.saved_tensors
-        wants_x, wants_W, wants_b, wants_B, wants_A = ctx.needs_input_grad
+        wants_x, wants_W, wants_b, wants_B, wants_A, _ = ctx.needs_input_grad
         G = grads[0].reshape(-1, W.shape[0])  # […, out] → [N, out]
         X = x.reshape(-1, W.shape[1])  # […, in] → [N, in]
         if torch.is_grad_enabled():  # to be differentiated again, through x and A
-            hidden = X @ A.T
+            hidden = ctx.s * (X @ A.T)
         # first what reads G thinly, while it is in the cache: the product with W drives it out
-        GB = G @ B  # [N, r]
+        GB = ctx.s * (G @ B)  # [N, r]
         of_B = (hidden.T @ G).T if wants_B else None  # as [r, out]: over G in its stored order
         return (
-            (G @ W).addmm_(GB, A).view_as(x) if wants_x else None,
+            (GB @ A).addmm_(G, W).view_as(x) if wants_x else None,
             G.T @ X if wants_W else None,
             G.sum(0) if wants_b else None,
             of_B,
             GB.T @ X if wants_A else None,
+            None,
         )
 
 
@@ -135,14 +137,24 @@ def _laid_out_as(weight: Tensor, new: Tensor) -> Tensor:
     return new.T.contiguous().T
 
 
-def _factors(change: Change, outs: int) -> tuple[Tensor, Tensor] | None:
-    """B ``[out, r]`` and A ``[r, in]`` of w·Δ, B being 0 outside the part."""
-    factors = change.module.factors()
-    if factors is None:
-        return None
-    B, A = factors
-    B = B if change.part is None else _padded(B, change.part, outs)
-    return B, A if change.weight == 1 else change.weight * A
+def _low_rank(changes: Sequence[Change], outs: int) -> tuple[Tensor, Tensor, float] | None:
+    """B ``[out, r]``, A ``[r, in]`` and s with Σ w·Δ = s·BA, None where a Δ is not of low rank.
+
+    A sum of low rank is of low rank, [B₁ B₂] [A₁; A₂]; outside a part B is 0.
+    """
+    factors: list[tuple[Tensor, Tensor, float]] = []
+    for change in changes:
+        assert isinstance(change.weight, float | int)  # noqa: S101
+        found = change.module.factors()
+        if found is None:
+            return None
+        B, A, s = found
+        B = B if change.part is None else _padded(B, change.part, outs)
+        factors.append((B, A, change.weight * s))
+    if len(factors) == 1:
+        return factors[0]
+    wide, thin = [B for B, _, _ in factors], [s * A for _, A, s in factors]
+    return torch.cat(wide, 1), torch.cat(thin), 1.0
 
 
 def _padded(rows: Tensor, part: tuple[int, int], outs: int) -> Tensor:

@@ -148,8 +148,8 @@ class ParameterComposition(Computation):
         """Whether it is f at θ + Δ now; False while it treats the input in a way of its own."""
         return True
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """B ``[out, r]`` and A ``[r, in]`` with Δ = BA for a Δ of low rank, None for another."""
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """B ``[out, r]``, A ``[r, in]`` and s with Δ = s·BA for a Δ of low rank, else None."""
         return None
 
     def alone(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:

@@ -121,8 +121,8 @@ class LoRA(ParameterComposition):
     def in_weights(self) -> bool:  # noqa: D102
         return not (self.dropout and self.training)
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:  # noqa: D102
-        return None if self.dora else (self.B, self.scale * self.A)
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:  # noqa: D102
+        return None if self.dora else (self.B, self.A, self.scale)
 
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
         """s·B(Ax) (+ b), in factors: [B, n, in] → [B, n, r] → [B, n, out]; DoRA: f at Δ."""
