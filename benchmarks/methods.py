@@ -42,7 +42,7 @@ from benchmarks.show import show
 from benchmarks.timing import side_by_side
 from benchmarks.train_step import batch as step_batch
 
-STEPS, BATCH, WARMUP, ROUNDS = 150, 16, 0.1, 9
+STEPS, BATCH, WARMUP, ROUNDS = 100, 16, 0.1, 9
 QV, EVERY = ["query", "value"], ["output", "down"]
 HEAD = "host.head"
 
@@ -103,19 +103,19 @@ IA3 = {
 SLOW = (3e-4, 1e-3, 3e-3)  # where as many weights learn as a layer has
 
 ROWS: dict[str, Row] = {
-    "probe": Row("linear probe", {}, 1e-2),
-    "full": Row("full fine-tuning", {}, 1e-4, (3e-5, 1e-4, 3e-4), train=("host",)),
-    "lora": Row("LoRA(8)", one(lambda: mg.LoRA(8), QV), 1e-2),
-    "rslora": Row("LoRA(8, rslora)", one(lambda: mg.LoRA(8, alpha=8, rslora=True), QV), 1e-2),
+    "probe": Row("linear probe", {}, 3e-2),
+    "full": Row("full fine-tuning", {}, 3e-4, (3e-5, 1e-4, 3e-4), train=("host",)),
+    "lora": Row("LoRA(8)", one(lambda: mg.LoRA(8), QV), 3e-3),
+    "rslora": Row("LoRA(8, rslora)", one(lambda: mg.LoRA(8, alpha=8, rslora=True), QV), 3e-3),
     "dora": Row("LoRA(8, dora)", one(lambda: mg.LoRA(8, dora=True), QV), 1e-2),
-    "lora_bias": Row("LoRA(8, bias)", one(lambda: mg.LoRA(8, bias=True), QV), 1e-2),
+    "lora_bias": Row("LoRA(8, bias)", one(lambda: mg.LoRA(8, bias=True), QV), 3e-3),
     "subnetwork": Row(
-        "SparseSubnetwork, one pruning", one(mg.SparseSubnetwork, QV), 1e-3, SLOW,
+        "SparseSubnetwork, one pruning", one(mg.SparseSubnetwork, QV), 3e-3, SLOW,
         procedure="magnitude_pruning",
     ),
     "supermask": Row("Supermask(0.95)", one(lambda: mg.Supermask(0.95), QV), 3e-2),
     "sparse": Row(
-        "SparseDelta(0.05), two phases", one(lambda: mg.SparseDelta(0.05), QV), 1e-3, SLOW,
+        "SparseDelta(0.05), two phases", one(lambda: mg.SparseDelta(0.05), QV), 3e-3, SLOW,
         procedure="sparse_finetuning",
     ),
     "intrinsic": Row(
@@ -123,18 +123,18 @@ ROWS: dict[str, Row] = {
     ),
     "rescale": Row("Rescale as IA³", IA3, 3e-2),
     "houlsby": Row("Adapter, Houlsby", one(lambda: mg.Adapter(reduction=16), EVERY), 1e-2),
-    "pfeiffer": Row("Adapter, Pfeiffer", one(lambda: mg.Adapter(reduction=16), "down"), 1e-2),
+    "pfeiffer": Row("Adapter, Pfeiffer", one(lambda: mg.Adapter(reduction=16), "down"), 3e-2),
     "parallel": Row(
         "ParallelAdapter", one(lambda: mg.ParallelAdapter(reduction=16), "attention"), 1e-2
     ),
-    "compacter": Row("Compacter", one(lambda: mg.Compacter(reduction=16), EVERY), 1e-2),
+    "compacter": Row("Compacter", one(lambda: mg.Compacter(reduction=16), EVERY), 3e-2),
     "conv": Row(
         "ConvAdapter(3, depthwise)",
         one(lambda: mg.ConvAdapter(kernel=3, depthwise=True), EVERY), 1e-2,
     ),
-    "soft_prompt": Row("SoftPrompt(10)", one(lambda: mg.SoftPrompt(10), None), 1e-2),
-    "prompt": Row("Prompt (the head learns)", one(prompt, None), 1e-2, train=(HEAD,)),
-    "prefix": Row("Prefix(10)", one(lambda: mg.Prefix(10), None), 1e-2),
+    "soft_prompt": Row("SoftPrompt(10)", one(lambda: mg.SoftPrompt(10), None), 3e-2),
+    "prompt": Row("Prompt (the head learns)", one(prompt, None), 3e-2, train=(HEAD,)),
+    "prefix": Row("Prefix(10)", one(lambda: mg.Prefix(10), None), 3e-2),
     "prefix_mlp": Row(
         "Prefix(10) by an MLP", one(lambda: mg.Prefix(10, reparametrise=64), None), 1e-2
     ),
