@@ -42,7 +42,7 @@ from benchmarks.show import show
 from benchmarks.timing import side_by_side
 from benchmarks.train_step import batch as step_batch
 
-STEPS, BATCH, WARMUP, ROUNDS = 100, 16, 0.1, 5
+STEPS, BATCH, WARMUP, ROUNDS = 100, 16, 0.1, 3
 QV, EVERY = ["query", "value"], ["output", "down"]
 HEAD = "host.head"
 
