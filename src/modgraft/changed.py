@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -59,7 +60,9 @@ def one_product(
             return alone
     if forward not in _PLAIN or not all(c.module.in_weights for c in changes):
         return None
-    weight, bias = weight_matrix(layer), bias_vector(layer)
+    assert isinstance(layer, nn.Linear | Conv1D)  # noqa: S101
+    weight: Tensor = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    bias: Tensor | None = layer.bias
     if type(weight) not in (Tensor, nn.Parameter):  # a quantised one adds in its own way
         return None
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
@@ -97,11 +100,11 @@ class LowRank(torch.autograd.Function):
         x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor, s: float
     ) -> tuple[Tensor, Tensor]:
         X = x.reshape(-1, W.shape[1])  # […, in] → [N, in]
-        hidden = s * (X @ A.T)  # [N, r]
+        hidden = X @ A.T  # [N, r]
         if b is None:
-            y = hidden @ B.T
+            y = hidden @ (s * B).T
         else:  # as one product: a column of ones carries the bias
-            y = F.pad(hidden, (0, 1), value=1.0) @ torch.cat([B, b[:, None]], 1).T
+            y = F.pad(hidden, (0, 1), value=1.0) @ torch.cat([s * B, b[:, None]], 1).T
         return y.addmm_(X, W.T).view(*x.shape[:-1], W.shape[0]), hidden
 
     @staticmethod
@@ -117,18 +120,22 @@ class LowRank(torch.autograd.Function):
         G = grads[0].reshape(-1, W.shape[0])  # […, out] → [N, out]
         X = x.reshape(-1, W.shape[1])  # […, in] → [N, in]
         if torch.is_grad_enabled():  # to be differentiated again, through x and A
-            hidden = ctx.s * (X @ A.T)
+            hidden = X @ A.T
         # first what reads G thinly, while it is in the cache: the product with W drives it out
-        GB = ctx.s * (G @ B)  # [N, r]
+        GB = G @ B  # [N, r]
         of_B = (hidden.T @ G).T if wants_B else None  # as [r, out]: over G in its stored order
         return (
-            (GB @ A).addmm_(G, W).view_as(x) if wants_x else None,
+            (G @ W).addmm_(GB, A, alpha=ctx.s).view(x.shape) if wants_x else None,
             G.T @ X if wants_W else None,
             G.sum(0) if wants_b else None,
-            of_B,
-            GB.T @ X if wants_A else None,
+            None if of_B is None else of_B.mul_(ctx.s),
+            (GB.T @ X).mul_(ctx.s) if wants_A else None,
             None,
         )
+
+
+# what torch asks of it at every call, and would make anew
+LowRank.forward.__signature__ = signature(LowRank.forward)  # type: ignore[attr-defined]
 
 
 def _laid_out_as(weight: Tensor, new: Tensor) -> Tensor:
