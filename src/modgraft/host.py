@@ -347,9 +347,11 @@ class Host(nn.Module):
         for name in weights:
             method = self._acts(name)
             if not isinstance(method, ParameterComposition):
+                before = isinstance(method, InputComposition)
+                does = "puts vectors before what is read" if before else "computes on activations"
                 raise ModgraftError(
-                    f"{name!r} cannot be merged: {type(method).__name__} computes on activations, "
-                    f"and no weight of the host has its effect; leave it out, or keep it implanted"
+                    f"{name!r} cannot be merged: {type(method).__name__} {does}, and no weight of "
+                    f"the host has its effect; leave it out, or keep it implanted"
                 )
         changes: dict[str, list[Change]] = {}
         for name, weight in weights.items():
