@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -41,6 +41,7 @@ from benchmarks.minilm import Batches, classifier, folder, majority, split, toke
 from benchmarks.show import show
 from benchmarks.timing import side_by_side
 from benchmarks.train_step import batch as step_batch
+from modgraft.recipes.workers import end_with_parent
 
 STEPS, BATCH, WARMUP, ROUNDS = 100, 16, 0.1, 3
 QV, EVERY = ["query", "value"], ["output", "down"]
@@ -244,14 +245,23 @@ class Record:
 
 
 def do(record: Record, jobs: int, function: Callable[..., Any], calls: dict[str, tuple]) -> None:
-    """Run what is not recorded yet, ``jobs`` processes side by side, and record each at its end."""
+    """Run what is not recorded yet, ``jobs`` processes side by side, and record each at its end.
+
+    The processes end at once with this one, or when one of them fails; what is recorded is kept.
+    """
     left = {key: call for key, call in calls.items() if key not in record.found}
     if not left:
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent) as pool:
         futures = {pool.submit(function, *call): key for key, call in left.items()}
-        for future in track(as_completed(futures), function.__name__, total=len(futures)):
-            record.add(futures[future], future.result())
+        try:
+            for future in track(as_completed(futures), function.__name__, total=len(futures)):
+                record.add(futures[future], future.result())
+        except BaseException:
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def key_of(name: str, seed: int, lr: float, steps: int, part: str) -> str:

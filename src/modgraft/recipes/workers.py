@@ -132,7 +132,7 @@ def _child(function: Callable[..., None], args: tuple[Any, ...], folder: Path) -
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
-    threading.Thread(target=_outlive, daemon=True).start()
+    end_with_parent()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -158,12 +158,19 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         handler(number, frame)
 
 
-def _outlive() -> None:
-    """Stop when the parent is gone without a word, rather than train on unseen."""
+def end_with_parent() -> None:
+    """Send this process a SIGTERM once its parent is gone: it would work on unseen.
+
+    Nothing happens in a process that ``multiprocessing`` has not started.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: BaseProcess) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _failure(job: Job, status: int) -> str:
