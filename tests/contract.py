@@ -354,7 +354,7 @@ NO_TOKENS = dict.fromkeys(("plain", "cnn", "mha", "rnn"), "reads no token embedd
 
 def _drawn(t: dict[str, Tensor], name: str, *shape: int) -> Tensor:
     """φ = H z + b, z = [t; s] or W₂ relu(W₁ [t; s] + b₁) + b₂, of the first and only task."""
-    z = torch.cat([t["generator.tasks"][0], t["site"]])
+    z = torch.cat([t["generator.tasks.0"], t["site"]])
     if "generator.project.0.weight" in t:
         hidden = t["generator.project.0.weight"] @ z + t["generator.project.0.bias"]
         hidden = hidden * (hidden > 0)

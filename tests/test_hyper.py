@@ -92,7 +92,7 @@ def learned(implant: mg.Implant) -> list[Tensor]:
 def drawn(h: mg.Implant, place: Any, task: int, key: str, shape: torch.Size) -> Tensor:
     """H z + b with z = [t; s] or W₂ relu(W₁ [t; s] + b₁) + b₂, element by element of the rows."""
     t = h.places[0].state_dict()
-    z = torch.cat([t["generator.tasks"][task], place.site])
+    z = torch.cat([t[f"generator.tasks.{task}"], place.site])
     if "generator.project.0.weight" in t:
         z = torch.relu(t["generator.project.0.weight"] @ z + t["generator.project.0.bias"])
         z = t["generator.project.2.weight"] @ z + t["generator.project.2.bias"]

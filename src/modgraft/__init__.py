@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from modgraft.export import own_module
     from modgraft.host import Host, Implant
     from modgraft.sites import Site
+    from modgraft.tasks import add_task
     from modgraft.training.lottery import magnitude_pruning, sparse_finetuning
     from modgraft.training.prefix import fold_prefix, prefix_from_text
 
@@ -71,6 +72,7 @@ __all__ = [
     "SparseSubnetwork",
     "Supermask",
     "TokenComposition",
+    "add_task",
     "fold_prefix",
     "magnitude_pruning",
     "own_module",
@@ -106,6 +108,7 @@ _HOMES = {
     "export": ("own_module",),
     "host": ("Host", "Implant"),
     "sites": ("Site",),
+    "tasks": ("add_task",),
     "training.lottery": ("magnitude_pruning", "sparse_finetuning"),
     "training.prefix": ("fold_prefix", "prefix_from_text"),
 }

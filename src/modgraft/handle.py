@@ -25,7 +25,7 @@ class Implant(nn.Module):
     def __init__(self, name: str, method: Computation, sites: Sequence[Site]) -> None:
         super().__init__()
         self.name = name
-        self._method = (method,)  # in a tuple: it is a description, not a child with parameters
+        self.describe(method)
         self.paths = tuple(site.label for site in sites)
         self.places = nn.ModuleList(method.across(sites))
 
@@ -33,6 +33,10 @@ class Implant(nn.Module):
     def method(self) -> Computation:
         """The computation as the user wrote it."""
         return self._method[0]
+
+    def describe(self, method: Computation) -> None:
+        """Say that :attr:`method` is ``method``, as what is built has come to be."""
+        self._method = (method,)  # in a tuple: it is a description, not a child with parameters
 
     @property
     def names(self) -> list[str]:

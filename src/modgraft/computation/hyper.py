@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class Generator(nn.Module):
         super().__init__()
         like = next(iter(start.values()))
         kind = {"device": like.device, "dtype": like.dtype}
-        self.tasks = nn.Parameter(torch.randn(tasks, embedding, **kind) / math.sqrt(2 * embedding))
+        drawn = torch.randn(tasks, embedding, **kind) / math.sqrt(2 * embedding)
+        self.tasks = nn.ParameterList(nn.Parameter(row.clone()) for row in drawn)  # each [e]
         self.project = nn.Sequential()
         width = 2 * embedding
         if hidden is not None:
@@ -84,7 +85,7 @@ class HyperNetwork(Wrapping):
     For n numbers to be generated this learns (2e + 1)·n, or (e + 1)·n with ``hidden``, however many
     the tasks and sites are (n counts a name and shape once), and e for each task and each site; it
     generates anew at every call. Which task acts is said in the composition:
-    ``host.use("h['fr']")``.
+    ``host.use("h['fr']")``. After training, :func:`modgraft.add_task` adds one.
 
     Args:
         module: any computation with parameters.
@@ -128,12 +129,49 @@ class HyperNetwork(Wrapping):
     def acting(self) -> list[Computation]:  # noqa: D102
         return list(self.views)  # type: ignore[arg-type]
 
+    def and_task(self, task: str) -> HyperNetwork:
+        """The same hyper-parameters with one task more, the last."""
+        return type(self)(**{**self.config(), "tasks": (*self.tasks, task)})
+
+    def extend(
+        self, places: Sequence[HyperNetwork], sites: Sequence[Site], start: int | None
+    ) -> nn.Parameter:
+        """Give ``places``, built at ``sites`` without it, the last of these tasks.
+
+        No tensor of theirs is touched.
+
+        Args:
+            places: in their order.
+            sites: where they are.
+            start: the number of the task whose embedding the new one begins as; None: the mean.
+
+        Returns:
+            The new embedding ``[e]``.
+        """
+        generator: Any = places[0].generator
+        known = torch.stack([t.detach() for t in generator.tasks])  # [tasks, e]
+        new = nn.Parameter(known.mean(dim=0) if start is None else known[start].clone())
+        views = self.module.across(sites)
+        generator.tasks.append(new)
+        for place, view in zip(places, views, strict=True):
+            place.tasks = self.tasks
+            place.take(view, generator)
+        return new
+
+    def take(self, view: Computation, generator: Generator) -> None:
+        """Let ``view`` act here for the next task, with tensors that ``generator`` makes."""
+        views: Any = self.views
+        if len(views):  # what is not generated is one for all tasks
+            borrow(view, [key for key, _ in view.named_buffers()], Owner(views[0]))
+        shapes = {key: tensor.shape for key, tensor in view.named_parameters()}
+        borrow(view, shapes, Generated(generator, self, len(views), shapes))
+        views.append(view)
+
     def across(self, sites: Sequence[Site]) -> list[Computation]:  # noqa: D102
         built = self.module.across(sites)
-        tensors = [dict(view.named_parameters()) for view in built]
         start: dict[str, Tensor] = {}
-        for own in tensors:
-            for key, tensor in own.items():
+        for view in built:
+            for key, tensor in view.named_parameters():
                 start.setdefault(_head(key, tensor.shape), tensor.detach())
         if not start:
             raise ModgraftError(
@@ -144,16 +182,13 @@ class HyperNetwork(Wrapping):
         views = [built, *(copy.deepcopy(built) for _ in self.tasks[1:])]
         generator = Generator(len(self.tasks), self.embedding, self.hidden, start)
         places = [type(self)(**self.config()) for _ in sites]
-        for place, own, *of_site in zip(places, tensors, *views, strict=True):
+        for place, *of_site in zip(places, *views, strict=True):
             like = next(iter(start.values()))
             site = torch.randn(self.embedding, dtype=like.dtype, device=like.device)
             place.site = nn.Parameter(site / math.sqrt(2 * self.embedding))
-            place.views = nn.ModuleList(of_site)
-            for task, view in enumerate(of_site):
-                if task:  # what is not generated is one for all tasks
-                    borrow(view, [key for key, _ in view.named_buffers()], Owner(of_site[0]))
-                shapes = {key: tensor.shape for key, tensor in own.items()}
-                borrow(view, own, Generated(generator, place, task, shapes))
+            place.views = nn.ModuleList()
+            for view in of_site:
+                place.take(view, generator)
         places[0].generator = generator  # the first site owns it
         return list(places)
 

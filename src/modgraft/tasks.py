@@ -1,0 +1,67 @@
+"""One more task for a hypernetwork, after the others have been learned."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from modgraft.computation.hyper import HyperNetwork
+from modgraft.errors import ModgraftError, UnknownNameError
+from modgraft.host import Host
+from modgraft.implant import graft
+from modgraft.sites import find
+
+
+def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Parameter:
+    """Give the ``HyperNetwork`` ``name`` the task ``task``: an embedding, and nothing else.
+
+    What acts for the other tasks stays as it is, bit for bit. The new one, ``"h['it']"`` in a
+    composition, is not put in force. With the embedding alone learning, the other tasks stay as
+    they are as well::
+
+        new = add_task(host, "h", "it")
+        host["h"].requires_grad_(False)
+        new.requires_grad_(True)
+        host.fit(loader, steps=100)  # batches {…, "modules": "h['it']"}
+
+    Args:
+        host: where it is implanted.
+        name: the hypernetwork's.
+        task: new to it.
+        like: the task that the new one begins as; None: the mean of their embeddings.
+
+    Returns:
+        The embedding ``[e]``.
+
+    Raises:
+        ModgraftError: for another module, a task in use or without a name, or an unknown ``like``.
+    """
+    implant = host[name]
+    method, call = implant.method, f"add_task(host, {name!r}, {task!r})"
+    if not isinstance(method, HyperNetwork):
+        raise ModgraftError(
+            f"{call}: {name!r} is a {type(method).__name__}, which has no tasks; "
+            f"mg.HyperNetwork({method!r}, tasks=({task!r},)) has"
+        )
+    if not isinstance(task, str) or not task:
+        raise ModgraftError(f"{call}: a task is a name, as add_task(host, {name!r}, 'it')")
+    if task in method.tasks:
+        raise ModgraftError(
+            f"{call}: {name!r} has that task; its tasks are {', '.join(method.tasks)}"
+        )
+    if like is not None and like not in method.tasks:
+        raise UnknownNameError(
+            f"{call}: like={like!r} is no task of {name!r}; its tasks are {', '.join(method.tasks)}"
+        )
+    sites = [find(host.model, label)[0] for label in implant.paths]
+    start = None if like is None else method.tasks.index(like)
+    grown = method.and_task(task)
+    new = grown.extend(list(implant.places), sites, start)  # type: ignore[arg-type]
+    implant.describe(grown)
+    own, context = implant.names[-1], host._context
+    for site, (_, place) in zip(sites, implant.acting(own), strict=True):
+        graft(site, own, place, context)
+    switch = next(iter(context.weights.values()))
+    context.weights[own] = torch.zeros_like(switch)
+    context.switch(context.composition)
+    return new
