@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import modgraft as mg
+from common import counted
 from hosts import BATCH, FEATURES, HOSTS, HostCase, side, tensor_of
 from written_out import before_input, prepend
 
@@ -831,14 +832,7 @@ def test_bf16_autocast(case: HostCase, module: ModuleCase) -> None:
 def test_compiled_once_for_every_composition(case: HostCase, module: ModuleCase) -> None:
     host = implanted(case, module)
     host.implant("n", module.make(), at=module.at(case))
-    torch._dynamo.reset()
-    graphs: list[Any] = []
-
-    def counting(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(host, backend=counting, fullgraph=True)
+    compiled, graphs = counted(host)
     scaled = () if module.chains_only else ("0.3*n", "m >> 2*n")
     shapes = [None, "m", "n", "m >> n", "n >> m"]  # tokens before the input: a graph for each
     kinds = [*shapes, *shapes[::-1]] if module.before_input else ["m", None, "n", "m >> n"]

@@ -10,20 +10,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import modgraft as mg
+from common import WEIGHTS
 from modgraft import running
 from modgraft.changed import Change, LowRank, one_product
 
-METHODS = {
-    "lora": lambda: mg.LoRA(rank=3, alpha=5.0),
-    "rslora": lambda: mg.LoRA(rank=3, rslora=True, bias=True),
-    "dora": lambda: mg.LoRA(rank=3, dora=True),
-    "subnetwork": mg.SparseSubnetwork,
-    "supermask": mg.Supermask,
-    "sparse": mg.SparseDelta,
-    "intrinsic": lambda: mg.IntrinsicDimension(dim=5),
-    "rescale": mg.Rescale,
-    "rescale_input": lambda: mg.Rescale(where="input"),
-}
+METHODS = {**WEIGHTS, "rslora": lambda: mg.LoRA(rank=3, rslora=True, bias=True)}
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 12), "0"),
     "conv1d": (lambda: Conv1D(12, 6), "0"),

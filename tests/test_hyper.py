@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import modgraft as mg
+from common import counted
 from hosts import FEATURES, HOSTS, QV, WIDTH, ids, side, tensor_of
 from test_shared import METHODS as TIED
 from test_shared import Nothing
@@ -243,14 +244,7 @@ def test_a_task_has_to_be_said() -> None:
 def test_one_graph_for_all_tasks(name: str) -> None:
     host = grafted(mg.Adapter(width=3), HOSTS[name].adapter_at, name, hidden=5)
     host.implant("qa", mg.LoRA(rank=2), at=HOSTS[name].lora_at, active=False)
-    torch._dynamo.reset()
-    graphs: list[Any] = []
-
-    def counting(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(host, backend=counting, fullgraph=True)
+    compiled, graphs = counted(host)
     for composition in (FR, None, DE, f"{FR} >> qa", f"0.3*{DE}", f"{FR} >> 2*{DE} >> qa"):
         host.use(composition)
         with torch.no_grad():

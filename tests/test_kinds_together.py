@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import modgraft as mg
+from common import counted
 from contract import MODULES
 from hosts import BATCH, FEATURES, HOSTS, HostCase, ids, side, tensor_of
 from test_inputs import written_out
@@ -147,14 +148,7 @@ def test_generated_with_a_cache_and_beams(case: HostCase, kinds: tuple[str, ...]
 @together
 def test_compiled_in_one_graph(case: HostCase, kinds: tuple[str, ...]) -> None:
     host = implanted(case, kinds)
-    torch._dynamo.reset()
-    graphs: list[Any] = []
-
-    def counting(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled: nn.Module = torch.compile(host, backend=counting, fullgraph=True)  # type: ignore[assignment]
+    compiled, graphs = counted(host)
     with torch.no_grad():
         for composition in (" >> ".join(kinds), kinds[0], None, kinds[-1]):
             host.use(composition)

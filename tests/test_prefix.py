@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, GPT2LMHeadModel, StaticCache
 
 import modgraft as mg
+from common import counted
 from contract import MODULES
 from hosts import BATCH, HOSTS, HostCase, ids, side, tensor_of
 from test_anatomy import MODELS
@@ -255,14 +256,7 @@ def test_compiled_in_any_order_it_is_one_graph() -> None:
     case = HOSTS["llama"]
     host = prefixed(case)
     prefixed(case, "n", host)
-    torch._dynamo.reset()
-    graphs: list[Any] = []
-
-    def counting(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(host, backend=counting, fullgraph=True)
+    compiled, graphs = counted(host)
     for composition in ("m >> n", "n", None, "m", "m >> n"):
         with host.using(composition):
             torch.testing.assert_close(run(compiled, case), run(host, case), rtol=1e-4, atol=1e-5)

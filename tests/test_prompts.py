@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import modgraft as mg
+from common import counted
 from hosts import BATCH, HOSTS, WIDTH, HostCase, ids, tensor_of
 from modgraft.data.tokenizer import train_tokenizer
 
@@ -539,14 +540,7 @@ def test_beside_modules_of_other_kinds() -> None:
     plain.implant("m", mg.SoftPrompt(length=4))
     plain["m"].places[0].phi.copy_(host["m"].places[0].phi)
     torch.testing.assert_close(both, plain(**case.batch()).logits, rtol=1e-5, atol=1e-5)
-    graphs: list[Any] = []
-
-    def counting(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    compiled = torch.compile(host, backend=counting, fullgraph=True)
+    compiled, graphs = counted(host)
     for composition in ("m", "m >> qa", "m >> 0.3*qa", "2*qa", None):
         host.use(composition)
         torch.testing.assert_close(compiled(**case.batch()).logits, host(**case.batch()).logits)

@@ -15,19 +15,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import modgraft as mg
+from common import WEIGHTS
 from hosts import HOSTS
 from modgraft.fastpath import leave_fast_path
-
-METHODS: dict[str, Callable[[], mg.Computation]] = {
-    "lora": lambda: mg.LoRA(rank=2, alpha=3.0),
-    "dora": lambda: mg.LoRA(rank=2, dora=True),
-    "subnetwork": mg.SparseSubnetwork,
-    "supermask": mg.Supermask,
-    "sparse": mg.SparseDelta,
-    "intrinsic": lambda: mg.IntrinsicDimension(dim=5),
-    "rescale": mg.Rescale,
-    "rescale_input": lambda: mg.Rescale(where="input"),
-}
 
 
 def stirred(model: nn.Module, module: mg.Computation, at: Any, **kw: Any) -> mg.Host:
@@ -96,12 +86,12 @@ def test_a_convolution_equals_pefts(name: str, dora: bool) -> None:
     torch.testing.assert_close(host.merge("m")(x), merged, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHTS)
 @pytest.mark.parametrize("name", [*CONVOLUTIONS, *OTHERS])
 @torch.no_grad()
 def test_a_convolution_is_run_with_the_changed_kernel(name: str, method: str) -> None:
     make, shape = (CONVOLUTIONS | OTHERS)[name]
-    host = stirred(nn.Sequential(make()).double(), METHODS[method](), "0")
+    host = stirred(nn.Sequential(make()).double(), WEIGHTS[method](), "0")
     layer, place, x = host.model[0], host["m"].places[0], torch.randn(shape).double()
     if method.startswith("rescale"):  # of channels, whatever the groups
         phi = place.phi[(..., *[None] * len(layer.kernel_size))]
@@ -187,10 +177,10 @@ def test_attention_equals_pefts() -> None:
 AT = [*(f"attn.in_proj_weight[{i}/3]" for i in range(3)), "cross.{q,k,v}_proj_weight", "*.out_proj"]
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "rescale_input"])
+@pytest.mark.parametrize("method", [m for m in WEIGHTS if m != "rescale_input"])
 @torch.no_grad()
 def test_every_weight_of_attention_with_its_bias(method: str) -> None:
-    host = stirred(Attends().double(), METHODS[method](), AT, expect=8)
+    host = stirred(Attends().double(), WEIGHTS[method](), AT, expect=8)
     x, plain = X.double(), copy.deepcopy(host.merge(None))
     for label, place in zip(host["m"].paths, host["m"].places, strict=True):
         above, name = label.split(".")
@@ -443,12 +433,12 @@ def flat(out: Any) -> list[Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHTS)
 @pytest.mark.parametrize("name", RNNS)
 def test_an_rnn_is_run_with_the_changed_weights(name: str, method: str) -> None:
     make, at = RNNS[name]
     model = make().double()
-    host = stirred(copy.deepcopy(model), METHODS[method](), at)
+    host = stirred(copy.deepcopy(model), WEIGHTS[method](), at)
     x = X[:, 0].double() if name == "cell" else X.double()
     for label, place in zip(host["m"].paths, host["m"].places, strict=True):
         weight, _, part = label.partition("[")
