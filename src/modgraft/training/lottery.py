@@ -96,12 +96,7 @@ def magnitude_pruning(
         ModgraftError: for a module of another kind, an argument out of range, or a training that
             did not reach the module because it is not in force.
     """
-    places = _places(host, name, SparseSubnetwork)
-    if len(places) < len(host[name].paths):
-        raise ModgraftError(
-            f"{name!r} is one mask over {len(host[name].paths)} sites of different weights, and "
-            f"which of them are small is not one question; implant mg.SparseSubnetwork() itself"
-        )
+    places = _subnetworks(host, name)
     if rounds < 1 or not 0 < share < 1 or rewind < 0:
         raise ModgraftError(
             f"magnitude_pruning(rounds={rounds}, share={share}, rewind={rewind}): rounds is at "
@@ -121,15 +116,34 @@ def magnitude_pruning(
         for number in range(rounds + 1):
             if number:
                 _prune(host, places, share, everywhere)
-                with torch.no_grad():
-                    for parameter, value in zip(learn, began, strict=True):
-                        parameter.copy_(value)
+                _put_back(learn, began)
             history = train(f"round-{number}")
-            masks = [place.get_buffer("mask") for place in places.values()]
-            there = sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
-            yield Round(number, there, history)
+            yield Round(number, _density(places.values()), history)
 
     return run()
+
+
+def _subnetworks(host: Trains, name: str) -> dict[str, SparseSubnetwork]:
+    """The module at each of its sites, where each has a mask of its own."""
+    places = _places(host, name, SparseSubnetwork)
+    if len(places) < len(host[name].paths):
+        raise ModgraftError(
+            f"{name!r} is one mask over {len(host[name].paths)} sites of different weights, and "
+            f"which of them are small is not one question; implant mg.SparseSubnetwork() itself"
+        )
+    return places
+
+
+@torch.no_grad()
+def _put_back(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def _density(places: Iterable[SparseSubnetwork]) -> float:
+    """The share of the weights that the masks have left."""
+    masks = [place.get_buffer("mask") for place in places]
+    return sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
 
 @torch.no_grad()
