@@ -7,9 +7,16 @@ from modgraft.computation import (
     convolution,
     function,
     fusion,
+    hyper,
     inputs,
+    intrinsic,
+    invertible,
     parameter,
+    prefix,
+    prompts,
     rescale,
+    shared,
+    sparse,
 )
 
 __all__ = [
@@ -18,7 +25,14 @@ __all__ = [
     "convolution",
     "function",
     "fusion",
+    "hyper",
     "inputs",
+    "intrinsic",
+    "invertible",
     "parameter",
+    "prefix",
+    "prompts",
     "rescale",
+    "shared",
+    "sparse",
 ]
