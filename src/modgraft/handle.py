@@ -91,11 +91,13 @@ def check_learns(name: str, part: nn.Module) -> nn.Module:
         ModgraftError: if it has no parameters.
     """
     if next(part.parameters(), None) is None:
-        what = part.method if isinstance(part, Implant) else type(part).__name__
+        what, hint = type(part).__name__, ""
+        if isinstance(part, Implant):
+            what = part.method
+            hint = " The form of a Prompt that learns is SoftPrompt(init=text, tokenizer=tokenizer)"
         raise ModgraftError(
             f"train={name!r}: {what} has no parameters, so nothing of it can be trained; leave it "
-            f"out of train=. The form of a Prompt that learns is SoftPrompt(init=text, "
-            f"tokenizer=tokenizer)"
+            f"out of train=.{hint}"
         )
     return part
 

@@ -75,3 +75,5 @@ def test_a_part_of_the_host_learns_beside_a_module():
     assert not any(p.requires_grad for p in host.model.parameters())
     with pytest.raises(mg.ModgraftError, match=r"there are .*'host\.lm_head'"):
         host.fit(batches(), train="host.lm_haed", steps=2)
+    with pytest.raises(mg.ModgraftError, match=r"Dropout has no parameters.* out of train=\.$"):
+        host.fit(batches(), train="host.encoder.dropout", steps=2)
