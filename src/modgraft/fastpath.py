@@ -2,8 +2,8 @@
 
 Without gradients ``nn.TransformerEncoderLayer`` hands its weights to one kernel and calls none of
 its sub-modules, so that whatever acts in them would be passed by without a word. It does not while
-a forward hook is attached to any of them, which is what is done here, for the whole life of a host:
-implanting then changes no bit of what it computes.
+a hook is attached to it or to any of them, which is what is done here, for the whole life of a
+host: implanting then changes no bit of what it computes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class _Slow:
-    """A forward hook that does nothing but be there, and knows what else was changed for it."""
+    """A forward pre-hook that does nothing but be there, and knows what else was changed for it."""
 
     def __init__(self, nested: bool | None = None) -> None:
         self.nested = nested

@@ -20,14 +20,22 @@ def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
 
 
 def tensor_input(x: Tensor | None, path: str) -> Tensor:
-    """``x``, the input of the site at ``path``, which must be there."""
+    """``x``, the input of the site at ``path``.
+
+    Raises:
+        ModgraftError: if there is none.
+    """
     if x is None:
         raise ModgraftError(f"{path or 'the host'} was called without a tensor")
     return x
 
 
 def tensor_of(out: Any) -> Tensor:
-    """The tensor of an output: itself, or the first of a tuple or of a ``ModelOutput``."""
+    """The tensor of an output: itself, or the first of a tuple or of a ``ModelOutput``.
+
+    Raises:
+        ModgraftError: if that is no tensor, a ``PackedSequence`` for instance.
+    """
     value = out
     if not isinstance(value, Tensor):
         value = out[0]

@@ -24,8 +24,9 @@ class IntrinsicDimension(ParameterComposition):
     and each block of L numbers of the weight is H G Π H B φ / √(L · out · in), with H the Hadamard
     matrix, B random signs, Π a permutation, G Gaussian, so that |φM| = |φ| on average. It costs
     n log L for a weight of n numbers, and M is never made or saved: B, Π and G, three numbers a
-    weight in memory, follow from the seed and the site's label. Each site has its own φ (in the
-    papers one φ serves the whole model). At an embedding the weight is ``[entries, width]``.
+    weight in memory, follow from the seed and the site's label. Each site has its own φ; with
+    ``Shared(IntrinsicDimension(…))`` all have one, as in the papers. At an embedding the weight is
+    ``[entries, width]``.
 
     Args:
         dim: d, at each site; at most the size of its weight.
@@ -77,8 +78,8 @@ def hadamard(x: Tensor) -> Tensor:
     """x H for ``x`` ``[…, L]``, L a power of two: log₂ L sums and differences, H never made."""
     size = 1
     while size < x.shape[-1]:
-        a, b = x.unflatten(-1, (-1, 2, size)).unbind(-2)  # […, L / 2·size, size] each
-        x = torch.stack([a + b, a - b], dim=-2).flatten(-3)  # [..., L]
+        a, b = x.unflatten(-1, (-1, 2, size)).unbind(-2)  # […, L / (2·size), size] each
+        x = torch.stack([a + b, a - b], dim=-2).flatten(-3)  # […, L]
         size *= 2
     return x
 

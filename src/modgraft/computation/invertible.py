@@ -1,4 +1,4 @@
-"""The invertible adapter: at the embeddings forward, before the output backward."""
+"""The invertible adapter: applied at the embeddings, undone before the output."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from modgraft.sites import Site
 class InvertibleAdapter(FunctionComposition):
     """f'(x) = [o₁; o₂]: o₁ = y₁ + F(y₂), o₂ = y₂ + G(o₁) at an embedding, elsewhere its inverse.
 
-    MAD-X (Pfeiffer et al. 2020, arXiv:2005.00052), a coupling as in NICE (Dinh et al. 2015): y =
-    f(x) = [y₁; y₂], two halves of d/2, and F(v) = U_F σ(D_F v), G(v) = U_G σ(D_G v), each with
-    biases, D ``[d/2r, d/2]``, U ``[d/2, d/2r]``, U = 0 at the start. Any site that is no embedding
-    undoes it: o₂ = y₂ − G(y₁), o₁ = y₁ − F(o₂). All sites have the tensors of the first:
-    ``at=["embedding", "encoder.output"]``, for a decoder ``["embedding", "decoder.output"]``. The
-    block of AdapterHub has the same equations, and draws U, so that it is not born as the identity.
+    MAD-X (Pfeiffer et al. 2020, arXiv:2005.00052), a coupling as in NICE (Dinh et al. 2015,
+    arXiv:1410.8516). y = f(x) ``[B, …, d]`` in two halves [y₁; y₂]; F(v) = U_F σ(D_F v) and
+    G(v) = U_G σ(D_G v), each with biases, D ``[m, d/2]`` and U ``[d/2, m]``, U = 0 at the start.
+    What turns the input into vectors (``"embedding"``, or an ``nn.Embedding``) is coupled; every
+    other site takes the inverse, o₂ = y₂ − G(y₁) and o₁ = y₁ − F(o₂). The first site owns the
+    tensors of all: ``at=["embedding", "encoder.output"]``, or ``"decoder.output"`` in a decoder.
+    AdapterHub's block has these equations too, but it draws U, so that it is no identity at birth.
 
     Args:
-        reduction: r, so that the bottleneck of F and of G is d / 2r wide; 2 in MAD-X.
+        reduction: r = d / 2m, rounded so that the bottleneck's m is whole; 2 in MAD-X.
         nonlinearity: σ: ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``tanh``.
 
     Raises:

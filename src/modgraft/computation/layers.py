@@ -149,7 +149,11 @@ def linear_map(layer: nn.Module, x: Tensor, matrix: Tensor, bias: Tensor | None 
 
 
 def low_rank_map(layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """What ``layer`` computes with BA for its weight, by way of the r numbers between them."""
+    """What ``layer`` computes with BA for its weight, by way of the r numbers between them.
+
+    A is ``[r, in]`` and B ``[out, r]`` for the weight as a matrix; of an embedding, ``[r, width]``
+    and ``[entries, r]``.
+    """
     if isinstance(layer, nn.Embedding):
         return F.linear(F.embedding(x, B), A.T)
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):

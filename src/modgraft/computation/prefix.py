@@ -20,10 +20,11 @@ class Prefix(KeyValueComposition):
     """softmax(Q [P_k; K]ᵀ·s) [P_v; V] with φ = (P_k, P_v) at every attention layer.
 
     Prefix tuning (Li & Liang 2021, arXiv:2101.00190): P_k and P_v ``[k, heads, d]`` go before the
-    keys and values of a layer, and every query sees them. The text keeps its own positions: the
-    first token stays at position 0, prefix keys are not rotated, and T5's relative bias is zero for
-    them; so the length of a prefix takes none of the host's positions. (In PEFT a prefix is a KV
-    cache: the text's positions begin after it.) The layer's scores come back with k more columns.
+    keys and values of a layer, s is the layer's own scale, and every query sees them. The text
+    keeps its own positions: the first token stays at position 0, prefix keys are not rotated, and
+    T5's relative bias is zero for them; so the length of a prefix takes none of the host's
+    positions. (In PEFT a prefix is a KV cache: the text's positions begin after it.) The layer's
+    scores come back with k more columns.
 
     Args:
         length: k.

@@ -24,6 +24,9 @@ class SparseSubnetwork(ParameterComposition):
     the module holds the whole ticket and rewinding to θ is φ = 0. b ``[out, in]`` bool has no
     gradient: it comes from :func:`modgraft.magnitude_pruning`, or is set by :meth:`prune`. What b
     takes out no longer learns. At an embedding both are ``[entries, width]``.
+
+    Raises:
+        ModgraftError: for a site without a weight matrix.
     """
 
     identity: ClassVar[bool] = True

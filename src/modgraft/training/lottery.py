@@ -73,8 +73,8 @@ def magnitude_pruning(
     measured or left there. Between two trainings nothing but the mask is carried over.
 
     Args:
-        host: the host; only the module ``name``, a :class:`modgraft.SparseSubnetwork`, learns.
-        name: the module's name; what its mask has taken out already stays out.
+        host: where it is implanted.
+        name: a :class:`modgraft.SparseSubnetwork`; what its mask has taken out already stays out.
         loader: as for ``host.fit``.
         rounds: prunings; there is one training more than that.
         share: of the weights still there, that each pruning takes out.
@@ -84,7 +84,7 @@ def magnitude_pruning(
         everywhere: whether the smallest weights of all sites together go, as in the paper's deep
             networks; False takes the same share of each site.
         also: what learns beside it, as ``train`` of ``host.fit`` names it, such as
-            ``["host.head"]``; it goes back to where it began as well.
+            ``["host.head"]``, and goes back to where it began as well; nothing else learns.
         folder: for ``host.fit``; each training has its own within it.
         **settings: for ``host.fit``, the same for every training. Weight decay draws φ to 0, that
             is to the host's weights.
@@ -184,12 +184,13 @@ def sparse_finetuning(
     left out.
 
     Args:
-        host: the host; only the module ``name``, a :class:`modgraft.SparseDelta`, learns.
-        name: the module's name; it must be in its first phase still.
+        host: where it is implanted.
+        name: a :class:`modgraft.SparseDelta`, in its first phase still.
         loader: as for ``host.fit``.
         first: settings of the first phase that differ.
         also: what learns beside it in both phases, as ``train`` of ``host.fit`` names it, such as
-            ``["host.head"]``; the second phase goes on with what the first has made of it.
+            ``["host.head"]``; the second phase goes on with what the first has made of it. Nothing
+            else learns.
         folder: for ``host.fit``; each phase has its own within it.
         **settings: for ``host.fit``, of both phases.
 

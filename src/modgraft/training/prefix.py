@@ -27,7 +27,8 @@ def prefix_from_text(host: Host, name: str, **batch: Any) -> None:
             ``decoder_input_ids`` ``[1, k]``).
 
     Raises:
-        ModgraftError: for another module, or a text that does not give each site k keys.
+        ModgraftError: for another module, a prefix with an MLP, or a text that does not give each
+            site k keys.
     """
     places = _places(host, name)
     if places[0].reparametrise is not None:
