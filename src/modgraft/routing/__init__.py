@@ -1,0 +1,1 @@
+"""Routing functions: which modules act, and how strongly."""

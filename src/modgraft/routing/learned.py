@@ -1,0 +1,246 @@
+"""Routing that is learned: soft, hard, and between."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modgraft.errors import ModgraftError
+from modgraft.routing import losses
+from modgraft.routing.base import Level, Router, Routing, one_hot_like, straight_through
+
+
+def _gumbel(like: Tensor) -> Tensor:
+    """Standard Gumbel noise of the shape of ``like``."""
+    return -torch.empty_like(like).exponential_().log()
+
+
+def _positive(router: Router, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ModgraftError(f"{type(router).__name__}({name}={value}): finite and above 0")
+
+
+def _check_k(router: Router, k: int, names: tuple[str, ...]) -> None:
+    if k > len(names):
+        raise ModgraftError(
+            f"{type(router).__name__}(k={k}) over {len(names)} modules ({', '.join(names)}): k is "
+            f"at most {len(names)}"
+        )
+
+
+@final
+class Soft(Router):
+    """α = softmax(z / τ): every module acts.
+
+    The soft mixture of experts (Jacobs et al. 1991).
+
+    Args:
+        level: ``task``, ``example`` or ``token``.
+        tasks: names of the tasks, at level ``task``.
+        temperature: τ.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.check()
+        _positive(self, temperature=self.temperature)
+
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+        chances = (logits / self.temperature).softmax(-1)
+        return Routing(chances, chances)
+
+
+@final
+class Top1(Router):
+    """α = one-hot(argmax z); while training, a sampled choice and an estimator of its gradient.
+
+    ``"gumbel"``: j = argmax(z + g) with Gumbel noise g, forwards one-hot, backwards the gradient of
+    softmax((z + g)/τ) (Jang et al. 2017, arXiv:1611.01144): biased, less so for small τ.
+    ``"reinforce"``: j is drawn from p = softmax(z), and log p_j · (L − baseline) is the loss of the
+    choice (Williams 1992): unbiased. ``"epsilon"``: j is argmax z, or with chance ε any module; the
+    same loss weighted by p_j over the chance μ_j with which j was drawn, which keeps it unbiased.
+    The last two need what came of a choice: :func:`modgraft.routing.losses.score_function`.
+
+    Args:
+        level: ``task``, ``example`` or ``token``.
+        tasks: names of the tasks, at level ``task``.
+        estimator: ``gumbel``, ``reinforce`` or ``epsilon``.
+        temperature: τ of ``gumbel``.
+        epsilon: ε in (0, 1].
+    """
+
+    estimator: Literal["gumbel", "reinforce", "epsilon"] = "gumbel"
+    temperature: float = 1.0
+    epsilon: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.check()
+        _positive(self, temperature=self.temperature)
+        if self.estimator not in ("gumbel", "reinforce", "epsilon"):
+            raise ModgraftError(
+                f"Top1(estimator={self.estimator!r}): one of gumbel, reinforce, epsilon"
+            )
+        if not 0 < self.epsilon <= 1:
+            raise ModgraftError(f"Top1(epsilon={self.epsilon}): a chance in (0, 1]")
+
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+        chances = logits.softmax(-1)
+        if not self.training:
+            return Routing(one_hot_like(logits, logits.argmax(-1)), chances)
+        if self.estimator == "gumbel":
+            noisy = logits + _gumbel(logits)
+            hard = one_hot_like(noisy, noisy.argmax(-1))
+            return Routing(straight_through(hard, (noisy / self.temperature).softmax(-1)), chances)
+        drawn_from = chances.detach()
+        if self.estimator == "epsilon":
+            greedy = one_hot_like(logits, logits.argmax(-1))
+            drawn_from = (1 - self.epsilon) * greedy + self.epsilon / logits.shape[-1]
+        index = torch.distributions.Categorical(probs=drawn_from).sample()[..., None]  # […, 1]
+        score = logits.log_softmax(-1).gather(-1, index)[..., 0]
+        if self.estimator == "epsilon":
+            score = score * (chances.detach() / drawn_from).gather(-1, index)[..., 0]
+        return Routing(one_hot_like(logits, index), chances, score=score)
+
+
+@final
+class TopK(Router):
+    """α_j = 1/k for the k largest z, else 0; backwards the gradient of softmax(z).
+
+    Args:
+        k: how many modules act.
+        level: ``task``, ``example`` or ``token``.
+        tasks: names of the tasks, at level ``task``.
+    """
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        self.check()
+        if self.k < 1:
+            raise ModgraftError(f"TopK(k={self.k}): k is at least 1")
+
+    def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
+        _check_k(self, self.k, names)
+        super().build(names, width)
+
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+        chances = logits.softmax(-1)
+        hard = one_hot_like(logits, logits.topk(self.k, dim=-1).indices) / self.k
+        return Routing(straight_through(hard, chances), chances)
+
+
+@final
+class Threshold(Router):
+    """α_j = 1/|K| for K = {j : σ(z_j) > t}, else 0; backwards the gradient of σ(z_j)/|K| in K.
+
+    Where none is above t, none acts. Zero logits give σ = 1/2, so that below t = 1/2 all modules
+    begin in K.
+
+    Args:
+        threshold: t in [0, 1).
+        level: ``task``, ``example`` or ``token``.
+        tasks: names of the tasks, at level ``task``.
+    """
+
+    threshold: float = 0.4
+
+    def __post_init__(self) -> None:
+        self.check()
+        if not 0 <= self.threshold < 1:
+            raise ModgraftError(f"Threshold(threshold={self.threshold}): t is in [0, 1)")
+
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+        chances = logits.sigmoid()
+        chosen = (chances > self.threshold).to(logits.dtype)
+        size = chosen.sum(-1, keepdim=True).clamp_min(1)
+        return Routing(straight_through(chosen, chances) / size, chances)
+
+
+@final
+class SkillMatrix(Router):
+    """α = Ẑ_t / Σ Ẑ_t, Ẑ a soft binary task–skill matrix: Ẑ_tj = σ((z_tj + logit u) / τ).
+
+    Polytropon (Ponti et al. 2022, arXiv:2202.13914): u is uniform while training (a Gumbel-sigmoid
+    sample); without noise otherwise.
+
+    Args:
+        tasks: names of the tasks, a row each; none: one task.
+        temperature: τ.
+    """
+
+    level: Level = field(default="task", kw_only=True)
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.check()
+        _positive(self, temperature=self.temperature)
+        if self.level != "task":
+            raise ModgraftError(
+                f"SkillMatrix(level={self.level!r}): a matrix of tasks and skills routes tasks; "
+                f"leave the level out"
+            )
+
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+        chances = logits.sigmoid()
+        noise = _gumbel(logits) - _gumbel(logits) if self.training else 0.0  # logistic
+        skills = ((logits + noise) / self.temperature).sigmoid()
+        return Routing(skills / skills.sum(-1, keepdim=True), chances)
+
+
+@final
+class NoisyTopK(Router):
+    """α = softmax of the k largest of h = z + ε ⊙ softplus(W_n q + b_n), 0 elsewhere; ε ~ N(0, 1).
+
+    The sparsely gated mixture of experts (Shazeer et al. 2017, arXiv:1701.06538), with its
+    importance and load losses as ``balance``. Noise acts while training.
+
+    Args:
+        k: how many modules act.
+        level: ``task``, ``example`` or ``token``.
+        tasks: names of the tasks, at level ``task``.
+        importance: weight of the importance loss.
+        load: weight of the load loss.
+    """
+
+    k: int = 2
+    importance: float = 0.1
+    load: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.check()
+        if self.k < 1:
+            raise ModgraftError(f"NoisyTopK(k={self.k}): k is at least 1")
+        for name, value in (("importance", self.importance), ("load", self.load)):
+            if not 0 <= value < float("inf"):
+                raise ModgraftError(f"NoisyTopK({name}={value}): finite and at least 0")
+
+    def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
+        _check_k(self, self.k, names)
+        super().build(names, width)
+        if self.level == "task":
+            self.noise_table = nn.Parameter(torch.zeros_like(self.table))
+        else:
+            self.noise = nn.Linear(width, len(names))
+            nn.init.zeros_(self.noise.weight)
+            nn.init.zeros_(self.noise.bias)
+
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+        if not self.training:
+            return Routing(self._kept(logits), logits.softmax(-1))
+        raw = self.noise_table[query] if self.level == "task" else self.noise(query)
+        spread = F.softplus(raw)
+        noisy = logits + torch.randn_like(logits) * spread
+        weights = self._kept(noisy)
+        balance = self.importance * losses.importance(weights)
+        balance = balance + self.load * losses.load(logits, noisy, spread, self.k)
+        return Routing(weights, logits.softmax(-1), balance=balance)
+
+    def _kept(self, logits: Tensor) -> Tensor:
+        best = logits.topk(self.k, dim=-1)
+        return torch.zeros_like(logits).scatter(-1, best.indices, best.values.softmax(-1))
