@@ -15,9 +15,9 @@ from modgraft.expression import (
     chain,
     check_name,
     module_of,
-    parse,
     without,
 )
+from modgraft.reading import parse
 
 TASK = "h['q\\'a b\"']"  # any string is a task's name; this is how it is printed
 NAMES = ["fr", "qa", "toxic", "a1", "h['fr']", TASK, "one['only']"]
@@ -41,7 +41,7 @@ def effect(expression: Expression, y: float) -> float:
     """With modules that are functions of a number; fr doubles, qa adds 3, …"""
     functions = {"fr": lambda v: 2 * v, "qa": lambda v: v + 3, "toxic": lambda v: v * v, "a1": abs}
     functions |= {"h['fr']": lambda v: v - 1, TASK: lambda v: 3 - v, "one['only']": lambda v: -v}
-    return expression.apply(lambda name, v: functions[name](v), y)
+    return expression.apply(lambda name, v, total, w: total + w * (functions[name](v) - v), y)
 
 
 @given(texts())

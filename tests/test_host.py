@@ -255,11 +255,16 @@ def test_one_host_a_model() -> None:
         mg.Host(host)
 
 
-def test_one_composition_a_call() -> None:
+def test_compositions_that_are_none() -> None:
     host = mg.Host(HOSTS["gpt2"].model())
     host.implant("m", mg.LoRA(rank=2), at="query")
-    with pytest.raises(mg.ModgraftError, match="one composition a call"):
-        host(**HOSTS["gpt2"].batch(), modules=["m", None, "m"])
+    batch = HOSTS["gpt2"].batch()
+    with pytest.raises(mg.ModgraftError, match="gives 5 compositions for a batch of"):
+        host(**batch, modules=["m", None, "m", "m", None])
+    with pytest.raises(mg.ModgraftError, match="one composition for each example"):
+        host(**batch, modules=[])
+    with pytest.raises(mg.ModgraftError, match="a composition is a text"):
+        host(**batch, modules=3)
 
 
 @torch.no_grad()

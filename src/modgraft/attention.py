@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -20,9 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modgraft.computation.base import Computation, KeyValueComposition
-from modgraft.errors import ModgraftError
-from modgraft.inlet import missing_side
-from modgraft.running import STATE, Entry, State
+from modgraft.errors import CompositionError, ModgraftError
+from modgraft.examples import Each
+from modgraft.expression import Expression
+from modgraft.inlet import fold, missing_side
+from modgraft.plan import Entry
+from modgraft.running import STATE, State
+
+KeysValues = tuple[Tensor, Tensor]
 
 SERVED = ("eager", "sdpa")
 _OF_OWN_KEYS = ("cache", "indices", "block_indices")  # arguments that count a layer's own keys
@@ -76,58 +82,125 @@ def _attend(
 ) -> Any:
     """``function`` of what is in force at ``module`` before its own keys ``[B, h, n, d]``."""
     state: State | None = module.__dict__.get(STATE)
-    entries = [] if state is None else _in_force(state)
+    before = None if state is None else _before(state, key)
     if not torch.compiler.is_compiling() and (found := _observed.get()) is not None:
         found[module] = key, value
-    if state is None or not entries:
+    if state is None or before is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
     odd = [name for name in _OF_OWN_KEYS if kwargs.get(name) is not None]
     if kind not in SERVED or odd:
         what = " with ".join([repr(kind), *odd])
         raise ModgraftError(
-            f"{entries[0].name!r} puts keys and values before those of {state.path}, which can be "
+            f"{before.names} puts keys and values before those of {state.path}, which can be "
             f"done for attention by {' and '.join(SERVED)}, not by {what}; "
             f"host.model.set_attn_implementation('sdpa')"
         )
-    made = [_keys_values(entry, state, key) for entry in entries]
-    counts = [keys.shape[2] for keys, _ in made]
-    seen = None
-    if torch.compiler.is_compiling():  # all that are resident; the weights say which are seen
-        weights = state.context.weights
-        each = [
-            (weights[e.name] != 0).expand(count) for e, count in zip(entries, counts, strict=True)
-        ]
-        seen = torch.cat(each)  # [k]
+    count = before.keys.shape[2]
     causal = kwargs.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
     # an eager function takes no mask to mean that all is seen, sdpa that the layer knows
     causal = causal and kind == "sdpa" and query.shape[2] > 1
-    mask = _extended(attention_mask, query, key, sum(counts), causal, seen, kind)
+    mask = _extended(attention_mask, query, key, count, causal, before.seen, kind)
     if kwargs.get("position_bias") is not None:  # [1, h, q, n]: of the layer's own keys alone
-        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (sum(counts), 0))
+        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (count, 0))
     state.attended += 1
-    key = torch.cat([*(keys for keys, _ in made), key], dim=2)  # [B, h, k + n, d]
-    value = torch.cat([*(values for _, values in made), value], dim=2)
+    key = torch.cat([before.keys, key], dim=2)  # [B, h, k + n, d]
+    value = torch.cat([before.values, value], dim=2)
     return function(module, query, key, value, mask, *args, **kwargs)
 
 
-def _in_force(state: State) -> list[Entry]:
-    """The modules of keys and values at a site, in the order of the composition.
+@dataclass(frozen=True)
+class Before:
+    """Keys and values ``[B, h, k, d]`` that go before a layer's own; ``seen`` None: all of them."""
 
-    In compiled code all of them: a switch of composition writes weights and changes no graph.
+    names: str
+    keys: Tensor
+    values: Tensor
+    seen: Tensor | None = None
+
+
+def _before(state: State, key: Tensor) -> Before | None:
+    """What goes before keys like ``key`` ``[B, h, n, d]``, in the order of the composition.
+
+    In compiled code all that is resident: a switch of composition writes weights, which say what is
+    seen, and changes no graph.
     """
-    entries = state.of(KeyValueComposition)
-    if not entries or torch.compiler.is_compiling():
-        return entries
+    entries = {entry.name: entry for entry in state.of(KeyValueComposition)}
+    if not entries:
+        return None
+    batch = key.shape[0]
+    names = ", ".join(repr(name) for name in entries)
+    if torch.compiler.is_compiling():
+        made = [_keys_values(entry, state, key, batch, None) for entry in entries.values()]
+        weights = state.context.weights
+        seen = [
+            (weights[name] != 0).expand(keys.shape[2])
+            for name, (keys, _) in zip(entries, made, strict=True)
+        ]
+        return Before(names, *_joined(made), seen=torch.cat(seen))
     composition = state.context.current().composition
-    names = () if composition is None else composition.names()
-    return [entry for name in names for entry in entries if entry.name == name]
+    if composition is None or not any(name in entries for name in composition.names()):
+        return None
+
+    def of(expression: Expression, rows: Tensor | None) -> list[KeysValues]:
+        return fold(
+            expression,
+            lambda n: [_keys_values(entries[n], state, key, batch, rows)] if n in entries else [],
+            partial(_mean, expression),
+        )
+
+    if not isinstance(composition, Each):
+        made = of(composition, None)
+        return Before(names, *_joined(made)) if made else None
+    times = max(1, batch // len(composition.rows))
+    groups = []
+    for row, examples in composition.different.items():
+        rows = torch.tensor(
+            [i * times + k for i in examples for k in range(times)], device=key.device
+        )
+        made = [] if row is None else of(row, rows)
+        if made:
+            groups.append((rows, *_joined(made)))
+    most = max(keys.shape[2] for _, keys, _ in groups)
+    every = sum(len(rows) for rows, *_ in groups) == batch
+    even = every and all(keys.shape[2] == most for _, keys, _ in groups)
+    shape = (batch, key.shape[1], most, key.shape[3])
+    both = [key.new_zeros(shape), key.new_zeros(shape)]
+    seen = torch.zeros(batch, most, dtype=torch.bool, device=key.device)
+    for rows, *made in groups:
+        count = made[0].shape[2]
+        both = [
+            whole.index_copy(0, rows, F.pad(own, (0, 0, most - count, 0)))
+            for whole, own in zip(both, made, strict=True)
+        ]
+        seen[rows, most - count :] = True
+    return Before(names, both[0], both[1], None if even else seen)
 
 
-def _keys_values(entry: Entry, state: State, key: Tensor) -> tuple[Tensor, Tensor]:
-    """What a module puts before keys like ``key`` ``[B, h, n, d]``."""
-    module, (batch, heads, _, width) = entry.module, key.shape
+def _joined(made: list[KeysValues]) -> KeysValues:
+    if len(made) == 1:
+        return made[0]
+    return torch.cat([keys for keys, _ in made], 2), torch.cat([values for _, values in made], 2)
+
+
+def _mean(expression: Expression, several: list[KeysValues]) -> KeysValues:
+    """The mean of keys and of values, one by one."""
+    lengths = [keys.shape[2] for keys, _ in several]
+    if len(set(lengths)) > 1:
+        raise CompositionError(
+            f"{expression}: the mean of prefixes is of as many keys each, and there are "
+            f"{', '.join(map(str, lengths))}"
+        )
+    keys, values = zip(*several, strict=True)
+    return torch.stack(keys).mean(0), torch.stack(values).mean(0)
+
+
+def _keys_values(
+    entry: Entry, state: State, key: Tensor, batch: int, rows: Tensor | None
+) -> KeysValues:
+    """What a module puts before keys like ``key`` ``[B, h, n, d]``, or before some rows of them."""
+    module, (_, heads, _, width) = entry.module, key.shape
     assert isinstance(module, KeyValueComposition)  # noqa: S101
     side = None
     if module.needs is not None:
@@ -136,6 +209,8 @@ def _keys_values(entry: Entry, state: State, key: Tensor) -> tuple[Tensor, Tenso
         side = call.side_input(module.needs, batch)
         if side is None:
             raise missing_side(entry.name, module.needs)
+        side = side if rows is None else side.picked(rows)
+    batch = batch if rows is None else len(rows)
     keys, values = module.keys_values(batch, side)
     for made in (keys, values):
         if made.shape[:2] != (batch, heads) or made.shape[3] != width:
@@ -164,7 +239,7 @@ def _extended(
         key: ``[B, h, n, d]``, the layer's own.
         count: how many keys go before them.
         causal: what no mask means: a query sees the keys up to its own position, else all.
-        seen: ``[count]`` bool, which of them are seen; None: all.
+        seen: ``[count]`` or ``[B, count]`` bool, which of them are seen; None: all.
         kind: the attention function, which takes a bool mask (sdpa) or an added one (eager).
     """
     q, n = query.shape[2], key.shape[2]
@@ -181,6 +256,9 @@ def _extended(
             f"an attention mask {list(mask.shape)} for {n} keys: a prefix cannot tell which of its "
             f"columns are whose; pass one column a key, as transformers' models do"
         )
+    if seen is not None and seen.dim() == 2:
+        mask = mask.expand(len(seen), *mask.shape[1:])
+        seen = seen[:, None, None]  # [B, 1, 1, count]
     mask = mask.expand(*mask.shape[:-1], n)
     shape = (*mask.shape[:-1], count)
     if mask.dtype == torch.bool:

@@ -40,8 +40,38 @@ class Change:
     parameter: str | None = None
 
 
+class Merged:
+    """θ + Σ w·Δ of one layer, kept as long as no tensor in it changes."""
+
+    def __init__(self) -> None:
+        self.of: list[tuple[int, int]] = []
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def drop(self) -> None:
+        """Let go of it."""
+        self.weight, self.bias = None, None
+
+    def product(self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]) -> Any:
+        """f(x; θ + Σ w·Δ)."""
+        weight, bias = _own(layer)
+        tensors = [weight if isinstance(layer, nn.Linear) else layer.weight, bias]
+        for change in changes:
+            tensors += [*change.module._parameters.values(), *change.module._buffers.values()]
+        of = [(id(t), t._version) for t in tensors if t is not None]
+        if self.weight is None or of != self.of:
+            self.of = of
+            self.weight = _laid_out_as(weight, _changed(layer, weight, changes))
+            self.bias = _with_changes(layer, bias, changes)
+        return F.linear(x, self.weight, self.bias)
+
+
 def one_product(
-    layer: nn.Module, forward: Callable[..., Any], x: Tensor, changes: Sequence[Change]
+    layer: nn.Module,
+    forward: Callable[..., Any],
+    x: Tensor,
+    changes: Sequence[Change],
+    merged: Merged | None = None,
 ) -> Tensor | None:
     """f(x; θ + Σ w·Δ) ``[…, out]``, None where the layer and each module's effect are cheaper, or
     are all there is: another kind of layer, autocast, or a module that is no change of weights now.
@@ -51,6 +81,7 @@ def one_product(
         forward: its own, unchanged.
         x: ``[…, in]``, its input.
         changes: of every parameter module in force there.
+        merged: where their sum with the layer's weight is kept while nothing needs a gradient.
     """
     first = changes[0]
     whole = len(changes) == 1 and first.weight == 1 and first.part is None
@@ -61,12 +92,13 @@ def one_product(
     if forward not in _PLAIN or not all(c.module.in_weights for c in changes):
         return None
     assert isinstance(layer, nn.Linear | Conv1D)  # noqa: S101
-    weight: Tensor = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-    bias: Tensor | None = layer.bias
+    weight, bias = _own(layer)
     if type(weight) not in (Tensor, nn.Parameter):  # a quantised one adds in its own way
         return None
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         return None
+    if merged is not None and _can_merge(x):
+        return merged.product(layer, x, changes)
     outs, ins = weight.shape
     if x.numel() // ins * (ins + outs) < ins * outs:
         return None
@@ -75,12 +107,28 @@ def one_product(
         return LowRank.apply(x, weight, _with_changes(layer, bias, changes), *low_rank)[0]
     if x.dtype.itemsize < 4:  # Δ, small beside θ, would be lost in a sum rounded to 8 bits
         return None
+    new = _changed(layer, weight, changes)
+    return F.linear(x, _laid_out_as(weight, new), _with_changes(layer, bias, changes))
+
+
+def _own(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
+    """The layer's weight ``[out, in]`` and bias."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight, layer.bias
+
+
+def _can_merge(x: Tensor) -> bool:
+    """Whether a weight may be kept: nothing learns, and nothing is lost in rounding."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype.itemsize < 4)
+
+
+def _changed(layer: nn.Module, weight: Tensor, changes: Sequence[Change]) -> Tensor:
+    """θ + Σ w·Δ ``[out, in]``."""
     new = weight
     for change in changes:
         delta = change.module.delta(weight_matrix(layer, change.part))
         delta = delta if change.weight == 1 else change.weight * delta
-        new = new + (delta if change.part is None else _padded(delta, change.part, outs))
-    return F.linear(x, _laid_out_as(weight, new), _with_changes(layer, bias, changes))
+        new = new + (delta if change.part is None else _padded(delta, change.part, len(weight)))
+    return new
 
 
 class LowRank(torch.autograd.Function):

@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modgraft.errors import SideError
-from modgraft.expression import Chain, Expression
-
-T = TypeVar("T")
+from modgraft.expression import Chain, Expression, Run, T
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,10 @@ class Side:
         if self.mask is not None:
             return self.mask
         return torch.ones(self.tensor.shape[:2], dtype=torch.bool, device=self.tensor.device)
+
+    def picked(self, rows: Tensor) -> Side:
+        """The same of some examples."""
+        return Side(self.tensor[rows], None if self.mask is None else self.mask[rows])
 
     def follow(self, rows: int) -> Side:
         """The same for a batch that ``generate`` expanded to ``rows``: beams of one example are
@@ -128,8 +130,12 @@ class Switch(Expression):
     def weights(self) -> dict[str, Any]:  # noqa: D102
         return {self.name: self.weight}
 
-    def apply(self, run: Callable[[str, T], T], y: T) -> T:  # noqa: D102
-        before, after = y, run(self.name, y)
+    def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
+        name = to(self.name)
+        return None if name is None else Switch(name, self.weight)
+
+    def apply(self, run: Run[T], y: T) -> T:  # noqa: D102
+        before, after = y, run(self.name, y, y, 1.0)
         if after is before:  # a module that does not act here
             return y
         assert isinstance(before, Tensor)  # noqa: S101
@@ -153,6 +159,8 @@ class Context:
     def __init__(self) -> None:
         self.composition: Expression | None = None
         self.weights: dict[str, Tensor] = {}
+        self.order: dict[str, int] = {}  # of implanting
+        self.on: tuple[str, ...] = ()  # whose weights are not 0
         self.in_line = True  # the weights alone say what the composition is
         self.mirrored: Expression | None = None  # the composition that the weights are of
         self.switches: Expression | None = None  # all that is resident
@@ -164,6 +172,8 @@ class Context:
         """The call under way, as the code that asks can read it: compiled or not."""
         if not torch.compiler.is_compiling():
             return self.current()
+        if self.traced.composition is not None:  # given with the call: weights that are data
+            return self.traced
         composition = self.switches if self.in_line else self.mirrored
         return replace(self.traced, composition=composition)
 
@@ -192,13 +202,30 @@ class Context:
         """Write ``composition`` into what compiled code reads."""
         self.mirrored = composition
         weights = {} if composition is None else composition.weights()
+        weights = {n: w for n, w in weights.items() if not isinstance(w, Tensor)}
         self.leading = tuple(name for name in weights if name in self.first)
-        self.in_line = composition is None or composition.is_line(list(self.weights))
-        for name, tensor in self.weights.items():
-            tensor.fill_(weights.get(name, 0.0))
-        if self.switches is None or self.switches.names() != tuple(self.weights):
-            self.switches = Chain(tuple(Switch(n, w) for n, w in self.weights.items()))
-            self.switches.weights()  # remembered: compiled code reads it
+        self.in_line = composition is None or composition.is_line(self.order)
+        for name in self.on:  # what follows is as long as the composition, not as what is resident
+            if name not in weights and name in self.weights:
+                self.weights[name].zero_()
+        for name, weight in weights.items():
+            self.weights[name].fill_(weight)
+        self.on = tuple(weights)
+
+    def resident(self, name: str, device: torch.device) -> None:
+        """A new module has come."""
+        self.weights[name] = torch.zeros((), device=device)
+        self.order[name] = 1 + max(self.order.values(), default=0)
+        self._line_up()
+
+    def gone(self, name: str) -> None:
+        """A module has left."""
+        del self.weights[name], self.order[name]
+        self._line_up()
+
+    def _line_up(self) -> None:
+        self.switches = Chain(tuple(Switch(n, w) for n, w in self.weights.items()))
+        self.switches.weights()  # remembered: compiled code reads it
 
     @contextmanager
     def call(self, call: Call) -> Iterator[None]:

@@ -9,6 +9,7 @@ from modgraft.computation.borrow import Owner
 from modgraft.errors import ModgraftError
 from modgraft.handle import Implant
 from modgraft.host import Host
+from modgraft.reading import parse
 
 
 def own_module(host: Host, name: str, into: str) -> Implant:
@@ -27,7 +28,7 @@ def own_module(host: Host, name: str, into: str) -> Implant:
     Raises:
         ModgraftError: for an expression, a task left open, or a name in use.
     """
-    read = ex.parse(name, [own for module in host.implants for own in host[module].names])
+    read = parse(name, [own for module in host.implants for own in host[module].names])
     if not isinstance(read, ex.Name):
         raise ModgraftError(
             f"own_module(host, {name!r}, …): one module or one task of it, as \"h['fr']\""

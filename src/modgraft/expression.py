@@ -1,48 +1,109 @@
-"""Compositions: expressions over module names, read with ``ast`` and never evaluated.
+"""Compositions: expressions over module names, and what they mean.
 
 ``"fr >> qa"`` stacks, ``"qa + 0.3*(general - toxic)"`` adds effects measured against the bare host,
-``"h['fr']"`` is the module ``h`` as it was generated for the task ``fr``.
+``"average(a, b)"`` is their mean, ``"concat(a, b)"`` puts the tokens of both before the input, and
+``"h['fr']"`` is the module ``h`` as it was generated for the task ``fr``. :mod:`modgraft.reading`
+reads them from text; handles have the same operators, ``host["fr"] >> host["qa"]``.
 """
 
 from __future__ import annotations
 
-import ast
 import keyword
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
-from typing import TypeVar
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from modgraft.errors import CompositionError
 
 T = TypeVar("T")
+Weight = float | Tensor  # a tensor [B]: one for each example
+
+#: name, y, total, w → total + w·(the module's result on y − y)
+Run = Callable[[str, T, T, Weight], T]
 
 RESERVED = ("host", "average", "concat")
 
 
-class Expression(ABC):
+class Composable(ABC):
+    """What stands in a composition: ``a >> b``, ``a + b``, ``a - b``, ``0.5 * a``, ``-a``."""
+
+    @abstractmethod
+    def expression(self) -> Expression:
+        """It, as an expression."""
+
+    def __rshift__(self, other: object) -> Expression:
+        second = _operand(self, ">>", other)
+        return chain(self.expression(), second)  # type: ignore[return-value]
+
+    def __add__(self, other: object) -> Expression:
+        return add(self.expression(), _operand(self, "+", other))
+
+    def __sub__(self, other: object) -> Expression:
+        return add(self.expression(), scale(-1.0, _operand(self, "-", other)))
+
+    def __neg__(self) -> Expression:
+        return scale(-1.0, self.expression())
+
+    def __mul__(self, weight: object) -> Expression:
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise CompositionError(
+                f"{self.expression()} * {weight!r}: an effect is scaled by a number; weights that "
+                f"differ between examples are mg.Weighted(names, tensor)"
+            )
+        return scale(float(weight), self.expression())
+
+    __rmul__ = __mul__
+
+
+def _operand(own: Composable, sign: str, other: object) -> Expression:
+    if isinstance(other, Composable):
+        return other.expression()
+    raise CompositionError(
+        f"{own.expression()} {sign} {other!r}: modules and compositions go together, as "
+        f'host["fr"] {sign} host["qa"]; a text is read by host.use("fr {sign} qa")'
+    )
+
+
+class Expression(Composable):
     """A composition of named modules; immutable, and printed in one canonical form."""
+
+    def expression(self) -> Expression:  # noqa: D102
+        return self
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """The modules it speaks of, in order, each once."""
 
     @abstractmethod
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, Weight]:
         """The coefficient of each module where effects add up (parameter modules: exactly so)."""
 
     @abstractmethod
-    def apply(self, run: Callable[[str, T], T], y: T) -> T:
-        """Fold function modules over an output: ``run(name, y)`` is one module's result.
+    def apply(self, run: Run[T], y: T) -> T:
+        """Fold the modules over an output.
 
         The effect of an expression on ``y`` is its result minus ``y``; a sum adds effects on the
         same ``y``, a chain feeds each result to the next.
         """
 
-    def is_line(self, order: Sequence[str]) -> bool:
-        """Whether weights in the order of implanting say all there is to know of it."""
+    def into(self, run: Run[T], y: T, total: T, weight: Weight) -> T:
+        """``total`` + weight · (its effect on ``y``)."""
+        result = self.apply(run, y)
+        if result is y:  # nothing in it acts here
+            return total
+        return total + weighted(weight, result - y)  # type: ignore[operator]
+
+    @abstractmethod
+    def mapped(self, to: Callable[[str], str | None]) -> Expression | None:
+        """The same of other names; None for a name takes it out."""
+
+    def is_line(self, order: Mapping[str, int]) -> bool:
+        """Whether weights say all there is to know of it, in the order of implanting."""
         return False
 
 
@@ -55,53 +116,95 @@ class Name(Expression):
     def names(self) -> tuple[str, ...]:  # noqa: D102
         return (self.name,)
 
-    def weights(self) -> dict[str, float]:  # noqa: D102
+    def weights(self) -> dict[str, Weight]:  # noqa: D102
         return {self.name: 1.0}
 
-    def apply(self, run: Callable[[str, T], T], y: T) -> T:  # noqa: D102
-        return run(self.name, y)
+    def apply(self, run: Run[T], y: T) -> T:  # noqa: D102
+        return run(self.name, y, y, 1.0)
 
-    def is_line(self, order: Sequence[str]) -> bool:  # noqa: D102
+    def into(self, run: Run[T], y: T, total: T, weight: Weight) -> T:  # noqa: D102
+        return run(self.name, y, total, weight)
+
+    def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
+        name = to(self.name)
+        return None if name is None else Name(name)
+
+    def is_line(self, order: Mapping[str, int]) -> bool:  # noqa: D102
         return True
 
     def __str__(self) -> str:
         return self.name
 
 
-@dataclass(frozen=True)
-class Sum(Expression):
+class Added(Expression):
     """y + Σ wᵢ (fᵢ(y) − y): effects of the terms on the same output, weighted and added."""
+
+    @abstractmethod
+    def weighed(self) -> Sequence[tuple[Weight, Expression]]:
+        """The terms."""
+
+    def names(self) -> tuple[str, ...]:  # noqa: D102
+        return unique(n for _, term in self.weighed() for n in term.names())
+
+    @cached_property
+    def _weights(self) -> dict[str, Weight]:
+        return _added((w * v, n) for w, term in self.weighed() for n, v in term.weights().items())
+
+    def weights(self) -> dict[str, Weight]:  # noqa: D102
+        return self._weights
+
+    def apply(self, run: Run[T], y: T) -> T:  # noqa: D102
+        total = y
+        for weight, term in self.weighed():
+            total = term.into(run, y, total, weight)
+        return total
+
+
+@dataclass(frozen=True)
+class Sum(Added):
+    """y + Σ wᵢ (fᵢ(y) − y), the weights numbers."""
 
     terms: tuple[tuple[float, Expression], ...]
 
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        return _unique(n for _, term in self.terms for n in term.names())
+    def weighed(self) -> tuple[tuple[float, Expression], ...]:  # noqa: D102
+        return self.terms
 
-    @cached_property
-    def _weights(self) -> dict[str, float]:
-        return _added((w * v, n) for w, term in self.terms for n, v in term.weights().items())
+    def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
+        kept = tuple((w, e) for w, t in self.terms if (e := t.mapped(to)) is not None)
+        return plain(kept) if kept else None
 
-    def weights(self) -> dict[str, float]:  # noqa: D102
-        return self._weights
-
-    def apply(self, run: Callable[[str, T], T], y: T) -> T:  # noqa: D102
-        total = y
-        for weight, term in self.terms:
-            result = term.apply(run, y)
-            if result is not y:  # a module that does not act here leaves y as it is
-                total = total + weight * (result - y)  # type: ignore[operator]
-        return total
-
-    def is_line(self, order: Sequence[str]) -> bool:  # noqa: D102
+    def is_line(self, order: Mapping[str, int]) -> bool:  # noqa: D102
         return len(self.terms) == 1 and isinstance(self.terms[0][1], Name)
 
     def __str__(self) -> str:
         out = ""
         for weight, term in self.terms:
             sign = (" - " if weight < 0 else " + ") if out else ("-" if weight < 0 else "")
-            text = str(term) if isinstance(term, Name) else f"({term})"
+            bare = isinstance(term, Name | Average | Concat)
+            text = str(term) if bare else f"({term})"
             out += sign + (text if abs(weight) == 1 else f"{_written(abs(weight))}*{text}")
         return out
+
+
+@dataclass(frozen=True)
+class Average(Added):
+    """y + (1/n) Σ (fᵢ(y) − y): the mean of effects, of deltas, or of prompts of equal length."""
+
+    parts: tuple[Expression, ...]
+
+    def weighed(self) -> tuple[tuple[float, Expression], ...]:  # noqa: D102
+        return tuple((1 / len(self.parts), part) for part in self.parts)
+
+    def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
+        terms = tuple((w, e) for w, t in self.weighed() if (e := t.mapped(to)) is not None)
+        if not terms:
+            return None
+        if len(terms) == len(self.parts):
+            return Average(tuple(e for _, e in terms))
+        return Sum(terms)  # still by n: one that is not here has no effect here
+
+    def __str__(self) -> str:
+        return f"average({', '.join(map(str, self.parts))})"
 
 
 @dataclass(frozen=True)
@@ -111,38 +214,90 @@ class Chain(Expression):
     parts: tuple[Expression, ...]
 
     def names(self) -> tuple[str, ...]:  # noqa: D102
-        return _unique(n for part in self.parts for n in part.names())
+        return unique(n for part in self.parts for n in part.names())
 
     @cached_property
-    def _weights(self) -> dict[str, float]:
+    def _weights(self) -> dict[str, Weight]:
         return _added((v, n) for part in self.parts for n, v in part.weights().items())
 
-    def weights(self) -> dict[str, float]:  # noqa: D102
+    def weights(self) -> dict[str, Weight]:  # noqa: D102
         return self._weights
 
-    def apply(self, run: Callable[[str, T], T], y: T) -> T:  # noqa: D102
+    def apply(self, run: Run[T], y: T) -> T:  # noqa: D102
         for part in self.parts:
             y = part.apply(run, y)
         return y
 
-    def is_line(self, order: Sequence[str]) -> bool:  # noqa: D102
+    def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
+        return chain(*(part.mapped(to) for part in self.parts))
+
+    def is_line(self, order: Mapping[str, int]) -> bool:  # noqa: D102
         names = [n for part in self.parts for n in part.names()]
-        in_order = [n for n in order if n in names]
-        return names == in_order and all(part.is_line(order) for part in self.parts)
+        at = [order.get(n, -1) for n in names]
+        rising = all(a < b for a, b in pairwise(at))
+        return rising and all(part.is_line(order) for part in self.parts)
 
     def __str__(self) -> str:
         return " >> ".join(f"({p})" if isinstance(p, Sum) else str(p) for p in self.parts)
 
 
-def _unique(names: Iterable[str]) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Concat(Chain):
+    """f([φ_a, φ_b, x]): tokens, or keys and values, of each part together before the input."""
+
+    def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
+        parts = tuple(e for part in self.parts if (e := part.mapped(to)) is not None)
+        return None if not parts else parts[0] if len(parts) == 1 else Concat(parts)
+
+    def __str__(self) -> str:
+        return f"concat({', '.join(map(str, self.parts))})"
+
+
+def weighted(weight: Weight, effect: Any) -> Any:
+    """w · e; a tensor w ``[B]`` or ``[B, n]`` goes along the first axes of e ``[B, …]``."""
+    if not isinstance(weight, Tensor):
+        return effect if weight == 1.0 else weight * effect
+    if isinstance(effect, Tensor):
+        weight = weight.to(effect.dtype)
+        missing = effect.dim() - weight.dim()
+        weight = weight[(..., *[None] * missing)] if weight.dim() else weight
+    return weight * effect
+
+
+def plain(terms: tuple[tuple[float, Expression], ...]) -> Expression:
+    """The terms added; one term as it is, is itself."""
+    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 else Sum(terms)
+
+
+def _terms(expression: Expression) -> tuple[tuple[float, Expression], ...]:
+    return expression.terms if isinstance(expression, Sum) else ((1.0, expression),)
+
+
+def scale(weight: float, expression: Expression) -> Expression:
+    """``weight * expression``."""
+    return plain(tuple((weight * w, term) for w, term in _terms(expression)))
+
+
+def add(first: Expression, second: Expression) -> Expression:
+    """``first + second``."""
+    return plain((*_terms(first), *_terms(second)))
+
+
+def unique(names: Iterable[str]) -> tuple[str, ...]:
+    """The names in order, each once."""
     return tuple(dict.fromkeys(names))
 
 
-def _added(pairs: Iterable[tuple[float, str]]) -> dict[str, float]:
-    total: dict[str, float] = {}
+def _added(pairs: Iterable[tuple[Weight, str]]) -> dict[str, Weight]:
+    total: dict[str, Weight] = {}
     for weight, name in pairs:
         total[name] = total[name] + weight if name in total else weight
     return total
+
+
+def _written(weight: float) -> str:
+    short = f"{weight:g}"
+    return short if float(short) == weight else repr(weight)
 
 
 def check_name(name: str) -> str:
@@ -163,137 +318,17 @@ def chain(*parts: Expression | None) -> Expression | None:
     """``a >> b >> …`` of those that are there; None if none is."""
     flat: list[Expression] = []
     for part in parts:
-        flat += part.parts if isinstance(part, Chain) else [] if part is None else [part]
+        flat += part.parts if type(part) is Chain else [] if part is None else [part]
     return None if not flat else flat[0] if len(flat) == 1 else Chain(tuple(flat))
 
 
 def without(expression: Expression | None, name: str) -> Expression | None:
     """``expression`` with every mention of the module ``name`` taken out."""
-    match expression:
-        case Chain(parts):
-            return chain(*(without(part, name) for part in parts))
-        case Sum(terms):
-            kept = tuple((w, e) for w, t in terms if (e := without(t, name)) is not None)
-            return _sum(kept) if kept else None
-        case Name(own) if module_of(own) == name:
-            return None
-    return expression
-
-
-def in_chain(expression: Expression, name: str) -> bool:
-    """Whether ``name`` stands in ``expression`` with nothing but ``>>`` around it."""
-    match expression:
-        case Name():
-            return True
-        case Chain(parts):
-            return all(in_chain(p, name) for p in parts if name in p.names())
-    return False
+    if expression is None:
+        return None
+    return expression.mapped(lambda own: None if module_of(own) == name else own)
 
 
 def module_of(name: str) -> str:
     """The module that ``name`` in a composition speaks of: ``"h"`` for ``"h['fr']"``."""
     return name.partition("[")[0]
-
-
-def parse(text: str, known: Sequence[str]) -> Expression:
-    """Read a composition.
-
-    Args:
-        text: names with ``>>``, ``+``, ``-``, ``number *`` and brackets; a task of a module as
-            ``name['task']``, which a module of one task need not say.
-        known: the names that may stand in it.
-
-    Raises:
-        CompositionError: for anything else, and for an unknown name (the nearest is suggested).
-    """
-    if len(text) > 10_000:
-        raise CompositionError(
-            f"a composition of {len(text):,} characters; at most 10,000 are read"
-        )
-    try:
-        return _read(ast.parse(text.strip(), mode="eval").body, text, known)
-    except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
-        if isinstance(error, CompositionError):
-            raise
-        raise CompositionError(
-            f"{text[:80]!r} is not a composition ({error}); write 'fr >> qa' or 'qa + 0.3*style'"
-        ) from error
-
-
-def _read(node: ast.expr, text: str, known: Sequence[str]) -> Expression:
-    match node:
-        case ast.Name(id=name):
-            return _name(name, None, text, known)
-        case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str() as task)):
-            return _name(name, task, text, known)
-        case ast.BinOp(left=left, op=ast.RShift(), right=right):
-            return chain(_read(left, text, known), _read(right, text, known))  # type: ignore[return-value]
-        case ast.BinOp(left=left, op=(ast.Add() | ast.Sub()) as op, right=right):
-            sign = 1.0 if isinstance(op, ast.Add) else -1.0
-            first, second = _read(left, text, known), _read(right, text, known)
-            return _sum((*_terms(first), *_scaled(sign, second)))
-        case ast.BinOp(left=left, op=ast.Mult(), right=right):
-            if _number(left) is None:
-                left, right = right, left
-            weight = _number(left)
-            if weight is not None:
-                return _sum(_scaled(weight, _read(right, text, known)))
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return _sum(_scaled(-1.0, _read(operand, text, known)))
-    raise CompositionError(
-        f"{ast.unparse(node)!r} means nothing in the composition {text!r}; "
-        f"names go with '>>', '+', '-', 'number *' and brackets"
-    )
-
-
-def _name(module: str, task: str | None, text: str, known: Sequence[str]) -> Name:
-    name = module if task is None else f"{module}[{task!r}]"
-    if name in known:
-        return Name(name)
-    tasks = [n for n in known if n != module and module_of(n) == module]
-    if task is None and len(tasks) == 1:
-        return Name(tasks[0])
-    if tasks and task is None:
-        raise CompositionError(
-            f"{module!r} has {len(tasks)} tasks and {text!r} does not say which; write {tasks[0]}, "
-            f"or another of {', '.join(tasks)}"
-        )
-    if tasks:
-        near = get_close_matches(name, tasks, n=1, cutoff=0.0)[0]
-        raise CompositionError(
-            f"{module!r} knows no task {task!r}; in {text!r} did you mean {near}? "
-            f"There are {', '.join(tasks)}"
-        )
-    if module in known:
-        raise CompositionError(f"{module!r} has no tasks; in {text!r} write {module}, not {name}")
-    near = get_close_matches(module, _unique(map(module_of, known)), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"implanted: {', '.join(known) or '—'}"
-    raise CompositionError(f"no module {module!r} in {text!r}; {hint}")
-
-
-def _terms(expression: Expression) -> tuple[tuple[float, Expression], ...]:
-    return expression.terms if isinstance(expression, Sum) else ((1.0, expression),)
-
-
-def _scaled(weight: float, expression: Expression) -> tuple[tuple[float, Expression], ...]:
-    return tuple((weight * w, term) for w, term in _terms(expression))
-
-
-def _sum(terms: tuple[tuple[float, Expression], ...]) -> Expression:
-    """The terms added; one term as it is, is itself."""
-    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 else Sum(terms)
-
-
-def _written(weight: float) -> str:
-    short = f"{weight:g}"
-    return short if float(short) == weight else repr(weight)
-
-
-def _number(node: ast.expr) -> float | None:
-    match node:
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            value = _number(operand)
-            return None if value is None else -value
-        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
-            return float(value)
-    return None

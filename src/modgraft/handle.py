@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from modgraft import expression as ex
 from modgraft.computation.base import Computation
-from modgraft.errors import ModgraftError, UnknownNameError
+from modgraft.errors import CompositionError, ModgraftError, UnknownNameError
 from modgraft.sites import Site
 
 
-class Implant(nn.Module):
+class Implant(nn.Module, ex.Composable):
     """A module φ over all its sites: what is named, trained, saved and shared as a whole.
 
     Attributes:
@@ -42,6 +42,29 @@ class Implant(nn.Module):
     def names(self) -> list[str]:
         """What compositions call it: its name, or ``"name['task']"`` for each of its tasks."""
         return self.method.named(self.name)
+
+    def expression(self) -> ex.Expression:
+        """It, in a composition: ``host["fr"] >> host["qa"]``.
+
+        Raises:
+            CompositionError: for one of several tasks; ``host["h"]["fr"]`` says which.
+        """
+        if len(self.names) > 1:
+            raise CompositionError(
+                f"{self.name!r} has {len(self.names)} tasks, and this does not say which; write "
+                f"host[{self.name!r}][{self.names[0][len(self.name) + 1 : -1]}], or another of "
+                f"{', '.join(self.names)}"
+            )
+        return ex.Name(self.names[0])
+
+    def __getitem__(self, task: str) -> ex.Expression:
+        """One task of a module that has several."""
+        name = f"{self.name}[{task!r}]"
+        if name not in self.names:
+            raise CompositionError(
+                f"{self.name!r} has no task {task!r}; compositions call it {', '.join(self.names)}"
+            )
+        return ex.Name(name)
 
     def acting(self, name: str) -> list[tuple[str, Computation]]:
         """What acts under ``name``, one of :attr:`names`, by the label of the site."""

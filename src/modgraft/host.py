@@ -23,18 +23,24 @@ from modgraft.computation.base import (
 )
 from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
+from modgraft.examples import Each, Weighted
 from modgraft.fastpath import leave_fast_path, take_fast_path
 from modgraft.handle import Implant, check_learns, check_name, learner
 from modgraft.implant import foreign, graft, prune, pruned
-from modgraft.inlet import missing_side
+from modgraft.inlet import check_inputs, missing_side
+from modgraft.reading import parse
 from modgraft.recompute import forget, remember
 from modgraft.replaced import new_weights, write
 from modgraft.sites import At, Site, find
+from modgraft.tensors import first_tensor
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
 
-Composition = str | ex.Expression | None
+Composition = str | ex.Composable | None
+Compositions = Composition | Sequence[Composition]  # one for each example
+
+READ = 256  # how many compositions a host remembers how it read
 
 
 class Host(nn.Module):
@@ -60,6 +66,7 @@ class Host(nn.Module):
         self.model = model
         self.implants = nn.ModuleDict()
         self._context = Context()
+        self._known: dict[Any, ex.Expression | None] = {}
         # blocks that recompute their forward in backward, where the call has long returned
         self._recomputing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         leave_fast_path(model)
@@ -132,9 +139,10 @@ class Host(nn.Module):
         for own in implant.names:
             for site, (_, place) in zip(sites, implant.acting(own), strict=True):
                 graft(site, own, place, self._context)
-            self._context.weights[own] = torch.zeros((), device=_device(self.model))
+            self._context.resident(own, _device(self.model))
         implant.train(self.training)
         self.implants[name] = implant
+        self._known.clear()
         now = self._context.composition
         self._context.switch(ex.chain(now, ex.Name(implant.names[0])) if active else now)
         return implant
@@ -145,13 +153,14 @@ class Host(nn.Module):
         for own in names:
             for module in self.model.modules():
                 prune(module, own)
-            del self._context.weights[own]
+            self._context.gone(own)
         del self.implants[name]
+        self._known.clear()
         self._context.switch(ex.without(self._context.composition, name))
 
     def __getitem__(self, name: str) -> Implant:
         if name not in self.implants:
-            read = ex.parse(name, list(self._context.weights))  # raises with the nearest name
+            read = parse(name, self._context.weights)  # raises with the nearest name
             one = ex.module_of(read.names()[0])
             raise CompositionError(f"{str(read)!r} is a composition; a module is host[{one!r}]")
         return self.implants[name]  # type: ignore[return-value]
@@ -166,8 +175,12 @@ class Host(nn.Module):
         """What is in force; None is the bare host."""
         return self._context.composition
 
-    def use(self, composition: Composition) -> None:
+    def use(self, composition: Compositions) -> None:
         """Put a composition in force until the next one; None is the bare host.
+
+        Args:
+            composition: an expression as a text or of handles, or a list with one for each example
+                of the batches to come.
 
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
@@ -175,32 +188,56 @@ class Host(nn.Module):
         self._context.switch(self._read(composition))
 
     @contextmanager
-    def using(self, composition: Composition) -> Iterator[Self]:
+    def using(self, composition: Compositions) -> Iterator[Self]:
         """A composition in force for the calls in a ``with`` block, in this thread or task."""
         call = self._context.with_side(composition=self._read(composition))
         with self._context.call(call):
             yield self
 
-    def _read(self, composition: Composition) -> ex.Expression | None:
-        if composition is None:
-            return None
-        if not isinstance(composition, str | ex.Expression):
+    def _read(self, composition: Compositions) -> ex.Expression | None:
+        """The expression that is meant, the same object for the same composition."""
+        if composition is None or isinstance(composition, Weighted):
+            return None if composition is None else self._checked(composition)
+        several = isinstance(composition, list | tuple)
+        key = tuple(composition) if several else composition
+        if not isinstance(composition, list | tuple | str | ex.Composable):
             raise CompositionError(
-                f"one composition a call, as 'fr >> qa', not {composition!r}; for several, call "
-                f"the host once for the examples of each"
+                f"a composition is a text or an expression of handles, as 'fr >> qa', or a list of "
+                f"them, one for each example; not {composition!r}"
             )
-        read = ex.parse(str(composition), list(self._context.weights))
-        weights, inputs = read.weights(), self._inputs()
-        for name in read.names():
-            if name in inputs and (weights[name] != 1 or not ex.in_chain(read, name)):
-                raise ModgraftError(
-                    f"{name!r} puts vectors before the input, which cannot be added or scaled in "
-                    f"{str(read)!r}; they follow one another as in 'a >> b'"
+        if key in self._known:
+            return self._known[key]
+        if several:
+            if not composition:
+                raise CompositionError("modules=[]: one composition for each example of the batch")
+            rows = tuple(self._read(one) for one in composition)
+            if nested := [row for row in rows if isinstance(row, Each | Weighted)]:
+                raise CompositionError(
+                    f"{nested[0]} is for a whole batch; a list has one composition an example"
                 )
+            read: ex.Expression = Each(rows)
+        elif isinstance(composition, Each):
+            read = Each(tuple(self._read(row) for row in composition.rows))
+        elif isinstance(composition, str):
+            read = self._checked(parse(composition, self._context.weights))
+        else:
+            assert isinstance(composition, ex.Composable)  # noqa: S101
+            read = self._checked(parse(str(composition.expression()), self._context.weights))
+        if len(self._known) >= READ:
+            del self._known[next(iter(self._known))]
+        self._known[key] = read
         return read
 
-    def _inputs(self) -> set[str]:
-        return {n for n in self._context.weights if isinstance(self._acts(n), InputComposition)}
+    def _checked(self, read: ex.Expression) -> ex.Expression:
+        """``read`` itself, if it means something here."""
+        names = read.names()
+        for name in names:
+            if name not in self._context.weights:
+                parse(name, self._context.weights)  # raises with the nearest name
+        inputs = {n for n in names if isinstance(self._acts(n), InputComposition)}
+        if inputs or "concat" in str(read):
+            check_inputs(read, inputs)
+        return read
 
     def _acts(self, name: str) -> Computation:
         """The computation, without parameters, that ``name`` in a composition speaks of."""
@@ -212,7 +249,7 @@ class Host(nn.Module):
         self,
         *args: Any,
         side: Mapping[str, Side] | None = None,
-        modules: Composition | EllipsisType = ...,
+        modules: Compositions | EllipsisType = ...,
         **kwargs: Any,
     ) -> Any:
         """The model's ``forward``, with the modules in force.
@@ -220,7 +257,8 @@ class Host(nn.Module):
         Args:
             *args: for the model.
             side: side inputs by name, each with the batch of this call.
-            modules: a composition for this call alone.
+            modules: a composition for this call alone, or a list of them, one for each example of
+                the batch: ``["fr >> qa", "style", None]``.
             **kwargs: for the model.
 
         Raises:
@@ -233,6 +271,7 @@ class Host(nn.Module):
             self._context.traced = before
             return out
         remember(self._recomputing, self._context)
+        self._check_batch(call, args, kwargs)
         with self._context.call(call):
             return self.model(*args, **kwargs)
 
@@ -240,36 +279,58 @@ class Host(nn.Module):
         self,
         *args: Any,
         side: Mapping[str, Side] | None = None,
-        modules: Composition | EllipsisType = ...,
+        modules: Compositions | EllipsisType = ...,
         **kwargs: Any,
     ) -> Any:
         """The model's ``generate``: greedy, sampled or beam; side inputs follow the beams."""
         call = self._call(side, modules, generating=True)
+        self._check_batch(call, args, kwargs)
         with self._context.call(call):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def _call(
         self,
         side: Mapping[str, Side] | None,
-        modules: Composition | EllipsisType,
+        modules: Compositions | EllipsisType,
         generating: bool = False,
     ) -> Call:
         if torch.compiler.is_compiling():
-            if modules is not ...:
+            if modules is not ... and not isinstance(modules, Weighted):
                 raise ModgraftError(
                     "under torch.compile a composition is put in force before the call: "
-                    "host.use('a >> b'), or with host.using('a >> b'): ..., not modules="
+                    "host.use('a >> b'), or with host.using('a >> b'): ..., not modules=; what can "
+                    "come with the call is modules=mg.Weighted(names, weights)"
                 )
-            return Call(None, side or {}, generating)
+            return Call(None if modules is ... else modules, side or {}, generating)
         now = self._context.current()
         composition = now.composition if modules is ... else self._read(modules)
         given = {**now.side, **{n: self._placed(n, s) for n, s in (side or {}).items()}}
-        weights = {} if composition is None else composition.weights()
-        for name, weight in weights.items():
+        for name in () if composition is None else composition.names():
             needs = self._acts(name).needs
-            if weight and needs is not None and needs not in given:
+            if needs is not None and needs not in given and self._weighs(composition, name):
                 raise missing_side(name, needs)
         return Call(composition, given, generating)
+
+    @staticmethod
+    def _weighs(composition: ex.Expression | None, name: str) -> bool:
+        weight = 0.0 if composition is None else composition.weights()[name]
+        return isinstance(weight, torch.Tensor) or weight != 0.0
+
+    def _check_batch(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Refuse compositions, one for each example, for another number of examples."""
+        match call.composition:
+            case Each(rows):
+                have = len(rows)
+            case Weighted(tensor=tensor):
+                have = tensor.shape[0]
+            case _:
+                return
+        batch = first_tensor(args, kwargs)
+        if batch is not None and batch.dim() and batch.shape[0] != have:
+            raise CompositionError(
+                f"{call.composition.__class__.__name__} gives {have} compositions for a batch of "
+                f"{batch.shape[0]} examples; pass one for each"
+            )
 
     def _placed(self, name: str, side: Side) -> Side:
         if not isinstance(side, Side):

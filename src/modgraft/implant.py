@@ -17,7 +17,8 @@ from modgraft.computation.base import Computation, TokenComposition
 from modgraft.computation.layers import feature_axis
 from modgraft.context import Context
 from modgraft.inlet import active_inputs, generate_with_tokens, inner_sites
-from modgraft.running import STATE, Entry, State, run
+from modgraft.plan import Entry
+from modgraft.running import STATE, State, run
 from modgraft.sites import Site
 
 
@@ -30,7 +31,7 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
         host.__dict__[STATE] = state
         host.__class__ = _grafted(type(host))
     axis = feature_axis(host)
-    state.entries.append(Entry(name, module, site.part, site.residual, site.parameter, axis))
+    state.add(Entry(name, module, site.part, site.residual, site.parameter, axis))
     if isinstance(module, TokenComposition) and not site.path:
         context.first.add(name)
         for inner in inner_sites(site):
@@ -42,13 +43,12 @@ def prune(host: nn.Module, name: str) -> None:
     state: State | None = host.__dict__.get(STATE)
     if state is None:
         return
-    gone = [entry for entry in state.entries if entry.name == name]
-    state.entries = [entry for entry in state.entries if entry.name != name]
+    gone = state.drop(name)
     if not state.path and any(isinstance(e.module, TokenComposition) for e in gone):
         state.context.first.discard(name)
         for inner in inner_sites(Site("", host, None, host)):
             prune(inner.module, name)
-    if not state.entries:
+    if not state.named:
         host.__class__ = type(host).__mro__[1]
         del host.__dict__[STATE]
 
@@ -57,7 +57,7 @@ def pruned(model: nn.Module) -> nn.Module:
     """``model`` itself, with everything that is implanted in it taken out."""
     for module in model.modules():
         while (state := module.__dict__.get(STATE)) is not None:
-            prune(module, state.entries[0].name)
+            prune(module, next(iter(state.named)))
     return model
 
 

@@ -9,19 +9,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from modgraft.anatomy import base_path, family_of
 from modgraft.computation.base import TokenComposition
 from modgraft.context import Call
-from modgraft.errors import ModgraftError, SideError
+from modgraft.errors import CompositionError, ModgraftError, SideError
+from modgraft.examples import Each
+from modgraft.expression import Average, Chain, Concat, Expression, Name
 from modgraft.sites import Site
 from modgraft.splice import Source, Tokens, splice
 
 if TYPE_CHECKING:
-    from modgraft.running import Entry, State
+    from modgraft.plan import Entry
+    from modgraft.running import State
+
+T = TypeVar("T")
 
 
 def inner_sites(site: Site) -> list[Site]:
@@ -37,6 +43,77 @@ def inner_sites(site: Site) -> list[Site]:
 def active_inputs(state: State, names: Sequence[str]) -> list[Entry]:
     """The token modules at a site among ``names``, in their order."""
     return [e for name in names for e in state.of(TokenComposition) if e.name == name]
+
+
+def check_inputs(expression: Expression, inputs: set[str]) -> None:
+    """Refuse what vectors before an input cannot do: be added, scaled, or joined with effects.
+
+    Args:
+        expression: a composition.
+        inputs: the names in it that are input modules.
+
+    Raises:
+        CompositionError: with what can be done.
+    """
+    names = [n for n in expression.names() if n in inputs]
+    match expression:
+        case Each(rows):
+            for row in rows:
+                if row is not None:
+                    check_inputs(row, inputs)
+        case Name():
+            return
+        case Chain(parts) | Average(parts):
+            others = [n for n in expression.names() if n not in inputs]
+            if type(expression) is Concat and others:
+                raise CompositionError(
+                    f"{expression}: concat puts tokens together before the input, and "
+                    f"{others[0]!r} has none; write {' >> '.join(map(str, parts))}"
+                )
+            if type(expression) is Average and names and others:
+                raise CompositionError(
+                    f"{expression}: {names[0]!r} puts vectors before the input and {others[0]!r} "
+                    f"does not, so there is no mean of both; average one kind, and stack them by >>"
+                )
+            for part in parts:
+                check_inputs(part, inputs)
+        case _ if names:
+            raise CompositionError(
+                f"{names[0]!r} puts vectors before the input, which cannot be added or scaled in "
+                f"{str(expression)!r}; they follow one another as in 'a >> b' or 'concat(a, b)', "
+                f"and 'average(a, b)' is their mean"
+            )
+
+
+def fold(
+    expression: Expression, one: Callable[[str], list[T]], mean: Callable[[list[T]], T]
+) -> list[T]:
+    """What the input modules of ``expression`` put there, in order.
+
+    Args:
+        expression: one that :func:`check_inputs` lets pass.
+        one: what is put there under a name; nothing, for one that is no input module here.
+        mean: of several.
+    """
+    match expression:
+        case Name(name):
+            return one(name)
+        case Average(parts):
+            folded = [made for part in parts if (made := fold(part, one, mean))]
+            return [] if not folded else [mean([_single(made, expression) for made in folded])]
+        case Chain(parts):
+            return [made for part in parts for made in fold(part, one, mean)]
+        case _:  # a switch of compiled code, or nothing but effects
+            return [made for name in expression.names() for made in one(name)]
+
+
+def _single(made: list[T], expression: Expression) -> T:
+    if len(made) != 1:
+        raise CompositionError(
+            f"{expression}: the mean is of single prompts or prefixes, and one of its parts is "
+            f"{len(made)} of them"
+        )
+    return made[0]
 
 
 def call_with_tokens(
@@ -98,19 +175,82 @@ def _source(host: nn.Module, entries: Sequence[Entry], call: Call) -> Source:
     family = family_of(host)
     first = 0 if family is None else family.prompt_at
 
+    def made(entry: Entry, batch: int, rows: Tensor | None) -> Tokens:
+        module = entry.module
+        assert isinstance(module, TokenComposition)  # noqa: S101
+        side = None if module.needs is None else call.side_input(module.needs, batch)
+        if side is None and module.needs is not None:
+            raise missing_side(entry.name, module.needs)
+        if side is not None and rows is not None:
+            side, batch = side.picked(rows), len(rows)
+        embeddings, seen = module.tokens(batch if rows is None else len(rows), side)
+        return Tokens(entry.name, embeddings, seen, module.after(first), side is not None)
+
+    named = {entry.name: entry for entry in entries}
+
     def tokens(batch: int) -> list[Tokens]:
-        made = []
-        for entry in entries:
-            module = entry.module
-            assert isinstance(module, TokenComposition)  # noqa: S101
-            side = None if module.needs is None else call.side_input(module.needs, batch)
-            if side is None and module.needs is not None:
-                raise missing_side(entry.name, module.needs)
-            embeddings, seen = module.tokens(batch, side)
-            made.append(Tokens(entry.name, embeddings, seen, module.after(first), side is not None))
-        return made
+        composition = call.composition
+        if torch.compiler.is_compiling() or composition is None:
+            return [made(entry, batch, None) for entry in entries]
+
+        def of(expression: Expression, rows: Tensor | None) -> list[Tokens]:
+            return fold(
+                expression,
+                lambda name: [made(named[name], batch, rows)] if name in named else [],
+                _mean,
+            )
+
+        if not isinstance(composition, Each):
+            return of(composition, None)
+        times = max(1, batch // len(composition.rows))
+        some = []
+        for row, examples in composition.different.items():
+            rows = torch.tensor([i * times + k for i in examples for k in range(times)])
+            some.append((rows, [] if row is None else of(row, rows)))
+        return _together(batch, some)
 
     return tokens
+
+
+def _mean(several: list[Tokens]) -> Tokens:
+    """The mean of tokens, one by one.
+
+    Raises:
+        CompositionError: where there are not as many of each, or not all are seen.
+    """
+    lengths = [own.embeddings.shape[1] for own in several]
+    if len(set(lengths)) > 1 or any(not bool(own.seen.all()) for own in several):
+        raise CompositionError(
+            f"average({', '.join(own.name for own in several)}): the mean of tokens is of as many "
+            f"each, and there are {', '.join(map(str, lengths))}"
+        )
+    mean = torch.stack([own.embeddings for own in several]).mean(0)
+    return replace(several[0], embeddings=mean, name="average")
+
+
+def _together(batch: int, some: list[tuple[Tensor, list[Tokens]]]) -> list[Tokens]:
+    """Tokens that differ between examples as one for all: who has fewer does not see the rest."""
+    found = [(rows, own) for rows, own in some if own]
+    if not found:
+        return []
+    like = found[0][1][0]
+    if len({own.after for _, tokens in found for own in tokens}) > 1:
+        raise CompositionError(
+            "one batch has tokens before and behind the class token; call the host once for each"
+        )
+    most = max(sum(own.seen.shape[1] for own in tokens) for _, tokens in found)
+    width, device = like.embeddings.shape[-1], like.embeddings.device
+    embeddings = like.embeddings.new_zeros(batch, most, width)
+    seen = torch.zeros(batch, most, dtype=torch.bool, device=device)
+    for rows, tokens in found:
+        own = torch.cat([one.embeddings for one in tokens], 1)  # [g, k, d]
+        unseen = own.new_zeros(len(rows), most - own.shape[1], width)
+        shown = torch.cat([one.seen for one in tokens], 1)
+        hidden = shown.new_zeros(len(rows), most - own.shape[1])
+        embeddings = embeddings.index_copy(0, rows, torch.cat([unseen, own], 1))
+        seen[rows] = torch.cat([hidden, shown], 1)
+    names = ", ".join(dict.fromkeys(own.name for _, tokens in found for own in tokens))
+    return [Tokens(names, embeddings, seen, like.after, not bool(seen.all()))]
 
 
 def _named(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

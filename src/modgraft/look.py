@@ -168,13 +168,18 @@ def modules_table(host: Host) -> Table:
     return table(MODULES, rows)
 
 
-def _in_force(names: Sequence[str], weights: Mapping[str, float]) -> str:
+def _in_force(names: Sequence[str], weights: Mapping[str, Weight]) -> str:
     """``"yes"``, ``"× 0.5"`` or ``"no"``; of a module with several tasks, which of them are."""
     parts = []
     for name in (n for n in names if n in weights):
-        weight = "" if weights[name] == 1 else f"× {weights[name]:g}"
+        weight = weights[name]
+        weight = "by example" if not isinstance(weight, float) else _times(weight)
         parts.append(f"{name} {weight}".strip() if len(names) > 1 else weight or "yes")
     return ", ".join(parts) or "no"
+
+
+def _times(weight: float) -> str:
+    return "" if weight == 1 else f"× {weight:g}"
 
 
 def summary(host: Host) -> str:

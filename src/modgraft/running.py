@@ -1,13 +1,13 @@
 """Algorithm 1 of the survey at one site: y = g(r(x), {f(x; θ, φ_j)}).
 
-A site's forward runs in stages, each for the kind of module it belongs to: tokens before the
-host's input, a shift of the residual, the layer with its changed weights, then effects on its
+A site's forward runs in stages: tokens before the host's input, a shift of the residual, the layer
+(with its changed weights where that is all there is), then what the composition makes of its
 output. Compiled code takes the same way with every resident module in it, each behind a switch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,35 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.changed import Change, one_product
+from modgraft.changed import Change, Merged, one_product
 from modgraft.computation.base import (
     Computation,
     FunctionComposition,
     KeyValueComposition,
-    ParameterComposition,
 )
 from modgraft.computation.layers import feature_axis, weight_matrix
 from modgraft.context import Call, Context
-from modgraft.errors import ModgraftError
-from modgraft.expression import Expression
+from modgraft.errors import CompositionError, ModgraftError
+from modgraft.examples import Each
+from modgraft.expression import Expression, Weight, weighted
 from modgraft.inlet import active_inputs, call_with_tokens, missing_side
+from modgraft.mixing import Mixed
+from modgraft.plan import Entry, Group, groups
 from modgraft.replaced import run as run_changed
 from modgraft.residual import Step, shifted
+from modgraft.stacked import Stacked
 from modgraft.tensors import first_tensor, tensor_input, tensor_of, with_tensor
 
 STATE = "_modgraft_state"
-
-
-@dataclass
-class Entry:
-    """One module at one site."""
-
-    name: str
-    module: Computation
-    part: tuple[int, int] | None
-    residual: bool = False
-    parameter: str | None = None
-    axis: int = -1  # of the output's features
+KEPT = 64  # how many compositions a site remembers
 
 
 @dataclass
@@ -52,36 +44,37 @@ class State:
 
     path: str
     context: Context
-    entries: list[Entry] = field(default_factory=list)
+    named: dict[str, list[Entry]] = field(default_factory=dict)
     attended: int = 0  # how often its attention function has run with keys and values of modules
+    planned: dict[int, tuple[Expression, list[Group]]] = field(default_factory=dict)
+    merged: Merged | None = None  # the weight that is kept
+
+    def add(self, entry: Entry) -> None:
+        """Put in a module."""
+        self.named.setdefault(entry.name, []).append(entry)
+        self.planned.clear()
+
+    def drop(self, name: str) -> list[Entry]:
+        """Take a module out."""
+        self.planned.clear()
+        self.merged = None
+        return self.named.pop(name, [])
 
     def of(self, kind: type[Computation]) -> list[Entry]:
         """The entries of one kind."""
-        return [e for e in self.entries if isinstance(e.module, kind)]
+        return [e for some in self.named.values() for e in some if isinstance(e.module, kind)]
 
-    def acting(self, call: Call, weights: Mapping[str, float | Tensor]) -> list[Entry]:
-        """The entries that a call's composition gives a weight other than 0, or a switch."""
-        compiling = torch.compiler.is_compiling()
-        return [
-            e
-            for e in self.entries
-            if _weighs(weights.get(e.name, 0.0)) and (not compiling or self._supplied(e, call))
-        ]
-
-    def _supplied(self, entry: Entry, call: Call) -> bool:
-        """Whether a traced call has the side input that ``entry`` needs."""
-        needs = entry.module.needs
-        if needs is None or needs in call.side:
-            return True
-        # only here is the graph bound to a composition: nothing can be computed without it
-        composition = self.context.mirrored
-        if composition is not None and entry.name in composition.names():
-            raise missing_side(entry.name, needs)
-        return False
-
-
-def _weighs(weight: float | Tensor) -> bool:
-    return isinstance(weight, Tensor) or weight != 0.0
+    def plan(self, composition: Expression) -> list[Group]:
+        """What ``composition`` comes to here."""
+        if torch.compiler.is_compiling():
+            return groups(self.named, composition, stacks=False)
+        found = self.planned.get(id(composition))
+        if found is None or found[0] is not composition:
+            if len(self.planned) >= KEPT:
+                del self.planned[next(iter(self.planned))]
+            found = composition, groups(self.named, composition, stacks=True)
+            self.planned[id(composition)] = found
+        return found[1]
 
 
 def run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -98,121 +91,267 @@ def run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict)
     composition = call.composition
     if composition is None:
         return forward(host, *args, **kwargs)
-    weights = composition.weights()
-    acting = state.acting(call, weights)
-    if not acting:
+    plan = state.plan(composition)
+    if not plan:
         return forward(host, *args, **kwargs)
     inputs = active_inputs(state, state.context.first_in(composition))
     if inputs and not call.spliced:
         run_inside = partial(run, host, forward)
         return call_with_tokens(host, state, call, inputs, run_inside, args, kwargs)
 
-    if residual := [e for e in acting if e.residual]:
-        args, kwargs = _shifted(host, state, call, composition, residual, forward, args, kwargs)
-    changes = [
-        Change(e.module, weights[e.name], e.part, e.parameter)
-        for e in acting
-        if isinstance(e.module, ParameterComposition)
-    ]
-    inner = [change for change in changes if change.parameter is not None]
-    effects = [change for change in changes if change.parameter is None]
+    site = Site(host, state, call, forward)
+    entries = [e for group in plan for some in group.entries.values() for e in some]
+    if any(e.residual for e in entries):
+        args, kwargs = _shifted(site, composition, args, kwargs)
     x = first_tensor(args, kwargs)
-    if effects:
-        x = tensor_input(x, state.path)
     attended = _attended(state)
-    out = None
-    numbers = not any(isinstance(change.weight, Tensor) for change in effects)
-    if effects and x is not None and numbers and not inner:
-        out = one_product(host, forward, x, effects)
-    if out is not None:
-        effects = []
-    else:
+    whole = None if isinstance(composition, Each) else plan[0]
+    out: Any = None
+    left: Expression | None = None  # of the composition, once the layer has run
+    if whole is not None:
+        out, left = site.with_changes(whole, x)
+    if out is None:
+        inner = site.inside(plan, composition)
         out = run_changed(host, forward, inner, args, kwargs)
-    _check_bypass(host, state, acting, attended)
-    if len(inner) == len(acting):
+        left = None if whole is None else whole.expression
+    _check_bypass(host, state, entries, attended)
+
+    if all(e.parameter is not None for e in entries):
         return out
 
     y = before = tensor_of(out)
     if inputs and call.relay is not None:
         y = call.relay(state.path, y)
-    for change in effects:
-        y = _add(y, change, tensor_input(x, state.path), host)
-    functions = [e for e in acting if isinstance(e.module, FunctionComposition) and not e.residual]
-    if functions:
-        y = composition.apply(_by_name(functions, lambda e, y: _apply(e, y, x, call)), y)
+    if whole is None:
+        y = site.each(plan, composition, x, y)
+    elif left is not None:
+        bare = y if left is whole.expression else None
+        y = left.apply(At(site, whole.entries, x, bare=bare), y)
     return out if y is before else with_tensor(out, y)
 
 
-def _by_name(
-    entries: list[Entry], one: Callable[[Entry, Tensor], Tensor]
-) -> Callable[[str, Tensor], Tensor]:
-    """What ``Expression.apply`` asks for: a name that is none of ``entries`` changes nothing."""
-    named = {e.name: e for e in entries}
+@dataclass
+class Site:
+    """One site in one call."""
 
-    def run_one(name: str, value: Tensor) -> Tensor:
-        entry = named.get(name)
-        return value if entry is None else one(entry, value)
+    host: nn.Module
+    state: State
+    call: Call
+    forward: Callable[..., Any]
 
-    return run_one
+    def with_changes(self, group: Group, x: Tensor | None) -> tuple[Any, Expression | None]:
+        """The layer with a group's changed weights, and what of the composition is left.
+
+        None for the first where all of it is to be done on what the layer itself puts out.
+        """
+        changes = group.changes
+        if not changes or any(change.parameter is not None for change in changes):
+            return None, None
+        x = tensor_input(x, self.state.path)
+        context, kept = self.state.context, None
+        if context.composition is self.call.composition:  # it stays: one that comes with a call
+            kept = group.merged  # would cost a weight at every call
+            if kept is not None and self.state.merged not in (None, kept):
+                self.state.merged.drop()  # type: ignore[union-attr]
+            self.state.merged = kept
+        return one_product(self.host, self.forward, x, changes, kept), group.rest
+
+    def inside(self, plan: Sequence[Group], composition: Expression) -> list[Change]:
+        """The changes of weights that only the layer itself can run with."""
+        inner = [
+            e
+            for group in plan
+            for some in group.entries.values()
+            for e in some
+            if e.parameter is not None
+        ]
+        if not inner:
+            return []
+        weights = composition.weights()
+        if isinstance(composition, Each) or any(
+            isinstance(w := weights.get(e.name), Tensor) and w.dim() > 0 for e in inner
+        ):
+            raise CompositionError(
+                f"{inner[0].name!r} changes weights inside {self.state.path}, a "
+                f"{type(self.host).__name__}, which runs with one set of weights a call; call the "
+                f"host once for each composition"
+            )
+        return [
+            Change(e.module, weights.get(e.name, 0.0), e.part, e.parameter)  # type: ignore[arg-type]
+            for e in inner
+        ]
+
+    def each(
+        self, plan: Sequence[Group], composition: Expression, x: Tensor | None, y: Tensor
+    ) -> Tensor:
+        """``y`` with each group's composition on its own examples."""
+        assert isinstance(composition, Each)  # noqa: S101
+        times = self._times(composition, y)
+        if y.shape[0] != times * len(composition.rows):  # what is one for all examples
+            y = y.expand(len(composition.rows), *y.shape[1:])
+            x = None if x is None or len(x) > 1 else x.expand(len(composition.rows), *x.shape[1:])
+        new = y
+        for group in plan:
+            if group.rows is None:
+                return group.expression.apply(At(self, group.entries, x, bare=y), y)
+            rows = group.index(y, times)
+            own = y[rows]
+            at = At(self, group.entries, _rows(x, rows), rows, own, y.shape[0])
+            result = group.expression.apply(at, own)
+            if result is not own:
+                new = new.index_copy(0, rows, result)
+        return new
+
+    def _times(self, composition: Each, y: Tensor) -> int:
+        """How many rows of ``y`` each example has: its beams follow it."""
+        have, rows = len(composition.rows), y.shape[0]
+        if rows == 1:
+            return 1
+        if rows == have or (self.call.generating and rows % have == 0):
+            return rows // have
+        raise CompositionError(
+            f"modules=[…] gives {have} compositions where {self.state.path or 'the host'} works on "
+            f"{rows} examples; pass one for each example of the batch"
+        )
 
 
-def _shifted(
-    host: nn.Module,
-    state: State,
-    call: Call,
-    composition: Expression,
-    entries: list[Entry],
-    forward: Callable[..., Any],
-    args: tuple,
-    kwargs: dict,
-) -> tuple[tuple, dict]:
-    """The site's arguments with what ``entries`` add to its residual input."""
+@dataclass
+class At:
+    """Runs the modules of a group at a site: what an expression folds over the output.
 
-    def f(args: tuple, kwargs: dict) -> Tensor:
-        return tensor_of(forward(host, *args, **kwargs))
+    Attributes:
+        entries: by name.
+        x: the site's input, of the group's examples.
+        rows: which examples, None for all.
+        bare: what the layer itself put out for them, where that is known.
+        whole: how many examples there are, of which they are some.
+    """
 
-    def fold(step: Step, e: Tensor) -> Tensor:
-        def one(entry: Entry, e: Tensor) -> Tensor:
-            return step(lambda y, r: _apply(entry, y, r, call), e)
+    site: Site
+    entries: dict[str, list[Entry]]
+    x: Tensor | None
+    rows: Tensor | None = None
+    bare: Tensor | None = None
+    whole: int | None = None
 
-        return composition.apply(_by_name(entries, one), e)
+    def __call__(self, name: str, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
+        """``total`` + weight · (the module's result on ``y`` − ``y``)."""
+        if not isinstance(weight, Tensor) and weight == 0.0:
+            return total
+        for entry in self.entries.get(name, ()):
+            if entry.residual or entry.parameter is not None:
+                continue
+            module = entry.module
+            if isinstance(module, Mixed):
+                total = module.run(self, y, total, weight)
+            elif entry.changes_weight:
+                total = self._changed(entry, total, weight)
+            elif isinstance(module, FunctionComposition | Stacked):
+                total = self._applied(entry, y, total, weight)
+        return total
 
-    return shifted(f, args, kwargs, fold, state.path)
-
-
-def _add(y: Tensor, change: Change, x: Tensor, host: nn.Module) -> Tensor:
-    """y + w·(f(x; θ + Δ) − f(x; θ)), on one part of y where the module acts on a part."""
-    part, weight = change.part, change.weight
-    effect = change.module.effect(x, host, weight_matrix(host, part))
-    if isinstance(weight, Tensor):
-        effect = weight.to(y.dtype) * effect
-    elif weight != 1.0:
-        effect = weight * effect
-    if part is None:
-        return y + effect
-    return _replaced(y, part, feature_axis(host), lambda own: own + effect)
-
-
-def _apply(entry: Entry, y: Tensor, x: Tensor | None, call: Call) -> Tensor:
-    module = entry.module
-    assert isinstance(module, FunctionComposition)  # noqa: S101
-    side = None
-    if module.needs is not None:
-        side = call.side_input(module.needs, y.shape[0])
+    def side(self, entry: Entry, rows: int) -> Any:
+        """The side input of a module."""
+        needs = entry.module.needs
+        if needs is None:
+            return None
+        side = self.site.call.side_input(needs, self.whole or rows)
+        if side is not None and self.rows is not None:
+            side = side.picked(self.rows)
         if side is None:
-            raise missing_side(entry.name, module.needs)
-    if entry.part is None:
-        return module(y, x, side)
-    return _replaced(y, entry.part, entry.axis, lambda own: module(own, x, side))
+            if torch.compiler.is_compiling() and not _named_now(self.site.state, entry.name):
+                return None
+            raise missing_side(entry.name, needs)
+        return side
+
+    def _changed(self, entry: Entry, total: Tensor, weight: Weight) -> Tensor:
+        """``total`` + w·(f(x; θ + Δ) − f(x; θ)), on one part where the module acts on a part."""
+        host, part = self.site.host, entry.part
+        x = tensor_input(self.x, self.site.state.path)
+        axis = feature_axis(host)
+        bare = self.bare
+        if bare is not None and part is not None:
+            bare = bare.chunk(part[1], dim=axis)[part[0]]
+        effect = entry.module.effect(x, host, weight_matrix(host, part), bare)  # type: ignore[union-attr]
+        effect = weighted(weight, effect)
+        if part is None:
+            return total + effect
+        return replaced(total, part, axis, lambda own: own + effect)
+
+    def _applied(self, entry: Entry, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
+        module, part = entry.module, entry.part
+        side = None
+        if module.needs is not None:
+            side = self.side(entry, y.shape[0])
+            if side is None:
+                return total
+        own = y if part is None else y.chunk(part[1], dim=entry.axis)[part[0]]
+        new = module(own, self.x, side)  # type: ignore[operator]
+        if total is y and not isinstance(weight, Tensor) and weight == 1.0:
+            return new if part is None else replaced(y, part, entry.axis, lambda _: new)
+        effect = weighted(weight, new - own)
+        if part is None:
+            return total + effect
+        return replaced(total, part, entry.axis, lambda of_total: of_total + effect)
 
 
-def _replaced(
+def _rows(x: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def replaced(
     y: Tensor, part: tuple[int, int], axis: int, change: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """``y`` with one part of its features changed."""
     pieces = list(y.chunk(part[1], dim=axis))
     pieces[part[0]] = change(pieces[part[0]])
     return torch.cat(pieces, dim=axis)
+
+
+def _named_now(state: State, name: str) -> bool:
+    """Whether a compiled call's composition speaks of ``name``; only here is a graph bound to it:
+    nothing can be computed without its side input."""
+    composition = state.context.mirrored
+    return composition is not None and name in composition.names()
+
+
+def _shifted(site: Site, composition: Expression, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The site's arguments with what modules add to its residual input."""
+    state = site.state
+
+    def f(args: tuple, kwargs: dict) -> Tensor:
+        return tensor_of(site.forward(site.host, *args, **kwargs))
+
+    def fold(step: Step, e: Tensor) -> Tensor:
+        def one(name: str, base: Tensor, total: Tensor, weight: Weight) -> Tensor:
+            for entry in state.named.get(name, ()):
+                if entry.residual:
+                    new = step(lambda y, r, own=entry: _in_residual(own, y, r), base)
+                    if total is base and not isinstance(weight, Tensor) and weight == 1.0:
+                        total = new
+                    else:
+                        total = total + weighted(weight, new - base)
+            return total
+
+        for group in groups(state.named, composition, stacks=False):
+            new = group.expression.apply(one, e)
+            if group.rows is None or new is e:
+                e = new
+            else:  # every example has been through it; those of the group keep what came of it
+                rows = group.index(e, max(1, e.shape[0] // len(composition.rows)))  # type: ignore[attr-defined]
+                e = e.index_copy(0, rows, new[rows])
+        return e
+
+    def _in_residual(entry: Entry, y: Tensor, r: Tensor) -> Tensor:
+        at = At(site, state.named, r)
+        module = entry.module
+        assert isinstance(module, FunctionComposition)  # noqa: S101
+        side = None if module.needs is None else at.side(entry, y.shape[0])
+        if entry.part is None:
+            return module(y, r, side)
+        return replaced(y, entry.part, entry.axis, lambda own: module(own, r, side))
+
+    return shifted(f, args, kwargs, fold, state.path)
 
 
 def _attended(state: State) -> int:

@@ -55,6 +55,12 @@ class Computation(nn.Module):
         return None
 
     @property
+    def stacks(self) -> bool:
+        """Whether many of one shape run as one over stacked tensors, one for each example of a
+        batch, and each still costs what it is: a dense Δ for each would be a weight for each."""
+        return False
+
+    @property
     def acts(self) -> Computation:
         """The computation that acts at the sites: itself, or what a method over others wraps."""
         return self
@@ -156,8 +162,17 @@ class ParameterComposition(Computation):
         """f(x; θ + Δ) by the layer's own f, where that is all it takes; None where it is not."""
         return None
 
-    def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
-        """f(x; θ + Δ) − f(x; θ): for a layer linear in its weight, f at Δ and the bias's Δ."""
+    def effect(
+        self, x: Tensor, layer: nn.Module, weight: Tensor, y: Tensor | None = None
+    ) -> Tensor:
+        """f(x; θ + Δ) − f(x; θ): for a layer linear in its weight, f at Δ and the bias's Δ.
+
+        Args:
+            x: ``[B, …, in]``, the layer's input.
+            layer: the site.
+            weight: its own, or the rows of one part of it.
+            y: f(x; θ) ``[B, …, out]``, where it is known.
+        """
         return linear_map(layer, x, self.delta(weight), self.bias_delta(None))
 
 
@@ -173,6 +188,10 @@ class FunctionComposition(Computation):
                 f"{self.needs!r} cannot be told from a step's; make it with batch_first=True"
             )
         return super().at(site)
+
+    @property
+    def stacks(self) -> bool:  # noqa: D102
+        return self.needs is None
 
     @abstractmethod
     def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:

@@ -78,3 +78,8 @@ def _reading(name: str) -> property:
         return lender.read(key)
 
     return property(read)
+
+
+def borrows(module: nn.Module) -> bool:
+    """Whether tensors of ``module``, or of a part of it, are another's."""
+    return any(_LENT in part.__dict__ for part in module.modules())

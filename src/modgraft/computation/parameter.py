@@ -124,7 +124,13 @@ class LoRA(ParameterComposition):
     def factors(self) -> tuple[Tensor, Tensor, float] | None:  # noqa: D102
         return None if self.dora else (self.B, self.A, self.scale)
 
-    def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
+    @property
+    def stacks(self) -> bool:  # noqa: D102
+        return not self.dora and not (self.dropout and self.training)
+
+    def effect(
+        self, x: Tensor, layer: nn.Module, weight: Tensor, y: Tensor | None = None
+    ) -> Tensor:
         """s·B(Ax) (+ b), in factors: [B, n, in] → [B, n, r] → [B, n, out]; DoRA: f at Δ."""
         if not isinstance(layer, nn.Embedding):  # there x is ids
             x = F.dropout(x, self.dropout, self.training)

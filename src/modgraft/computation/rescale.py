@@ -83,12 +83,19 @@ class Rescale(ParameterComposition):
         y = f(x)
         return (y * self.phi).to(y.dtype)  # under autocast y is in half precision, φ is not
 
-    def effect(self, x: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
+    @property
+    def stacks(self) -> bool:  # noqa: D102
+        return True
+
+    def effect(
+        self, x: Tensor, layer: nn.Module, weight: Tensor, y: Tensor | None = None
+    ) -> Tensor:
         """(φ − 1) ⊙ f(x), or W((φ − 1) ⊙ x): one product with W, and no second W is made."""
         change = self.phi - 1
         if self.where == "input":
             return linear_map(layer, x * over_output(layer, change), weight)
-        y, bias = linear_map(layer, x, weight), bias_vector(layer, self._part)
-        whole = y if bias is None else y + over_output(layer, bias)
-        made = over_output(layer, change) * whole
+        if y is None:
+            y, bias = linear_map(layer, x, weight), bias_vector(layer, self._part)
+            y = y if bias is None else y + over_output(layer, bias)
+        made = over_output(layer, change) * y
         return made.to(y.dtype)  # under autocast y is in half precision, φ is not

@@ -1,0 +1,7 @@
+"""x."""
+
+
+class Mixed:
+    """x."""
+
+    def run(self, *a): ...

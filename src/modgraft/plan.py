@@ -1,0 +1,198 @@
+"""What a composition comes to at one site, worked out once and kept.
+
+A site runs groups: the examples of each of a batch's compositions, or all of them, with the modules
+that act on them there. Modules of one kind and shape, one for each example, become one group over
+stacked tensors; a composition of parameter modules alone becomes changes of the layer's weight.
+What is planned follows the modules used, not the modules resident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from modgraft.changed import Change, Merged
+from modgraft.computation.base import Computation, ParameterComposition
+from modgraft.computation.borrow import borrows
+from modgraft.examples import Each
+from modgraft.expression import Chain, Expression, chain
+from modgraft.stacked import Stacked, stackable
+
+
+@dataclass
+class Entry:
+    """One module at one site."""
+
+    name: str
+    module: Computation | Stacked
+    part: tuple[int, int] | None
+    residual: bool = False
+    parameter: str | None = None
+    axis: int = -1  # of the output's features
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether it is f at θ + Δ."""
+        return isinstance(self.module, ParameterComposition) or (
+            isinstance(self.module, Stacked) and self.module.of_weights
+        )
+
+
+@dataclass
+class Group:
+    """Examples of a batch that one composition acts on, or one of its shape.
+
+    Attributes:
+        rows: which examples, None for all.
+        expression: what acts on them here.
+        entries: by the name in the expression.
+        changes: what of it comes first and is a change of weights.
+        rest: what comes after that.
+        merged: the weight with those changes, once it has been made.
+    """
+
+    rows: list[int] | None
+    expression: Expression
+    entries: dict[str, list[Entry]]
+    changes: list[Change] = field(default_factory=list)
+    rest: Expression | None = None
+    merged: Merged | None = None
+
+    def __post_init__(self) -> None:
+        first, self.rest = _weights_first(self.expression, self.entries)
+        self.changes = [
+            Change(entry.module, weight, entry.part, entry.parameter)  # type: ignore[arg-type]
+            for name, weight in ({} if first is None else first.weights()).items()
+            if weight != 0.0
+            for entry in self.entries[name]
+        ]
+        if self.rows is None and not any(borrows(change.module) for change in self.changes):
+            self.merged = Merged()
+
+    def index(self, like: Tensor, times: int) -> Tensor:
+        """The rows in ``like``, where each example has ``times`` of them, side by side."""
+        assert self.rows is not None  # noqa: S101
+        rows = torch.tensor(self.rows, device=like.device)
+        if times == 1:
+            return rows
+        return (rows[:, None] * times + torch.arange(times, device=like.device)).flatten()
+
+
+def groups(
+    entries: Mapping[str, list[Entry]], composition: Expression, stacks: bool
+) -> list[Group]:
+    """What ``composition`` comes to where ``entries`` are.
+
+    Args:
+        entries: of the site, by name.
+        composition: for the whole batch, or one for each example.
+        stacks: whether modules of one shape may become one over stacked tensors.
+    """
+
+    def here(name: str) -> str | None:
+        return name if name in entries else None
+
+    if not isinstance(composition, Each):
+        own = composition.mapped(here)
+        return [] if own is None else [Group(None, own, _used(own, entries))]
+    found: list[Group] = []
+    alike: dict[object, list[tuple[Expression, list[int]]]] = {}
+    for whole, rows in composition.different.items():
+        own = None if whole is None else whole.mapped(here)
+        if own is not None:
+            alike.setdefault(_shape(own, entries) if stacks else own, []).append((own, rows))
+    for key, some in alike.items():
+        rows = [i for _, own_rows in some for i in own_rows]
+        every = sorted(rows) == list(range(len(composition.rows)))
+        if len({own for own, _ in some}) == 1:
+            own = some[0][0]
+            found.append(Group(None if every else rows, own, _used(own, entries)))
+        elif key is None:  # some of it cannot be stacked
+            for own, own_rows in _by_expression(some):
+                found.append(Group(own_rows, own, _used(own, entries)))
+        else:
+            found.append(_stacked(some, entries, every))
+    return found
+
+
+def _used(expression: Expression, entries: Mapping[str, list[Entry]]) -> dict[str, list[Entry]]:
+    """The entries that ``expression`` speaks of, and those that they are made of."""
+    used: dict[str, list[Entry]] = {}
+    for name in expression.names():
+        used[name] = entries[name]
+        for entry in entries[name]:
+            for member in getattr(entry.module, "members", ()):
+                if member in entries:
+                    used.setdefault(member, entries[member])
+    return used
+
+
+def _by_expression(
+    some: Sequence[tuple[Expression, list[int]]],
+) -> list[tuple[Expression, list[int]]]:
+    found: dict[Expression, list[int]] = {}
+    for own, rows in some:
+        found.setdefault(own, []).extend(rows)
+    return list(found.items())
+
+
+def _shape(expression: Expression, entries: Mapping[str, list[Entry]]) -> object:
+    """What expressions that can be stacked have in common, None for one that cannot be."""
+    slots = {name: f"s{i}" for i, name in enumerate(expression.names())}
+    kinds = []
+    for name in slots:
+        for entry in entries[name]:
+            if entry.residual or entry.parameter is not None:
+                return None
+            kind = stackable(entry.module)  # type: ignore[arg-type]
+            if kind is None:
+                return None
+            kinds.append((slots[name], kind, entry.part))
+    return expression.mapped(lambda name: slots[name]), tuple(kinds)
+
+
+def _stacked(
+    some: Sequence[tuple[Expression, list[int]]], entries: Mapping[str, list[Entry]], every: bool
+) -> Group:
+    """One group of expressions of one shape: each slot holds the modules of all of them."""
+    owner = {i: own for own, rows in some for i in rows}
+    order = sorted(owner)
+    of_row = [owner[i].names() for i in order]  # the modules of each example, by slot
+    slots: dict[str, list[Entry]] = {}
+    for s in range(len(of_row[0])):
+        first = entries[of_row[0][s]]
+        slots[f"s{s}"] = [
+            replace(entry, module=Stacked([entries[names[s]][k].module for names in of_row]))  # type: ignore[misc]
+            for k, entry in enumerate(first)
+        ]
+    names = {name: f"s{i}" for i, name in enumerate(some[0][0].names())}
+    expression = some[0][0].mapped(lambda name: names[name])
+    assert expression is not None  # noqa: S101
+    return Group(None if every else order, expression, slots)
+
+
+def _weights_first(
+    expression: Expression, entries: Mapping[str, list[Entry]]
+) -> tuple[Expression | None, Expression | None]:
+    """A first part of nothing but changes of weights by numbers, and what comes after it."""
+
+    def simple(part: Expression) -> bool:
+        return all(
+            isinstance(e.module, ParameterComposition) and not e.residual
+            for name in part.names()
+            for e in entries[name]
+        ) and not any(isinstance(w, Tensor) for w in part.weights().values())
+
+    if simple(expression):
+        return expression, None
+    if type(expression) is not Chain:
+        return None, expression
+    count = 0
+    for part in expression.parts:
+        if not simple(part):
+            break
+        count += 1
+    return chain(*expression.parts[:count]), chain(*expression.parts[count:])

@@ -1,0 +1,132 @@
+"""Many modules of one kind and shape as one, over stacked tensors: one for each example.
+
+The tensors of the modules that are used lie in ``[N, …]``, an index picks each example's, and the
+module's own computation runs over the examples (``torch.vmap``); a change of low rank is two
+batched products. Without gradients the picked tensors are kept until one of them changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.computation.base import Computation, ParameterComposition
+from modgraft.computation.borrow import borrows
+
+
+def stackable(module: Computation) -> object:
+    """What modules that can be stacked have in common, None for one that cannot be."""
+    if not module.stacks or borrows(module):
+        return None
+    shapes = tuple((k, tuple(t.shape), t.dtype) for k, t in _tensors(module).items())
+    return type(module), str(module.config()), shapes
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+class Stacked:
+    """The modules of a batch, one for each example, as one.
+
+    Args:
+        each: the module of every example, in order; one may serve several.
+    """
+
+    def __init__(self, each: Sequence[Computation]) -> None:
+        self.like = each[0]
+        self.different = list(dict.fromkeys(each))
+        place = {module: i for i, module in enumerate(self.different)}
+        self.pick = [place[module] for module in each]
+        self.all = self.pick == list(range(len(self.different)))
+        self.of_weights = isinstance(self.like, ParameterComposition)
+        self.needs = self.like.needs
+        self._kept: dict[str, tuple[list[int], dict[str, Tensor]]] = {}
+        self._own: list[Tensor] = [t for m in self.different for t in _tensors(m).values()]
+
+    # -- tensors ----------------------------------------------------------------------------------
+
+    def _picked(self, kind: str, times: int) -> dict[str, Tensor]:
+        """The tensors ``[g, …]`` of each example, each repeated ``times``."""
+        tracks = torch.is_grad_enabled() and any(t.requires_grad for t in self._own)
+        versions = [t._version for t in self._own]
+        key = f"{kind}{times}"
+        if not tracks and key in self._kept and self._kept[key][0] == versions:
+            return self._kept[key][1]
+        made = self._factors() if kind == "factors" else self._state()
+        pick = self.pick if times == 1 else [i for i in self.pick for _ in range(times)]
+        if times > 1 or not self.all:
+            made = {name: value[pick] for name, value in made.items()}
+        if not tracks:
+            self._kept[key] = versions, made
+        return made
+
+    def _state(self) -> dict[str, Tensor]:
+        own = [_tensors(m) for m in self.different]
+        return {key: torch.stack([tensors[key] for tensors in own]) for key in own[0]}
+
+    def _factors(self) -> dict[str, Tensor]:
+        parts = [m.factors() for m in self.different]  # type: ignore[attr-defined]
+        made = {
+            "B": torch.stack([s * B for B, _, s in parts]).mT.contiguous(),  # [N, r, out]
+            "A": torch.stack([A for _, A, _ in parts]).mT,  # [N, in, r]
+        }
+        bias = [m.bias_delta(None) for m in self.different]  # type: ignore[attr-defined]
+        if bias[0] is not None:
+            made["b"] = torch.stack(bias)
+        return made
+
+    # -- computing --------------------------------------------------------------------------------
+
+    def effect(self, x: Tensor, layer: nn.Module, weight: Tensor, y: Tensor) -> Tensor:
+        """Of each example's change of weights on its row of ``x`` ``[g, …, in]``."""
+        times = x.shape[0] // len(self.pick)
+        factors = self.like.factors() is not None  # type: ignore[attr-defined]
+        if not factors or (not isinstance(layer, nn.Linear) and type(layer).__name__ != "Conv1D"):
+            return self._mapped("effect", (x, y), times, layer, weight)
+        own = self._picked("factors", times)
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])  # [g, n, in]
+        effect = torch.bmm(torch.bmm(rows, own["A"]), own["B"])  # [g, n, r] → [g, n, out]
+        if "b" in own:
+            effect = effect + own["b"][:, None]
+        return effect.view(*x.shape[:-1], effect.shape[-1])
+
+    def __call__(self, y: Tensor, x: Tensor | None, side: Any) -> Tensor:
+        """Each example's function of its row of ``y`` ``[g, …]`` (and of ``x`` and ``side``)."""
+        times = y.shape[0] // len(self.pick)
+        return self._mapped("forward", (y, x, side), times)
+
+    def _mapped(self, kind: str, given: tuple, times: int, *fixed: Any) -> Tensor:
+        own = self._picked("state", times)
+
+        def one(tensors: dict[str, Tensor], *rows: Any) -> Tensor:
+            module = _with(self.like, tensors)
+            rows = tuple(None if row is None else row[None] for row in rows)
+            if kind == "effect":
+                x, y = rows
+                return module.effect(x, *fixed, y)[0]  # type: ignore[operator]
+            return module(*rows)[0]
+
+        dims = (0, *(None if value is None else 0 for value in given))
+        return torch.vmap(one, in_dims=dims)(own, *given)
+
+
+def _with(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """A twin of ``module`` that has these tensors, and shares everything else."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    own = {name: value for name, value in tensors.items() if "." not in name}
+    twin.__dict__["_parameters"] = {k: own.get(k, v) for k, v in module._parameters.items()}
+    twin.__dict__["_buffers"] = {k: own.get(k, v) for k, v in module._buffers.items()}
+    inner: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        child, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(child, {})[rest] = value
+    if inner:
+        children = {name: _with(module._modules[name], of) for name, of in inner.items()}  # type: ignore[arg-type]
+        twin.__dict__["_modules"] = {**module._modules, **children}
+    return twin
