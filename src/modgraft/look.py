@@ -21,6 +21,7 @@ from modgraft.anatomy import family_of
 from modgraft.computation.base import Computation
 from modgraft.computation.layers import weight_matrix
 from modgraft.errors import SiteError
+from modgraft.expression import Weight
 from modgraft.sites import WEIGHTED, Site, find, weight_labels
 
 if TYPE_CHECKING:

@@ -62,6 +62,8 @@ class Group:
     merged: Merged | None = None
 
     def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():  # its weights are tensors: nothing comes first
+            return
         first, self.rest = _weights_first(self.expression, self.entries)
         self.changes = [
             Change(entry.module, weight, entry.part, entry.parameter)  # type: ignore[arg-type]

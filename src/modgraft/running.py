@@ -27,7 +27,6 @@ from modgraft.errors import CompositionError, ModgraftError
 from modgraft.examples import Each
 from modgraft.expression import Expression, Weight, weighted
 from modgraft.inlet import active_inputs, call_with_tokens, missing_side
-from modgraft.mixing import Mixed
 from modgraft.plan import Entry, Group, groups
 from modgraft.replaced import run as run_changed
 from modgraft.residual import Step, shifted
@@ -242,9 +241,7 @@ class At:
             if entry.residual or entry.parameter is not None:
                 continue
             module = entry.module
-            if isinstance(module, Mixed):
-                total = module.run(self, y, total, weight)
-            elif entry.changes_weight:
+            if entry.changes_weight:
                 total = self._changed(entry, total, weight)
             elif isinstance(module, FunctionComposition | Stacked):
                 total = self._applied(entry, y, total, weight)

@@ -1,7 +1,0 @@
-"""x."""
-
-
-class Mixed:
-    """x."""
-
-    def run(self, *a): ...
