@@ -15,32 +15,26 @@ from torch import nn
 from modgraft import expression as ex
 from modgraft.attention import serve
 from modgraft.changed import Change
+from modgraft.composing import Composition, Compositions, Reader, check_batch
 from modgraft.computation.base import (
     Computation,
-    InputComposition,
     ParameterComposition,
     TokenComposition,
 )
 from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
-from modgraft.examples import Each, Weighted
+from modgraft.examples import Weighted
 from modgraft.fastpath import leave_fast_path, take_fast_path
 from modgraft.handle import Implant, check_learns, check_name, learner
 from modgraft.implant import foreign, graft, prune, pruned
-from modgraft.inlet import check_inputs, missing_side
+from modgraft.inlet import missing_side
 from modgraft.reading import parse
 from modgraft.recompute import forget, remember
 from modgraft.replaced import new_weights, write
 from modgraft.sites import At, Site, find
-from modgraft.tensors import first_tensor
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
-
-Composition = str | ex.Composable | None
-Compositions = Composition | Sequence[Composition]  # one for each example
-
-READ = 256  # how many compositions a host remembers how it read
 
 
 class Host(nn.Module):
@@ -66,7 +60,7 @@ class Host(nn.Module):
         self.model = model
         self.implants = nn.ModuleDict()
         self._context = Context()
-        self._known: dict[Any, ex.Expression | None] = {}
+        self._reader = Reader(self._context, self._acts)
         # blocks that recompute their forward in backward, where the call has long returned
         self._recomputing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         leave_fast_path(model)
@@ -142,7 +136,7 @@ class Host(nn.Module):
             self._context.resident(own, _device(self.model))
         implant.train(self.training)
         self.implants[name] = implant
-        self._known.clear()
+        self._reader.forget()
         now = self._context.composition
         self._context.switch(ex.chain(now, ex.Name(implant.names[0])) if active else now)
         return implant
@@ -155,7 +149,7 @@ class Host(nn.Module):
                 prune(module, own)
             self._context.gone(own)
         del self.implants[name]
-        self._known.clear()
+        self._reader.forget()
         self._context.switch(ex.without(self._context.composition, name))
 
     def __getitem__(self, name: str) -> Implant:
@@ -185,59 +179,14 @@ class Host(nn.Module):
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
         """
-        self._context.switch(self._read(composition))
+        self._context.switch(self._reader.read(composition))
 
     @contextmanager
     def using(self, composition: Compositions) -> Iterator[Self]:
         """A composition in force for the calls in a ``with`` block, in this thread or task."""
-        call = self._context.with_side(composition=self._read(composition))
+        call = self._context.with_side(composition=self._reader.read(composition))
         with self._context.call(call):
             yield self
-
-    def _read(self, composition: Compositions) -> ex.Expression | None:
-        """The expression that is meant, the same object for the same composition."""
-        if composition is None or isinstance(composition, Weighted):
-            return None if composition is None else self._checked(composition)
-        several = isinstance(composition, list | tuple)
-        key = tuple(composition) if several else composition
-        if not isinstance(composition, list | tuple | str | ex.Composable):
-            raise CompositionError(
-                f"a composition is a text or an expression of handles, as 'fr >> qa', or a list of "
-                f"them, one for each example; not {composition!r}"
-            )
-        if key in self._known:
-            return self._known[key]
-        if several:
-            if not composition:
-                raise CompositionError("modules=[]: one composition for each example of the batch")
-            rows = tuple(self._read(one) for one in composition)
-            if nested := [row for row in rows if isinstance(row, Each | Weighted)]:
-                raise CompositionError(
-                    f"{nested[0]} is for a whole batch; a list has one composition an example"
-                )
-            read: ex.Expression = Each(rows)
-        elif isinstance(composition, Each):
-            read = Each(tuple(self._read(row) for row in composition.rows))
-        elif isinstance(composition, str):
-            read = self._checked(parse(composition, self._context.weights))
-        else:
-            assert isinstance(composition, ex.Composable)  # noqa: S101
-            read = self._checked(parse(str(composition.expression()), self._context.weights))
-        if len(self._known) >= READ:
-            del self._known[next(iter(self._known))]
-        self._known[key] = read
-        return read
-
-    def _checked(self, read: ex.Expression) -> ex.Expression:
-        """``read`` itself, if it means something here."""
-        names = read.names()
-        for name in names:
-            if name not in self._context.weights:
-                parse(name, self._context.weights)  # raises with the nearest name
-        inputs = {n for n in names if isinstance(self._acts(n), InputComposition)}
-        if inputs or "concat" in str(read):
-            check_inputs(read, inputs)
-        return read
 
     def _acts(self, name: str) -> Computation:
         """The computation, without parameters, that ``name`` in a composition speaks of."""
@@ -271,7 +220,7 @@ class Host(nn.Module):
             self._context.traced = before
             return out
         remember(self._recomputing, self._context)
-        self._check_batch(call, args, kwargs)
+        check_batch(call.composition, args, kwargs)
         with self._context.call(call):
             return self.model(*args, **kwargs)
 
@@ -284,7 +233,7 @@ class Host(nn.Module):
     ) -> Any:
         """The model's ``generate``: greedy, sampled or beam; side inputs follow the beams."""
         call = self._call(side, modules, generating=True)
-        self._check_batch(call, args, kwargs)
+        check_batch(call.composition, args, kwargs)
         with self._context.call(call):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -303,7 +252,7 @@ class Host(nn.Module):
                 )
             return Call(None if modules is ... else modules, side or {}, generating)
         now = self._context.current()
-        composition = now.composition if modules is ... else self._read(modules)
+        composition = now.composition if modules is ... else self._reader.read(modules)
         given = {**now.side, **{n: self._placed(n, s) for n, s in (side or {}).items()}}
         for name in () if composition is None else composition.names():
             needs = self._acts(name).needs
@@ -315,22 +264,6 @@ class Host(nn.Module):
     def _weighs(composition: ex.Expression | None, name: str) -> bool:
         weight = 0.0 if composition is None else composition.weights()[name]
         return isinstance(weight, torch.Tensor) or weight != 0.0
-
-    def _check_batch(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Refuse compositions, one for each example, for another number of examples."""
-        match call.composition:
-            case Each(rows):
-                have = len(rows)
-            case Weighted(tensor=tensor):
-                have = tensor.shape[0]
-            case _:
-                return
-        batch = first_tensor(args, kwargs)
-        if batch is not None and batch.dim() and batch.shape[0] != have:
-            raise CompositionError(
-                f"{call.composition.__class__.__name__} gives {have} compositions for a batch of "
-                f"{batch.shape[0]} examples; pass one for each"
-            )
 
     def _placed(self, name: str, side: Side) -> Side:
         if not isinstance(side, Side):
@@ -403,7 +336,7 @@ class Host(nn.Module):
             ModgraftError: if its merge would not be exact: a module in it is no change of weights,
                 or changes a weight that another layer shares.
         """
-        read = self.composition if composition is ... else self._read(composition)
+        read = self.composition if composition is ... else self._reader.read(composition)
         weights = {} if read is None else read.weights()
         for name in weights:
             method = self._acts(name)
