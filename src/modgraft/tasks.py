@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from modgraft.computation.hyper import HyperNetwork
@@ -61,7 +60,7 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     own, context = implant.names[-1], host._context
     for site, (_, place) in zip(sites, implant.acting(own), strict=True):
         graft(site, own, place, context)
-    switch = next(iter(context.weights.values()))
-    context.weights[own] = torch.zeros_like(switch)
+    host._reader.forget()
+    context.resident(own, next(iter(context.weights.values())).device)
     context.switch(context.composition)
     return new
