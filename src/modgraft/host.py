@@ -18,6 +18,7 @@ from modgraft.changed import Change
 from modgraft.composing import Composition, Compositions, Reader, check_batch
 from modgraft.computation.base import (
     Computation,
+    InputComposition,
     ParameterComposition,
     TokenComposition,
 )
