@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from modgraft.aggregation.base import Aggregation
+    from modgraft.aggregation.representation import Average, Fuse, Sequential
     from modgraft.computation.base import (
         Computation,
         FunctionComposition,
@@ -33,8 +35,13 @@ if TYPE_CHECKING:
     from modgraft.computation.sparse import SparseDelta, SparseSubnetwork, Supermask
     from modgraft.context import Side
     from modgraft.errors import ModgraftError
+    from modgraft.examples import Each, Weighted
     from modgraft.export import own_module
     from modgraft.host import Host, Implant
+    from modgraft.mixture import Mixture
+    from modgraft.routing.base import Router
+    from modgraft.routing.fixed import Fixed
+    from modgraft.routing.learned import NoisyTopK, SkillMatrix, Soft, Threshold, Top1, TopK
     from modgraft.sites import Site
     from modgraft.tasks import add_task
     from modgraft.training.lottery import magnitude_pruning, sparse_finetuning
@@ -44,10 +51,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Aggregation",
+    "Average",
     "Compacter",
     "Computation",
     "ConvAdapter",
+    "Each",
+    "Fixed",
     "FunctionComposition",
+    "Fuse",
     "GatedFusion",
     "Host",
     "HyperNetwork",
@@ -58,20 +70,30 @@ __all__ = [
     "KeyValueComposition",
     "LinearMap",
     "LoRA",
+    "Mixture",
     "ModgraftError",
+    "NoisyTopK",
     "ParallelAdapter",
     "ParameterComposition",
     "Prefix",
     "Prompt",
     "Rescale",
+    "Router",
+    "Sequential",
     "Shared",
     "Side",
     "Site",
+    "SkillMatrix",
+    "Soft",
     "SoftPrompt",
     "SparseDelta",
     "SparseSubnetwork",
     "Supermask",
+    "Threshold",
     "TokenComposition",
+    "Top1",
+    "TopK",
+    "Weighted",
     "add_task",
     "fold_prefix",
     "magnitude_pruning",
@@ -81,6 +103,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "aggregation.base": ("Aggregation",),
+    "aggregation.representation": ("Average", "Fuse", "Sequential"),
+    "examples": ("Each", "Weighted"),
+    "mixture": ("Mixture",),
+    "routing.base": ("Router",),
+    "routing.fixed": ("Fixed",),
+    "routing.learned": ("NoisyTopK", "SkillMatrix", "Soft", "Threshold", "Top1", "TopK"),
     "computation.base": (
         "Computation",
         "FunctionComposition",

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from modgraft.computation.base import Computation, KeyValueComposition
 from modgraft.errors import CompositionError, ModgraftError
 from modgraft.examples import Each
-from modgraft.expression import Expression
+from modgraft.expression import Expression, weighted
 from modgraft.inlet import fold, missing_side
+from modgraft.mixture import Routed
 from modgraft.plan import Entry
 from modgraft.running import STATE, State
 
@@ -140,15 +141,29 @@ def _before(state: State, key: Tensor) -> Before | None:
         ]
         return Before(names, *_joined(made), seen=torch.cat(seen))
     composition = state.context.current().composition
-    if composition is None or not any(name in entries for name in composition.names()):
+    if composition is None:
+        return None
+    mixed = {
+        entry.name: entry.module
+        for some in state.named.values()
+        for entry in some
+        if isinstance(entry.module, Routed) and any(m in entries for m in entry.module.members)
+    }
+    if not any(name in entries or name in mixed for name in composition.names()):
         return None
 
+    def one(name: str, rows: Tensor | None) -> list[KeysValues]:
+        if name in entries:
+            return [_keys_values(entries[name], state, key, batch, rows)]
+        if name not in mixed:
+            return []
+        each = [one(member, rows) for member in mixed[name].members]
+        weights = mixed[name].weights(state.context.current(), key, rows)
+        pairs = [(w, own[0]) for w, own in zip(weights, each, strict=True) if own]
+        return _weighted_mean(name, pairs)
+
     def of(expression: Expression, rows: Tensor | None) -> list[KeysValues]:
-        return fold(
-            expression,
-            lambda n: [_keys_values(entries[n], state, key, batch, rows)] if n in entries else [],
-            partial(_mean, expression),
-        )
+        return fold(expression, lambda name: one(name, rows), partial(_mean, expression))
 
     if not isinstance(composition, Each):
         made = of(composition, None)
@@ -194,6 +209,18 @@ def _mean(expression: Expression, several: list[KeysValues]) -> KeysValues:
         )
     keys, values = zip(*several, strict=True)
     return torch.stack(keys).mean(0), torch.stack(values).mean(0)
+
+
+def _weighted_mean(name: str, several: list[tuple[Tensor, KeysValues]]) -> list[KeysValues]:
+    """Σ α_j (K_j, V_j) of a mixture, α_j a number or ``[B]``."""
+    lengths = [keys.shape[2] for _, (keys, _) in several]
+    if len(set(lengths)) > 1:
+        raise CompositionError(
+            f"{name!r} mixes prefixes of {', '.join(map(str, lengths))} keys; their mean is of as "
+            f"many each"
+        )
+    both = [sum(weighted(w, own[k]) for w, own in several) for k in (0, 1)]
+    return [(both[0], both[1])] if several else []  # type: ignore[list-item]
 
 
 def _keys_values(

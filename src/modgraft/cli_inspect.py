@@ -151,6 +151,7 @@ def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]
 
 def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
     """A saved module's card, its size, and whether it is of this host."""
+    from modgraft.computation.base import Computation
     from modgraft.errors import SiteError, UnknownNameError
     from modgraft.look import brief
     from modgraft.sites import find
@@ -168,7 +169,8 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
         except SiteError:
             absent.append(path)
     try:
-        method = brief(understood({"type": card["type"], "config": card["config"]}, folder))
+        said = {"type": card["type"], "config": card["config"]}
+        method = brief(understood(said, folder, Computation))
     except UnknownNameError:  # the user's own: it is known where its file has been imported
         method = f"{card['type']}(…)"
     return {

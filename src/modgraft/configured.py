@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Self, dataclass_transform
+from typing import Any, Self, TypeVar, dataclass_transform
 
 from torch import nn
+
+from modgraft.errors import UnknownNameError
+
+REGISTRY: dict[str, type[Configured]] = {}
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(field,))
@@ -15,10 +19,12 @@ class Configured(nn.Module):
     What is saved is derived from them: ``type(self)(**self.config())`` is a fresh equal.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Make a dataclass of the subclass."""
+    def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
+        """Make a dataclass of the subclass, and remember it by name."""
         super().__init_subclass__(**kwargs)
-        dataclass(eq=False, repr=False)(cls)
+        if registered:  # else it stands in for a class that is
+            dataclass(eq=False, repr=False)(cls)
+            REGISTRY[cls.__name__] = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """An ``nn.Module`` before any field is assigned, which a dataclass does not see to."""
@@ -27,8 +33,32 @@ class Configured(nn.Module):
         return self
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """The constructor's arguments; ``type(self)(**self.config())`` is a fresh equal."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:  # noqa: D102
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+
+
+C = TypeVar("C", bound=Configured)
+
+
+def resolve(name: str, kind: type[C]) -> type[C]:
+    """The class called ``name``, of a kind: a computation, a router; built in or the user's own.
+
+    Raises:
+        UnknownNameError: if no such class has been defined.
+    """
+    found = REGISTRY.get(name)
+    if found is not None and issubclass(found, kind):
+        return found
+    known = sorted(n for n, each in REGISTRY.items() if issubclass(each, kind) and final(each))
+    raise UnknownNameError(
+        f"no {kind.__name__.lower()} {name!r}; known: {', '.join(known)}. "
+        f"If it is your own class, import the file that defines it first"
+    )
+
+
+def final(kind: type[Configured]) -> bool:
+    """Whether it can be made, and is no base of others."""
+    return not getattr(kind, "__abstractmethods__", None) and not kind.__subclasses__()

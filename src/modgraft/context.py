@@ -92,6 +92,8 @@ class Call:
     spliced: bool = False  # input modules have already put their tokens into this call
     # where they are put in inside the host: a site's path and its output → the new output
     relay: Callable[[str, Tensor], Tensor] | None = None
+    # what has been worked out once for all sites, in this call
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def side_input(self, source: str, rows: int) -> Side | None:
         """The side input named ``source`` for a site that sees ``rows`` examples, None if absent.

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from modgraft import expression as ex
 from modgraft.computation.base import Computation
 from modgraft.errors import CompositionError, ModgraftError, UnknownNameError
+from modgraft.mixture import Mixture
 from modgraft.sites import Site
+from modgraft.stats import Use
 
 
 class Implant(nn.Module, ex.Composable):
@@ -65,6 +67,21 @@ class Implant(nn.Module, ex.Composable):
                 f"{self.name!r} has no task {task!r}; compositions call it {', '.join(self.names)}"
             )
         return ex.Name(name)
+
+    def stats(self) -> list[Use]:
+        """What the routers of a mixture have chosen, a row for each of them.
+
+        Raises:
+            ModgraftError: for a module that is no mixture.
+        """
+        if not isinstance(self.method, Mixture) or self.method.router is None:
+            raise ModgraftError(f"{self.name!r} is a {type(self.method).__name__}; no router in it")
+        own = [self.places[0]] if self.method.level != "token" else list(self.places)
+        paths = [""] if self.method.level != "token" else self.paths
+        return [
+            place.tally.use(path, self.method.over)  # type: ignore[union-attr]
+            for path, place in zip(paths, own, strict=True)
+        ]
 
     def acting(self, name: str) -> list[tuple[str, Computation]]:
         """What acts under ``name``, one of :attr:`names`, by the label of the site."""

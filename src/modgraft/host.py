@@ -29,6 +29,13 @@ from modgraft.fastpath import leave_fast_path, take_fast_path
 from modgraft.handle import Implant, check_learns, check_name, learner
 from modgraft.implant import foreign, graft, prune, pruned
 from modgraft.inlet import missing_side
+from modgraft.mixing import (
+    check_unmixed,
+    mixed_sites,
+    with_example,
+    with_routing_losses,
+)
+from modgraft.mixture import EXAMPLE, ROUTINGS, Mixture
 from modgraft.reading import parse
 from modgraft.recompute import forget, remember
 from modgraft.replaced import new_weights, write
@@ -114,6 +121,10 @@ class Host(nn.Module):
                     f"{type(module).__name__} acts at the host's input; leave out at={at!r}"
                 )
             at = ""
+        elif isinstance(module, Mixture):
+            if at is not None:
+                raise ModgraftError(f"a Mixture acts where its modules do; leave out at={at!r}")
+            at = mixed_sites(self, module)
         elif at is None:
             at = module.acts.default_at
         if at is None:
@@ -145,6 +156,7 @@ class Host(nn.Module):
     def remove(self, name: str) -> None:
         """Take a module out; the host is as it was before, bit for bit."""
         names = self[name].names  # raises for an unknown one
+        check_unmixed(self, names)
         for own in names:
             for module in self.model.modules():
                 prune(module, own)
@@ -215,6 +227,7 @@ class Host(nn.Module):
             ModgraftError: if an active module's side input is missing.
         """
         call = self._call(side, modules)
+        call = with_example(self, call, args, kwargs)
         if torch.compiler.is_compiling():
             before, self._context.traced = self._context.traced, call
             out = self.model(*args, **kwargs)
@@ -223,7 +236,8 @@ class Host(nn.Module):
         remember(self._recomputing, self._context)
         check_batch(call.composition, args, kwargs)
         with self._context.call(call):
-            return self.model(*args, **kwargs)
+            out = self.model(*args, **kwargs)
+        return with_routing_losses(out, call, kwargs) if ROUTINGS in call.memo else out
 
     def generate(
         self,
@@ -234,6 +248,7 @@ class Host(nn.Module):
     ) -> Any:
         """The model's ``generate``: greedy, sampled or beam; side inputs follow the beams."""
         call = self._call(side, modules, generating=True)
+        call = with_example(self, call, args, kwargs)
         check_batch(call.composition, args, kwargs)
         with self._context.call(call):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
@@ -257,7 +272,11 @@ class Host(nn.Module):
         given = {**now.side, **{n: self._placed(n, s) for n, s in (side or {}).items()}}
         for name in () if composition is None else composition.names():
             needs = self._acts(name).needs
-            if needs is not None and needs not in given and self._weighs(composition, name):
+            if (
+                needs not in (None, EXAMPLE)
+                and needs not in given
+                and self._weighs(composition, name)
+            ):
                 raise missing_side(name, needs)
         return Call(composition, given, generating)
 

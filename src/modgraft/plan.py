@@ -19,6 +19,7 @@ from modgraft.computation.base import Computation, ParameterComposition
 from modgraft.computation.borrow import borrows
 from modgraft.examples import Each
 from modgraft.expression import Chain, Expression, chain
+from modgraft.mixture import Routed
 from modgraft.stacked import Stacked, stackable
 
 
@@ -27,7 +28,7 @@ class Entry:
     """One module at one site."""
 
     name: str
-    module: Computation | Stacked
+    module: Computation | Stacked | Routed
     part: tuple[int, int] | None
     residual: bool = False
     parameter: str | None = None
@@ -125,11 +126,20 @@ def _used(expression: Expression, entries: Mapping[str, list[Entry]]) -> dict[st
     used: dict[str, list[Entry]] = {}
     for name in expression.names():
         used[name] = entries[name]
-        for entry in entries[name]:
-            for member in getattr(entry.module, "members", ()):
-                if member in entries:
-                    used.setdefault(member, entries[member])
+        _with_members(entries[name], entries, used)
     return used
+
+
+def _with_members(
+    some: Sequence[Entry], entries: Mapping[str, list[Entry]], used: dict[str, list[Entry]]
+) -> None:
+    """Add the modules that a mixture is over, and theirs."""
+    for entry in some:
+        if isinstance(entry.module, Routed):
+            for member in entry.module.members:
+                if member in entries and member not in used:
+                    used[member] = entries[member]
+                    _with_members(entries[member], entries, used)
 
 
 def _by_expression(
@@ -147,9 +157,9 @@ def _shape(expression: Expression, entries: Mapping[str, list[Entry]]) -> object
     kinds = []
     for name in slots:
         for entry in entries[name]:
-            if entry.residual or entry.parameter is not None:
+            if entry.residual or entry.parameter or isinstance(entry.module, Routed | Stacked):
                 return None
-            kind = stackable(entry.module)  # type: ignore[arg-type]
+            kind = stackable(entry.module)
             if kind is None:
                 return None
             kinds.append((slots[name], kind, entry.part))

@@ -27,6 +27,7 @@ from modgraft.errors import CompositionError, ModgraftError
 from modgraft.examples import Each
 from modgraft.expression import Expression, Weight, weighted
 from modgraft.inlet import active_inputs, call_with_tokens, missing_side
+from modgraft.mixture import Routed
 from modgraft.plan import Entry, Group, groups
 from modgraft.replaced import run as run_changed
 from modgraft.residual import Step, shifted
@@ -241,11 +242,33 @@ class At:
             if entry.residual or entry.parameter is not None:
                 continue
             module = entry.module
-            if entry.changes_weight:
+            if isinstance(module, Routed):
+                total = module.run(self, y, total, weight)
+            elif entry.changes_weight:
                 total = self._changed(entry, total, weight)
             elif isinstance(module, FunctionComposition | Stacked):
                 total = self._applied(entry, y, total, weight)
         return total
+
+    def where(self, name: str, y: Tensor, total: Tensor, weight: Tensor) -> Tensor:
+        """The same for a weight ``[B]`` or ``[B, n]``, run on the rows where it is not 0 alone."""
+        x, bare, rows, whole = self.x, self.bare, self.rows, self.whole
+        shape = total.shape
+        if weight.dim() == 2:  # each token is an example of one token
+            y, total = y.reshape(-1, 1, y.shape[-1]), total.reshape(-1, 1, shape[-1])
+            x = None if x is None else x.reshape(-1, 1, x.shape[-1])
+            bare = None if bare is None else bare.reshape(-1, 1, bare.shape[-1])
+            rows, whole, weight = None, None, weight.reshape(-1)
+        chosen = weight.detach().nonzero()[:, 0]
+        if len(chosen) == len(weight):
+            some = At(self.site, self.entries, x, rows, bare, whole)
+            return some(name, y, total, weight).view(shape)
+        if whole is None and len(shape) > 0 and weight.shape[0] == shape[0]:
+            whole = shape[0]
+        picked = chosen if rows is None else rows[chosen]
+        some = At(self.site, self.entries, _rows(x, chosen), picked, _rows(bare, chosen), whole)
+        new = some(name, y[chosen], total[chosen], weight[chosen])
+        return total.index_copy(0, chosen, new).view(shape)
 
     def side(self, entry: Entry, rows: int) -> Any:
         """The side input of a module."""

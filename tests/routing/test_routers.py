@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from modgraft.configured import resolve
 from modgraft.errors import ModgraftError
 from modgraft.routing import losses
-from modgraft.routing.base import resolve
+from modgraft.routing.base import Router
 from modgraft.routing.fixed import Fixed
 from modgraft.routing.learned import NoisyTopK, SkillMatrix, Soft, Threshold, Top1, TopK
 
@@ -250,7 +251,7 @@ def test_balance_losses_prevent_the_collapse_that_happens_without_them() -> None
         (lambda: Threshold(1.0), r"in \[0, 1\)"),
         (lambda: SkillMatrix(level="token"), "routes tasks"),
         (lambda: Fixed(level="token"), "given set"),
-        (lambda: resolve("Topp"), "known: Fixed, NoisyTopK"),
+        (lambda: resolve("Topp", Router), "known: Fixed, NoisyTopK"),
     ],
 )
 def test_options_that_mean_nothing(make, message: str) -> None:

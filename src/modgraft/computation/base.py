@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self, dataclass_transform
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
 from modgraft.computation.layers import check_features, check_weight, linear_map
+from modgraft.configured import Configured
 from modgraft.context import Side
-from modgraft.errors import SiteError, UnknownNameError
+from modgraft.errors import SiteError
 from modgraft.sites import Site
 from modgraft.tokens import token_width
 
-REGISTRY: dict[str, type[Computation]] = {}
 
-
-@dataclass_transform(eq_default=False)
-class Computation(nn.Module):
+class Computation(Configured):
     """One way for a module to change what a site computes.
 
     A subclass declares its hyper-parameters as annotated fields: the constructor's signature is
@@ -36,23 +33,15 @@ class Computation(nn.Module):
     default_at: ClassVar[str | None] = None
     """The selection of sites that is meant when none is given; None: one has to be given."""
 
-    def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
-        """Make a dataclass of the subclass, and remember it by name."""
-        super().__init_subclass__(**kwargs)
-        if registered:  # else it stands in for a class that is
-            dataclass(eq=False, repr=False)(cls)
-            REGISTRY[cls.__name__] = cls
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """An ``nn.Module`` before any field is assigned, which a dataclass does not see to."""
-        self = super().__new__(cls)
-        nn.Module.__init__(self)
-        return self
-
     @property
     def needs(self) -> str | None:
         """The name of the side input it reads, None if it reads none."""
         return None
+
+    @property
+    def by_token(self) -> bool:
+        """Whether what it does to one token depends on that token alone: tokens can be routed."""
+        return self.needs is None
 
     @property
     def stacks(self) -> bool:
@@ -72,10 +61,6 @@ class Computation(nn.Module):
     def acting(self) -> list[Computation]:
         """Of a built place: what acts there under each of the :meth:`named`."""
         return [self]
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments; ``type(self)(**self.config())`` is a fresh equal."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     def at(self, site: Site) -> Self:
         """A fresh copy built for ``site``, on its device and in its floating type.
@@ -128,9 +113,6 @@ class Computation(nn.Module):
         Raises:
             ModgraftError: where they are not tensors of this method at this site.
         """
-
-    def extra_repr(self) -> str:  # noqa: D102
-        return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
 
 
 class ParameterComposition(Computation):
@@ -190,6 +172,11 @@ class FunctionComposition(Computation):
         return super().at(site)
 
     @property
+    def by_token(self) -> bool:
+        """Whether what it does to one token depends on that token alone: tokens can be routed."""
+        return self.needs is None
+
+    @property
     def stacks(self) -> bool:  # noqa: D102
         return self.needs is None
 
@@ -209,6 +196,10 @@ class InputComposition(Computation):
 
     What one module puts there can follow another's (``a >> b``) and cannot be added or scaled.
     """
+
+    @property
+    def by_token(self) -> bool:  # noqa: D102
+        return False
 
 
 class TokenComposition(InputComposition):
@@ -243,17 +234,3 @@ class KeyValueComposition(InputComposition):
     @abstractmethod
     def keys_values(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         """P_k and P_v, each ``[batch, kv_heads, k, head_dim]``; every query sees them."""
-
-
-def resolve(name: str) -> type[Computation]:
-    """The computation called ``name``, built in or the user's own.
-
-    Raises:
-        UnknownNameError: if no class of that name has been defined.
-    """
-    if name in REGISTRY:
-        return REGISTRY[name]
-    raise UnknownNameError(
-        f"no computation {name!r}; known: {', '.join(sorted(REGISTRY))}. "
-        f"If it is your own class, import the file that defines it first"
-    )

@@ -91,6 +91,10 @@ class ConvAdapter(FunctionComposition):
         d, axes = site.width, 2 if image else 1
         self.F = nn.Parameter(torch.zeros(d, 1 if self.depthwise else d, *[self.kernel] * axes))
 
+    @property
+    def by_token(self) -> bool:  # noqa: D102
+        return False
+
     def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:  # noqa: D102
         image, d = self.over == "map", self.F.shape[0]
         if y.dim() != (4 if image else 3) or y.shape[1 if image else 2] != d:

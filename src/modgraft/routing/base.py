@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from modgraft.errors import ModgraftError, UnknownNameError
 
 Level = Literal["task", "example", "token"]
 LEVELS: tuple[Level, ...] = ("task", "example", "token")
-
-ROUTERS: dict[str, type[Router]] = {}
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,10 @@ class Router(Configured):
     level: Level = field(default="example", kw_only=True)
     tasks: tuple[str, ...] = field(default=(), kw_only=True)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Remember the subclass by name, for mixtures that are loaded."""
-        super().__init_subclass__(**kwargs)
-        ROUTERS[cls.__name__] = cls
+    @property
+    def sparse(self) -> bool:
+        """Whether a module of weight 0 need not run: no gradient reaches its weight."""
+        return not (self.training and torch.is_grad_enabled())
 
     def check(self) -> None:
         """Refuse a level or tasks that mean nothing; for ``__post_init__``.
@@ -133,17 +131,3 @@ def one_hot_like(logits: Tensor, index: Tensor) -> Tensor:
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """``hard`` in value, with the gradient of ``soft``."""
     return hard.detach() + (soft - soft.detach())
-
-
-def resolve(name: str) -> type[Router]:
-    """The router called ``name``, built in or the user's own.
-
-    Raises:
-        UnknownNameError: if no class of that name has been defined.
-    """
-    if name in ROUTERS:
-        return ROUTERS[name]
-    raise UnknownNameError(
-        f"no router {name!r}; known: {', '.join(sorted(ROUTERS))}. If it is your own class, import "
-        f"the file that defines it first"
-    )

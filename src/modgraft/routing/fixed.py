@@ -40,6 +40,10 @@ class Fixed(Router):
                 f"leave the level out"
             )
 
+    @property
+    def sparse(self) -> bool:  # noqa: D102
+        return True
+
     def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
         self.names = names
         among = self.among

@@ -89,6 +89,10 @@ class Top1(Router):
         if not 0 < self.epsilon <= 1:
             raise ModgraftError(f"Top1(epsilon={self.epsilon}): a chance in (0, 1]")
 
+    @property
+    def sparse(self) -> bool:  # noqa: D102
+        return self.estimator != "gumbel" or super().sparse
+
     def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
         chances = logits.softmax(-1)
         if not self.training:
@@ -219,6 +223,10 @@ class NoisyTopK(Router):
         for name, value in (("importance", self.importance), ("load", self.load)):
             if not 0 <= value < float("inf"):
                 raise ModgraftError(f"NoisyTopK({name}={value}): finite and at least 0")
+
+    @property
+    def sparse(self) -> bool:  # noqa: D102
+        return True
 
     def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
         _check_k(self, self.k, names)

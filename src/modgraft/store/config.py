@@ -6,20 +6,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from modgraft.computation.base import Computation, resolve
+from modgraft.configured import C, Configured, resolve
 from modgraft.errors import CheckpointError
 
 
-def described(method: Computation) -> dict[str, Any]:
+def described(method: Configured) -> dict[str, Any]:
     """``{"type": …, "config": …}``, where a computation in the config is described likewise."""
     config = {
-        key: described(value) if isinstance(value, Computation) else value
+        key: described(value) if isinstance(value, Configured) else value
         for key, value in method.config().items()
     }
     return {"type": type(method).__name__, "config": config}
 
 
-def understood(card: Any, folder: Path) -> Computation:
+def understood(card: Any, folder: Path, kind: type[C]) -> C:
     """The computation that :func:`described` gave for ``card``, read from ``folder``.
 
     Raises:
@@ -29,25 +29,29 @@ def understood(card: Any, folder: Path) -> Computation:
     """
     match card:
         case {"type": str() as name, "config": dict() as config} if len(card) == 2:
-            kind = resolve(name)
+            found = resolve(name, kind)
         case _:
             raise CheckpointError(
                 f"{folder}: a computation is described as {{'type': 'LoRA', 'config': {{…}}}}, "
                 f"not as {str(card)[:80]}; save the module again"
             )
-    own = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    own = [f.name for f in fields(found)]  # type: ignore[arg-type]
     if unknown := config.keys() - set(own):
         raise CheckpointError(
             f"{folder}: {name} takes no {', '.join(sorted(unknown))} (it takes "
             f"{', '.join(own) or 'nothing'}); the module was saved by another version, or changed"
         )
     given = {
-        key: understood(value, folder) if isinstance(value, dict) else value
+        key: understood(value, folder, Configured) if _nested(value) else value
         for key, value in config.items()
     }
     try:
-        return kind(**given)
+        return found(**given)
     except TypeError as error:
         raise CheckpointError(
             f"{folder}: {name} cannot be made from {sorted(given)}: {error}; save the module again"
         ) from error
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"type", "config"}

@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from modgraft.computation.base import Computation
 from modgraft.errors import CheckpointError
+from modgraft.mixture import Mixture
 from modgraft.store.config import described, understood
 from modgraft.store.fingerprint import fingerprint
 
@@ -70,8 +72,9 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
             f"{theirs.get('architecture')} there, {own['architecture']} here); load it into the "
             f"host it was trained in, or say host.load(..., strict=False) to try it all the same"
         )
-    method = understood({"type": card["type"], "config": card["config"]}, folder)
-    at = None if card["sites"] == [""] else card["sites"]
+    method = understood({"type": card["type"], "config": card["config"]}, folder, Computation)
+    placed = isinstance(method, Mixture) or card["sites"] == [""]  # by itself
+    at = None if placed else card["sites"]
     name = name or str(card["name"])
     expect = None if at is None else len(card["sites"])
     one = len(method.named(name)) == 1  # one of several tasks cannot come into force unasked

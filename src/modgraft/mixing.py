@@ -1,0 +1,129 @@
+"""What a host does for its mixtures: where they go, what examples are routed by, their losses."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from modgraft.context import Call, Side
+from modgraft.errors import ModgraftError, SideError
+from modgraft.expression import Name, module_of
+from modgraft.mixture import EXAMPLE, ROUTINGS, Mixture
+from modgraft.reading import parse
+from modgraft.routing.objective import example_losses, routing_loss
+from modgraft.sites import find
+from modgraft.splice import IGNORED
+from modgraft.tokens import token_table
+
+if TYPE_CHECKING:
+    from modgraft.host import Host
+
+
+def mixed_sites(host: Host, mixture: Mixture) -> list[str]:
+    """The paths where the modules of ``mixture`` are.
+
+    Raises:
+        ModgraftError: for a name that is none of a module, or a module that cannot be mixed.
+    """
+    paths: dict[str, None] = {}
+    members = []
+    for name in mixture.over:
+        read = parse(name, host._context.weights)
+        if not isinstance(read, Name) or read.name != name:
+            raise ModgraftError(
+                f"Mixture({list(mixture.over)}): {name!r} is a composition; a mixture is over "
+                f"modules, {', '.join(repr(n) for n in read.names())}"
+            )
+        implant = host[module_of(name)]
+        members.append((name, implant.method.acts))
+        for label in implant.paths:
+            site = find(host.model, label)[0]
+            if site.residual or site.parameter is not None:
+                raise ModgraftError(
+                    f"Mixture({list(mixture.over)}): {name!r} acts at {label}, inside the layer or "
+                    f"its residual, where it cannot be weighed; mix modules at layers' outputs"
+                )
+            paths[site.path] = None
+    mixture.check(members)
+    return list(paths)
+
+
+def check_unmixed(host: Host, names: Sequence[str]) -> None:
+    """Refuse to take a module out that a mixture is over."""
+    for name, implant in host.implants.items():
+        method = implant.method  # type: ignore[union-attr]
+        if isinstance(method, Mixture) and (lost := [n for n in names if n in method.over]):
+            raise ModgraftError(
+                f"{lost[0]!r} is in the mixture {name!r}, which would choose among modules that "
+                f"are not there; host.remove({name!r}) first"
+            )
+
+
+def with_example(host: Host, call: Call, args: tuple, kwargs: dict[str, Any]) -> Call:
+    """``call`` with what examples are routed by, where a mixture in force needs it.
+
+    Raises:
+        SideError: where nothing of an example may be read, or the host reads no text.
+    """
+    composition = call.composition
+    if composition is None or EXAMPLE in call.side:
+        return call
+    reads = [n for n in composition.names() if _needs(host, n)]
+    if not reads:
+        return call
+    names = list(inspect.signature(type(host.model).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    ids = given.get("input_ids", args[0] if args else None)
+    embeddings = given.get("inputs_embeds")
+    if embeddings is None and isinstance(ids, Tensor) and not ids.is_floating_point():
+        embeddings = token_table(host.model)(ids)
+    if embeddings is None:
+        raise SideError(
+            f"{reads[0]!r} routes examples, and this call has no text to route them by; pass "
+            f"side={{'{EXAMPLE}': mg.Side(vectors[:, None])}}, [batch, 1, d], and say "
+            f"Mixture(…, width=d)"
+        )
+    mask = given.get("attention_mask")
+    seen = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+    if isinstance(mask, Tensor) and mask.shape == seen.shape:
+        seen = mask.bool()
+    labels = given.get("labels")
+    decodes = not getattr(getattr(host.model, "config", None), "is_encoder_decoder", False)
+    if decodes and isinstance(labels, Tensor) and labels.shape == seen.shape:
+        seen = seen & (labels == IGNORED)  # no answer chooses its own module
+        if not torch.compiler.is_compiling() and not bool(seen.any(1).all()):
+            row = int((~seen.any(1)).nonzero()[0])
+            raise SideError(
+                f"{reads[0]!r} routes examples by what comes before the answer, and every token of "
+                f"example {row} has a label; label the prompt {IGNORED}, or pass "
+                f"side={{'{EXAMPLE}': mg.Side(vectors[:, None])}}"
+            )
+    return replace(call, side={**call.side, EXAMPLE: Side(embeddings.detach(), seen)})
+
+
+def _needs(host: Host, name: str) -> bool:
+    method = host._acts(name)
+    if not isinstance(method, Mixture):
+        return False
+    return method.needs == EXAMPLE or any(_needs(host, inner) for inner in method.over)
+
+
+def with_routing_losses(out: Any, call: Call, kwargs: dict[str, Any]) -> Any:
+    """``out`` with what the routers of this call add to its loss.
+
+    A balance loss is added as it is; a score-function estimator needs what came of each example,
+    which is found from logits and labels where they are of the usual shapes.
+    """
+    loss = getattr(out, "loss", None)
+    if not isinstance(loss, Tensor):
+        return out
+    each = example_losses(getattr(out, "logits", None), kwargs.get("labels"), loss)
+    for mixture, routing in call.memo[ROUTINGS]:
+        loss = loss + routing_loss(mixture, routing, each)
+    out.loss = loss
+    return out
