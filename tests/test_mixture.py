@@ -15,6 +15,11 @@ from hosts import HOSTS
 QV = ["query", "value"]
 
 
+def router_of(handle: mg.Implant) -> Any:
+    place: Any = handle.places[0]
+    return place.route
+
+
 def made(kind: str = "gpt2", dtype: torch.dtype = torch.float64) -> mg.Host:
     torch.manual_seed(0)
     host = mg.Host(HOSTS[kind].model().to(dtype)).eval()
@@ -74,7 +79,7 @@ def test_examples_routed_are_examples_weighted(kind: str, router: mg.Router) -> 
     given = batch(kind)
     got = host(**given, modules="m").logits
     table = host.model.get_input_embeddings()
-    chosen = handle.places[0].route(table(given["input_ids"]).mean(1)).weights
+    chosen = router_of(handle)(table(given["input_ids"]).mean(1)).weights
     assert chosen.shape == (3, 3)
     want = host(**given, modules=mg.Weighted(names[:3], chosen)).logits
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
@@ -90,7 +95,7 @@ def test_examples_routed_are_examples_weighted(kind: str, router: mg.Router) -> 
 def test_tokens_routed(router: mg.Router) -> None:
     """Each token with its own weights, written out at one site."""
     torch.manual_seed(0)
-    layer = torch.nn.Linear(5, 4).double()
+    layer: Any = torch.nn.Linear(5, 4).double()
     host = mg.Host(torch.nn.Sequential(layer))
     for name in ("a", "b", "c"):
         host.implant(name, mg.LoRA(rank=2), "0", active=False)
@@ -99,7 +104,7 @@ def test_tokens_routed(router: mg.Router) -> None:
     shake(host, "m")
     x = torch.randn(2, 3, 5).double()
     with torch.no_grad():
-        alpha = handle.places[0].route(x).weights  # [2, 3, 3]
+        alpha = router_of(handle)(x).weights  # [2, 3, 3]
         deltas = [host[n].places[0].delta(layer.weight) for n in ("a", "b", "c")]
         want = torch.nn.functional.linear(x, layer.weight, layer.bias) + sum(
             alpha[..., j, None] * (x @ delta.T) for j, delta in enumerate(deltas)
@@ -129,7 +134,7 @@ def test_generate_follows_the_choice_of_the_prompt(kind: str, beams: int) -> Non
     shake(host, "m")
     shake(host, "t")
     with torch.no_grad():
-        host["m"].places[0].route.map.weight.mul_(20)
+        router_of(host["m"]).map.weight.mul_(20)
     settings: dict[str, Any] = {
         "max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams, "do_sample": False,
         "pad_token_id": 0,
@@ -218,7 +223,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 def test_stats() -> None:
     host = made("gpt2")
     handle = host.implant("m", mg.Mixture(["a", "b", "c"], router=mg.Top1()), active=False)
-    route = handle.places[0].route
+    route = router_of(handle)
     route.map.weight.zero_()
     route.map.bias.copy_(torch.tensor([0.0, 9.0, 0.0]))
     host(**batch(), modules="m")

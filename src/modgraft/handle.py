@@ -79,7 +79,7 @@ class Implant(nn.Module, ex.Composable):
         own = [self.places[0]] if self.method.level != "token" else list(self.places)
         paths = [""] if self.method.level != "token" else self.paths
         return [
-            place.tally.use(path, self.method.over)  # type: ignore[union-attr]
+            place.tally.use(path, tuple(self.method.over))  # type: ignore[union-attr]
             for path, place in zip(paths, own, strict=True)
         ]
 

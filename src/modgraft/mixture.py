@@ -57,7 +57,7 @@ class Mixture(Computation):
             token's choice where the output is no ``[B, n, d]`` or a module looks at other tokens.
     """
 
-    over: tuple[str, ...]
+    over: Sequence[str]
     # a default in the class would stand before what nn.Module keeps apart as a child
     router: Router | None = field(default_factory=lambda: None)
     aggregate: Aggregation = field(default_factory=Average)
@@ -143,7 +143,7 @@ class Mixture(Computation):
         elif self.level == "example":
             assert site.root is not None  # noqa: S101
             width = self.width or token_width(site.root)
-        self.route = self.router.fresh(self.over, width)
+        self.route = self.router.fresh(tuple(self.over), width)
 
     def tie(self, first: Computation) -> None:
         """Choose once for the network, where a task or an example is routed."""
@@ -202,7 +202,7 @@ class Routed:
 
     def __init__(self, mixture: Mixture, task: int) -> None:
         self.mixture, self.task = mixture, task
-        self.members = mixture.over
+        self.members = tuple(mixture.over)
         self.needs = mixture.needs
 
     def weights(self, call: Call, like: Tensor, rows: Tensor | None) -> list[Tensor]:
