@@ -78,7 +78,7 @@ def test_examples_routed_are_examples_weighted(kind: str, router: mg.Router) -> 
     shake(host, "m")
     given = batch(kind)
     got = host(**given, modules="m").logits
-    table = host.model.get_input_embeddings()
+    table: Any = host.model.get_input_embeddings()  # type: ignore[operator]
     chosen = router_of(handle)(table(given["input_ids"]).mean(1)).weights
     assert chosen.shape == (3, 3)
     want = host(**given, modules=mg.Weighted(names[:3], chosen)).logits
@@ -105,7 +105,8 @@ def test_tokens_routed(router: mg.Router) -> None:
     x = torch.randn(2, 3, 5).double()
     with torch.no_grad():
         alpha = router_of(handle)(x).weights  # [2, 3, 3]
-        deltas = [host[n].places[0].delta(layer.weight) for n in ("a", "b", "c")]
+        places: list[Any] = [host[n].places[0] for n in ("a", "b", "c")]
+        deltas = [place.delta(layer.weight) for place in places]
         want = torch.nn.functional.linear(x, layer.weight, layer.bias) + sum(
             alpha[..., j, None] * (x @ delta.T) for j, delta in enumerate(deltas)
         )

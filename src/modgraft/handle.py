@@ -155,3 +155,15 @@ def check_name(name: str) -> None:
             f"{name!r} cannot name a module: every nn.Module has an attribute of that name; take "
             f"another, such as {name + '_1'!r}"
         )
+
+
+def check_module(module: object) -> None:
+    """Refuse what cannot be implanted.
+
+    Raises:
+        ModgraftError: for what is no computation by its hyper-parameters.
+    """
+    if not isinstance(module, Computation):
+        known = isinstance(module, type) and issubclass(module, Computation)
+        call = f"{module.__name__}(…)" if known else "a computation such as LoRA(rank=8)"
+        raise ModgraftError(f"{call} is implanted, not {module!r}")

@@ -26,7 +26,7 @@ from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
 from modgraft.examples import Weighted
 from modgraft.fastpath import leave_fast_path, take_fast_path
-from modgraft.handle import Implant, check_learns, check_name, learner
+from modgraft.handle import Implant, check_learns, check_module, check_name, learner
 from modgraft.implant import foreign, graft, prune, pruned
 from modgraft.inlet import missing_side
 from modgraft.mixing import (
@@ -111,10 +111,7 @@ class Host(nn.Module):
             raise ModgraftError(
                 f"{name!r} is implanted already; host.remove({name!r}) first, or take another name"
             )
-        if not isinstance(module, Computation):
-            known = isinstance(module, type) and issubclass(module, Computation)
-            call = f"{module.__name__}(…)" if known else "a computation such as LoRA(rank=8)"
-            raise ModgraftError(f"{call} is implanted, not {module!r}")
+        check_module(module)
         if isinstance(module.acts, TokenComposition):
             if at not in (None, "input", ""):
                 raise ModgraftError(
