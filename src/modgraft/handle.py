@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -157,7 +158,7 @@ def check_name(name: str) -> None:
         )
 
 
-def check_module(module: object) -> None:
+def check_module(module: Any) -> None:
     """Refuse what cannot be implanted.
 
     Raises:

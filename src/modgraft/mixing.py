@@ -16,7 +16,7 @@ from modgraft.expression import Name, module_of
 from modgraft.mixture import EXAMPLE, ROUTINGS, Mixture
 from modgraft.reading import parse
 from modgraft.routing.objective import example_losses, routing_loss
-from modgraft.sites import find
+from modgraft.sites import Site, find
 from modgraft.splice import IGNORED
 from modgraft.tokens import token_table
 
@@ -93,8 +93,8 @@ def with_example(host: Host, call: Call, args: tuple, kwargs: dict[str, Any]) ->
     if isinstance(mask, Tensor) and mask.shape == seen.shape:
         seen = mask.bool()
     labels = given.get("labels")
-    decodes = not getattr(getattr(host.model, "config", None), "is_encoder_decoder", False)
-    if decodes and isinstance(labels, Tensor) and labels.shape == seen.shape:
+    causal = Site("", host.model, None, host.model).stepwise
+    if causal and isinstance(labels, Tensor) and labels.shape == seen.shape:
         seen = seen & (labels == IGNORED)  # no answer chooses its own module
         if not torch.compiler.is_compiling() and not bool(seen.any(1).all()):
             row = int((~seen.any(1)).nonzero()[0])
