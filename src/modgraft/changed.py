@@ -25,6 +25,8 @@ from modgraft.computation.layers import bias_vector, weight_matrix
 
 #: layers that compute nothing but x Wᵀ + b
 _PLAIN = (nn.Linear.forward, Conv1D.forward)
+_LINEAR = (nn.Linear, Conv1D)
+_SIMPLE = (*_LINEAR, nn.Embedding)  # those whose weight is all there is to change
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,13 @@ def one_product(
     """
     first = changes[0]
     whole = len(changes) == 1 and first.weight == 1 and first.part is None
-    if whole and isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
+    if whole and isinstance(layer, _SIMPLE):
         alone = first.module.alone(lambda value: forward(layer, value), x)
         if alone is not None:
             return alone
     if forward not in _PLAIN or not all(c.module.in_weights for c in changes):
         return None
-    assert isinstance(layer, nn.Linear | Conv1D)  # noqa: S101
+    assert isinstance(layer, _LINEAR)  # noqa: S101
     weight, bias = _own(layer)
     if type(weight) not in (Tensor, nn.Parameter):  # a quantised one adds in its own way
         return None
@@ -226,7 +228,8 @@ def _with_changes(
         return None
     new = bias
     for change in changes:
-        delta = change.module.bias_delta(bias_vector(layer, change.part))
+        own = bias if change.part is None else bias_vector(layer, change.part)
+        delta = change.module.bias_delta(own)
         if delta is None:
             continue
         delta = delta if change.weight == 1 else change.weight * delta
