@@ -141,10 +141,10 @@ class TopK(Router):
 
 @final
 class Threshold(Router):
-    """α_j = 1/|K| for K = {j : σ(z_j) > t}, else 0; backwards the gradient of σ(z_j)/|K| in K.
+    """α_j = 1/|K| for K = {j : σ(z_j) > t}, else 0; backwards the gradient of σ(z_j)/|K|.
 
-    Where none is above t, none acts. Zero logits give σ = 1/2, so that below t = 1/2 all modules
-    begin in K.
+    Every j has that gradient, also outside of K: it can come back. Where none is above t, none
+    acts. Zero logits give σ = 1/2, so that below t = 1/2 all modules begin in K.
 
     Args:
         threshold: t in [0, 1).
@@ -202,7 +202,8 @@ class NoisyTopK(Router):
     """α = softmax of the k largest of h = z + ε ⊙ softplus(W_n q + b_n), 0 elsewhere; ε ~ N(0, 1).
 
     The sparsely gated mixture of experts (Shazeer et al. 2017, arXiv:1701.06538), with its
-    importance and load losses as ``balance``. Noise acts while training.
+    importance and load losses as ``balance``. Noise acts while training. At level ``task`` balance
+    is among the tasks: a single one may take what it needs.
 
     Args:
         k: how many modules act.
@@ -241,13 +242,18 @@ class NoisyTopK(Router):
     def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
         if not self.training:
             return Routing(self._kept(logits), logits.softmax(-1))
-        raw = self.noise_table[query] if self.level == "task" else self.noise(query)
-        spread = F.softplus(raw)
-        noisy = logits + torch.randn_like(logits) * spread
+        by_task = self.level == "task"
+        clean = self.table if by_task else logits  # a task is one choice: balance is over all
+        spread = F.softplus(self.noise_table if by_task else self.noise(query))
+        noisy = clean + torch.randn_like(clean) * spread
         weights = self._kept(noisy)
         balance = self.importance * losses.importance(weights)
-        balance = balance + self.load * losses.load(logits, noisy, spread, self.k)
-        return Routing(weights, logits.softmax(-1), balance=balance)
+        balance = balance + self.load * losses.load(clean, noisy, spread, self.k)
+        if not by_task:
+            return Routing(weights, logits.softmax(-1), balance=balance)
+        return Routing(
+            weights[query], logits.softmax(-1), balance=balance if len(clean) > 1 else None
+        )
 
     def _kept(self, logits: Tensor) -> Tensor:
         best = logits.topk(self.k, dim=-1)
