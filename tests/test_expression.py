@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import operator
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modgraft.algebra import average, concat, walk
 from modgraft.errors import CompositionError
 from modgraft.expression import (
     Chain,
+    Composable,
     Expression,
     Name,
     Sum,
@@ -34,6 +40,9 @@ def texts(depth: int = 3) -> st.SearchStrategy[str]:
         ),
         st.tuples(weights, inner).map(lambda t: f"{t[0]}*({t[1]})"),
         inner.map(lambda t: f"-({t})"),
+        st.tuples(
+            st.sampled_from(["average", "concat"]), st.lists(inner, min_size=1, max_size=3)
+        ).map(lambda t: f"{t[0]}({', '.join(t[1])})"),
     )
 
 
@@ -48,9 +57,57 @@ def effect(expression: Expression, y: float) -> float:
 def test_printed_then_parsed_is_equal(text: str) -> None:
     read = parse(text, NAMES)
     again = parse(str(read), NAMES)
+    assert again == read
+    assert hash(again) == hash(read)
     assert str(again) == str(read)
     assert again.weights() == pytest.approx(read.weights())
     assert effect(again, 1.5) == pytest.approx(effect(read, 1.5))
+
+
+@given(texts(), st.sets(st.sampled_from(NAMES)))
+def test_without_some_modules_it_still_is_one_that_can_be_read(text: str, gone: set[str]) -> None:
+    left = parse(text, NAMES).mapped(lambda name: None if name in gone else name)
+    if left is None:
+        assert set(parse(text, NAMES).names()) <= gone
+        return
+    assert left == parse(str(left), NAMES)
+    assert not set(left.names()) & gone
+
+
+class Handle(Composable):
+    """What stands for a module, of whatever host."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def expression(self) -> Expression:
+        return Name(self.name, of=self)
+
+
+def by_operators(node: ast.expr) -> Any:
+    """A text done with the operators of handles."""
+    match node:
+        case ast.Name() | ast.Subscript():
+            return Handle(parse(ast.unparse(node), NAMES).names()[0])
+        case ast.BinOp(left=ast.Constant(value=weight), right=right):
+            return weight * by_operators(right)
+        case ast.BinOp(left=left, op=op, right=right):
+            sign = {ast.Add: operator.add, ast.Sub: operator.sub, ast.RShift: operator.rshift}
+            return sign[type(op)](by_operators(left), by_operators(right))
+        case ast.UnaryOp(operand=operand):
+            return -by_operators(operand)
+        case ast.Call(func=ast.Name(id=kind), args=args):
+            return {"average": average, "concat": concat}[kind](*map(by_operators, args))
+    raise AssertionError(ast.dump(node))
+
+
+@given(texts())
+def test_the_operators_of_handles_write_what_the_text_says(text: str) -> None:
+    written = by_operators(ast.parse(text, mode="eval").body).expression()
+    read = parse(text, NAMES)
+    assert written == read
+    assert str(written) == str(read)
+    assert all(part.of is not None for part in walk(written) if isinstance(part, Name))
 
 
 @given(texts(2), texts(2))

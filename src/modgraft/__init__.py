@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modgraft.aggregation.base import Aggregation
     from modgraft.aggregation.representation import Average, Fuse, Sequential
+    from modgraft.algebra import average, concat
     from modgraft.computation.base import (
         Computation,
         FunctionComposition,
@@ -95,6 +96,8 @@ __all__ = [
     "TopK",
     "Weighted",
     "add_task",
+    "average",
+    "concat",
     "fold_prefix",
     "magnitude_pruning",
     "own_module",
@@ -110,6 +113,7 @@ _HOMES = {
     "routing.base": ("Router",),
     "routing.fixed": ("Fixed",),
     "routing.learned": ("NoisyTopK", "SkillMatrix", "Soft", "Threshold", "Top1", "TopK"),
+    "algebra": ("average", "concat"),
     "computation.base": (
         "Computation",
         "FunctionComposition",

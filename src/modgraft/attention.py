@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modgraft.computation.base import Computation, KeyValueComposition
+from modgraft.context import switched
 from modgraft.errors import CompositionError, ModgraftError
 from modgraft.examples import Each
 from modgraft.expression import Expression, weighted
@@ -132,15 +133,8 @@ def _before(state: State, key: Tensor) -> Before | None:
         return None
     batch = key.shape[0]
     names = ", ".join(repr(name) for name in entries)
-    if torch.compiler.is_compiling():
-        made = [_keys_values(entry, state, key, batch, None) for entry in entries.values()]
-        weights = state.context.weights
-        seen = [
-            (weights[name] != 0).expand(keys.shape[2])
-            for name, (keys, _) in zip(entries, made, strict=True)
-        ]
-        return Before(names, *_joined(made), seen=torch.cat(seen))
-    composition = state.context.current().composition
+    call = state.context.now()
+    composition = call.composition
     if composition is None:
         return None
     mixed = {
@@ -151,6 +145,14 @@ def _before(state: State, key: Tensor) -> Before | None:
     }
     if not any(name in entries or name in mixed for name in composition.names()):
         return None
+    if switched(composition):
+        made = [_keys_values(entry, state, key, batch, None) for entry in entries.values()]
+        weights = state.context.weights
+        seen = [
+            (weights[name] != 0).expand(keys.shape[2])
+            for name, (keys, _) in zip(entries, made, strict=True)
+        ]
+        return Before(names, *_joined(made), seen=torch.cat(seen))
 
     def one(name: str, rows: Tensor | None) -> list[KeysValues]:
         if name in entries:
@@ -158,7 +160,7 @@ def _before(state: State, key: Tensor) -> Before | None:
         if name not in mixed:
             return []
         each = [one(member, rows) for member in mixed[name].members]
-        weights = mixed[name].weights(state.context.current(), key, rows)
+        weights = mixed[name].weights(call, key, rows)
         pairs = [(w, own[0]) for w, own in zip(weights, each, strict=True) if own]
         return _weighted_mean(name, pairs)
 

@@ -46,13 +46,11 @@ class Merged:
     """θ + Σ w·Δ of one layer, kept as long as no tensor in it changes."""
 
     def __init__(self) -> None:
-        self.of: list[tuple[int, int]] = []
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
+        self.made: tuple[list[tuple[int, int]], Tensor, Tensor | None] | None = None
 
     def drop(self) -> None:
         """Let go of it."""
-        self.weight, self.bias = None, None
+        self.made = None
 
     def product(self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]) -> Any:
         """f(x; θ + Σ w·Δ)."""
@@ -61,11 +59,11 @@ class Merged:
         for change in changes:
             tensors += [*change.module._parameters.values(), *change.module._buffers.values()]
         of = [(id(t), t._version) for t in tensors if t is not None]
-        if self.weight is None or of != self.of:
-            self.of = of
-            self.weight = _laid_out_as(weight, _changed(layer, weight, changes))
-            self.bias = _with_changes(layer, bias, changes)
-        return F.linear(x, self.weight, self.bias)
+        made = self.made  # read once: another thread may let go of it, or keep its own
+        if made is None or made[0] != of:
+            new = _laid_out_as(weight, _changed(layer, weight, changes))
+            made = self.made = of, new, _with_changes(layer, bias, changes)
+        return F.linear(x, made[1], made[2])
 
 
 def one_product(

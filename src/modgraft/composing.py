@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
 from modgraft import expression as ex
+from modgraft.algebra import walk
 from modgraft.computation.base import Computation, InputComposition
-from modgraft.context import Context
+from modgraft.context import Context, Side
 from modgraft.errors import CompositionError
 from modgraft.examples import Each, Weighted
-from modgraft.inlet import check_inputs
+from modgraft.inlet import check_inputs, missing_side
+from modgraft.mixture import EXAMPLE
 from modgraft.reading import parse
 from modgraft.tensors import first_tensor
 
@@ -28,11 +32,18 @@ class Reader:
     Args:
         context: the host's.
         acts: the computation that a name speaks of.
+        handles: its modules by name.
     """
 
-    def __init__(self, context: Context, acts: Callable[[str], Computation]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        acts: Callable[[str], Computation],
+        handles: Mapping[str, nn.Module],
+    ) -> None:
         self._names = context.weights
         self._acts = acts
+        self._handles = handles
         self._known: dict[Any, ex.Expression | None] = {}
 
     def forget(self) -> None:
@@ -40,49 +51,131 @@ class Reader:
         self._known.clear()
 
     def read(self, composition: Compositions) -> ex.Expression | None:
-        """The expression that is meant, the same object for the same composition."""
-        if composition is None or isinstance(composition, Weighted):
-            return None if composition is None else self._checked(composition)
+        """The expression that is meant, the same object for the same composition.
+
+        Raises:
+            CompositionError: for an unknown name, another host's handle, or what means nothing.
+        """
         several = isinstance(composition, list | tuple)
-        key = tuple(composition) if several else composition
-        if not isinstance(composition, list | tuple | str | ex.Composable):
-            raise CompositionError(
-                f"a composition is a text or an expression of handles, as 'fr >> qa', or a list of "
-                f"them, one for each example; not {composition!r}"
-            )
-        if key in self._known:
+        try:
+            key = tuple(map(self._own, composition)) if several else self._own(composition)  # type: ignore[arg-type]
+            known = key in self._known
+        except TypeError:  # what cannot be hashed is no composition, and a row of it is refused
+            key, known = None, False
+        except RecursionError as error:
+            raise CompositionError("an expression nested too deep to be read") from error
+        if known:
             return self._known[key]
         if several:
-            if not composition:
-                raise CompositionError("modules=[]: one composition for each example of the batch")
-            rows = tuple(self.read(one) for one in composition)
-            if nested := [row for row in rows if isinstance(row, Each | Weighted)]:
-                raise CompositionError(
-                    f"{nested[0]} is for a whole batch; a list has one composition an example"
-                )
-            read: ex.Expression = Each(rows)
-        elif isinstance(composition, Each):
-            read = Each(tuple(self.read(row) for row in composition.rows))
-        elif isinstance(composition, str):
-            read = self._checked(parse(composition, self._names))
+            read: ex.Expression | None = self._each(composition)  # type: ignore[arg-type]
+        elif isinstance(key, Each):
+            read = self._each(key.rows)
         else:
-            assert isinstance(composition, ex.Composable)  # noqa: S101
-            read = self._checked(parse(str(composition.expression()), self._names))
+            read = self._one(composition)  # type: ignore[arg-type]
+        if read is not None and read.is_data:
+            return read
         if len(self._known) >= KEPT:
-            del self._known[next(iter(self._known))]
+            self._known.pop(next(iter(list(self._known))), None)
         self._known[key] = read
         return read
 
+    def _own(self, composition: Any) -> Any:
+        """``composition``, of a handle its expression, if it is one of this host.
+
+        Raises:
+            CompositionError: for a handle of another host, or of a module that was removed.
+        """
+        if composition is None or not isinstance(composition, ex.Composable):
+            return composition
+        expression = composition.expression()
+        for part in walk(expression):
+            if isinstance(part, Each) and part is not expression:
+                raise CompositionError(
+                    f"{part} has one composition for each example, and is no part of another; "
+                    f"write what is to follow in each of them"
+                )
+            if not isinstance(part, ex.Name) or part.of is None:
+                continue
+            module = ex.module_of(part.name)
+            if self._handles.get(module, part.of) is not part.of:
+                raise CompositionError(
+                    f"{part.name!r} in {str(expression)!r} is the handle of another host's module, "
+                    f"or of one that was removed; this host's own is host[{module!r}]"
+                )
+        return expression
+
+    def _one(self, composition: Composition) -> ex.Expression | None:
+        if composition is None:
+            return None
+        if isinstance(composition, str):
+            return self._checked(parse(composition, self._names))
+        if isinstance(composition, ex.Composable):
+            read = composition.expression().mapped(str)  # without the handles it was made by
+            assert read is not None  # noqa: S101
+            return self._checked(read)
+        raise CompositionError(
+            f"a composition is a text or an expression of handles, as 'fr >> qa', or a list of "
+            f"them, one for each example; not {composition!r:.200}"
+        )
+
+    def _each(self, rows: Sequence[Composition]) -> Each:
+        if not rows:
+            raise CompositionError("modules=[]: one composition for each example of the batch")
+        read = tuple(self.read(row) for row in rows)
+        if nested := [row for row in read if row is not None and of_batch(row)]:
+            raise CompositionError(
+                f"{nested[0]} is for a whole batch; a list has one composition an example"
+            )
+        return Each(read)
+
     def _checked(self, read: ex.Expression) -> ex.Expression:
         """``read`` itself, if it means something here."""
+        joins = [part for part in walk(read) if isinstance(part, ex.Concat)]  # raises if too deep
         names = read.names()
         for name in names:
             if name not in self._names:
                 parse(name, self._names)  # raises with the nearest name
-        inputs = {n for n in names if isinstance(self._acts(n), InputComposition)}
-        if inputs or "concat" in str(read):
+        inputs = {n: a for n in names if isinstance(a := self._acts(n), InputComposition)}
+        if inputs or joins:
             check_inputs(read, inputs)
         return read
+
+
+def of_batch(expression: ex.Expression) -> bool:
+    """Whether it is for a batch of so many examples and no other."""
+    return isinstance(expression, Each) or expression.is_data
+
+
+def check_one(composition: ex.Expression | None) -> None:
+    """Refuse for merging what differs between examples.
+
+    Raises:
+        CompositionError: for that.
+    """
+    if composition is not None and of_batch(composition):
+        raise CompositionError(
+            f"{composition} differs between the examples of a batch, and a merged model has one "
+            f"set of weights; merge the composition of one example"
+        )
+
+
+def check_sides(
+    composition: ex.Expression | None, given: Mapping[str, Side], acts: Callable[[str], Computation]
+) -> None:
+    """Refuse a call without a side input that a module in it needs.
+
+    Raises:
+        SideError: with the module's name.
+    """
+    if composition is None:
+        return
+    for name in composition.names():
+        needs = acts(name).needs
+        if needs in (None, EXAMPLE) or needs in given:
+            continue
+        weight = composition.weights()[name]
+        if isinstance(weight, Tensor) or weight != 0.0:
+            raise missing_side(name, needs)
 
 
 def check_batch(composition: ex.Expression | None, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -91,13 +184,13 @@ def check_batch(composition: ex.Expression | None, args: tuple, kwargs: dict[str
     Raises:
         CompositionError: with both numbers.
     """
-    match composition:
-        case Each(rows):
-            have, what = len(rows), "modules=[…] gives {} compositions"
-        case Weighted(tensor=tensor):
-            have, what = tensor.shape[0], "mg.Weighted gives {} rows of weights"
-        case _:
-            return
+    if composition is None or not of_batch(composition):
+        return
+    if isinstance(composition, Each):
+        have, what = len(composition.rows), "modules=[…] gives {} compositions"
+    else:
+        some = [part for part in walk(composition) if isinstance(part, Weighted)]
+        have, what = len(some[0].tensor), "mg.Weighted gives {} rows of weights"
     batch = first_tensor(args, kwargs)
     if batch is not None and batch.dim() and batch.shape[0] != have:
         raise CompositionError(

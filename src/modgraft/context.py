@@ -147,6 +147,11 @@ class Switch(Expression):
         return torch.where(weight == 0, before, mixed)  # type: ignore[return-value]
 
 
+def switched(composition: Expression | None) -> bool:
+    """Whether it is what compiled code has for every composition in line: all that is resident."""
+    return type(composition) is Chain and any(isinstance(p, Switch) for p in composition.parts)
+
+
 _calls: ContextVar[tuple[tuple[int, Call], ...]] = ContextVar("modgraft_calls", default=())
 
 
@@ -185,7 +190,8 @@ class Context:
         They change shapes, so that a graph is bound to which of them do.
         """
         if torch.compiler.is_compiling():
-            return self.leading
+            given = self.traced.composition
+            return self.leading if given is None or switched(given) else composition.names()
         return tuple(name for name in composition.names() if name in self.first)
 
     def current(self) -> Call:

@@ -10,57 +10,86 @@ import torch
 from torch import Tensor
 
 from modgraft.errors import CompositionError
-from modgraft.expression import Added, Expression, Name, Run, T, Weight, unique
+from modgraft.expression import Added, Expression, Name, Run, T, Weight, chain, unique
 
 
 @dataclass(frozen=True, eq=False)
 class Weighted(Added):
     """y_b + Σ_j w_bj (f_j(y_b) − y_b): for each example b a weight of each module j.
 
-    Another tensor of weights is no other composition to a compiled host: ``weights`` are data.
+    Another tensor of weights is no other composition to a compiled host: ``weights`` are data. It
+    stands in expressions as any other, ``host["fr"] >> mg.Weighted(…)``.
 
     Args:
         modules: N names.
         tensor: ``[B, N]`` floating point; gradients reach it.
+        columns: which column is whose; None: one for each module, in order.
 
     Raises:
         CompositionError: for weights of another shape or type, or NaN or infinity among them.
+
+    Example:
+        >>> import modgraft as mg, torch
+        >>> host = mg.Host(torch.nn.Linear(4, 2))
+        >>> for name in ("math", "code"):
+        ...     handle = host.implant(name, mg.LoRA(rank=1), at="", active=False)
+        >>> weights = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.0, 0.0]], requires_grad=True)
+        >>> out = host(torch.randn(3, 4), modules=mg.Weighted(["math", "code"], weights))
+        >>> out.square().sum().backward()
+        >>> weights.grad.shape
+        torch.Size([3, 2])
     """
 
     modules: tuple[str, ...]
     tensor: Tensor
+    columns: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", tuple(self.modules))
-        w, n = self.tensor, len(self.modules)
-        if not isinstance(w, Tensor) or w.dim() != 2 or w.shape[1] != n or n == 0:
-            have = list(w.shape) if isinstance(w, Tensor) else type(w).__name__
+        names = () if isinstance(self.modules, str) else tuple(self.modules)
+        if not names or not all(isinstance(name, str) for name in names):
             raise CompositionError(
-                f"weights of {n} modules ({', '.join(self.modules)}) are a tensor [batch, {n}], "
-                f"not {have}"
+                f"the modules of mg.Weighted are a list of names, as ['fr', 'qa'], not "
+                f"{self.modules!r:.80}"
             )
-        if not w.is_floating_point():
-            raise CompositionError(f"weights are floating point, not {w.dtype}; weights.float()")
-        if not torch.compiler.is_compiling() and not bool(w.detach().isfinite().all()):
-            row, column = (int(i) for i in (~w.detach().isfinite()).nonzero()[0])
-            raise CompositionError(
-                f"weights[{row}, {column}] = {float(w[row, column])}, for {self.modules[column]!r}"
-            )
+        object.__setattr__(self, "modules", names)
+        if self.columns is None:  # else they are some of those that have been looked at
+            _check(names, self.tensor)
+            object.__setattr__(self, "columns", tuple(range(len(names))))
 
     def weighed(self) -> tuple[tuple[Tensor, Expression], ...]:  # noqa: D102
-        columns = self.tensor.unbind(1)
-        return tuple((w, Name(n)) for w, n in zip(columns, self.modules, strict=True))
+        assert self.columns is not None  # noqa: S101
+        named = zip(self.modules, self.columns, strict=True)
+        return tuple((self.tensor[:, j], Name(name)) for name, j in named)
 
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
-        named = [(to(name), j) for j, name in enumerate(self.modules)]
+        assert self.columns is not None  # noqa: S101
+        named = [(to(name), j) for name, j in zip(self.modules, self.columns, strict=True)]
         kept = [(name, j) for name, j in named if name is not None]
         if not kept:
             return None
         modules, columns = zip(*kept, strict=True)
-        return Weighted(modules, self.tensor[:, list(columns)])
+        return Weighted(modules, self.tensor, columns)  # not a part of it: it may yet be trained
 
     def __str__(self) -> str:
         return f"weighted({', '.join(self.modules)})"
+
+
+def _check(names: tuple[str, ...], w: Tensor) -> None:
+    """See that ``w`` is a weight of each name for each example."""
+    n = len(names)
+    if not isinstance(w, Tensor) or w.dim() != 2 or w.shape[1] != n:
+        have = list(w.shape) if isinstance(w, Tensor) else type(w).__name__
+        raise CompositionError(
+            f"weights of {n} modules ({', '.join(names)}) are a tensor [batch, {n}], not {have}"
+        )
+    if not w.is_floating_point():
+        raise CompositionError(f"weights are floating point, not {w.dtype}; weights.float()")
+    if not torch.compiler.is_compiling() and not bool(w.detach().isfinite().all()):
+        row, column = (int(i) for i in (~w.detach().isfinite()).nonzero()[0])
+        raise CompositionError(
+            f"weights[{row}, {column}] = {float(w[row, column])}, for {names[column]!r}; a weight "
+            f"is a finite number"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,3 +125,10 @@ class Each(Expression):
 
     def __str__(self) -> str:
         return f"[{', '.join('None' if row is None else repr(str(row)) for row in self.rows)}]"
+
+
+def joined(now: Expression | None, name: str) -> Expression | None:
+    """What is in force once ``name`` has joined it, at its end: at the end of each example's."""
+    if isinstance(now, Each):
+        return Each(tuple(chain(row, Name(name)) for row in now.rows))
+    return chain(now, Name(name))

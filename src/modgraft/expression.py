@@ -9,9 +9,10 @@ reads them from text; handles have the same operators, ``host["fr"] >> host["qa"
 from __future__ import annotations
 
 import keyword
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -52,21 +53,41 @@ class Composable(ABC):
     def __mul__(self, weight: object) -> Expression:
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise CompositionError(
-                f"{self.expression()} * {weight!r}: an effect is scaled by a number; weights that "
-                f"differ between examples are mg.Weighted(names, tensor)"
+                f"{self.expression()} * {shown(weight)}: an effect is scaled by a number; weights "
+                f"that differ between examples are mg.Weighted(names, tensor)"
             )
-        return scale(float(weight), self.expression())
+        return scale(weight, self.expression())
 
     __rmul__ = __mul__
+
+    def __truediv__(self, weight: object) -> Expression:
+        raise CompositionError(
+            f"{self.expression()} / {shown(weight)}: write number * {self.expression()}"
+        )
+
+    def __radd__(self, other: object) -> Expression:
+        return _operand(self, "+", other)  # only what is no composition comes here, and is refused
+
+    def __rsub__(self, other: object) -> Expression:
+        return _operand(self, "-", other)
+
+    def __rrshift__(self, other: object) -> Expression:
+        return _operand(self, ">>", other)
 
 
 def _operand(own: Composable, sign: str, other: object) -> Expression:
     if isinstance(other, Composable):
         return other.expression()
     raise CompositionError(
-        f"{own.expression()} {sign} {other!r}: modules and compositions go together, as "
+        f"{own.expression()} {sign} {shown(other)}: modules and compositions go together, as "
         f'host["fr"] {sign} host["qa"]; a text is read by host.use("fr {sign} qa")'
     )
+
+
+def shown(other: object) -> str:
+    """What stands where it cannot, for an error."""
+    shown = str(other.expression()) if isinstance(other, Composable) else repr(other)
+    return shown if len(shown) <= 60 else f"{shown[:60]}…"
 
 
 class Expression(Composable):
@@ -106,12 +127,23 @@ class Expression(Composable):
         """Whether weights say all there is to know of it, in the order of implanting."""
         return False
 
+    @property
+    def is_data(self) -> bool:
+        """Whether weights in it are of one call's batch: nothing is to be kept for it."""
+        return False
+
 
 @dataclass(frozen=True)
 class Name(Expression):
-    """One module, ``"qa"``, or one task of a module that has several, ``"h['fr']"``."""
+    """One module, ``"qa"``, or one task of a module that has several, ``"h['fr']"``.
+
+    Attributes:
+        name: as it is printed.
+        of: the handle it was made by, None where it was read from text.
+    """
 
     name: str
+    of: object = field(default=None, compare=False, repr=False)
 
     def names(self) -> tuple[str, ...]:  # noqa: D102
         return (self.name,)
@@ -159,6 +191,10 @@ class Added(Expression):
             total = term.into(run, y, total, weight)
         return total
 
+    @cached_property
+    def is_data(self) -> bool:  # type: ignore[override]  # noqa: D102
+        return any(isinstance(w, Tensor) or term.is_data for w, term in self.weighed())
+
 
 @dataclass(frozen=True)
 class Sum(Added):
@@ -170,8 +206,7 @@ class Sum(Added):
         return self.terms
 
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
-        kept = tuple((w, e) for w, t in self.terms if (e := t.mapped(to)) is not None)
-        return plain(kept) if kept else None
+        return _sum_of((w, t.mapped(to)) for w, t in self.terms)
 
     def is_line(self, order: Mapping[str, int]) -> bool:  # noqa: D102
         return len(self.terms) == 1 and isinstance(self.terms[0][1], Name)
@@ -196,12 +231,11 @@ class Average(Added):
         return tuple((1 / len(self.parts), part) for part in self.parts)
 
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
-        terms = tuple((w, e) for w, t in self.weighed() if (e := t.mapped(to)) is not None)
-        if not terms:
-            return None
-        if len(terms) == len(self.parts):
-            return Average(tuple(e for _, e in terms))
-        return Sum(terms)  # still by n: one that is not here has no effect here
+        parts = tuple(e for part in self.parts if (e := part.mapped(to)) is not None)
+        if len(parts) == len(self.parts):
+            return Average(parts)
+        # still by n: one that is not here has no effect here
+        return _sum_of((1 / len(self.parts), part) for part in parts)
 
     def __str__(self) -> str:
         return f"average({', '.join(map(str, self.parts))})"
@@ -240,6 +274,10 @@ class Chain(Expression):
     def __str__(self) -> str:
         return " >> ".join(f"({p})" if isinstance(p, Sum) else str(p) for p in self.parts)
 
+    @cached_property
+    def is_data(self) -> bool:  # type: ignore[override]  # noqa: D102
+        return any(part.is_data for part in self.parts)
+
 
 @dataclass(frozen=True)
 class Concat(Chain):
@@ -247,7 +285,7 @@ class Concat(Chain):
 
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
         parts = tuple(e for part in self.parts if (e := part.mapped(to)) is not None)
-        return None if not parts else parts[0] if len(parts) == 1 else Concat(parts)
+        return Concat(parts) if parts else None
 
     def __str__(self) -> str:
         return f"concat({', '.join(map(str, self.parts))})"
@@ -273,9 +311,27 @@ def _terms(expression: Expression) -> tuple[tuple[float, Expression], ...]:
     return expression.terms if isinstance(expression, Sum) else ((1.0, expression),)
 
 
+def _sum_of(terms: Iterable[tuple[float, Expression | None]]) -> Expression | None:
+    """Those that are there, weighted and added: a sum of sums is one sum."""
+    flat = tuple((w * v, t) for w, e in terms if e is not None for v, t in _terms(e))
+    return plain(flat) if flat else None
+
+
 def scale(weight: float, expression: Expression) -> Expression:
-    """``weight * expression``."""
-    return plain(tuple((weight * w, term) for w, term in _terms(expression)))
+    """``weight * expression``.
+
+    Raises:
+        CompositionError: for a weight that is, or becomes, no finite number.
+    """
+    try:
+        terms = tuple((float(weight) * w, term) for w, term in _terms(expression))
+    except OverflowError:
+        terms = ()
+    if not terms or not all(math.isfinite(w) for w, _ in terms):
+        raise CompositionError(
+            f"{shown(weight)} * {shown(expression)}: a weight is a finite number, at most 1e308"
+        )
+    return plain(terms)
 
 
 def add(first: Expression, second: Expression) -> Expression:

@@ -15,7 +15,14 @@ from torch import nn
 from modgraft import expression as ex
 from modgraft.attention import serve
 from modgraft.changed import Change
-from modgraft.composing import Composition, Compositions, Reader, check_batch
+from modgraft.composing import (
+    Composition,
+    Compositions,
+    Reader,
+    check_batch,
+    check_one,
+    check_sides,
+)
 from modgraft.computation.base import (
     Computation,
     InputComposition,
@@ -24,18 +31,17 @@ from modgraft.computation.base import (
 )
 from modgraft.context import Call, Context, Side
 from modgraft.errors import CompositionError, ModgraftError
-from modgraft.examples import Weighted
+from modgraft.examples import Weighted, joined
 from modgraft.fastpath import leave_fast_path, take_fast_path
 from modgraft.handle import Implant, check_learns, check_module, check_name, learner
 from modgraft.implant import foreign, graft, prune, pruned
-from modgraft.inlet import missing_side
 from modgraft.mixing import (
     check_unmixed,
     mixed_sites,
     with_example,
     with_routing_losses,
 )
-from modgraft.mixture import EXAMPLE, ROUTINGS, Mixture
+from modgraft.mixture import ROUTINGS, Mixture
 from modgraft.reading import parse
 from modgraft.recompute import forget, remember
 from modgraft.replaced import new_weights, write
@@ -68,7 +74,7 @@ class Host(nn.Module):
         self.model = model
         self.implants = nn.ModuleDict()
         self._context = Context()
-        self._reader = Reader(self._context, self._acts)
+        self._reader = Reader(self._context, self._acts, self.implants._modules)
         # blocks that recompute their forward in backward, where the call has long returned
         self._recomputing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         leave_fast_path(model)
@@ -147,7 +153,7 @@ class Host(nn.Module):
         self.implants[name] = implant
         self._reader.forget()
         now = self._context.composition
-        self._context.switch(ex.chain(now, ex.Name(implant.names[0])) if active else now)
+        self._context.switch(joined(now, implant.names[0]) if active else now)
         return implant
 
     def remove(self, name: str) -> None:
@@ -267,20 +273,8 @@ class Host(nn.Module):
         now = self._context.current()
         composition = now.composition if modules is ... else self._reader.read(modules)
         given = {**now.side, **{n: self._placed(n, s) for n, s in (side or {}).items()}}
-        for name in () if composition is None else composition.names():
-            needs = self._acts(name).needs
-            if (
-                needs not in (None, EXAMPLE)
-                and needs not in given
-                and self._weighs(composition, name)
-            ):
-                raise missing_side(name, needs)
+        check_sides(composition, given, self._acts)
         return Call(composition, given, generating)
-
-    @staticmethod
-    def _weighs(composition: ex.Expression | None, name: str) -> bool:
-        weight = 0.0 if composition is None else composition.weights()[name]
-        return isinstance(weight, torch.Tensor) or weight != 0.0
 
     def _placed(self, name: str, side: Side) -> Side:
         if not isinstance(side, Side):
@@ -354,6 +348,7 @@ class Host(nn.Module):
                 or changes a weight that another layer shares.
         """
         read = self.composition if composition is ... else self._reader.read(composition)
+        check_one(read)
         weights = {} if read is None else read.weights()
         for name in weights:
             method = self._acts(name)

@@ -7,7 +7,7 @@ text takes them inside instead: in at its first sequence of tokens, out at its l
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.anatomy import base_path, family_of
-from modgraft.computation.base import TokenComposition
-from modgraft.context import Call
+from modgraft.computation.base import Computation, TokenComposition
+from modgraft.context import Call, switched
 from modgraft.errors import CompositionError, ModgraftError, SideError
 from modgraft.examples import Each
 from modgraft.expression import Average, Chain, Concat, Expression, Name
@@ -45,12 +45,12 @@ def active_inputs(state: State, names: Sequence[str]) -> list[Entry]:
     return [e for name in names for e in state.of(TokenComposition) if e.name == name]
 
 
-def check_inputs(expression: Expression, inputs: set[str]) -> None:
+def check_inputs(expression: Expression, inputs: Mapping[str, Computation]) -> None:
     """Refuse what vectors before an input cannot do: be added, scaled, or joined with effects.
 
     Args:
         expression: a composition.
-        inputs: the names in it that are input modules.
+        inputs: the input modules in it by name.
 
     Raises:
         CompositionError: with what can be done.
@@ -65,6 +65,9 @@ def check_inputs(expression: Expression, inputs: set[str]) -> None:
             return
         case Chain(parts) | Average(parts):
             others = [n for n in expression.names() if n not in inputs]
+            if type(expression) is Average and names:
+                kind = isinstance(inputs[names[0]], TokenComposition)
+                others += [n for n in names if isinstance(inputs[n], TokenComposition) != kind]
             if type(expression) is Concat and others:
                 raise CompositionError(
                     f"{expression}: concat puts tokens together before the input, and "
@@ -72,9 +75,17 @@ def check_inputs(expression: Expression, inputs: set[str]) -> None:
                 )
             if type(expression) is Average and names and others:
                 raise CompositionError(
-                    f"{expression}: {names[0]!r} puts vectors before the input and {others[0]!r} "
-                    f"does not, so there is no mean of both; average one kind, and stack them by >>"
+                    f"{expression}: {names[0]!r} puts vectors before the input, where "
+                    f"{others[0]!r} puts none, so there is no mean of both; average one kind, and "
+                    f"stack them by >>"
                 )
+            if type(expression) is Average and names:
+                for part in parts:
+                    if not isinstance(part, Name | Average):
+                        raise CompositionError(
+                            f"{expression}: the mean is of single prompts or prefixes, which "
+                            f"{str(part)!r} is not; write {part} >> average(…)"
+                        )
             for part in parts:
                 check_inputs(part, inputs)
         case _ if names:
@@ -95,16 +106,21 @@ def fold(
         one: what is put there under a name; nothing, for one that is no input module here.
         mean: of several.
     """
-    match expression:
-        case Name(name):
-            return one(name)
-        case Average(parts):
-            folded = [made for part in parts if (made := fold(part, one, mean))]
-            return [] if not folded else [mean([_single(made, expression) for made in folded])]
-        case Chain(parts):
-            return [made for part in parts for made in fold(part, one, mean)]
-        case _:  # a switch of compiled code, or nothing but effects
-            return [made for name in expression.names() for made in one(name)]
+    if isinstance(expression, Name):
+        return one(expression.name)
+    found: list[T] = []
+    if isinstance(expression, Average):
+        for part in expression.parts:
+            if made := fold(part, one, mean):
+                found.append(_single(made, expression))
+        return [mean(found)] if found else []
+    if isinstance(expression, Chain):
+        for part in expression.parts:
+            found += fold(part, one, mean)
+        return found
+    for name in expression.names():  # a switch of compiled code, or nothing but effects
+        found += one(name)
+    return found
 
 
 def _single(made: list[T], expression: Expression) -> T:
@@ -190,7 +206,7 @@ def _source(host: nn.Module, entries: Sequence[Entry], call: Call) -> Source:
 
     def tokens(batch: int) -> list[Tokens]:
         composition = call.composition
-        if torch.compiler.is_compiling() or composition is None:
+        if composition is None or switched(composition):
             return [made(entry, batch, None) for entry in entries]
 
         def of(expression: Expression, rows: Tensor | None) -> list[Tokens]:
@@ -219,7 +235,7 @@ def _mean(several: list[Tokens]) -> Tokens:
         CompositionError: where there are not as many of each, or not all are seen.
     """
     lengths = [own.embeddings.shape[1] for own in several]
-    if len(set(lengths)) > 1 or any(not bool(own.seen.all()) for own in several):
+    if len(set(lengths)) > 1 or any(o.masked and not bool(o.seen.all()) for o in several):
         raise CompositionError(
             f"average({', '.join(own.name for own in several)}): the mean of tokens is of as many "
             f"each, and there are {', '.join(map(str, lengths))}"

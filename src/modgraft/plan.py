@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modgraft.changed import Change, Merged
-from modgraft.computation.base import Computation, ParameterComposition
+from modgraft.computation.base import Computation, InputComposition, ParameterComposition
 from modgraft.computation.borrow import borrows
 from modgraft.examples import Each
 from modgraft.expression import Chain, Expression, chain
@@ -40,6 +40,11 @@ class Entry:
         return isinstance(self.module, ParameterComposition) or (
             isinstance(self.module, Stacked) and self.module.of_weights
         )
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether it acts on what the site puts out, and not inside it or before its input."""
+        return self.parameter is None and not isinstance(self.module, InputComposition)
 
 
 @dataclass

@@ -6,17 +6,9 @@ import ast
 from collections.abc import Collection
 from difflib import get_close_matches
 
+from modgraft.algebra import average, concat
 from modgraft.errors import CompositionError
-from modgraft.expression import (
-    Average,
-    Concat,
-    Expression,
-    Name,
-    add,
-    chain,
-    module_of,
-    scale,
-)
+from modgraft.expression import Expression, Name, add, chain, module_of, scale
 
 
 def parse(text: str, known: Collection[str]) -> Expression:
@@ -40,8 +32,9 @@ def parse(text: str, known: Collection[str]) -> Expression:
     except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
         if isinstance(error, CompositionError):
             raise
+        why = str(error) if isinstance(error, SyntaxError | ValueError) else "nested too deep"
         raise CompositionError(
-            f"{text[:80]!r} is not a composition ({error}); write 'fr >> qa' or 'qa + 0.3*style'"
+            f"{text[:80]!r} is not a composition ({why}); write 'fr >> qa' or 'qa + 0.3*style'"
         ) from error
 
 
@@ -65,10 +58,8 @@ def _read(node: ast.expr, text: str, known: Collection[str]) -> Expression:
         case ast.Call(func=ast.Name(id="average" | "concat" as kind), args=args, keywords=[]) if (
             args
         ):
-            parts = tuple(_read(arg, text, known) for arg in args)
-            return (
-                parts[0] if len(parts) == 1 else (Average if kind == "average" else Concat)(parts)
-            )
+            parts = [_read(arg, text, known) for arg in args]
+            return (average if kind == "average" else concat)(*parts)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return scale(-1.0, _read(operand, text, known))
     raise CompositionError(
@@ -108,11 +99,11 @@ def _listed(known: Collection[str]) -> str:
     return (", ".join(some) + (f" … ({len(known)})" if len(known) > 12 else "")) or "—"
 
 
-def _number(node: ast.expr) -> float | None:
+def _number(node: ast.expr) -> int | float | None:
     match node:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             value = _number(operand)
             return None if value is None else -value
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
-            return float(value)
+            return value
     return None

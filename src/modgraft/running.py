@@ -32,7 +32,7 @@ from modgraft.plan import Entry, Group, groups
 from modgraft.replaced import run as run_changed
 from modgraft.residual import Step, shifted
 from modgraft.stacked import Stacked
-from modgraft.tensors import first_tensor, tensor_input, tensor_of, with_tensor
+from modgraft.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
 
 STATE = "_modgraft_state"
 KEPT = 64  # how many compositions a site remembers
@@ -71,9 +71,10 @@ class State:
         found = self.planned.get(id(composition))
         if found is None or found[0] is not composition:
             if len(self.planned) >= KEPT:
-                del self.planned[next(iter(self.planned))]
+                self.planned.pop(next(iter(list(self.planned))), None)  # another thread may have
             found = composition, groups(self.named, composition, stacks=True)
-            self.planned[id(composition)] = found
+            if not composition.is_data:  # else it is weights, and what they were computed from
+                self.planned[id(composition)] = found
         return found[1]
 
 
@@ -116,12 +117,13 @@ def run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict)
         left = None if whole is None else whole.expression
     _check_bypass(host, state, entries, attended)
 
-    if all(e.parameter is not None for e in entries):
+    relayed = bool(inputs) and call.relay is not None
+    if not relayed and not any(e.changes_output for e in entries):
         return out
 
     y = before = tensor_of(out)
-    if inputs and call.relay is not None:
-        y = call.relay(state.path, y)
+    if relayed:
+        y = call.relay(state.path, y)  # type: ignore[misc]
     if whole is None:
         y = site.each(plan, composition, x, y)
     elif left is not None:
@@ -186,7 +188,7 @@ class Site:
     ) -> Tensor:
         """``y`` with each group's composition on its own examples."""
         assert isinstance(composition, Each)  # noqa: S101
-        times = self._times(composition, y)
+        times = self._times(len(composition.rows), y)
         if y.shape[0] != times * len(composition.rows):  # what is one for all examples
             y = y.expand(len(composition.rows), *y.shape[1:])
             x = None if x is None or len(x) > 1 else x.expand(len(composition.rows), *x.shape[1:])
@@ -202,16 +204,23 @@ class Site:
                 new = new.index_copy(0, rows, result)
         return new
 
-    def _times(self, composition: Each, y: Tensor) -> int:
-        """How many rows of ``y`` each example has: its beams follow it."""
-        have, rows = len(composition.rows), y.shape[0]
+    def following(self, weight: Weight, y: Tensor) -> Weight:
+        """``weight`` ``[B]`` for the rows of ``y``: an example's beams have its weight."""
+        if not isinstance(weight, Tensor) or not weight.dim():
+            return weight
+        times = self._times(len(weight), y, "mg.Weighted gives {} rows of weights")
+        return weight if times == 1 else weight.repeat_interleave(times)
+
+    def _times(self, have: int, y: Tensor, given: str = "modules=[…] gives {} compositions") -> int:
+        """How many rows of ``y`` each of ``have`` examples has: its beams follow it."""
+        rows = y.shape[0]
         if rows == 1:
             return 1
         if rows == have or (self.call.generating and rows % have == 0):
             return rows // have
         raise CompositionError(
-            f"modules=[…] gives {have} compositions where {self.state.path or 'the host'} works on "
-            f"{rows} examples; pass one for each example of the batch"
+            f"{given.format(have)} where {self.state.path or 'the host'} works on {rows} examples; "
+            f"pass one for each example of the batch"
         )
 
 
@@ -236,6 +245,7 @@ class At:
 
     def __call__(self, name: str, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
         """``total`` + weight · (the module's result on ``y`` − ``y``)."""
+        weight = self.site.following(weight, y)
         if not isinstance(weight, Tensor) and weight == 0.0:
             return total
         for entry in self.entries.get(name, ()):
@@ -319,15 +329,6 @@ def _rows(x: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if x is None else x[rows]
 
 
-def replaced(
-    y: Tensor, part: tuple[int, int], axis: int, change: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """``y`` with one part of its features changed."""
-    pieces = list(y.chunk(part[1], dim=axis))
-    pieces[part[0]] = change(pieces[part[0]])
-    return torch.cat(pieces, dim=axis)
-
-
 def _named_now(state: State, name: str) -> bool:
     """Whether a compiled call's composition speaks of ``name``; only here is a graph bound to it:
     nothing can be computed without its side input."""
@@ -347,6 +348,7 @@ def _shifted(site: Site, composition: Expression, args: tuple, kwargs: dict) -> 
             for entry in state.named.get(name, ()):
                 if entry.residual:
                     new = step(lambda y, r, own=entry: _in_residual(own, y, r), base)
+                    weight = site.following(weight, base)
                     if total is base and not isinstance(weight, Tensor) and weight == 1.0:
                         total = new
                     else:
