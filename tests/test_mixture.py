@@ -221,6 +221,19 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_a_mixture_of_tasks_over_several_sites_is_saved_and_loaded(tmp_path: Path) -> None:
+    host = made("gpt2")
+    router = mg.SkillMatrix(tasks=("x", "y"))
+    host.implant("m", mg.Mixture(["a", "c"], router=router), active=False)
+    shake(host, "m")
+    want = host(**batch(), modules="m['y']").logits
+    host.save("m", tmp_path / "m")
+    again = host.load(tmp_path / "m", name="again")
+    assert type(again.method.router) is mg.SkillMatrix  # type: ignore[union-attr]
+    assert torch.equal(host(**batch(), modules="again['y']").logits, want)
+
+
+@torch.no_grad()
 def test_stats() -> None:
     host = made("gpt2")
     handle = host.implant("m", mg.Mixture(["a", "b", "c"], router=mg.Top1()), active=False)

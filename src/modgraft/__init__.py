@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from modgraft.routing.base import Router
     from modgraft.routing.fixed import Fixed
     from modgraft.routing.learned import NoisyTopK, SkillMatrix, Soft, Threshold, Top1, TopK
+    from modgraft.routing.zero_shot import Arrow, Phatgoose, Similarity
     from modgraft.sites import Site
     from modgraft.tasks import add_task
+    from modgraft.training.gates import embed_tasks, train_gates
     from modgraft.training.lottery import magnitude_pruning, sparse_finetuning
     from modgraft.training.prefix import fold_prefix, prefix_from_text
 
@@ -53,6 +55,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "Aggregation",
+    "Arrow",
     "Average",
     "Compacter",
     "Computation",
@@ -76,6 +79,7 @@ __all__ = [
     "NoisyTopK",
     "ParallelAdapter",
     "ParameterComposition",
+    "Phatgoose",
     "Prefix",
     "Prompt",
     "Rescale",
@@ -83,6 +87,7 @@ __all__ = [
     "Sequential",
     "Shared",
     "Side",
+    "Similarity",
     "Site",
     "SkillMatrix",
     "Soft",
@@ -98,11 +103,13 @@ __all__ = [
     "add_task",
     "average",
     "concat",
+    "embed_tasks",
     "fold_prefix",
     "magnitude_pruning",
     "own_module",
     "prefix_from_text",
     "sparse_finetuning",
+    "train_gates",
 ]
 
 _HOMES = {
@@ -114,6 +121,8 @@ _HOMES = {
     "routing.fixed": ("Fixed",),
     "routing.learned": ("NoisyTopK", "SkillMatrix", "Soft", "Threshold", "Top1", "TopK"),
     "algebra": ("average", "concat"),
+    "routing.zero_shot": ("Arrow", "Phatgoose", "Similarity"),
+    "training.gates": ("embed_tasks", "train_gates"),
     "computation.base": (
         "Computation",
         "FunctionComposition",

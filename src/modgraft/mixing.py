@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from modgraft.computation.base import Computation
 from modgraft.context import Call, Side
 from modgraft.errors import ModgraftError, SideError
 from modgraft.expression import Name, module_of
 from modgraft.mixture import EXAMPLE, ROUTINGS, Mixture
 from modgraft.reading import parse
+from modgraft.routing.base import Member, Router
 from modgraft.routing.objective import example_losses, routing_loss
 from modgraft.sites import Site, find
 from modgraft.splice import IGNORED
@@ -41,6 +43,8 @@ def mixed_sites(host: Host, mixture: Mixture) -> list[str]:
             )
         implant = host[module_of(name)]
         members.append((name, implant.method.acts))
+        if mixture.router is not None:
+            _check_admitted(host, mixture.router, name, implant.acting(name))
         for label in implant.paths:
             site = find(host.model, label)[0]
             if site.residual or site.parameter is not None:
@@ -51,6 +55,19 @@ def mixed_sites(host: Host, mixture: Mixture) -> list[str]:
             paths[site.path] = None
     mixture.check(members)
     return list(paths)
+
+
+def _check_admitted(
+    host: Host, router: Router, name: str, places: Sequence[tuple[str, Computation]]
+) -> None:
+    for label, place in places:
+        site = find(host.model, label)[0]
+        why = router.admits(Member(place, site.part), site.module)
+        if why is not None:
+            raise ModgraftError(
+                f"Mixture(router={router!r}): {name!r}, a {type(place).__name__} at {label}, "
+                f"{why}; leave it out, or take router=Similarity(), which asks nothing of modules"
+            )
 
 
 def check_unmixed(host: Host, names: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from modgraft.computation.borrow import Owner, borrow
 from modgraft.context import Call
 from modgraft.errors import ModgraftError, SiteError
 from modgraft.expression import Weight, weighted
-from modgraft.routing.base import Router, Routing
+from modgraft.routing.base import Member, Router, Routing
 from modgraft.routing.learned import Soft
 from modgraft.sites import Site
 from modgraft.stats import Tally
@@ -150,9 +150,7 @@ class Mixture(Computation):
         assert isinstance(first, Mixture)  # noqa: S101
         if self.router is not None and self.level != "token":
             self._first = (first,)
-            borrow(
-                self.route, [key for key, _ in self.route.named_parameters()], Owner(first.route)
-            )
+            borrow(self.route, self.route.state_dict(), Owner(first.route))
 
     def at(self, site: Site) -> Self:  # noqa: D102
         if site.residual or site.parameter is not None:
@@ -220,6 +218,10 @@ class Routed:
         used: list[int] = []
         weights: list[Tensor] = []
         if mixture.router is not None:
+            mixture.route.prepare(
+                [[Member(e.module, e.part) for e in at.entries.get(n, ())] for n in self.members],  # type: ignore[arg-type]
+                at.site.host,
+            )
             routing = mixture.choose(at.site.call, at.x, y, self.task)
             chosen = _followed(routing.weights, at, y)
             used = list(range(len(self.members)))

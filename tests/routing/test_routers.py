@@ -251,7 +251,7 @@ def test_balance_losses_prevent_the_collapse_that_happens_without_them() -> None
         (lambda: Threshold(1.0), r"in \[0, 1\)"),
         (lambda: SkillMatrix(level="token"), "routes tasks"),
         (lambda: Fixed(level="token"), "given set"),
-        (lambda: resolve("Topp", Router), "known: Fixed, NoisyTopK"),
+        (lambda: resolve("Topp", Router), "known: Arrow, Fixed, NoisyTopK, Phatgoose"),
     ],
 )
 def test_options_that_mean_nothing(make, message: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from modgraft.computation.base import Computation
+from modgraft.configured import Configured
 
 _LENT = "_lent"
 
@@ -68,7 +68,7 @@ def _borrowing(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    options = {"registered": False} if issubclass(original, Computation) else {}
+    options = {"registered": False} if issubclass(original, Configured) else {}
     return new_class(original.__name__, (original,), options, lambda space: space.update(body))
 
 

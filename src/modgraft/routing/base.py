@@ -7,8 +7,9 @@ sites and calls ``build``. It never sees the host.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,13 @@ class Routing:
     chances: Tensor
     score: Tensor | None = None
     balance: Tensor | None = None
+
+
+class Member(NamedTuple):
+    """A module at one site: what was built there, and the part of a fused projection it acts on."""
+
+    module: nn.Module
+    part: tuple[int, int] | None
 
 
 class Router(Configured):
@@ -91,6 +99,22 @@ class Router(Configured):
             nn.init.normal_(self.map.weight, std=1e-3)
             nn.init.zeros_(self.map.bias)
 
+    def admits(self, member: Member, layer: nn.Module) -> str | None:
+        """Why a module at ``layer`` cannot be among those it chooses from; None: it can.
+
+        A router that goes by what its modules are says so here, and sees them in :meth:`prepare`.
+        """
+        return None
+
+    def prepare(self, members: Sequence[Sequence[Member]], layer: nn.Module) -> None:
+        """See what is chosen from, before every choice at a site; most routers do not look.
+
+        Args:
+            members: of each of the modules what it has there: nothing where it does not act,
+                several at the parts of a fused projection.
+            layer: what they act on.
+        """
+
     def logits(self, query: Tensor) -> Tensor:
         """``[…, N]`` from queries ``[…, width]``, or from task numbers ``[…]`` (int64)."""
         if self.level == "task":
@@ -131,3 +155,27 @@ def one_hot_like(logits: Tensor, index: Tensor) -> Tensor:
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """``hard`` in value, with the gradient of ``soft``."""
     return hard.detach() + (soft - soft.detach())
+
+
+def softmax_of_best(logits: Tensor, k: int) -> Tensor:
+    """The softmax of the ``k`` largest of ``logits`` ``[…, N]``, exactly 0 elsewhere."""
+    best = logits.topk(k, dim=-1)
+    return torch.zeros_like(logits).scatter(-1, best.indices, best.values.softmax(-1))
+
+
+def check_positive(router: Router, **values: float) -> None:
+    """Refuse options that are not finite and above 0."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ModgraftError(f"{type(router).__name__}({name}={value}): finite and above 0")
+
+
+def check_k(router: Router, k: int, names: tuple[str, ...] | None = None) -> None:
+    """Refuse a choice of fewer than one module, or of more than there are."""
+    if k < 1:
+        raise ModgraftError(f"{type(router).__name__}(k={k}): k is at least 1")
+    if names is not None and k > len(names):
+        raise ModgraftError(
+            f"{type(router).__name__}(k={k}) over {len(names)} modules ({', '.join(names)}): k is "
+            f"at most {len(names)}"
+        )

@@ -11,26 +11,21 @@ from torch.nn import functional as F
 
 from modgraft.errors import ModgraftError
 from modgraft.routing import losses
-from modgraft.routing.base import Level, Router, Routing, one_hot_like, straight_through
+from modgraft.routing.base import (
+    Level,
+    Router,
+    Routing,
+    check_k,
+    check_positive,
+    one_hot_like,
+    softmax_of_best,
+    straight_through,
+)
 
 
 def _gumbel(like: Tensor) -> Tensor:
     """Standard Gumbel noise of the shape of ``like``."""
     return -torch.empty_like(like).exponential_().log()
-
-
-def _positive(router: Router, **values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise ModgraftError(f"{type(router).__name__}({name}={value}): finite and above 0")
-
-
-def _check_k(router: Router, k: int, names: tuple[str, ...]) -> None:
-    if k > len(names):
-        raise ModgraftError(
-            f"{type(router).__name__}(k={k}) over {len(names)} modules ({', '.join(names)}): k is "
-            f"at most {len(names)}"
-        )
 
 
 @final
@@ -49,7 +44,7 @@ class Soft(Router):
 
     def __post_init__(self) -> None:
         self.check()
-        _positive(self, temperature=self.temperature)
+        check_positive(self, temperature=self.temperature)
 
     def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
         chances = (logits / self.temperature).softmax(-1)
@@ -81,7 +76,7 @@ class Top1(Router):
 
     def __post_init__(self) -> None:
         self.check()
-        _positive(self, temperature=self.temperature)
+        check_positive(self, temperature=self.temperature)
         if self.estimator not in ("gumbel", "reinforce", "epsilon"):
             raise ModgraftError(
                 f"Top1(estimator={self.estimator!r}): one of gumbel, reinforce, epsilon"
@@ -126,11 +121,10 @@ class TopK(Router):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.k < 1:
-            raise ModgraftError(f"TopK(k={self.k}): k is at least 1")
+        check_k(self, self.k)
 
     def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
-        _check_k(self, self.k, names)
+        check_k(self, self.k, names)
         super().build(names, width)
 
     def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
@@ -183,7 +177,7 @@ class SkillMatrix(Router):
 
     def __post_init__(self) -> None:
         self.check()
-        _positive(self, temperature=self.temperature)
+        check_positive(self, temperature=self.temperature)
         if self.level != "task":
             raise ModgraftError(
                 f"SkillMatrix(level={self.level!r}): a matrix of tasks and skills routes tasks; "
@@ -219,8 +213,7 @@ class NoisyTopK(Router):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.k < 1:
-            raise ModgraftError(f"NoisyTopK(k={self.k}): k is at least 1")
+        check_k(self, self.k)
         for name, value in (("importance", self.importance), ("load", self.load)):
             if not 0 <= value < float("inf"):
                 raise ModgraftError(f"NoisyTopK({name}={value}): finite and at least 0")
@@ -230,7 +223,7 @@ class NoisyTopK(Router):
         return True
 
     def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
-        _check_k(self, self.k, names)
+        check_k(self, self.k, names)
         super().build(names, width)
         if self.level == "task":
             self.noise_table = nn.Parameter(torch.zeros_like(self.table))
@@ -241,12 +234,12 @@ class NoisyTopK(Router):
 
     def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
         if not self.training:
-            return Routing(self._kept(logits), logits.softmax(-1))
+            return Routing(softmax_of_best(logits, self.k), logits.softmax(-1))
         by_task = self.level == "task"
         clean = self.table if by_task else logits  # a task is one choice: balance is over all
         spread = F.softplus(self.noise_table if by_task else self.noise(query))
         noisy = clean + torch.randn_like(clean) * spread
-        weights = self._kept(noisy)
+        weights = softmax_of_best(noisy, self.k)
         balance = self.importance * losses.importance(weights)
         balance = balance + self.load * losses.load(clean, noisy, spread, self.k)
         if not by_task:
@@ -254,7 +247,3 @@ class NoisyTopK(Router):
         return Routing(
             weights[query], logits.softmax(-1), balance=balance if len(clean) > 1 else None
         )
-
-    def _kept(self, logits: Tensor) -> Tensor:
-        best = logits.topk(self.k, dim=-1)
-        return torch.zeros_like(logits).scatter(-1, best.indices, best.values.softmax(-1))

@@ -1,0 +1,137 @@
+"""What zero-shot routers keep of each module: a gate trained with it, or what its examples are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from modgraft.context import Side
+from modgraft.errors import ModgraftError, UnknownNameError
+from modgraft.host import Host
+from modgraft.mixture import Mixture
+from modgraft.routing.zero_shot import Phatgoose, Similarity
+from modgraft.training.fit import fit
+from modgraft.training.history import History
+from modgraft.training.stream import Batch
+
+
+def train_gates(
+    host: Host, mixture: str, loaders: Mapping[str, Iterable[Batch]], **settings: Any
+) -> dict[str, History]:
+    """Train the gate of each module by itself, everything else frozen.
+
+    h = y + σ(⟨v_j, x⟩) (h_j − y) at every site of module j, and the host's own loss on the examples
+    that j was trained on (Muqeeth et al. 2024, arXiv:2402.05859, section 3). A gate does not depend
+    on the other modules, so those of a mixture can be trained at different times: ``loaders`` may
+    name some of them.
+
+    Args:
+        host: where everything is implanted.
+        mixture: the name of a ``Mixture`` whose router is ``Phatgoose``.
+        loaders: for a module's name its training batches.
+        **settings: of :func:`modgraft.training.fit.fit`; the paper's 100 steps with lr 5e-3 and no
+            weight decay if nothing is said.
+
+    Returns:
+        The record of each training.
+
+    Raises:
+        ModgraftError: for a module without that router, or a name that is none of the mixture's.
+    """
+    places = _places(host, mixture, Phatgoose, loaders)
+    settings = {"lr": 5e-3, "weight_decay": 0.0, **settings}
+    if "epochs" not in settings:
+        settings.setdefault("steps", 100)
+    made = {}
+    for name, loader in loaders.items():
+        j = host[mixture].method.over.index(name)  # type: ignore[union-attr]
+        with host.training_only(mixture), host.using(mixture), _alone(places, j):
+            for place in places:
+                for i, gate in enumerate(place.route.gates):  # type: ignore[union-attr]
+                    gate.requires_grad_(i == j)
+            made[name] = fit(host, loader, **{"label": f"gate of {name}", **settings})
+    return made
+
+
+@torch.no_grad()
+def embed_tasks(
+    host: Host,
+    mixture: str,
+    loaders: Mapping[str, Iterable[Batch]],
+    *,
+    ignore: Sequence[str] = ("ids",),
+) -> None:
+    """Set each module's embedding to the mean query of its examples: one pass over them.
+
+    Args:
+        host: where everything is implanted.
+        mixture: the name of a ``Mixture`` whose router is ``Similarity``.
+        loaders: for a module's name its training batches; those of a module that joins later can
+            be given later.
+        ignore: names in a batch that the host's ``forward`` does not take.
+
+    Raises:
+        ModgraftError: for a module without that router, a name that is none of the mixture's, or a
+            loader without examples.
+    """
+    places = _places(host, mixture, Similarity, loaders)
+    device = next(host.parameters()).device
+    training = host.training
+    host.eval()
+    try:
+        for name, loader in loaders.items():
+            j = host[mixture].method.over.index(name)  # type: ignore[union-attr]
+            for place in places:
+                place.route.total.zero_()
+                place.route.count = 0
+            with _alone(places, j), host.using(mixture):
+                for batch in loader:
+                    host(**{k: _on(v, device) for k, v in batch.items() if k not in ignore})
+            for place in places:
+                _set(place.route, name, j)
+    finally:
+        host.train(training)
+
+
+def _set(route: Any, name: str, j: int) -> None:
+    if route.count == 0:
+        raise ModgraftError(f"embed_tasks: the loader of {name!r} has no examples")
+    embeddings = route.get_buffer("embeddings")
+    embeddings[j] = (route.total / route.count).to(embeddings)
+
+
+def _places(
+    host: Host, mixture: str, kind: type[Phatgoose | Similarity], loaders: Mapping[str, Any]
+) -> list[Any]:
+    method = host[mixture].method
+    if not isinstance(method, Mixture) or not isinstance(method.router, kind):
+        raise ModgraftError(
+            f"{mixture!r} is {method}: what is made here belongs to a "
+            f"Mixture(…, router={kind.__name__}())"
+        )
+    if unknown := [name for name in loaders if name not in method.over]:
+        raise UnknownNameError(
+            f"{unknown[0]!r} is none of the modules of {mixture!r}: {', '.join(method.over)}"
+        )
+    places: list[Any] = list(host[mixture].places)
+    return places if method.level == "token" else places[:1]  # one choice for the whole network
+
+
+@contextmanager
+def _alone(places: Sequence[Any], j: int) -> Iterator[None]:
+    """Module ``j`` acts alone, and its part of the router learns; nothing is counted as use."""
+    for place in places:
+        place.route.learning = j
+    try:
+        yield
+    finally:
+        for place in places:
+            place.route.learning = None
+            place.tally.reset()
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor | Side) else value
