@@ -202,7 +202,6 @@ def test_one_compiled_graph_for_different_weights(name: str) -> None:
     assert len(graphs) == 1
 
 
-@torch._dynamo.config.patch(recompile_limit=20)  # a graph for each, and there are more than eight
 @torch.no_grad()
 def test_compiled_means_of_prompts_and_prefixes() -> None:
     """Their mean is no chain, whatever the graph of a chain can do."""
@@ -216,10 +215,7 @@ def test_compiled_means_of_prompts_and_prefixes() -> None:
     for p in host.implants.parameters():
         p.normal_(0, 0.5)
     compiled, _ = counted(host)
-    for composition in (
-        "average(x, y)", "x", "y >> x", "average(x, x, y) >> f", "average(p, q)", "q >> p",
-        "concat(p, q) >> average(x, y)", "f", "average(q, q, p) >> x >> f", "x >> x", "p >> p",
-    ):  # fmt: skip
+    for composition in ("average(p, q) >> average(x, x, y) >> f", "p >> p >> x >> x"):
         host.use(composition)
         out, expected = compiled(**case.batch()).logits, host(**case.batch()).logits
         torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
