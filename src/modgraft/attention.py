@@ -145,14 +145,6 @@ def _before(state: State, key: Tensor) -> Before | None:
     }
     if not any(name in entries or name in mixed for name in composition.names()):
         return None
-    if switched(composition):
-        made = [_keys_values(entry, state, key, batch, None) for entry in entries.values()]
-        weights = state.context.weights
-        seen = [
-            (weights[name] != 0).expand(keys.shape[2])
-            for name, (keys, _) in zip(entries, made, strict=True)
-        ]
-        return Before(names, *_joined(made), seen=torch.cat(seen))
 
     def one(name: str, rows: Tensor | None) -> list[KeysValues]:
         if name in entries:
@@ -163,6 +155,15 @@ def _before(state: State, key: Tensor) -> Before | None:
         weights = mixed[name].weights(call, key, rows)
         pairs = [(w, own[0]) for w, own in zip(weights, each, strict=True) if own]
         return _weighted_mean(name, pairs)
+
+    if switched(composition):
+        weights = state.context.weights
+        made, seen = [], []
+        for name in (*entries, *mixed):
+            for own in one(name, None):
+                made.append(own)
+                seen.append((weights[name] != 0).expand(own[0].shape[2]))
+        return Before(names, *_joined(made), seen=torch.cat(seen))
 
     def of(expression: Expression, rows: Tensor | None) -> list[KeysValues]:
         return fold(expression, lambda name: one(name, rows), partial(_mean, expression))

@@ -167,6 +167,7 @@ class Context:
         self.composition: Expression | None = None
         self.weights: dict[str, Tensor] = {}
         self.order: dict[str, int] = {}  # of implanting
+        self.additive: set[str] = set()  # changes of weights alone: their weights say all
         self.on: tuple[str, ...] = ()  # whose weights are not 0
         self.in_line = True  # the weights alone say what the composition is
         self.mirrored: Expression | None = None  # the composition that the weights are of
@@ -212,7 +213,11 @@ class Context:
         weights = {} if composition is None else composition.weights()
         weights = {n: w for n, w in weights.items() if not isinstance(w, Tensor)}
         self.leading = tuple(name for name in weights if name in self.first)
-        self.in_line = composition is None or composition.is_line(self.order)
+        self.in_line = (
+            composition is None
+            or all(name in self.additive for name in composition.names())
+            or composition.is_line(self.order)
+        )
         for name in self.on:  # what follows is as long as the composition, not as what is resident
             if name not in weights and name in self.weights:
                 self.weights[name].zero_()
@@ -220,8 +225,10 @@ class Context:
             self.weights[name].fill_(weight)
         self.on = tuple(weights)
 
-    def resident(self, name: str, device: torch.device) -> None:
-        """A new module has come."""
+    def resident(self, name: str, device: torch.device, additive: bool) -> None:
+        """A new module has come; ``additive`` says that it is a change of weights."""
+        if additive:
+            self.additive.add(name)
         self.weights[name] = torch.zeros((), device=device)
         self.order[name] = 1 + max(self.order.values(), default=0)
         self._line_up()
@@ -229,6 +236,7 @@ class Context:
     def gone(self, name: str) -> None:
         """A module has left."""
         del self.weights[name], self.order[name]
+        self.additive.discard(name)
         self._line_up()
 
     def _line_up(self) -> None:

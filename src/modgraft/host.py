@@ -38,7 +38,7 @@ from modgraft.implant import foreign, graft, prune, pruned
 from modgraft.mixing import (
     check_unmixed,
     mixed_sites,
-    with_example,
+    routed,
     with_routing_losses,
 )
 from modgraft.mixture import ROUTINGS, Mixture
@@ -148,7 +148,8 @@ class Host(nn.Module):
         for own in implant.names:
             for site, (_, place) in zip(sites, implant.acting(own), strict=True):
                 graft(site, own, place, self._context)
-            self._context.resident(own, _device(self.model))
+            additive = isinstance(module.acts, ParameterComposition)
+            self._context.resident(own, _device(self.model), additive)
         implant.train(self.training)
         self.implants[name] = implant
         self._reader.forget()
@@ -230,7 +231,7 @@ class Host(nn.Module):
             ModgraftError: if an active module's side input is missing.
         """
         call = self._call(side, modules)
-        call = with_example(self, call, args, kwargs)
+        call = routed(self, call, args, kwargs)
         if torch.compiler.is_compiling():
             before, self._context.traced = self._context.traced, call
             out = self.model(*args, **kwargs)
@@ -251,7 +252,7 @@ class Host(nn.Module):
     ) -> Any:
         """The model's ``generate``: greedy, sampled or beam; side inputs follow the beams."""
         call = self._call(side, modules, generating=True)
-        call = with_example(self, call, args, kwargs)
+        call = routed(self, call, args, kwargs)
         check_batch(call.composition, args, kwargs)
         with self._context.call(call):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]

@@ -13,7 +13,7 @@ from torch import Tensor
 from modgraft.computation.base import Computation
 from modgraft.context import Call, Side
 from modgraft.errors import ModgraftError, SideError
-from modgraft.expression import Name, module_of
+from modgraft.expression import Expression, Name, module_of
 from modgraft.mixture import EXAMPLE, ROUTINGS, Mixture
 from modgraft.reading import parse
 from modgraft.routing.base import Member, Router
@@ -81,27 +81,59 @@ def check_unmixed(host: Host, names: Sequence[str]) -> None:
             )
 
 
-def with_example(host: Host, call: Call, args: tuple, kwargs: dict[str, Any]) -> Call:
-    """``call`` with what examples are routed by, where a mixture in force needs it.
+def routed(host: Host, call: Call, args: tuple, kwargs: dict[str, Any]) -> Call:
+    """``call`` with the choices of the mixtures in force that are one for the whole network.
+
+    They are made before the host runs: what it recomputes in backward finds them made.
 
     Raises:
         SideError: where nothing of an example may be read, or the host reads no text.
     """
-    composition = call.composition
-    if composition is None or EXAMPLE in call.side:
+    compiling = torch.compiler.is_compiling()
+    names = host._context.weights if compiling else _names(call.composition)
+    mixtures = [own for name in names for own in _mixtures(host, name)]
+    if not mixtures:
         return call
-    reads = [n for n in composition.names() if _needs(host, n)]
-    if not reads:
-        return call
-    names = list(inspect.signature(type(host.model).forward).parameters)[1:]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    reads = [name for name, method in mixtures if method.needs == EXAMPLE]
+    if reads and EXAMPLE not in call.side:
+        side = _example(host, reads[0], args, kwargs, strict=not compiling)
+        if side is not None:
+            call = replace(call, side={**call.side, EXAMPLE: side})
+    like = next(host.model.parameters())
+    for name, method in mixtures:
+        if method.level == "task" or (method.level == "example" and EXAMPLE in call.side):
+            acts: Any = host[module_of(name)].acting(name)[0][1]
+            acts.mixture.choose(call, None, like, acts.task)
+    return call
+
+
+def _names(composition: Expression | None) -> Sequence[str]:
+    return () if composition is None else composition.names()
+
+
+def _mixtures(host: Host, name: str) -> list[tuple[str, Mixture]]:
+    """The mixture called ``name`` and those it is over, if it is one."""
+    method = host._acts(name)
+    if not isinstance(method, Mixture):
+        return []
+    return [(name, method), *(own for inner in method.over for own in _mixtures(host, inner))]
+
+
+def _example(
+    host: Host, name: str, args: tuple, kwargs: dict[str, Any], strict: bool
+) -> Side | None:
+    """What examples are routed by: the embeddings of what may be read of each."""
+    parameters = list(inspect.signature(type(host.model).forward).parameters)[1:]
+    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
     ids = given.get("input_ids", args[0] if args else None)
     embeddings = given.get("inputs_embeds")
     if embeddings is None and isinstance(ids, Tensor) and not ids.is_floating_point():
         embeddings = token_table(host.model)(ids)
     if embeddings is None:
+        if not strict:  # it may not be in force
+            return None
         raise SideError(
-            f"{reads[0]!r} routes examples, and this call has no text to route them by; pass "
+            f"{name!r} routes examples, and this call has no text to route them by; pass "
             f"side={{'{EXAMPLE}': mg.Side(vectors[:, None])}}, [batch, 1, d], and say "
             f"Mixture(…, width=d)"
         )
@@ -113,21 +145,14 @@ def with_example(host: Host, call: Call, args: tuple, kwargs: dict[str, Any]) ->
     causal = Site("", host.model, None, host.model).stepwise
     if causal and isinstance(labels, Tensor) and labels.shape == seen.shape:
         seen = seen & (labels == IGNORED)  # no answer chooses its own module
-        if not torch.compiler.is_compiling() and not bool(seen.any(1).all()):
+        if strict and not bool(seen.any(1).all()):
             row = int((~seen.any(1)).nonzero()[0])
             raise SideError(
-                f"{reads[0]!r} routes examples by what comes before the answer, and every token of "
+                f"{name!r} routes examples by what comes before the answer, and every token of "
                 f"example {row} has a label; label the prompt {IGNORED}, or pass "
                 f"side={{'{EXAMPLE}': mg.Side(vectors[:, None])}}"
             )
-    return replace(call, side={**call.side, EXAMPLE: Side(embeddings.detach(), seen)})
-
-
-def _needs(host: Host, name: str) -> bool:
-    method = host._acts(name)
-    if not isinstance(method, Mixture):
-        return False
-    return method.needs == EXAMPLE or any(_needs(host, inner) for inner in method.over)
+    return Side(embeddings.detach(), seen)
 
 
 def with_routing_losses(out: Any, call: Call, kwargs: dict[str, Any]) -> Any:

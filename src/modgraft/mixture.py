@@ -215,6 +215,8 @@ class Routed:
     def run(self, at: At, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
         """``total`` + weight · (g(α, {h_j(y)}) − y)."""
         mixture = self.mixture
+        if mixture.needs == EXAMPLE and EXAMPLE not in at.site.call.side:
+            return total  # compiled code holds all that is resident: this is not in force
         used: list[int] = []
         weights: list[Tensor] = []
         if mixture.router is not None:

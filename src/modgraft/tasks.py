@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from modgraft.computation.base import ParameterComposition
 from modgraft.computation.hyper import HyperNetwork
 from modgraft.errors import ModgraftError, UnknownNameError
 from modgraft.host import Host
@@ -61,6 +62,7 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     for site, (_, place) in zip(sites, implant.acting(own), strict=True):
         graft(site, own, place, context)
     host._reader.forget()
-    context.resident(own, next(iter(context.weights.values())).device)
+    device = next(iter(context.weights.values())).device
+    context.resident(own, device, isinstance(grown.acts, ParameterComposition))
     context.switch(context.composition)
     return new
