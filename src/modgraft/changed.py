@@ -52,10 +52,10 @@ class Merged:
         """Let go of it."""
         self.made = None
 
-    def product(self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]) -> Any:
+    def product(self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]) -> Tensor:
         """f(x; θ + Σ w·Δ)."""
         weight, bias = _own(layer)
-        tensors = [weight if isinstance(layer, nn.Linear) else layer.weight, bias]
+        tensors: list[Tensor | None] = [layer.weight, bias]
         for change in changes:
             tensors += [*change.module._parameters.values(), *change.module._buffers.values()]
         of = [(id(t), t._version) for t in tensors if t is not None]

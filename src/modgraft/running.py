@@ -150,10 +150,9 @@ class Site:
         if not changes or any(change.parameter is not None for change in changes):
             return None, None
         x = tensor_input(x, self.state.path)
-        context, kept = self.state.context, None
-        if context.composition is self.call.composition:  # it stays: one that comes with a call
-            kept = group.merged  # would cost a weight at every call
-            if kept is not None and self.state.merged not in (None, kept):
+        kept = None  # a composition that comes with a call would cost a weight at every call
+        if self.call.stays and (kept := group.merged) is not None:
+            if self.state.merged not in (None, kept):  # one site keeps one weight
                 self.state.merged.drop()  # type: ignore[union-attr]
             self.state.merged = kept
         return one_product(self.host, self.forward, x, changes, kept), group.rest

@@ -54,4 +54,5 @@ def understood(card: Any, folder: Path, kind: type[C]) -> C:
 
 
 def _nested(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"type", "config"}
+    """Whether it describes a module; a dictionary of lists, as Fixed's sets, is what it is."""
+    return isinstance(value, dict) and not all(isinstance(v, list) for v in value.values())
