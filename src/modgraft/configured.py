@@ -53,8 +53,9 @@ def resolve(name: str, kind: type[C]) -> type[C]:
     if found is not None and issubclass(found, kind):
         return found
     known = sorted(n for n, each in REGISTRY.items() if issubclass(each, kind) and final(each))
+    what = "computation, router or aggregation" if kind is Configured else kind.__name__.lower()
     raise UnknownNameError(
-        f"no {kind.__name__.lower()} {name!r}; known: {', '.join(known)}. "
+        f"no {what} {name!r}; known: {', '.join(known)}. "
         f"If it is your own class, import the file that defines it first"
     )
 
