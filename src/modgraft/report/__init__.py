@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from modgraft.report.page import write
+from modgraft.report.routing import routing_figure, routing_table
 from modgraft.report.run import read_results
 from modgraft.report.table import families, insert, table
 
-__all__ = ["families", "insert", "read_results", "table", "write"]
+__all__ = [
+    "families",
+    "insert",
+    "read_results",
+    "routing_figure",
+    "routing_table",
+    "table",
+    "write",
+]

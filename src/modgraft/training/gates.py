@@ -24,7 +24,7 @@ def train_gates(
     """Train the gate of each module by itself, everything else frozen.
 
     h = y + σ(⟨v_j, x⟩) (h_j − y) at every site of module j, and the host's own loss on the examples
-    that j was trained on (Muqeeth et al. 2024, arXiv:2402.05859, section 3). A gate does not depend
+    that j was trained on (Muqeeth et al. 2024, arXiv:2402.05859). A gate does not depend
     on the other modules, so those of a mixture can be trained at different times: ``loaders`` may
     name some of them.
 
@@ -56,7 +56,6 @@ def train_gates(
     return made
 
 
-@torch.no_grad()
 def embed_tasks(
     host: Host,
     mixture: str,
@@ -87,7 +86,7 @@ def embed_tasks(
             for place in places:
                 place.route.total.zero_()
                 place.route.count = 0
-            with _alone(places, j), host.using(mixture):
+            with torch.no_grad(), _alone(places, j), host.using(mixture):
                 for batch in loader:
                     host(**{k: _on(v, device) for k, v in batch.items() if k not in ignore})
             for place in places:

@@ -1,0 +1,53 @@
+"""What routers have chosen, shown: the table says the numbers, the figure is drawn."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from modgraft.errors import ModgraftError
+from modgraft.report import routing_figure, routing_table
+from modgraft.stats import Use
+
+PATH = "bert.encoder.layer.{}.intermediate.dense"
+NAMES = ("math", "code", "law", "poetry")
+USES = [
+    Use(PATH.format(0), NAMES, 1920, (0.3, 0.28, 0.24, 0.18), (0.6, 0.5, 0.5, 0.4), 0.6, 1.97),
+    Use(PATH.format(1), NAMES, 1920, (0.62, 0.05, 0.33, 0.0), (0.9, 0.2, 0.9, 0.0), 0.9, 1.2),
+    Use(PATH.format(2), NAMES, 1920, (0.0, 0.97, 0.03, 0.0), (0.0, 1.0, 0.1, 0.0), 0.05, 0.2),
+    Use(PATH.format(3), NAMES, 0, (0.0,) * 4, (0.0,) * 4, 0.0, 0.0),
+]
+
+
+def test_the_table_says_what_was_counted() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(routing_table(USES))
+    rows = [line.split() for line in console.export_text().splitlines() if "encoder" in line]
+    assert rows[0] == [PATH.format(0), "30", "28", "24", "18", "1,920", "0.60", "1.97"]
+    assert rows[1][-2:] == ["dead:", "poetry"]
+    assert rows[2][8:] == ["collapsed;", "dead:", "math,", "poetry"]
+    assert rows[3] == [PATH.format(3), "–", "–", "–", "–", "0", "–", "–"]
+    console.print(routing_table([replace(USES[0], path="")]))
+    assert "the network" in console.export_text()
+
+
+def test_the_figure_is_drawn() -> None:
+    picture = routing_figure(USES)
+    assert picture.dark is not None
+    for png in (picture.light, picture.dark):
+        image = Image.open(io.BytesIO(png)).convert("RGB")
+        assert image.width > image.height
+        assert len(image.getcolors(1 << 24) or []) > 50
+    assert picture.alt == "Use of math, code, law, poetry at 4 sites; 1 collapsed"
+    assert routing_figure([replace(USES[0], path="")]).light != picture.light
+
+
+def test_nothing_to_show() -> None:
+    with pytest.raises(ModgraftError, match="nothing has been routed yet"):
+        routing_figure(USES[3:])
+    with pytest.raises(ModgraftError, match="run the host first"):
+        routing_table([])
