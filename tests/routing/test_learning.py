@@ -85,7 +85,7 @@ def test_balance_losses_prevent_a_collapse_inside_a_host(seed: int) -> None:
             host.implant(name, mg.LoRA(rank=4), "read", active=False)
         ahead = [{**b, "modules": "m0"} for b in batches(1, "example", 30, seed + 50)]
         taught(host, ahead, lr=0.1, train="m0")
-        weight = {} if balanced else {"importance": 0.0, "load": 0.0}
+        weight: dict[str, Any] = {} if balanced else {"importance": 0.0, "load": 0.0}
         host.implant("m", mg.Mixture(names, router=mg.NoisyTopK(2, **weight)))
         taught(host, batches(1, "example", 150, seed), lr=0.1, train=["m", *names])
         host.eval()
