@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import modgraft as mg
+from common import counted
 from hosts import HOSTS
 from kinds import routings
 from modgraft.routing.zero_shot import first_direction
@@ -231,6 +232,18 @@ def test_saved_and_loaded(apart: mg.Host, router: mg.Router, tmp_path: Path) -> 
     for name in ("a", "b", "c", "m"):
         other.load(tmp_path / name)
     assert torch.equal(other(**batch).logits, want)
+
+
+@pytest.mark.parametrize("router", ROUTERS[:1], ids=repr)
+def test_compiled_as_one_graph(apart: mg.Host, router: mg.Router) -> None:
+    host = mixed(apart, router)
+    host.use("m")
+    ids = texts(1, 1, seed=7)[0]["input_ids"]
+    with torch.no_grad():
+        want = host(input_ids=ids).logits
+        compiled, graphs = counted(host)
+        torch.testing.assert_close(compiled(input_ids=ids).logits, want)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize(
