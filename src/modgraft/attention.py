@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modgraft import one_query
 from modgraft.computation.base import Computation, KeyValueComposition
 from modgraft.context import switched
 from modgraft.errors import CompositionError, ModgraftError
@@ -84,7 +85,7 @@ def _attend(
 ) -> Any:
     """``function`` of what is in force at ``module`` before its own keys ``[B, h, n, d]``."""
     state: State | None = module.__dict__.get(STATE)
-    before = None if state is None else _before(state, key)
+    before = None if state is None else _kept_before(state, key)
     if not torch.compiler.is_compiling() and (found := _observed.get()) is not None:
         found[module] = key, value
     if state is None or before is None:
@@ -107,6 +108,9 @@ def _attend(
     if kwargs.get("position_bias") is not None:  # [1, h, q, n]: of the layer's own keys alone
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (count, 0))
     state.attended += 1
+    if one_query.applies(function, query, kwargs):
+        own = before.keys, before.values
+        return one_query.attend(query, own, (key, value), mask, kwargs.get("scaling")), None
     key = torch.cat([before.keys, key], dim=2)  # [B, h, k + n, d]
     value = torch.cat([before.values, value], dim=2)
     return function(module, query, key, value, mask, *args, **kwargs)
@@ -120,6 +124,18 @@ class Before:
     keys: Tensor
     values: Tensor
     seen: Tensor | None = None
+
+
+def _kept_before(state: State, key: Tensor) -> Before | None:
+    """What goes before keys like ``key`` ``[B, h, n, d]``, kept while no module of it changes."""
+    call = state.context.now()
+    if torch.compiler.is_compiling() or call.composition is None:
+        return _before(state, key)
+    kept = state.remembered(call.composition).before
+    if kept is None:
+        return _before(state, key)
+    alike = key.shape[0], key.shape[1], key.shape[3], key.dtype, key.device
+    return kept.get(alike, lambda: _before(state, key))
 
 
 def _before(state: State, key: Tensor) -> Before | None:
@@ -172,28 +188,30 @@ def _before(state: State, key: Tensor) -> Before | None:
         made = of(composition, None)
         return Before(names, *_joined(made)) if made else None
     times = max(1, batch // len(composition.rows))
-    groups = []
+    some: list[tuple[list[int], KeysValues | None]] = []
     for row, examples in composition.different.items():
-        rows = torch.tensor(
-            [i * times + k for i in examples for k in range(times)], device=key.device
-        )
-        made = [] if row is None else of(row, rows)
-        if made:
-            groups.append((rows, *_joined(made)))
-    most = max(keys.shape[2] for _, keys, _ in groups)
-    every = sum(len(rows) for rows, *_ in groups) == batch
-    even = every and all(keys.shape[2] == most for _, keys, _ in groups)
-    shape = (batch, key.shape[1], most, key.shape[3])
-    both = [key.new_zeros(shape), key.new_zeros(shape)]
-    seen = torch.zeros(batch, most, dtype=torch.bool, device=key.device)
-    for rows, *made in groups:
-        count = made[0].shape[2]
-        both = [
-            whole.index_copy(0, rows, F.pad(own, (0, 0, most - count, 0)))
-            for whole, own in zip(both, made, strict=True)
+        rows = [i * times + k for i in examples for k in range(times)]
+        index = torch.tensor(rows, device=key.device)
+        made = [] if row is None else of(row, index)
+        some.append((rows, _joined(made) if made else None))
+    counts = {i: 0 if own is None else own[0].shape[2] for rows, own in some for i in rows}
+    most = max(counts.values())
+    order = torch.tensor([i for rows, _ in some for i in rows], device=key.device).argsort()
+
+    def whole(of: int) -> Tensor:
+        """Keys (0) or values (1) ``[B, h, most, d]`` of all examples, at the end of their room."""
+        none = key.new_zeros(1, key.shape[1], most, key.shape[3])
+        padded = [
+            none.expand(len(rows), -1, -1, -1)
+            if own is None
+            else F.pad(own[of], (0, 0, most - own[of].shape[2], 0))
+            for rows, own in some
         ]
-        seen[rows, most - count :] = True
-    return Before(names, both[0], both[1], None if even else seen)
+        return torch.cat(padded)[order]
+
+    lengths = torch.tensor([counts[i] for i in range(batch)], device=key.device)
+    seen = torch.arange(most, device=key.device) >= most - lengths[:, None]  # [B, most]
+    return Before(names, whole(0), whole(1), None if bool(seen.all()) else seen)
 
 
 def _joined(made: list[KeysValues]) -> KeysValues:

@@ -24,7 +24,7 @@ from modgraft.computation.base import ParameterComposition
 from modgraft.computation.layers import bias_vector, weight_matrix
 
 #: layers that compute nothing but x Wᵀ + b
-_PLAIN = (nn.Linear.forward, Conv1D.forward)
+PLAIN = (nn.Linear.forward, Conv1D.forward)
 _LINEAR = (nn.Linear, Conv1D)
 _SIMPLE = (*_LINEAR, nn.Embedding)  # those whose weight is all there is to change
 
@@ -89,7 +89,7 @@ def one_product(
         alone = first.module.alone(lambda value: forward(layer, value), x)
         if alone is not None:
             return alone
-    if forward not in _PLAIN or not all(c.module.in_weights for c in changes):
+    if forward not in PLAIN or not all(c.module.in_weights for c in changes):
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
     weight, bias = _own(layer)

@@ -35,17 +35,13 @@ from modgraft.examples import Weighted, joined
 from modgraft.fastpath import leave_fast_path, take_fast_path
 from modgraft.handle import Implant, check_learns, check_module, check_name, learner
 from modgraft.implant import foreign, graft, prune, pruned
-from modgraft.mixing import (
-    check_unmixed,
-    mixed_sites,
-    routed,
-    with_routing_losses,
-)
+from modgraft.mixing import check_unmixed, mixed_sites, routed, with_routing_losses
 from modgraft.mixture import ROUTINGS, Mixture
 from modgraft.reading import parse
 from modgraft.recompute import forget, remember
 from modgraft.replaced import new_weights, write
 from modgraft.sites import At, Site, find
+from modgraft.tensors import device_of
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
@@ -149,7 +145,7 @@ class Host(nn.Module):
             for site, (_, place) in zip(sites, implant.acting(own), strict=True):
                 graft(site, own, place, self._context)
             additive = isinstance(module.acts, ParameterComposition)
-            self._context.resident(own, _device(self.model), additive)
+            self._context.resident(own, device_of(self.model), additive)
         implant.train(self.training)
         self.implants[name] = implant
         self._reader.forget()
@@ -283,7 +279,7 @@ class Host(nn.Module):
             raise ModgraftError(
                 f"side input {name!r} is a {type(side).__name__}; write mg.Side(tensor, mask)"
             )
-        device = _device(self.model)
+        device = device_of(self.model)
         return side if side.tensor.device == device else side.to(device)
 
     # -- training, storing ----------------------------------------------------------------------
@@ -384,12 +380,14 @@ class Host(nn.Module):
         """The model's config (Hugging Face models have one)."""
         return self.model.config
 
+    def plan(self, composition: Compositions | EllipsisType = ...) -> str:
+        """A table of how a composition is computed at its sites; left out, the one in force."""
+        from modgraft.look_plan import described
+
+        read = self.composition if composition is ... else self._reader.read(composition)
+        return described(self, read)
+
     def __repr__(self) -> str:
         from modgraft.look import describe
 
         return describe(self)
-
-
-def _device(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device

@@ -10,17 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from modgraft.changed import Change, Merged
-from modgraft.computation.base import Computation, InputComposition, ParameterComposition
+from modgraft.computation.base import (
+    Computation,
+    InputComposition,
+    KeyValueComposition,
+    ParameterComposition,
+)
 from modgraft.computation.borrow import borrows
 from modgraft.examples import Each
 from modgraft.expression import Chain, Expression, chain
+from modgraft.kept import Kept
 from modgraft.mixture import Routed
 from modgraft.stacked import Stacked, stackable
+
+KEPT = 64  # how many compositions a site remembers
+KEPT_EACH = 4  # and of those with one for each example, which hold copies of the tensors they use
 
 
 @dataclass
@@ -66,6 +76,7 @@ class Group:
     changes: list[Change] = field(default_factory=list)
     rest: Expression | None = None
     merged: Merged | None = None
+    _index: dict[tuple[torch.device, int, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():  # its weights are tensors: nothing comes first
@@ -80,13 +91,73 @@ class Group:
         if self.rows is None and not any(borrows(change.module) for change in self.changes):
             self.merged = Merged()
 
+    @cached_property
+    def before_output(self) -> bool:
+        """Whether all of it acts before the layer puts something out: vectors before an input."""
+        used = [entry.module for some in self.entries.values() for entry in some]
+        return all(isinstance(module, InputComposition) for module in used)
+
     def index(self, like: Tensor, times: int) -> Tensor:
         """The rows in ``like``, where each example has ``times`` of them, side by side."""
         assert self.rows is not None  # noqa: S101
-        rows = torch.tensor(self.rows, device=like.device)
-        if times == 1:
-            return rows
-        return (rows[:, None] * times + torch.arange(times, device=like.device)).flatten()
+        key = like.device, times, torch.is_inference_mode_enabled()
+        if key not in self._index:
+            rows = [i * times + k for i in self.rows for k in range(times)]
+            self._index[key] = torch.tensor(rows, device=like.device)
+        return self._index[key]
+
+
+@dataclass
+class Plan:
+    """What a site remembers of one composition.
+
+    Attributes:
+        composition: the same object, not an equal one.
+        groups: what it comes to there.
+        training: whether each module trained when that was planned: some stack only if they do not.
+        before: the keys and values that go before a layer's own; None: nothing of it can be kept.
+    """
+
+    composition: Expression
+    groups: list[Group]
+    training: list[tuple[Computation, bool]]
+    before: Kept | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether it would still be planned like that."""
+        return all(module.training == was for module, was in self.training)
+
+
+def planned(entries: Mapping[str, list[Entry]], composition: Expression) -> Plan:
+    """The plan of ``composition`` where ``entries`` are."""
+    names = composition.names()
+    used = [e.module for name in names for e in entries.get(name, ())]
+    modules = [module for module in used if isinstance(module, Computation)]
+    keys_values = [module for module in modules if isinstance(module, KeyValueComposition)]
+    own = all(module.needs is None and not borrows(module) for module in keys_values)
+    mixed = any(isinstance(module, Routed) for module in used)
+    training = [(m, m.training) for m in modules] if isinstance(composition, Each) else []
+    before = Kept(keys_values) if own and not mixed else None
+    return Plan(composition, groups(entries, composition, stacks=True), training, before)
+
+
+def remembered(
+    plans: dict[int, Plan], entries: Mapping[str, list[Entry]], composition: Expression
+) -> Plan:
+    """The plan of ``composition``, made once and kept in ``plans`` for those used last."""
+    plan = plans.get(id(composition))
+    if plan is not None and plan.composition is composition and plan.holds:
+        return plan
+    plan = planned(entries, composition)
+    if composition.is_data:  # it is weights, and what they were computed from
+        return plan
+    plans.pop(id(composition), None)
+    plans[id(composition)] = plan
+    for key, old in list(plans.items())[:-KEPT_EACH]:
+        if len(plans) > KEPT or isinstance(old.composition, Each):
+            plans.pop(key, None)  # another thread may have
+    return plan
 
 
 def groups(

@@ -28,14 +28,13 @@ from modgraft.examples import Each
 from modgraft.expression import Expression, Weight, weighted
 from modgraft.inlet import active_inputs, call_with_tokens, missing_side
 from modgraft.mixture import Routed
-from modgraft.plan import Entry, Group, groups
+from modgraft.plan import Entry, Group, Plan, groups, remembered
 from modgraft.replaced import run as run_changed
 from modgraft.residual import Step, shifted
 from modgraft.stacked import Stacked
 from modgraft.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
 
 STATE = "_modgraft_state"
-KEPT = 64  # how many compositions a site remembers
 
 
 @dataclass
@@ -46,7 +45,7 @@ class State:
     context: Context
     named: dict[str, list[Entry]] = field(default_factory=dict)
     attended: int = 0  # how often its attention function has run with keys and values of modules
-    planned: dict[int, tuple[Expression, list[Group]]] = field(default_factory=dict)
+    planned: dict[int, Plan] = field(default_factory=dict)
     merged: Merged | None = None  # the weight that is kept
 
     def add(self, entry: Entry) -> None:
@@ -68,14 +67,11 @@ class State:
         """What ``composition`` comes to here."""
         if torch.compiler.is_compiling():
             return groups(self.named, composition, stacks=False)
-        found = self.planned.get(id(composition))
-        if found is None or found[0] is not composition:
-            if len(self.planned) >= KEPT:
-                self.planned.pop(next(iter(list(self.planned))), None)  # another thread may have
-            found = composition, groups(self.named, composition, stacks=True)
-            if not composition.is_data:  # else it is weights, and what they were computed from
-                self.planned[id(composition)] = found
-        return found[1]
+        return self.remembered(composition).groups
+
+    def remembered(self, composition: Expression) -> Plan:
+        """The plan of ``composition``, made once and kept for the compositions used last."""
+        return remembered(self.planned, self.named, composition)
 
 
 def run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -193,6 +189,8 @@ class Site:
             x = None if x is None or len(x) > 1 else x.expand(len(composition.rows), *x.shape[1:])
         new = y
         for group in plan:
+            if group.before_output:
+                continue
             if group.rows is None:
                 return group.expression.apply(At(self, group.entries, x, bare=y), y)
             rows = group.index(y, times)

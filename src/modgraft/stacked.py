@@ -1,8 +1,9 @@
 """Many modules of one kind and shape as one, over stacked tensors: one for each example.
 
 The tensors of the modules that are used lie in ``[N, …]``, an index picks each example's, and the
-module's own computation runs over the examples (``torch.vmap``); a change of low rank is two
-batched products. Without gradients the picked tensors are kept until one of them changes.
+module's own computation runs over the examples: as it is written, where that is ``by_row``, else
+mapped (``torch.vmap``); a change of low rank is two batched products. Without gradients the picked
+tensors are kept until one of them changes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import Computation, ParameterComposition
 from modgraft.computation.borrow import borrows
+from modgraft.computation.layers import feature_axis
+from modgraft.kept import Kept
 
 
 def stackable(module: Computation) -> object:
@@ -44,25 +47,21 @@ class Stacked:
         self.all = self.pick == list(range(len(self.different)))
         self.of_weights = isinstance(self.like, ParameterComposition)
         self.needs = self.like.needs
-        self._kept: dict[str, tuple[list[int], dict[str, Tensor]]] = {}
-        self._own: list[Tensor] = [t for m in self.different for t in _tensors(m).values()]
+        self._kept = Kept(self.different)
 
     # -- tensors ----------------------------------------------------------------------------------
 
     def _picked(self, kind: str, times: int) -> dict[str, Tensor]:
         """The tensors ``[g, …]`` of each example, each repeated ``times``."""
-        tracks = torch.is_grad_enabled() and any(t.requires_grad for t in self._own)
-        versions = [t._version for t in self._own]
-        key = f"{kind}{times}"
-        if not tracks and key in self._kept and self._kept[key][0] == versions:
-            return self._kept[key][1]
-        made = self._factors() if kind == "factors" else self._state()
-        pick = self.pick if times == 1 else [i for i in self.pick for _ in range(times)]
-        if times > 1 or not self.all:
-            made = {name: value[pick] for name, value in made.items()}
-        if not tracks:
-            self._kept[key] = versions, made
-        return made
+
+        def make() -> dict[str, Tensor]:
+            made = self._factors() if kind == "factors" else self._state()
+            if times == 1 and self.all:
+                return made
+            pick = [i for i in self.pick for _ in range(times)]
+            return {name: value[pick] for name, value in made.items()}
+
+        return self._kept.get((kind, times), make)
 
     def _state(self) -> dict[str, Tensor]:
         own = [_tensors(m) for m in self.different]
@@ -89,9 +88,11 @@ class Stacked:
             return self._mapped("effect", (x, y), times, layer, weight)
         own = self._picked("factors", times)
         rows = x.reshape(x.shape[0], -1, x.shape[-1])  # [g, n, in]
-        effect = torch.bmm(torch.bmm(rows, own["A"]), own["B"])  # [g, n, r] → [g, n, out]
+        hidden = torch.bmm(rows, own["A"])  # [g, n, r]
         if "b" in own:
-            effect = effect + own["b"][:, None]
+            effect = torch.baddbmm(own["b"][:, None], hidden, own["B"])  # [g, n, out]
+        else:
+            effect = torch.bmm(hidden, own["B"])
         return effect.view(*x.shape[:-1], effect.shape[-1])
 
     def __call__(self, y: Tensor, x: Tensor | None, side: Any) -> Tensor:
@@ -100,18 +101,57 @@ class Stacked:
         return self._mapped("forward", (y, x, side), times)
 
     def _mapped(self, kind: str, given: tuple, times: int, *fixed: Any) -> Tensor:
-        own = self._picked("state", times)
-
-        def one(tensors: dict[str, Tensor], *rows: Any) -> Tensor:
-            module = _with(self.like, tensors)
-            rows = tuple(None if row is None else row[None] for row in rows)
+        def run(module: nn.Module, rows: Sequence[Any]) -> Tensor:
             if kind == "effect":
                 x, y = rows
-                return module.effect(x, *fixed, y)[0]  # type: ignore[operator]
-            return module(*rows)[0]
+                return module.effect(x, *fixed, y)  # type: ignore[operator]
+            return module(*rows)
+
+        y = given[1] if kind == "effect" else given[0]
+        if (
+            self.like.by_row
+            and y.dim() == 3
+            and all(feature_axis(layer) == -1 for layer in fixed[:1])
+        ):
+            twin = self._kept.get(
+                ("twin", times), lambda: _by_row(self.like, self._picked("state", times))
+            )
+            return run(twin, given)
+
+        def one(tensors: dict[str, Tensor], *rows: Any) -> Tensor:
+            rows = tuple(None if row is None else row[None] for row in rows)
+            return run(_with(self.like, tensors), rows)[0]
 
         dims = (0, *(None if value is None else 0 for value in given))
-        return torch.vmap(one, in_dims=dims)(own, *given)
+        return torch.vmap(one, in_dims=dims)(self._picked("state", times), *given)
+
+
+class _Linears:
+    """A linear layer for each example: [g, n, in] → [g, n, out]."""
+
+    def __init__(self, like: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+        self.in_features, self.out_features = like.in_features, like.out_features
+        # a product of few rows reads the weight along its longer side
+        turned = self.out_features > self.in_features
+        self.weight = weight.mT.contiguous() if turned else weight.mT  # [g, in, out]
+        self.bias = None if bias is None else bias[:, None]  # [g, 1, out]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return torch.bmm(x, self.weight)
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def _by_row(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """A twin of ``module`` that has these tensors ``[g, …]``, one for each example."""
+    twin = _with(module, {k: v[:, None] for k, v in tensors.items() if "." not in k})
+    layers = {
+        name: _Linears(child, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+        for name, child in module._modules.items()
+        if isinstance(child, nn.Linear)
+    }
+    twin.__dict__["_modules"] = {**module._modules, **layers}
+    return twin
 
 
 def _with(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:

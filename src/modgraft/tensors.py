@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from modgraft.errors import ModgraftError
@@ -73,3 +73,9 @@ def replaced(
     pieces = list(y.chunk(part[1], dim=axis))
     pieces[part[0]] = change(pieces[part[0]])
     return torch.cat(pieces, dim=axis)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters of ``model`` are; the CPU, for one without any."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device

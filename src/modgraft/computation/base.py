@@ -30,6 +30,10 @@ class Computation(Configured):
     identity: ClassVar[bool] = False
     """Whether the method leaves the host's output exactly equal at birth."""
 
+    by_row: ClassVar[bool] = False
+    """Whether it computes as written where each example of ``[g, n, d]`` has tensors of its own: a
+    vector stands as ``[g, 1, d]``, and an ``nn.Linear`` of each is called and not looked into."""
+
     default_at: ClassVar[str | None] = None
     """The selection of sites that is meant when none is given; None: one has to be given."""
 

@@ -53,6 +53,7 @@ class Adapter(FunctionComposition):
     """
 
     identity: ClassVar[bool] = True
+    by_row: ClassVar[bool] = True
 
     reduction: int | None = None
     width: int | None = None
@@ -93,6 +94,7 @@ class ParallelAdapter(FunctionComposition):
     """
 
     identity: ClassVar[bool] = True
+    by_row: ClassVar[bool] = True
 
     reduction: int | None = None
     width: int | None = None

@@ -41,6 +41,7 @@ class Rescale(ParameterComposition):
     """
 
     identity: ClassVar[bool] = True
+    by_row: ClassVar[bool] = True
 
     where: Literal["output", "input"] = "output"
 

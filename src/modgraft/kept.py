@@ -1,0 +1,50 @@
+"""What is made of modules' tensors and kept until one of them changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Kept:
+    """Remembers what was made of the tensors of some modules, by a key.
+
+    It is made anew where a gradient has to reach one of them, and once one of them is another
+    tensor, has been written to, or lies elsewhere (``.to()`` puts new data into the old object).
+    What is kept is let go of with it.
+
+    Args:
+        modules: that own every tensor that what is made depends on.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._parts = list(dict.fromkeys(part for m in modules for part in m.modules()))
+        # replaced as a whole, so that threads see one state of it or another; the tensors are held
+        # so that no other takes their identity
+        self._now: tuple[list[Any], list[Tensor], dict[Hashable, Any]] = ([], [], {})
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gives, or gave for this key."""
+        own = [
+            tensor
+            for part in self._parts
+            for some in (part._parameters, part._buffers)
+            for tensor in some.values()
+            if tensor is not None
+        ]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in own):
+            return make()
+        state = [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in own]
+        before, _, made = self._now
+        if state != before:
+            made = {}
+            self._now = state, own, made
+        key = key, torch.is_inference_mode_enabled()  # its tensors cannot be used outside of it
+        if key not in made:
+            made[key] = make()
+        return made[key]

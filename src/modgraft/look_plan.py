@@ -1,0 +1,133 @@
+"""What ``host.plan("…")`` shows: how a composition is computed, by the roles of its sites."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+from modgraft.changed import PLAIN
+from modgraft.computation.base import (
+    KeyValueComposition,
+    ParameterComposition,
+    TokenComposition,
+)
+from modgraft.computation.layers import weight_matrix
+from modgraft.examples import Each
+from modgraft.expression import Expression
+from modgraft.look import plain, rows_of, table
+from modgraft.mixture import Routed
+from modgraft.plan import Entry, Group, Plan
+from modgraft.running import STATE, State
+from modgraft.stacked import Stacked
+
+if TYPE_CHECKING:
+    from modgraft.host import Host
+
+COLUMNS = ("sites at", "number", "examples", "without gradients", "with gradients")
+
+
+class Way(NamedTuple):
+    """How something is computed, without gradients and with them."""
+
+    kept: str
+    made: str
+
+
+def _same(text: str) -> Way:
+    return Way(text, text)
+
+
+def described(host: Host, composition: Expression | None) -> str:
+    """The plan of ``composition`` as a table: a row for the sites of one role and way."""
+    title = f"{'the bare host' if composition is None else composition}"
+    if composition is None:
+        return f"{title}: every site runs as it is"
+    roles = _roles(host.model)
+    sites: dict[tuple[str, str, Way], int] = {}
+    for path, layer in host.model.named_modules():
+        state: State | None = layer.__dict__.get(STATE)
+        if state is None:
+            continue
+        examples: dict[tuple[str, Way], int] = {}
+        plan = state.remembered(composition)
+        for group in plan.groups:
+            entries = [e for some in group.entries.values() for e in some]
+            key = _role(path, entries, roles), _way(layer, group, plan)
+            examples[key] = examples.get(key, 0) + _count(group, composition)
+        for (at, way), count in examples.items():
+            row = at, f"{count}" if isinstance(composition, Each) else "all", way
+            sites[row] = sites.get(row, 0) + 1
+    cells = [(at, f"{number}", rows, *way) for (at, rows, way), number in sites.items()]
+    return f"{title}\n\n{plain(table(COLUMNS, cells))}"
+
+
+def _count(group: Group, composition: Expression) -> int:
+    if group.rows is not None:
+        return len(group.rows)
+    return len(composition.rows) if isinstance(composition, Each) else 0
+
+
+def _roles(model: nn.Module) -> dict[tuple[str, object], str]:
+    return {(site.path, site.part): row.at for row in rows_of(model)[::-1] for site in row.sites}
+
+
+def _role(path: str, entries: Sequence[Entry], roles: dict[tuple[str, object], str]) -> str:
+    """The selection that means where ``entries`` are: roles, else the path with its numbers out."""
+    found = dict.fromkeys(roles.get((path, entry.part)) for entry in entries)
+    known = [role for role in found if role is not None]
+    return ", ".join(known) or re.sub(r"(?<![^.])\d+(?![^.])", "*", path) or "the input"
+
+
+def _way(layer: nn.Module, group: Group, plan: Plan) -> Way:
+    each = isinstance(plan.composition, Each)
+    first = None if each or not group.changes else _changed(layer, group)
+    left = group.expression if first is None else group.rest
+    steps = [] if first is None else [first]
+    for name in () if left is None else left.names():
+        steps += [_step(entry, plan) for entry in group.entries.get(name, ())]
+    return Way(*("; ".join(dict.fromkeys(texts)) for texts in zip(*steps, strict=True)))
+
+
+def _changed(layer: nn.Module, group: Group) -> Way | None:
+    """What comes first and is a change of weights; None: each module's effect by itself."""
+    changes = group.changes
+    if any(change.parameter is not None for change in changes):
+        return None
+    only = changes[0]
+    alone = type(only.module).alone is not ParameterComposition.alone
+    if alone and len(changes) == 1 and only.weight == 1 and only.part is None:
+        return _same("the layer once, rescaled")
+    if type(layer).__mro__[1].forward not in PLAIN or not all(c.module.in_weights for c in changes):
+        return None
+    outs, ins = weight_matrix(layer).shape
+    low = all(change.module.factors() is not None for change in changes)
+    one = "one product, factorised," if low else "one product with θ + Δ"
+    made = f"{one} from {-(-outs * ins // (outs + ins))} tokens on, effects below"
+    kept = "merged weight, kept (modules=…: as with gradients)"
+    return Way(made if group.merged is None else kept, made)
+
+
+def _step(entry: Entry, plan: Plan) -> Way:
+    module = entry.module
+    if isinstance(module, Stacked):
+        kind = "effects" if module.of_weights else "functions"
+        batched = f"{kind} of {len(module.different)} modules, one batch over stacked tensors"
+        return Way(f"{batched}, kept", batched)
+    if isinstance(module, Routed):
+        return _same(f"{entry.name}: routed over {len(module.members)} modules")
+    if isinstance(module, TokenComposition):
+        return _same("tokens before the input")
+    if isinstance(module, KeyValueComposition):
+        before = "keys and values before the layer's own"
+        return Way(before if plan.before is None else f"{before}, kept", before)
+    if entry.parameter is not None:
+        return _same("the layer, run with changed weights")
+    kind = "effect" if isinstance(module, ParameterComposition) else "function"
+    kind += " in the residual" if entry.residual else ""
+    by_turns = isinstance(plan.composition, Each)
+    return _same(
+        f"{kind}, one composition after another" if by_turns else f"{kind} of {entry.name}"
+    )
