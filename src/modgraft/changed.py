@@ -46,7 +46,8 @@ class Merged:
     """θ + Σ w·Δ of one layer, kept as long as no tensor in it changes."""
 
     def __init__(self) -> None:
-        self.made: tuple[list[tuple[int, int]], Tensor, Tensor | None] | None = None
+        # what it was made of (held, so that no other tensor takes an identity), weight and bias
+        self.made: tuple[list[Any], list[Tensor], Tensor, Tensor | None] | None = None
 
     def drop(self) -> None:
         """Let go of it."""
@@ -55,15 +56,16 @@ class Merged:
     def product(self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]) -> Tensor:
         """f(x; θ + Σ w·Δ)."""
         weight, bias = _own(layer)
-        tensors: list[Tensor | None] = [layer.weight, bias]
+        some: list[Tensor | None] = [layer.weight, bias]
         for change in changes:
-            tensors += [*change.module._parameters.values(), *change.module._buffers.values()]
-        of = [(id(t), t._version) for t in tensors if t is not None]
+            some += [*change.module._parameters.values(), *change.module._buffers.values()]
+        tensors = [t for t in some if t is not None]
+        of = [(id(t), t._version, t.data_ptr()) for t in tensors]
         made = self.made  # read once: another thread may let go of it, or keep its own
         if made is None or made[0] != of:
             new = _laid_out_as(weight, _changed(layer, weight, changes))
-            made = self.made = of, new, _with_changes(layer, bias, changes)
-        return F.linear(x, made[1], made[2])
+            made = self.made = of, tensors, new, _with_changes(layer, bias, changes)
+        return F.linear(x, made[2], made[3])
 
 
 def one_product(

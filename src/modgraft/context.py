@@ -92,8 +92,6 @@ class Call:
     spliced: bool = False  # input modules have already put their tokens into this call
     # where they are put in inside the host: a site's path and its output → the new output
     relay: Callable[[str, Tensor], Tensor] | None = None
-    # whether its composition stays beyond this call, so that a weight of it is worth keeping
-    stays: bool = True
     # what has been worked out once for all sites, in this call
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 

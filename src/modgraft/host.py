@@ -271,8 +271,7 @@ class Host(nn.Module):
         composition = now.composition if modules is ... else self._reader.read(modules)
         given = {**now.side, **{n: self._placed(n, s) for n, s in (side or {}).items()}}
         check_sides(composition, given, self._acts)
-        stays = modules is ... or generating
-        return Call(composition, given, generating, stays=stays)
+        return Call(composition, given, generating)
 
     def _placed(self, name: str, side: Side) -> Side:
         if not isinstance(side, Side):

@@ -146,8 +146,8 @@ class Site:
         if not changes or any(change.parameter is not None for change in changes):
             return None, None
         x = tensor_input(x, self.state.path)
-        kept = None  # a composition that comes with a call would cost a weight at every call
-        if self.call.stays and (kept := group.merged) is not None:
+        kept = group.merged  # however it is given, so that no bit of a result depends on that
+        if kept is not None:
             if self.state.merged not in (None, kept):  # one site keeps one weight
                 self.state.merged.drop()  # type: ignore[union-attr]
             self.state.merged = kept
