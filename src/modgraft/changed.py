@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.computation.base import ParameterComposition
+from modgraft.computation.borrow import borrows
 from modgraft.computation.layers import bias_vector, weight_matrix
 
 #: layers that compute nothing but x Wᵀ + b
@@ -54,8 +55,11 @@ class Merged:
         self.made = None
 
     def product(self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]) -> Tensor:
-        """f(x; θ + Σ w·Δ)."""
+        """f(x; θ + Σ w·Δ); made anew where tensors are another's, who may change unseen."""
         weight, bias = _own(layer)
+        if any(borrows(change.module) for change in changes):
+            new = _laid_out_as(weight, _changed(layer, weight, changes))
+            return F.linear(x, new, _with_changes(layer, bias, changes))
         some: list[Tensor | None] = [layer.weight, bias]
         for change in changes:
             some += [*change.module._parameters.values(), *change.module._buffers.values()]

@@ -88,7 +88,7 @@ class Group:
             if weight != 0.0
             for entry in self.entries[name]
         ]
-        if self.rows is None and not any(borrows(change.module) for change in self.changes):
+        if self.rows is None:
             self.merged = Merged()
 
     @cached_property
