@@ -23,6 +23,7 @@ from modgraft.computation.layers import (
 )
 from modgraft.errors import ModgraftError
 from modgraft.sites import joined
+from modgraft.twin import twin_with
 
 
 def new_weights(layer: nn.Module, changes: Sequence[Change]) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def run(
     """``forward`` of ``layer`` with changed weights."""
     if not changes:
         return forward(layer, *args, **kwargs)
-    twin = _sharing(layer, new_weights(layer, changes))
+    twin = twin_with(layer, new_weights(layer, changes))
     before = dict(twin.__dict__)
     out = forward(twin, *args, **kwargs)
     if not torch.compiler.is_compiling():  # what a layer notes on itself while it runs is its own
@@ -57,27 +58,6 @@ def run(
             if name not in before or before[name] is not value:
                 layer.__dict__[name] = value
     return out
-
-
-def _sharing(layer: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """A twin of ``layer`` with some of its parameters replaced, by name."""
-    made = object.__new__(type(layer))
-    made.__dict__.update(layer.__dict__)
-    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
-    made.__dict__["_parameters"] = {**layer._parameters, **own}
-    inner: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        child, _, rest = name.partition(".")
-        if rest:
-            inner.setdefault(child, {})[rest] = tensor
-    if inner:
-        children = {name: _sharing(layer.get_submodule(name), of) for name, of in inner.items()}
-        made.__dict__["_modules"] = {**layer._modules, **children}
-    if isinstance(layer, nn.RNNBase):  # it keeps a list, and compares it with what it had
-        names = layer._flat_weights_names
-        made.__dict__["_flat_weights"] = [made._parameters[name] for name in names]
-        made.__dict__["_flat_weight_refs"] = [None] * len(names)
-    return made
 
 
 def write(model: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from modgraft.computation.base import Computation, ParameterComposition
 from modgraft.computation.borrow import borrows
 from modgraft.computation.layers import feature_axis
 from modgraft.kept import Kept
+from modgraft.twin import twin_with
 
 
 def stackable(module: Computation) -> object:
@@ -120,7 +121,7 @@ class Stacked:
 
         def one(tensors: dict[str, Tensor], *rows: Any) -> Tensor:
             rows = tuple(None if row is None else row[None] for row in rows)
-            return run(_with(self.like, tensors), rows)[0]
+            return run(twin_with(self.like, tensors), rows)[0]
 
         dims = (0, *(None if value is None else 0 for value in given))
         return torch.vmap(one, in_dims=dims)(self._picked("state", times), *given)
@@ -144,29 +145,11 @@ class _Linears:
 
 def _by_row(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """A twin of ``module`` that has these tensors ``[g, …]``, one for each example."""
-    twin = _with(module, {k: v[:, None] for k, v in tensors.items() if "." not in k})
+    twin = twin_with(module, {k: v[:, None] for k, v in tensors.items() if "." not in k})
     layers = {
         name: _Linears(child, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
         for name, child in module._modules.items()
         if isinstance(child, nn.Linear)
     }
     twin.__dict__["_modules"] = {**module._modules, **layers}
-    return twin
-
-
-def _with(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """A twin of ``module`` that has these tensors, and shares everything else."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    own = {name: value for name, value in tensors.items() if "." not in name}
-    twin.__dict__["_parameters"] = {k: own.get(k, v) for k, v in module._parameters.items()}
-    twin.__dict__["_buffers"] = {k: own.get(k, v) for k, v in module._buffers.items()}
-    inner: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        child, _, rest = name.partition(".")
-        if rest:
-            inner.setdefault(child, {})[rest] = value
-    if inner:
-        children = {name: _with(module._modules[name], of) for name, of in inner.items()}  # type: ignore[arg-type]
-        twin.__dict__["_modules"] = {**module._modules, **children}
     return twin
