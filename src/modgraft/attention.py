@@ -187,6 +187,24 @@ def _before(state: State, key: Tensor) -> Before | None:
     if not isinstance(composition, Each):
         made = of(composition, None)
         return Before(names, *_joined(made)) if made else None
+    return _by_example(names, composition, key, of)
+
+
+def _by_example(
+    names: str,
+    composition: Each,
+    key: Tensor,
+    of: Callable[[Expression, Tensor | None], list[KeysValues]],
+) -> Before:
+    """What goes before each example's own keys, as many for all: the rest is not seen.
+
+    Args:
+        names: for errors.
+        composition: one for each example.
+        key: ``[B, h, n, d]``, the layer's own.
+        of: an expression and the rows that it is for → what goes before theirs.
+    """
+    batch = key.shape[0]
     times = max(1, batch // len(composition.rows))
     some: list[tuple[list[int], KeysValues | None]] = []
     for row, examples in composition.different.items():
