@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from modgraft.cli_inspect import inspect
+from modgraft.cli_options import (
+    JOBS,
+    Change,
+    Fresh,
+    Jobs,
+    Run,
+    Seeds,
+    changes,
+    delete,
+    seeds_of,
+    stoppable,
+)
+from modgraft.cli_recipe import recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,14 +38,11 @@ mmcot = typer.Typer(
 )
 app.add_typer(mmcot, name="mmcot")
 app.command("inspect")(inspect)
+app.command("recipe")(recipe)
 
-JOBS = min(2, os.cpu_count() or 1)
-Run = Annotated[Path, typer.Option(help="The run's folder.")]
-Seeds = Annotated[str, typer.Option(help="Seeds, as 0 or 0,1,2.")]
 Rows = Annotated[
     str, typer.Option(help="Rows of the table: demo, all, or keys as fused,text,modular.")
 ]
-Jobs = Annotated[int, typer.Option(min=1, help="Processes side by side, one thread each.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without bad records; list them.")]
 SHOWN = 20
 """Skipped questions that the terminal lists; results.json has them all."""
@@ -79,11 +86,8 @@ def mmcot_train(
     quick: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="A share of digits' questions and of steps.")
     ] = 1.0,
-    change: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, as lr=3e-4."),
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run's folder first.")] = False,
+    change: Change = None,
+    fresh: Fresh = False,
     skip_bad: SkipBad = False,
 ) -> None:
     """Train and test the recipe; an interrupted run goes on where it stopped.
@@ -113,11 +117,11 @@ def mmcot_train(
         settings = replace(settings, steps_rationale=steps, steps_answer=steps, warmup=warmup)
     if batch is not None:
         settings = replace(settings, batch=batch)
-    settings = replace(settings, **_changes(settings, change or []))
-    chosen, which, console = _rows(rows), _seeds(seeds), Console()
+    settings = replace(settings, **changes(settings, change or []))
+    chosen, which, console = _rows(rows), seeds_of(seeds), Console()
     if fresh:
-        _delete(run)
-    with _stoppable():
+        delete(run)
+    with stoppable():
         run_recipe(run, settings, chosen, which, jobs=jobs, console=console)
     _show(run, console)
 
@@ -142,8 +146,8 @@ def mmcot_evaluate(
     settings, console = settings_of(run), Console()
     asked = read_json(run / "run.json", what="a run", remedy="modgraft mmcot train")
     chosen = _rows(rows) if rows else asked["rows"]
-    which = _seeds(seeds) if seeds else asked["seeds"]
-    with _stoppable():
+    which = seeds_of(seeds) if seeds else asked["seeds"]
+    with stoppable():
         run_recipe(run, settings, chosen, which, jobs=jobs, evaluate_only=True, console=console)
     _show(run, console)
 
@@ -186,7 +190,9 @@ def report(
     readme: Annotated[
         Path | None, typer.Option(help="Put the table between this page's result markers.")
     ] = None,
-    name: Annotated[str, typer.Option(help="Which markers: <!-- results:NAME -->.")] = "mmcot",
+    name: Annotated[
+        str | None, typer.Option(help="Which markers, <!-- results:NAME -->; none: the recipe's.")
+    ] = None,
 ) -> None:
     """Write a run's report again; with --readme, also the table that a page shows.
 
@@ -194,12 +200,21 @@ def report(
 
       modgraft report runs/table --readme README.md
     """
+    from modgraft.files import read_json
+    from modgraft.recipes import trials
     from modgraft.report import families, insert, read_results, table, write
 
-    page = write(run)
-    text = f"{table(run)}\n\nBy family:\n\n{families(read_results(run / 'results.json'))}"
+    asked = read_json(run / "run.json", what="a run", remedy="modgraft mmcot train, or recipe")
+    if "recipe" in asked:
+        trials.write_report(run)
+        page, text = run / "plot.png", trials.markdown(trials.read_results(run))
+        markers = name or asked["recipe"]
+    else:
+        page = write(run)
+        text = f"{table(run)}\n\nBy family:\n\n{families(read_results(run / 'results.json'))}"
+        markers = name or "mmcot"
     if readme is not None:
-        insert(readme, name, text)
+        insert(readme, markers, text)
     typer.echo(text)
     typer.echo(f"\nReport: {page}")
 
@@ -214,45 +229,9 @@ def _rows(text: str) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _seeds(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise typer.BadParameter(f"{text!r}: write seeds as 0 or 0,1,2")
-    return sorted({int(part) for part in parts})
-
-
 def _path(name: str | None) -> str | None:
     """A local path from the root, so that a run goes on from another folder; other names as is."""
     return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
-
-
-def _changes(settings: Any, pairs: list[str]) -> dict[str, Any]:
-    """The settings that ``--set`` names, each read as what it was before."""
-    changes: dict[str, Any] = {}
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        if not hasattr(settings, name) or not text:
-            names = ", ".join(vars(settings))
-            raise typer.BadParameter(f"--set {pair}: write NAME=VALUE; the names are {names}")
-        kind = type(getattr(settings, name))
-        try:
-            changes[name] = kind(text) if kind in (int, float) else text
-        except ValueError as error:
-            raise typer.BadParameter(f"--set {pair}: the value is no {kind.__name__}") from error
-    return changes
-
-
-def _delete(run: Path) -> None:
-    import shutil
-
-    from modgraft.errors import DataError
-
-    if run.exists() and not (run / "run.json").is_file():
-        raise DataError(
-            "--fresh deletes runs only, and this folder holds none", file=run,
-            remedy="Take another --run, or delete it yourself",
-        )  # fmt: skip
-    shutil.rmtree(run, ignore_errors=True)
 
 
 def _show(run: Path, console: Console) -> None:
@@ -270,15 +249,6 @@ def _show(run: Path, console: Console) -> None:
     lines.append(f"\nReport: {run / 'report.html'}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command goes on where it was")
-        raise typer.Exit(130) from None
 
 
 def entry() -> None:
