@@ -153,3 +153,28 @@ def test_a_site_keeps_the_tensors_of_few_batches() -> None:
         host(input_ids=ids(3), modules=names)
     states = [m.__dict__[STATE] for m in host.model.modules() if STATE in m.__dict__]
     assert all(len(state.planned) <= 5 for state in states)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("modules", ["lora", ["lora", "adapter", "prefix"]], ids=str)
+def test_a_step_of_an_optimiser_is_seen(modules: Any, fused: bool) -> None:
+    """A fused one writes to tensors and counts no new version of them."""
+    host = mg.Host(HOSTS["gpt2"].model()).eval()
+    host.implant("lora", mg.LoRA(rank=2), ["query", "value"], active=False)
+    host.implant("adapter", mg.Adapter(width=3), "feedforward", active=False)
+    host.implant("prefix", mg.Prefix(length=2), active=False)
+    optimiser = torch.optim.AdamW(host.implants.parameters(), lr=0.1, fused=fused)
+
+    def now() -> Tensor:
+        with torch.no_grad():
+            return host(input_ids=ids(), modules=modules).logits
+
+    for _ in range(2):
+        now()  # kept
+        host(input_ids=ids(), labels=ids(), modules=modules).loss.backward()
+        optimiser.step()
+        seen = now()
+        with torch.no_grad():
+            for parameter in host.implants.parameters():
+                parameter.add_(0)  # makes a new version of all: nothing that was kept is read
+        torch.testing.assert_close(seen, now(), rtol=1e-5, atol=1e-6)

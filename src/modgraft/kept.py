@@ -7,8 +7,21 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 T = TypeVar("T")
+
+
+def _written(optimizer: Optimizer, *_: Any) -> None:
+    """Have the tensors that an optimiser has stepped on say that they were written to."""
+    groups = optimizer.param_groups
+    written = [p for group in groups for p in group["params"] if p.grad is not None]
+    torch.autograd.graph.increment_version(written)
+
+
+# fused kernels write without a word, and what was made of the weights before would stay
+register_optimizer_step_post_hook(_written)
 
 
 class Kept:
