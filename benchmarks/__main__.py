@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("train_step", "multi_module", "mmcot", "methods")
+BENCHMARKS = ("train_step", "multi_module", "side_by_side", "mmcot", "methods")
 
 
 def run(name: str) -> str:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from modgraft.training.gates import embed_tasks, train_gates
     from modgraft.training.lottery import magnitude_pruning, sparse_finetuning
     from modgraft.training.prefix import fold_prefix, prefix_from_text
+    from modgraft.training.side_by_side import fit_side_by_side
 
 __version__ = "0.1.0"
 
@@ -104,6 +105,7 @@ __all__ = [
     "average",
     "concat",
     "embed_tasks",
+    "fit_side_by_side",
     "fold_prefix",
     "magnitude_pruning",
     "own_module",
@@ -123,6 +125,7 @@ _HOMES = {
     "algebra": ("average", "concat"),
     "routing.zero_shot": ("Arrow", "Phatgoose", "Similarity"),
     "training.gates": ("embed_tasks", "train_gates"),
+    "training.side_by_side": ("fit_side_by_side",),
     "computation.base": (
         "Computation",
         "FunctionComposition",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,7 +159,7 @@ def _into_text(
     match kwargs.get("labels"):
         case Tensor() as labels if labels.shape == (batch, length) and not encoder_decoder:
             if not labels.is_floating_point():  # one a token, not one a class
-                rows["labels"] = labels
+                rows["labels"] = _first_unpredicted(model, labels, groups)
     if "position_ids" in kwargs:
         rows["position_ids"] = kwargs["position_ids"].expand(batch, length)
     elif not generating and family is not None and family.counts_positions:
@@ -190,6 +190,19 @@ def _into_text(
     trims = None if encoder_decoder else keep
     unseen = (rows["attention_mask"][:, -1] == 0) if reads_last else None
     return Splice(kwargs, trims, length + count, last_unseen=unseen)
+
+
+def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens]) -> Tensor:
+    """``labels`` ``[B, T]`` for a batch with tokens before its texts.
+
+    What predicts the next token predicts a text's first one from a prompt. Where an example has
+    none, and others of its batch do, nothing may: as if it were alone.
+    """
+    can = getattr(model, "can_generate", None)  # whose labels are those of the tokens before
+    if not any(own.masked for own in groups) or can is None or not can():
+        return labels
+    none = ~torch.cat([own.seen for own in groups], dim=1).any(1, keepdim=True)  # [B, 1]
+    return torch.cat([labels[:, :1].masked_fill(none, IGNORED), labels[:, 1:]], dim=1)
 
 
 def _embedded(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -169,10 +170,10 @@ class Checkpoints:
             self._lock.close()
             self._lock = None
 
-    def paths(self) -> list[Path]:
-        """The checkpoints there are, oldest first."""
-        found = [p for p in self.root.iterdir() if _NAME.fullmatch(p.name)]
-        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    def paths(self, until: float = math.inf) -> list[Path]:
+        """The checkpoints there are, oldest first, up to that of step `until`."""
+        found = {step_of(p): p for p in self.root.iterdir() if _NAME.fullmatch(p.name)}
+        return [path for step, path in sorted(found.items()) if step <= until]
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is or would be."""
@@ -249,13 +250,17 @@ class Checkpoints:
                 load_file(path / "optimizer.safetensors"),
             )
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-            step = int(path.name.removeprefix("step-"))
-            earlier = [p.name for p in self.paths() if int(p.name.removeprefix("step-")) < step]
+            earlier = [p.name for p in self.paths(step_of(path) - 1)]
             goes_on = f"the run then goes on from {earlier[-1]}" if earlier else "the run restarts"
             raise ModgraftError(
                 f"the checkpoint {path} is damaged: {error}. Delete this folder ({goes_on}), or "
                 "start over with resume=False"
             ) from error
+
+
+def step_of(path: Path) -> int:
+    """Of which step a checkpoint is."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _sync(path: Path) -> None:

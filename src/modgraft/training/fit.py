@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 
 from modgraft.errors import ModgraftError
@@ -102,39 +104,72 @@ def fit(
     trainable(host)
     accelerator = accelerator_for()
     check_world(accelerator.num_processes, world)
+    given = {name: value for name, value in locals().items() if name in SETTINGS}
+    run = planned(host, loader, accelerator, given)
+    return run.start(resume=resume, progress=progress, label=label)
+
+
+def planned(
+    host: nn.Module,
+    loader: Iterable[Batch],
+    accelerator: Accelerator,
+    given: Mapping[str, Any],
+    part: nn.Module | None = None,
+    beside: Sequence[str] = (),
+) -> Run:
+    """A run that has not been started.
+
+    Args:
+        host: what runs.
+        loader: its batches.
+        accelerator: device and processes.
+        given: a value for each of ``SETTINGS``, as `fit` takes them.
+        part: what of the host trains, None for whatever requires a gradient.
+        beside: names of the modules that train in one pass with it.
+
+    Raises:
+        ModgraftError: for a setting that means nothing.
+
+    """
+    g = dict(given)
     stream = Stream(
-        loader, seed=seed, rank=accelerator.process_index, world=accelerator.num_processes
+        loader, seed=g["seed"], rank=accelerator.process_index, world=accelerator.num_processes
     )
-    total = total_steps(steps, epochs, stream.length, accumulate)
-    if evaluate is None and (patience is not None or restore_best):
+    total = total_steps(g["steps"], g["epochs"], stream.length, g["accumulate"])
+    if g["evaluate"] is None and (g["patience"] is not None or g["restore_best"]):
         raise ModgraftError("early stopping needs something to go by: give evaluate=")
-    ids = stream.first_ids(ignore) if folder is not None else None
+    folder, weigh, monitor, best = g["folder"], g["weigh"], g["monitor"], g["restore_best"]
+    ids = stream.first_ids(g["ignore"]) if folder is not None else None
+    every = max(1, -(-(stream.length or total) // g["accumulate"]))
     settings = Settings(
+        **{name: g[name] for name in AS_GIVEN},
         steps=total,
-        lr=lr,
-        schedule=schedule,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        betas=betas,
-        eps=eps,
-        clip=clip,
-        accumulate=accumulate,
-        precision=chosen_precision(precision),
-        evaluate_every=evaluate_every or max(1, -(-(stream.length or total) // accumulate)),
-        patience=patience,
-        monitor=monitor,
-        mode=mode or ("min" if "loss" in monitor else "max"),
-        restore_best=patience is not None if restore_best is None else restore_best,
-        seed=seed,
-        fused=fused,
+        precision=chosen_precision(g["precision"]),
+        evaluate_every=g["evaluate_every"] or every,
+        mode=g["mode"] or ("min" if "loss" in monitor else "max"),
+        restore_best=g["patience"] is not None if best is None else best,
         weigh=None if weigh is None else getattr(weigh, "__qualname__", type(weigh).__name__),
         processes=accelerator.num_processes,
         batches=stream.length,
         first_ids=None if ids is None else tuple(ids),
+        beside=tuple(beside),
     )
-    run = Run(host, stream, settings, accelerator)
-    run.evaluate, run.weigh, run.ignore = evaluate, weigh, frozenset(ignore)
-    run.save_every = save_every or max(1, total // 10)
+    run = Run(host, stream, settings, accelerator, part)
+    run.evaluate, run.weigh, run.ignore = g["evaluate"], weigh, frozenset(g["ignore"])
+    run.save_every = g["save_every"] or max(1, total // 10)
     if folder is not None:
-        run.store = Checkpoints(Path(folder), keep=keep)
-    return run.start(resume=resume, progress=progress, label=label)
+        run.store = Checkpoints(Path(folder), keep=g["keep"])
+    return run
+
+
+#: the settings of `fit` and what they are if nothing is said: its signature is the configuration
+SETTINGS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(fit).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
+#: those of them that are recorded as they are given
+AS_GIVEN = (
+    "lr", "schedule", "warmup", "weight_decay", "betas", "eps", "clip", "accumulate", "patience",
+    "monitor", "seed", "fused",
+)  # fmt: skip

@@ -27,8 +27,10 @@ class History:
         monitor: the name of the monitored value.
         seconds: wall time, added up over interruptions.
         resumed_from: the step this call continued from, None if it started at the beginning.
-        stopped: why it ended: "steps" (all were taken) or "patience" (early stopping); None while
-            it runs.
+        parts: at each of `steps` the losses by name, of batches that have parts (`mg.Tasks`).
+        stopped: why it ended: "steps" (all were taken), "patience" (early stopping) or, of modules
+            that train side by side, "diverged"; None while it runs.
+        error: what went wrong where it diverged.
         untouched: trainable tensors that no step gave a gradient; usually a module that the
             forward pass never reached.
 
@@ -36,12 +38,14 @@ class History:
 
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     monitor: str = "loss"
     seconds: float = 0.0
     resumed_from: int | None = None
     stopped: str | None = None
+    error: str | None = None
     untouched: list[str] = field(default_factory=list)
 
     @property
@@ -61,6 +65,7 @@ class History:
         if line["split"] == "train":
             self.steps.append(line["step"])
             self.losses.append(line["loss"])
+            self.parts.append(line.get("parts", {}))
         else:
             self.evaluations.append({k: v for k, v in line.items() if k != "split"})
 
@@ -103,7 +108,8 @@ class Metrics:
     """`metrics.jsonl`: one JSON object a line, appended as it happens.
 
     Lines have "step", "split" ("train" or "eval"), "seconds" since the run began, and for "train"
-    "loss", "lr", "grad_norm" (before clipping), "epoch"; for "eval" what `evaluate` measured.
+    "loss", "lr", "grad_norm" (before clipping), "epoch", and "parts" where batches have some; for
+    "eval" what `evaluate` measured.
 
     Args:
         folder: the run's folder, or None to keep nothing on disk.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 #: seconds between two plain lines
 EVERY = 5.0
+#: parts of a batch whose losses are shown; all of them are in metrics.jsonl
+SHOWN = 6
 
 
 class Show:
@@ -31,6 +34,7 @@ class Show:
         self.label, self.total, self.start, self.enabled = label, total, start, enabled
         self.console = Console(stderr=True, highlight=False)
         self._began = self._shown = time.monotonic()
+        self._parts: dict[str, float] = {}
         self._bar: Progress | None = None
         if enabled and self.console.is_terminal:
             self._bar = Progress(
@@ -58,13 +62,17 @@ class Show:
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, step: int, loss: float, lr: float) -> None:
-        """A step was taken."""
+    def step(
+        self, step: int, loss: float, lr: float, parts: Mapping[str, float] | None = None
+    ) -> None:
+        """A step was taken; `parts` are the losses of what was in its batch, by name."""
         if not self.enabled:
             return
         now = time.monotonic()
         rate = (step - self.start) / max(now - self._began, 1e-9)
-        text = f"loss {loss:.4f}  lr {lr:.2e}  {rate:.2f} steps/s"
+        self._parts |= parts or {}  # a step has some of them: the last of each is shown
+        own = "".join(f"  {name} {value:.4f}" for name, value in list(self._parts.items())[:SHOWN])
+        text = f"loss {loss:.4f}{own}  lr {lr:.2e}  {rate:.2f} steps/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=text)
         elif step in (self.start + 1, self.total) or now - self._shown >= EVERY:

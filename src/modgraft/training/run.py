@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from itertools import islice
 from typing import Any, cast
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modgraft.errors import ModgraftError
 from modgraft.training import checkpoint as disk
 from modgraft.training import stream as data
+from modgraft.training.forward import Forward, mean_loss, mean_parts, not_finite, set_modes
 from modgraft.training.history import History, Metrics, check_monitor, numbers
 from modgraft.training.optim import (
     adamw,
@@ -33,12 +34,27 @@ from modgraft.training.stream import Batch, Stream
 
 
 class Run:
-    """One call of `fit`. `step` counts completed steps; `place` is the next (epoch, batch)."""
+    """One run of training. `step` counts completed steps; `place` is the next (epoch, batch).
+
+    Args:
+        host: what runs.
+        stream: the batches.
+        settings: what decides the loss curve.
+        accelerator: device and processes.
+        part: what of the host trains and is saved, where that is not all that requires a gradient.
+
+    """
 
     def __init__(
-        self, host: nn.Module, stream: Stream, settings: Settings, accelerator: Accelerator
+        self,
+        host: nn.Module,
+        stream: Stream,
+        settings: Settings,
+        accelerator: Accelerator,
+        part: nn.Module | None = None,
     ) -> None:
         self.host, self.stream = host, stream
+        self.part = host if part is None else part
         self.settings, self.accelerator = settings, accelerator
         self.evaluate: Any = None
         self.weigh: data.Weigh | None = None
@@ -55,6 +71,7 @@ class Run:
         self.metrics = Metrics(None)
         self.interrupt = Interrupt()
         self.whole = True  # False while a step is half done
+        self.lr = settings.lr  # of the last step
         self.before = 0.0  # seconds of the parts before an interruption
         self.began = time.monotonic()
 
@@ -64,67 +81,78 @@ class Run:
         """Set up, resume, train, restore what belongs to the caller."""
         with ExitStack() as stack:
             stack.enter_context(data.own_randomness())
-            stack.callback(_set_modes, [(m, m.training) for m in self.host.modules()])
-            self._prepare()
-            stack.callback(self.optimizer.zero_grad, set_to_none=True)
-            found = self._open(resume, stack)
-            if found is not None:
-                self._resume(found)
+            stack.callback(set_modes, [(m, m.training) for m in self.host.modules()])
+            self.prepare(stack)
+            self.open(resume, stack)
+            self.resume()
             if self.history.stopped is None:
                 self._train(stack, progress, label)
-            if self.settings.restore_best and self.best_tensors is not None:
-                disk.restore(self.host, self.best_tensors)
+            self.finish()
         return self.history
 
-    def _prepare(self) -> None:
+    def prepare(self, stack: ExitStack) -> None:
+        """Make the optimiser; no gradient is left when `stack` closes."""
         self.device = self.accelerator.device
         self.host.to(self.device)
-        self.parameters = trainable(self.host)
+        self.parameters = trainable(self.part)
         self.names = {id(p): name for name, p in self.parameters.items()}
         s = self.settings
         adam = {"betas": s.betas, "eps": s.eps, "weight_decay": s.weight_decay, "fused": s.fused}
-        self.optimizer = adamw(self.host, lr=s.lr, **adam)
+        self.optimizer = adamw(self.part, lr=s.lr, **adam)
         self.optimizer.zero_grad(set_to_none=True)
-        self.buffers = {name: b.detach().cpu().clone() for name, b in self.host.named_buffers()}
+        stack.callback(self.optimizer.zero_grad, set_to_none=True)
+        self.buffers = {name: b.detach().cpu().clone() for name, b in self.part.named_buffers()}
         self.changed: set[str] = set()  # buffers that a checkpoint has to bring
+        self.forward = Forward(self.host, self.ignore, self.device, s.precision)
 
-    def _open(self, resume: bool, stack: ExitStack) -> disk.Checkpoint | None:
-        """The checkpoint to go on from, checked against the host and the settings."""
+    def open(self, resume: bool, stack: ExitStack, whole: Mapping[str, Any] | None = None) -> None:
+        """Take the folder until `stack` closes; `whole` is the fingerprint, where it is known."""
         if self.store is None:
-            return None
+            return
         if self.accelerator.is_main_process:
             stack.callback(self.store.close)
             self.store.open(resume=resume)
         self.accelerator.wait_for_everyone()
-        self.fingerprint = disk.fingerprint(self.host)
+        self.fingerprint = dict(whole or disk.fingerprint(self.host))
         self.metrics = Metrics(self.store.folder, write=self.accelerator.is_main_process)
         stack.callback(self.metrics.close)
-        paths = self.store.paths()
-        if not paths:
+
+    def resume(self, until: float = math.inf) -> None:
+        """Go on from the last checkpoint that was made not after step `until`, if there is one.
+
+        Raises:
+            ModgraftError: it is damaged, or of another host or other settings.
+
+        """
+        paths = [] if self.store is None else self.store.paths(until)
+        if self.store is None or not paths:
             self.metrics.start(0)
-            return None
+            return
         found = self.store.load(paths[-1])
-        disk.refuse_other(found.path, "another model", found.fingerprint, self.fingerprint)
         settings = self.settings.record()
         disk.refuse_other(found.path, "other settings", found.state["settings"], settings)
-        return found
-
-    def _resume(self, found: disk.Checkpoint) -> None:
+        disk.refuse_other(found.path, "another model", found.fingerprint, self.fingerprint)
         state, history = found.state, self.history
         for line in self.metrics.start(state["metrics_bytes"]):
             history.add(line)
-        disk.restore(self.host, found.tensors)
+        disk.restore(self.part, found.tensors)
         disk.restore_optimizer(self.optimizer, self.names, found.optimizer)
         self.step, self.place = state["step"], (state["epoch"], state["batch"])
         self.evaluated, self.worse = state["evaluated"], state["worse"]
         self.changed |= found.tensors.keys() - self.parameters.keys()
         history.resumed_from, history.stopped = self.step, state["stopped"]
         history.best, history.untouched = state["best"], state["untouched"]
+        history.error = state.get("error")
         history.seconds = self.before = state["seconds"]
         if history.best is not None and self.store is not None:
             path = self.store.path(history.best["step"])
             best = found if path == found.path else self.store.load(path)
             self.best_tensors = best.tensors
+
+    def finish(self) -> None:
+        """End with the best weights, where that was asked for."""
+        if self.settings.restore_best and self.best_tensors is not None:
+            disk.restore(self.part, self.best_tensors)
 
     def _train(self, stack: ExitStack, progress: bool, label: str) -> None:
         many = self.accelerator.num_processes > 1
@@ -146,26 +174,36 @@ class Run:
             show.say(f"{len(self.history.untouched)} tensors never had a gradient: {names} …")
 
     def _loop(self, show: Show) -> None:
-        groups = self._groups()
+        groups = self.groups()
         # interrupted between a step and its evaluation, or before the end was noted
-        if self._evaluation_due() or self.step >= self.settings.steps:
-            self._after_step(show)
+        if self.judge_now and self.judge(show):
+            self.save()
         while self.history.stopped is None:
             batches, self.at, place = next(groups)
             self.whole = False
-            line = self._take(batches)
-            self.step, self.place = self.step + 1, place
-            line = {"step": self.step, "split": "train"} | line | {"seconds": self._seconds()}
-            self.metrics.write(line)
-            self.history.add(line)
+            self.record(self._take(batches), place)
             self.whole = True
-            show.step(self.step, line["loss"], line["lr"])
-            self._after_step(show)
+            show.step(self.step, self.history.last, self.lr, self.history.parts[-1])
+            if self.judge(show):
+                self.save()
             if self.interrupt.requested and self.history.stopped is None:
                 raise KeyboardInterrupt
 
-    def _after_step(self, show: Show) -> None:
-        """Evaluate, decide whether that was all, and save; the order that resuming relies on."""
+    def record(self, line: dict[str, Any], place: tuple[int, int]) -> None:
+        """A step was taken, and the next one begins at `place`."""
+        self.step, self.place = self.step + 1, place
+        line = {"step": self.step, "split": "train"} | line | {"seconds": self._seconds()}
+        self.metrics.write(line)
+        self.history.add(line)
+
+    @property
+    def judge_now(self) -> bool:
+        """Whether the step before an interruption has not been judged yet."""
+        return self._evaluation_due() or self.step >= self.settings.steps
+
+    def judge(self, show: Show) -> bool:
+        """Evaluate, decide whether that was all, and say whether to save; resuming relies on the
+        order."""
         better = self._evaluate(show) if self._evaluation_due() else False
         s = self.settings
         if s.patience is not None and self.worse >= s.patience:
@@ -175,11 +213,10 @@ class Run:
         if self.history.stopped is not None:
             state = self.optimizer.state
             self.history.untouched = [n for n, p in self.parameters.items() if p not in state]
-        if better or self.history.stopped or self.step % self.save_every == 0:
-            self._save()
+        return bool(better or self.history.stopped or self.step % self.save_every == 0)
 
-    def _groups(self) -> Iterator[tuple[list[Batch], tuple[int, int], tuple[int, int]]]:
-        """The batches of one step, the (epoch, batch) of the first and that after the last."""
+    def groups(self) -> Iterator[tuple[list[Batch], tuple[int, int], tuple[int, int]]]:
+        """The batches of each step, the (epoch, batch) of the first and that after the last."""
         epoch, batch = self.place
         while True:
             read = self.stream.read(epoch, batch)
@@ -204,14 +241,16 @@ class Run:
         if total <= 0:
             raise ModgraftError(f"step {step}: weigh= counts no targets in {self._where(batches)}")
         losses: list[Tensor] = []
+        parts: list[dict[str, float]] = []
         for i, batch in enumerate(batches):
             data.seed_everything(s.seed, "step", step, i, self.accelerator.process_index)
             last = i == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self._loss(self.model, batch)
+                loss, own = self.forward.learns(self.model, batch, self.parameters)
                 # DDP averages over processes what is to be summed: hence the factor `world`
                 self.accelerator.backward(loss * (weights[i] * world / total))
             losses.append(loss.detach())
+            parts.append(own)
         norm = gradient_norm(self.parameters.values())
         # one transfer from the device: everything is finite, or nothing is updated
         wide = torch.promote_types(losses[0].dtype, torch.float32)
@@ -220,56 +259,33 @@ class Run:
         mean, asked = self._sum([mean, float(self.interrupt.requested)])
         self.interrupt.requested = asked > 0
         if not (math.isfinite(mean) and math.isfinite(grad_norm)):
-            self._refuse(batches, values, grad_norm)
+            raise ModgraftError(self.not_finite(batches, values, grad_norm))
+        self.update(norm)
+        line = {"loss": mean, "lr": self.lr, "grad_norm": grad_norm, "epoch": epoch}
+        return line | ({"parts": mean_parts(parts)} if any(parts) else {})
+
+    def update(self, norm: Tensor) -> None:
+        """Clip the gradients, whose norm is `norm`, and take the step."""
+        s = self.settings
         if s.clip is not None:
             clip_gradients(self.parameters.values(), norm, s.clip)
-        lr = learning_rate(
-            step,
+        self.lr = learning_rate(
+            self.step + 1,
             lr=s.lr,
             total=s.steps,
             warmup=warmup_steps(s.warmup, s.steps),
             schedule=s.schedule,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": mean, "lr": lr, "grad_norm": grad_norm, "epoch": epoch}
 
-    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """`forward`'s loss, a scalar, computed under autocast where that was asked for."""
-        given = {k: v for k, v in batch.items() if k not in self.ignore}
-        with self._autocast():
-            output = model(**data.to_device(given, self.device))
-        loss = getattr(output, "loss", None)
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            raise ModgraftError(
-                f"{type(self.host).__name__}.forward({', '.join(given)}) returned no scalar .loss "
-                f"(it is {'absent' if loss is None else loss}); does the batch hold labels?"
-            )
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ModgraftError(
-                "the loss depends on none of the parameters that train: "
-                f"{', '.join(list(self.parameters)[:4])} … Is the module active?"
-            )
-        return loss
-
-    def _autocast(self) -> Any:
-        if self.settings.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
-
-    def _refuse(self, batches: list[Batch], losses: list[float], norm: float) -> None:
-        """Raise for a loss or gradient that is not finite, before anything was changed."""
-        bad = [b for b, v in zip(batches, losses, strict=True) if not math.isfinite(v)]
-        named = [(n, p.grad) for n, p in self.parameters.items() if p.grad is not None]
-        grads = [n for n, g in named if not g.isfinite().all()]
-        self.optimizer.zero_grad(set_to_none=True)
-        what = f"the loss is {losses}" if bad else f"the gradient norm is {norm}"
-        if not bad and grads:
-            what += f" ({', '.join(grads[:4])})"
-        raise ModgraftError(
-            f"step {self.step + 1}: {what} in {self._where(bad or batches)}. Nothing was updated "
+    def not_finite(self, batches: list[Batch], losses: list[float], norm: float) -> str:
+        """What to say of a loss or gradient that is not finite; gradients are still there."""
+        what, bad = not_finite(batches, losses, norm, self.parameters)
+        return (
+            f"step {self.step + 1}: {what} in {self._where(bad)}. Nothing was updated "
             "or written. Look at these examples, lower lr= or clip=, or train in precision='no'"
         )
 
@@ -316,33 +332,26 @@ class Run:
         if better:
             self.history.best = self.history.evaluations[-1]
             if self.settings.restore_best:
-                self.best_tensors = disk.snapshot(self.host, self._changed_buffers())
+                self.best_tensors = disk.snapshot(self.part, self._changed_buffers())
         text = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
         show.say(f"step {self.step}  evaluation  {text}{'  (best)' if better else ''}")
         return better
 
     def _mean_loss(self) -> dict[str, float]:
         """The mean loss over the evaluation loader, weighted by `weigh` or by examples."""
-        sums = [0.0, 0.0]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        for batch in Stream(self.evaluate, seed=0, rank=rank, world=world, pad=False).read(0):
-            weight = float(_examples(batch)) if self.weigh is None else self.weigh(batch)
-            sums[0] += weight * self._loss(self.host, batch).item()
-            sums[1] += weight
-        total, count = self._sum(sums)
-        if count == 0:
-            raise ModgraftError("the evaluation loader holds nothing to average over")
-        return {"loss": total / count}
+        batches = Stream(self.evaluate, seed=0, rank=rank, world=world, pad=False).read(0)
+        return mean_loss(self.forward, batches, self.weigh, self._sum)
 
     # --- saving ---------------------------------------------------------------------------------
 
     def _changed_buffers(self) -> set[str]:
-        for name, buffer in self.host.named_buffers():
+        for name, buffer in self.part.named_buffers():
             if not torch.equal(buffer.detach().cpu(), self.buffers[name]):
                 self.changed.add(name)
         return self.changed
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """A checkpoint of the last completed step, by the main process."""
         self.history.seconds = self._seconds()
         if self.store is not None and self.accelerator.is_main_process:
@@ -357,13 +366,14 @@ class Run:
                 "worse": self.worse,
                 "best": best,
                 "untouched": self.history.untouched,
+                "error": self.history.error,
                 "settings": self.settings.record(),
             }
             self.store.save(
                 self.step,
                 state,
                 self.fingerprint,
-                disk.snapshot(self.host, self._changed_buffers()),
+                disk.snapshot(self.part, self._changed_buffers()),
                 disk.optimizer_tensors(self.optimizer, self.names),
             )
         self.accelerator.wait_for_everyone()
@@ -379,20 +389,10 @@ class Run:
                 f"interrupted in step {self.step + 1}; {self.store.folder} keeps the steps before"
             )
         else:
-            self._save()
+            self.save()
             text = (
                 f"interrupted after step {self.step} and saved; the same call of fit goes on from "
                 f"there: {self.store.path(self.step)}"
             )
         show.say(text)
         return text
-
-
-def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, mode in modes:
-        module.training = mode
-
-
-def _examples(batch: Batch) -> int:
-    """Rows of the first tensor in a batch; 1 for a batch without any."""
-    return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)

@@ -42,6 +42,7 @@ class Settings:
     processes: int
     batches: int | None  # an epoch and process; None where the loader has no length
     first_ids: tuple[str, ...] | None  # of the first batch: other data, another run
+    beside: tuple[str, ...] = ()  # the modules that train in one pass, where several do
 
     def __post_init__(self) -> None:
         checks = {

@@ -1,0 +1,146 @@
+"""A host's loss on a batch: one for the batch, or one for each part of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.errors import ModgraftError
+from modgraft.training.apart import PARTS, Apart, Parts
+from modgraft.training.stream import Batch, Weigh, to_device
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How a run reads the loss of a host.
+
+    Attributes:
+        host: for messages; what is called may be wrapped around it.
+        ignore: names in a batch that ``forward`` does not take.
+        device: where the batch goes.
+        precision: "no", or "bf16" autocast.
+    """
+
+    host: nn.Module
+    ignore: frozenset[str]
+    device: torch.device
+    precision: str
+
+    def learns(
+        self, model: nn.Module, batch: Batch, learners: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss ``[]`` to go down, and that of each of the batch's parts by name.
+
+        A part's loss is the mean over its own examples, and every part counts alike.
+
+        Raises:
+            ModgraftError: as :meth:`losses`, or if none of ``learners`` is in it.
+        """
+        losses = self.losses(model, batch)
+        if torch.is_grad_enabled() and not losses.requires_grad:
+            raise ModgraftError(
+                "the loss depends on none of the parameters that train: "
+                f"{', '.join(list(learners)[:4])} … Is the module active?"
+            )
+        if PARTS not in batch:
+            return losses, {}
+        return losses.mean(), _by_name(batch[PARTS].names, losses.detach().tolist())
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What ``forward`` returns as ``loss``: a scalar, or ``[N]`` for a batch of N parts.
+
+        Raises:
+            ModgraftError: if that is none, or not one for each part.
+        """
+        parts: Parts | None = batch.get(PARTS)
+        given = {k: v for k, v in batch.items() if k not in self.ignore and k != PARTS}
+        with self._autocast(), nullcontext() if parts is None else Apart(parts.rows):
+            output = model(**to_device(given, self.device))
+        loss = getattr(output, "loss", None)
+        name = type(self.host).__name__
+        if not isinstance(loss, Tensor) or (parts is None and loss.ndim != 0):
+            raise ModgraftError(
+                f"{name}.forward({', '.join(given)}) returned no scalar .loss "
+                f"(it is {'absent' if loss is None else loss}); does the batch hold labels?"
+            )
+        if parts is not None and loss.shape != (len(parts.rows),):
+            raise ModgraftError(
+                f"{name}.forward({', '.join(given)}) returned a loss {list(loss.shape)} where the "
+                f"batch has {len(parts.rows)} parts ({', '.join(parts.names)}): it is not one of "
+                f"PyTorch's means, such as F.cross_entropy's, that can be taken for each part; "
+                f"train them one after the other, by host.fit"
+            )
+        return loss
+
+    def _autocast(self) -> Any:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+
+def _by_name(names: Sequence[str], losses: Sequence[float]) -> dict[str, float]:
+    """The mean of each name's."""
+    found: dict[str, list[float]] = {}
+    for name, loss in zip(names, losses, strict=True):
+        found.setdefault(name, []).append(loss)
+    return {name: sum(own) / len(own) for name, own in found.items()}
+
+
+def mean_parts(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each part's losses over the batches of one step."""
+    pairs = [pair for own in several for pair in own.items()]
+    return _by_name([name for name, _ in pairs], [loss for _, loss in pairs])
+
+
+def mean_loss(
+    forward: Forward,
+    batches: Iterable[Batch],
+    weigh: Weigh | None,
+    add: Callable[[list[float]], list[float]],
+) -> dict[str, float]:
+    """The mean loss over ``batches``, weighted by ``weigh`` or by examples.
+
+    Args:
+        forward: of the host.
+        batches: of this process.
+        weigh: how many terms the mean loss of a batch averages over.
+        add: sums numbers over all processes.
+    """
+    sums = [0.0, 0.0]
+    for batch in batches:
+        weight = float(_examples(batch)) if weigh is None else weigh(batch)
+        sums[0] += weight * forward.losses(forward.host, batch).mean().item()
+        sums[1] += weight
+    total, count = add(sums)
+    if count == 0:
+        raise ModgraftError("the evaluation loader holds nothing to average over")
+    return {"loss": total / count}
+
+
+def _examples(batch: Batch) -> int:
+    """Rows of the first tensor in a batch; 1 for a batch without any."""
+    return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+
+
+def not_finite(
+    batches: list[Batch], losses: list[float], norm: float, parameters: Mapping[str, Tensor]
+) -> tuple[str, list[Batch]]:
+    """What is not finite, in words, and the batches it came of."""
+    bad = [b for b, v in zip(batches, losses, strict=True) if not math.isfinite(v)]
+    if bad:
+        return f"the loss is {losses}", bad
+    grads = [n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+    named = f" ({', '.join(grads[:4])})" if grads else ""
+    return f"the gradient norm is {norm}{named}", batches
+
+
+def set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    """Put modules back into the modes they came in."""
+    for module, mode in modes:
+        module.training = mode

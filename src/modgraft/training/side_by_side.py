@@ -1,0 +1,277 @@
+"""Modules that train side by side: one forward and backward a step for all of them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modgraft.errors import ModgraftError
+from modgraft.expression import module_of
+from modgraft.handle import check_learns
+from modgraft.host import Host
+from modgraft.mixture import Mixture
+from modgraft.training import checkpoint as disk
+from modgraft.training.apart import together
+from modgraft.training.fit import SETTINGS, planned
+from modgraft.training.forward import set_modes
+from modgraft.training.history import History
+from modgraft.training.optim import gradient_norm
+from modgraft.training.processes import Interrupt, accelerator_for
+from modgraft.training.progress import Show
+from modgraft.training.run import Run
+from modgraft.training.stream import Batch, own_randomness, seed_everything
+
+SHARED = ("seed", "precision", "ignore", "resume", "progress", "label", "fused", "folder")
+
+
+def fit_side_by_side(
+    host: Host, loaders: Mapping[str, Iterable[Batch]], **settings: Any
+) -> dict[str, History]:
+    """Train several modules in one pass: each becomes what `host.fit` would have made of it alone.
+
+    A step takes one batch of each module's loader and runs them as one, every example through its
+    own module. Each module has a loss, the mean over its own examples, a gradient norm that is
+    clipped, an optimiser, a schedule, evaluations, early stopping and a record of its own. Nothing
+    of one reaches another; up to rounding, and up to what is random in ``forward`` (dropout), it is
+    the same as ``with host.using(name): host.fit(loader, train=name, …)`` one after the other.
+
+    A module whose loss or gradient is no longer finite keeps the weights it had and leaves the
+    pass, with a warning; its history says ``stopped="diverged"``, and why in ``error``.
+
+    Args:
+        host: where the modules are implanted, none of them a mixture.
+        loaders: for a module's name its batches. A batch is run with its module alone, or with the
+            composition that it carries under ``"modules"``, which names it and none of the others.
+            Texts of unequal length are filled up on the right; other shapes have to agree.
+        **settings: of :func:`modgraft.training.fit.fit`, but ``accumulate``. Each may be a dict by
+            module, ``lr={"fr": 1e-3, "de": 5e-4}``, but those of the pass: ``seed``, ``precision``,
+            ``folder``, ``resume``. In ``folder`` each module has a folder of its name; the same
+            call goes on where all of them were, bit for bit on a CPU.
+
+    Returns:
+        The record of each module.
+
+    Raises:
+        ModgraftError: for an unknown module or setting, a composition with another module that
+            trains, batches that cannot be one, a host whose loss cannot be told apart, or several
+            processes.
+        KeyboardInterrupt: after saving all of them.
+    """
+    names = list(loaders)
+    if not names:
+        raise ModgraftError("fit_side_by_side(host, {}): give a loader for each module's name")
+    for name in names:
+        if isinstance(host[name].method, Mixture):
+            raise ModgraftError(
+                f"{name!r} is a Mixture, whose routers learn from a batch as a whole; train it by "
+                f"host.fit(loader, train={name!r})"
+            )
+        check_learns(name, host[name])
+    by_name = {name: _settings_of(name, names, settings) for name in names}
+    shared = by_name[names[0]]
+    with host.training_only(names):
+        runs = _runs(host, loaders, by_name)
+        return _Pass(host, runs).start(shared["resume"], shared["progress"], shared["label"])
+
+
+def _settings_of(name: str, names: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `fit` would be told for one module."""
+    if unknown := [key for key in settings if key not in SETTINGS]:
+        raise ModgraftError(
+            f"{unknown[0]}= is no setting of fit_side_by_side; there are {', '.join(SETTINGS)}"
+        )
+    given = {**SETTINGS, "label": "side by side", **settings}
+    for key, value in given.items():
+        if not isinstance(value, Mapping):
+            continue
+        if key in SHARED:
+            raise ModgraftError(f"{key}= is one for the pass, not {dict(value)!r:.80}")
+        if value.keys() != set(names):
+            raise ModgraftError(
+                f"{key}={{…}} has {', '.join(value) or 'nothing'}; it has to say one for each of "
+                f"{', '.join(names)}"
+            )
+        given[key] = value[name]
+    if given["accumulate"] != 1:
+        raise ModgraftError(
+            f"accumulate={given['accumulate']}: a step of modules side by side takes one batch of "
+            f"each; make the batches larger, or train by host.fit"
+        )
+    if given["keep"] < 2:
+        raise ModgraftError(
+            f"keep={given['keep']}: modules that train side by side are saved one after the other, "
+            f"and go on from the last step that all of them have; keep at least 2"
+        )
+    return given
+
+
+def _runs(
+    host: Host, loaders: Mapping[str, Iterable[Batch]], by_name: Mapping[str, dict[str, Any]]
+) -> dict[str, Run]:
+    accelerator = accelerator_for()
+    if accelerator.num_processes > 1:
+        raise ModgraftError(
+            f"{accelerator.num_processes} processes: modules train side by side in one; give each "
+            f"process modules of its own"
+        )
+    runs = {}
+    for name, loader in loaders.items():
+        given = by_name[name]
+        if given["folder"] is not None:
+            given = {**given, "folder": Path(given["folder"]) / name}
+        runs[name] = planned(host, loader, accelerator, given, host[name], list(loaders))
+    return runs
+
+
+class _Pass:
+    """Runs of different modules that share their forward; all of them are at one step."""
+
+    def __init__(self, host: Host, runs: dict[str, Run]) -> None:
+        self.host, self.runs, self.interrupt = host, runs, Interrupt()
+        config = getattr(host.model, "config", None)
+        self.padding = getattr(config, "pad_token_id", None) or 0
+        self.first = next(iter(runs.values()))
+
+    def going(self) -> dict[str, Run]:
+        return {name: run for name, run in self.runs.items() if run.history.stopped is None}
+
+    def start(self, resume: bool, progress: bool, label: str) -> dict[str, History]:
+        with ExitStack() as stack:
+            stack.enter_context(own_randomness())
+            stack.callback(set_modes, [(m, m.training) for m in self.host.modules()])
+            self._open(resume, stack)
+            if self.going():
+                self._train(stack, progress, label)
+            for run in self.runs.values():
+                run.finish()
+        return {name: run.history for name, run in self.runs.items()}
+
+    def _open(self, resume: bool, stack: ExitStack) -> None:
+        kept = self.first.store is not None
+        whole = disk.fingerprint(self.host) if kept else None  # what they stand on, read once
+        for run in self.runs.values():
+            run.interrupt = self.interrupt
+            run.prepare(stack)
+            run.open(resume, stack, whole)
+        last = min(map(_going_from, self.runs.values()))  # the step that all of them have
+        for run in self.runs.values():
+            run.resume(last)
+
+    def _train(self, stack: ExitStack, progress: bool, label: str) -> None:
+        self.host.train()
+        stack.enter_context(self.interrupt)
+        steps = max(run.settings.steps for run in self.runs.values())
+        step = max(run.step for run in self.going().values())
+        show = Show(f"{label} ({len(self.runs)})", steps, start=step, enabled=progress)
+        groups = {name: run.groups() for name, run in self.runs.items()}
+        with show:
+            if step and self.first.store is not None:
+                show.say(f"resumed from step {step}, {self.first.store.folder.parent}")
+            self._judge({n: run for n, run in self.going().items() if run.judge_now}, show)
+            while going := self.going():
+                read = {name: next(groups[name]) for name in going}
+                self._step(going, read, show)
+                self._judge(going, show)
+                if self.interrupt.requested and self.going():
+                    raise KeyboardInterrupt(self._interrupted(show))
+
+    def _step(self, going: dict[str, Run], read: dict[str, Any], show: Show) -> None:
+        """One forward and backward of the batches that were `read`, an update of each module."""
+        step = next(iter(going.values())).step + 1
+        batches: dict[str, Batch] = {name: group[0] for name, (group, _, _) in read.items()}
+        seed_everything(self.first.settings.seed, "step", step, 0, 0)
+        whole = self._whole(batches)
+        losses = self.first.forward.losses(self.host, whole)  # [N]
+        _check_depends(losses, going)
+        good = losses.detach().isfinite()
+        losses[good].sum().backward()  # of the others nothing: a module that diverged stops nobody
+        norms = [gradient_norm(run.parameters.values()) for run in going.values()]
+        wide = torch.promote_types(losses.dtype, torch.float32)
+        values = torch.stack([losses.detach().to(wide), torch.stack(norms).to(wide)]).tolist()
+        shown = {}
+        for (name, run), loss, norm, raw in zip(going.items(), *values, norms, strict=True):
+            _, run.at, place = read[name]
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                run.history.stopped = "diverged"
+                run.history.error = f"{name}: {run.not_finite([batches[name]], [loss], norm)}"
+                run.optimizer.zero_grad(set_to_none=True)
+                continue
+            run.update(raw)
+            line = {"loss": loss, "lr": run.lr, "grad_norm": norm, "epoch": run.at[0]}
+            run.record(line, place)
+            shown[name] = loss
+        if shown:
+            show.step(step, sum(shown.values()) / len(shown), self.first.lr, shown)
+
+    def _whole(self, batches: dict[str, Batch]) -> Batch:
+        """The batches as one, each example with its own composition."""
+        ignore = self.first.ignore
+        tagged = []
+        for name, batch in batches.items():
+            own = {k: v for k, v in batch.items() if k not in ignore}
+            own["modules"] = self._composition(name, own.get("modules", name))
+            tagged.append(own)
+        return together(tagged, list(batches), self.padding)
+
+    def _composition(self, name: str, modules: Any) -> Any:
+        for one in modules if isinstance(modules, list | tuple) else [modules]:
+            read = self.host._reader.read(one)
+            used = {module_of(n) for n in (() if read is None else read.names())}
+            if name not in used or used & self.runs.keys() != {name}:
+                raise ModgraftError(
+                    f"a batch of {name!r} is to run with {one!r}: it has to go through {name!r}, "
+                    f"and through none of the others that train, "
+                    f"{', '.join(n for n in self.runs if n != name) or 'of which there are none'}"
+                )
+        return modules
+
+    def _judge(self, going: dict[str, Run], show: Show) -> None:
+        """Evaluate and save: all of them at one step, those that have come to their end last."""
+        lost = [run for run in going.values() if run.history.stopped == "diverged"]
+        due = bool(lost)
+        for name, run in going.items():
+            if run not in lost:
+                alone = self.host[name].names == [name]  # else batches say which of its tasks
+                with self.host.using(name) if alone else nullcontext():
+                    due = run.judge(show) or due
+        if due:
+            for run in sorted(going.values(), key=lambda run: run.history.stopped is not None):
+                run.save()
+        for run in lost:
+            show.say(f"{run.history.error}")
+            warnings.warn(f"{run.history.error}; the others go on", stacklevel=6)
+
+    def _interrupted(self, show: Show) -> str:
+        kept = self.first.store
+        text = f"interrupted after step {max(run.step for run in self.runs.values())}"
+        if kept is None:
+            text += "; nothing is kept, since fit_side_by_side has no folder="
+        else:
+            for run in self.going().values():
+                run.save()
+            text += f" and saved; the same call goes on from there: {kept.folder.parent}"
+        show.say(text)
+        return text
+
+
+def _going_from(run: Run) -> float:
+    """The step that a run goes on from, ∞ for one that has come to its end."""
+    paths = [] if run.store is None else run.store.paths()
+    if not paths or run.store is None:
+        return 0
+    ended = run.store.load(paths[-1]).state["stopped"] is not None
+    return math.inf if ended else disk.step_of(paths[-1])
+
+
+def _check_depends(losses: Tensor, going: dict[str, Run]) -> None:
+    if not losses.requires_grad:
+        raise ModgraftError(
+            f"the loss depends on no parameter of {', '.join(going)}; do the modules act?"
+        )
