@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from modgraft.routing.zero_shot import Arrow, Phatgoose, Similarity
     from modgraft.sites import Site
     from modgraft.tasks import add_task
+    from modgraft.training.continual import Continual, continual
     from modgraft.training.gates import embed_tasks, train_gates
     from modgraft.training.lottery import magnitude_pruning, sparse_finetuning
     from modgraft.training.prefix import fold_prefix, prefix_from_text
@@ -60,6 +61,7 @@ __all__ = [
     "Average",
     "Compacter",
     "Computation",
+    "Continual",
     "ConvAdapter",
     "Each",
     "Fixed",
@@ -104,6 +106,7 @@ __all__ = [
     "add_task",
     "average",
     "concat",
+    "continual",
     "embed_tasks",
     "fit_side_by_side",
     "fold_prefix",
@@ -124,6 +127,7 @@ _HOMES = {
     "routing.learned": ("NoisyTopK", "SkillMatrix", "Soft", "Threshold", "Top1", "TopK"),
     "algebra": ("average", "concat"),
     "routing.zero_shot": ("Arrow", "Phatgoose", "Similarity"),
+    "training.continual": ("Continual", "continual"),
     "training.gates": ("embed_tasks", "train_gates"),
     "training.side_by_side": ("fit_side_by_side",),
     "computation.base": (

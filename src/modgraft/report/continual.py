@@ -1,0 +1,89 @@
+"""What continual learning kept and lost, as a table for the terminal and as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure as Canvas
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from modgraft.errors import ModgraftError
+from modgraft.report.figures import Picture, Scheme, draw
+
+if TYPE_CHECKING:  # a page needs no torch
+    from modgraft.training.continual import Continual
+
+START = "before any"
+
+
+def continual_table(record: Continual, title: str = "Accuracy in percent") -> Table:
+    """A row after each task, a column for each; the last column is their mean.
+
+    Args:
+        record: of :func:`modgraft.continual`.
+        title: of the table.
+    """
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("after", no_wrap=True)
+    for name in (*record.tasks, "mean"):
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    for name, row in zip((START, *record.tasks), (record.start, *record.matrix), strict=True):
+        values = [*row, sum(row) / len(row)]
+        table.add_row(escape(name), *(f"{100 * value:.1f}" for value in values))
+    table.caption = (
+        f"in the end {100 * record.accuracy:.1f}; forgetting {100 * record.forgetting:.1f}, "
+        f"backward transfer {100 * record.backward_transfer:+.1f}, forward transfer "
+        f"{100 * record.forward_transfer:+.1f}"
+    )
+    return table
+
+
+def continual_figure(records: Mapping[str, Continual]) -> Picture:
+    """R of each record as a heat map, beside one another: rows after each task, columns of each.
+
+    Args:
+        records: by what each of them is called, of the same tasks.
+
+    Returns:
+        PNG bytes for light and dark pages.
+
+    Raises:
+        ModgraftError: for no record, or records of other tasks.
+    """
+    every = list(records.values())
+    if not every or any(record.tasks != every[0].tasks for record in every):
+        raise ModgraftError(
+            "a figure compares records of the same tasks, as "
+            "continual_figure({'a module each': record, 'one module': other})"
+        )
+    tasks = every[0].tasks
+
+    def paint(canvas: Canvas, scheme: Scheme) -> None:
+        ramp = LinearSegmentedColormap.from_list(
+            "accuracy", [to_rgb(scheme.paper), to_rgb(scheme.series[0])]
+        )
+        grid = canvas.subplots(1, len(every), sharey=True, squeeze=False)[0]
+        for axes, (name, record) in zip(grid, records.items(), strict=True):
+            values = np.array([record.start, *record.matrix])
+            axes.imshow(values, cmap=ramp, vmin=0, vmax=1, aspect="auto")
+            for (row, column), value in np.ndenumerate(values):
+                ink = scheme.paper if value > 0.7 else scheme.ink
+                axes.text(
+                    column, row, f"{100 * value:.0f}", ha="center", va="center", color=ink,
+                    fontsize=8.5,
+                )  # fmt: skip
+            axes.set_xticks(range(len(tasks)), tasks)
+            axes.set_yticks(range(len(tasks) + 1), [START, *(f"after {task}" for task in tasks)])
+            axes.set_title(f"{name}: forgetting {100 * record.forgetting:.1f}")
+            axes.grid(visible=False)
+            axes.tick_params(length=0)
+
+    lost = "; ".join(f"{name} forgets {100 * r.forgetting:.1f}" for name, r in records.items())
+    alt = f"Accuracy on {', '.join(tasks)} after each: {lost}"
+    width = 1.2 + len(every) * max(2.6, 0.7 * len(tasks))
+    return draw((width, 1.0 + 0.34 * (len(tasks) + 1)), alt, paint)
