@@ -6,6 +6,9 @@ default for GPT-2, in both libraries from the same tensors. Before anything is t
 is compared with itself run alone (its logits, and of the first 8 what they write), and modgraft's
 LoRA with PEFT's. All run in turn, on one thread.
 
+A mixture of LoRA modules of the same shape routes every token to two of them at every layer, of 8
+and of 256 that are resident; its router is drawn at random, so that all of them are used.
+
 PEFT runs a batch of several adapters for LoRA (``adapter_names=``); it has no such call for the
 other kinds, whose cells are empty.
 
@@ -46,6 +49,7 @@ TITLES = {
     "prefix": "prefixes of 10",
     "mixed": "16 of each kind in one batch",
 }
+FEW, LOTS = 8, 256
 Modules = Sequence[str]
 
 
@@ -65,6 +69,16 @@ def ours(count: int, kinds: Sequence[str]) -> mg.Host:
             implant = host.implant(f"{kind}_{i}", module, at, active=False)
             draw(implant.parameters(), i, 1.0 if kind == "ia3" else 0.0)
     return host.eval()
+
+
+@torch.no_grad()
+def mixed(count: int) -> mg.Host:
+    """A host with a mixture of two of ``count`` LoRA modules for each token, ``"mixture"``."""
+    host = ours(count, ["lora"])
+    router = mg.TopK(2, level="token")
+    mixture = mg.Mixture([f"lora_{i}" for i in range(count)], router=router)
+    draw(host.implant("mixture", mixture, active=False).parameters(), 0, 0.0)
+    return host
 
 
 @torch.no_grad()
@@ -160,6 +174,9 @@ def decoding(rounds: int) -> Table:
     ways: dict[str, Callable[[], Any]] = {"bare": lambda: write(bare, inputs)}
     for kind, modules in lists.items():
         ways[kind] = lambda m=list(modules): write(host, inputs, modules=m)
+    few, lots = mixed(FEW), mixed(LOTS)
+    ways["few"] = lambda: write(few, inputs, modules="mixture")
+    ways["lots"] = lambda: write(lots, inputs, modules="mixture")
     ways["resident"] = lambda: write(many, inputs, modules=list(lists["lora"]))
     ways["peft"] = lambda: write(peer, inputs, adapter_names=list(lists["lora"]))
     timed(ways, 1)  # uncounted
@@ -181,6 +198,13 @@ def decoding(rounds: int) -> Table:
         f"{RESIDENT:,} LoRA modules resident / {ROWS}, the same {ROWS} in use", "≤ 1.05",
         _ratio(wall["resident"], wall["lora"]), f"{_median(cpu['resident'], cpu['lora']):.3f}", "–",
     )  # fmt: skip
+    table.add_row(
+        f"two of {LOTS} modules for each token / two of {FEW}", "≤ 1.2",
+        _ratio(wall["lots"], wall["few"]), f"{_median(cpu['lots'], cpu['few']):.3f}", "–",
+    )  # fmt: skip
+    for host, count in ((few, FEW), (lots, LOTS)):
+        use = host["mixture"].stats()
+        assert sum(len(u.dead) for u in use) <= 0.05 * count * len(use), "modules nobody used"
     return switching(table, many, peer)
 
 

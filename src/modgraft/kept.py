@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 T = TypeVar("T")
+_version = attrgetter("_version")
 
 
 def _written(optimizer: Optimizer, *_: Any) -> None:
@@ -36,25 +39,21 @@ class Kept:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._parts = list(dict.fromkeys(part for m in modules for part in m.modules()))
+        parts = dict.fromkeys(part for m in modules for part in m.modules())
+        self._owners = [own for part in parts for own in (part._parameters, part._buffers)]
         # replaced as a whole, so that threads see one state of it or another; the tensors are held
         # so that no other takes their identity
-        self._now: tuple[list[Any], list[Tensor], dict[Hashable, Any]] = ([], [], {})
+        self._now: tuple[Any, list[Tensor], dict[Hashable, Any]] = (None, [], {})
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gives, or gave for this key."""
-        own = [
-            tensor
-            for part in self._parts
-            for some in (part._parameters, part._buffers)
-            for tensor in some.values()
-            if tensor is not None
-        ]
+        # what C does over a list is several times as fast as what Python does
+        own = [t for t in chain.from_iterable(map(dict.values, self._owners)) if t is not None]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in own):
             return make()
-        state = [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in own]
-        before, _, made = self._now
-        if state != before:
+        state = list(map(_version, own)), list(map(Tensor.data_ptr, own))
+        before, tensors, made = self._now
+        if state != before or len(own) != len(tensors) or not all(map(is_, own, tensors)):
             made = {}
             self._now = state, own, made
         key = key, torch.is_inference_mode_enabled()  # its tensors cannot be used outside of it

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field
-from typing import TYPE_CHECKING, Self, final
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from modgraft.aggregation.representation import Average
 from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
 from modgraft.computation.borrow import Owner, borrow
 from modgraft.context import Call
+from modgraft.dispatch import Bank
 from modgraft.errors import ModgraftError, SiteError
 from modgraft.expression import Weight, weighted
 from modgraft.routing.base import Member, Router, Routing
@@ -24,8 +26,10 @@ from modgraft.stats import Tally
 from modgraft.tokens import token_width
 
 if TYPE_CHECKING:
+    from modgraft.plan import Entry
     from modgraft.running import At
 
+_training = attrgetter("training")
 EXAMPLE = "example"  # the side input that examples are routed by
 ROUTINGS = "routings"  # of one call, for the losses of routers
 
@@ -202,6 +206,7 @@ class Routed:
         self.mixture, self.task = mixture, task
         self.members = tuple(mixture.over)
         self.needs = mixture.needs
+        self._banked: tuple[Any, Bank | None] = (None, None)
 
     def weights(self, call: Call, like: Tensor, rows: Tensor | None) -> list[Tensor]:
         """Of each module, a number or ``[B]``, for the examples of ``like`` or some of them."""
@@ -219,19 +224,23 @@ class Routed:
             return total  # compiled code holds all that is resident: this is not in force
         used: list[int] = []
         weights: list[Tensor] = []
-        if mixture.router is not None:
-            mixture.route.prepare(
-                [[Member(e.module, e.part) for e in at.entries.get(n, ())] for n in self.members],  # type: ignore[arg-type]
-                at.site.host,
-            )
-            routing = mixture.choose(at.site.call, at.x, y, self.task)
-            chosen = _followed(routing.weights, at, y)
-            used = list(range(len(self.members)))
-            if mixture.route.sparse and not torch.compiler.is_compiling():
-                used = chosen.detach().reshape(-1, len(used)).ne(0).any(0).nonzero()[:, 0].tolist()
-            weights = [chosen[..., j] for j in used]
         sparse = mixture.router is not None and mixture.route.sparse
         sparse = sparse and not torch.compiler.is_compiling()
+        if mixture.router is not None:
+            members = [at.entries.get(name, ()) for name in self.members]
+            if mixture.route.looks:
+                found = [[Member(e.module, e.part) for e in some] for some in members]  # type: ignore[arg-type]
+                mixture.route.prepare(found, at.site.host)
+            routing = mixture.choose(at.site.call, at.x, y, self.task)
+            chosen = _followed(routing.weights, at, y)
+            if sparse and chosen.dim() > 1 and mixture.aggregate.adds:
+                bank = self._bank(members)
+                if bank is not None and bank.takes(at, chosen, y):
+                    return bank.add(at, chosen, y, total, weight)
+            used = list(range(len(self.members)))
+            if sparse:
+                used = chosen.detach().reshape(-1, len(used)).ne(0).any(0).nonzero()[:, 0].tolist()
+            weights = [chosen[..., j] for j in used]
 
         def member(j: int, y: Tensor, total: Tensor, w: Weight) -> Tensor:
             name = self.members[used[j] if used else j]
@@ -247,6 +256,14 @@ class Routed:
         if total is y and not isinstance(weight, Tensor) and weight == 1.0:
             return new
         return total + weighted(weight, new - y)
+
+    def _bank(self, members: Sequence[Sequence[Entry]]) -> Bank | None:
+        """The members over stacked tensors, made again once others are here, or train."""
+        modules = [entry.module for some in members for entry in some]
+        now = modules, list(map(_training, modules))
+        if self._banked[0] != now:
+            self._banked = now, Bank.of(members)
+        return self._banked[1]
 
 
 def _followed(weights: Tensor, at: At, y: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,6 +67,11 @@ class Group:
         changes: what of it comes first and is a change of weights.
         rest: what comes after that.
         merged: the weight with those changes, once it has been made.
+        shifts: whether a module acts on the layer's residual input.
+        inner: the modules that change weights that only the layer itself can run with.
+        attends: the names of those that put keys and values into attention.
+        changes_output: whether something acts on what the site puts out.
+        before_output: whether all of it acts before that: vectors before an input.
     """
 
     rows: list[int] | None
@@ -79,6 +83,12 @@ class Group:
     _index: dict[tuple[torch.device, int, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        every = [entry for some in self.entries.values() for entry in some]
+        self.shifts = any(entry.residual for entry in every)
+        self.inner = [entry for entry in every if entry.parameter is not None]
+        self.attends = [e.name for e in every if isinstance(e.module, KeyValueComposition)]
+        self.changes_output = any(entry.changes_output for entry in every)
+        self.before_output = all(isinstance(e.module, InputComposition) for e in every)
         if torch.compiler.is_compiling():  # its weights are tensors: nothing comes first
             return
         first, self.rest = _weights_first(self.expression, self.entries)
@@ -90,12 +100,6 @@ class Group:
         ]
         if self.rows is None:
             self.merged = Merged()
-
-    @cached_property
-    def before_output(self) -> bool:
-        """Whether all of it acts before the layer puts something out: vectors before an input."""
-        used = [entry.module for some in self.entries.values() for entry in some]
-        return all(isinstance(module, InputComposition) for module in used)
 
     def index(self, like: Tensor, times: int) -> Tensor:
         """The rows in ``like``, where each example has ``times`` of them, side by side."""

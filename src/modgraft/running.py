@@ -19,7 +19,6 @@ from modgraft.changed import Change, Merged, one_product
 from modgraft.computation.base import (
     Computation,
     FunctionComposition,
-    KeyValueComposition,
 )
 from modgraft.computation.layers import feature_axis, weight_matrix
 from modgraft.context import Call, Context
@@ -97,8 +96,7 @@ def run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict)
         return call_with_tokens(host, state, call, inputs, run_inside, args, kwargs)
 
     site = Site(host, state, call, forward)
-    entries = [e for group in plan for some in group.entries.values() for e in some]
-    if any(e.residual for e in entries):
+    if any(group.shifts for group in plan):
         args, kwargs = _shifted(site, composition, args, kwargs)
     x = first_tensor(args, kwargs)
     attended = _attended(state)
@@ -111,10 +109,10 @@ def run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict)
         inner = site.inside(plan, composition)
         out = run_changed(host, forward, inner, args, kwargs)
         left = None if whole is None else whole.expression
-    _check_bypass(host, state, entries, attended)
+    _check_bypass(host, state, plan, attended)
 
     relayed = bool(inputs) and call.relay is not None
-    if not relayed and not any(e.changes_output for e in entries):
+    if not relayed and not any(group.changes_output for group in plan):
         return out
 
     y = before = tensor_of(out)
@@ -155,13 +153,7 @@ class Site:
 
     def inside(self, plan: Sequence[Group], composition: Expression) -> list[Change]:
         """The changes of weights that only the layer itself can run with."""
-        inner = [
-            e
-            for group in plan
-            for some in group.entries.values()
-            for e in some
-            if e.parameter is not None
-        ]
+        inner = [entry for group in plan for entry in group.inner]
         if not inner:
             return []
         weights = composition.weights()
@@ -380,9 +372,9 @@ def _attended(state: State) -> int:
     return state.attended
 
 
-def _check_bypass(host: nn.Module, state: State, active: list[Entry], attended: int) -> None:
+def _check_bypass(host: nn.Module, state: State, plan: Sequence[Group], attended: int) -> None:
     """Refuse a forward in which keys and values that act have met no attention function."""
-    lost = [e.name for e in active if isinstance(e.module, KeyValueComposition)]
+    lost = [name for group in plan for name in group.attends]
     if lost and state.attended == attended:
         raise ModgraftError(
             f"{', '.join(lost)} had no effect at {state.path}: this {type(host).__name__} did not "

@@ -9,10 +9,11 @@ tensors are kept until one of them changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from modgraft.computation.base import Computation, ParameterComposition
 from modgraft.computation.borrow import borrows
@@ -44,24 +45,40 @@ class Stacked:
         self.like = each[0]
         self.different = list(dict.fromkeys(each))
         place = {module: i for i, module in enumerate(self.different)}
-        self.pick = [place[module] for module in each]
+        self.pick: Sequence[int] | Tensor = [place[module] for module in each]
         self.all = self.pick == list(range(len(self.different)))
         self.of_weights = isinstance(self.like, ParameterComposition)
         self.needs = self.like.needs
         self._kept = Kept(self.different)
+
+    def picking(self, pick: Tensor) -> Self:
+        """The same modules, one for each example by its number in ``pick`` ``[g]`` (int64).
+
+        What a router chose: another choice at every call, of which nothing is kept.
+        """
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made.pick, made.all = pick, False
+        return made
 
     # -- tensors ----------------------------------------------------------------------------------
 
     def _picked(self, kind: str, times: int) -> dict[str, Tensor]:
         """The tensors ``[g, …]`` of each example, each repeated ``times``."""
 
+        def every() -> dict[str, Tensor]:
+            return self._factors() if kind == "factors" else self._state()
+
         def make() -> dict[str, Tensor]:
-            made = self._factors() if kind == "factors" else self._state()
+            made = every()
             if times == 1 and self.all:
                 return made
             pick = [i for i in self.pick for _ in range(times)]
             return {name: value[pick] for name, value in made.items()}
 
+        if isinstance(self.pick, Tensor):
+            made = self._kept.get(kind, every)
+            return {name: value.index_select(0, self.pick) for name, value in made.items()}
         return self._kept.get((kind, times), make)
 
     def _state(self) -> dict[str, Tensor]:
@@ -84,8 +101,7 @@ class Stacked:
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor, y: Tensor) -> Tensor:
         """Of each example's change of weights on its row of ``x`` ``[g, …, in]``."""
         times = x.shape[0] // len(self.pick)
-        factors = self.like.factors() is not None  # type: ignore[attr-defined]
-        if not factors or (not isinstance(layer, nn.Linear) and type(layer).__name__ != "Conv1D"):
+        if not self.has_factors(layer):
             return self._mapped("effect", (x, y), times, layer, weight)
         own = self._picked("factors", times)
         rows = x.reshape(x.shape[0], -1, x.shape[-1])  # [g, n, in]
@@ -95,6 +111,36 @@ class Stacked:
         else:
             effect = torch.bmm(hidden, own["B"])
         return effect.view(*x.shape[:-1], effect.shape[-1])
+
+    def has_factors(self, layer: nn.Module) -> bool:
+        """Whether it is a change of low rank of a linear layer."""
+        linear = isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+        return self.of_weights and linear and self.like.factors() is not None  # type: ignore[attr-defined]
+
+    def sums(self, x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+        """Σ of weight · effect over the picks of each row: ``[T, out]``.
+
+        Rows of B are read where they lie and added up; none is copied.
+
+        Args:
+            x: ``[P, in]``, of each pick.
+            weights: ``[P]``.
+            offsets: ``[T]``, where the picks of each row begin.
+        """
+        pick, every = self.pick, self._kept.get("factors", self._factors)
+        assert isinstance(pick, Tensor)  # noqa: S101
+        hidden = torch.bmm(x[:, None], every["A"].index_select(0, pick))[:, 0]  # [P, r]
+        rank, B = hidden.shape[1], every["B"]
+        places = pick[:, None] * rank + torch.arange(rank, device=pick.device)
+        total = F.embedding_bag(
+            places.view(-1), B.view(-1, B.shape[2]), offsets * rank, mode="sum",
+            per_sample_weights=(hidden * weights[:, None]).view(-1),
+        )  # fmt: skip
+        if "b" in every:
+            total = total + F.embedding_bag(
+                pick, every["b"], offsets, mode="sum", per_sample_weights=weights
+            )
+        return total
 
     def __call__(self, y: Tensor, x: Tensor | None, side: Any) -> Tensor:
         """Each example's function of its row of ``y`` ``[g, …]`` (and of ``x`` and ``side``)."""
@@ -114,10 +160,12 @@ class Stacked:
             and y.dim() == 3
             and all(feature_axis(layer) == -1 for layer in fixed[:1])
         ):
-            twin = self._kept.get(
-                ("twin", times), lambda: _by_row(self.like, self._picked("state", times))
-            )
-            return run(twin, given)
+
+            def make() -> nn.Module:
+                return _by_row(self.like, self._picked("state", times))
+
+            chosen = isinstance(self.pick, Tensor)
+            return run(make() if chosen else self._kept.get(("twin", times), make), given)
 
         def one(tensors: dict[str, Tensor], *rows: Any) -> Tensor:
             rows = tuple(None if row is None else row[None] for row in rows)

@@ -26,6 +26,11 @@ class Aggregation(Configured):
         """Whether it takes a router's weights; one that does not finds its own."""
         return True
 
+    @property
+    def adds(self) -> bool:
+        """Whether it is Σ_j α_j (h_j − y), so that the modules may be computed as one."""
+        return False
+
     def fresh(self, count: int, width: int) -> Self:
         """A copy built for ``count`` modules at a site that is ``width`` wide."""
         built = type(self)(**self.config())

@@ -18,6 +18,10 @@ class Average(Aggregation):
     is exactly the effect of α_j Δ_j, so that it is also the sum of weights θ + Σ_j α_j Δ_j.
     """
 
+    @property
+    def adds(self) -> bool:  # noqa: D102
+        return True
+
     def forward(self, member: Member, weights: list[Tensor], y: Tensor) -> Tensor:  # noqa: D102
         total = y
         for j, weight in enumerate(weights):

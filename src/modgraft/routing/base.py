@@ -62,6 +62,11 @@ class Router(Configured):
         """Whether a module of weight 0 need not run: no gradient reaches its weight."""
         return not (self.training and torch.is_grad_enabled())
 
+    @property
+    def looks(self) -> bool:
+        """Whether it goes by what its modules are."""
+        return type(self).prepare is not Router.prepare
+
     def check(self) -> None:
         """Refuse a level or tasks that mean nothing; for ``__post_init__``.
 
