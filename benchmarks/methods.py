@@ -38,7 +38,7 @@ from rich.table import Table
 import modgraft as mg
 from benchmarks.memory import peak_bytes
 from benchmarks.minilm import Batches, classifier, folder, majority, split, tokenizer
-from benchmarks.show import show
+from benchmarks.show import Claim, add_output, show
 from benchmarks.timing import side_by_side
 from benchmarks.train_step import batch as step_batch
 from modgraft.recipes.workers import end_with_parent
@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(ROWS), help="rows, by name")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--select", action="store_true", help="choose learning rates instead")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    add_output(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/methods.json"),
         help="what is recorded here is not run again; a new file begins anew",
@@ -347,7 +347,13 @@ def main() -> None:
     else:
         seeds = [int(seed) for seed in options.seeds.split(",")]
         table = results(names, seeds, options.steps, options.jobs, record)
-    show(table, options.markdown)
+    steps = {name: record.found.get(f"{name} measured") for name in names}
+    claims = [
+        Claim(f"{ROWS[name].title}: a step / full fine-tuning's", f"{found['step']:.2f}")
+        for name, found in steps.items()
+        if found is not None and not options.select
+    ]
+    show([table], claims, options)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import T5Config, T5ForConditionalGeneration
 
 import modgraft as mg
-from benchmarks.show import show
+from benchmarks.show import Claim, add_output, show
 from benchmarks.timing import Pair, side_by_side
 from modgraft.data.batches import Collate, QADataset
 from modgraft.data.digits import digits_qa
@@ -90,14 +90,14 @@ def main() -> None:
     """Run both and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     table = Table(title=f"one thread, {options.rounds} rounds in turn")
     for title in ("", "modgraft", "the other way", "ratio (smallest to largest round)"):
         table.add_column(title, justify="right" if title else "left")
-    console = Console(width=150, stderr=True)
+    console, claims = Console(width=150, stderr=True), []
     for name, make, rows in (
         ("recipe's T5, batch of 32", small_t5, 32),
         ("T5-small's shape, batch of 8", t5_small, 8),
@@ -110,13 +110,15 @@ def main() -> None:
             f"{name}: decoding {TOKENS} tokens with KV cache / without",
             f"{fast:,.0f} tokens/s", f"{slow:,.0f} tokens/s", _ratio(pair),
         )  # fmt: skip
+        claims.append(Claim(f"{name}: decoding without a KV cache / with", _ratio(pair)))
         pair = training(fused(make(vocabulary)), short, long, options.rounds)
         longest = short["labels"].shape[1]
         table.add_row(
             f"{name}: training step, labels padded to the longest ({longest}) / to 512",
             f"{1e3 * median(pair.a):,.0f} ms", f"{1e3 * median(pair.b):,.0f} ms", _ratio(pair),
         )  # fmt: skip
-    show(table, options.markdown)
+        claims.append(Claim(f"{name}: a step, labels of 512 / of the longest", _ratio(pair)))
+    show([table], claims, options)
 
 
 def _ratio(pair: Pair) -> str:

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import modgraft as mg
-from benchmarks.show import show
+from benchmarks.show import Claim, add_output, show
 
 ROWS, PROMPT, NEW, RESIDENT, SWITCHED = 64, 16, 32, 1000, 200
 RANK = 8
@@ -303,12 +303,14 @@ def main() -> None:
     """Check everything, then time, and print one table."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = decoding(options.rounds)
     table.add_row("graphs of torch.compile, 50 compositions", "1", f"{graphs()}", "", "–")
-    show(table, options.markdown)
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    claims = [Claim(row[0], row[2], row[1], row[4]) for row in rows]  # type: ignore[arg-type]
+    show([table], claims, options)
 
 
 if __name__ == "__main__":

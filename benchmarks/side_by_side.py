@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
 
 import modgraft as mg
-from benchmarks.show import show
+from benchmarks.show import Claim, add_output, show
 from benchmarks.timing import side_by_side
 
 LENGTH, CLASSES = 16, 5
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cases", type=int, help="only the first so many")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = Table(
@@ -118,9 +118,13 @@ def main() -> None:
         "times as long (smallest, largest)", "largest difference",
     ):  # fmt: skip
         table.add_column(title, justify="right")
+    claims = []
     for case in CASES[: options.cases]:
-        table.add_row(*measured(*case, steps=options.steps, rounds=options.rounds))
-    show(table, options.markdown)
+        cells = measured(*case, steps=options.steps, rounds=options.rounds)
+        table.add_row(*cells)
+        what = f"{cells[1]} × {cells[0]}, {cells[2]} texts each: one after the other / in one pass"
+        claims.append(Claim(what, cells[5]))
+    show([table], claims, options)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 import modgraft as mg
 from benchmarks.memory import peak_bytes
 from benchmarks.minilm import NAMES, classifier
-from benchmarks.show import show
+from benchmarks.show import Claim, add_output, show
 from benchmarks.timing import in_turn, side_by_side
 from modgraft.changed import LowRank
 
@@ -149,7 +149,7 @@ def main() -> None:
     """Check, then time and weigh the three, and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    add_output(parser)
     options = parser.parse_args()
     rounds = options.rounds
     torch.set_num_threads(1)
@@ -167,16 +167,20 @@ def main() -> None:
     )
     for title in ("", "ms", "of the limit (quartiles)", "in processor time", "peak MiB"):
         table.add_column(title, justify="right" if title else "left")
+    shown = []
     for i, name in enumerate(ways):
         ratios = sorted(a / b for a, b in zip(wall[i], wall[0], strict=True))
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         cpu = median(a / b for a, b in zip(busy[i], busy[0], strict=True))
+        shown.append(f"{median(ratios):.2f} ({low:.2f} to {high:.2f})")
         table.add_row(
-            name, f"{1e3 * median(wall[i]):,.0f}",
-            f"{median(ratios):.2f} ({low:.2f} to {high:.2f})", f"{cpu:.2f}", f"{peaks[i]:.0f}",
-        )  # fmt: skip
-    show(table, options.markdown)
-    show(rule(rounds), options.markdown)
+            name, f"{1e3 * median(wall[i]):,.0f}", shown[i], f"{cpu:.2f}", f"{peaks[i]:.0f}"
+        )
+    claims = [
+        Claim("a LoRA step / the limit", shown[1], "≤ 1.15", shown[2]),
+        Claim("its peak of memory / PEFT's", f"{peaks[1] / peaks[2]:.2f}", "≤ 1"),
+    ]
+    show([table, rule(rounds)], claims, options)
 
 
 if __name__ == "__main__":
