@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from modgraft.training.lottery import magnitude_pruning, sparse_finetuning
     from modgraft.training.prefix import fold_prefix, prefix_from_text
     from modgraft.training.side_by_side import fit_side_by_side
+    from modgraft.training.tasks import Tasks
 
 __version__ = "0.1.0"
 
@@ -98,6 +99,7 @@ __all__ = [
     "SparseDelta",
     "SparseSubnetwork",
     "Supermask",
+    "Tasks",
     "Threshold",
     "TokenComposition",
     "Top1",
@@ -130,6 +132,7 @@ _HOMES = {
     "training.continual": ("Continual", "continual"),
     "training.gates": ("embed_tasks", "train_gates"),
     "training.side_by_side": ("fit_side_by_side",),
+    "training.tasks": ("Tasks",),
     "computation.base": (
         "Computation",
         "FunctionComposition",

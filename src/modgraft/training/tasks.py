@@ -1,0 +1,104 @@
+"""Joint multi-task training: batches of several tasks, each example with its task's modules."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
+from typing import Any, final
+
+import torch
+
+from modgraft.errors import ModgraftError
+from modgraft.training.apart import together
+from modgraft.training.stream import Batch, Stream, fold
+
+TEMPERATURES = {"proportional": 1.0, "equal": math.inf}
+
+
+@final
+class Tasks:
+    """A loader over those of several tasks: p_t ∝ n_t^(1/τ), n_t the batches of task t.
+
+    ``host.fit(mg.Tasks({"fr": french, "de": german}), train=["fr", "de"])`` trains the modules of
+    all tasks jointly. A batch holds the examples of ``mix`` draws, each with the composition of its
+    task. The loss is balanced: every draw counts by the mean over its own examples, however long
+    they are, so that a task weighs what it is drawn; and what each task's loss was stands under
+    ``"parts"`` in metrics.jsonl, ``history.parts`` and the progress. It is the same as accumulating
+    ``mix`` batches of one task, in one pass.
+
+    What is drawn is a function of torch's seed alone; `fit` sets it by (seed, epoch) and goes on in
+    the middle of an epoch where it was. A task that comes to its end begins anew, in another order.
+
+    Args:
+        loaders: for each task's name its batches.
+        sampling: "proportional" (τ = 1), "equal" (τ = ∞), or a number, the temperature τ
+            (Arivazhagan et al. 2019, arXiv:1907.05019; Raffel et al. 2020, arXiv:1910.10683).
+        mix: draws a batch.
+        modules: for each task its composition; left out, the module of its name. One that a batch
+            carries goes first.
+        length: batches an epoch; None: ⌈Σ n_t / mix⌉.
+        padding: the id that fills up shorter texts.
+
+    Raises:
+        ModgraftError: for no task, a sampling or number that means nothing, a loader without a
+            length where one is needed, or modules of other tasks.
+    """
+
+    def __init__(
+        self,
+        loaders: Mapping[str, Iterable[Batch]],
+        *,
+        sampling: str | float = "proportional",
+        mix: int = 4,
+        modules: Mapping[str, Any] | None = None,
+        length: int | None = None,
+        padding: int = 0,
+    ) -> None:
+        if not loaders:
+            raise ModgraftError("Tasks({}): give a loader for each task's name")
+        tau = TEMPERATURES.get(sampling, sampling) if isinstance(sampling, str) else sampling
+        if isinstance(tau, str) or not tau > 0:
+            raise ModgraftError(
+                f"sampling={sampling!r}: it is 'proportional', 'equal', or a temperature above 0"
+            )
+        if mix < 1 or (length is not None and length < 1):
+            raise ModgraftError(f"mix={mix}, length={length}: both are at least 1")
+        if modules is not None and modules.keys() != loaders.keys():
+            raise ModgraftError(
+                f"modules= has {', '.join(modules) or 'nothing'}, and the tasks are "
+                f"{', '.join(loaders)}; give each of them its composition"
+            )
+        self.loaders, self.mix, self.padding = dict(loaders), mix, padding
+        self.modules = {task: task for task in loaders} if modules is None else dict(modules)
+        sizes = {task: Stream(loader).length for task, loader in loaders.items()}
+        unknown = [task for task, size in sizes.items() if size is None]
+        if unknown and (length is None or tau != math.inf):
+            raise ModgraftError(
+                f"the loader of {unknown[0]!r} has no length; write Tasks(…, sampling='equal', "
+                f"length=…), with the batches of an epoch"
+            )
+        self._length = length or -(-sum(size or 0 for size in sizes.values()) // mix)
+        weights = {task: float(size or 1) ** (1 / tau) for task, size in sizes.items()}
+        total = sum(weights.values())
+        self.shares = {task: weight / total for task, weight in weights.items()}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        seed = int(torch.randint(1 << 62, ()))  # all that is drawn from outside
+        draws = random.Random(seed)
+        names, shares = list(self.shares), list(self.shares.values())
+        read = {task: self._read(task, fold(seed, task)) for task in names}
+        for _ in range(self._length):
+            tasks = draws.choices(names, shares, k=self.mix)
+            yield together([next(read[task]) for task in tasks], tasks, self.padding)
+
+    def _read(self, task: str, seed: int) -> Iterator[Batch]:
+        """The batches of one task without end, each with what it is to run with."""
+        stream = Stream(self.loaders[task], seed=seed)
+        for epoch in count():
+            for batch in stream.read(epoch):
+                yield {"modules": self.modules[task], **batch}
