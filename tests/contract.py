@@ -575,9 +575,11 @@ pytestmark = [
 ]
 
 
-def implanted(case: HostCase, module: ModuleCase, stir: bool = True, **kw: Any) -> mg.Host:
+def implanted(
+    case: HostCase, module: ModuleCase, stir: bool = True, shallow: bool = False, **kw: Any
+) -> mg.Host:
     """A host with the module under the name ``m``, its tensors away from their start."""
-    host = mg.Host(case.model(), **kw).eval()
+    host = mg.Host(case.model(shallow=shallow), **kw).eval()
     host.implant("m", module.make(), at=module.at(case))
     module.prepare(host, "m")
     if stir:
@@ -830,7 +832,7 @@ def test_bf16_autocast(case: HostCase, module: ModuleCase) -> None:
 
 @torch._dynamo.config.patch(allow_rnn=True)  # it would break the graph there
 def test_compiled_once_for_every_composition(case: HostCase, module: ModuleCase) -> None:
-    host = implanted(case, module)
+    host = implanted(case, module, shallow=True)  # a layer more is traced in the same way
     host.implant("n", module.make(), at=module.at(case))
     compiled, graphs = counted(host)
     scaled = () if module.chains_only else ("0.3*n", "m >> 2*n")

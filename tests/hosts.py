@@ -39,11 +39,11 @@ class HostCase:
     et al.); ``parallel_at``: sites that take and give ``[B, n, WIDTH]``; ``keys_at`` and
     ``inner_at``: linear layers whose output or input IA³ scales; ``map_at``: a site whose output
     is a map ``[B, C, H, W]``, None where there is none; ``attention_at``: attention layers, or a
-    layer that is none where the host has none.
+    layer that is none where the host has none. ``deep``: whether ``make(layers)`` takes a number.
     """
 
     name: str
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     batch: Callable[[], dict[str, Any]]
     lora_at: Any
     output_at: str
@@ -55,6 +55,7 @@ class HostCase:
     inner_at: Any = "down"
     map_at: str | None = None
     attention_at: Any = "self_attention"
+    deep: bool = False
 
     def seen(self) -> Tensor:
         """[B, …] bool: which of the outputs are of no padding."""
@@ -63,9 +64,10 @@ class HostCase:
             return batch["attention_mask"].bool()
         return torch.ones(BATCH, dtype=torch.bool)
 
-    def model(self, seed: int = 0) -> nn.Module:
+    def model(self, seed: int = 0, shallow: bool = False) -> nn.Module:
+        """The bare model; ``shallow``: with one layer, of those that have layers alike."""
         torch.manual_seed(seed)
-        model = self.make().eval()
+        model = (self.make(1) if shallow and self.deep else self.make()).eval()
         with torch.no_grad():  # the default initialisation is so small that nothing shows
             for parameter in model.parameters():
                 parameter.normal_(0.0, 0.3) if parameter.dim() > 1 else parameter.add_(0.1)
@@ -91,14 +93,14 @@ def side(rows: int = BATCH, seed: int = 2, dtype: torch.dtype = torch.float32) -
     return mg.Side(features, mask)
 
 
-def _t5() -> nn.Module:
+def _t5(layers: int = 2) -> nn.Module:
     return T5ForConditionalGeneration(
         T5Config(
             **VOCAB,
             d_model=WIDTH,
             d_kv=8,
             d_ff=24,
-            num_layers=2,
+            num_layers=layers,
             num_heads=2,
             decoder_start_token_id=0,
             dropout_rate=0.0,
@@ -106,12 +108,12 @@ def _t5() -> nn.Module:
     )
 
 
-def _bert() -> nn.Module:
+def _bert(layers: int = 2) -> nn.Module:
     return BertForMaskedLM(
         BertConfig(
             **VOCAB,
             hidden_size=WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             intermediate_size=24,
             max_position_embeddings=32,
@@ -121,13 +123,13 @@ def _bert() -> nn.Module:
     )
 
 
-def _gpt2() -> nn.Module:
+def _gpt2(layers: int = 2) -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(
             **VOCAB,
             **SPECIAL,
             n_embd=WIDTH,
-            n_layer=2,
+            n_layer=layers,
             n_head=2,
             n_positions=64,
             resid_pdrop=0.0,
@@ -137,25 +139,25 @@ def _gpt2() -> nn.Module:
     )
 
 
-def _llama() -> nn.Module:
+def _llama(layers: int = 2) -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
             **VOCAB,
             **SPECIAL,
             hidden_size=WIDTH,
             intermediate_size=24,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=1,
         )
     )
 
 
-def _vit() -> nn.Module:
+def _vit(layers: int = 2) -> nn.Module:
     return ViTForImageClassification(
         ViTConfig(
             hidden_size=WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             intermediate_size=24,
             image_size=8,
@@ -259,16 +261,21 @@ HOSTS = {
         HostCase(
             "t5", _t5, lambda: {**_masked(ids()), "labels": ids(5, 5)}, QV, "encoder.output",
             generates=True, text=True,
+            deep=True,
         ),
         HostCase(
             "bert", _bert, lambda: _masked(ids()), QV, "encoder.output", text=True,
-            parallel_at="attention",
+            parallel_at="attention", deep=True,
         ),
-        HostCase("gpt2", _gpt2, _decoder, QV, "decoder.output", generates=True, text=True),
-        HostCase("llama", _llama, _decoder, QV, "decoder.output", generates=True, text=True),
+        HostCase(
+            "gpt2", _gpt2, _decoder, QV, "decoder.output", generates=True, text=True, deep=True,
+        ),
+        HostCase(
+            "llama", _llama, _decoder, QV, "decoder.output", generates=True, text=True, deep=True,
+        ),
         HostCase(
             "vit", _vit, _pixels, QV, "encoder.output",
-            map_at="*.patch_embeddings.projection",
+            map_at="*.patch_embeddings.projection", deep=True,
         ),
         HostCase(
             "plain", _plain, _vectors, nn.Linear, "2", adapter_at=["0", "2"], parallel_at="2",
