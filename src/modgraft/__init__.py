@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from modgraft.aggregation.base import Aggregation
     from modgraft.aggregation.representation import Average, Fuse, Sequential
     from modgraft.algebra import average, concat
+    from modgraft.computation.attempt import Attempt
     from modgraft.computation.base import (
         Computation,
         FunctionComposition,
@@ -59,6 +60,7 @@ __all__ = [
     "Adapter",
     "Aggregation",
     "Arrow",
+    "Attempt",
     "Average",
     "Compacter",
     "Computation",
@@ -133,6 +135,7 @@ _HOMES = {
     "training.gates": ("embed_tasks", "train_gates"),
     "training.side_by_side": ("fit_side_by_side",),
     "training.tasks": ("Tasks",),
+    "computation.attempt": ("Attempt",),
     "computation.base": (
         "Computation",
         "FunctionComposition",

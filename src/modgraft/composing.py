@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from modgraft import expression as ex
 from modgraft.algebra import walk
 from modgraft.computation.base import Computation, InputComposition
-from modgraft.context import Context, Side
+from modgraft.context import EXAMPLE, Context, Side
 from modgraft.errors import CompositionError
 from modgraft.examples import Each, Weighted
 from modgraft.inlet import check_inputs, missing_side
-from modgraft.mixture import EXAMPLE
 from modgraft.reading import parse
 from modgraft.tensors import first_tensor
 

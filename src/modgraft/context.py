@@ -82,6 +82,9 @@ class Side:
         )
 
 
+EXAMPLE = "example"  # the side input that examples are routed by
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a host: its composition, its side inputs, and whether it is a ``generate``."""

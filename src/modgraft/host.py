@@ -35,7 +35,7 @@ from modgraft.examples import Weighted, joined
 from modgraft.fastpath import leave_fast_path, take_fast_path
 from modgraft.handle import Implant, check_learns, check_module, check_name, learner
 from modgraft.implant import foreign, graft, prune, pruned
-from modgraft.mixing import check_unmixed, mixed_sites, routed, with_routing_losses
+from modgraft.mixing import check_unmixed, join_prompts, mixed_sites, routed, with_routing_losses
 from modgraft.mixture import ROUTINGS, Mixture
 from modgraft.reading import parse
 from modgraft.recompute import forget, remember
@@ -140,6 +140,7 @@ class Host(nn.Module):
                 f"host.implant({name!r}, …, active=False), then host.use({names[0]!r})"
             )
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
+        join_prompts(self, implant)
         serve(module.acts)
         for own in implant.names:
             for site, (_, place) in zip(sites, implant.acting(own), strict=True):

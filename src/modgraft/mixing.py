@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from modgraft.computation.attempt import Attempt
 from modgraft.computation.base import Computation
-from modgraft.context import Call, Side
+from modgraft.context import EXAMPLE, Call, Side
 from modgraft.errors import ModgraftError, SideError
 from modgraft.expression import Expression, Name, module_of
-from modgraft.mixture import EXAMPLE, ROUTINGS, Mixture
+from modgraft.handle import Implant
+from modgraft.mixture import ROUTINGS, Mixture
 from modgraft.reading import parse
 from modgraft.routing.base import Member, Router
 from modgraft.routing.objective import example_losses, routing_loss
@@ -73,12 +75,33 @@ def _check_admitted(
 def check_unmixed(host: Host, names: Sequence[str]) -> None:
     """Refuse to take a module out that a mixture is over."""
     for name, implant in host.implants.items():
-        method = implant.method  # type: ignore[union-attr]
-        if isinstance(method, Mixture) and (lost := [n for n in names if n in method.over]):
+        method: Any = implant.method
+        if lost := [n for n in names if n in method.members]:
+            what = "the mixture" if isinstance(method, Mixture) else f"the {type(method).__name__}"
             raise ModgraftError(
-                f"{lost[0]!r} is in the mixture {name!r}, which would choose among modules that "
+                f"{lost[0]!r} is in {what} {name!r}, which would choose among modules that "
                 f"are not there; host.remove({name!r}) first"
             )
+
+
+def join_prompts(host: Host, implant: Implant) -> None:
+    """Let a new ``Attempt`` attend to the prompts that it is over.
+
+    Raises:
+        ModgraftError: for names that are none of the host's, or of no prompts as long as its own.
+    """
+    method: Any = implant.method
+    if not isinstance(method.acts, Attempt):
+        return
+    if method.acts is not method:
+        raise ModgraftError(
+            f"{type(method).__name__}({method.acts!r}): an Attempt is over modules of the host, "
+            f"and is implanted by itself"
+        )
+    method.check([(name, host[module_of(name)].method.acts) for name in method.over])
+    over = {name: host[module_of(name)].acting(name)[0][1] for name in method.over}
+    (place,) = implant.places
+    place.join(over)  # type: ignore[operator]
 
 
 def routed(host: Host, call: Call, args: tuple, kwargs: dict[str, Any]) -> Call:
@@ -92,9 +115,10 @@ def routed(host: Host, call: Call, args: tuple, kwargs: dict[str, Any]) -> Call:
     compiling = torch.compiler.is_compiling()
     names = host._context.weights if compiling else _names(call.composition)
     mixtures = [own for name in names for own in _mixtures(host, name)]
-    if not mixtures:
-        return call
     reads = [name for name, method in mixtures if method.needs == EXAMPLE]
+    reads += [name for name in names if isinstance(host._acts(name), Attempt)]
+    if not mixtures and not reads:
+        return call
     if reads and EXAMPLE not in call.side:
         side = _example(host, reads[0], args, kwargs, strict=not compiling)
         if side is not None:

@@ -15,7 +15,7 @@ from modgraft.aggregation.base import Aggregation
 from modgraft.aggregation.representation import Average
 from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
 from modgraft.computation.borrow import Owner, borrow
-from modgraft.context import Call
+from modgraft.context import EXAMPLE, Call
 from modgraft.dispatch import Bank
 from modgraft.errors import ModgraftError, SiteError
 from modgraft.expression import Weight, weighted
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from modgraft.running import At
 
 _training = attrgetter("training")
-EXAMPLE = "example"  # the side input that examples are routed by
 ROUTINGS = "routings"  # of one call, for the losses of routers
 
 
@@ -94,6 +93,10 @@ class Mixture(Computation):
     def by_token(self) -> bool:  # noqa: D102
         return self.level != "example"
 
+    @property
+    def members(self) -> tuple[str, ...]:  # noqa: D102
+        return tuple(self.over)
+
     def named(self, name: str) -> list[str]:  # noqa: D102
         tasks = () if self.router is None else self.router.tasks
         return [f"{name}[{task!r}]" for task in tasks] or [name]
@@ -112,7 +115,8 @@ class Mixture(Computation):
             if isinstance(method, TokenComposition):
                 raise ModgraftError(
                     f"Mixture({list(self.over)}): {name!r} puts tokens before the input, where "
-                    f"no site's router weighs them; stack it, as 'skills >> {name}'"
+                    f"no site's router weighs them; stack it, as 'skills >> {name}', or attend to "
+                    f"prompts by mg.Attempt(over=[{name!r}, …])"
                 )
             if not self.aggregate.routed and isinstance(method, KeyValueComposition):
                 raise ModgraftError(

@@ -54,6 +54,11 @@ class Computation(Configured):
         return False
 
     @property
+    def members(self) -> tuple[str, ...]:
+        """The names of other modules that it is over; most are over none."""
+        return ()
+
+    @property
     def acts(self) -> Computation:
         """The computation that acts at the sites: itself, or what a method over others wraps."""
         return self
