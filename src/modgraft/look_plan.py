@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import nn
 
 from modgraft.changed import PLAIN
@@ -87,7 +88,7 @@ def _way(layer: nn.Module, group: Group, plan: Plan) -> Way:
     left = group.expression if first is None else group.rest
     steps = [] if first is None else [first]
     for name in () if left is None else left.names():
-        steps += [_step(entry, plan) for entry in group.entries.get(name, ())]
+        steps += [_step(entry, plan, group) for entry in group.entries.get(name, ())]
     return Way(*("; ".join(dict.fromkeys(texts)) for texts in zip(*steps, strict=True)))
 
 
@@ -110,14 +111,34 @@ def _changed(layer: nn.Module, group: Group) -> Way | None:
     return Way(made if group.merged is None else kept, made)
 
 
-def _step(entry: Entry, plan: Plan) -> Way:
+def _routed(entry: Entry, group: Group) -> Way:
+    """What a mixture computes: of few picks a batch over stacked tensors, else module by module."""
+    routed = entry.module
+    assert isinstance(routed, Routed)  # noqa: S101
+    mixture, members = routed.mixture, [group.entries.get(n, ()) for n in routed.members]
+    here = sum(map(bool, members))
+    text = f"{entry.name}: routed over {here} modules"
+    if mixture.router is None or mixture.router.level == "task":
+        return _same(f"{text}, one after another")
+    stacked = mixture.aggregate.adds and routed.bank(members) is not None
+    batch = "picked by few, in one batch over stacked tensors; by more than half, one after another"
+    picked = batch if stacked else "those picked, one after another"
+    with torch.enable_grad():
+        all_run = not mixture.route.sparse
+    return Way(
+        f"{text}, {picked}",
+        f"{text}, all of them one after another" if all_run else f"{text}, {picked}",
+    )
+
+
+def _step(entry: Entry, plan: Plan, group: Group) -> Way:
     module = entry.module
     if isinstance(module, Stacked):
         kind = "effects" if module.of_weights else "functions"
         batched = f"{kind} of {len(module.different)} modules, one batch over stacked tensors"
         return Way(f"{batched}, kept", batched)
     if isinstance(module, Routed):
-        return _same(f"{entry.name}: routed over {len(module.members)} modules")
+        return _routed(entry, group)
     if isinstance(module, TokenComposition):
         return _same("tokens before the input")
     if isinstance(module, KeyValueComposition):

@@ -237,8 +237,8 @@ class Routed:
                 mixture.route.prepare(found, at.site.host)
             routing = mixture.choose(at.site.call, at.x, y, self.task)
             chosen = _followed(routing.weights, at, y)
-            if sparse and chosen.dim() > 1 and mixture.aggregate.adds:
-                bank = self._bank(members)
+            if sparse and chosen.dim() > 1 and mixture.aggregate.adds and _few(chosen):
+                bank = self.bank(members)
                 if bank is not None and bank.takes(at, chosen, y):
                     return bank.add(at, chosen, y, total, weight)
             used = list(range(len(self.members)))
@@ -261,13 +261,18 @@ class Routed:
             return new
         return total + weighted(weight, new - y)
 
-    def _bank(self, members: Sequence[Sequence[Entry]]) -> Bank | None:
+    def bank(self, members: Sequence[Sequence[Entry]]) -> Bank | None:
         """The members over stacked tensors, made again once others are here, or train."""
         modules = [entry.module for some in members for entry in some]
         now = modules, list(map(_training, modules))
         if self._banked[0] != now:
             self._banked = now, Bank.of(members)
         return self._banked[1]
+
+
+def _few(chosen: Tensor) -> bool:
+    """Whether at most half of the weights are not 0: more are as well computed one by one."""
+    return 2 * int(chosen.detach().count_nonzero()) <= chosen.numel()
 
 
 def _followed(weights: Tensor, at: At, y: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ KINDS = {
 ROUTERS = {
     "token": lambda: mg.TopK(2, level="token"),
     "example": lambda: mg.TopK(2, level="example"),
-    "threshold": lambda: mg.Threshold(0.5, level="token"),
+    "threshold": lambda: mg.Threshold(0.8, level="token"),
     "noisy": lambda: mg.NoisyTopK(1, level="token"),
 }
 
@@ -129,3 +129,19 @@ def test_modules_of_several_kinds_are_run_one_by_one() -> None:
     host.implant("both", mg.Mixture(["m0", "m1", "other"], router=mg.TopK(2, level="token")))
     with torch.no_grad():
         host(input_ids=torch.arange(12).view(2, 6), modules="both")
+
+
+def test_of_many_picks_each_module_is_run_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = host_with("lora", mg.Soft(level="token"))
+    monkeypatch.setattr(Bank, "add", None)
+    with torch.no_grad():
+        host(input_ids=torch.arange(12).view(2, 6))
+
+
+def test_the_plan_says_so() -> None:
+    assert "over stacked tensors" in str(host_with("lora", mg.TopK(2, level="token")).plan("mix"))
+    host = host_with("lora", mg.TopK(2, level="token"))
+    host.implant("other", mg.LoRA(rank=3), "transformer.h.*.attn.c_attn", active=False)
+    host.implant("both", mg.Mixture(["m0", "other"], router=mg.TopK(1, level="token")))
+    assert "stacked tensors" not in str(host.plan("both"))
+    assert "those picked, one after another" in str(host.plan("both"))
