@@ -30,6 +30,7 @@ def made() -> mg.Host:
 
 
 MERGED = "merged weight, kept (modules=…: as with gradients)"
+PICKED = "picked by few, in one batch over stacked tensors; by more than half, one after another"
 KEYS = "keys and values before the layer's own"
 
 
@@ -64,7 +65,10 @@ KEYS = "keys and values before the layer's own"
                  "effect, one composition after another"],
             ],
         ),
-        ("skills", [["query, value", "2", "all", *["skills: routed over 2 modules"] * 2]]),
+        (
+            "skills",
+            [["query, value", "2", "all", *[f"skills: routed over 2 modules, {PICKED}"] * 2]],
+        ),
     ],
     ids=str,
 )  # fmt: skip
