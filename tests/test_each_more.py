@@ -165,3 +165,17 @@ def test_generated_with_images_and_returned_several_times(beams: int) -> None:
         one = {k: v for k, v in rows_of(case, i).items() if k != "labels"}
         alone = host.generate(**one, modules=modules[i], **settings)
         assert torch.equal(alone, together[i * several : (i + 1) * several])
+
+
+@pytest.mark.parametrize("kind", ["lora", "scale", "adapter", "compacter"])
+@torch.no_grad()
+def test_examples_of_one_module_side_by_side(kind: str) -> None:
+    """As many of each, in blocks, are run as one; in another order they are not."""
+    host = made("gpt2")
+    a, b = kind, f"{kind}_2"
+    ids = torch.randint(3, 40, (6, 5), generator=torch.Generator().manual_seed(4))
+    for modules in ([a, a, a, b, b, b], [a, b, a, b, a, b], [b, b, a, a, b, b], [b] * 6):
+        together = host(input_ids=ids, modules=modules).logits
+        for i, own in enumerate(modules):
+            alone = host(input_ids=ids[i : i + 1], modules=own).logits[0]
+            torch.testing.assert_close(together[i], alone, rtol=1e-9, atol=1e-10)

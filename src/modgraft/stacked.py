@@ -47,6 +47,9 @@ class Stacked:
         place = {module: i for i, module in enumerate(self.different)}
         self.pick: Sequence[int] | Tensor = [place[module] for module in each]
         self.all = self.pick == list(range(len(self.different)))
+        each_has = len(each) // len(self.different)
+        # as many examples of each, side by side: they are one, and no tensor is picked for each
+        self.in_blocks = self.pick == [i for i in place.values() for _ in range(each_has)]
         self.of_weights = isinstance(self.like, ParameterComposition)
         self.needs = self.like.needs
         self._kept = Kept(self.different)
@@ -58,7 +61,7 @@ class Stacked:
         """
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__)
-        made.pick, made.all = pick, False
+        made.pick, made.all, made.in_blocks = pick, False, False
         return made
 
     # -- tensors ----------------------------------------------------------------------------------
@@ -103,8 +106,12 @@ class Stacked:
         times = x.shape[0] // len(self.pick)
         if not self.has_factors(layer):
             return self._mapped("effect", (x, y), times, layer, weight)
-        own = self._picked("factors", times)
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])  # [g, n, in]
+        if self.in_blocks:
+            own = self._kept.get("factors", self._factors)
+            rows = x.reshape(len(self.different), -1, x.shape[-1])  # [N, g/N · n, in]
+        else:
+            own = self._picked("factors", times)
+            rows = x.reshape(x.shape[0], -1, x.shape[-1])  # [g, n, in]
         hidden = torch.bmm(rows, own["A"])  # [g, n, r]
         if "b" in own:
             effect = torch.baddbmm(own["b"][:, None], hidden, own["B"])  # [g, n, out]
@@ -147,6 +154,10 @@ class Stacked:
         times = y.shape[0] // len(self.pick)
         return self._mapped("forward", (y, x, side), times)
 
+    def _in_blocks(self, value: Tensor | None) -> Tensor | None:
+        """``[g, n, d]`` as ``[N, g/N · n, d]``."""
+        return None if value is None else value.reshape(len(self.different), -1, value.shape[-1])
+
     def _mapped(self, kind: str, given: tuple, times: int, *fixed: Any) -> Tensor:
         def run(module: nn.Module, rows: Sequence[Any]) -> Tensor:
             if kind == "effect":
@@ -160,6 +171,10 @@ class Stacked:
             and y.dim() == 3
             and all(feature_axis(layer) == -1 for layer in fixed[:1])
         ):
+            if self.in_blocks and self.like.by_token:
+                twin = self._kept.get("twin", lambda: _by_row(self.like, self._state()))
+                rows = [self._in_blocks(value) for value in given]
+                return run(twin, rows).reshape(*y.shape[:2], -1)
 
             def make() -> nn.Module:
                 return _by_row(self.like, self._picked("state", times))
