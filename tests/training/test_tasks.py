@@ -140,6 +140,25 @@ def test_the_loss_of_each_task_is_written_and_shown(
     assert history.losses[0] == pytest.approx(sum(losses) / 6, rel=1e-6)
 
 
+def test_each_task_is_measured() -> None:
+    host, held = host_of("bert"), {task: rows_of(task) for task in SIZES}
+    given: dict[str, Any] = {"train": list(SIZES), "steps": 2, "lr": 1e-2, **QUIET}
+    history = host.fit(
+        mg.Tasks(loaders()), evaluate=mg.Tasks(held, modules={t: f"shared >> {t}" for t in SIZES}),
+        monitor="loss.de", **given,
+    )  # fmt: skip
+    (measured,) = history.evaluations
+    host.eval()
+    with torch.no_grad():
+        own = {
+            task: sum(host(**b, modules=f"shared >> {task}").loss.item() for b in some) / len(some)
+            for task, some in held.items()
+        }
+    assert {task: measured[f"loss.{task}"] for task in SIZES} == pytest.approx(own)
+    assert measured["loss"] == pytest.approx(sum(own.values()) / 3)
+    assert history.best == measured
+
+
 class StopError(Exception):
     pass
 

@@ -79,8 +79,9 @@ def fit(
             With it, accumulated batches and processes add up to the gradient of one large batch;
             without it each batch counts alike, which differs where batches hold unequal numbers.
         precision: "no" or "bf16" autocast; None is what `accelerate launch` said, or "no".
-        evaluate: a loader, whose mean "loss" is measured, or a function host → {name: number}
-            (called in eval mode without gradients, on every process; the first one's counts).
+        evaluate: a loader, whose mean "loss" is measured (of `Tasks` that of each task too, as
+            "loss.fr"), or a function host → {name: number} (called in eval mode without
+            gradients, on every process; the first one's counts).
         evaluate_every: in steps; default once an epoch. There is one at the end in any case.
         patience: stop after so many evaluations without a better `monitor`.
         monitor: the measured value that decides what is best; `mode` "min" or "max", by default

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modgraft.errors import ModgraftError
 from modgraft.training.apart import PARTS, Apart, Parts
-from modgraft.training.stream import Batch, Weigh, to_device
+from modgraft.training.stream import Batch, Stream, Weigh, to_device
 
 
 @dataclass(frozen=True)
@@ -100,27 +100,31 @@ def mean_parts(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def mean_loss(
     forward: Forward,
-    batches: Iterable[Batch],
+    loader: Iterable[Batch],
     weigh: Weigh | None,
     add: Callable[[list[float]], list[float]],
-) -> dict[str, float]:
-    """The mean loss over ``batches``, weighted by ``weigh`` or by examples.
+    rank: int,
+    world: int,
+) -> float:
+    """The mean loss over ``loader``, weighted by ``weigh`` or by examples.
 
     Args:
         forward: of the host.
-        batches: of this process.
+        loader: read once.
         weigh: how many terms the mean loss of a batch averages over.
         add: sums numbers over all processes.
+        rank: this process, of
+        world: so many, which share the batches.
     """
     sums = [0.0, 0.0]
-    for batch in batches:
+    for batch in Stream(loader, seed=0, rank=rank, world=world, pad=False).read(0):
         weight = float(_examples(batch)) if weigh is None else weigh(batch)
         sums[0] += weight * forward.losses(forward.host, batch).mean().item()
         sums[1] += weight
     total, count = add(sums)
     if count == 0:
         raise ModgraftError("the evaluation loader holds nothing to average over")
-    return {"loss": total / count}
+    return total / count
 
 
 def _examples(batch: Batch) -> int:

@@ -31,6 +31,7 @@ from modgraft.training.processes import Interrupt
 from modgraft.training.progress import Show
 from modgraft.training.settings import Settings
 from modgraft.training.stream import Batch, Stream
+from modgraft.training.tasks import mean_of_tasks
 
 
 class Run:
@@ -340,8 +341,8 @@ class Run:
     def _mean_loss(self) -> dict[str, float]:
         """The mean loss over the evaluation loader, weighted by `weigh` or by examples."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batches = Stream(self.evaluate, seed=0, rank=rank, world=world, pad=False).read(0)
-        return mean_loss(self.forward, batches, self.weigh, self._sum)
+        given = (self.weigh, self._sum, rank, world)
+        return mean_of_tasks(self.evaluate, lambda own: mean_loss(self.forward, own, *given))
 
     # --- saving ---------------------------------------------------------------------------------
 

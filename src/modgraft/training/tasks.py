@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, final
 
@@ -26,7 +27,8 @@ class Tasks:
     task. The loss is balanced: every draw counts by the mean over its own examples, however long
     they are, so that a task weighs what it is drawn; and what each task's loss was stands under
     ``"parts"`` in metrics.jsonl, ``history.parts`` and the progress. It is the same as accumulating
-    ``mix`` batches of one task, in one pass.
+    ``mix`` batches of one task, in one pass. Given as ``evaluate=``, every batch of each loader is
+    read once, and "loss.fr" is measured beside "loss", the mean of the tasks'.
 
     What is drawn is a function of torch's seed alone; `fit` sets it by (seed, epoch) and goes on in
     the middle of an epoch where it was. A task that comes to its end begins anew, in another order.
@@ -96,9 +98,33 @@ class Tasks:
             tasks = draws.choices(names, shares, k=self.mix)
             yield together([next(read[task]) for task in tasks], tasks, self.padding)
 
+    def each(self) -> dict[str, Iterable[Batch]]:
+        """The loaders by task, every batch with what it is to run with; nothing is drawn."""
+        return {task: _Tagged(own, self.modules[task]) for task, own in self.loaders.items()}
+
     def _read(self, task: str, seed: int) -> Iterator[Batch]:
         """The batches of one task without end, each with what it is to run with."""
         stream = Stream(self.loaders[task], seed=seed)
         for epoch in count():
             for batch in stream.read(epoch):
                 yield {"modules": self.modules[task], **batch}
+
+
+@dataclass(frozen=True)
+class _Tagged:
+    """A loader whose batches carry a composition."""
+
+    loader: Iterable[Batch]
+    modules: Any
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            yield {"modules": self.modules, **batch}
+
+
+def mean_of_tasks(loader: Any, mean: Callable[[Any], float]) -> dict[str, float]:
+    """The ``mean`` loss over a loader; of ``Tasks`` that of each, and as "loss" the mean of all."""
+    if not isinstance(loader, Tasks):
+        return {"loss": mean(loader)}
+    own = {f"loss.{task}": mean(batches) for task, batches in loader.each().items()}
+    return {"loss": sum(own.values()) / len(own), **own}
