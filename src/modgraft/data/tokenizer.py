@@ -1,11 +1,22 @@
-"""A small word-level tokenizer trained on one's own texts, for hosts trained from scratch."""
+"""Small tokenizers trained on one's own texts, for hosts trained from scratch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from modgraft.errors import ModgraftError
@@ -16,6 +27,7 @@ PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 # its mark, one step away for an attention head that looks at its neighbour, and the sequences are a
 # third shorter.
 _WORDS = Regex(r"\([A-Z]\)|N/A|\w+:|\w+|[^\w\s]")
+_SIGNS = r"[^\W\d_]+|\d|_|[^\w\s]"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 8000) -> PreTrainedTokenizerFast:
@@ -44,10 +56,55 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 8000) -> PreTrain
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() == 3:
         raise ModgraftError("train_tokenizer: the texts hold no word; pass the training texts")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    return _ending(tokenizer)
+
+
+def train_pieces(
+    texts: Iterable[str], *, vocab_size: int = 1000, sentinels: int = 0
+) -> PreTrainedTokenizerFast:
+    """Pieces of words in small letters (WordPiece); digits and other signs are one token each.
+
+    Ids 0, 1 and 2 are as in `train_tokenizer`; the `sentinels` that stand for what was left out of
+    a text follow, `<extra_id_0>` and so on, then every sign of `texts`, at a word's start and
+    inside of one. Half of what is left are whole words, the others pieces of two to four letters of
+    all other words: those that save the most tokens. The same texts give the same tokens, which the
+    trainers of `tokenizers` do not promise. White space is not kept: a decoded text has a blank
+    between all words, digits and signs.
+
+    Raises:
+        ModgraftError: `texts` holds no word at all, or more signs than `vocab_size` has places for.
+    """
+    words = Counter(word for text in texts for word in re.findall(_SIGNS, text.lower()))
+    known = [PAD, EOS, UNK, *(f"<extra_id_{i}>" for i in range(sentinels))]
+    signs = sorted({sign for word in words for sign in word})
+    left = vocab_size - len(known) - 2 * len(signs)
+    if not words or left < 0:
+        why = f"{len(signs)} signs do not fit into vocab_size={vocab_size}" if words else "no word"
+        raise ModgraftError(f"train_pieces: the texts hold {why}; pass other texts, or more places")
+    whole = _best({word: n * (len(word) - 1) for word, n in words.items()}, left // 2)
+    saves: Counter[str] = Counter()
+    for word in words.keys() - whole:
+        for size in (2, 3, 4):
+            for i in range(len(word) - size + 1):
+                saves["##" * (i > 0) + word[i : i + size]] += words[word] * (size - 1)
+    known += [*signs, *(f"##{sign}" for sign in signs), *whole]
+    known += _best({p: n for p, n in saves.items() if p not in whole}, vocab_size - len(known))
+    tokenizer = Tokenizer(
+        models.WordPiece({piece: i for i, piece in enumerate(known)}, unk_token=UNK)
     )
-    return _wrap(tokenizer)
+    tokenizer.add_special_tokens(known[: 3 + sentinels])
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(_SIGNS), "isolated"), pre_tokenizers.WhitespaceSplit()]
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return _ending(tokenizer)
+
+
+def _best(saves: Mapping[str, int], count: int) -> list[str]:
+    """The ``count`` that save the most; those that save nothing are none of them."""
+    order = sorted(saves, key=lambda piece: (-saves[piece], piece))
+    return [piece for piece in order if saves[piece] > 0][:count]
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -76,6 +133,14 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> Pa
     file = folder / "tokenizer.json"
     tokenizer.backend_tokenizer.save(str(file))
     return file
+
+
+def _ending(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """With the end after every text."""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    )
+    return _wrap(tokenizer)
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

@@ -1,0 +1,104 @@
+"""What the running interpreter says of itself: docstrings, signatures and names.
+
+Real text on any machine without a download. It belongs to one version of Python, and so do figures
+measured on it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Iterator
+from enum import Enum
+from functools import cache
+from typing import Any, NamedTuple
+
+MODULES = (
+    "argparse ast asyncio.events asyncio.locks asyncio.queues asyncio.streams asyncio.tasks base64 "
+    "bdb bisect calendar cmd code codecs collections concurrent.futures.thread configparser "
+    "contextlib copy csv ctypes dataclasses datetime decimal difflib dis doctest email.header "
+    "email.message email.policy email.utils enum filecmp fileinput fnmatch fractions ftplib "
+    "functools getpass gettext glob gzip hashlib heapq hmac html html.parser http.client "
+    "http.cookiejar http.cookies http.server imaplib importlib.abc importlib.metadata "
+    "importlib.util inspect io ipaddress itertools json linecache locale logging "
+    "logging.handlers lzma mailbox math mimetypes modulefinder multiprocessing.managers "
+    "multiprocessing.pool netrc numbers operator optparse os pathlib pdb pickletools pkgutil "
+    "platform plistlib poplib posixpath pprint profile pstats pyclbr queue quopri random re "
+    "reprlib sched secrets selectors shelve shlex shutil signal smtplib socket socketserver "
+    "sqlite3 ssl stat statistics string struct subprocess symtable sysconfig tarfile tempfile "
+    "textwrap threading time timeit tokenize trace traceback tracemalloc types typing "
+    "unittest.case unittest.mock urllib.parse urllib.request urllib.robotparser uuid warnings wave "
+    "weakref xml.dom.minidom xml.etree.ElementTree xml.sax.handler xmlrpc.client zipfile zipimport"
+)
+
+
+class Parameter(NamedTuple):
+    """A parameter: its name, and its default (``...`` for what is no plain value), None without."""
+
+    name: str
+    default: str | None
+
+
+@cache
+def docstrings() -> tuple[str, ...]:
+    """Every docstring on one line, each once, in an order that is the same on every run."""
+    found = {" ".join(doc.split()) for _, _, doc in _things()}
+    return tuple(sorted(found - {""}))
+
+
+@cache
+def signatures() -> dict[str, tuple[Parameter, ...]]:
+    """Name → parameters of every function and method that tells them; ``*args`` keep their star."""
+    found: dict[str, tuple[Parameter, ...]] = {}
+    for name, thing, _ in _things():
+        if not inspect.isroutine(thing):
+            continue
+        try:
+            parameters = inspect.signature(thing).parameters.values()
+        except (ValueError, TypeError):
+            continue  # written in C, without a signature
+        found[name] = tuple(_parameter(p) for p in parameters)
+    return dict(sorted(found.items()))
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Names of functions, methods, classes and parameters, each once, sorted."""
+    own = {name.rpartition(".")[2] for name, _, _ in _things()}
+    return tuple(sorted(own | {p.name for params in signatures().values() for p in params}))
+
+
+def _parameter(p: inspect.Parameter) -> Parameter:
+    star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+    # the text of others holds addresses, or the order of a set: it is another on every run
+    plain = isinstance(p.default, str | bytes | int | float | None) and not isinstance(
+        p.default, Enum
+    )
+    default = None if p.default is p.empty else repr(p.default) if plain else "..."
+    return Parameter(star + p.name, default)
+
+
+@cache
+def _things() -> tuple[tuple[str, Any, str], ...]:
+    """Qualified name, object and docstring of what the modules define."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some names warn as soon as they are looked at
+        return tuple(found for module in MODULES.split() for found in _of(module))
+
+
+def _of(module: str) -> Iterator[tuple[str, Any, str]]:
+    for name, thing in sorted(vars(importlib.import_module(module)).items()):
+        if str(getattr(thing, "__module__", None)).lstrip("_") != module:
+            continue  # another's
+        yield f"{module}.{name}", thing, _doc(thing)
+        for inner, member in sorted(vars(thing).items()) if inspect.isclass(thing) else ():
+            own = getattr(member, "__func__", member)
+            inherited = _doc(own) and _doc(own) == _doc(getattr(object, inner, None))
+            if (inspect.isroutine(own) or isinstance(own, property)) and not inherited:
+                yield f"{module}.{name}.{inner}", own, _doc(own)
+
+
+def _doc(thing: object) -> str:
+    doc = getattr(thing, "__doc__", None)
+    return doc if isinstance(doc, str) else ""

@@ -1,0 +1,135 @@
+"""The recipe at a tiny size: its arms are what they are called, and nothing forgets by accident."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from modgraft.data.families import FAMILIES
+from modgraft.files import write_json
+from modgraft.recipes import trials
+from modgraft.recipes.flan_nets import Lab
+from modgraft.recipes.flan_vs_modules import (
+    NEW,
+    RECIPE,
+    ROWS,
+    TRAINED,
+    added,
+    known_families,
+    modules,
+    rehearsed,
+    route,
+    sent,
+    tuned,
+)
+
+TINY = replace(
+    RECIPE.settings, train=60, val=2, test=4, shots=8, vocabulary=300, d_model=32, d_ff=32,
+    heads=2, layers=1, steps_pretrain=3, steps=2, steps_few=2, batch=8, longest=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run of one seed, trained in this process."""
+    folder = tmp_path_factory.mktemp("run")
+    asked = {"recipe": "flan_vs_modules", "settings": asdict(TINY), "seeds": [0]}
+    write_json(folder / "run.json", asked)
+    trials.one("flan_vs_modules", folder, 0)
+    return folder, trials.run(trials.recipe("flan_vs_modules"), folder, TINY, [0], jobs=1)
+
+
+@pytest.fixture(scope="module")
+def lab(run: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Of the same seed: what was trained there is read."""
+    folder = tmp_path_factory.mktemp("lab") / "seed0"
+    return Lab(shutil.copytree(run[0] / "seed0", folder), TINY, 0, TRAINED, NEW)
+
+
+def test_a_run_measures_every_arm(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = run
+    assert list(results["rows"]) == list(ROWS)
+    for key, seeds in results["rows"].items():
+        row = seeds["0"]
+        assert all(0 <= row[f] <= 100 for f in TRAINED)
+        assert (NEW in row) == (key not in ("oracle", "alone"))
+        assert ("sent" in row) == ("routed" in ROWS[key])
+    cost = {key: seeds["0"]["steps"] for key, seeds in results["rows"].items()}
+    assert cost["one"] == cost["lora"] == cost["routed"] == cost["alone"] == 4 * TINY.steps
+    assert cost["all_again"] == 5 * TINY.steps
+    assert cost["all_one"] == cost["all_module"] == TINY.steps
+    assert (folder / "plot.png").stat().st_size > 10_000
+    console = Console(width=240, record=True)
+    trials.show(folder, console)
+    assert "A LoRA a family, routed" in console.export_text()
+
+
+def test_a_finished_seed_is_read_and_not_trained(
+    run: tuple[Path, dict[str, Any]], lab: Lab
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in lab.folder.rglob("*.safetensors")}
+    assert len(before) >= 1 + 2 + 4 + 4 + 8
+    torch.manual_seed(0)
+    arms = known_families(lab)
+    for key, arm in arms.items():
+        first = run[1]["rows"][key]["0"]
+        assert (arm.cost["trained"], arm.cost["steps"]) == (first["trained"], first["steps"])
+        assert lab.right(arm, "signatures") == first["signatures"]
+    assert before == {p: p.stat().st_mtime_ns for p in lab.folder.rglob("*.safetensors")}
+
+
+def test_a_module_more_leaves_the_others_to_the_bit(lab: Lab) -> None:
+    torch.manual_seed(0)
+    arm = modules(lab)
+    asked = lab.tokenizer(["which day is it ?"], return_tensors="pt")
+    batch = {**asked, "labels": torch.tensor([[7, 8, 1]])}
+
+    def read(name: str) -> torch.Tensor:
+        with torch.no_grad():
+            return arm.host(**batch, modules=name).logits
+
+    before = {f: read(f) for f in TRAINED}
+    examples = lab.splits[NEW].train[:32]
+    more = added(lab, arm.host, "more", examples, 2, begin="words")
+    assert more.trained == arm.host["words"].size
+    assert more.modules == "more_router"
+    assert all(torch.equal(read(f), before[f]) for f in TRAINED)
+    assert not torch.equal(read("more"), before["words"])
+
+    route(lab, arm.host, "before", {f: lab.splits[f].train for f in TRAINED})
+    old, new = (arm.host[n].places[0].route.embeddings for n in ("before", "more_router"))
+    assert torch.equal(old, new[:-1])  # a family more leaves the others' embeddings as they are
+
+    shares = sent(lab, arm.host, "more_router", examples[:16])
+    assert list(shares) == [*TRAINED, "more"]
+    assert sum(shares.values()) == pytest.approx(100)
+    assert max(shares, key=lambda n: shares[n]) == "more"
+
+
+def test_a_copy_is_tuned_and_its_origin_is_not(lab: Lab) -> None:
+    begin = lab.host()
+    before = {k: v.clone() for k, v in begin.model.state_dict().items()}
+    arm = tuned(lab, "copy", begin, lab.splits[NEW].train, 2)
+    after = begin.model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert not torch.equal(arm.host.model.shared.weight, after["shared.weight"])  # type: ignore[union-attr]
+
+
+def test_rehearsal_has_as_much_of_the_old(lab: Lab) -> None:
+    few = lab.splits[NEW].train[:8]
+    mixed = rehearsed(lab, few)
+    assert sum(e.family == NEW for e in mixed) == sum(e.family != NEW for e in mixed) == 32
+    assert {e.family for e in mixed} == set(FAMILIES)
+
+
+def test_only_the_whole_target_with_its_end_is_right(lab: Lab) -> None:
+    labels = torch.tensor([9, 8, 1, -100, -100])
+    wrong = ([0, 9, 8, 7, 1], [0, 9, 1], [0, 9, 8, 8], [0, 1])
+    assert lab._same(torch.tensor([0, 9, 8, 1, 0, 0]), labels)
+    assert not any(lab._same(torch.tensor(w), labels) for w in wrong)
