@@ -235,14 +235,13 @@ def test_a_query_of_another_width() -> None:
         host(**given, side=side, modules="att")
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_compiled(kind: str) -> None:
+def test_compiled() -> None:
     """In one graph; and resident, in nobody's way."""
-    host, given = made(kind, torch.float32), batch(kind)
+    host, given = made("gpt2", torch.float32), batch("gpt2")
     host.implant("qa", mg.LoRA(rank=2), "query", active=False)
     compiled, graphs = counted(host)
     with torch.no_grad():
-        for composition, count in (("att", 1), ("att >> qa", 1), (None, 2), ("qa", 2)):
+        for composition, count in (("att", 1), ("att >> qa", 1), ("qa", 2)):
             host.use(composition)
             torch.testing.assert_close(
                 compiled(**given).logits, host(**given).logits, rtol=1e-4, atol=1e-5
