@@ -1,0 +1,70 @@
+"""Batches of token ids: texts with tokens masked, to be filled in, and texts with a class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from modgraft.data.batches import SortedBatches
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int = 0) -> Tensor:
+    """Ids ``[B, n]`` int64 of ``rows``; n is the longest."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A ``collate_fn``: a share of the tokens is hidden, and is to be filled in.
+
+    Each text has a share of its own, drawn evenly from ``share``: with much of it hidden, the rest
+    has to say what belongs there. Of the tokens picked 8 in 10 become ``mask``, 1 in 10 another
+    token, 1 in 10 stays (Devlin et al. 2019, arXiv:1810.04805). Each text has one at least.
+
+    Args:
+        vocab: tokens there are; the ids below ``first`` are special and never hidden.
+        mask: the id that hides.
+        first: the first ordinary id.
+        share: least and greatest.
+    """
+
+    vocab: int
+    mask: int = 4
+    first: int = 5
+    share: tuple[float, float] = (0.3, 0.9)
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """``input_ids``, ``labels`` ``[B, n]``; −100: nothing is asked."""
+        ids = padded(rows)
+        least, most = self.share
+        drawn = torch.rand(ids.shape).masked_fill(ids < self.first, 2.0)
+        lowest = (drawn == drawn.min(dim=1, keepdim=True).values) & (drawn < 2)
+        picked = (drawn < least + (most - least) * torch.rand(len(rows), 1)) | lowest
+        labels = ids.masked_fill(~picked, -100)
+        how = torch.rand(ids.shape)
+        ids = ids.masked_fill(picked & (how < 0.8), self.mask)
+        other = torch.randint(self.first, self.vocab, ids.shape)
+        ids = torch.where(picked & (how >= 0.9), other, ids)
+        return {"input_ids": ids, "labels": labels}
+
+
+def classes(rows: Sequence[tuple[Sequence[int], int]]) -> dict[str, Tensor]:
+    """A ``collate_fn``: ``input_ids`` ``[B, n]``, ``kinds`` ``[B]``."""
+    return {
+        "input_ids": padded([text for text, _ in rows]),
+        "kinds": torch.tensor([k for _, k in rows]),
+    }
+
+
+def masked_loader(
+    texts: Sequence[Sequence[int]], vocab: int, batch: int, longest: int = 32
+) -> DataLoader:
+    """Batches of texts of like length, masked anew at every reading; cut to ``longest`` tokens."""
+    rows = [text[:longest] for text in texts]
+    order = SortedBatches([len(row) for row in rows], batch)
+    return DataLoader(rows, batch_sampler=order, collate_fn=Masked(vocab))  # type: ignore[arg-type]
