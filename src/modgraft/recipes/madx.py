@@ -1,0 +1,317 @@
+"""MAD-X: a task module learned in one language works in another, whose module takes its place.
+
+Pfeiffer et al. 2020, arXiv:2005.00052. A multilingual host is frozen. Each language has a module,
+here at the embeddings, that learned to fill in masked words of that language; the task's module, in
+the layers, learns in English with English's module in force. At test another language's takes its
+place. Ansell et al. 2022, arXiv:2110.07560, make both sparse changes of the weights, which are
+added. The task: what is this the name of?
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+import modgraft as mg
+from modgraft.data.cldr import KINDS
+from modgraft.models.bag import Bag
+from modgraft.recipes.madx_data import Corpus
+from modgraft.recipes.trials import Recipe
+from modgraft.report.figures import Scheme
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run.
+
+    Attributes:
+        known: languages that the host is pretrained on; the first is the task's.
+        targets: languages that neither the host nor the task's module has seen.
+        vocab: tokens.
+        width, layers: the host's shape.
+        batch: lines, or names, in a batch.
+        steps_host, lr_host: of its pretraining.
+        reduction_language, reduction_task: of the adapters; MAD-X's are 2 and 16.
+        steps_language, lr_language: of a language's adapters.
+        steps_task, lr_task: of the task's adapters.
+        density: share of the weights that a sparse change has.
+        steps_sparse, lr_sparse: of each of the two phases of a sparse change.
+        lr_full: of fine-tuning the whole host, which takes ``steps_task``.
+        names: English names of a kind, at most, that the task learns from.
+    """
+
+    known: str = "en de fr it es sv pl cs"
+    targets: str = "eu fi hu"
+    vocab: int = 2500
+    width: int = 128
+    layers: int = 2
+    batch: int = 128
+    steps_host: int = 2000
+    lr_host: float = 3e-3
+    reduction_language: int = 1
+    reduction_task: int = 4
+    steps_language: int = 200
+    lr_language: float = 3e-3
+    steps_task: int = 60
+    lr_task: float = 2e-3
+    density: float = 0.3
+    steps_sparse: int = 120
+    lr_sparse: float = 5e-3
+    lr_full: float = 1e-3
+    names: int = 100
+
+
+ROWS = {
+    "stack": "Stacked, the right language: `fi >> kind`",
+    "stack_source": "Stacked, English's left in: `en >> kind`",
+    "stack_wrong": "Stacked, another unseen language's",
+    "stack_none": "Stacked, no language module at test",
+    "task": "Task adapter alone, trained so",
+    "sum": "Sparse, the right language: `fi + kind`",
+    "sum_source": "Sparse, English's left in: `en + kind`",
+    "sum_wrong": "Sparse, another unseen language's",
+    "sum_none": "Sparse, no language module at test",
+    "sum_task": "Sparse task module alone, trained so",
+    "full": "The whole host fine-tuned in English",
+    "chance": "Chance",
+}
+
+COLUMNS = {
+    "en": "English",
+    "unseen": "Unseen languages",
+    "named": "named in text",
+    "hidden": "hidden from it",
+    "eu": "Basque",
+    "fi": "Finnish",
+    "hu": "Hungarian",
+}
+
+WORDS, LAYERS = "table", "blocks.*.norm"
+WEIGHTS = ["blocks.*.up", "blocks.*.down"]
+
+Composed = Callable[[str | None], str]
+"""From a language, None for no module of one, to the composition with the task's module."""
+
+
+def pretrained(folder: Path, corpus: Corpus, settings: Settings, seed: int) -> Bag:
+    """The host: it has learned to fill in masked pieces of words of the known languages."""
+    torch.manual_seed(seed)
+    model = Bag(settings.vocab, settings.width, settings.layers, len(KINDS))
+    host = mg.Host(model, freeze=False)
+    host.fit(
+        corpus.masked(), train="host", steps=settings.steps_host, lr=settings.lr_host, warmup=0.1,
+        seed=seed, folder=folder / "host", progress=False,
+    )  # fmt: skip
+    return model.requires_grad_(False).eval()
+
+
+def stacked(
+    folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
+) -> tuple[mg.Host, Composed]:
+    """Language modules and, on top of English's, the task's: ``fi_words >> fi >> kind``."""
+    host = mg.Host(copy.deepcopy(model))
+    for code in (corpus.source, *corpus.targets):
+        host.implant(
+            code, mg.Adapter(reduction=settings.reduction_language), at=WORDS, active=False
+        )
+        host.implant(f"{code}_words", mg.InvertibleAdapter(), at=WORDS, expect=1, active=False)
+        with host.using(f"{code}_words >> {code}"):
+            host.fit(
+                corpus.masked(code), train=[code, f"{code}_words"], steps=settings.steps_language,
+                lr=settings.lr_language, warmup=0.1, seed=seed, folder=folder / code,
+                progress=False,
+            )  # fmt: skip
+
+    def composed(code: str | None) -> str:
+        return "kind" if code is None else f"{code}_words >> {code} >> kind"
+
+    learn(host, folder / "kind", corpus, settings, seed, composed(corpus.source))
+    return host, composed
+
+
+def learn(
+    host: mg.Host, folder: Path, corpus: Corpus, settings: Settings, seed: int, composition: str
+) -> None:
+    """Train the task's adapters, and the head on them, in English."""
+    host.implant("kind", mg.Adapter(reduction=settings.reduction_task), at=LAYERS, active=False)
+    with host.using(composition):
+        host.fit(
+            corpus.lessons(), train=["kind", "host.head"], steps=settings.steps_task,
+            lr=settings.lr_task, warmup=0.1, seed=seed, folder=folder, progress=False,
+        )  # fmt: skip
+
+
+def added(
+    folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
+) -> tuple[mg.Host, Composed]:
+    """The same with sparse changes of the weights: ``fi + kind``."""
+    host = mg.Host(copy.deepcopy(model))
+    for code in (corpus.source, *corpus.targets):
+        sparse(host, code, folder, corpus.masked(code), settings, seed, code, WORDS)
+
+    def composed(code: str | None) -> str:
+        return "kind" if code is None else f"{code} + kind"
+
+    lessons, english = corpus.lessons(), composed(corpus.source)
+    sparse(host, "kind", folder, lessons, settings, seed, english, WEIGHTS, ["host.head"])
+    return host, composed
+
+
+def sparse(
+    host: mg.Host, name: str, folder: Path, loader: Any, settings: Settings, seed: int,
+    composition: str, at: Any, also: list[str] | None = None,
+) -> None:  # fmt: skip
+    """Implant a sparse change and train it in two phases, under a composition."""
+    host.implant(name, mg.SparseDelta(density=settings.density), at=at, active=False)
+    with host.using(composition):
+        mg.sparse_finetuning(
+            host, name, loader, also=also or (), steps=settings.steps_sparse,
+            lr=settings.lr_sparse, warmup=0.1, weight_decay=0.0, seed=seed, folder=folder / name,
+            progress=False,
+        )  # fmt: skip
+
+
+def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
+    """Pretrain a host, train every module, and test the unseen languages once."""
+    corpus = corpus_of(settings, seed)
+    model = pretrained(folder, corpus, settings, seed)
+    rest = (corpus, model, settings, seed)
+    rows = swapped("stack", corpus, *stacked(folder / "stacked", *rest))
+    rows |= swapped("sum", corpus, *added(folder / "sparse", *rest))
+    rows["task"] = accuracy(corpus, task_alone(folder / "task", *rest), lambda _: "kind")
+    rows["sum_task"] = accuracy(corpus, sparse_alone(folder / "few", *rest), lambda _: "kind")
+    rows["full"] = accuracy(corpus, tuned(folder / "full", *rest), lambda _: None)
+    rows["chance"] = dict.fromkeys([*rows["full"]], 100 / len(KINDS))
+    return {
+        "rows": {row: {c: n for c, n in rows[row].items() if c in COLUMNS} for row in ROWS},
+        "series": {
+            "names": {code: len(corpus.test(code)) for code in (corpus.source, *corpus.targets)},
+            "languages": {row: {c: rows[row][c] for c in corpus.targets} for row in ROWS},
+        },
+    }
+
+
+def corpus_of(settings: Settings, seed: int) -> Corpus:
+    """The text and the names of a trial."""
+    return Corpus(
+        settings.known.split(), settings.targets.split(), vocab=settings.vocab,
+        batch=settings.batch, names=settings.names, seed=seed,
+    )  # fmt: skip
+
+
+def task_alone(folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int) -> mg.Host:
+    """The task's adapters, trained without any language's."""
+    host = mg.Host(copy.deepcopy(model))
+    learn(host, folder, corpus, settings, seed, "kind")
+    return host
+
+
+def sparse_alone(
+    folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
+) -> mg.Host:
+    """The task's sparse change, trained without any language's."""
+    host = mg.Host(copy.deepcopy(model))
+    sparse(host, "kind", folder, corpus.lessons(), settings, seed, "kind", WEIGHTS, ["host.head"])
+    return host
+
+
+def tuned(folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int) -> mg.Host:
+    """The baseline: all weights of the host learn the task."""
+    host = mg.Host(copy.deepcopy(model).requires_grad_(), freeze=False)
+    host.fit(
+        corpus.lessons(), train="host", steps=settings.steps_task, lr=settings.lr_full, warmup=0.1,
+        seed=seed, folder=folder, progress=False,
+    )  # fmt: skip
+    return host
+
+
+def swapped(
+    form: str, corpus: Corpus, host: mg.Host, composed: Composed
+) -> dict[str, dict[str, float]]:
+    """The rows of one form: the right language's module, English's, another's, none."""
+    other = dict(zip(corpus.targets, corpus.targets[1:] + corpus.targets[:1], strict=True))
+    other[corpus.source] = corpus.targets[0]
+    ways: dict[str, Callable[[str], str]] = {
+        form: composed,
+        f"{form}_source": lambda _: composed(corpus.source),
+        f"{form}_wrong": lambda code: composed(other[code]),
+        f"{form}_none": lambda _: composed(None),
+    }
+    return {row: accuracy(corpus, host, way) for row, way in ways.items()}
+
+
+def accuracy(
+    corpus: Corpus, host: mg.Host, composed: Callable[[str], str | None]
+) -> dict[str, float]:
+    """A row of the table: each language under the composition for it."""
+    scores = {code: corpus.score(host, composed(code), code) for code in corpus.targets}
+    row = {code: score.all for code, score in scores.items()}
+    for column, part in (("unseen", "all"), ("named", "named"), ("hidden", "hidden")):
+        row[column] = mean(getattr(score, part) for score in scores.values())
+    return {"en": corpus.score(host, composed(corpus.source), corpus.source).all, **row}
+
+
+# -- what is shown -----------------------------------------------------------------------------
+
+
+def smaller(settings: Settings, share: float) -> Settings:
+    """A share of the steps, on the same text."""
+    steps = {
+        name: max(2, round(share * getattr(settings, name)))
+        for name in ("steps_host", "steps_language", "steps_task", "steps_sparse")
+    }
+    return replace(settings, **steps)
+
+
+SHOWN = {
+    "task": "task adapter alone",
+    "stack_source": "stacked, English's left in",
+    "stack": "stacked, the right language",
+    "sum": "sparse, the right language",
+}
+
+
+def paint(canvas: Figure, scheme: Scheme, results: dict[str, Any]) -> None:
+    """Accuracy in each unseen language: a point a seed, a bar at the mean."""
+    seeds = [made["languages"] for made in results["series"].values()]
+    languages: list[str] = list(seeds[0]["stack"])
+    axes = canvas.subplots()
+    for place, (row, label) in enumerate(SHOWN.items()):
+        colour, aside = scheme.series[place], (place - (len(SHOWN) - 1) / 2) * 0.19
+        for x, code in enumerate(languages):
+            own = [seed[row][code] for seed in seeds]
+            once = label if x == 0 else None
+            axes.bar(x + aside, mean(own), 0.16, color=colour, alpha=0.45, label=once)
+            axes.plot([x + aside] * len(own), own, "o", color=colour, ms=3.5)
+    axes.axhline(100 / len(KINDS), color=scheme.faint, lw=1, ls="--")
+    axes.set_xticks(range(len(languages)), [COLUMNS.get(c) or c for c in languages])
+    axes.grid(visible=False, axis="x")
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("right, % (dashed: chance)")
+    canvas.legend(loc="outside lower center", ncols=2)
+
+
+RECIPE = Recipe(
+    name="madx",
+    title="MAD-X: what is this the name of? Learned in English, asked in languages never seen",
+    rows=ROWS,
+    columns=COLUMNS,
+    settings=Settings(),
+    smaller=smaller,
+    trial=trial,
+    paint=paint,
+    notes=(
+        "Percent of names whose kind (territory, language, currency, unit, time zone) was "
+        "told, the mean over the five kinds; chance is 20.",
+        "The task was learned from English names of other things than those asked for; names that "
+        "are spelled as in English are not asked for outside English.",
+        "Named: a line of the language's text names it, none says its kind; hidden: no line does.",
+    ),
+)
