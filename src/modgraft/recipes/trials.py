@@ -29,7 +29,7 @@ from modgraft.files import read_json, write_json, write_text
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.figures import DARK, LIGHT, Scheme, draw
 
-NAMES: tuple[str, ...] = ("flan_vs_modules", "madx")
+NAMES: tuple[str, ...] = ("arithmetic", "flan_vs_modules", "madx")
 """Pages under ``modgraft/recipes`` that end in a ``RECIPE``."""
 
 
