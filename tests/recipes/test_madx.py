@@ -54,6 +54,12 @@ def test_the_task_and_its_test_share_no_thing(corpus: Corpus) -> None:
     assert len(learned) <= 20 * len(KINDS)
 
 
+def test_a_trial_keeps_its_tokenizer(tmp_path: Path) -> None:
+    one, other = (corpus_of(TINY, 0, tmp_path) for _ in range(2))
+    assert one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+    assert one.text == other.text
+
+
 def test_no_name_asked_for_is_spelled_as_in_english(corpus: Corpus) -> None:
     english = {bare(name) for name in corpus.names["en"].values()}
     assert not [n for n in corpus.test("hu").values() if bare(n) in english]

@@ -180,7 +180,7 @@ def sparse(
 
 def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     """Pretrain a host, train every module, and test the unseen languages once."""
-    corpus = corpus_of(settings, seed)
+    corpus = corpus_of(settings, seed, folder)
     model = pretrained(folder, corpus, settings, seed)
     rest = (corpus, model, settings, seed)
     rows = swapped("stack", corpus, *stacked(folder / "stacked", *rest))
@@ -198,11 +198,12 @@ def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     }
 
 
-def corpus_of(settings: Settings, seed: int) -> Corpus:
-    """The text and the names of a trial."""
+def corpus_of(settings: Settings, seed: int, folder: Path | None = None) -> Corpus:
+    """The text, the names and the tokenizer of a trial; the tokenizer is kept in the folder."""
     return Corpus(
         settings.known.split(), settings.targets.split(), vocab=settings.vocab,
         batch=settings.batch, names=settings.names, seed=seed,
+        folder=folder,
     )  # fmt: skip
 
 

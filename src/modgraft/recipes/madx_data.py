@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from unicodedata import combining, normalize
 
 import torch
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 import modgraft as mg
 from modgraft.data import cldr
 from modgraft.data.cldr import KINDS, Thing
 from modgraft.data.masked import classes, masked_loader
+from modgraft.files import write_text
 from modgraft.models.bag import train_wordpiece
 
 
@@ -59,6 +62,8 @@ class Corpus:
         batch: lines, or names, in a batch.
         names: names of a kind that the task learns from, at most.
         seed: of the parts and of the numbers in the text.
+        folder: keeps the tokenizer, and has it again: its training breaks ties at random, and
+            another tokenizer would make nonsense of what was trained with this one.
 
     Raises:
         ModgraftError: Babel is not installed, or CLDR has no such language.
@@ -66,7 +71,7 @@ class Corpus:
 
     def __init__(
         self, known: Sequence[str], targets: Sequence[str], *, vocab: int, batch: int, names: int,
-        seed: int,
+        seed: int, folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.source, self.known, self.targets = known[0], tuple(known), tuple(targets)
         self.vocab, self.batch, self.seed, self.most = vocab, batch, seed, names
@@ -77,7 +82,14 @@ class Corpus:
         text = [line.text for code in known for line in self.lines[code]]
         # a letter that the known languages lack is a token all the same, which the host never saw
         letters = {c for code in targets for name in self.names[code].values() for c in bare(name)}
-        self.tokenizer = train_wordpiece([*text, *sorted(letters)], vocab)
+        kept = None if folder is None else folder / "tokenizer.json"
+        if kept is not None and kept.is_file():
+            self.tokenizer = Tokenizer.from_file(str(kept))
+        else:
+            self.tokenizer = train_wordpiece([*text, *sorted(letters)], vocab)
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_text(kept, self.tokenizer.to_str())
         self.text = self.ids(text)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
