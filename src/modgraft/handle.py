@@ -69,8 +69,11 @@ class Implant(nn.Module, ex.Composable):
             )
         return ex.Name(name, of=self)
 
-    def stats(self) -> list[Use]:
+    def stats(self, *, reset: bool = False) -> list[Use]:
         """What the routers of a mixture have chosen, a row for each of them.
+
+        Args:
+            reset: whether the count begins again after it.
 
         Raises:
             ModgraftError: for a module that is no mixture.
@@ -79,10 +82,12 @@ class Implant(nn.Module, ex.Composable):
             raise ModgraftError(f"{self.name!r} is a {type(self.method).__name__}; no router in it")
         own = [self.places[0]] if self.method.level != "token" else list(self.places)
         paths = [""] if self.method.level != "token" else self.paths
-        return [
-            place.tally.use(path, tuple(self.method.over))  # type: ignore[union-attr]
-            for path, place in zip(paths, own, strict=True)
-        ]
+        found = []
+        for path, place in zip(paths, own, strict=True):
+            found.append(place.tally.use(path, tuple(self.method.over)))  # type: ignore[union-attr]
+            if reset:
+                place.tally.reset()  # type: ignore[union-attr]
+        return found
 
     def acting(self, name: str) -> list[tuple[str, Computation]]:
         """What acts under ``name``, one of :attr:`names`, by the label of the site."""
