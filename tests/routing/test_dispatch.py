@@ -124,12 +124,17 @@ def test_changed_tensors_and_modules_are_seen() -> None:
     assert (after - before).abs().max() > 1e-3
 
 
-def test_modules_of_several_kinds_are_run_one_by_one() -> None:
+def test_modules_of_several_kinds_are_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     host = host_with("lora", mg.TopK(2, level="token"), count=3)
     host.implant("other", mg.LoRA(rank=3), "transformer.h.*.attn.c_attn", active=False)
-    host.implant("both", mg.Mixture(["m0", "m1", "other"], router=mg.TopK(2, level="token")))
+    host.implant("both", mg.Mixture(["m0", "m1", "other"], router=mg.TopK(1, level="token")))
+    monkeypatch.setattr(Bank, "add", None)  # nobody calls it
+    ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
-        host(input_ids=torch.arange(12).view(2, 6), modules="both")
+        moved = (
+            host(input_ids=ids, modules="both").logits - host(input_ids=ids, modules=None).logits
+        )
+    assert moved.abs().max() > 1e-3
 
 
 def test_of_many_picks_each_module_is_run_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +142,7 @@ def test_of_many_picks_each_module_is_run_by_itself(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Bank, "add", None)
     with torch.no_grad():
         host(input_ids=torch.arange(12).view(2, 6))
+    assert all(use.dead == () for use in host["mix"].stats())
 
 
 def test_the_plan_says_so() -> None:
