@@ -182,3 +182,20 @@ def test_a_step_of_an_optimiser_is_seen(modules: Any, fused: bool) -> None:
             for parameter in host.implants.parameters():
                 parameter.add_(0)  # makes a new version of all: nothing that was kept is read
         torch.testing.assert_close(seen, now(), rtol=1e-5, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_modules_made_in_inference_mode_act_and_their_writes_are_seen() -> None:
+    host = made()
+    for name in ("i", "j"):
+        host.implant(name, mg.LoRA(rank=2), ["query", "value"], active=False)
+    batch = {"input_ids": torch.arange(3, 13).view(2, 5)}
+    for composition in ("i", ["i", "j"]):
+        bare = host(**batch, modules=None).logits
+        assert torch.equal(host(**batch, modules=composition).logits, bare)  # B is 0 at birth
+        for parameter in (*host["i"].parameters(), *host["j"].parameters()):
+            parameter.normal_()
+        assert not torch.allclose(host(**batch, modules=composition).logits, bare)
+        for parameter in (*host["i"].parameters(), *host["j"].parameters()):
+            parameter.zero_()
+        assert torch.equal(host(**batch, modules=composition).logits, bare)

@@ -55,15 +55,18 @@ class Merged:
         self.made = None
 
     def product(self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]) -> Tensor:
-        """f(x; θ + Σ w·Δ); made anew where tensors are another's, who may change unseen."""
+        """f(x; θ + Σ w·Δ); made anew where tensors may change unseen.
+
+        Those of another module, and of inference mode.
+        """
         weight, bias = _own(layer)
-        if any(borrows(change.module) for change in changes):
-            new = _laid_out_as(weight, _changed(layer, weight, changes))
-            return F.linear(x, new, _with_changes(layer, bias, changes))
         some: list[Tensor | None] = [layer.weight, bias]
         for change in changes:
             some += [*change.module._parameters.values(), *change.module._buffers.values()]
         tensors = [t for t in some if t is not None]
+        if any(borrows(c.module) for c in changes) or any(map(Tensor.is_inference, tensors)):
+            new = _laid_out_as(weight, _changed(layer, weight, changes))
+            return F.linear(x, new, _with_changes(layer, bias, changes))
         of = [(id(t), t._version, t.data_ptr()) for t in tensors]
         made = self.made  # read once: another thread may let go of it, or keep its own
         if made is None or made[0] != of:

@@ -30,9 +30,9 @@ register_optimizer_step_post_hook(_written)
 class Kept:
     """Remembers what was made of the tensors of some modules, by a key.
 
-    It is made anew where a gradient has to reach one of them, and once one of them is another
-    tensor, has been written to, or lies elsewhere (``.to()`` puts new data into the old object).
-    What is kept is let go of with it.
+    It is made anew where a gradient has to reach one of them, where one was made in inference mode
+    (such tensors count no writes), and once one of them is another tensor, has been written to, or
+    lies elsewhere (``.to()`` puts new data into the old object). What is kept is let go of with it.
 
     Args:
         modules: that own every tensor that what is made depends on.
@@ -50,6 +50,8 @@ class Kept:
         # what C does over a list is several times as fast as what Python does
         own = [t for t in chain.from_iterable(map(dict.values, self._owners)) if t is not None]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in own):
+            return make()
+        if any(map(Tensor.is_inference, own)):  # of inference mode: they count no writes
             return make()
         state = list(map(_version, own)), list(map(Tensor.data_ptr, own))
         before, tensors, made = self._now
