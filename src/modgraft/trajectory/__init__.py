@@ -1,0 +1,77 @@
+"""modgraft.trajectory: the research log, recorded, checked and asked.
+
+The public names are imported when they are first used; none of them needs torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modgraft.trajectory.actions import Action, Actions
+    from modgraft.trajectory.note import (
+        Block,
+        Citation,
+        Code,
+        Diagnostic,
+        Event,
+        Figure,
+        Fix,
+        Link,
+        Note,
+        Quote,
+        Section,
+        Span,
+    )
+    from modgraft.trajectory.scanner import parse
+
+__all__ = [
+    "Action",
+    "Actions",
+    "Block",
+    "Citation",
+    "Code",
+    "Diagnostic",
+    "Event",
+    "Figure",
+    "Fix",
+    "Link",
+    "Note",
+    "Quote",
+    "Section",
+    "Span",
+    "parse",
+]
+
+_HOMES = {
+    "actions": ("Action", "Actions"),
+    "note": (
+        "Block",
+        "Citation",
+        "Code",
+        "Diagnostic",
+        "Event",
+        "Figure",
+        "Fix",
+        "Link",
+        "Note",
+        "Quote",
+        "Section",
+        "Span",
+    ),
+    "scanner": ("parse",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'modgraft.trajectory' has no attribute {name!r}")
+    value = getattr(import_module(f"modgraft.trajectory.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,109 @@
+"""The table of actions: what an annotation may be called, and what it means.
+
+A name is looked up without regard to case. The table is extended in `pyproject.toml`; a new row is
+an action with its other spellings:
+
+    [tool.modgraft.log.actions]
+    experiment = ["exp", "ran"]
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from modgraft.errors import ModgraftError
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One row: the name, what it means, and other spellings of it."""
+
+    name: str
+    meaning: str
+    aliases: tuple[str, ...] = ()
+
+
+_ROWS = (
+    Action("skim", "is this source worth my time?", ("retrieve", "skimmed")),
+    Action("read", "study it"),
+    Action("code", "something was written"),
+    Action("question", "something to find out"),
+    Action("eureka", "an idea"),
+    Action("hypothesize", "what may be so", ("hypothesis",)),
+    Action("lesson_learned", "what to keep", ("lesson", "lessons_learned", "lesson learned")),
+    Action("soliloquy", "thinking aloud"),
+    Action("critique", "what is wrong with it"),
+    Action("interrupt", "something broke in"),
+    Action("calculate", "arithmetic"),
+    Action("ChatGPT", "asked of an assistant"),
+    Action("BingChat", "asked of an assistant"),
+    Action("blog", "published"),
+    Action("file_github_issue", "reported"),
+    Action("start", "a project begins"),
+    Action("return", "a project ends"),
+    Action("context_switch_to", "another project is taken up"),
+    Action("context_switch_from", "a project is left for another"),
+)
+
+
+@dataclass(frozen=True)
+class Actions:
+    """A table of actions, by any spelling of their names."""
+
+    rows: tuple[Action, ...] = _ROWS
+    _by_name: dict[str, Action] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_name: dict[str, Action] = {}
+        for row in self.rows:
+            for name in (row.name, *row.aliases):
+                other = by_name.setdefault(name.casefold(), row)
+                if other is not row:
+                    raise ModgraftError(
+                        f"[tool.modgraft.log.actions]: {name!r} means {other.name!r} already and "
+                        f"cannot mean {row.name!r} too; choose another spelling"
+                    )
+        object.__setattr__(self, "_by_name", by_name)
+
+    def __iter__(self) -> Iterator[Action]:
+        return iter(self.rows)
+
+    def find(self, written: str) -> Action | None:
+        """The action of this spelling, or None."""
+        return self._by_name.get(written.casefold())
+
+    def nearest(self, written: str) -> Action | None:
+        """The action that an unknown spelling is most likely a slip of, or None."""
+        close = difflib.get_close_matches(written.casefold(), self._by_name, n=1, cutoff=0.75)
+        return self._by_name[close[0]] if close else None
+
+    def extended(self, table: Mapping[str, object]) -> Actions:
+        """This table with the rows of `[tool.modgraft.log.actions]`.
+
+        A name that is there already gets the new spellings in addition to its own.
+
+        Raises:
+            ModgraftError: a value that is no list of names, or a spelling that means two things.
+        """
+        rows = {row.name: row for row in self.rows}
+        for name, spellings in table.items():
+            if not isinstance(spellings, Iterable) or isinstance(spellings, (str, Mapping)):
+                raise ModgraftError(
+                    f"[tool.modgraft.log.actions] {name} = {spellings!r}: not a list of other "
+                    f'spellings; write {name} = ["…"], or {name} = [] if there are none'
+                )
+            names = tuple(spellings)
+            if not all(isinstance(one, str) and one.strip() for one in names):
+                raise ModgraftError(
+                    f"[tool.modgraft.log.actions] {name} = {spellings!r}: holds something that is "
+                    f"no name; each spelling is a string in quotes"
+                )
+            old = rows.get(name, Action(name, "of this project"))
+            new = tuple(one for one in names if one not in old.aliases)
+            rows[name] = Action(name, old.meaning, (*old.aliases, *map(str, new)))
+        return Actions(tuple(rows.values()))
+
+
+ACTIONS = Actions()

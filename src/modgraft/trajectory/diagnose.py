@@ -1,0 +1,53 @@
+"""What a note says about itself: the problems that need neither other files nor a bibliography."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+from modgraft.trajectory.blocks import SECTIONS, Outline
+from modgraft.trajectory.note import Diagnostic, Event
+
+
+def diagnose(
+    data: bytes, starts: Sequence[int], tree: Outline, events: Sequence[Event]
+) -> Iterator[Diagnostic]:
+    """The problems of a note by itself. An error means that some of it cannot be read as text."""
+    yield from _encoding(data, starts)
+    yield from _structure(tree)
+
+
+def _encoding(data: bytes, starts: Sequence[int]) -> Iterator[Diagnostic]:
+    """One line for all the bytes that are no text: how many, and where the first is."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        count = data.decode("utf-8", "replace").count("\ufffd") - data.count(b"\xef\xbf\xbd")
+        said = (
+            f"not UTF-8: byte 0x{data[error.start]:02x} ({error.reason}), {count:,} such in all; "
+            f"kept as they are, shown as \ufffd; save the file as UTF-8"
+        )
+        line = bisect_right(starts, error.start)
+        yield Diagnostic("error", "encoding", said, line, error.start, error.end)
+    at = data.find(b"\0")
+    if at >= 0:
+        said = f"holds {data.count(bytes(1)):,} NUL bytes; is this a text file?"
+        yield Diagnostic("error", "nul", said, bisect_right(starts, at), at, at + 1)
+
+
+def _structure(tree: Outline) -> Iterator[Diagnostic]:
+    for index in tree.unclosed:
+        block = tree.blocks[index]
+        said = "a code fence that never closes: what follows it may be taken for code; close it"
+        yield Diagnostic("warning", "fence", said, block.line, block.start, block.end)
+    blocks = iter(block for block in tree.blocks if block.kind != "heading")
+    block = next(blocks, None)
+    for section in tree.sections:
+        while block is not None and block.start < section.start:
+            block = next(blocks, None)
+        empty = block is None or block.start >= section.end
+        if empty and section.level == 2 and section.title in SECTIONS:
+            said = f"the section {section.title} is empty"
+            yield Diagnostic(
+                "info", "empty-section", said, section.line, section.start, section.end
+            )

@@ -1,0 +1,316 @@
+"""What a parsed note is made of.
+
+Places are byte offsets into `Note.data`, and lines count from 1. Text is decoded where it is asked
+for, so a note of any size and nesting is held once. What can hang below one another (an event's
+body, the citations in it) is a range of the file, not a copy.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+Severity = Literal["error", "warning", "info"]
+BlockKind = Literal["heading", "item", "quote", "fence", "image", "para"]
+
+_STATUS = re.compile(r"[_<*\s]*(full[ _-]?read|digging)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of the file; all of a note's spans, joined, are the file."""
+
+    kind: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A heading, item, quote, fence, image or paragraph: its own lines, without what hangs below.
+
+    `depth` is the number of blocks above it in the outline, `parent` the index of the nearest.
+    """
+
+    kind: BlockKind
+    start: int
+    end: int
+    line: int
+    depth: int
+    parent: int | None
+    section: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading of the first or second level and everything up to the next."""
+
+    title: str
+    level: int
+    line: int
+    end_line: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """`@key`, or a key written without `@` (then `written_with_at` is false)."""
+
+    key: str
+    line: int
+    start: int
+    end: int
+    written_with_at: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """`[text](target)`, `<target>`, `[[target]]` or an address as such."""
+
+    text: str
+    target: str
+    line: int
+    start: int
+    end: int
+    kind: Literal["inline", "auto", "wiki"]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """`![alt](target)`."""
+
+    alt: str
+    target: str
+    line: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """A `>` quote, or an item that is one "…" from end to end: another's words."""
+
+    text: str
+    line: int
+    end_line: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A fence; `text` is what stands between its two lines."""
+
+    language: str
+    text: str
+    line: int
+    end_line: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """Put `replacement` in the place of bytes `start` to `end`; `what` says so in words."""
+
+    start: int
+    end: int
+    replacement: bytes
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One problem at one place. `str` of it is one line: note:line: severity code message."""
+
+    severity: Severity
+    code: str
+    message: str
+    line: int
+    start: int
+    end: int
+    note: str | None = None
+    fix: Fix | None = None
+
+    def __str__(self) -> str:
+        return f"{self.note or 'note'}:{self.line}: {self.severity} {self.code} {self.message}"
+
+
+_Placed = TypeVar("_Placed", Citation, Link)
+
+
+@dataclass(slots=True)
+class Source:
+    """The bytes of a note and what was found in them, which its events look themselves up in."""
+
+    data: bytes
+    citations: tuple[Citation, ...] = ()  # with @ and without, in order
+    links: tuple[Link, ...] = ()
+
+    def text(self, start: int, end: int) -> str:
+        """The bytes from `start` to `end`; what is not UTF-8 shows as U+FFFD."""
+        return self.data[start:end].decode("utf-8", "replace")
+
+
+def _within(found: tuple[_Placed, ...], start: int, end: int) -> tuple[_Placed, ...]:
+    first = bisect_left(found, start, key=lambda one: one.start)
+    return found[first : bisect_left(found, end, key=lambda one: one.start)]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`[name(arguments) -> result]` and what is said about it.
+
+    `action` is the table's name ("skim"), `written` the file's ("Retrieve"). `arguments` is None
+    without brackets; `result` is None without an arrow and "" where nothing follows the arrow.
+    `closed` is false where the closing bracket is missing. The body is the rest of its block up to
+    the next event there, and everything that hangs below that block.
+    """
+
+    action: str
+    written: str
+    arguments: str | None
+    result: str | None
+    line: int
+    end_line: int
+    closed: bool
+    section: str | None
+    depth: int
+    start: int
+    end: int
+    block: int
+    inside: tuple[int, int] | None = field(repr=False)
+    rest: tuple[int, int] = field(repr=False)
+    below: tuple[int, int] = field(repr=False)
+    source: Source = field(repr=False, compare=False)
+
+    @property
+    def body(self) -> str:
+        """The rest of its lines and the deeper lines, as text without their common indent."""
+        rest = self.source.text(*self.rest).strip()
+        if not re.search(r"\w", rest):  # the comma between two annotations is no body
+            rest = ""
+        below = textwrap.dedent(self.source.text(*self.below)).strip("\r\n")
+        return "\n".join(part for part in (rest, below) if part)
+
+    @property
+    def citations(self) -> tuple[Citation, ...]:
+        """Those in the arguments, the result and the body, with `@` and without."""
+        found = self.source.citations
+        return _within(found, self.start, self.rest[1]) + _within(found, *self.below)
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """Those in the arguments, the result and the body."""
+        found = self.source.links
+        return _within(found, self.start, self.rest[1]) + _within(found, *self.below)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The citation keys among the arguments, in order."""
+        found = () if self.inside is None else _within(self.source.citations, *self.inside)
+        return tuple(one.key for one in found)
+
+    @property
+    def status(self) -> str:
+        """How far a source was followed, or whether a question has an answer below it."""
+        if self.action == "read":
+            return "read"
+        if self.action == "question":
+            told = self.source.data[self.end - 1 : self.end] == b":" and self.source.text(
+                *self.rest
+            )
+            return "answered" if told or self.below[0] < self.below[1] else "open"
+        if self.action != "skim":
+            return ""
+        said = _STATUS.match(self.result or "")
+        if said is None:
+            return "skimmed"
+        return "digging" if said[1].casefold() == "digging" else "full_read"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A note, whole: whatever the bytes are, `spans` joined give them back.
+
+    `citations` are those written with `@`; `mentions` are keys that stand without it. `degraded`
+    says that some of the file could not be read as text; `diagnostics` says which part and why.
+    """
+
+    name: str | None
+    data: bytes = field(repr=False)
+    line_starts: tuple[int, ...] = field(repr=False)
+    marks: tuple[Span, ...] = field(repr=False)
+    blocks: tuple[Block, ...] = field(repr=False)
+    sections: tuple[Section, ...]
+    events: tuple[Event, ...]
+    citations: tuple[Citation, ...]
+    mentions: tuple[Citation, ...]
+    links: tuple[Link, ...]
+    figures: tuple[Figure, ...]
+    quotes: tuple[Quote, ...]
+    codes: tuple[Code, ...]
+    diagnostics: tuple[Diagnostic, ...]
+    degraded: bool
+
+    @property
+    def text(self) -> str:
+        """The whole file as text; what is not UTF-8 shows as U+FFFD."""
+        return self.data.decode("utf-8", "replace")
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The file in pieces, without gaps: what has a meaning by its kind, the rest as text."""
+        return tuple(self._tiles())
+
+    def _tiles(self) -> Iterator[Span]:
+        at = 0
+        for mark in self.marks:
+            if mark.start > at:
+                yield Span("text", at, mark.start)
+            yield mark
+            at = mark.end
+        if at < len(self.data):
+            yield Span("text", at, len(self.data))
+
+    @property
+    def lines(self) -> int:
+        """How many lines the file has; what follows the last line's end is no line of its own."""
+        return len(self.line_starts)
+
+    def line(self, number: int) -> str:
+        """Line `number`, counted from 1, as text without its end.
+
+        Raises:
+            IndexError: the note has no such line.
+        """
+        start, end = self.line_range(number)
+        return self.data[start:end].decode("utf-8", "replace").rstrip("\r\n")
+
+    def line_range(self, number: int) -> tuple[int, int]:
+        """Where line `number` starts, and where the next one does.
+
+        Raises:
+            IndexError: the note has no such line.
+        """
+        if not 1 <= number <= len(self.line_starts):
+            has = f"{len(self.line_starts)} lines"
+            raise IndexError(f"{self.name or 'the note'} has {has}, and no line {number}")
+        last = number == len(self.line_starts)
+        return self.line_starts[number - 1], len(self.data) if last else self.line_starts[number]
+
+    def outline(self, width: int = 100) -> str:
+        """The blocks, one a line: its number in the file, then its first words at their depth."""
+        rows = []
+        for block in self.blocks:
+            words = self.data[block.start : min(block.end, block.start + 4 * width)]
+            shown = " ".join(words.decode("utf-8", "replace").split("\n")[0].split())
+            if len(shown) > width:
+                shown = shown[: width - 1] + "…"
+            rows.append(f"{block.line:>5}  {'  ' * min(block.depth, 40)}{shown}")
+        return "\n".join(rows)
