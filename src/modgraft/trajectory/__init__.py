@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modgraft.trajectory.actions import Action, Actions
+    from modgraft.trajectory.answer import Answer, Evidence
+    from modgraft.trajectory.bibliography import Bibliography, Entry
+    from modgraft.trajectory.indexing import Indexed
+    from modgraft.trajectory.log import Log
     from modgraft.trajectory.note import (
         Block,
         Citation,
@@ -24,20 +28,30 @@ if TYPE_CHECKING:
         Section,
         Span,
     )
+    from modgraft.trajectory.query import Hit, Owed, Query
     from modgraft.trajectory.scanner import parse
 
 __all__ = [
     "Action",
     "Actions",
+    "Answer",
+    "Bibliography",
     "Block",
     "Citation",
     "Code",
     "Diagnostic",
+    "Entry",
     "Event",
+    "Evidence",
     "Figure",
     "Fix",
+    "Hit",
+    "Indexed",
     "Link",
+    "Log",
     "Note",
+    "Owed",
+    "Query",
     "Quote",
     "Section",
     "Span",
@@ -46,6 +60,10 @@ __all__ = [
 
 _HOMES = {
     "actions": ("Action", "Actions"),
+    "answer": ("Answer", "Evidence"),
+    "bibliography": ("Bibliography", "Entry"),
+    "indexing": ("Indexed",),
+    "log": ("Log",),
     "note": (
         "Block",
         "Citation",
@@ -60,6 +78,7 @@ _HOMES = {
         "Section",
         "Span",
     ),
+    "query": ("Hit", "Owed", "Query"),
     "scanner": ("parse",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,0 +1,201 @@
+"""The index's file: SQLite with FTS5. It is a cache of the notes, and may be deleted.
+
+    files ── blocks ── block_words (FTS5)         sources, broken    the bibliography
+         ├── events ── event_words (FTS5)         written, tracked   when git first saw a line
+         └── cites                                facts              what was seen last
+
+One transaction a file, in a write-ahead log: a process that is killed leaves the notes it finished.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from modgraft.errors import ModgraftError
+
+VERSION = 1
+"""Of the schema; an index of another version is built again."""
+
+WAIT = 5.0
+"""Seconds to wait for another process that writes."""
+
+SCHEMA = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE files (id INTEGER PRIMARY KEY, note TEXT UNIQUE, path TEXT, mtime INTEGER,
+    size INTEGER, inode INTEGER, digest BLOB, degraded INTEGER, problems TEXT);
+CREATE TABLE blocks (id INTEGER PRIMARY KEY, file INTEGER, line INTEGER, end_line INTEGER,
+    kind TEXT, depth INTEGER, section TEXT, event INTEGER, at TEXT, at_from TEXT, text TEXT,
+    hash BLOB);
+CREATE TABLE events (id INTEGER PRIMARY KEY, file INTEGER, line INTEGER, end_line INTEGER,
+    action TEXT, written TEXT, arguments TEXT, result TEXT, status TEXT, section TEXT,
+    depth INTEGER, at TEXT, at_from TEXT, keys TEXT, said INTEGER);
+CREATE TABLE cites (file INTEGER, line INTEGER, key TEXT, event INTEGER, block INTEGER,
+    argument INTEGER);
+CREATE TABLE sources (key TEXT PRIMARY KEY, title TEXT, authors TEXT, year TEXT, url TEXT,
+    abstract TEXT, file TEXT, line INTEGER);
+CREATE TABLE broken (file TEXT, line INTEGER, reason TEXT);
+CREATE TABLE tracked (id INTEGER PRIMARY KEY, path TEXT UNIQUE);
+CREATE TABLE written (path INTEGER, line INTEGER, at TEXT, PRIMARY KEY (path, line)) WITHOUT ROWID;
+CREATE VIRTUAL TABLE block_words USING fts5(text, context, tokenize='porter unicode61');
+CREATE VIRTUAL TABLE event_words USING fts5(text, tokenize='porter unicode61');
+CREATE INDEX blocks_file ON blocks (file, line);
+CREATE INDEX blocks_at ON blocks (at);
+CREATE INDEX blocks_hash ON blocks (hash);
+CREATE INDEX events_file ON events (file, line);
+CREATE INDEX events_action ON events (action, at);
+CREATE INDEX events_at ON events (at);
+CREATE INDEX cites_key ON cites (key);
+CREATE INDEX cites_file ON cites (file);
+"""
+
+
+class LockedIndexError(ModgraftError):
+    """Another process writes to the index, and does not end."""
+
+
+class CorruptIndexError(ModgraftError):
+    """The index's file is damaged; the notes are not, and it is built again from them."""
+
+
+class Store:
+    """The open index; ``remarks`` say what had to be done to open it, one line each."""
+
+    def __init__(self, path: Path, wait: float = WAIT) -> None:
+        self.path, self.wait = path, wait
+        self.remarks: list[str] = []
+        self.lock = threading.RLock()
+        self.in_memory = False
+        self.connection = self._opened()
+
+    def _opened(self) -> sqlite3.Connection:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            ignore = self.path.parent / ".gitignore"
+            if self.path.parent.name == ".modgraft" and not ignore.exists():
+                ignore.write_text("*\n", encoding="utf-8")
+        except OSError as error:
+            return self._memory(error.strerror or type(error).__name__)
+        try:
+            return self._connected()
+        except CorruptIndexError as error:
+            self.remarks.append(f"{self.path}:1: warning index {error}")
+            self._delete()
+            return self._connected()
+        except sqlite3.OperationalError as error:
+            return self._memory(str(error))
+
+    def _connected(self) -> sqlite3.Connection:
+        connection = _connect(str(self.path), self.wait)
+        try:
+            with self._explained():
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
+                self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _memory(self, why: str) -> sqlite3.Connection:
+        """An index of this process alone, begun from the file where that can be read."""
+        self.in_memory = True
+        self.remarks.append(
+            f"{self.path}:1: warning index cannot be written ({why}); it is kept in memory, and "
+            "built again by every process"
+        )
+        connection = _connect(":memory:", self.wait)
+        if self.path.is_file():
+            with suppress(sqlite3.DatabaseError):  # then it is built again
+                stored = sqlite3.connect(f"{self.path.as_uri()}?immutable=1", uri=True)
+                with stored:
+                    stored.backup(connection)
+                stored.close()
+        self._prepare(connection)
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == VERSION:
+            return
+        if version:
+            raise CorruptIndexError(f"is of version {version}, not {VERSION}; it is built again")
+        connection.execute("BEGIN IMMEDIATE")
+        if connection.execute("PRAGMA user_version").fetchone()[0] == 0:  # still, under the lock
+            for statement in SCHEMA.split(";\n"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+        connection.execute("COMMIT")
+
+    def rebuild(self, why: str) -> None:
+        """Begin anew with an empty index, and say so."""
+        with self.lock:
+            self.remarks.append(f"{self.path}:1: warning index {why}")
+            self.connection.close()
+            if not self.in_memory:
+                self._delete()
+                self.connection = self._opened()
+            else:
+                self.connection = _connect(":memory:", self.wait)
+                self._prepare(self.connection)
+
+    def _delete(self) -> None:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of the block, or nothing of it.
+
+        Raises:
+            LockedIndexError: if another process keeps writing for longer than ``wait``.
+            CorruptIndexError: if the file is damaged.
+        """
+        with self.lock, self._explained():
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.connection
+            except BaseException:
+                with suppress(sqlite3.Error):  # the first error says more
+                    self.connection.execute("ROLLBACK")
+                raise
+            self.connection.execute("COMMIT")
+
+    def rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        """The rows that a statement reads."""
+        with self.lock, self._explained():
+            return self.connection.execute(statement, values).fetchall()
+
+    def fact(self, name: str) -> str | None:
+        """What was noted under ``name``."""
+        rows = self.rows("SELECT value FROM facts WHERE name = ?", name)
+        return rows[0][0] if rows else None
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise LockedIndexError(
+                    f"{self.path}: another process is writing to the index; waited "
+                    f"{self.wait:g} s. Try again when it is done, or delete the file: it is only "
+                    "a cache"
+                ) from error
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise CorruptIndexError(f"is damaged ({error}); it is built again") from error
+            raise
+
+
+def _connect(path: str, wait: float) -> sqlite3.Connection:
+    # One connection, used under a lock: the page's threads share it.
+    return sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)
