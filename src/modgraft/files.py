@@ -31,7 +31,8 @@ def whole(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        part.chmod(0o666 & ~mask)  # mkstemp's 0600 is for secrets; this is an ordinary file
+        # mkstemp's 0600 is for secrets: this is an ordinary file, or like the one before it
+        part.chmod(path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~mask)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Span,
     )
     from modgraft.trajectory.query import Hit, Owed, Query
+    from modgraft.trajectory.record import add, finish, new_note
     from modgraft.trajectory.scanner import parse
 
 __all__ = [
@@ -55,6 +56,9 @@ __all__ = [
     "Quote",
     "Section",
     "Span",
+    "add",
+    "finish",
+    "new_note",
     "parse",
 ]
 
@@ -79,6 +83,7 @@ _HOMES = {
         "Span",
     ),
     "query": ("Hit", "Owed", "Query"),
+    "record": ("add", "finish", "new_note"),
     "scanner": ("parse",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
