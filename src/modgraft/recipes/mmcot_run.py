@@ -41,6 +41,7 @@ from modgraft.recipes.mmcot_data import (
     text_made,
 )
 from modgraft.recipes.mmcot_nets import card_of, gates, predict, train_net
+from modgraft.recipes.mmcot_note import noted
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.page import write as write_report
 
@@ -54,12 +55,15 @@ def run(
     jobs: int = 2,
     evaluate_only: bool = False,
     console: Console | None = None,
+    note: bool = True,
 ) -> dict[str, Any]:
     """Train what is not trained yet, evaluate every row, write ``results.json`` and the report.
 
     The same command goes on where an interrupted one stopped, and does nothing once all is done.
     More rows or seeds may be added to a run; other settings are refused once a net has begun to
     train (``skip_bad`` alone may change at any time).
+
+    Unless ``note`` is false, the run writes what was run and what came out into ``note.md``.
 
     Returns:
         The results, as in ``results.json``.
@@ -89,11 +93,12 @@ def run(
     shown = {"rows": [r["key"] for r in results.get("rows", [])], "seeds": results.get("seeds")}
     if done and shown == asked:
         return results
-    side_by_side(todo, jobs, console)
-    seconds = results.get("wall_seconds", 0.0) + (time.monotonic() - began) * (not evaluate_only)
-    results = _gather(folder, asked, settings, seconds)
-    write_json(path, results)
-    write_report(folder)
+    with noted(folder, settings, asked, wanted=note):
+        side_by_side(todo, jobs, console)
+        spent = (time.monotonic() - began) * (not evaluate_only)
+        results = _gather(folder, asked, settings, results.get("wall_seconds", 0.0) + spent)
+        write_json(path, results)
+        write_report(folder)
     return results
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module
@@ -28,6 +29,7 @@ from modgraft.errors import CheckpointError, UnknownNameError
 from modgraft.files import read_json, write_json, write_text
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.figures import DARK, LIGHT, Scheme, draw
+from modgraft.trajectory.runs import RunNote, listed, plain, recorded, settings_row
 
 NAMES: tuple[str, ...] = ("arithmetic", "flan_vs_modules", "madx")
 """Pages under ``modgraft/recipes`` that end in a ``RECIPE``."""
@@ -84,6 +86,7 @@ def run(
     *,
     jobs: int = 2,
     console: Console | None = None,
+    note: bool = True,
 ) -> dict[str, Any]:
     """Run the seeds that are not done, then write results, table and pictures.
 
@@ -96,6 +99,7 @@ def run(
         seeds: one trial each.
         jobs: processes side by side, of one thread each.
         console: where progress is shown.
+        note: write what was run and what came out into ``note.md``, for the research log.
 
     Returns:
         What ``results.json`` holds.
@@ -116,13 +120,41 @@ def run(
         for seed in seeds
     ]  # fmt: skip
     done = all(job.done for job in work)
-    side_by_side(work, jobs, console)
-    results = _gather(what, folder, asked)
-    if not done:
-        results["wall_seconds"] += round(time.monotonic() - began, 1)
-    write_json(folder / "results.json", results)
-    write_report(folder)
+    with _noted(what, folder, asked, wanted=note and not done):
+        side_by_side(work, jobs, console)
+        results = _gather(what, folder, asked)
+        if not done:
+            results["wall_seconds"] += round(time.monotonic() - began, 1)
+        write_json(folder / "results.json", results)
+        write_report(folder)
     return results
+
+
+def _noted(
+    what: Recipe, folder: Path, asked: Mapping[str, Any], *, wanted: bool
+) -> AbstractContextManager[None]:
+    """The run, recorded in its folder's note."""
+
+    def about(said: RunNote) -> None:
+        said.context["Recipe"] = f"{plain(what.title)} ({what.name})"
+        said.context["Rows"] = listed([plain(title) for title in what.rows.values()])
+        said.context["Seeds"] = listed([str(seed) for seed in asked["seeds"]])
+        said.context["Settings"] = settings_row(asked["settings"])
+
+    def result(said: RunNote) -> None:
+        results = read_results(folder)
+        lines = list(_lines(what, results))
+        for title, cells in lines:
+            pairs = zip(what.columns.values(), cells, strict=True)
+            said.learned[title] = ", ".join(f"{plain(c)} {cell}" for c, cell in pairs)
+        first = next(iter(what.columns.values()))
+        said.headline = f"{first}: " + ", ".join(f"{title} {cells[0]}" for title, cells in lines)
+        said.done["Seeds"] = f"{len(asked['seeds'])} trained and tested, [table.md](table.md)"
+        said.learned["How to read"] = " ".join(plain(line) for line in _remarks(what, results))
+        said.figures[folder / "plot.png"] = what.title
+        said.seconds = results["wall_seconds"]
+
+    return recorded(folder, what.name, about, result, wanted=wanted)
 
 
 def one(name: str, folder: Path, seed: int) -> None:

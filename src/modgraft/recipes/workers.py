@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from modgraft.errors import ModgraftError
+from modgraft.trajectory.runs import part_of_a_run
 
 PATIENCE = 30.0
 """Seconds that a stopped job has to end its step and save, before it is killed."""
@@ -141,7 +142,8 @@ def _child(function: Callable[..., None], args: tuple[Any, ...], folder: Path) -
     log = (folder / "log.txt").open("a", encoding="utf-8")
     with log, redirect_stdout(log), redirect_stderr(log):
         try:
-            function(*args)
+            with part_of_a_run():  # whose note is the one: a job's trainings write none
+                function(*args)
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:  # noqa: BLE001  (it goes to the log and the exit status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from modgraft.errors import ModgraftError
 from modgraft.training.checkpoint import Checkpoints
 from modgraft.training.history import History
+from modgraft.training.note import noted
 from modgraft.training.optim import trainable
 from modgraft.training.processes import accelerator_for, check_world
 from modgraft.training.run import Run
@@ -55,6 +57,7 @@ def fit(
     world: int | None = None,
     progress: bool = True,
     label: str = "fit",
+    note: bool = True,
 ) -> History:
     """Train exactly the parameters of `host` that have `requires_grad`, with AdamW.
 
@@ -94,6 +97,8 @@ def fit(
         ignore: names in a batch that `forward` does not take; "ids" serve in error messages.
         world: number of processes there must be; None takes it from the launcher.
         progress: show a bar on a terminal, lines elsewhere, after `label`.
+        note: write what was run and what came out into the folder's `note.md`, for the research
+            log; see `docs/log.md`. Without a folder there is none.
 
     Raises:
         ModgraftError: nothing trains; a setting means nothing; a loss or gradient is not finite
@@ -107,6 +112,8 @@ def fit(
     check_world(accelerator.num_processes, world)
     given = {name: value for name, value in locals().items() if name in SETTINGS}
     run = planned(host, loader, accelerator, given)
+    if note:
+        run.noted = partial(noted, run, loader, label)
     return run.start(resume=resume, progress=progress, label=label)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
 from typing import Any, cast
 
@@ -43,7 +43,6 @@ class Run:
         settings: what decides the loss curve.
         accelerator: device and processes.
         part: what of the host trains and is saved, where that is not all that requires a gradient.
-
     """
 
     def __init__(
@@ -62,6 +61,7 @@ class Run:
         self.ignore: frozenset[str] = frozenset()
         self.save_every = 1
         self.store: disk.Checkpoints | None = None
+        self.noted: Callable[[], AbstractContextManager[None]] = nullcontext  # around the training
 
         self.step, self.place = 0, (0, 0)
         self.at = (0, 0)  # the (epoch, batch) that the step under way began with
@@ -87,6 +87,7 @@ class Run:
             self.open(resume, stack)
             self.resume()
             if self.history.stopped is None:
+                stack.enter_context(self.noted())
                 self._train(stack, progress, label)
             self.finish()
         return self.history
@@ -123,7 +124,6 @@ class Run:
 
         Raises:
             ModgraftError: it is damaged, or of another host or other settings.
-
         """
         paths = [] if self.store is None else self.store.paths(until)
         if self.store is None or not paths:

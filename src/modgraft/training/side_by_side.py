@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from modgraft.training.apart import together
 from modgraft.training.fit import SETTINGS, planned
 from modgraft.training.forward import set_modes
 from modgraft.training.history import History
+from modgraft.training.note import noted_together
 from modgraft.training.optim import gradient_norm
 from modgraft.training.processes import Interrupt, accelerator_for
 from modgraft.training.progress import Show
 from modgraft.training.run import Run
 from modgraft.training.stream import Batch, own_randomness, seed_everything
 
-SHARED = ("seed", "precision", "ignore", "resume", "progress", "label", "fused", "folder")
+SHARED = ("seed", "precision", "ignore", "resume", "progress", "label", "fused", "folder", "note")
 
 
 def fit_side_by_side(
@@ -78,6 +80,8 @@ def fit_side_by_side(
     shared = by_name[names[0]]
     with host.training_only(names):
         runs = _runs(host, loaders, by_name)
+        if shared["note"]:
+            runs[names[0]].noted = partial(noted_together, runs, loaders, shared["label"])
         return _Pass(host, runs).start(shared["resume"], shared["progress"], shared["label"])
 
 
@@ -148,6 +152,7 @@ class _Pass:
             stack.callback(set_modes, [(m, m.training) for m in self.host.modules()])
             self._open(resume, stack)
             if self.going():
+                stack.enter_context(self.first.noted())
                 self._train(stack, progress, label)
             for run in self.runs.values():
                 run.finish()

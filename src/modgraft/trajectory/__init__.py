@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from modgraft.trajectory.query import Hit, Owed, Query
     from modgraft.trajectory.record import add, finish, new_note
+    from modgraft.trajectory.runs import write_run
     from modgraft.trajectory.scanner import parse
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "finish",
     "new_note",
     "parse",
+    "write_run",
 ]
 
 _HOMES = {
@@ -84,6 +86,7 @@ _HOMES = {
     ),
     "query": ("Hit", "Owed", "Query"),
     "record": ("add", "finish", "new_note"),
+    "runs": ("write_run",),
     "scanner": ("parse",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

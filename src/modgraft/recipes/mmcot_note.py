@@ -1,0 +1,116 @@
+"""What a run of the recipe says of itself in its folder's note; see `modgraft.trajectory.runs`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from modgraft.files import read_json
+from modgraft.recipes.mmcot import ROWS, Settings, nets_of
+from modgraft.report.numbers import chance_of, figure
+from modgraft.report.run import Results, check, read_run
+from modgraft.report.table import Line, build
+from modgraft.trajectory.runs import RunNote, code, listed, plain, recorded, settings_row
+
+MARK = {"main": "", "ablation": " (ablation)", "control": " (control)"}
+"""What a row's group adds to its label."""
+
+ELSEWHERE = ("data", "features", "model", "train", "val", "test", "split")
+"""Settings that are said in words of their own."""
+
+
+def noted(
+    folder: Path, settings: Settings, asked: Mapping[str, Any], *, wanted: bool
+) -> AbstractContextManager[None]:
+    """The run, recorded in its folder's note."""
+
+    def about(said: RunNote) -> None:
+        nets = nets_of(asked["rows"])
+        forms = sorted({net.fusion for net in nets if net.fusion})
+        modules = [f"gated fusion ({form})" for form in forms]
+        modules += ["LoRA on a frozen text T5"] if any(net.base for net in nets) else []
+        said.context |= {
+            "Recipe": "multimodal chain of thought (mmcot)",
+            "Host": _host(settings),
+            "Modules": listed(modules) or "none",
+            "Data": _data(settings),
+            "Rows": "; ".join(ROWS[key].title for key in asked["rows"]),
+            "Seeds": listed([str(seed) for seed in asked["seeds"]]),
+            "Settings": settings_row(asdict(settings), ELSEWHERE),
+        }
+
+    def result(said: RunNote) -> None:
+        raw = read_json(folder / "results.json", what="results", remedy="modgraft mmcot train")
+        results = check(raw)
+        laid = build(results, chance_of(read_run(folder)))
+        for _, lines in laid.groups:
+            for line in lines:
+                said.learned[plain(line.row.title) + _mark(line)] = _figures(laid.columns, line)
+        if laid.chance is not None:
+            pairs = zip(laid.columns, laid.chance, strict=True)
+            said.learned["Chance"] = ", ".join(f"{c} {v}" for c, v in pairs if v != "–")
+        remarks = [r for r in laid.remarks if not r.startswith("Bold")]
+        said.learned["How to read"] = plain(" ".join(remarks), longest=2000)
+        seeds, nets = len(asked["seeds"]), len(nets_of(asked["rows"]))
+        said.done["Trained"] = f"nets {nets}, seeds {seeds}"
+        said.done["Tested"] = f"{_tested(results)} of the {raw['split']} split, decoded freely"
+        said.done["Report"] = "[report.html](report.html), figures in [results.json](results.json)"
+        shown = {"results": "Accuracy", "columns": "All columns", "families": "By family"}
+        shown |= {f"loss-{net.key}": f"Loss of {net.title}" for net in nets_of(asked["rows"])}
+        said.figures |= {folder / f"{name}.png": what for name, what in shown.items()}
+        said.headline = _headline(results, raw["split"])
+        said.seconds = raw["wall_seconds"]
+
+    return recorded(folder, "mmcot", about, result, wanted=wanted)
+
+
+def _host(s: Settings) -> str:
+    if s.model is not None:
+        return f"a pretrained T5, {code(s.model)}"
+    return f"a small T5 from scratch, d_model {s.d_model}, d_ff {s.d_ff}, {s.layers} layers"
+
+
+def _data(s: Settings) -> str:
+    if s.data == "digits":
+        return (
+            f"DigitsQA, questions: {s.train:,} to train, {s.val:,} to validate, {s.test:,} to test"
+        )
+    features = "" if s.features is None else f", features {code(s.features)}"
+    return f"{code(s.data)} in ScienceQA's format{features}"
+
+
+def _mark(line: Line) -> str:
+    group = MARK[line.row.group]
+    return group[:-1] + ", leak)" if group and line.row.leaks else group
+
+
+def _figures(columns: list[str], line: Line) -> str:
+    """A row's cells by their columns; what was not measured is left out."""
+    cells = [f"{name} {cell.text}" for name, cell in zip(columns, line.cells, strict=False)]
+    few = [mark for mark in line.marks if mark != "leak"]
+    return ", ".join([c for c in cells if not c.endswith(" –")] + few) or "nothing measured"
+
+
+def _tested(results: Results) -> str:
+    sizes = {m.n for row in results.rows for m in row.seeds.values() if m.n is not None}
+    return " and ".join(f"{size:,}" for size in sorted(sizes)) + " questions"
+
+
+def _headline(results: Results, split: str) -> str:
+    """The models' accuracy, and beside it that of a control."""
+    rows = [row for row in results.rows if row.seeds and not row.leaks]
+    models = [row for row in rows if row.group == "main"] or rows[:1]
+    beside = [row for row in rows if row.group == "control" and row not in models][:2]
+    said = []
+    for row in [*models, *beside]:
+        every, image = figure(row, lambda m: m.accuracy), figure(row, lambda m: m.image)
+        if row.group == "control":
+            said.append(f"{row.title} (control): {every} %")
+            continue
+        part = f", {image} % of image questions" if image is not None else ""
+        said.append(f"{row.title}: {every} % of all questions right{part}")
+    seeds = f"{len(results.seeds)} seeds" if len(results.seeds) != 1 else "one seed"
+    return f"{'; '.join(said)} ({split} split, {seeds})"

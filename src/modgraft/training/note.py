@@ -1,0 +1,134 @@
+"""What a run of `fit` says of itself in its folder's note; see `modgraft.trajectory.runs`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sized
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from modgraft.trajectory.runs import RunNote, code, listed, plain, recorded, settings_row
+
+if TYPE_CHECKING:
+    from modgraft.training.run import Run
+
+ELSEWHERE = ("seed", "first_ids", "beside")
+"""Settings that are said in words of their own, or are no settings of a person's."""
+
+
+def noted(run: Run, loader: Iterable[Any], label: str = "fit") -> AbstractContextManager[None]:
+    """The training of `run`, recorded in its folder by the process that writes there."""
+    folder = None if run.store is None else run.store.folder
+    name = folder.name if label == "fit" and folder is not None else label
+
+    def about(said: RunNote) -> None:
+        said.context |= {
+            "Host": _host(run.host),
+            "Trains": _trains(run),
+            "Data": _data(loader, run.settings.batches),
+            "Seeds": f"{run.settings.seed}",
+            "Settings": settings_row(run.settings.record(), ELSEWHERE),
+            "Device": f"{run.device} × {run.settings.processes}",
+        }
+
+    return recorded(
+        folder, name, about, lambda said: _result(run, said),
+        wanted=run.accelerator.is_main_process,
+    )  # fmt: skip
+
+
+def noted_together(
+    runs: Mapping[str, Run], loaders: Mapping[str, Iterable[Any]], label: str = "side by side"
+) -> AbstractContextManager[None]:
+    """The training of several modules in one pass, recorded in the folder above theirs."""
+    first = next(iter(runs.values()))
+    folder = None if first.store is None else first.store.folder.parent
+
+    def about(said: RunNote) -> None:
+        said.context["Host"] = _host(first.host)
+        for name, run in runs.items():
+            data = _data(loaders[name], run.settings.batches)
+            said.context[f"Module {plain(name)}"] = f"{_trains(run)}; data {data}"
+        said.context["Seeds"] = f"{first.settings.seed}"
+        said.context["Settings"] = settings_row(first.settings.record(), (*ELSEWHERE, "batches"))
+        said.context["Device"] = f"{first.device}"
+
+    def result(said: RunNote) -> None:
+        for name, run in runs.items():
+            one = RunNote()
+            _result(run, one)
+            said.done[f"Trained {plain(name)}"] = one.done["Trained"]
+            figures = [f"{label.lower()} {text}" for label, text in one.learned.items()]
+            said.learned[plain(name)] = "; ".join(figures)
+            if run.history.error:
+                said.learned[f"{plain(name)} diverged"] = plain(run.history.error)
+        said.seconds = max(run.history.seconds for run in runs.values())
+        said.headline = f"{len(runs)} modules trained side by side, seed {first.settings.seed}"
+
+    return recorded(folder, label, about, result)
+
+
+def _host(host: nn.Module) -> str:
+    from modgraft.host import Host
+
+    model = host.model if isinstance(host, Host) else host
+    size = sum(p.numel() for p in model.parameters())
+    return f"{type(model).__name__}, {size:,} parameters"
+
+
+def _trains(run: Run) -> str:
+    """How many parameters train, and in which modules they are."""
+    from modgraft.host import Host
+    from modgraft.look import brief
+
+    size = f"{sum(p.numel() for p in run.parameters.values()):,} parameters"
+    if not isinstance(run.host, Host):
+        return size
+    learns = {id(p) for p in run.parameters.values()}
+    found = []
+    for name in run.host.implants:
+        implant = run.host[name]
+        if any(id(p) in learns for p in implant.parameters()):
+            found.append(f"{name} = {brief(implant.method)}, sites {len(implant.paths)}")
+    own = any(id(p) in learns for p in run.host.model.parameters())
+    parts = [*map(code, found), *(["the host's own weights"] if own else [])]
+    return f"{size}: {listed(parts)}" if parts else size
+
+
+def _data(loader: Iterable[Any], batches: int | None) -> str:
+    dataset = getattr(loader, "dataset", None)
+    kind = type(loader if dataset is None else dataset).__name__
+    examples = f"{len(dataset):,} examples, " if isinstance(dataset, Sized) else ""
+    known = "of unknown length" if batches is None else f"{batches:,} batches an epoch"
+    return f"{code(kind)}, {examples}{known}"
+
+
+def _result(run: Run, said: RunNote) -> None:
+    history = run.history
+    steps = history.steps[-1] if history.steps else 0
+    why = {"steps": "all of them", "patience": "no better evaluation for long"}
+    stopped = why.get(history.stopped or "", history.stopped or "not over")
+    said.done["Trained"] = f"{steps} of at most {run.settings.steps} steps ({stopped})"
+    if not history.losses:  # it diverged in its first step
+        return
+    last, first = history.last, history.losses[0]
+    said.seconds = history.seconds
+    said.learned["Training loss"] = f"{first:.4g} at the first step, {last:.4g} at the last"
+    best, monitor = history.best, history.monitor
+    reached = f"training loss {last:.4g} after {steps} steps"
+    if best is not None:
+        reached = f"best {plain(monitor)} {best[monitor]:.4g} at step {best['step']} of {steps}"
+        said.learned["Best evaluation"] = f"{_measured(best)}, at step {best['step']}"
+        said.learned["Last evaluation"] = _measured(history.evaluations[-1])
+    if history.untouched:
+        said.learned["Never had a gradient"] = listed([code(n) for n in history.untouched])
+    said.learned["Spread"] = f"none is known: one seed, {run.settings.seed}"
+    said.headline = f"{reached}, seed {run.settings.seed}"
+
+
+def _measured(line: Mapping[str, Any]) -> str:
+    names = [name for name in line if name not in ("step", "seconds")]
+    return ", ".join(
+        f"{plain(name)} " + ("–" if line[name] is None else f"{line[name]:.4g}") for name in names
+    )
