@@ -1,4 +1,7 @@
-"""What a note says about itself: the problems that need neither other files nor a bibliography."""
+"""What a note says about itself: the problems that need neither other files nor a bibliography.
+
+Encoding errors make a note degraded: some of it cannot be read as text.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,28 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 from modgraft.trajectory.blocks import SECTIONS, Outline
-from modgraft.trajectory.note import Diagnostic, Event
+from modgraft.trajectory.calculate import CalculationError, agrees, calculate, shown, split
+from modgraft.trajectory.mojibake import mojibake
+from modgraft.trajectory.note import Diagnostic, Event, Fix
+
+DEGRADING = ("encoding", "nul", "long-line")
 
 
 def diagnose(
     data: bytes, starts: Sequence[int], tree: Outline, events: Sequence[Event]
 ) -> Iterator[Diagnostic]:
-    """The problems of a note by itself. An error means that some of it cannot be read as text."""
+    """The problems of a note by itself."""
     yield from _encoding(data, starts)
     yield from _structure(tree)
+    for broken in mojibake(data):
+        said = f"{broken.broken!r} looks like {broken.repaired!r}, saved in the wrong encoding"
+        what = f"write {broken.repaired!r} for {broken.broken!r}"
+        fix = Fix(broken.start, broken.end, broken.repaired.encode(), what)
+        line = bisect_right(starts, broken.start)
+        yield Diagnostic("warning", "mojibake", said, line, broken.start, broken.end, fix=fix)
+    for event in events:
+        if event.action == "calculate" and event.closed:
+            yield from _calculation(event)
 
 
 def _encoding(data: bytes, starts: Sequence[int]) -> Iterator[Diagnostic]:
@@ -51,3 +67,29 @@ def _structure(tree: Outline) -> Iterator[Diagnostic]:
             yield Diagnostic(
                 "info", "empty-section", said, section.line, section.start, section.end
             )
+
+
+def _calculation(event: Event) -> Iterator[Diagnostic]:
+    """What is wrong with one `[calculate(expression) -> value]`."""
+    place = (event.line, event.start, event.end)
+    expression, written = split(event.arguments or "", event.result)
+    try:
+        value = calculate(expression)
+    except CalculationError as error:
+        yield Diagnostic("warning", "calculate", str(error), *place)
+        return
+    right = agrees(value, written) if written.strip() else None
+    if right:
+        return
+    if not written.strip():
+        said = f"{expression.strip()} is {shown(value)}: no value is written"
+        yield Diagnostic("info", "calculate", said, *place)
+    elif right is None:
+        said = f"{expression.strip()} is {shown(value)}; {written.strip()!r} is no number"
+        yield Diagnostic("info", "calculate", said, *place)
+    else:
+        said = f"{expression.strip()} is {shown(value)}, not {written.strip()}"
+        at = event.source.data.rfind(written.strip().encode(), event.start, event.end)
+        what = f"write {shown(value)} for {written.strip()}"
+        fix = Fix(at, at + len(written.strip().encode()), shown(value).encode(), what)
+        yield Diagnostic("error", "calculate", said, *place, fix=fix if at >= 0 else None)

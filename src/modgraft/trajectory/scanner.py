@@ -11,13 +11,14 @@ proportion to the file. What cannot be read as text is kept, reported, and makes
 from __future__ import annotations
 
 import re
+import textwrap
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 
 from modgraft.trajectory.actions import ACTIONS, Actions
 from modgraft.trajectory.annotation import Annotation, read_annotations
 from modgraft.trajectory.blocks import BOM, Outline, line_starts, outline
-from modgraft.trajectory.diagnose import diagnose
+from modgraft.trajectory.diagnose import DEGRADING, diagnose
 from modgraft.trajectory.inline import Found, scan
 from modgraft.trajectory.note import (
     Block,
@@ -145,6 +146,7 @@ class _Parse:
         closed = not self.tree.unclosed or self.tree.blocks[self.tree.unclosed[-1]] is not block
         tail = self.starts[end_line - 1] if closed else block.end
         text = self.source.text(min(head, tail), tail) if end_line > block.line else ""
+        text = textwrap.dedent(text)
         language = info[0] if info else ""
         self.codes.append(Code(language, text, block.line, end_line, block.start, block.end))
 
@@ -184,7 +186,7 @@ def parse(data: bytes, name: str | None = None, actions: Actions | None = None) 
         quotes=tuple(one.quotes),
         codes=tuple(one.codes),
         diagnostics=tuple(_named(problem, name) for problem in one.problems),
-        degraded=any(problem.severity == "error" for problem in one.problems),
+        degraded=any(problem.code in DEGRADING for problem in one.problems),
     )
 
 
