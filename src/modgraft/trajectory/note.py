@@ -136,6 +136,7 @@ class Diagnostic:
     end: int
     note: str | None = None
     fix: Fix | None = None
+    digest: bytes = field(default=b"", repr=False, compare=False)  # of the file it was found in
 
     def __str__(self) -> str:
         return f"{self.note or 'note'}:{self.line}: {self.severity} {self.code} {self.message}"
@@ -197,6 +198,11 @@ class Event:
             rest = ""
         below = textwrap.dedent(self.source.text(*self.below)).strip("\r\n")
         return "\n".join(part for part in (rest, below) if part)
+
+    @property
+    def has_body(self) -> bool:
+        """Whether `body` is anything, without reading what may be most of the file."""
+        return self.below[0] < self.below[1] or bool(self.body)
 
     @property
     def citations(self) -> tuple[Citation, ...]:

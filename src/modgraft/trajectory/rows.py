@@ -101,7 +101,7 @@ def _add_events(made: Rows, note: Note, dates: Sequence[At], sources: Mapping[st
         keys = event.keys
         other = [c.key for c in event.citations if c.key not in keys]
         all_keys = " ".join(dict.fromkeys([*keys, *other]))
-        said = int(bool(event.body.strip()) or bool((event.result or "").strip()))
+        said = int(event.has_body or bool((event.result or "").strip()))
         made.events.append(
             (event.line, event.end_line, event.action, event.written, event.arguments,
              event.result, event.status, event.section, event.depth, *when, all_keys, said)

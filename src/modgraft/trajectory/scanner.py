@@ -85,6 +85,7 @@ class _Parse:
             if end - start <= LONGEST:
                 out.append((start, end))
                 continue
+            start = self.starts[number]
             said = (
                 f"a line of {end - start:,} bytes: kept and searchable, but no events or links "
                 f"are looked for in more than {LONGEST:,}; break it"
