@@ -79,7 +79,7 @@ def in_name(name: str) -> str | None:
 
 def leading(line: str) -> str | None:
     """The date that a line begins with, after its bullet and its event; None without one."""
-    match = _LEADING.match(line)
+    match = _LEADING.match(line.lstrip())  # its own \s* would be tried at every depth of indent
     if match is None:
         return None
     try:
