@@ -1,0 +1,222 @@
+"""One stretch of a note as HTML: markdown-it's inline text, with our events and citations in it.
+
+A note is not trusted. Its HTML is shown as text; its links lead to the web, to a mailbox or to what
+the page itself serves, and any other is shown as the text it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from markdown_it import MarkdownIt
+from markupsafe import Markup, escape
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping, Sequence
+
+    from markdown_it.renderer import RendererHTML
+    from markdown_it.rules_inline import StateInline
+    from markdown_it.token import Token
+    from markdown_it.utils import OptionsDict
+
+    from modgraft.trajectory.note import Event
+
+KINDS: Mapping[str, str] = {
+    "skim": "reading", "read": "reading",
+    "question": "asking", "hypothesize": "asking",
+    "eureka": "idea", "lesson_learned": "idea",
+    "code": "made", "calculate": "made",
+    "interrupt": "broke",
+}  # fmt: skip
+"""Action → the colour of its badge; any other is plain."""
+
+_URL = re.compile(r"https?://[^\s<>\"'`\]]+")
+_MATH = re.compile(r"\$(?=\S)[^$\n]{1,2000}?(?<![\s\\])\$(?!\d)")
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a note's text is shown with.
+
+    Args:
+        title: Citation key → what to show on hover, or None where the bibliography lacks it.
+        href: Target of a link → the address to use, or None: then it is shown as text.
+        figure: Target of a picture → the address to load, or None where there is none to show.
+    """
+
+    title: Callable[[str], str | None]
+    href: Callable[[str], str | None]
+    figure: Callable[[str], str | None]
+
+
+def web(target: str) -> str | None:
+    """Give back an address that leads to the web or to a mailbox; None for any other."""
+    # Browsers ignore blanks and control characters in a scheme, so there may be none at all.
+    return target if re.fullmatch(r"(?:https?://|mailto:)[^\s\x00-\x20]+", target, re.I) else None
+
+
+def badge(action: str, written: str) -> Markup:
+    """An event's name, as a badge in the colour of its kind."""
+    shown = Markup('<span class="badge {}">{}</span>')
+    return shown.format(KINDS.get(action, "plain"), written.replace("_", " "))
+
+
+def inline(
+    text: str, view: View, keys: Iterable[str] = (), events: Mapping[int, tuple[Event, int]] = {}
+) -> Markup:
+    """A stretch of Markdown as HTML.
+
+    Args:
+        text: The stretch, of one block.
+        view: Where its citations, links and pictures lead.
+        keys: The citation keys to look out for, with or without their @.
+        events: Position in `text` → the event that begins there, and the position of its end.
+    """
+    # As many characters as before: the events' positions are of the text as it was.
+    source = text.replace("\r", " ").replace("\0", "\ufffd")
+    env: dict[str, Any] = {"view": view, "events": events, "marks": _marks(source, keys, events)}
+    markdown, tokens = _markdown(), []
+    markdown.inline.parse(source, markdown, env, tokens)
+    # Every text in it was escaped by the renderer, every address by `View.href`.
+    return Markup(markdown.renderer.render(tokens, markdown.options, env))  # noqa: S704
+
+
+def _marks(
+    source: str, keys: Iterable[str], events: Mapping[int, tuple[Event, int]]
+) -> dict[int, tuple[str, str]]:
+    """Where something of ours begins: an event, a bare address, a formula or a citation."""
+    marks = {at.start(): ("url", at[0].rstrip(".,;:!?)*_")) for at in _URL.finditer(source)}
+    marks |= {at.start(): ("math", at[0]) for at in _MATH.finditer(source)}
+    if names := sorted(keys, key=len, reverse=True):
+        known = re.compile(rf"(?<![\w@])@?(?:{'|'.join(map(re.escape, names))})(?!\w)")
+        marks |= {at.start(): ("citation", at[0]) for at in known.finditer(source)}
+    return marks | dict.fromkeys(events, ("event", ""))
+
+
+@cache
+def _markdown() -> MarkdownIt:
+    markdown = MarkdownIt("js-default", {"html": False, "maxNesting": 60})
+    markdown.inline.ruler.at("text", _text)
+    markdown.inline.ruler.before("text", "ours", _ours)
+    for rule, render in (("link_open", _link_open), ("link_close", _link_close), ("image", _image)):
+        markdown.add_render_rule(rule, render)
+    # The page decides where links lead when it shows them (`View.href`); none is dropped before.
+    markdown.validateLink = lambda url: True
+    return markdown
+
+
+def _text(state: StateInline, silent: bool) -> bool:
+    """Plain text, up to the next special character or the next mark of ours."""
+    found = state.md.inline.terminator_re.search(state.src, state.pos)
+    end = min(found.start() if found else state.posMax, state.posMax)
+    ours = [at for at in state.env["marks"] if state.pos < at < end]
+    end = min(ours, default=end)
+    if end == state.pos:
+        return False
+    if not silent:
+        state.append_pending(state.src[state.pos : end])
+    state.pos = end
+    return True
+
+
+def _ours(state: StateInline, silent: bool) -> bool:
+    """An event, a bare address, a formula or a citation, where one begins."""
+    kind, text = state.env["marks"].get(state.pos, ("", ""))
+    if not kind or (kind in {"url", "citation"} and state.linkLevel > 0):
+        return False
+    if kind == "event":
+        return _event(state, silent)
+    if state.pos + len(text) > state.posMax:
+        return False
+    if not silent:
+        state.push("html_inline", "", 0).content = _small(kind, text, state.env["view"])
+    state.pos += len(text)
+    return True
+
+
+def _small(kind: str, text: str, view: View) -> Markup:
+    if kind == "math":
+        return Markup('<span class="math">{}</span>').format(text)
+    if kind == "url":
+        return _anchor(view.href(text), text) + escape(text) + _end(view.href(text))
+    title = view.title(text.lstrip("@"))
+    shown = Markup('<a class="cite{}" href="/source/{}" title="{}">{}</a>')
+    missing = "not in the bibliography"
+    return shown.format("" if title else " missing", text.lstrip("@"), title or missing, text)
+
+
+def _event(state: StateInline, silent: bool) -> bool:
+    """`[name(arguments) -> result]`; what stands in it is inline text again."""
+    start, outer = state.pos, state.posMax
+    event, end = state.env["events"][start]
+    if end > outer:
+        return False
+    state.pos = end
+    if silent:
+        return True
+    _raw(state, Markup('<span class="event">{}').format(badge(event.action, event.written)))
+    at = start + 1 + len(event.written)
+    for part, name in ((event.arguments, "arguments"), (event.result, "result")):
+        found = state.src.find(part, at, end) if part else -1
+        if name == "result" and event.result is not None:
+            _raw(state, Markup(' <span class="arrow" aria-label="gives">→</span>'))
+        if part and found < 0:  # written over several lines: shown as it was read
+            _raw(state, Markup(' <span class="{}">{}</span>').format(name, part))
+        elif part:
+            _raw(state, Markup(' <span class="{}">').format(name))
+            state.pos, state.posMax = found, found + len(part)
+            state.md.inline.tokenize(state)
+            _raw(state, Markup("</span>"))
+            at = found + len(part)
+    _raw(state, Markup("</span>"))
+    state.pos, state.posMax = end, outer
+    return True
+
+
+def _raw(state: StateInline, markup: Markup) -> None:
+    state.push("html_inline", "", 0).content = markup
+
+
+def _link_open(
+    self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict,
+    env: MutableMapping[str, Any],
+) -> str:  # fmt: skip
+    target = str(tokens[index].attrGet("href") or "")
+    href = env["view"].href(target)
+    env.setdefault("open", []).append(href)
+    return _anchor(href, target)
+
+
+def _link_close(
+    self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict,
+    env: MutableMapping[str, Any],
+) -> str:  # fmt: skip
+    return _end(env["open"].pop())
+
+
+def _anchor(href: str | None, target: str) -> Markup:
+    if href is None:
+        return Markup('<span class="unlinked" title="{}">').format(target)
+    outside = Markup(' rel="noreferrer noopener"') if not href.startswith("/") else ""
+    return Markup('<a href="{}"{}>').format(href, outside)
+
+
+def _end(href: str | None) -> Markup:
+    return Markup("</span>") if href is None else Markup("</a>")
+
+
+def _image(
+    self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict,
+    env: MutableMapping[str, Any],
+) -> str:  # fmt: skip
+    target = str(tokens[index].attrGet("src") or "")
+    alt = tokens[index].content or target.rpartition("/")[2].rpartition(".")[0].replace("_", " ")
+    if source := env["view"].figure(target):
+        return Markup('<a class="figure" href="{0}"><img src="{0}" alt="{1}" loading="lazy"></a>'
+                      ).format(source, alt)  # fmt: skip
+    return Markup('<span class="lost" title="This figure is not in the log’s folders">▧ {}</span>'
+                  ).format(target)  # fmt: skip

@@ -1,0 +1,167 @@
+"""How the page shows what a log gives: places as addresses, times as days, text as HTML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from datetime import date
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote, urlsplit
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from modgraft.trajectory.web.inline import View, badge, inline, web
+
+if TYPE_CHECKING:
+    from modgraft.trajectory.bibliography import Entry
+    from modgraft.trajectory.log import Log
+    from modgraft.trajectory.query import Hit
+
+FOLDER = Path(str(files("modgraft.trajectory.web")))
+
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".avif", ".svg"})
+"""Files of the log's folders that are served: pictures, and nothing else."""
+
+LONGEST = 1200
+"""Characters of an event's body in a list of events."""
+
+_BULLET = re.compile(r"^\s*(?:(?:[-*+]|\d{1,9}[.)]|#{1,6})\s+|>\s*)+", re.MULTILINE)
+
+
+def address(note: str, line: int | None = None) -> str:
+    """Where a note is on the page, at a line of it."""
+    return f"/note/{quote(note)}" + (f"?line={line}#L{line}" if line else "")
+
+
+def day(when: str) -> str:
+    """An ISO time as a day to read: ``2 March 2023``; what is no day stays as it is."""
+    try:
+        at = date.fromisoformat(when[:10])
+    except ValueError:
+        return when or "undated"
+    return f"{at.day} {at:%B %Y}"
+
+
+def said(hit: Hit) -> tuple[bool, str]:
+    """Whether a hit's own line is its event, and what it says besides the event's brackets."""
+    from modgraft.trajectory.scanner import parse
+
+    text = hit.text[: 4 * LONGEST]
+    own = False
+    if hit.action:
+        # An event is known by what it is; of a passage, hit.action is the event it hangs under.
+        data = text.encode("utf-8")
+        here = [
+            event
+            for event in parse(data).events
+            if (event.action, event.arguments, event.result, event.line)
+            == (hit.action, hit.arguments, hit.result, 1)
+        ]
+        if own := bool(here):
+            before = _BULLET.sub("", data[: here[0].start].decode("utf-8", "replace")).strip()
+            text = "\n".join(part for part in (before, here[0].body) if part)
+    lines = (_BULLET.sub("", line).strip() for line in text.splitlines())
+    short = " · ".join(line for line in lines if line)
+    return own, short if len(short) <= LONGEST else f"{short[:LONGEST]}…"
+
+
+class Places:
+    """Where on the page a thing is: a note's text, a source, a picture."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.sources: Mapping[str, Entry] = {}
+
+    def title(self, key: str) -> str | None:
+        """What a citation shows on hover; None where the bibliography lacks it."""
+        entry = self.sources.get(key)
+        return entry and f"{entry.title} · {', '.join(entry.authors)} · {entry.year}"
+
+    def of(self, note: str | None) -> View:
+        """For the text of a note; None for text out of several, whose own paths mean nothing."""
+        if note is None:
+            return View(self.title, web, lambda target: None)
+        folder = self.log.path(note).parent
+
+        def href(target: str) -> str | None:
+            path = _local(folder, target)
+            return web(target) if path is None else self.note(path)
+
+        def figure(target: str) -> str | None:
+            path = _local(folder, target)
+            real = path and picture(self.log, path)
+            root = self.log.settings.root.resolve()
+            if real is None or not real.is_relative_to(root):
+                return None
+            return f"/figure/{quote(real.relative_to(root).as_posix())}"
+
+        return View(self.title, href, figure)
+
+    def note(self, path: Path) -> str | None:
+        """The address of the note in a file; None where the log has no such note."""
+        for file in (path, path.with_name(f"{path.name}.md"), path / "note.md"):
+            rows = self.log.store.rows(
+                "SELECT note FROM files WHERE path = ?", str(Path(*_normal(file.parts)))
+            )
+            if rows:
+                return address(rows[0][0])
+        return None
+
+
+def _normal(parts: Iterable[str]) -> list[str]:
+    """A path's parts without `.` and `..`, as the index knows it."""
+    kept: list[str] = []
+    for part in parts:
+        if part == ".." and len(kept) > 1:
+            kept.pop()
+        elif part != ".":
+            kept.append(part)
+    return kept
+
+
+def _local(folder: Path, target: str) -> Path | None:
+    """The file that a relative target means; None for an address or an absolute path."""
+    try:
+        parts = urlsplit(target)
+    except ValueError:  # such as http://[
+        return None
+    path = unquote(parts.path)
+    if parts.scheme or parts.netloc or not path or path.startswith(("/", "\\")) or "\0" in path:
+        return None
+    return folder / path
+
+
+def picture(log: Log, path: Path) -> Path | None:
+    """The file of a picture in the log's folders; None for any other file, or none at all."""
+    try:
+        real = path.resolve()
+        own = any(real.is_relative_to(folder.resolve()) for folder in log.settings.folders)
+        # A link out of the folders was followed by resolve(), and is out.
+        return real if own and real.suffix.lower() in IMAGES and real.is_file() else None
+    except (OSError, RuntimeError):  # a name too long, a loop of links
+        return None
+
+
+def environment(places: Places) -> Environment:
+    """The templates; everything is escaped that is not our own markup."""
+    made = Environment(
+        loader=FileSystemLoader(FOLDER / "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    view = places.of(None)
+
+    def md(text: str, keys: Iterable[str] = ()) -> Markup:
+        return inline(text, view, keys)
+
+    made.filters |= {"at": address, "day": day, "said": said, "md": md, "path": quote}
+    made.filters["badge"] = lambda action: badge(action, action)
+    made.filters["titles"] = lambda hit: [
+        places.sources[key].title
+        for key in hit.keys
+        if key in places.sources and key in (hit.arguments or "")
+    ]
+    made.filters["filename"] = lambda path: Path(path).name
+    return made
