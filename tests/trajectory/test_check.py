@@ -115,6 +115,14 @@ def test_paths_that_are_not_there(folder: Path) -> None:
         check(folder / "none")
 
 
+def test_another_year_is_another_source(folder: Path) -> None:
+    (folder / "n.md").write_text("- @smithThing2021, @smithThing2020a, @SmithThing2020\n")
+    assert [(one.code, one.severity) for one in check("n.md")] == [
+        ("missing-key", "warning"), ("missing-key", "warning"), ("near-key", "error"),
+    ]  # fmt: skip
+    assert "the nearest is @smithThing2020" in check("n.md")[0].message
+
+
 def test_keys_in_a_log_without_a_bibliography(tmp_path: Path) -> None:
     (tmp_path / "n.md").write_text("- @smithThing2020, @otherThing2021\n")
     (only,) = check(tmp_path)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from modgraft.trajectory.log import Log
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|//|#")
+_YEAR = re.compile(r"\d{4}[a-z]?\Z")
 _SLIP = 0.9  # how alike two keys are, of which one is a slip of the other
 _PROBLEM = re.compile(r"(?P<path>.*?):(?P<line>\d+): (?P<severity>\w+) (?P<code>\S+) ?(?P<said>.*)")
 
@@ -186,22 +187,22 @@ def _links(note: Note, folders: tuple[Path, ...]) -> Iterator[Diagnostic]:
         if not target:
             yield Diagnostic("warning", "link", "a link without a target", *place)
             continue
-        if not any(_exists(folder, target) for folder in folders):
+        if not any(found_at(folder, target) for folder in folders):
             what = "figure" if hasattr(link, "alt") else "file"
             said = f"there is no {what} {target}"
             yield Diagnostic("error", f"dead-{'link' if what == 'file' else what}", said, *place)
 
 
-def _exists(folder: Path, target: str) -> bool:
-    """Whether a link's target is there, as it is written or without its anchor and escapes."""
+def found_at(folder: Path, target: str) -> Path | None:
+    """What a link's target leads to, as it is written or without its anchor and escapes."""
     plain = unquote(re.split(r"[#?]", target, maxsplit=1)[0])
-    for name in {target, plain}:
+    for name in (target, plain):
         try:
             if name and (folder / name).exists():
-                return True
+                return folder / name
         except (OSError, ValueError):  # a name too long, or with a NUL: no file has it
             continue
-    return False
+    return None
 
 
 # -- citations -------------------------------------------------------------------------------------
@@ -230,8 +231,7 @@ def _citations(note: Note, bibliography: Bibliography) -> Iterator[Diagnostic]:
 def _missing(one: Citation, near: str | None) -> Diagnostic:
     place = (one.line, one.start, one.end)
     said = f"@{one.key} is not in the bibliography"
-    alike = SequenceMatcher(None, one.key.casefold(), near.casefold()).ratio() if near else 0
-    if near and alike >= _SLIP:
+    if near and _slip(one.key, near):
         fix = Fix(one.start + 1, one.end, near.encode(), f"write @{near}")
         return Diagnostic("error", "near-key", f"{said}; did you mean @{near}?", *place, fix=fix)
     if not re.search(r"\d", one.key):
@@ -239,6 +239,13 @@ def _missing(one: Citation, near: str | None) -> Diagnostic:
         return Diagnostic("info", "handle", said, *place)
     more = f"; the nearest is @{near}" if near else "; add its entry"
     return Diagnostic("warning", "missing-key", said + more, *place)
+
+
+def _slip(key: str, other: str) -> bool:
+    """Whether one key is a slip of the other; with another year it may well be another source."""
+    if _YEAR.sub("", key) == _YEAR.sub("", other):
+        return False
+    return SequenceMatcher(None, key.casefold(), other.casefold()).ratio() >= _SLIP
 
 
 def _without_at(one: Citation) -> Diagnostic:
