@@ -10,11 +10,15 @@ import typer
 from rich.console import Console
 
 from modgraft.cli_inspect import inspect
+from modgraft.cli_log import log
+from modgraft.cli_log_check import check
+from modgraft.cli_log_serve import lsp, mcp, page
 from modgraft.cli_options import (
     JOBS,
     Change,
     Fresh,
     Jobs,
+    Note,
     Run,
     Seeds,
     changes,
@@ -39,6 +43,11 @@ mmcot = typer.Typer(
 app.add_typer(mmcot, name="mmcot")
 app.command("inspect")(inspect)
 app.command("recipe")(recipe)
+app.add_typer(log, name="log")
+log.command("check")(check)
+log.command("page")(page)
+log.command("mcp")(mcp)
+log.command("lsp")(lsp)
 
 Rows = Annotated[
     str, typer.Option(help="Rows of the table: demo, all, or keys as fused,text,modular.")
@@ -89,6 +98,7 @@ def mmcot_train(
     change: Change = None,
     fresh: Fresh = False,
     skip_bad: SkipBad = False,
+    note: Note = True,
 ) -> None:
     """Train and test the recipe; an interrupted run goes on where it stopped.
 
@@ -122,7 +132,7 @@ def mmcot_train(
     if fresh:
         delete(run)
     with stoppable():
-        run_recipe(run, settings, chosen, which, jobs=jobs, console=console)
+        run_recipe(run, settings, chosen, which, jobs=jobs, console=console, note=note)
     _show(run, console)
 
 
@@ -132,6 +142,7 @@ def mmcot_evaluate(
     rows: Rows = "",
     seeds: Seeds = "",
     jobs: Jobs = JOBS,
+    note: Note = True,
 ) -> None:
     """Decode and score a trained run's test questions again, and write its report anew.
 
@@ -148,7 +159,9 @@ def mmcot_evaluate(
     chosen = _rows(rows) if rows else asked["rows"]
     which = seeds_of(seeds) if seeds else asked["seeds"]
     with stoppable():
-        run_recipe(run, settings, chosen, which, jobs=jobs, evaluate_only=True, console=console)
+        run_recipe(
+            run, settings, chosen, which, jobs=jobs, evaluate_only=True, console=console, note=note
+        )
     _show(run, console)
 
 

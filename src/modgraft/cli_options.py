@@ -19,6 +19,9 @@ Change = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, as lr=3e-4."),
 ]
+Note = Annotated[
+    bool, typer.Option("--note/--no-note", help="Write note.md, the run's part of the log.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete the run's folder first.")]
 
 

@@ -14,6 +14,7 @@ from modgraft.cli_options import (
     Change,
     Fresh,
     Jobs,
+    Note,
     Seeds,
     changes,
     delete,
@@ -32,10 +33,11 @@ def recipe(
     ] = 1.0,
     change: Change = None,
     fresh: Fresh = False,
+    note: Note = True,
 ) -> None:
     """Run a recipe over seeds; an interrupted run goes on where it stopped.
 
-    The run's folder then holds results.json, table.md and plot.png.
+    The run's folder then holds results.json, table.md, plot.png and a note for the log.
 
     [bold]Examples[/bold]
 
@@ -59,6 +61,6 @@ def recipe(
     if fresh:
         delete(folder)
     with stoppable():
-        trials.run(what, folder, settings, seeds_of(seeds), jobs=jobs, console=console)
+        trials.run(what, folder, settings, seeds_of(seeds), jobs=jobs, console=console, note=note)
     trials.show(folder, console)
     console.print(f"\nPicture: {folder / 'plot.png'}", highlight=False, soft_wrap=True)

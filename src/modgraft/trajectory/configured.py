@@ -74,7 +74,8 @@ def settings(
     project, table = read_table(begin)
     base = project.parent if project else begin
     chosen = _folders(folders, table, base)
-    root = _common(chosen) if folders or not project else base
+    # the folders that happen to exist are no reason to keep the index elsewhere once one more does
+    root = _common(chosen) if folders or os.environ.get(VARIABLE) else base
     given = bibliography if bibliography is not None else table.get("bibliography")
     return Settings(
         root=root,

@@ -1,0 +1,286 @@
+"""``modgraft log``: the research log on the command line, thin over `Log`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from modgraft.trajectory import Log
+
+log = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="The research log: record it, check it, ask it. Notes are Markdown in log/ and runs/.",
+)
+
+In = Annotated[
+    list[Path] | None,
+    typer.Option("--in", help="A folder of notes; none: those configured. May be given again."),
+]
+Bib = Annotated[
+    list[Path] | None, typer.Option("--bib", help="A BibTeX file; none: those in the folders.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")]
+Which = Annotated[str | None, typer.Option("--note", help="The note; none: the last one used.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many.")]
+Since = Annotated[str | None, typer.Option(help="From then on: 2023, 2023-03, 2023w9, 2023-03-02.")]
+Until = Annotated[str | None, typer.Option(help="Up to the end of then.")]
+
+
+# -- recording ---------------------------------------------------------------------------------
+
+
+@log.command("new")
+def new(
+    name: Annotated[str, typer.Argument(help="The note's name, without .md.")],
+    folder: In = None,
+) -> None:
+    """Start a note, with its six sections.
+
+    [bold]Example[/bold]
+
+      modgraft log new gated_fusion
+    """
+    from modgraft.trajectory import current, record
+    from modgraft.trajectory.configured import settings
+
+    home = current.home(*(folder or ()))
+    path = record.new_note(home / name)
+    current.remember(path, settings(*(folder or ())))
+    typer.echo(path)
+
+
+@log.command("add")
+def add(
+    event: Annotated[str, typer.Argument(help="skim(@key) -> _digging, with brackets or without.")],
+    remarks: Annotated[
+        list[str] | None, typer.Argument(help="Lines of the list under it, one each.")
+    ] = None,
+    note: Which = None,
+    under: Annotated[
+        str | None, typer.Option(help="What it expands: last, or a line that is still open.")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="No event: the line as it is.")] = False,
+    folder: In = None,
+) -> None:
+    """Add an event to the end of a note's Log; what is there keeps every byte.
+
+    [bold]Examples[/bold]
+
+      modgraft log add "skim(@huLoRA2021) -> _digging" "Low rank is enough for most of it."
+
+      modgraft log add "question -> does it hold for vision too?" --under last
+
+      modgraft log add "lesson_learned -> write the control first" --note gated_fusion
+    """
+    from modgraft.trajectory import current, record
+    from modgraft.trajectory.actions import ACTIONS
+    from modgraft.trajectory.configured import settings
+
+    given = settings(*(folder or ()))
+    path = current.find(note, given) if note else current.current(given)
+    line = record.add(
+        path, event, *(remarks or ()), plain=plain, actions=ACTIONS.extended(given.actions),
+        under=int(under) if under is not None and under.isdecimal() else under,
+    )  # fmt: skip
+    current.remember(path, given)
+    typer.echo(f"{shown_path(path)}:{line}")
+
+
+@log.command("finish")
+def finish(
+    note: Annotated[str | None, typer.Argument(help="The note; none: the last one used.")] = None,
+    folder: In = None,
+) -> None:
+    """Copy a note's lessons to Learned and its ideas to Next?; the Log stays.
+
+    What was copied before is not copied again.
+
+    [bold]Example[/bold]
+
+      modgraft log finish gated_fusion
+    """
+    from modgraft.trajectory import current, record
+    from modgraft.trajectory.actions import ACTIONS
+    from modgraft.trajectory.configured import settings
+
+    given = settings(*(folder or ()))
+    path = current.find(note, given) if note else current.current(given)
+    made = record.finish(path, ACTIONS.extended(given.actions))
+    typer.echo(f"{shown_path(path)}: {made.learned} to Learned, {made.next} to Next?")
+
+
+# -- asking ------------------------------------------------------------------------------------
+
+
+@log.command("index")
+def index(
+    anew: Annotated[bool, typer.Option("--anew", help="Build it from nothing.")] = False,
+    folder: In = None,
+    bib: Bib = None,
+) -> None:
+    """Bring the index up to date, and say what it holds. It is a cache and can be deleted.
+
+    [bold]Example[/bold]
+
+      modgraft log index
+    """
+    from modgraft.cli_log_show import show_indexed
+
+    with opened(folder, bib, fresh=False) as found:
+        show_indexed(found.index(anew=anew))
+
+
+@log.command("query")
+def query(
+    text: Annotated[
+        str | None, typer.Argument(help='Words that must all be there; "…" is a phrase.')
+    ] = None,
+    action: Annotated[
+        list[str] | None, typer.Option(help="Events of this action. May be given again.")
+    ] = None,
+    cites: Annotated[str | None, typer.Option(help="A citation key.")] = None,
+    note: Annotated[str | None, typer.Option(help="A note's name, or a pattern: runs/*.")] = None,
+    section: Annotated[str | None, typer.Option(help="Where it stands: Log, Learned.")] = None,
+    since: Since = None,
+    until: Until = None,
+    status: Annotated[
+        str | None,
+        typer.Option(help="skimmed, digging, full_read, read; of a question open or answered."),
+    ] = None,
+    limit: Limit = None,
+    newest: Annotated[bool, typer.Option("--newest", help="The newest first.")] = False,
+    as_json: Json = False,
+    folder: In = None,
+    bib: Bib = None,
+) -> None:
+    """Find events and passages; everything that is given must hold.
+
+    [bold]Examples[/bold]
+
+      modgraft log query --action skim --status digging
+
+      modgraft log query '"gated fusion" T5' --since 2023-03
+
+      modgraft log query --cites huLoRA2021 --json
+    """
+    from modgraft.cli_log_show import show_hits
+    from modgraft.trajectory import Query
+
+    asked = Query(
+        actions=tuple(action or ()), text=text, cites=cites, note=note, section=section,
+        since=since, until=until, status=status, limit=limit, newest=newest,
+    )  # fmt: skip
+    with opened(folder, bib) as found:
+        show_hits(found.query(asked), as_json)
+
+
+@log.command("queue")
+def queue(as_json: Json = False, folder: In = None, bib: Bib = None) -> None:
+    """The reading queue: each source, how far it got, and what is still owed to it.
+
+    [bold]Example[/bold]
+
+      modgraft log queue
+    """
+    from modgraft.cli_log_show import show_queue
+
+    with opened(folder, bib) as found:
+        show_queue(found.reading_queue(), as_json)
+
+
+@log.command("questions")
+def questions(
+    every: Annotated[bool, typer.Option("--all", help="The answered ones too.")] = False,
+    as_json: Json = False,
+    folder: In = None,
+) -> None:
+    """The questions that are open.
+
+    [bold]Example[/bold]
+
+      modgraft log questions
+    """
+    from modgraft.cli_log_show import show_hits
+
+    with opened(folder, None) as found:
+        show_hits(found.questions(open=not every), as_json)
+
+
+@log.command("lessons")
+def lessons(as_json: Json = False, folder: In = None) -> None:
+    """What was learned.
+
+    [bold]Example[/bold]
+
+      modgraft log lessons
+    """
+    from modgraft.cli_log_show import show_hits
+
+    with opened(folder, None) as found:
+        show_hits(found.lessons(), as_json)
+
+
+@log.command("backlinks")
+def backlinks(
+    key: Annotated[str, typer.Argument(help="A citation key, with or without @.")],
+    as_json: Json = False,
+    folder: In = None,
+    bib: Bib = None,
+) -> None:
+    """Everything that was said of a source.
+
+    [bold]Example[/bold]
+
+      modgraft log backlinks pfeifferModularDeepLearning2023
+    """
+    from modgraft.cli_log_show import show_hits
+
+    with opened(folder, bib) as found:
+        show_hits(found.backlinks(key), as_json)
+
+
+@log.command("changed")
+def changed(
+    since: Annotated[str, typer.Argument(help="From then on: 2023, 2023-03, 2023w9, 2023-03-02.")],
+    until: Annotated[str | None, typer.Argument(help="Up to the end of then; none: now.")] = None,
+    as_json: Json = False,
+    folder: In = None,
+) -> None:
+    """What was written between two dates.
+
+    [bold]Example[/bold]
+
+      modgraft log changed 2023-03-01 2023-03-07
+    """
+    from modgraft.cli_log_show import show_hits
+
+    with opened(folder, None) as found:
+        show_hits(found.changed(since, until), as_json)
+
+
+@contextmanager
+def opened(
+    folder: list[Path] | None, bib: list[Path] | None, *, fresh: bool = True
+) -> Iterator[Log]:
+    """The log, its index up to date where `fresh` is asked for."""
+    from modgraft.trajectory import Log
+
+    with Log.open(*(folder or ()), bibliography=tuple(bib) if bib else None) as found:
+        if fresh:
+            made = found.index()
+            errors = sum(": error " in line for line in made.problems)
+            if errors:
+                typer.echo(f"{errors} notes or entries have errors: modgraft log index", err=True)
+        yield found
+
+
+def shown_path(path: Path) -> str:
+    """A path from here, where it is below here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path)

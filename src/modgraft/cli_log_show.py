@@ -1,0 +1,128 @@
+"""What the research log's commands print: tables on a terminal, one line a hit elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from modgraft.trajectory import Answer, Diagnostic, Hit
+    from modgraft.trajectory.log import Indexed
+    from modgraft.trajectory.query import Owed
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal would obey and not show: a note is text, whatever is in it."""
+
+WHEN = 10
+"""Characters of a moment that are shown: the day."""
+
+
+def clean(text: str) -> str:
+    """The text without what a terminal would obey."""
+    return CONTROL.sub("�", text)
+
+
+def show_hits(hits: Sequence[Hit], as_json: bool) -> None:
+    """Events and passages, each with its file, line and text."""
+    if as_json:
+        _json(hits)
+        return
+    rows = [(hit.when[:WHEN], f"{hit.note}:{hit.line}", _first(hit.text)) for hit in hits]
+    _print(("when", "where", "what"), rows, "nothing is recorded that fits")
+
+
+def show_queue(queue: Sequence[Owed], as_json: bool) -> None:
+    """The reading queue."""
+    if as_json:
+        _json(queue)
+        return
+    rows = [
+        (one.status, one.owed, f"@{one.key}", one.title, f"{one.note}:{one.line}") for one in queue
+    ]
+    _print(("status", "owed", "source", "title", "where"), rows, "no source is in the queue")
+
+
+def show_answer(answer: Answer, as_json: bool) -> None:
+    """An answer with the lines that support it, or why there is none."""
+    if as_json:
+        print(json.dumps(asdict(answer), indent=1, ensure_ascii=False))
+        return
+    console = _console()
+    refused = answer.refused is not None
+    console.print(Text("No answer: " + clean(answer.text) if refused else clean(answer.text)))
+    for line in answer.evidence:
+        place = Text(f"{clean(line.note)}:{line.line}", style="cyan")
+        console.print(Text.assemble("  ", place, "  ", clean(line.quote.strip())))
+    for remark in answer.remarks:
+        console.print(Text(clean(remark), style="dim"))
+
+
+def show_problems(problems: Sequence[Diagnostic], as_json: bool) -> None:
+    """One line a problem, then how many of each severity."""
+    if as_json:
+        names = ("note", "line", "severity", "code", "message")
+        print(json.dumps([{n: getattr(one, n) for n in names} for one in problems], indent=1))
+        return
+    console, style = _console(), {"error": "red", "warning": "yellow", "info": "dim"}
+    for one in problems:
+        console.print(Text(clean(str(one)), style=style[one.severity]))
+    counts = Counter(one.severity for one in problems)
+    said = [f"{counts[name]} {name}{'s' * (counts[name] > 1)}" for name in style if counts[name]]
+    console.print(Text(", ".join(said) or "nothing to mend", style="dim"))
+
+
+def show_indexed(made: Indexed) -> None:
+    """What an index holds, and one line a problem."""
+    console = _console()
+    for problem in made.problems:
+        console.print(Text(clean(problem)))
+    console.print(
+        Text(
+            f"{made.seen} seen = {made.parsed} parsed + {made.degraded} degraded; "
+            f"{made.changed} changed, {made.removed} removed, {made.seconds:.2f} s"
+        )
+    )
+
+
+def _json(found: Iterable[Any]) -> None:
+    print(json.dumps([asdict(one) for one in found], indent=1, ensure_ascii=False))
+
+
+def _first(text: str) -> str:
+    """The first line, and whether there is more."""
+    first, _, rest = text.strip().partition("\n")
+    return f"{first} …" if rest.strip() else first
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    console.soft_wrap = not console.is_terminal
+    return console
+
+
+def _print(headers: Sequence[str], rows: Sequence[Sequence[str]], none: str) -> None:
+    """A table on a terminal; elsewhere tabs, for other programs."""
+    console = _console()
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(clean(cell) for cell in row))
+        return
+    if not rows:
+        console.print(Text(none, style="dim"))
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for header in headers:
+        table.add_column(header, overflow="fold", no_wrap=header in ("when", "status"))
+    for row in rows:
+        table.add_row(*(Text(clean(cell)) for cell in row))
+    console.print(table)
+    console.print(Text(f"{len(rows)} found", style="dim"))
