@@ -124,7 +124,7 @@ def rule(rounds: int) -> Table:
         )
         ways: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
             f"rank {RANK}": (
-                lambda x, W=W, b=b, B=B, A=A: LowRank.apply(x, W, b, B, A, 2.0)[0],
+                lambda x, W=W, b=b, B=B, A=A: LowRank.apply(x, (2.0,), W, b, B, A)[0],
                 lambda x, W=W, b=b, B=B, A=A: F.linear(x, W, b) + 2.0 * F.linear(F.linear(x, A), B),
             ),
             "dense": (

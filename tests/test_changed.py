@@ -75,8 +75,11 @@ def test_gradcheck(transposed: bool, twice: bool) -> None:
     x, b, B, A = leaf(2, 3, 4), leaf(5), leaf(5, 2), leaf(2, 4)
     W = leaf(4, 5).T if transposed else leaf(5, 4)
     check = torch.autograd.gradgradcheck if twice else torch.autograd.gradcheck
-    assert check(lambda *given: LowRank.apply(*given, 0.7)[0], (x, W, b, B, A))
-    assert check(lambda *given: LowRank.apply(*given, 0.7)[0], (x[0, 0], W.detach(), None, B, A))
+    assert check(lambda *given: LowRank.apply(given[0], (0.7,), *given[1:])[0], (x, W, b, B, A))
+    assert check(
+        lambda *given: LowRank.apply(given[0], (0.7,), *given[1:])[0],
+        (x[0, 0], W.detach(), None, B, A),
+    )
 
 
 def product(host: mg.Host, x: Tensor, *names: str) -> Tensor | None:

@@ -25,6 +25,8 @@ class Family:
         position_table: the embedding that positions are looked up in, empty where there is none.
         embedded: for a host that reads no text: the layers whose output is the first sequence of
             tokens, and the last.
+        one_input: the layers that are called one after another with one and the same input: paths
+            of what holds them, and their names there.
     """
 
     types: tuple[str, ...]
@@ -33,6 +35,7 @@ class Family:
     counts_positions: bool = True
     position_table: str = ""
     embedded: tuple[str, str] | None = None
+    one_input: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 _T5 = "{encoder,decoder}.block.*.layer.*"
@@ -72,12 +75,18 @@ FAMILIES = (
             "decoder.output": ("decoder",),
         },
         counts_positions=False,  # relative ones
+        one_input=(
+            (f"{_T5}.SelfAttention", ("q", "k", "v")),
+            ("decoder.block.*.layer.1.EncDecAttention", ("k", "v")),
+            (f"{_T5}.DenseReluDense", ("wi_0", "wi_1")),
+        ),
     ),
     Family(
         ("bert", "electra", "roberta", "xlm-roberta", "camembert"),
         _BERT,
         prompt_at=1,
         position_table="embeddings.position_embeddings",
+        one_input=(("encoder.layer.*.attention.self", ("query", "key", "value")),),
     ),
     Family(
         ("gpt2",),
@@ -123,6 +132,10 @@ FAMILIES = (
             "embedding": ("embed_tokens",),
             "decoder.output": ("norm",),
         },
+        one_input=(
+            ("layers.*.self_attn", ("q_proj", "k_proj", "v_proj")),
+            ("layers.*.mlp", ("gate_proj", "up_proj")),
+        ),
     ),
     Family(
         ("vit",),
@@ -143,6 +156,7 @@ FAMILIES = (
         prompt_at=1,
         counts_positions=False,
         embedded=("embeddings", "layernorm"),
+        one_input=(("layers.*.attention", ("q_proj", "k_proj", "v_proj")),),
     ),
 )
 

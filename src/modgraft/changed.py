@@ -28,6 +28,7 @@ from modgraft.computation.layers import bias_vector, weight_matrix
 PLAIN = (nn.Linear.forward, Conv1D.forward)
 _LINEAR = (nn.Linear, Conv1D)
 _SIMPLE = (*_LINEAR, nn.Embedding)  # those whose weight is all there is to change
+CACHED = 2**21  # bytes of activations that a core's own cache holds, about
 
 
 @dataclass(frozen=True)
@@ -98,26 +99,65 @@ def one_product(
         alone = first.module.alone(lambda value: forward(layer, value), x)
         if alone is not None:
             return alone
+    weight = _own_weight(layer, forward, x, changes)
+    if weight is None:
+        return None
+    assert isinstance(layer, _LINEAR)  # noqa: S101
+    if merged is not None and _can_merge(x):
+        return merged.product(layer, x, changes)
+    if not _pays(weight, x):
+        return None
+    bias = _with_changes(layer, layer.bias, changes)
+    low_rank = _low_rank(changes, len(weight))
+    if low_rank is not None:
+        B, A, s = low_rank
+        return LowRank.apply(x, (s,), weight, bias, B, A)[0]
+    if x.dtype.itemsize < 4:  # Δ, small beside θ, would be lost in a sum rounded to 8 bits
+        return None
+    return F.linear(x, _laid_out_as(weight, _changed(layer, weight, changes)), bias)
+
+
+def of_low_rank(
+    layer: nn.Module, forward: Callable[..., Any], x: Tensor, changes: Sequence[Change]
+) -> tuple[float, tuple[Tensor | None, ...]] | None:
+    """s and W, b, B, A where the layer's share of :class:`LowRank` is what it would run, or None.
+
+    Args:
+        layer: the site.
+        forward: its own, unchanged.
+        x: ``[…, in]``, its input.
+        changes: of every parameter module in force there.
+    """
+    weight = _own_weight(layer, forward, x, changes)
+    if weight is None or _can_merge(x) or not _pays(weight, x):
+        return None
+    assert isinstance(layer, _LINEAR)  # noqa: S101
+    low_rank = _low_rank(changes, len(weight))
+    if low_rank is None:
+        return None
+    B, A, s = low_rank
+    return s, (weight, _with_changes(layer, layer.bias, changes), B, A)
+
+
+def _own_weight(
+    layer: nn.Module, forward: Callable[..., Any], x: Tensor, changes: Sequence[Change]
+) -> Tensor | None:
+    """The layer's weight ``[out, in]`` where its changes could be added to it, else None."""
     if forward not in PLAIN or not all(c.module.in_weights for c in changes):
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
-    weight, bias = _own(layer)
+    weight, _ = _own(layer)
     if type(weight) not in (Tensor, nn.Parameter):  # a quantised one adds in its own way
         return None
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         return None
-    if merged is not None and _can_merge(x):
-        return merged.product(layer, x, changes)
+    return weight
+
+
+def _pays(weight: Tensor, x: Tensor) -> bool:
+    """Whether the weight is smaller than the activations, N·(in + out) ≥ in·out."""
     outs, ins = weight.shape
-    if x.numel() // ins * (ins + outs) < ins * outs:
-        return None
-    low_rank = _low_rank(changes, outs)
-    if low_rank is not None:
-        return LowRank.apply(x, weight, _with_changes(layer, bias, changes), *low_rank)[0]
-    if x.dtype.itemsize < 4:  # Δ, small beside θ, would be lost in a sum rounded to 8 bits
-        return None
-    new = _changed(layer, weight, changes)
-    return F.linear(x, _laid_out_as(weight, new), _with_changes(layer, bias, changes))
+    return x.numel() // ins * (ins + outs) >= ins * outs
 
 
 def _own(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
@@ -141,58 +181,90 @@ def _changed(layer: nn.Module, weight: Tensor, changes: Sequence[Change]) -> Ten
 
 
 class LowRank(torch.autograd.Function):
-    """y = s·(x Aᵀ) Bᵀ + b + x Wᵀ = x (W + s·BA)ᵀ + b, the thin product first; and s·x Aᵀ.
+    """yᵢ = s·(x Aᵢᵀ) Bᵢᵀ + bᵢ + x Wᵢᵀ = x (Wᵢ + s·BᵢAᵢ)ᵀ + bᵢ of layers that share x, and s·x Aᵀ.
 
     The layer's own product is added to what the thin one has written, as it would be to a bias, so
-    that y is passed over no more often than in the layer alone. With G the gradient of y:
-    ∂x = s·(G B) A + G W in the same way, ∂B = s·Gᵀ(x Aᵀ), ∂A = s·(G B)ᵀ x. Nothing of the size of W
-    is made, unless W itself trains, and of the size of y and x nothing but themselves. It can be
-    differentiated twice.
+    that y is passed over no more often than in the layer alone; and x is passed over once for all
+    its layers' thin products. With Gᵢ the gradient of yᵢ: ∂x = [s·GᵢBᵢ] [Aᵢ] + Σ GᵢWᵢ in the same
+    way, ∂Bᵢ = Gᵢᵀ(s·x Aᵢᵀ), ∂A = [s·GᵢBᵢ]ᵀ x. Nothing of the size of W is made, unless W itself
+    trains, and of the size of y and x nothing but themselves. It can be differentiated twice.
+
+    Called as ``apply(x, scales, W₁, b₁, B₁, A₁, W₂, …)``.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(  # noqa: D102
-        x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor, s: float
-    ) -> tuple[Tensor, Tensor]:
-        X = x.reshape(-1, W.shape[1])  # […, in] → [N, in]
-        hidden = X @ A.T  # [N, r]
-        if b is None:
-            y = hidden @ (s * B).T
-        else:  # as one product: a column of ones carries the bias
-            y = F.pad(hidden, (0, 1), value=1.0) @ torch.cat([s * B, b[:, None]], 1).T
-        return y.addmm_(X, W.T).view(*x.shape[:-1], W.shape[0]), hidden
+        x: Tensor, scales: tuple[float, ...], *of: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        Ws, bs, Bs, As = (of[i::4] for i in range(4))
+        X = x.reshape(-1, x.shape[-1])  # […, in] → [N, in]
+        hidden = X @ _joined([s * A for s, A in zip(scales, As, strict=True)]).T  # [N, Σ r]
+        outs = []
+        for W, b, B, thin in zip(Ws, bs, Bs, hidden.split([len(A) for A in As], 1), strict=True):
+            if b is None:
+                y = thin @ B.T
+            else:  # as one product: a column of ones carries the bias
+                y = F.pad(thin, (0, 1), value=1.0) @ torch.cat([B, b[:, None]], 1).T
+            outs.append(y.addmm_(X, W.T).view(*x.shape[:-1], len(W)))
+        return *outs, hidden
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:  # noqa: D102
-        x, W, _, B, A, ctx.s = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, W, B, A, output[1])
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:  # noqa: D102
+        x, ctx.scales, *of = inputs
+        ctx.mark_non_differentiable(output[-1])
+        ctx.save_for_backward(x, output[-1], *of[0::4], *of[2::4], *of[3::4])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        x, W, B, A, hidden = ctx.saved_tensors
-        wants_x, wants_W, wants_b, wants_B, wants_A, _ = ctx.needs_input_grad
-        G = grads[0].reshape(-1, W.shape[0])  # […, out] → [N, out]
-        X = x.reshape(-1, W.shape[1])  # […, in] → [N, in]
+        x, hidden, *of = ctx.saved_tensors
+        scales, n = ctx.scales, len(ctx.scales)
+        Ws, Bs, A = of[:n], of[n : 2 * n], _joined(of[2 * n :])
+        ranks = [len(own) for own in of[2 * n :]]
+        wants_x, _, *wants = ctx.needs_input_grad
+        X = x.reshape(-1, x.shape[-1])  # […, in] → [N, in]
         if torch.is_grad_enabled():  # to be differentiated again, through x and A
-            hidden = X @ A.T
-        # first what reads G thinly, while it is in the cache: the product with W drives it out
-        GB = G @ B  # [N, r]
-        of_B = (hidden.T @ G).T if wants_B else None  # as [r, out]: over G in its stored order
-        return (
-            (G @ W).addmm_(GB, A, alpha=ctx.s).view(x.shape) if wants_x else None,
-            G.T @ X if wants_W else None,
-            G.sum(0) if wants_b else None,
-            None if of_B is None else of_B.mul_(ctx.s),
-            (GB.T @ X).mul_(ctx.s) if wants_A else None,
-            None,
-        )
+            hidden = X @ _joined([s * own for s, own in zip(scales, of[2 * n :], strict=True)]).T
+        back, thins = None, []
+        found: list[list[Tensor | None]] = []
+        for i, thin in enumerate(hidden.split(ranks, 1)):
+            G = grads[i].reshape(-1, len(Ws[i]))  # […, out] → [N, out]
+            wants_W, wants_b, wants_B, _ = wants[4 * i : 4 * i + 4]
+            # first what reads G thinly, while it is in the cache: the product with W drives it out
+            GB, of_B = _thinly(G, scales[i] * Bs[i], thin, wants_B)
+            thins.append(GB)
+            if wants_x:
+                back = G @ Ws[i] if back is None else back.addmm_(G, Ws[i])
+            found.append([G.T @ X if wants_W else None, G.sum(0) if wants_b else None, of_B])
+        GB = thins[0] if n == 1 else torch.cat(thins, 1)  # [N, Σ r]
+        if back is not None:
+            back = back.addmm_(GB, A).view(x.shape)
+        of_A = (GB.T @ X).split(ranks) if any(wants[3::4]) else [None] * n
+        every = [grad for own, a in zip(found, of_A, strict=True) for grad in (*own, a)]
+        return back, None, *every
 
 
 # what torch asks of it at every call, and would make anew
 LowRank.forward.__signature__ = signature(LowRank.forward)  # type: ignore[attr-defined]
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
+
+
+def _thinly(G: Tensor, B: Tensor, hidden: Tensor, wants_B: bool) -> tuple[Tensor, Tensor | None]:
+    """G B ``[N, r]`` and Gᵀ·hidden ``[out, r]``, by rows that stay in the cache for the second.
+
+    The second as ``[r, out]``, over G in its stored order.
+    """
+    if not wants_B:
+        return G @ B, None
+    rows = max(1, CACHED // (G.shape[1] * G.element_size()))
+    if len(G) <= 2 * rows:
+        return G @ B, (hidden.T @ G).T
+    parts = [(g @ B, h.T @ g) for g, h in zip(G.split(rows), hidden.split(rows), strict=True)]
+    return torch.cat([p[0] for p in parts]), sum(p[1] for p in parts[1:]).add(parts[0][1]).T
 
 
 def _laid_out_as(weight: Tensor, new: Tensor) -> Tensor:

@@ -205,6 +205,10 @@ class Context:
                 return call
         return Call(self.composition)
 
+    def under_way(self, call: Call) -> bool:
+        """Whether ``call`` is one that sites share, and not made for one that asked."""
+        return any(owner == id(self) and one is call for owner, one in _calls.get())
+
     def switch(self, composition: Expression | None) -> None:
         """Put ``composition`` in force."""
         self.composition = composition

@@ -34,7 +34,7 @@ from modgraft.errors import CompositionError, ModgraftError
 from modgraft.examples import Weighted, joined
 from modgraft.fastpath import leave_fast_path, take_fast_path
 from modgraft.handle import Implant, check_learns, check_module, check_name, learner
-from modgraft.implant import foreign, graft, prune, pruned
+from modgraft.implant import foreign, graft, prune, pruned, relate
 from modgraft.mixing import check_unmixed, join_prompts, mixed_sites, routed, with_routing_losses
 from modgraft.mixture import ROUTINGS, Mixture
 from modgraft.reading import parse
@@ -147,6 +147,7 @@ class Host(nn.Module):
                 graft(site, own, place, self._context)
             additive = isinstance(module.acts, ParameterComposition)
             self._context.resident(own, device_of(self.model), additive)
+        relate(self.model)
         implant.train(self.training)
         self.implants[name] = implant
         self._reader.forget()
@@ -162,6 +163,7 @@ class Host(nn.Module):
             for module in self.model.modules():
                 prune(module, own)
             self._context.gone(own)
+        relate(self.model)
         del self.implants[name]
         self._reader.forget()
         self._context.switch(ex.without(self._context.composition, name))

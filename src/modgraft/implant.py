@@ -19,7 +19,7 @@ from modgraft.context import Context
 from modgraft.inlet import active_inputs, generate_with_tokens, inner_sites
 from modgraft.plan import Entry
 from modgraft.running import STATE, State, run
-from modgraft.sites import Site
+from modgraft.sites import Site, one_input
 
 
 def graft(site: Site, name: str, module: Computation, context: Context) -> None:
@@ -51,6 +51,14 @@ def prune(host: nn.Module, name: str) -> None:
     if not state.named:
         host.__class__ = type(host).__mro__[1]
         del host.__dict__[STATE]
+
+
+def relate(model: nn.Module) -> None:
+    """Tell each site of ``model`` which sites share its input."""
+    for layers in one_input(model):
+        grafted = tuple(layer for layer in layers if STATE in layer.__dict__)
+        for layer in grafted:
+            layer.__dict__[STATE].beside = grafted if len(grafted) > 1 else ()
 
 
 def pruned(model: nn.Module) -> nn.Module:

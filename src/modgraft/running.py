@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modgraft import together
 from modgraft.changed import Change, Merged, one_product
 from modgraft.computation.base import (
     Computation,
@@ -46,6 +47,7 @@ class State:
     attended: int = 0  # how often its attention function has run with keys and values of modules
     planned: dict[int, Plan] = field(default_factory=dict)
     merged: Merged | None = None  # the weight that is kept
+    beside: tuple[nn.Module, ...] = ()  # the sites that share this one's input, itself with them
 
     def add(self, entry: Entry) -> None:
         """Put in a module."""
@@ -144,6 +146,10 @@ class Site:
         if not changes or any(change.parameter is not None for change in changes):
             return None, None
         x = tensor_input(x, self.state.path)
+        if self.state.beside:
+            y = together.computed(self, group, x)
+            if y is not None:
+                return y, group.rest
         kept = group.merged  # however it is given, so that no bit of a result depends on that
         if kept is not None:
             if self.state.merged not in (None, kept):  # one site keeps one weight

@@ -194,6 +194,19 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
     return sites
 
 
+def one_input(model: nn.Module) -> list[list[nn.Module]]:
+    """The layers of ``model`` that share an input (query, key and value), where that is known."""
+    family = family_of(model)
+    if family is None:
+        return []
+    base = base_path(model)
+    return [
+        [layer for name in names if (layer := getattr(above.module, name, None)) is not None]
+        for pattern, names in family.one_input
+        for above in _match(model, joined(base, pattern), r"\d+")
+    ]
+
+
 def _list(at: At) -> Sequence[At]:
     return at if isinstance(at, list | tuple) else [at]  # type: ignore[list-item]
 
