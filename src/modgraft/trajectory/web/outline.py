@@ -162,6 +162,7 @@ def _code(text: str) -> Markup:
         lines.pop()
     language = found["language"] if found else ""
     label = Markup('<span class="language">{}</span>').format(language) if language else ""
-    return Markup('{}<pre tabindex="0"><code>{}</code></pre>').format(
-        label, escape(dedent("\n".join(lines)))
+    code = escape(dedent("\n".join(lines)))
+    return Markup('<div class="code">{}<pre tabindex="0"><code>{}</code></pre></div>').format(
+        label, code
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
@@ -45,27 +46,37 @@ def day(when: str) -> str:
     return f"{at.day} {at:%B %Y}"
 
 
-def said(hit: Hit) -> tuple[bool, str]:
-    """Whether a hit's own line is its event, and what it says besides the event's brackets."""
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A hit as it is listed.
+
+    `own` says that its line is an event's own; else it is a passage, maybe one under an event.
+    `text` is what it says besides the event's brackets, `keys` what it cites.
+    """
+
+    own: bool
+    text: str
+    keys: tuple[str, ...]
+
+
+def told(hit: Hit) -> Told:
+    """A hit's text without what it is an outline by."""
     from modgraft.trajectory.scanner import parse
 
     text = hit.text[: 4 * LONGEST]
-    own = False
-    if hit.action:
-        # An event is known by what it is; of a passage, hit.action is the event it hangs under.
-        data = text.encode("utf-8")
-        here = [
-            event
-            for event in parse(data).events
-            if (event.action, event.arguments, event.result, event.line)
-            == (hit.action, hit.arguments, hit.result, 1)
-        ]
-        if own := bool(here):
-            before = _BULLET.sub("", data[: here[0].start].decode("utf-8", "replace")).strip()
-            text = "\n".join(part for part in (before, here[0].body) if part)
+    data = text.encode("utf-8")
+    note = parse(data)
+    # An event is known by what it is; a passage has the event that it hangs under.
+    known = (hit.action, hit.arguments, hit.result, 1)
+    here = [e for e in note.events if (e.action, e.arguments, e.result, e.line) == known]
+    if here:
+        before = _BULLET.sub("", data[: here[0].start].decode("utf-8", "replace")).strip()
+        text = "\n".join(part for part in (before, here[0].body) if part)
     lines = (_BULLET.sub("", line).strip() for line in text.splitlines())
     short = " · ".join(line for line in lines if line)
-    return own, short if len(short) <= LONGEST else f"{short[:LONGEST]}…"
+    short = short if len(short) <= LONGEST else f"{short[:LONGEST]}…"
+    keys = dict.fromkeys([*hit.keys, *(c.key for c in (*note.citations, *note.mentions))])
+    return Told(bool(here), short, tuple(keys))
 
 
 class Places:
@@ -156,7 +167,7 @@ def environment(places: Places) -> Environment:
     def md(text: str, keys: Iterable[str] = ()) -> Markup:
         return inline(text, view, keys)
 
-    made.filters |= {"at": address, "day": day, "said": said, "md": md, "path": quote}
+    made.filters |= {"at": address, "day": day, "told": told, "md": md, "path": quote}
     made.filters["badge"] = lambda action: badge(action, action)
     made.filters["titles"] = lambda hit: [
         places.sources[key].title
