@@ -187,7 +187,7 @@ class Tools:
         """Add an event at the end of a note's Log. Nothing that stands there is changed."""
         from modgraft.trajectory.record import add
 
-        line = add(self.log.path(name), event, *remarks)
+        line = add(self.log.path(name), event, *remarks, actions=self.log.actions)
         note = self.log.note(name)
         return Added(file=note.name or name, line=line, text=note.line(line))
 
