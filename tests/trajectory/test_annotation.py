@@ -34,6 +34,8 @@ def one(text: str) -> Event:
         r"- \[question -> escaped]",
         "- [x] done, [ ] not, [^1], [0, 1), [text -> text2text]",
         "- [question what is this]",
+        "- x[start], [text][read], [read][1] and a_[code]",
+        "[blog]: https://a.org/b",
     ],
 )
 def test_what_is_no_event(text: str) -> None:

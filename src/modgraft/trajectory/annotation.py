@@ -17,6 +17,7 @@ from modgraft.trajectory.note import Diagnostic, Fix, Span
 
 _NAME = re.compile(rb"[ \t]*([A-Za-z]\w*(?:[ /-]\w+)?)[ \t]*(?=\(|->|\xe2\x86\x92|\]|[\r\n]|\Z)")
 _ARROW = re.compile(rb"\s*(?:->|\xe2\x86\x92)")
+_DEFINITION = re.compile(rb":[ \t]+<?[A-Za-z][A-Za-z0-9+.-]*://\S+[ \t]*(?:[\r\n]|\Z)")
 _LONGEST_NAME = 80
 _DEEPEST = 8  # events in events: each text is held once per level
 _END = re.compile(rb"[\r\n]|\Z")
@@ -70,6 +71,12 @@ def _form(data: bytes, at: int, close: int | None, stop: int, brackets: Brackets
         return None  # a bracket that never closes and a word: no call
     if arrow is None and close is not None and at in brackets.links:
         return None  # [read](there) and [read()](there) are links
+    if arrow is None and inside is None and close is not None:
+        before, behind = data[at - 1 : at] if at else b"", data[close + 1 : close + 2]
+        if before.isalnum() or before in (b"_", b"]") or behind == b"[":
+            return None  # x[start] is an index, [text][read] a link by reference
+        if _DEFINITION.match(data, close + 1, stop):
+            return None  # [blog]: https://… says where such a link leads
     return _Form(named.span(1), close, end, inside, arrow.end() if arrow else None)
 
 
