@@ -18,16 +18,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from modgraft.errors import MissingFileError, ModgraftError
+from modgraft.errors import MissingFileError, ModgraftError, UnknownNameError
 from modgraft.trajectory.actions import ACTIONS, Actions
 from modgraft.trajectory.bibliography import Bibliography, Broken
-from modgraft.trajectory.configured import settings
+from modgraft.trajectory.configured import Settings, read_table, settings
 from modgraft.trajectory.note import Citation, Diagnostic, Event, Fix, Note, Severity
 from modgraft.trajectory.scanner import parse
 from modgraft.trajectory.walk import walk
 
 if TYPE_CHECKING:
     from modgraft.trajectory.log import Log
+
+CODES = {
+    "encoding": "bytes that are not UTF-8",
+    "nul": "NUL bytes",
+    "long-line": "a line too long to look for events in",
+    "unreadable": "a file or folder that cannot be read",
+    "calculate": "arithmetic that does not hold, or is none",
+    "dead-figure": "a figure that is not there",
+    "dead-link": "a file that is not there",
+    "near-key": "a key one slip away from one in the bibliography",
+    "missing-key": "a key that is not in the bibliography",
+    "key-without-at": "a key of the bibliography without @",
+    "handle": "an @name that has no year, and is in no bibliography",
+    "no-bibliography": "citations, and no bibliography",
+    "bibliography": "a broken entry, or one that is there twice",
+    "unknown-action": "nearly an action",
+    "unclosed": "an event without its closing bracket",
+    "arrow": "a result without ->",
+    "nesting": "events in events, too deep",
+    "fence": "a code fence that never closes",
+    "mojibake": "text saved in the wrong encoding",
+    "link": "a link without a target, or with a key as one; a folder reached twice",
+    "file-link": "a link to file://",
+    "empty-section": "a section with nothing in it",
+}
+"""What `check` reports, by code."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|//|#")
 _YEAR = re.compile(r"\d{4}[a-z]?\Z")
@@ -131,11 +157,18 @@ def _plan(
         bibliography = Bibliography.read([one for one in named if _opens(one, problems)])
     return _Plan(
         tuple(dict.fromkeys([*files, *(Path(one.path) for one in found.notes)])),
-        tuple(dict.fromkeys((project.root, *project.folders))),
+        roots(project),
         bibliography,
         actions or (ACTIONS.extended(project.actions) if project.actions else ACTIONS),
         tuple(problems),
     )
+
+
+def roots(project: Settings) -> tuple[Path, ...]:
+    """What links may be relative to besides their note: the project, the log, its folders."""
+    named, _ = read_table(project.root)
+    above = (named.parent,) if named else ()
+    return tuple(dict.fromkeys((*above, project.root, *project.folders)))
 
 
 def _opens(path: Path, problems: list[Diagnostic]) -> bool:
@@ -285,9 +318,13 @@ def apply_fixes(
         ask: Asked before each; left out, nobody is.
 
     Raises:
+        UnknownNameError: a code that no check reports.
         ModgraftError: a file that changed since it was checked, or cannot be written.
     """
     wanted = None if codes is None else set(codes)
+    for code in wanted or ():
+        if code not in CODES:
+            raise UnknownNameError.among("code", code, CODES)
     by_file: dict[str, list[Diagnostic]] = {}
     for one in diagnostics:
         if one.fix and one.note and (wanted is None or one.code in wanted):

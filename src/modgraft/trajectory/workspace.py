@@ -16,6 +16,7 @@ from modgraft.errors import MissingFileError, ModgraftError
 from modgraft.trajectory.actions import ACTIONS, Actions
 from modgraft.trajectory.bibliography import Bibliography
 from modgraft.trajectory.blocks import BOM, line_starts
+from modgraft.trajectory.check import roots
 from modgraft.trajectory.configured import Settings, settings
 from modgraft.trajectory.note import Citation, Note
 from modgraft.trajectory.scanner import parse
@@ -90,6 +91,7 @@ class Workspace:
             self.settings = settings(root)  # no log is named: what was opened is the log
         table = self.settings.actions
         self.actions: Actions = ACTIONS.extended(table) if table else ACTIONS
+        self.roots = roots(self.settings)
         self._stamps: tuple[object, ...] | None = None
         self._bibliography = Bibliography()
         self._files: list[Path] | None = None
@@ -106,11 +108,6 @@ class Workspace:
     def note(self, path: Path) -> Note:
         """A note as it is in the editor, or else in its file."""
         return parse(self.data(path), str(path), self.actions)
-
-    @property
-    def roots(self) -> tuple[Path, ...]:
-        """What links may be relative to, besides their note."""
-        return tuple(dict.fromkeys((self.settings.root, *self.settings.folders)))
 
     # -- sources -----------------------------------------------------------------------------------
 
