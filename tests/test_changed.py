@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import modgraft as mg
 from common import WEIGHTS
-from modgraft import running
+from modgraft import changed, running
 from modgraft.changed import Change, LowRank, one_product
 
 METHODS = {**WEIGHTS, "rslora": lambda: mg.LoRA(rank=3, rslora=True, bias=True)}
@@ -66,7 +66,11 @@ def test_equals_the_layer_and_its_effects(
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("twice", [False, True])
-def test_gradcheck(transposed: bool, twice: bool) -> None:
+@pytest.mark.parametrize("cached", [2**21, 80])  # all of G at once, or two rows of it
+def test_gradcheck(
+    transposed: bool, twice: bool, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changed, "CACHED", cached)
     torch.manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
@@ -76,10 +80,11 @@ def test_gradcheck(transposed: bool, twice: bool) -> None:
     W = leaf(4, 5).T if transposed else leaf(5, 4)
     check = torch.autograd.gradgradcheck if twice else torch.autograd.gradcheck
     assert check(lambda *given: LowRank.apply(given[0], (0.7,), *given[1:])[0], (x, W, b, B, A))
-    assert check(
-        lambda *given: LowRank.apply(given[0], (0.7,), *given[1:])[0],
-        (x[0, 0], W.detach(), None, B, A),
-    )
+    last = (x[0, 0], W.detach(), None, B, A)
+    assert check(lambda *given: LowRank.apply(given[0], (0.7,), *given[1:])[0], last)
+    beside = (leaf(7, 4), None, leaf(7, 3), leaf(3, 4))
+    both = (x, W, b, B, A, *beside)
+    assert check(lambda *given: LowRank.apply(given[0], (0.7, -2.0), *given[1:])[:2], both)
 
 
 def product(host: mg.Host, x: Tensor, *names: str) -> Tensor | None:

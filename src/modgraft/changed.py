@@ -196,7 +196,7 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        x: Tensor, scales: tuple[float, ...], *of: Tensor | None
+        x: Tensor, scales: tuple[float, ...], *of: Any
     ) -> tuple[Tensor, ...]:
         Ws, bs, Bs, As = (of[i::4] for i in range(4))
         X = x.reshape(-1, x.shape[-1])  # […, in] → [N, in]
@@ -263,8 +263,9 @@ def _thinly(G: Tensor, B: Tensor, hidden: Tensor, wants_B: bool) -> tuple[Tensor
     rows = max(1, CACHED // (G.shape[1] * G.element_size()))
     if len(G) <= 2 * rows:
         return G @ B, (hidden.T @ G).T
-    parts = [(g @ B, h.T @ g) for g, h in zip(G.split(rows), hidden.split(rows), strict=True)]
-    return torch.cat([p[0] for p in parts]), sum(p[1] for p in parts[1:]).add(parts[0][1]).T
+    pieces = zip(G.split(rows), hidden.split(rows), strict=True)
+    parts = [(g @ B, h.T @ g) for g, h in pieces]
+    return torch.cat([p[0] for p in parts]), torch.stack([p[1] for p in parts]).sum(0).T
 
 
 def _laid_out_as(weight: Tensor, new: Tensor) -> Tensor:
