@@ -50,6 +50,7 @@ class Indexer:
 
     def __init__(self, store: Store, settings: Settings, actions: Actions) -> None:
         self.store, self.settings, self.actions = store, settings, actions
+        self._sources: tuple[str | None, dict[str, Entry]] = ("", {})
 
     def run(self) -> Indexed:
         """Index what changed since the last time.
@@ -173,11 +174,16 @@ class Indexer:
 
     def sources(self) -> dict[str, Entry]:
         """The bibliography as the index keeps it, without reading its files."""
+        seen = self.store.fact("bibliographies")
+        if self._sources[0] == seen:
+            return self._sources[1]
         statement = "SELECT key, title, authors, year, url, abstract, file, line FROM sources"
-        return {
+        read = {
             row[0]: Entry(row[0], row[1], tuple(json.loads(row[2])), *row[3:])
             for row in self.store.rows(statement)
         }
+        self._sources = seen, read
+        return read
 
     def bibliography(self) -> Bibliography:
         """The same, with what is broken in it."""
@@ -357,9 +363,9 @@ def _insert(db: sqlite3.Connection, file: int, made: Rows) -> None:
         [(blocks + i, *words) for i, words in enumerate(made.block_words)],
     )
     db.executemany(
-        "INSERT INTO cites VALUES (?, ?, ?, ?, ?, ?)",
-        [(file, line, key, event(of), blocks + block, argument)
-         for line, key, of, block, argument in made.cites],
+        "INSERT INTO cites VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [(file, line, key, event(of), blocks + block, *flags)
+         for line, key, of, block, *flags in made.cites],
     )  # fmt: skip
 
 

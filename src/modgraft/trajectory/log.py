@@ -15,12 +15,15 @@ from modgraft.trajectory.actions import ACTIONS
 from modgraft.trajectory.configured import Settings, settings
 from modgraft.trajectory.indexing import Indexed, Indexer
 from modgraft.trajectory.query import Hit, Owed, Query
-from modgraft.trajectory.selecting import BLOCK, EVENT, Row, notes_named, row, select
+from modgraft.trajectory.selecting import BLOCK, EVENT, Row, blocks, notes_named, row, select
 from modgraft.trajectory.store import WAIT, CorruptIndexError, Store
+from modgraft.trajectory.times import span
 
 if TYPE_CHECKING:
+    from modgraft.trajectory.answer import Answer
     from modgraft.trajectory.bibliography import Bibliography
     from modgraft.trajectory.note import Note
+    from modgraft.trajectory.vectors import Vectors
 
 RANKS = ("skimmed", "digging", "full_read", "read")
 OWED = {"skimmed": "", "digging": "dig deeper", "full_read": "read in full", "read": ""}
@@ -33,7 +36,7 @@ class Log:
         log = Log.open("notes")
         log.index()                            # what changed since the last time
         log.query(actions="skim", status="full_read")
-        log.backlinks("pfeifferModularDeepLearning2023")
+        log.ask("what are my open questions?")
 
     What is returned was re-read from the notes: one that changed since it was indexed is indexed
     again first, and one that is gone is left out. New notes are seen by ``index()`` alone.
@@ -44,6 +47,7 @@ class Log:
         self.actions = ACTIONS.extended(settings.actions) if settings.actions else ACTIONS
         self.store = Store(settings.index, wait)
         self._indexer = Indexer(self.store, settings, self.actions)
+        self.vectors: Vectors | None = None
 
     @classmethod
     def open(
@@ -77,10 +81,15 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def index(self, *, anew: bool = False) -> Indexed:
-        """Bring the index up to date; ``anew`` builds it from nothing.
+    def index(self, *, anew: bool = False, vectors: bool | None = None) -> Indexed:
+        """Bring the index up to date.
+
+        Args:
+            anew: Build it from nothing.
+            vectors: Make vectors too, for free questions; left out, as the project says.
 
         Raises:
+            VectorsOffError: if vectors are asked for and their model is not installed.
             ModgraftError: if what was seen is not what was parsed and what is degraded.
             LockedIndexError: if another process keeps writing.
         """
@@ -89,10 +98,15 @@ class Log:
                 self.store.rebuild("is built anew, as was asked")
                 self.store.remarks.clear()
             try:
-                return self._indexer.run()
+                done = self._indexer.run()
             except CorruptIndexError as error:
                 self.store.rebuild(str(error))
-                return self._indexer.run()
+                done = self._indexer.run()
+        if self.settings.vectors if vectors is None else vectors:
+            from modgraft.trajectory.vectors import Vectors as Made
+
+            Made.of(self).update()
+        return done
 
     # -- queries -------------------------------------------------------------------------------
 
@@ -197,8 +211,21 @@ class Log:
         return self.query(actions="lesson_learned")
 
     def changed(self, since: str | date, until: str | date | None = None) -> list[Hit]:
-        """Every event that was written from ``since`` to the end of ``until``, in that order."""
-        return self.query(since=since, until=until)
+        """Every block that was written from ``since`` to the end of ``until``, in that order."""
+        first, last = span(since)[0], span(until)[1] if until is not None else "9999"
+        where = "blocks.at >= ? AND blocks.at <= ?"
+        return self.select(lambda: blocks(self.store, where, first, last))
+
+    def section(self, note: str, title: str) -> list[Hit]:
+        """The blocks of one section of a note, without its heading.
+
+        Raises:
+            UnknownNameError: if there is no such note.
+        """
+        self._ready()
+        (file, *_) = notes_named(self.store, note)
+        where = "blocks.file = ? AND blocks.section = ? COLLATE NOCASE AND kind != 'heading'"
+        return self.select(lambda: blocks(self.store, where, file, title))
 
     # -- notes and sources ---------------------------------------------------------------------
 
@@ -239,6 +266,20 @@ class Log:
             remedy = "Bring the index up to date: log.index()"
             raise MissingFileError("the note is gone", file=path, remedy=remedy) from error
         return parse(data, self._indexer.name(str(path)), self.actions)
+
+    def ask(self, question: str, *, today: date | None = None) -> Answer:
+        """An answer with the lines that support it, or the reason why there is none.
+
+        Args:
+            question: In plain English; `modgraft.trajectory.routes` says what is understood.
+            today: What "last week" is counted from; left out, this day.
+
+        Raises:
+            ModgraftError: a question without a word.
+        """
+        from modgraft.trajectory.ask import ask
+
+        return ask(self, question, today or date.today())
 
 
 def _with_text(hit: Hit, lines: list[bytes]) -> Hit:

@@ -45,9 +45,11 @@ class Hit:
     """An event or a block that was found: where, and its text as it stands in the file.
 
     ``line`` to ``end_line`` are 1-based; ``text`` is those lines, read again from the file.
-    ``action`` is empty for a block that is no event. ``when`` is ISO text, ``when_from`` where it
-    was read: ``git``, ``note``, ``name`` or ``file``. ``keys`` are the citations, those among the
-    arguments first. ``score`` is better when larger, 0 where nothing was ranked.
+    Of a block that is no event, ``action``, ``arguments``, ``result`` and ``status`` are those of
+    the event that it hangs under, empty without one; ``event_line`` is where that stands. ``when``
+    is ISO text, ``when_from`` where it was read: ``git``, ``note``, ``name`` or ``file``. ``keys``
+    are the citations, those among the arguments first. ``score`` is better when larger, 0 where
+    nothing was ranked.
     """
 
     note: str
@@ -63,6 +65,12 @@ class Hit:
     keys: tuple[str, ...] = ()
     score: float = 0.0
     section: str = ""
+    event_line: int | None = None
+
+    @property
+    def is_event(self) -> bool:
+        """Whether an event stands in its first line."""
+        return self.event_line == self.line
 
     @property
     def quote(self) -> str:

@@ -121,7 +121,8 @@ def _add_citations(made: Rows, note: Note, starts: list[int]) -> None:
     for citation, event in zip(found, innermost, strict=True):
         block = max(bisect_left(starts, citation.start + 1) - 1, 0)
         argument = int(event is not None and (event, citation.key) in arguments)
-        made.cites.append((citation.line, citation.key, event, block, argument))
+        marked = int(citation.written_with_at)
+        made.cites.append((citation.line, citation.key, event, block, argument, marked))
 
 
 def _titles(keys: Iterable[str], sources: Mapping[str, Entry]) -> Iterator[str]:

@@ -21,12 +21,12 @@ STATUSES = ("skimmed", "digging", "full_read", "read", "open", "answered")
 
 EVENT = (
     "files.note, files.path, files.digest, events.line, events.end_line, action, arguments, result,"
-    " status, events.at, events.at_from, events.keys, events.section"
+    " status, events.at, events.at_from, events.keys, events.section, events.line"
 )
 BLOCK = (
     "files.note, files.path, files.digest, blocks.line, blocks.end_line, events.action, "
     "events.arguments, events.result, events.status, blocks.at, blocks.at_from, events.keys, "
-    "blocks.section"
+    "blocks.section, events.line"
 )
 
 
@@ -41,15 +41,22 @@ class Row:
 
 def row(values: tuple[Any, ...], score: float = 0.0) -> Row:
     """The row of ``EVENT``'s or ``BLOCK``'s columns."""
-    note, path, digest, line, end, action, arguments, result, status, at, at_from, keys, sec = (
-        values
-    )
-    cited = tuple((keys or "").split())
+    note, path, digest, line, end, action, arguments, result, status, at, at_from = values[:11]
+    keys, section, event_line = values[11:]
     hit = Hit(
         note, line, end, action or "", arguments, result, status or "", "", at, at_from,
-        cited, score, sec or "",
+        tuple((keys or "").split()), score, section or "", event_line,
     )  # fmt: skip
     return Row(path, digest, hit)
+
+
+def blocks(store: Store, where: str, *values: Any) -> list[Row]:
+    """Blocks by a condition on ``blocks`` and ``files``, in the order of time and place."""
+    statement = (
+        f"SELECT {BLOCK} FROM blocks JOIN files ON files.id = blocks.file LEFT JOIN events ON "  # noqa: S608
+        f"events.id = blocks.event WHERE {where} ORDER BY blocks.at, files.note, blocks.line"
+    )
+    return [row(r) for r in store.rows(statement, *values)]
 
 
 def match(text: str) -> str:
@@ -75,15 +82,15 @@ def select(store: Store, query: Query, actions: Actions) -> list[Row]:
         UnknownNameError: An action, a note or a status that there is not.
         ModgraftError: A time or a text that cannot be read.
     """
-    blocks = bool(query.text) and not query.actions and not query.status
-    table = "blocks" if blocks else "events"
+    lines = bool(query.text) and not query.actions and not query.status
+    table = "blocks" if lines else "events"
     where, values = _conditions(store, query, actions, table)
     joins = [f"{table} JOIN files ON files.id = {table}.file"]
-    if blocks:
+    if lines:
         joins.append("LEFT JOIN events ON events.id = blocks.event")
     score = "0.0"
     if query.text:
-        words = "block_words" if blocks else "event_words"
+        words = "block_words" if lines else "event_words"
         joins.append(f"JOIN {words} ON {words}.rowid = {table}.id")
         where.append(f"{words} MATCH ?")
         values.append(f"text : ({match(query.text)})")
@@ -94,7 +101,7 @@ def select(store: Store, query: Query, actions: Actions) -> list[Row]:
     elif query.text:
         order = f"score DESC, {order}"
     statement = (
-        f"SELECT {BLOCK if blocks else EVENT}, {score} AS score FROM {' '.join(joins)} "  # noqa: S608
+        f"SELECT {BLOCK if lines else EVENT}, {score} AS score FROM {' '.join(joins)} "  # noqa: S608
         f"WHERE {' AND '.join(where) or '1'} ORDER BY {order} LIMIT ? OFFSET ?"
     )
     values += [-1 if query.limit is None else query.limit, query.offset]

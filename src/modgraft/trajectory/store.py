@@ -35,7 +35,7 @@ CREATE TABLE events (id INTEGER PRIMARY KEY, file INTEGER, line INTEGER, end_lin
     action TEXT, written TEXT, arguments TEXT, result TEXT, status TEXT, section TEXT,
     depth INTEGER, at TEXT, at_from TEXT, keys TEXT, said INTEGER);
 CREATE TABLE cites (file INTEGER, line INTEGER, key TEXT, event INTEGER, block INTEGER,
-    argument INTEGER);
+    argument INTEGER, marked INTEGER);
 CREATE TABLE sources (key TEXT PRIMARY KEY, title TEXT, authors TEXT, year TEXT, url TEXT,
     abstract TEXT, file TEXT, line INTEGER);
 CREATE TABLE broken (file TEXT, line INTEGER, reason TEXT);

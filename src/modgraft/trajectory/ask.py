@@ -1,0 +1,63 @@
+"""Asking the log: take the question apart, find who answers it, verify, and perhaps phrase it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from typing import TYPE_CHECKING
+
+from modgraft.errors import ModgraftError
+from modgraft.trajectory import backlink, free, structured, temporal
+from modgraft.trajectory.answer import Answer
+from modgraft.trajectory.asked import take_apart
+from modgraft.trajectory.asking import Asking
+from modgraft.trajectory.routes import route
+from modgraft.trajectory.verify import verified
+
+if TYPE_CHECKING:
+    from modgraft.trajectory.log import Log
+
+HANDLERS: dict[str, Callable[[Asking], Answer]] = {
+    "run": structured.run,
+    "queue": structured.queue,
+    "unresolved": backlink.unresolved,
+    "when": temporal.when,
+    "cites": backlink.cites,
+    "quoted": backlink.quoted,
+    "status": backlink.status,
+    "said": backlink.said,
+    "section": structured.section,
+    "tally": structured.tally,
+    "notes": structured.notes,
+    "mentions": structured.mentions,
+    "events": structured.events,
+    "changed": temporal.changed,
+    "free": free.free,
+}
+
+
+def ask(log: Log, question: str, today: date) -> Answer:
+    """The answer to a question; see `Log.ask`."""
+    if not any(c.isalnum() for c in question):
+        raise ModgraftError(
+            f"{question!r} is no question; ask, for example: what are my open questions?"
+        )
+    notes = log.notes()
+    cited = [key for (key,) in log.store.rows("SELECT DISTINCT key FROM cites")]
+    own = log.settings.actions
+    asked = take_apart(question, notes, log.bibliography.entries, cited, today, own)
+    row = route(asked)
+    asking = Asking(log, asked, row.kind)
+    if asked.titled and asked.key not in cited and row.name != "free":
+        # The bibliography alone has it as a title: the notes may speak of it without citing it.
+        answer = free.free(Asking(log, replace(asked, key=None), "free"))
+        answer = HANDLERS[row.name](asking) if answer.refused else answer
+    else:
+        answer = HANDLERS[row.name](asking)
+    answer = verified(log, answer)
+    if log.settings.endpoint and answer.refused is None and answer.evidence:
+        from modgraft.trajectory.phrase import phrased
+
+        answer = verified(log, phrased(answer, log.settings.endpoint, log.settings.model))
+    return answer

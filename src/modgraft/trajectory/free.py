@@ -1,0 +1,205 @@
+"""Free questions: the lines that fit best, by words and, where there are vectors, by meaning.
+
+The two orders are fused by reciprocal rank, 1/(60 + rank) (Cormack et al. 2009). A question is
+refused where no line carries enough of it: each of its words weighs by how rare it is in the log,
+and a name or number that occurs nowhere cannot be answered about.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from modgraft.trajectory import why
+from modgraft.trajectory.answer import Answer
+from modgraft.trajectory.asking import Asking, line_of, place
+from modgraft.trajectory.lexicon import content_words
+from modgraft.trajectory.query import Hit
+from modgraft.trajectory.rows import searchable
+from modgraft.trajectory.selecting import BLOCK, Row, notes_named, row
+
+LINES = 5
+"""Lines that a free answer shows."""
+POOL = 50
+"""Blocks that each of the two orders proposes."""
+FUSION = 60
+ENOUGH = 0.55
+"""The share of a question's weight that one block must hold, in its words or those above it."""
+ALIKE = 0.45
+"""The cosine from which a block supports a question by its meaning, if it shares a word with it."""
+CONTEXT = 0.5
+"""The weight of the words above a block beside its own."""
+UNKNOWN = 2.5
+"""The weight of a plain word that is in no line: what it means may be said by another."""
+
+_ALNUM = re.compile(r"[^\W_]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A word of a question, as FTS5 looks for it, and how much it weighs."""
+
+    word: str
+    match: str
+    weight: float
+    blocks: int
+
+
+def free(asking: Asking) -> Answer:
+    """The lines that support an answer, or why there are none."""
+    words = content_words(_rest(asking))
+    terms = weighed(asking, words)
+    if not terms:
+        return asking.refuse("the question holds no word to look for")
+    unknown = [t for t in terms if not t.blocks]
+    names = [t.word for t in unknown if is_name(t.word, asking.asked.question)]
+    if names or len(unknown) == len(terms):
+        asked_for = " or ".join(repr(w) for w in names or [t.word for t in unknown])
+        return asking.refuse(f"no line of the {len(asking.log.notes())} notes mentions {asked_for}")
+    similar = _by_meaning(asking)
+    ranked = fused(asking, terms, similar)
+    hits = asking.log.select(lambda: _rows(asking, ranked))
+    hits = _once(hits)[:LINES]
+    if not hits:
+        return why.nothing(asking)
+    coverage = max(covered(asking, [i for i, _ in ranked], terms).values(), default=0.0)
+    alike = max((similar.get(i, 0.0) for i, _ in ranked), default=0.0)
+    if coverage < ENOUGH and alike < ALIKE:
+        missing = ", ".join(repr(t.word) for t in sorted(terms, key=lambda t: -t.weight)[:3])
+        reason = f"no line says enough about {missing} together; the nearest is {place(hits[0])}"
+        return asking.refuse(reason, map(line_of, hits[:2]))
+    return asking.answer(_text(hits), map(line_of, hits))
+
+
+def _text(hits: Sequence[Hit]) -> str:
+    first = hits[0]
+    under = f", under {first.action}({first.arguments})" if first.action and first.arguments else ""
+    more = f"; {len(hits) - 1} more lines fit" if len(hits) > 1 else ""
+    return f"{place(first)}{under}: {first.quote.strip().lstrip('-*+ ')}{more}"
+
+
+def _rest(asking: Asking) -> str:
+    """The question without its time and its note, which are conditions and not words."""
+    asked = asking.asked
+    text = asked.question
+    if asked.moment is not None:
+        text = text.replace(asked.moment.words, " ")
+    return text
+
+
+def weighed(asking: Asking, words: Sequence[str]) -> list[Term]:
+    """The words with their weights: the rarer in the log's blocks, the heavier."""
+    rows = asking.log.store.rows
+    (total,) = rows("SELECT count(*) FROM blocks")[0]
+    terms: dict[str, Term] = {}
+    for word in words:
+        parts = _ALNUM.findall(searchable(word))
+        if not parts:
+            continue
+        match = f'"{" ".join(parts)}"'
+        (count,) = rows("SELECT count(*) FROM block_words WHERE block_words MATCH ?", match)[0]
+        weight = math.log(1 + (total - count + 0.5) / (count + 0.5)) if count else UNKNOWN
+        terms.setdefault(match.lower(), Term(word, match, weight, count))
+    return list(terms.values())
+
+
+def is_name(word: str, question: str) -> bool:
+    """Whether a word is a name or a number, which a line that answers would hold as it is."""
+    if any(c.isdigit() for c in word) or any(c.isupper() for c in word[1:]):
+        return True
+    first = question.split()[0].strip("\"'`(") if question.split() else ""
+    return word[:1].isupper() and word != first
+
+
+def fused(
+    asking: Asking, terms: Sequence[Term], similar: dict[int, float]
+) -> list[tuple[int, float]]:
+    """Block ids by reciprocal rank in both orders, the best first."""
+    where, values = _conditions(asking)
+    known = [t.match for t in terms if t.blocks]
+    statement = (
+        "SELECT blocks.id FROM block_words JOIN blocks ON blocks.id = block_words.rowid "  # noqa: S608
+        f"WHERE block_words MATCH ? AND kind != 'heading'{where} "
+        f"ORDER BY bm25(block_words, 1.0, {CONTEXT}) LIMIT {POOL}"
+    )
+    order = [i for (i,) in asking.log.store.rows(statement, " OR ".join(known), *values)]
+    near = sorted(similar, key=lambda i: -similar[i])[:POOL]
+    held = covered(asking, list({*order, *near}), terms)
+    by_words = sorted(order, key=lambda i: -held.get(i, 0.0))
+    score: dict[int, float] = {}
+    for ranks in (order, by_words, near):
+        for rank, block in enumerate(ranks):
+            score[block] = score.get(block, 0.0) + 1 / (FUSION + rank)
+    return sorted(score.items(), key=lambda pair: -pair[1])
+
+
+def covered(asking: Asking, blocks: Sequence[int], terms: Sequence[Term]) -> dict[int, float]:
+    """The share of the question's weight that each block holds, in its words or those above it."""
+    whole = sum(t.weight for t in terms)
+    held = dict.fromkeys(blocks, 0.0)
+    ids = ", ".join(map(str, blocks))
+    for term in terms:
+        statement = f"SELECT rowid FROM block_words WHERE block_words MATCH ? AND rowid IN ({ids})"  # noqa: S608
+        own = {i for (i,) in asking.log.store.rows(statement, f"text : {term.match}")}
+        both = {i for (i,) in asking.log.store.rows(statement, term.match)}
+        for block in own | both:
+            held[block] += term.weight * (1.0 if block in own else 0.75)
+    return {block: weight / whole for block, weight in held.items()}
+
+
+def _conditions(asking: Asking) -> tuple[str, list[object]]:
+    asked = asking.asked
+    where, values = "", list[object]()
+    if asked.note is not None:
+        ids = notes_named(asking.log.store, asked.note)
+        where += f" AND blocks.file IN ({', '.join('?' * len(ids))})"
+        values += ids
+    if asked.since is not None:
+        where += " AND blocks.at >= ?"
+        values.append(asked.since)
+    if asked.until is not None:
+        where += " AND blocks.at <= ?"
+        values.append(asked.until)
+    return where, values
+
+
+def _rows(asking: Asking, ranked: Sequence[tuple[int, float]]) -> list[Row]:
+    scores = dict(ranked[: 4 * LINES])
+    ids = ", ".join(map(str, scores))
+    statement = (
+        f"SELECT {BLOCK}, blocks.id FROM blocks JOIN files ON files.id = blocks.file "  # noqa: S608
+        f"LEFT JOIN events ON events.id = blocks.event WHERE blocks.id IN ({ids})"
+    )
+    found = [row(r[:-1], scores[r[-1]]) for r in asking.log.store.rows(statement)]
+    return sorted(found, key=lambda r: -r.hit.score)
+
+
+def _by_meaning(asking: Asking) -> dict[int, float]:
+    """Cosines of the blocks nearest to the question; empty where vectors are off, which is said."""
+    from modgraft.trajectory.vectors import Vectors, VectorsOffError
+
+    try:
+        vectors = Vectors.of(asking.log)
+        found = vectors.nearest(asking.asked.question, POOL)
+    except VectorsOffError as error:
+        asking.remarks.append(str(error))
+        return {}
+    if vectors.missing:
+        asking.remarks.append(f"{vectors.missing} blocks have no vector yet; index with vectors")
+    where, values = _conditions(asking)
+    if where and found:
+        ids = ", ".join(map(str, found))
+        statement = f"SELECT id FROM blocks WHERE id IN ({ids}){where}"  # noqa: S608
+        kept = {i for (i,) in asking.log.store.rows(statement, *values)}
+        found = {i: cosine for i, cosine in found.items() if i in kept}
+    return found
+
+
+def _once(hits: Sequence[Hit]) -> list[Hit]:
+    """Each text once: a draft and its note share lines."""
+    kept: dict[str, Hit] = {}
+    for hit in hits:
+        kept.setdefault(" ".join(hit.text.split()), hit)
+    return [replace(h) for h in kept.values()]

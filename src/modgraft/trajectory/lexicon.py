@@ -1,0 +1,78 @@
+"""The words of questions: which name an action, and which say nothing of what is looked for."""
+
+from __future__ import annotations
+
+import re
+
+#: words that name an action → the action, and the status where they say one; longer ones first
+WORDS: tuple[tuple[str, str, str], ...] = (
+    (r"full(?:y)?[ _-]?read(?:ing)?|read(?:ing)? in full", "skim", "full_read"),
+    (r"dig(?:ging)?(?: deeper| into)?|dug(?: into)?", "skim", "digging"),
+    (r"skim(?:s|med|ming)?", "skim", ""),
+    (r"(?:open|unanswered|unresolved) questions?", "question", "open"),
+    (r"questions? (?:is|are|remain|that are|still) (?:\w+ )?(?:open|unanswered)",
+     "question", "open"),
+    (r"answered questions?|questions? (?:is|are|were|have been) answered", "question", "answered"),
+    (r"questions? (?:did|have) i answer(?:ed)?", "question", "answered"),
+    (r"questions?", "question", ""),
+    (r"lessons?(?: learn(?:ed|t))?|learn(?:ed|t)?(?! more)", "lesson_learned", ""),
+    (r"eurekas?|ideas? (?:did|do|have) i|my ideas?", "eureka", ""),
+    (r"hypothes[ie]s|hypothesi[sz](?:e|ed|ing)", "hypothesize", ""),
+    (r"soliloqu(?:y|ies)|thinking aloud", "soliloquy", ""),
+    (r"critiques?|critici[sz]ed?", "critique", ""),
+    (r"interrupt(?:s|ed|ion|ions)?|distract(?:s|ed|ion|ions)?", "interrupt", ""),
+    (r"calculat(?:e|ed|ion|ions)", "calculate", ""),
+    (r"ask(?:ed)? chatgpt|(?:conversations?|chats?) with chatgpt", "ChatGPT", ""),
+    (r"ask(?:ed)? bing(?:chat)?|(?:conversations?|chats?) with bing(?:chat)?", "BingChat", ""),
+    (r"blog(?:s|ged)?(?: posts?)?", "blog", ""),
+    (r"github issues?", "file_github_issue", ""),
+    (r"(?:write|wrote|written) (?:in |as )?code|code (?:did|have) i|(?:i|me) code|coded",
+     "code", ""),
+    (r"(?:have|did|had) i (?:already |ever )?read|i (?:have |did )?read|read by me", "read", ""),
+)  # fmt: skip
+
+_STOP = """
+a about above after again against all already also am an and any anything are aren't as at be
+because been before being below between both but by can can't cannot could couldn't did didn't do
+does doesn't doing don't done down during each else ever every few find for from further get give
+gives go going got had has hasn't have haven't having he her here hers him his how however i i'd
+i'll i'm i've if in into is isn't it it's its itself just know last latest let like list made make
+makes many may me mean means might more most much must my myself need never no nor not nothing now
+of off on once one only or other our ours out over own please recent recently really regarding
+same say saying says said she should show so some something still such take tell than that that's
+the their theirs them then there there's these they thing things this those though through to told
+too toward under until up upon us use used using very want was wasn't way we were what what's
+whatever when where whether which while who whom whose why will with within without won't would
+write writes writing written wrote yes yet you your yours
+
+note notes noted log logged paper papers source sources think thinks thinking thought thoughts
+opinion opinions comment comments view views mention mentions mentioned mentioning recorded record
+entry entries article articles per
+"""
+STOP = frozenset(_STOP.split())
+"""Words that are in no query: those without a content, and those that only ask the log."""
+
+_GENERIC = """
+marked mark flagged flag judged decided left remain remaining total altogether session time times
+happened happen work worked worth answered answer unanswered name names titles title date dates far
+currently asked ask asking kind came come learned learn learnt piece pieces idea ideas post posts
+"""
+GENERIC = frozenset(_GENERIC.split())
+"""Words that ask for events without saying what these are about."""
+
+_TOKEN = re.compile(r"[^\W_]+(?:[.'’-][^\W_]+)*")
+
+
+def tokens(text: str) -> list[str]:
+    """The words of a text; ``gpt3.5`` and ``co-occurrence`` are one each."""
+    return _TOKEN.findall(text)
+
+
+def content_words(text: str) -> list[str]:
+    """The words of a text that say what it is about."""
+    return [token for token in tokens(text) if not is_stop(token)]
+
+
+def is_stop(token: str) -> bool:
+    """Whether a word says nothing of what is looked for."""
+    return token.lower().replace("’", "'").removesuffix("'s") in STOP
