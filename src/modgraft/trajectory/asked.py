@@ -82,9 +82,10 @@ def take_apart(
         key, plain = naming.source(plain, question, sources, cited)
     for pattern, said in zip((_COUNTS, _NEWEST, _OLDEST), forms, strict=True):
         plain = pattern.sub(" ", plain) if said else plain
+    counts, newest, oldest = forms
     return Asked(
-        question, tuple(content_words(plain)), moment, note, key, unknown, found, status, *forms,
-        titled and key is not None,
+        question, tuple(content_words(plain)), moment, note, key, unknown, found, status,
+        counts, newest, oldest, titled and key is not None,
     )  # fmt: skip
 
 

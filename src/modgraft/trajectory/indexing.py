@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from modgraft.trajectory.store import Store
 
 
+STALE = "UPDATE files SET mtime = 0"
+"""A file of that time is read again, by this process or by the next if this one is killed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Indexed:
     """What an indexing saw and did; ``problems`` are one line each, with file and line."""
@@ -63,15 +67,15 @@ class Indexer:
         found = walk(self.settings.folders)
         problems = [*found.problems, *self.store.remarks]
         self.store.remarks.clear()
-        again = self._bibliography(found, problems)
-        again |= self._history(problems)
+        self._table_of_actions()
+        self._bibliography(found, problems)
+        self._history(problems)
         sources = self.sources()
         known = self._known()
-        everything = self.store.fact("actions") != repr(self.actions.rows)
         changed, gone = 0, set()
         for file in found.notes:
             before = known.pop(file.path, None)
-            if before == file.stamp and not everything and file.path not in again:
+            if before == file.stamp:
                 continue
             kept = self.write(file.path, sources)
             changed += kept
@@ -80,7 +84,6 @@ class Indexer:
                 problems.append(f"{file.path}:1: warning deleted while it was read")
         for path in known:
             self.remove(path)
-        self._note("actions", repr(self.actions.rows))
         return self._counted(found, gone, changed, len(known), problems, began)
 
     def _counted(
@@ -170,6 +173,14 @@ class Indexer:
         with self.store.transaction() as db:
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
+    def _table_of_actions(self) -> None:
+        """Another table of actions is another reading of every note."""
+        table = repr(self.actions.rows)
+        if self.store.fact("actions") != table:
+            with self.store.transaction() as db:
+                db.execute(STALE)
+                db.execute("INSERT OR REPLACE INTO facts VALUES ('actions', ?)", (table,))
+
     # -- the bibliography ----------------------------------------------------------------------
 
     def sources(self) -> dict[str, Entry]:
@@ -190,24 +201,23 @@ class Indexer:
         broken = self.store.rows("SELECT file, line, reason FROM broken")
         return Bibliography(self.sources(), tuple(Broken(*row) for row in broken))
 
-    def _bibliography(self, found: Found, problems: list[str]) -> set[str]:
-        """Read it where it changed; the notes that cite what changed in it."""
+    def _bibliography(self, found: Found, problems: list[str]) -> None:
+        """Read it where it changed."""
         named = self.settings.bibliography
         files = found.bibliographies if named is None else [_file(path) for path in named]
         seen = json.dumps([(file.path, file.stamp) for file in files])
-        again: set[str] = set()
         if seen != self.store.fact("bibliographies"):
             try:
                 read = Bibliography.read([file.path for file in files])
             except OSError as error:
                 problems.append(f"{error.filename}:1: error bibliography {error.strerror}")
-                return again
-            again = self._store_sources(read, seen)
+                return
+            self._store_sources(read, seen)
         rows = self.store.rows("SELECT file, line, reason FROM broken ORDER BY file, line")
         problems += [f"{file}:{line}: warning bibliography {why}" for file, line, why in rows]
-        return again
 
-    def _store_sources(self, read: Bibliography, seen: str) -> set[str]:
+    def _store_sources(self, read: Bibliography, seen: str) -> None:
+        """Keep what was read; notes that cite what changed in it are to be read again."""
         old = self.sources()
         keys = {k for k in {*old, *read.entries} if old.get(k) != read.entries.get(k)}
         with self.store.transaction() as db:
@@ -222,17 +232,14 @@ class Indexer:
             broken = [(b.file, b.line, b.reason) for b in read.broken]
             db.executemany("INSERT INTO broken VALUES (?, ?, ?)", broken)
             db.execute("INSERT OR REPLACE INTO facts VALUES ('bibliographies', ?)", (seen,))
-        shown = {k for k in keys if not _same_words(old.get(k), read.entries.get(k))}
-        citing = self.store.rows(
-            "SELECT DISTINCT path, key FROM cites JOIN files ON files.id = cites.file"
-        )
-        return {path for path, key in citing if key in shown}
+            shown = [(k,) for k in keys if not _same_words(old.get(k), read.entries.get(k))]
+            citing = "SELECT file FROM cites WHERE key = ?"
+            db.executemany(f"{STALE} WHERE id IN ({citing})", shown)
 
     # -- time ----------------------------------------------------------------------------------
 
-    def _history(self, problems: list[str]) -> set[str]:
-        """Read the commits since the last time; the notes that they touch."""
-        touched: set[str] = set()
+    def _history(self, problems: list[str]) -> None:
+        """Read the commits since the last time."""
         repositories: dict[Path, list[Path]] = {}
         for folder in self.settings.folders:
             real = folder.resolve()
@@ -241,16 +248,16 @@ class Indexer:
                 repositories.setdefault(root, []).append(real)
         for root, folders in repositories.items():
             try:
-                touched |= self._read_commits(root, folders)
+                self._read_commits(root, folders)
             except when.GitError as error:
                 problems.append(f"{root}:1: warning git {error}; times come from notes and files")
-        return touched
 
-    def _read_commits(self, root: Path, folders: list[Path]) -> set[str]:
+    def _read_commits(self, root: Path, folders: list[Path]) -> None:
+        """Keep when lines were written; notes that a commit touched are to be read again."""
         fact = f"git {root} {' '.join(map(str, folders))}"
         new, old = when.head(root), self.store.fact(fact)
         if new is None or new == old:
-            return set()
+            return
         rewritten = old is not None and not when.follows(root, old)
         tracked: dict[str, int] = {}
         with self.store.transaction() as db:
@@ -272,10 +279,9 @@ class Indexer:
                     values = (tracked[path], line.line, line.at)
                     db.execute("INSERT OR IGNORE INTO written VALUES (?, ?, ?)", values)
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (fact, new))
-        if rewritten:
-            return {path for (path,) in self.store.rows("SELECT path FROM files")}
-        real = {os.path.realpath(f): str(f) for f in self.settings.folders}
-        return {_seen_as(path, real) for path in tracked}
+            real = {os.path.realpath(f): str(f) for f in self.settings.folders}
+            touched = [(_seen_as(path, real),) for path in tracked]
+            db.execute(STALE) if rewritten else db.executemany(f"{STALE} WHERE path = ?", touched)
 
     def _clock(self, path: str, note: Note, mtime: float) -> Callable[[int], tuple[str, str]]:
         """Says when a line of this note was written, and where that was read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -39,7 +40,8 @@ class Log:
         log.ask("what are my open questions?")
 
     What is returned was re-read from the notes: one that changed since it was indexed is indexed
-    again first, and one that is gone is left out. New notes are seen by ``index()`` alone.
+    again first, and one that is gone is left out. New notes are seen by ``index()`` alone; a log
+    that was never indexed is when it is first asked. ``indexed`` is what the last indexing did.
     """
 
     def __init__(self, settings: Settings, wait: float = WAIT) -> None:
@@ -48,6 +50,7 @@ class Log:
         self.store = Store(settings.index, wait)
         self._indexer = Indexer(self.store, settings, self.actions)
         self.vectors: Vectors | None = None
+        self.indexed: Indexed | None = None
 
     @classmethod
     def open(
@@ -102,6 +105,7 @@ class Log:
             except CorruptIndexError as error:
                 self.store.rebuild(str(error))
                 done = self._indexer.run()
+            self.indexed = done
         if self.settings.vectors if vectors is None else vectors:
             from modgraft.trajectory.vectors import Vectors as Made
 
@@ -139,9 +143,14 @@ class Log:
         try:
             return ask()
         except CorruptIndexError as error:
-            self.store.rebuild(str(error))
-            self._indexer.run()
+            self._recover(error)
             return ask()
+
+    def _recover(self, error: CorruptIndexError) -> None:
+        """Build the index again from the notes; who only asked is told by a warning."""
+        warnings.warn(f"{self.store.path}: the index {error}", stacklevel=4)
+        self.store.rebuild(str(error))
+        self.index(vectors=False)
 
     def _reread(self, found: list[Row]) -> tuple[dict[str, list[bytes]], set[str]]:
         """The lines of the notes that are as they were indexed, and the notes that are not."""
@@ -160,10 +169,9 @@ class Log:
     def _ready(self) -> None:
         try:
             if self.store.fact("indexed") is None:
-                self._indexer.run()
+                self.index(vectors=False)
         except CorruptIndexError as error:
-            self.store.rebuild(str(error))
-            self._indexer.run()
+            self._recover(error)
 
     def backlinks(self, key: str) -> list[Hit]:
         """Every line that cites ``key``, each with the event that it belongs to."""
@@ -279,7 +287,11 @@ class Log:
         """
         from modgraft.trajectory.ask import ask
 
-        return ask(self, question, today or date.today())
+        try:
+            return ask(self, question, today or date.today())
+        except CorruptIndexError as error:
+            self._recover(error)
+            return ask(self, question, today or date.today())
 
 
 def _with_text(hit: Hit, lines: list[bytes]) -> Hit:
