@@ -45,7 +45,7 @@ def test_what_is_no_event(text: str) -> None:
 @pytest.mark.parametrize(
     ("written", "action"),
     [
-        ("Read", "read"), ("retrieve", "skim"), ("SKIM", "skim"), ("chatgpt", "ChatGPT"),
+        ("Read", "read"), ("Retrieve", "retrieve"), ("SKIM", "skim"), ("chatgpt", "ChatGPT"),
         ("lesson learned", "lesson_learned"), ("context_switch_to", "context_switch_to"),
     ],
 )  # fmt: skip

@@ -7,17 +7,18 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_notes import NOTES, needs_notes
+from real_notes import NOTES, needs_notes, notes
 
 from modgraft import ModgraftError
 from modgraft.errors import MissingFileError, UnknownNameError
-from modgraft.trajectory import Diagnostic, parse
+from modgraft.trajectory import Bibliography, Diagnostic, Entry, parse
 from modgraft.trajectory.calculate import CalculationError, agrees, calculate
-from modgraft.trajectory.check import apply_fixes, check
+from modgraft.trajectory.check import apply_fixes, check, check_note
 from modgraft.trajectory.mojibake import mojibake
 
+SMITH = Entry("smithThing2020", "A Thing", ("Ann Smith",), "2020", "", "", "papers.bib", 1)
 BIB = """@article{smithThing2020,
   title = {A Thing},
   author = {Smith, Ann},
@@ -112,6 +113,27 @@ def test_a_link_may_be_relative_to_the_project(folder: Path) -> None:
     (folder / "log" / "deep").mkdir(parents=True)
     (folder / "log" / "deep" / "n.md").write_text("- [s](src) [l](deep) [x](none)\n")
     assert [one.message for one in check(folder / "log")] == ["there is no file none"]
+
+
+@given(notes())
+@settings(max_examples=150, deadline=None)
+def test_every_fix_leaves_less_to_fix(data: bytes) -> None:
+    known = Bibliography({"smithThing2020": SMITH, "abcDefgh2010": SMITH})
+
+    def found(data: bytes) -> list[Diagnostic]:
+        return [one for one in check_note(parse(data), Path("n.md"), known) if one.fix]
+
+    problems = found(data)
+    for _ in range(40):  # an unknown action hides what is wrong inside it
+        if not problems:
+            return
+        fix = problems[0].fix
+        assert fix is not None
+        before = data
+        data = data[: fix.start] + fix.replacement + data[fix.end :]
+        assert data != before
+        problems = found(data)
+    raise AssertionError(f"{problems[0]} comes back")
 
 
 def test_a_link_stays_a_link(folder: Path) -> None:

@@ -26,8 +26,11 @@ class Action:
 
 
 _ROWS = (
-    Action("skim", "is this source worth my time?", ("retrieve", "skimmed")),
+    Action("skim", "is this source worth my time?"),
     Action("read", "study it"),
+    # The oldest notes call a source to mind so; newer ones just cite it. It is no skim: it says
+    # nothing of whether the source was looked at.
+    Action("retrieve", "a source called to mind; now written @key"),
     Action("code", "something was written"),
     Action("question", "something to find out"),
     Action("eureka", "an idea"),
