@@ -21,12 +21,12 @@ from mcp import Client, MCPError, StdioServerParameters
 
 FIRST = "2024-05-03_first.md"
 READING = {
-    "query", "backlinks", "reading_queue", "open_questions", "lessons", "changed", "note",
+    "ask", "query", "backlinks", "reading_queue", "open_questions", "lessons", "changed", "note",
     "check",
 }  # fmt: skip
 SERVER = (
     "import sys; from modgraft.trajectory import Log; from modgraft.trajectory.mcp_server import "
-    "serve; serve(Log.open(sys.argv[1], index=sys.argv[2]), write='--write' in sys.argv)"
+    "serve; serve(Log.open(sys.argv[1], index=sys.argv[2]))"
 )
 
 
@@ -44,13 +44,15 @@ class Assistant:
         return result.structured_content
 
 
+COMMAND = "import modgraft.cli; modgraft.cli.entry()"
+
+
 @contextmanager
-def assistant(folder: Path, index: Path, *options: str) -> Iterator[Assistant]:
-    """A server process over `folder`, and a client of it."""
-    arguments = ["-c", SERVER, str(folder), str(index), *options]
+def assistant(*arguments: object) -> Iterator[Assistant]:
+    """A server process, and a client of it; `arguments` are Python's."""
     # The client passes little of its environment on; the server is the package under test.
     ours = {"PYTHONPATH": str(Path(modgraft.__file__).parents[1])}
-    server = StdioServerParameters(command=sys.executable, args=arguments, env=ours)
+    server = StdioServerParameters(command=sys.executable, args=list(map(str, arguments)), env=ours)
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(Client(server)) as client,
@@ -65,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asked(folder: Path) -> Iterator[Assistant]:
-    with assistant(folder, folder.parent / "index.sqlite") as made:
+    with assistant("-c", SERVER, folder, folder.parent / "index.sqlite") as made:
         yield made
 
 
@@ -117,6 +119,17 @@ def test_backlinks_queue_questions_lessons_and_changes(asked: Assistant) -> None
     assert {each["file"] for each in may} == {FIRST}
 
 
+def test_an_answer_has_its_lines_and_a_refusal_its_reason(asked: Assistant) -> None:
+    answer = asked.tool("ask", question="Which questions are open?")
+    assert answer["refused"] is None
+    lines = NOTE.splitlines()
+    assert all(lines[each["line"] - 1] == each["text"] for each in answer["evidence"])
+    assert "who picks the module?" in " ".join(each["text"] for each in answer["evidence"])
+    refused = asked.tool("ask", question="What did I conclude about the price of tin in Peru?")
+    assert refused["refused"]
+    assert refused["evidence"] == []
+
+
 def test_a_note_is_read_whole_or_in_part(asked: Assistant) -> None:
     whole = asked.tool("note", name=FIRST)
     assert whole["text"].rstrip("\n") == NOTE.rstrip("\n")
@@ -148,7 +161,7 @@ def test_notes_are_resources(asked: Assistant) -> None:
         ("query", {"limit": 0}, "greater than or equal to 1"),
         ("note", {"name": "nothing"}, "there are"),
         ("note", {"name": FIRST, "first_line": 999}, "no line 999"),
-        ("backlinks", {}, "key"),
+        ("ask", {}, "question"),
     ],
 )
 def test_a_mistake_is_the_tools_error_and_says_the_remedy(
@@ -180,9 +193,9 @@ def test_a_note_that_is_edited_between_calls_is_read_anew(asked: Assistant, fold
         asked.tool("query", note="third")
 
 
-def test_only_a_server_for_it_adds_and_only_at_the_end(tmp_path: Path) -> None:
+def test_only_the_command_with_write_adds_and_only_at_the_end(tmp_path: Path) -> None:
     folder = write_log(tmp_path / "log")
-    with assistant(folder, tmp_path / "index.sqlite", "--write") as writer:
+    with assistant("-c", COMMAND, "log", "mcp", "--write", "--in", folder) as writer:
         tools = {tool.name: tool for tool in writer.call(writer.client.list_tools).tools}
         assert set(tools) == READING | {"add"}
         assert not tools["add"].annotations.read_only_hint
@@ -200,7 +213,7 @@ def test_only_a_server_for_it_adds_and_only_at_the_end(tmp_path: Path) -> None:
 
 @needs_notes
 def test_the_real_notes_by_the_server(tmp_path: Path) -> None:
-    with assistant(NOTES, tmp_path / "index.sqlite") as real:
+    with assistant("-c", SERVER, NOTES, tmp_path / "index.sqlite") as real:
         skims = real.tool("query", actions=["skim"], limit=200)["found"]
         assert len(skims) == 32
         lines = (NOTES / "2023w9.md").read_text("utf-8").splitlines()

@@ -29,7 +29,7 @@ from modgraft.errors import ModgraftError
 from modgraft.trajectory import Log, page
 
 FIRST = "2024-05-03_first.md"
-PAGES = ("/", "/notes", "/queue", "/questions", "/questions?all", "/lessons", "/search")
+PAGES = ("/", "/notes", "/queue", "/questions", "/questions?all", "/lessons", "/search", "/ask")
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 EVIL = """\
 ## Log <img src=x onerror=alert(1)>
@@ -167,7 +167,13 @@ def test_what_a_note_holds_is_text(client: TestClient) -> None:
     assert "{{ 7 * 7 }}" in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "[click](javascript:alert(1))" in html or "javascript:alert(1)" not in reader.links
-    for path in ("/", "/questions", "/search?q=script", "/search?q=%3Cscript%3E"):
+    for path in (
+        "/",
+        "/questions",
+        "/search?q=script",
+        "/search?q=%3Cscript%3E",
+        "/ask?q=<script>",
+    ):
         assert "<script>alert" not in read(client, path)
 
 
@@ -187,7 +193,7 @@ def test_this_machine_is_answered(client: TestClient, host: str) -> None:
 
 
 def test_nothing_can_be_posted(client: TestClient) -> None:
-    assert client.post("/search", data={"q": "x"}).status_code == 405
+    assert client.post("/ask", data={"q": "x"}).status_code == 405
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.2", "::", "example.org", ""])
@@ -253,6 +259,14 @@ def test_a_source_and_one_that_is_missing(client: TestClient) -> None:
     assert "javascript:" not in read(client, "/source/fernModular2022")
     assert "is not in the bibliography" in read(client, "/source/nobodyMissing2020")
     assert "dewLichen2021" in read(client, "/source/dewLichn2021", 404)
+
+
+def test_the_answer_has_its_lines_and_a_refusal_its_reason(client: TestClient) -> None:
+    html = read(client, "/ask?q=Which questions are open?")
+    assert "who picks the module?" in html
+    assert f'href="/note/{FIRST}?line=18#L18"' in html
+    html = read(client, "/ask?q=What did I conclude about the price of tin in Peru?")
+    assert "No answer." in html
 
 
 def test_an_edited_note_is_shown_as_it_is(client: TestClient, folder: Path) -> None:

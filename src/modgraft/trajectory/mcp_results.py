@@ -41,6 +41,26 @@ class Results(BaseModel):
     more: bool = Field(description="Whether there is more than was asked for; see `offset`.")
 
 
+class Supported(BaseModel):
+    """A line that an answer goes by."""
+
+    file: str
+    line: int
+    text: str = Field(description="The line, read again from the file before it is given.")
+    when: str
+
+
+class Said(BaseModel):
+    """An answer with the lines it goes by, or the reason why there is none."""
+
+    question: str
+    kind: str = Field(description="structured, backlink or temporal: exact; free: by likeness.")
+    text: str = Field(description="The answer in words.")
+    refused: str | None = Field(description="Why nothing is answered; null if something is.")
+    evidence: list[Supported]
+    remarks: list[str]
+
+
 class Source(BaseModel):
     """A source in the reading queue."""
 

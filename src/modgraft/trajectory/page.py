@@ -1,4 +1,4 @@
-"""The log as a page on this machine: timeline, notes, search, reading queue, questions.
+"""The log as a page on this machine: timeline, notes, search, reading queue, questions, answers.
 
 It is read-only, is served on a loopback address alone, and needs no JavaScript. What it shows of a
 note is escaped (`web.inline`), and what a browser may do with it is said in `web.guard`.
@@ -52,12 +52,24 @@ NAV = (
 FIELDS = ("q", "action", "cites", "note", "status", "since", "until")
 """Of the search form; all but the first two are a `Query`'s own."""
 
+KINDS = {
+    "structured": "Exact: read off the events themselves.",
+    "backlink": "Exact: every place that cites it.",
+    "temporal": "Exact: by the dates of the lines.",
+    "free": "By likeness: the passages that fit the question best.",
+}
 PICTURE = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 """For a picture by itself: an SVG may draw, and do nothing else."""
 
 NO_SOURCES = (
     "There is no bibliography, so that sources have no titles. Put a .bib file, as Zotero exports "
     "it, into the log’s folder."
+)
+EXAMPLES = (
+    "Which questions are open?",
+    "What did I learn?",
+    "What do I still owe a full read?",
+    "What changed last month?",
 )
 
 
@@ -70,6 +82,7 @@ def app(log: Log) -> ASGIApp:
         Route("/notes", page.notes),
         Route("/note/{name:path}", page.note),
         Route("/search", page.search),
+        Route("/ask", page.ask),
         Route("/queue", page.queue),
         Route("/questions", page.questions),
         Route("/lessons", page.lessons),
@@ -172,6 +185,13 @@ class Page:
             again=f"/search?{urlencode(given)}&page=", statuses=STATUSES,
             actions=[row.name for row in self.log.actions],
         )  # fmt: skip
+
+    def ask(self, request: Request) -> Response:
+        """An answer with the lines it goes by, or why there is none."""
+        self.fresh()
+        question = request.query_params.get("q", "").strip()
+        answer = self.log.ask(question) if question else None
+        return self.render("ask.html", q=question, answer=answer, examples=EXAMPLES, kinds=KINDS)
 
     def queue(self, request: Request) -> Response:
         """The sources, by how far they got."""

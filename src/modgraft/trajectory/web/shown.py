@@ -174,5 +174,6 @@ def environment(places: Places) -> Environment:
         for key in hit.keys
         if key in places.sources and key in (hit.arguments or "")
     ]
+    made.filters["begun"] = lambda text: text[:1].upper() + text[1:]
     made.filters["filename"] = lambda path: Path(path).name
     return made
