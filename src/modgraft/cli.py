@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from modgraft.cli_inspect import inspect
-from modgraft.cli_log import log
+from modgraft.cli_log import ask, log
 from modgraft.cli_log_check import check
 from modgraft.cli_log_serve import lsp, mcp, page
 from modgraft.cli_options import (
@@ -44,6 +44,7 @@ app.add_typer(mmcot, name="mmcot")
 app.command("inspect")(inspect)
 app.command("recipe")(recipe)
 app.add_typer(log, name="log")
+app.command("ask")(ask)
 log.command("check")(check)
 log.command("page")(page)
 log.command("mcp")(mcp)

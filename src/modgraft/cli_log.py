@@ -1,4 +1,4 @@
-"""``modgraft log``: the research log on the command line, thin over `Log`."""
+"""``modgraft log`` and ``modgraft ask``: the research log on the command line, thin over `Log`."""
 
 from __future__ import annotations
 
@@ -262,6 +262,31 @@ def changed(
 
     with opened(folder, None) as found:
         show_hits(found.changed(since, until), as_json)
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="In words.")],
+    as_json: Json = False,
+    folder: In = None,
+    bib: Bib = None,
+) -> None:
+    """Ask the research log; every answer shows the lines that support it.
+
+    Where nothing in the log supports an answer, the reason is given, and the status is 2.
+
+    [bold]Examples[/bold]
+
+      modgraft ask "what is still to be read?"
+
+      modgraft ask "what did the last mmcot run reach?"
+    """
+    from modgraft.cli_log_show import show_answer
+
+    with opened(folder, bib) as found:
+        answer = found.ask(question)
+    show_answer(answer, as_json)
+    if answer.refused is not None:
+        raise typer.Exit(2)
 
 
 @contextmanager

@@ -28,6 +28,9 @@ from modgraft.recipes.flan_vs_modules import (
     sent,
     tuned,
 )
+from modgraft.trajectory import parse
+from modgraft.trajectory.check import check
+from modgraft.trajectory.runs import plain
 
 TINY = replace(
     RECIPE.settings, train=60, val=2, test=4, shots=8, vocabulary=300, d_model=32, d_ff=32,
@@ -68,6 +71,25 @@ def test_a_run_measures_every_arm(run: tuple[Path, dict[str, Any]]) -> None:
     console = Console(width=240, record=True)
     trials.show(folder, console)
     assert "A LoRA a family, routed" in console.export_text()
+
+
+def test_a_run_writes_one_note_with_its_table(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(run[0], tmp_path / "flan"))
+    for path in [folder / "seed0" / "figures.json", *folder.rglob("note.md")]:
+        path.unlink()
+    trials.run(trials.recipe("flan_vs_modules"), folder, TINY, [0], jobs=1)
+    assert list(folder.rglob("note.md")) == [folder / "note.md"]  # the nets' trainings write none
+    note = parse((folder / "note.md").read_bytes())
+    assert not [p for p in check(folder / "note.md") if p.severity != "info"]
+    assert [f.target for f in note.figures] == ["plot.png"]
+    for title in ROWS.values():
+        assert f"\n- {plain(title)}: " in note.text
+    assert [e.action for e in note.events] == ["start", "return"]
+    before = note.data
+    trials.run(trials.recipe("flan_vs_modules"), folder, TINY, [0], jobs=1)
+    assert (folder / "note.md").read_bytes() == before
 
 
 def test_a_finished_seed_is_read_and_not_trained(

@@ -27,6 +27,7 @@ from modgraft.recipes.mmcot import DEMO, NETS, ROWS, Net, Settings, nets_of, sma
 from modgraft.recipes.mmcot_data import load_questions, load_run_tokenizer, settings_of
 from modgraft.recipes.mmcot_nets import load_net, predict
 from modgraft.report.run import read_run
+from modgraft.trajectory import parse
 
 QUICK = ("--quick", "0.02", *SMALL)
 
@@ -176,6 +177,28 @@ def test_without_images_logits_are_bit_equal_to_the_text_models(run: Path, key: 
     assert torch.equal(blind, alone)
     assert not torch.equal(seeing, alone)
     assert torch.equal(plain, alone) == ("modular" not in key)
+
+
+def test_the_run_left_a_note_and_the_log_answers_from_it(run: Path) -> None:
+    assert list(run.rglob("note.md")) == [run / "note.md"]  # the nets' trainings write none
+    done = modgraft("log", "check", run / "note.md", "--least", "info")
+    assert done.code == 0
+    assert "1 info" in done.out  # Next? is empty: that is for a person
+    note = parse((run / "note.md").read_bytes())
+    lines = note.text.splitlines()
+    accuracy = figures(run, "fused")["accuracy"]
+    (found,) = [line for line in lines if line.startswith("- Two stages, fused: ")]
+    assert f"All questions {accuracy:.1f}, " in found
+    assert any(line.startswith("- Teacher-forced (control, leak): ") for line in lines)
+    assert any(line.startswith("- Chance: Image questions ") for line in lines)
+    assert {"results.png", "loss-stage1.png"} <= {f.target for f in note.figures}
+    assert [e.action for e in note.events] == ["start", "return"]
+    asked = "what did the last mmcot run reach?"
+    answer = json.loads(modgraft("ask", asked, "--json", "--in", run).out)
+    assert answer["refused"] is None
+    assert f"Two stages, fused: {accuracy:.1f} % of all questions right" in answer["text"]
+    assert all(lines[one["line"] - 1] == one["quote"] for one in answer["evidence"])
+    assert found in [one["quote"] for one in answer["evidence"]]
 
 
 def test_the_same_command_again_changes_nothing(run: Path) -> None:

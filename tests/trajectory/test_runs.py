@@ -176,13 +176,14 @@ def test_what_a_person_wrote_stays(tmp_path: Path) -> None:
     fit(tmp_path / "qa", steps=3)
     path = tmp_path / "qa" / NOTE
     mine = path.read_text().replace("## Next?\n", "## Next?\n- [eureka -> rank 2]\n")
-    mine = mine.replace("- Spread:", "- A remark: of mine\n- Spread:")
+    mine = mine.replace("- Spread:", "- A remark: of mine\n- Spread:") + "- [start(other)]\n"
     path.write_text(mine)
     fit(tmp_path / "qa", steps=6, resume=False)
     note = note_in(tmp_path / "qa")
     assert said(note, "Learned")["A remark"] == "of mine"
     assert "- [eureka -> rank 2]" in note.text
     assert note.text.count("- Seeds: 0") == 1
+    assert "interrupt" not in note.text
     assert note.text.count("Run of qa: ") == 1
 
 
@@ -237,8 +238,8 @@ def test_where_it_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     write_run("three", "p", headline="3")
     found = [said(note_in(tmp_path / n), "Context") for n in ("one", "two", "three")]
     assert [one["Commit"] for one in found] == [
-        "none: the working folder is in no git repository with a commit",
-        f"{head}, tree clean", f"{head}, with changes in 1 files",
+        "not known: git sees no repository with a commit here",
+        f"{head}, tree clean", f"{head}, with changes in 1 file",
     ]  # fmt: skip
     assert found[0]["Command"] == "`` train.py --lr 1e-3 'a `b`' ``"
     assert not re.search(r"/somewhere", (tmp_path / "one" / NOTE).read_text())

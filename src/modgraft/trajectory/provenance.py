@@ -38,12 +38,13 @@ def commit() -> str:
     """The commit of the folder one works in, and whether anything differs from it."""
     found = _git("rev-parse", "HEAD")
     if found is None:
-        return "none: the working folder is in no git repository with a commit"
+        return "not known: git sees no repository with a commit here"
     changed = _git("status", "--porcelain", "--untracked-files=no")
     if changed is None:
         return f"{found[:12]}, and git did not say whether the tree differs from it"
     files = len(changed.splitlines())
-    return f"{found[:12]}, " + (f"with changes in {files} files" if files else "tree clean")
+    what = "1 file" if files == 1 else f"{files} files"
+    return f"{found[:12]}, " + (f"with changes in {what}" if files else "tree clean")
 
 
 def _git(*arguments: str) -> str | None:

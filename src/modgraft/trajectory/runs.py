@@ -160,7 +160,9 @@ def _begin(path: Path, name: str, said: RunNote) -> None:
 
     def change(data: bytes) -> bytes:
         before = [e for e in parse(data, str(path)).events if e.section == "Log"]
-        told = [e.action for e in before if e.action in ("start", "return", "interrupt")]
+        ours = {"start": name, "return": name}  # a person may have started something else here
+        told = [e.action for e in before if e.arguments == ours.get(e.action, e.arguments)]
+        told = [action for action in told if action in (*ours, "interrupt")]
         lines = []
         if told and told[-1] == "start":
             lines.append("- [interrupt(killed)]: the run before ended without a word")
