@@ -403,6 +403,11 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(run: Path, tmp_path: Path
     assert figures(folder, "text") == figures(run, "text")
     for key in ("stage1-text", "stage2-text"):
         assert losses(folder, key) == losses(run, key)
+    broke = "killed" if how == "kill" else "KeyboardInterrupt"
+    events = [(e.action, e.arguments) for e in parse((folder / "note.md").read_bytes()).events]
+    assert events == [
+        ("start", "mmcot"), ("interrupt", broke), ("start", "mmcot"), ("return", "mmcot"),
+    ]  # fmt: skip
 
 
 def losses(run: Path, key: str) -> list[tuple[int, str, float]]:
