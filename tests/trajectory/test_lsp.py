@@ -275,6 +275,19 @@ def test_a_change_is_seen_and_a_saved_bibliography_too(folder: Path) -> None:
     drive(folder, task)
 
 
+def test_a_text_without_a_file_and_a_broken_bibliography(folder: Path) -> None:
+    (folder / "papers.bib").write_text(BIB + "@misc{open2020,\n  title = {never\n")
+
+    async def task(editor: Editor) -> None:
+        item = t.TextDocumentItem("untitled:Untitled-1", "markdown", 1, "- [skimm(@x2)]\n")
+        editor.client.text_document_did_open(t.DidOpenTextDocumentParams(item))
+        (broken,) = await editor.open("papers.bib")
+        assert (broken.range.start.line, broken.message[:18]) == (8, "not BibTeX from he")
+        assert list(editor.problems) == [editor.uri("papers.bib")]
+
+    drive(folder, task)
+
+
 def test_columns_are_counted_as_the_client_counts(folder: Path) -> None:
     async def task(editor: Editor) -> tuple[int, ...]:
         slip = (await editor.open("n.md"))[0]

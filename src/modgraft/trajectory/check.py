@@ -79,6 +79,7 @@ def check(
     """
     plan = _plan(log, bibliography, actions)
     out = list(plan.problems)
+    nearest: dict[str, str | None] = {}
     for path in plan.notes:
         name = shown(path)
         try:
@@ -88,22 +89,27 @@ def check(
             continue
         note = parse(data, name, plan.actions)
         digest = blake2b(data, digest_size=16).digest()
-        found = check_note(note, path, plan.bibliography, plan.roots)
+        found = check_note(note, path, plan.bibliography, plan.roots, nearest)
         out += (replace(one, digest=digest) for one in found)
     out += (_broken(one) for one in plan.bibliography.broken)
     return sorted(out, key=lambda one: (one.note or "", one.line, one.start))
 
 
 def check_note(
-    note: Note, path: Path, bibliography: Bibliography, roots: tuple[Path, ...] = ()
+    note: Note,
+    path: Path,
+    bibliography: Bibliography,
+    roots: tuple[Path, ...] = (),
+    nearest: dict[str, str | None] | None = None,
 ) -> list[Diagnostic]:
     """The problems of one note that lies (or will lie) at `path`.
 
-    `roots` are folders that a link may be relative to besides the note's own.
+    `roots` are folders that a link may be relative to besides the note's own. `nearest` keeps what
+    was found out of missing keys from note to note: it takes a while.
     """
     out = [*note.diagnostics]
     out += _links(note, (path.parent, *roots))
-    out += _citations(note, bibliography)
+    out += _citations(note, bibliography, {} if nearest is None else nearest)
     return sorted((replace(one, note=note.name) for one in out), key=lambda one: one.start)
 
 
@@ -241,14 +247,15 @@ def found_at(folder: Path, target: str) -> Path | None:
 # -- citations -------------------------------------------------------------------------------------
 
 
-def _citations(note: Note, bibliography: Bibliography) -> Iterator[Diagnostic]:
+def _citations(
+    note: Note, bibliography: Bibliography, nearest: dict[str, str | None]
+) -> Iterator[Diagnostic]:
     if not bibliography.entries:
         if note.citations:
             first = note.citations[0]
             said = f"{len(note.citations)} citations and no bibliography; add a .bib to the folder"
             yield Diagnostic("info", "no-bibliography", said, first.line, first.start, first.end)
         return
-    nearest: dict[str, str | None] = {}
     for one in note.citations:
         if one.key not in bibliography:
             if one.key not in nearest:

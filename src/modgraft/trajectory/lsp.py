@@ -86,6 +86,8 @@ class Server(LanguageServer):
 
     def publish(self, uri: str) -> None:
         """Tell the editor what is wrong with a note, or a bibliography."""
+        if uris.to_fs_path(uri) is None:
+            return  # a text without a file has no place in a log yet
         path = _path(uri)
         text = self.text(path)
         if path.suffix == ".bib":
