@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal would obey and not show: a note is text, whatever is in it."""
 
+BARE = re.compile(r"\s*[-*+]\s+\[\w+\]:?\s*")
+"""An event without arguments and result."""
+
+SHOWN = 5
+"""Lines of an event that a table shows."""
+
 WHEN = 10
 """Characters of a moment that are shown: the day."""
 
@@ -36,8 +43,10 @@ def show_hits(hits: Sequence[Hit], as_json: bool) -> None:
     if as_json:
         _json(hits)
         return
-    rows = [(hit.when[:WHEN], f"{hit.note}:{hit.line}", _first(hit.text)) for hit in hits]
-    _print(("when", "where", "what"), rows, "nothing is recorded that fits")
+    console = _console()
+    what = _lines if console.is_terminal else _first
+    rows = [(hit.when[:WHEN], f"{hit.note}:{hit.line}", what(hit.text)) for hit in hits]
+    _print(console, ("when", "where", "what"), rows, "nothing is recorded that fits")
 
 
 def show_queue(queue: Sequence[Owed], as_json: bool) -> None:
@@ -45,10 +54,17 @@ def show_queue(queue: Sequence[Owed], as_json: bool) -> None:
     if as_json:
         _json(queue)
         return
-    rows = [
-        (one.status, one.owed, f"@{one.key}", one.title, f"{one.note}:{one.line}") for one in queue
-    ]
-    _print(("status", "owed", "source", "title", "where"), rows, "no source is in the queue")
+    console = _console()
+    if not console.is_terminal:
+        headers = ("status", "owed", "source", "title", "where")
+        rows = [(o.status, o.owed, f"@{o.key}", o.title, f"{o.note}:{o.line}") for o in queue]
+    else:
+        headers = ("status", "source", "where")
+        rows = [
+            (o.owed or o.status, f"@{o.key}\n{o.title}".strip(), f"{o.note}:{o.line}")
+            for o in queue
+        ]
+    _print(console, headers, rows, "no source is in the queue")
 
 
 def show_answer(answer: Answer, as_json: bool) -> None:
@@ -98,9 +114,18 @@ def _json(found: Iterable[Any]) -> None:
 
 
 def _first(text: str) -> str:
-    """The first line, and whether there is more."""
+    """The first line, with the next where it is an event without words of its own."""
     first, _, rest = text.strip().partition("\n")
-    return f"{first} …" if rest.strip() else first
+    below = rest.strip().splitlines()
+    if below and BARE.fullmatch(first):
+        first, below = f"{first} {below[0].strip()}", below[1:]
+    return f"{first} …" if below else first
+
+
+def _lines(text: str) -> str:
+    """The first lines, at the margin."""
+    lines = textwrap.dedent(text).strip().splitlines()
+    return "\n".join(lines[:SHOWN] + ["…"] * (len(lines) > SHOWN))
 
 
 def _console() -> Console:
@@ -109,9 +134,10 @@ def _console() -> Console:
     return console
 
 
-def _print(headers: Sequence[str], rows: Sequence[Sequence[str]], none: str) -> None:
+def _print(
+    console: Console, headers: Sequence[str], rows: Sequence[Sequence[str]], none: str
+) -> None:
     """A table on a terminal; elsewhere tabs, for other programs."""
-    console = _console()
     if not console.is_terminal:
         for row in rows:
             print("\t".join(clean(cell) for cell in row))
