@@ -205,7 +205,9 @@ def test_killed_while_it_writes_it_leaves_a_whole_note(note: Path) -> None:
         assert found.data.endswith(b"]\n")
         assert len(found.events) == len(found.data.split(b"## Log\n")[1].splitlines())
     count = len(parse(note.read_bytes()).events)
-    add(note, "start(again)")  # nobody holds the lock any more
+    note.with_name(".fusion.md.abc123.part").write_text("half")
+    add(note, "start(again)")  # nobody holds the lock any more, and nothing is left lying
+    assert [p.name for p in note.parent.iterdir()] == ["fusion.md"]
     assert len(parse(note.read_bytes()).events) == count + 1
 
 
@@ -263,6 +265,16 @@ def test_finish_knows_what_the_real_notes_copied_themselves(tmp_path: Path) -> N
             made[name] = found.learned, found.next
     assert made.pop("gpt") == (3, 0)  # its Learned is empty
     assert set(made.values()) == {(0, 0)}
+
+
+def test_events_that_share_a_line_are_copied_each_to_its_place(note: Path) -> None:
+    add(note, "[eureka -> a], [lesson_learned -> b] and words", "a remark")
+    add(note, "1. [lesson_learned -> c]", plain=True)
+    finish(note)
+    text = note.read_text()
+    assert "## Learned\n- [lesson_learned -> b]\n" in text
+    assert "## Next?\n- [eureka -> a]\n" in text
+    assert finish(note).learned == 0
 
 
 def test_an_event_is_taken_with_brackets_or_without() -> None:

@@ -359,20 +359,18 @@ def _apart(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
 
 
 def _mend(path: Path, problems: list[Diagnostic]) -> None:
-    from modgraft.files import whole
+    from modgraft.trajectory.writing import rewrite
 
-    path = path.resolve()  # a link stays a link
-    data = path.read_bytes()
-    if blake2b(data, digest_size=16).digest() != problems[0].digest:
-        raise ModgraftError(
-            f"{path}: changed since it was checked; nothing is written. Check again"
-        )
-    pieces, at = [], 0
-    for one in problems:
-        if one.fix:
-            pieces += [data[at : one.fix.start], one.fix.replacement]
-            at = one.fix.end
-    mode = path.stat().st_mode & 0o7777
-    with whole(path) as part:
-        part.write_bytes(b"".join([*pieces, data[at:]]))
-    path.chmod(mode)
+    def change(data: bytes) -> bytes:
+        if blake2b(data, digest_size=16).digest() != problems[0].digest:
+            raise ModgraftError(
+                f"{path}: changed since it was checked; nothing is written. Check again"
+            )
+        pieces, at = [], 0
+        for one in problems:
+            if one.fix:
+                pieces += [data[at : one.fix.start], one.fix.replacement]
+                at = one.fix.end
+        return b"".join([*pieces, data[at:]])
+
+    rewrite(path, change)

@@ -29,6 +29,8 @@ def command() -> str:
     name = Path(program).name
     if name in ("", "-", "-c"):
         return "python"
+    if name == "ipykernel_launcher.py":  # whose arguments are a path of the machine's
+        return "a notebook"
     if name == "__main__.py":
         name = f"python -m {Path(program).parent.name}"
     return " ".join([name, *map(shlex.quote, arguments)])

@@ -231,11 +231,15 @@ def _words(event: Event) -> tuple[str, ...]:
 
 
 def _copy(note: Note, event: Event) -> list[str]:
-    """The lines of an event, its sub-list with it, moved to the margin."""
-    first = note.line(event.line)
+    """The lines of an event, its sub-list with it, moved to the margin.
+
+    Of an event that shares its item with other words or events, itself alone.
+    """
     own = note.data[event.start : event.end].decode("utf-8", "replace")
-    if not re.match(r"\s*[-*+]\s+\[", first) or own not in first:
+    before = note.data[note.line_range(event.line)[0] : event.start].decode("utf-8", "replace")
+    alone = sum(e.block == event.block for e in note.events) == 1
+    if not alone or not re.fullmatch(r"\s*([-*+]|\d+[.)])\s+", before):
         return [f"- {' '.join(own.split())}"]
-    margin = len(first) - len(first.lstrip(" \t"))
+    margin = len(before) - len(before.lstrip(" \t"))
     lines = [note.line(n) for n in range(event.line, event.end_line + 1)]
     return [line[min(margin, len(line) - len(line.lstrip(" \t"))) :].rstrip() for line in lines]

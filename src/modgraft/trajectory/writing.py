@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ def create(path: Path, data: bytes) -> None:
         DataError: there is such a file already.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         with part.open("wb") as file:
             file.write(data)
@@ -52,6 +53,8 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> bytes:
         new = change(data)
         if new == data:
             return data
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            left.unlink(missing_ok=True)  # by a process that was killed
         with whole(path) as part:
             part.write_bytes(new)
             if path.read_bytes() != data:
