@@ -59,7 +59,8 @@ class Editor:
         return (self.folder / name).as_uri()
 
     async def start(self, encodings: list[t.PositionEncodingKind | str]) -> None:
-        await self.client.start_io(sys.executable, "-m", "modgraft.trajectory.lsp")
+        run = "from modgraft.cli import entry; entry()"
+        await self.client.start_io(sys.executable, "-c", run, "log", "lsp")
         general = t.GeneralClientCapabilities(position_encodings=encodings)
         await self.client.initialize_async(
             t.InitializeParams(t.ClientCapabilities(general=general), root_uri=self.folder.as_uri())

@@ -18,7 +18,7 @@ from pygls.lsp.server import LanguageServer
 from modgraft import __version__
 from modgraft.errors import ModgraftError
 from modgraft.trajectory.bibliography import Bibliography, Entry
-from modgraft.trajectory.check import check_note
+from modgraft.trajectory.check import check_note, found_at
 from modgraft.trajectory.note import Diagnostic
 from modgraft.trajectory.workspace import Place, Text, Workspace
 
@@ -133,103 +133,45 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|!&])", r"\\\1", text)
 
 
-def server() -> Server:
-    """The server with its features, not yet started."""
-    server = Server()
-    _documents(server)
-    _asking(server)
-    _changing(server)
-    return server
+def opened(ls: Server, params: t.DidOpenTextDocumentParams) -> None:
+    """Report on a text as it is opened."""
+    ls.log.look_again()
+    ls.publish(params.text_document.uri)
 
 
-def _documents(server: Server) -> None:
-    @server.feature(t.TEXT_DOCUMENT_DID_OPEN)
-    def opened(ls: Server, params: t.DidOpenTextDocumentParams) -> None:
-        ls.log.look_again()
-        ls.publish(params.text_document.uri)
-
-    @server.feature(t.TEXT_DOCUMENT_DID_CHANGE)
-    def changed(ls: Server, params: t.DidChangeTextDocumentParams) -> None:
-        ls.publish(params.text_document.uri)
-
-    @server.feature(t.TEXT_DOCUMENT_DID_SAVE)
-    def saved(ls: Server, params: t.DidSaveTextDocumentParams) -> None:
-        ls.log.look_again()
-        for uri in ls.workspace.text_documents:  # a saved source may be what they cite
-            ls.publish(uri)
-
-    @server.feature(t.TEXT_DOCUMENT_DID_CLOSE)
-    def closed(ls: Server, params: t.DidCloseTextDocumentParams) -> None:
-        uri = params.text_document.uri
-        ls.text_document_publish_diagnostics(t.PublishDiagnosticsParams(uri, []))
+def changed(ls: Server, params: t.DidChangeTextDocumentParams) -> None:
+    """Report on a text as it is typed."""
+    ls.publish(params.text_document.uri)
 
 
-def _asking(server: Server) -> None:
-    triggers = t.CompletionOptions(trigger_characters=["@", "[", "_"])
+def saved(ls: Server, params: t.DidSaveTextDocumentParams) -> None:
+    """Report on all texts: a saved source may be what they cite."""
+    ls.log.look_again()
+    for uri in ls.workspace.text_documents:
+        ls.publish(uri)
 
-    @server.feature(t.TEXT_DOCUMENT_COMPLETION, triggers)
-    def completion(ls: Server, params: t.CompletionParams) -> list[t.CompletionItem]:
-        _, text, at = ls.at(params.text_document.uri, params.position)
-        before = text.before(at)
-        if found := _KEY_BEFORE.search(before):
-            return _keys(ls, ls.range(text, at - len(found[1]), at))
-        if found := _STATUS_BEFORE.search(before):
-            where = ls.range(text, at - len(found[1]), at)
-            said = {"_digging": "look into it further", "_full_read": "read it in full"}
-            kind = t.CompletionItemKind.EnumMember
-            return [_item(word, meaning, kind, where) for word, meaning in said.items()]
-        if found := _ACTION_BEFORE.search(before):
-            where, kind = ls.range(text, at - len(found[1]), at), t.CompletionItemKind.Function
-            return [_item(row.name, row.meaning, kind, where) for row in ls.log.actions]
-        return []
 
-    @server.feature(t.TEXT_DOCUMENT_HOVER)
-    def hover(ls: Server, params: t.HoverParams) -> t.Hover | None:
-        path, text, at = ls.at(params.text_document.uri, params.position)
-        found = ls.log.key_at(path, at)
-        if found is not None:
-            key, place = found
-            sources = ls.log.bibliography
-            if key in sources:
-                said = _entry(sources.entries[key])
-            else:
-                near = ", ".join(f"@{one}" for one in sources.nearest(key))
-                said = _plain(f"{key} is not in the bibliography. {near and f'Near: {near}'}")
-            where = ls.range(text, place.start, place.end)
-            return t.Hover(t.MarkupContent(t.MarkupKind.Markdown, said), where)
-        for event in ls.log.note(path).events if path.suffix == ".md" else ():
-            head = event.inside[0] if event.inside else event.start + 1 + len(event.written)
-            if event.start <= at < head and (row := ls.log.actions.find(event.action)):
-                said = f"**{_plain(row.name)}**: {_plain(row.meaning)}"
-                where = ls.range(text, event.start, head)
-                return t.Hover(t.MarkupContent(t.MarkupKind.Markdown, said), where)
-        return None
+def closed(ls: Server, params: t.DidCloseTextDocumentParams) -> None:
+    """A closed text has nothing to report."""
+    uri = params.text_document.uri
+    ls.text_document_publish_diagnostics(t.PublishDiagnosticsParams(uri, []))
 
-    @server.feature(t.TEXT_DOCUMENT_DEFINITION)
-    def definition(ls: Server, params: t.DefinitionParams) -> list[t.Location]:
-        path, _, at = ls.at(params.text_document.uri, params.position)
-        found = ls.log.key_at(path, at)
-        if found is not None:
-            return [ls.location(place) for place in ls.log.declarations(found[0])]
-        if path.suffix != ".md":
-            return []
-        note = ls.log.note(path)
-        for link in (*note.links, *note.figures):
-            if link.start <= at < link.end:
-                return _targets(link.target, (path.parent, *ls.log.roots))
-        return []
 
-    @server.feature(t.TEXT_DOCUMENT_REFERENCES)
-    def references(ls: Server, params: t.ReferenceParams) -> list[t.Location]:
-        path, _, at = ls.at(params.text_document.uri, params.position)
-        found = ls.log.key_at(path, at)
-        if found is None:
-            return []
-        key = found[0]
-        places = [Place(where, one.start, one.end) for where, one in ls.log.citations(key)]
-        if params.context.include_declaration:
-            places += ls.log.declarations(key)
-        return [ls.location(place) for place in places]
+def completion(ls: Server, params: t.CompletionParams) -> list[t.CompletionItem]:
+    """Keys after `@`, actions after `[`, how far to follow a source after `->`."""
+    _, text, at = ls.at(params.text_document.uri, params.position)
+    before = text.before(at)
+    if found := _KEY_BEFORE.search(before):
+        return _keys(ls, ls.range(text, at - len(found[1]), at))
+    if found := _STATUS_BEFORE.search(before):
+        where = ls.range(text, at - len(found[1]), at)
+        said = {"_digging": "look into it further", "_full_read": "read it in full"}
+        kind = t.CompletionItemKind.EnumMember
+        return [_item(word, meaning, kind, where) for word, meaning in said.items()]
+    if found := _ACTION_BEFORE.search(before):
+        where, kind = ls.range(text, at - len(found[1]), at), t.CompletionItemKind.Function
+        return [_item(row.name, row.meaning, kind, where) for row in ls.log.actions]
+    return []
 
 
 def _keys(ls: Server, where: t.Range) -> list[t.CompletionItem]:
@@ -249,63 +191,138 @@ def _item(label: str, detail: str, kind: t.CompletionItemKind, where: t.Range) -
     return t.CompletionItem(label, detail=detail, kind=kind, text_edit=t.TextEdit(where, label))
 
 
-def _targets(target: str, folders: tuple[Path, ...]) -> list[t.Location]:
-    from modgraft.trajectory.check import found_at
+def hover(ls: Server, params: t.HoverParams) -> t.Hover | None:
+    """A source in a few lines, or what an action means."""
+    path, text, at = ls.at(params.text_document.uri, params.position)
+    found = ls.log.key_at(path, at)
+    if found is not None:
+        key, place = found
+        sources = ls.log.bibliography
+        if key in sources:
+            said = _entry(sources.entries[key])
+        else:
+            near = ", ".join(f"@{one}" for one in sources.nearest(key))
+            said = _plain(f"{key} is not in the bibliography. {near and f'Near: {near}'}")
+        where = ls.range(text, place.start, place.end)
+        return t.Hover(t.MarkupContent(t.MarkupKind.Markdown, said), where)
+    for event in ls.log.note(path).events if path.suffix == ".md" else ():
+        head = event.inside[0] if event.inside else event.start + 1 + len(event.written)
+        if event.start <= at < head and (row := ls.log.actions.find(event.action)):
+            said = f"**{_plain(row.name)}**: {_plain(row.meaning)}"
+            where = ls.range(text, event.start, head)
+            return t.Hover(t.MarkupContent(t.MarkupKind.Markdown, said), where)
+    return None
 
+
+def definition(ls: Server, params: t.DefinitionParams) -> list[t.Location]:
+    """The entry of a key, the file of a link."""
+    path, _, at = ls.at(params.text_document.uri, params.position)
+    found = ls.log.key_at(path, at)
+    if found is not None:
+        return [ls.location(place) for place in ls.log.declarations(found[0])]
+    if path.suffix != ".md":
+        return []
+    note = ls.log.note(path)
+    for link in (*note.links, *note.figures):
+        if link.start <= at < link.end:
+            return _targets(link.target, (path.parent, *ls.log.roots))
+    return []
+
+
+def _targets(target: str, folders: tuple[Path, ...]) -> list[t.Location]:
     path = next(filter(None, (found_at(folder, target) for folder in folders)), None)
     start = t.Position(0, 0)
     return [] if path is None else [t.Location(path.resolve().as_uri(), t.Range(start, start))]
 
 
-def _changing(server: Server) -> None:
-    @server.feature(t.TEXT_DOCUMENT_PREPARE_RENAME)
-    def prepare(ls: Server, params: t.PrepareRenameParams) -> t.PrepareRenamePlaceholder | None:
-        path, text, at = ls.at(params.text_document.uri, params.position)
-        found = ls.log.key_at(path, at)
-        if found is None:
-            return None
-        key, place = found
-        return t.PrepareRenamePlaceholder(ls.range(text, place.start, place.end), key)
+def references(ls: Server, params: t.ReferenceParams) -> list[t.Location]:
+    """Everywhere that a key is cited."""
+    path, _, at = ls.at(params.text_document.uri, params.position)
+    found = ls.log.key_at(path, at)
+    if found is None:
+        return []
+    key = found[0]
+    places = [Place(where, one.start, one.end) for where, one in ls.log.citations(key)]
+    if params.context.include_declaration:
+        places += ls.log.declarations(key)
+    return [ls.location(place) for place in places]
 
-    @server.feature(t.TEXT_DOCUMENT_RENAME, t.RenameOptions(prepare_provider=True))
-    def rename(ls: Server, params: t.RenameParams) -> t.WorkspaceEdit | None:
-        path, _, at = ls.at(params.text_document.uri, params.position)
-        found = ls.log.key_at(path, at)
-        if found is None:
-            return None
-        try:
-            places = ls.log.rename(found[0], params.new_name)
-        except ModgraftError as error:
-            raise JsonRpcInvalidParams(message=str(error)) from error
-        edits: dict[str, list[t.TextEdit]] = {}
-        for place in places:
-            where = ls.location(place)
-            edits.setdefault(where.uri, []).append(t.TextEdit(where.range, params.new_name))
-        return t.WorkspaceEdit(changes=edits)
 
-    kinds = t.CodeActionOptions(code_action_kinds=[t.CodeActionKind.QuickFix])
+def prepare(ls: Server, params: t.PrepareRenameParams) -> t.PrepareRenamePlaceholder | None:
+    """What would be renamed: the key under the cursor."""
+    path, text, at = ls.at(params.text_document.uri, params.position)
+    found = ls.log.key_at(path, at)
+    if found is None:
+        return None
+    key, place = found
+    return t.PrepareRenamePlaceholder(ls.range(text, place.start, place.end), key)
 
-    @server.feature(t.TEXT_DOCUMENT_CODE_ACTION, kinds)
-    def fixes(ls: Server, params: t.CodeActionParams) -> list[t.CodeAction]:
-        uri = params.text_document.uri
-        path, text, start = ls.at(uri, params.range.start)
-        end = text.offset(params.range.end.line, params.range.end.character)
-        if path.suffix != ".md":
-            return []
-        actions = []
-        for one in ls.problems(path):
-            if one.fix and one.start <= end and start <= one.end:
-                new = one.fix.replacement.decode("utf-8", "replace")
-                edit = t.TextEdit(ls.range(text, one.fix.start, one.fix.end), new)
-                actions.append(
-                    t.CodeAction(
-                        one.fix.what[:1].upper() + one.fix.what[1:],
-                        kind=t.CodeActionKind.QuickFix,
-                        diagnostics=[ls.diagnostic(one, text)],
-                        edit=t.WorkspaceEdit(changes={uri: [edit]}),
-                    )
+
+def rename(ls: Server, params: t.RenameParams) -> t.WorkspaceEdit | None:
+    """A key under another name, in every note and every .bib."""
+    path, _, at = ls.at(params.text_document.uri, params.position)
+    found = ls.log.key_at(path, at)
+    if found is None:
+        return None
+    try:
+        places = ls.log.rename(found[0], params.new_name)
+    except ModgraftError as error:
+        raise JsonRpcInvalidParams(message=str(error)) from error
+    edits: dict[str, list[t.TextEdit]] = {}
+    for place in places:
+        where = ls.location(place)
+        edits.setdefault(where.uri, []).append(t.TextEdit(where.range, params.new_name))
+    return t.WorkspaceEdit(changes=edits)
+
+
+def fixes(ls: Server, params: t.CodeActionParams) -> list[t.CodeAction]:
+    """The fixes of what is wrong in a range."""
+    uri = params.text_document.uri
+    path, text, start = ls.at(uri, params.range.start)
+    end = text.offset(params.range.end.line, params.range.end.character)
+    if path.suffix != ".md":
+        return []
+    actions = []
+    for one in ls.problems(path):
+        if one.fix and one.start <= end and start <= one.end:
+            new = one.fix.replacement.decode("utf-8", "replace")
+            edit = t.TextEdit(ls.range(text, one.fix.start, one.fix.end), new)
+            actions.append(
+                t.CodeAction(
+                    one.fix.what[:1].upper() + one.fix.what[1:],
+                    kind=t.CodeActionKind.QuickFix,
+                    diagnostics=[ls.diagnostic(one, text)],
+                    edit=t.WorkspaceEdit(changes={uri: [edit]}),
                 )
-        return actions
+            )
+    return actions
+
+
+_FEATURES = (
+    (t.TEXT_DOCUMENT_DID_OPEN, opened, None),
+    (t.TEXT_DOCUMENT_DID_CHANGE, changed, None),
+    (t.TEXT_DOCUMENT_DID_SAVE, saved, None),
+    (t.TEXT_DOCUMENT_DID_CLOSE, closed, None),
+    (
+        t.TEXT_DOCUMENT_COMPLETION,
+        completion,
+        t.CompletionOptions(trigger_characters=["@", "[", "_"]),
+    ),
+    (t.TEXT_DOCUMENT_HOVER, hover, None),
+    (t.TEXT_DOCUMENT_DEFINITION, definition, None),
+    (t.TEXT_DOCUMENT_REFERENCES, references, None),
+    (t.TEXT_DOCUMENT_PREPARE_RENAME, prepare, None),
+    (t.TEXT_DOCUMENT_RENAME, rename, t.RenameOptions(prepare_provider=True)),
+    (t.TEXT_DOCUMENT_CODE_ACTION, fixes, t.CodeActionOptions([t.CodeActionKind.QuickFix])),
+)
+
+
+def server() -> Server:
+    """The server with its features, not yet started."""
+    made = Server()
+    for name, answer, options in _FEATURES:
+        made.feature(name, options)(answer)
+    return made
 
 
 def main() -> None:
