@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from log_folder import NOTE, write_log
@@ -209,6 +215,54 @@ def test_only_the_command_with_write_adds_and_only_at_the_end(tmp_path: Path) ->
         assert found["line"] == added["line"]
     before = (folder / "second.md").read_text("utf-8")
     assert before.endswith("- [question -> why ferns?]\n  - hm\n")
+
+
+def test_a_long_line_is_cut_and_says_so(asked: Assistant, folder: Path) -> None:
+    note = folder / "long.md"
+    long, huge = "word " * 20_000, "more " * 500_000
+    note.write_text(f"## Log\n- [eureka -> {long}]\n- after\n- {huge}\n", "utf-8")
+    part = asked.tool("note", name="long.md", first_line=2)
+    assert (part["last_line"], part["cut"], part["lines"]) == (2, True, 4)
+    assert len(part["text"]) < 100_000
+    assert asked.tool("note", name="long.md", first_line=3, last_line=3)["text"] == "- after"
+    (found,) = asked.tool("query", note="long.md", actions=["eureka"])["found"]
+    assert found["cut"]
+    assert note.read_text("utf-8").splitlines()[1].startswith(found["text"])
+    with pytest.raises(MCPError, match="read parts of it"):
+        asked.call(asked.client.read_resource, "modgraft-log://note/long.md")
+    note.unlink()
+
+
+@pytest.fixture
+def over_http(folder: Path) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    ours = os.environ | {"PYTHONPATH": str(Path(modgraft.__file__).parents[1])}
+    arguments = ["-c", COMMAND, "log", "mcp", "--http", str(port), "--in", str(folder)]
+    with subprocess.Popen([sys.executable, *arguments], env=ours) as server:
+        try:
+            for _ in range(300):
+                time.sleep(0.05)
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+            yield f"http://127.0.0.1:{port}/mcp"
+        finally:
+            server.terminate()
+
+
+def test_over_http_for_this_machine_alone(over_http: str) -> None:
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(Client(over_http)) as client,
+    ):
+        (lesson,) = Assistant(client, portal.call).tool("lessons")["found"]
+        assert lesson["file"] == FIRST
+    for header in ({"Host": "evil.org"}, {"Origin": "https://evil.org"}):
+        stranger = Request(over_http, b"{}", {"Content-Type": "application/json"} | header)
+        with pytest.raises(HTTPError) as refused:
+            urlopen(stranger, timeout=10)
+        with refused.value as error:
+            assert error.code in {403, 421}
 
 
 @needs_notes

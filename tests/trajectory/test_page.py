@@ -6,14 +6,16 @@ import os
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from log_folder import NOTE, png, write_log
@@ -132,6 +134,41 @@ def test_every_page_is_whole_labelled_and_loads_only_its_own(client: TestClient,
     assert "unsafe" not in policy
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["referrer-policy"] == "no-referrer"
+
+
+def test_a_port_that_is_taken_is_said(folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ModgraftError, match=f"127.0.0.1:{port}: .*Name another port"):
+            page.serve(Log.open(folder, index=tmp_path / "index.sqlite"), port=port)
+
+
+def test_an_index_that_is_locked_is_said(tmp_path: Path) -> None:
+    folder, index = write_log(tmp_path / "log"), tmp_path / "index.sqlite"
+    log = Log.open(folder, index=index, wait=0.05)
+    log.index()
+    with (
+        closing(sqlite3.connect(index, isolation_level=None)) as other,
+        TestClient(page.app(log), base_url="http://127.0.0.1:8765") as client,
+    ):
+        other.execute("BEGIN EXCLUSIVE")
+        (folder / "second.md").write_text("## Log\n- [eureka -> another]\n", "utf-8")
+        assert "another process is writing" in read(client, "/", 503)
+        other.execute("ROLLBACK")
+        assert "another" in read(client, "/")
+
+
+def test_names_that_are_patterns_or_addresses(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    names = ["[draft].md", "a b?c#d.md", "ünï/[x]*.md", "d.md"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"## Log\n- [eureka -> {name}]\n", "utf-8")
+    with client_of(folder, tmp_path / "index.sqlite") as client:
+        links = Reader(read(client, "/notes")).links
+        for name in names:
+            (link,) = {link for link in links if link == f"/note/{quote(name)}"}
+            assert f'<span class="result">{name}</span>' in read(client, link)
 
 
 def test_a_note_is_shown_with_events_lines_and_sources(client: TestClient) -> None:

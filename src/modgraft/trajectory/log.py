@@ -185,27 +185,34 @@ class Log:
 
     def reading_queue(self) -> list[Owed]:
         """Sources by how far they got, those that are owed most first."""
-        statement = (
-            f"SELECT {EVENT} FROM events JOIN files ON files.id = events.file "  # noqa: S608
-            "WHERE action IN ('skim', 'read') ORDER BY events.at, files.note, events.line"
-        )
-        hits = self.select(lambda: [row(r) for r in self.store.rows(statement)])
-        furthest: dict[str, tuple[int, Hit]] = {}
-        for hit in hits:
-            rank = RANKS.index(hit.status)
+        furthest: dict[str, Hit] = {}
+        for hit in self.select(self._furthest):
             for key in self._arguments_of(hit):
-                if key not in furthest or rank > furthest[key][0]:
-                    furthest[key] = rank, hit
+                if key not in furthest or _rank(hit) > _rank(furthest[key]):
+                    furthest[key] = hit
         sources = self.bibliography.entries
         queue = [
             Owed(
                 key, hit.status, OWED[hit.status],
                 sources[key].title if key in sources else "", hit.note, hit.line, hit.when,
             )
-            for key, (_, hit) in furthest.items()
+            for key, hit in furthest.items()
         ]  # fmt: skip
         order = {"full_read": 0, "digging": 1, "skimmed": 2, "read": 3}
         return sorted(queue, key=lambda owed: order[owed.status])
+
+    def _furthest(self) -> list[Row]:
+        """For each source the event that got furthest; only these are read again."""
+        statement = (
+            f"SELECT {EVENT} FROM events JOIN files ON files.id = events.file "  # noqa: S608
+            "WHERE action IN ('skim', 'read') ORDER BY events.at, files.note, events.line"
+        )
+        best: dict[str, Row] = {}
+        for each in map(row, self.store.rows(statement)):
+            for key in self._arguments_of(each.hit):
+                if key not in best or _rank(each.hit) > _rank(best[key].hit):
+                    best[key] = each
+        return list(dict.fromkeys(best.values()))
 
     def _arguments_of(self, hit: Hit) -> list[str]:
         return [key for key in hit.keys if key in (hit.arguments or "")]
@@ -292,6 +299,10 @@ class Log:
         except CorruptIndexError as error:
             self._recover(error)
             return ask(self, question, today or date.today())
+
+
+def _rank(hit: Hit) -> int:
+    return RANKS.index(hit.status)
 
 
 def _with_text(hit: Hit, lines: list[bytes]) -> Hit:

@@ -6,6 +6,7 @@ note is escaped (`web.inline`), and what a browser may do with it is said in `we
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import replace
 from threading import Lock
@@ -24,8 +25,9 @@ from starlette.staticfiles import StaticFiles
 from modgraft.errors import ModgraftError
 from modgraft.trajectory.query import Query
 from modgraft.trajectory.selecting import STATUSES
+from modgraft.trajectory.store import LockedIndexError
 from modgraft.trajectory.web import lists, shown
-from modgraft.trajectory.web.guard import HOSTS, Headers, loopback
+from modgraft.trajectory.web.guard import HOSTS, AddressError, Headers, loopback
 from modgraft.trajectory.web.inline import web
 from modgraft.trajectory.web.outline import outline
 
@@ -60,6 +62,9 @@ KINDS = {
 }
 PICTURE = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 """For a picture by itself: an SVG may draw, and do nothing else."""
+
+TITLES = {404: "Not found", 405: "Only for reading", 503: "Not now"}
+"""Of the pages that say what went wrong."""
 
 NO_SOURCES = (
     "There is no bibliography, so that sources have no titles. Put a .bib file, as Zotero exports "
@@ -100,12 +105,23 @@ def serve(log: Log, *, host: str = "127.0.0.1", port: int = PORT) -> None:
     """Serve `log` until it is stopped (Ctrl-C).
 
     Raises:
-        AddressError: `host` is no loopback address.
-        OSError: the port is taken.
+        AddressError: `host` is no loopback address, or the port is taken.
     """
     import uvicorn
 
-    uvicorn.run(app(log), host=loopback(host), port=port, log_level="warning", server_header=False)
+    try:
+        bound = socket.create_server((loopback(host), port), family=_family(host))
+    except OSError as error:
+        raise AddressError(
+            f"{host}:{port}: {error.strerror}. Another page is served there? Name another port"
+        ) from error
+    config = uvicorn.Config(app(log), log_level="warning", server_header=False)
+    with bound:
+        uvicorn.Server(config).run(sockets=[bound])
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class Page:
@@ -115,6 +131,7 @@ class Page:
         self.log = log
         self.lock = Lock()
         self.seen = float("-inf")
+        self.problems: tuple[str, ...] = ()
         self.places = shown.Places(log)
         self.templates = shown.environment(self.places)
 
@@ -122,7 +139,7 @@ class Page:
         """Index what has changed."""
         with self.lock:
             if time.monotonic() - self.seen > FRESH:
-                self.log.index()
+                self.problems = self.log.index().problems
                 self.places.sources = self.log.bibliography.entries
                 self.seen = time.monotonic()
 
@@ -130,7 +147,7 @@ class Page:
         self, template: str, here: str = "", *, status: int = 200, **content: Any
     ) -> Response:
         """A page with its head."""
-        notices = [] if self.places.sources else [NO_SOURCES]
+        notices = [] if self.places.sources or status != 200 else [NO_SOURCES]
         frame = {"nav": NAV, "here": here, "q": "", "problems": notices}
         frame["folders"] = ", ".join(folder.name for folder in self.log.settings.folders)
         return HTMLResponse(self.templates.get_template(template).render(frame | content), status)
@@ -146,7 +163,9 @@ class Page:
         page = _page(request)
         hits, more = self.found(Query(newest=True), page)
         tiles, days = lists.tiles(self.log), lists.days(hits)
-        return self.render("timeline.html", "/", tiles=tiles, days=days, page=page, more=more)
+        return self.render(
+            "timeline.html", "/", tiles=tiles, days=days, page=page, more=more, told=self.problems
+        )
 
     def notes(self, request: Request) -> Response:
         """All notes, the newest first."""
@@ -265,13 +284,13 @@ class Page:
 
     def wrong(self, request: Request, error: Exception) -> Response:
         """What went wrong, in words: no such page or note, or a field that cannot be read."""
-        self.fresh()
         if isinstance(error, HTTPException):
             text = error.detail if error.detail != "Not Found" else "There is no such page here."
             status = error.status_code
         else:
             text, status = str(error), 404 if isinstance(error, KeyError | OSError) else 400
-        title = "Not found" if status == 404 else "That cannot be read"
+            status = 503 if isinstance(error, LockedIndexError) else status
+        title = TITLES.get(status, "That cannot be read")
         return self.render("error.html", status=status, title=title, text=text)
 
 

@@ -164,9 +164,11 @@ def notes_named(store: Store, name: str) -> list[int]:
     Raises:
         UnknownNameError: if it means none.
     """
-    rows = store.rows(
-        "SELECT id, note FROM files WHERE note GLOB ? OR note GLOB ?", name, f"{name}.md"
-    )
+    rows = store.rows("SELECT id, note FROM files WHERE note = ?", name)  # as [it].md is spelled
+    if not rows:
+        rows = store.rows(
+            "SELECT id, note FROM files WHERE note GLOB ? OR note GLOB ?", name, f"{name}.md"
+        )
     if not rows:
         ending = f"%/{name.removesuffix('.md')}.md"
         folder = f"{name.rstrip('/')}/note.md"
