@@ -261,6 +261,8 @@ def _show(run: Path, console: Console) -> None:
         if len(skipped) > SHOWN:
             lines.append(f"  and {len(skipped) - SHOWN} more, in {run / 'results.json'}")
     lines.append(f"\nReport: {run / 'report.html'}")
+    if (run / "note.md").is_file():
+        lines.append(f"Note: {run / 'note.md'}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -18,6 +18,9 @@ from modgraft.trajectory.runs import RunNote, code, listed, plain, recorded, set
 MARK = {"main": "", "ablation": " (ablation)", "control": " (control)"}
 """What a row's group adds to its label."""
 
+OF_THE_TABLE = ("Bold", "No row is in bold", "“–”")
+"""Remarks on how the table is set, which a note has not."""
+
 ELSEWHERE = ("data", "features", "model", "train", "val", "test", "split")
 """Settings that are said in words of their own."""
 
@@ -52,10 +55,10 @@ def noted(
         if laid.chance is not None:
             pairs = zip(laid.columns, laid.chance, strict=True)
             said.learned["Chance"] = ", ".join(f"{c} {v}" for c, v in pairs if v != "–")
-        remarks = [r for r in laid.remarks if not r.startswith("Bold")]
+        remarks = [r for r in laid.remarks if not r.startswith(OF_THE_TABLE)]
         said.learned["How to read"] = plain(" ".join(remarks), longest=2000)
-        seeds, nets = len(asked["seeds"]), len(nets_of(asked["rows"]))
-        said.done["Trained"] = f"nets {nets}, seeds {seeds}"
+        nets = "; ".join(net.title for net in nets_of(asked["rows"]))
+        said.done["Trained"] = f"under each seed: {nets}"
         said.done["Tested"] = f"{_tested(results)} of the {raw['split']} split, decoded freely"
         said.done["Report"] = "[report.html](report.html), figures in [results.json](results.json)"
         shown = {"results": "Accuracy", "columns": "All columns", "families": "By family"}
@@ -70,7 +73,7 @@ def noted(
 def _host(s: Settings) -> str:
     if s.model is not None:
         return f"a pretrained T5, {code(s.model)}"
-    return f"a small T5 from scratch, d_model {s.d_model}, d_ff {s.d_ff}, {s.layers} layers"
+    return f"a small T5 from scratch, d_model {s.d_model}, d_ff {s.d_ff}, layers {s.layers}"
 
 
 def _data(s: Settings) -> str:
