@@ -43,13 +43,11 @@ def ask(log: Log, question: str, today: date) -> Answer:
         raise ModgraftError(
             f"{question!r} is no question; ask, for example: what are my open questions?"
         )
-    notes = log.notes()
-    cited = [key for (key,) in log.store.rows("SELECT DISTINCT key FROM cites")]
-    own = log.settings.actions
-    asked = take_apart(question, notes, log.bibliography.entries, cited, today, own)
+    names = log.names()
+    asked = take_apart(question, names, today, log.settings.actions)
     row = route(asked)
     asking = Asking(log, asked, row.kind)
-    if asked.titled and asked.key not in cited and row.name != "free":
+    if asked.titled and asked.key not in names.cited and row.name != "free":
         # The bibliography alone has it as a title: the notes may speak of it without citing it.
         answer = free.free(Asking(log, replace(asked, key=None), "free"))
         answer = HANDLERS[row.name](asking) if answer.refused else answer

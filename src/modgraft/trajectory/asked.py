@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
 
-from modgraft.trajectory import moments, naming
+from modgraft.trajectory import moments
 from modgraft.trajectory.lexicon import WORDS, content_words
 
 if TYPE_CHECKING:
-    from modgraft.trajectory.bibliography import Entry
+    from modgraft.trajectory.naming import Names
 
 _WORDS = tuple((re.compile(rf"\b(?:{w})\b", re.IGNORECASE), a, s) for w, a, s in WORDS)
 _COUNTS = re.compile(r"\bhow many\b|\bnumber of\b|\bcount\b", re.IGNORECASE)
@@ -51,35 +51,25 @@ class Asked:
         return self.moment.until if self.moment else None
 
 
-def take_apart(
-    question: str,
-    notes: Iterable[str],
-    sources: Mapping[str, Entry],
-    cited: Iterable[str],
-    today: date,
-    actions: Iterable[str] = (),
-) -> Asked:
-    """What ``question`` asks for, of a log with these notes, sources and citations.
+def take_apart(question: str, names: Names, today: date, actions: Iterable[str] = ()) -> Asked:
+    """What ``question`` asks for, of a log with these names of notes and sources.
 
     Args:
         question: In plain English.
-        notes: The names of the notes.
-        sources: The bibliography.
-        cited: The keys that the notes cite.
+        names: The names of the log's notes and sources.
         today: What "last week" is counted from.
         actions: The project's own, beyond the words of the lexicon.
     """
-    cited = tuple(cited)
-    note, rest = naming.note(" ".join(question.split()), notes)
+    note, rest = names.note(" ".join(question.split()))
     moment = moments.find(rest, today)
     if moment is not None:
         rest = rest.replace(moment.words, " ")
-    key, unknown, rest = naming.key(rest, {k.lower(): k for k in (*sources, *cited)})
+    key, unknown, rest = names.key(rest)
     forms = [pattern.search(rest) is not None for pattern in (_COUNTS, _NEWEST, _OLDEST)]
     found, status, plain = _actions(rest, actions)
     titled = key is None and unknown is None
     if titled:
-        key, plain = naming.source(plain, question, sources, cited)
+        key, plain = names.source(plain, question)
     for pattern, said in zip((_COUNTS, _NEWEST, _OLDEST), forms, strict=True):
         plain = pattern.sub(" ", plain) if said else plain
     counts, newest, oldest = forms

@@ -15,22 +15,30 @@ from dataclasses import dataclass, replace
 from modgraft.trajectory import why
 from modgraft.trajectory.answer import Answer
 from modgraft.trajectory.asking import Asking, line_of, place
-from modgraft.trajectory.lexicon import content_words
+from modgraft.trajectory.lexicon import content_words, stem
 from modgraft.trajectory.query import Hit
 from modgraft.trajectory.rows import searchable
 from modgraft.trajectory.selecting import BLOCK, Row, notes_named, row
 
 LINES = 5
 """Lines that a free answer shows."""
-POOL = 50
+POOL = 30
 """Blocks that each of the two orders proposes."""
 FUSION = 60
 ENOUGH = 0.55
 """The share of a question's weight that one block must hold, in its words or those above it."""
 ALIKE = 0.45
 """The cosine from which a block supports a question by its meaning, if it shares a word with it."""
+PROPOSE = 3_000
+"""Blocks that the words of a question may propose in all: ranking each costs time."""
+LONGEST = 20_000
+"""Characters of a block that are looked at for its share."""
+REMEMBERED = 10_000
+"""Blocks whose words are kept for the next question."""
+ABOVE = 0.75
+"""How much a word above a block counts for its share, beside one of its own."""
 CONTEXT = 0.5
-"""The weight of the words above a block beside its own."""
+"""How much the words above a block count for its rank, beside its own."""
 UNKNOWN = 2.5
 """The weight of a plain word that is in no line: what it means may be said by another."""
 
@@ -59,12 +67,12 @@ def free(asking: Asking) -> Answer:
         asked_for = " or ".join(repr(w) for w in names or [t.word for t in unknown])
         return asking.refuse(f"no line of the {len(asking.log.notes())} notes mentions {asked_for}")
     similar = _by_meaning(asking)
-    ranked = fused(asking, terms, similar)
+    ranked, held = fused(asking, terms, similar)
     hits = asking.log.select(lambda: _rows(asking, ranked))
     hits = _once(hits)[:LINES]
     if not hits:
         return why.nothing(asking)
-    coverage = max(covered(asking, [i for i, _ in ranked], terms).values(), default=0.0)
+    coverage = max(held.values(), default=0.0)
     alike = max((similar.get(i, 0.0) for i, _ in ranked), default=0.0)
     if coverage < ENOUGH and alike < ALIKE:
         missing = ", ".join(repr(t.word) for t in sorted(terms, key=lambda t: -t.weight)[:3])
@@ -91,15 +99,19 @@ def _rest(asking: Asking) -> str:
 
 def weighed(asking: Asking, words: Sequence[str]) -> list[Term]:
     """The words with their weights: the rarer in the log's blocks, the heavier."""
-    rows = asking.log.store.rows
-    (total,) = rows("SELECT count(*) FROM blocks")[0]
+    store = asking.log.store
+    (total,) = store.remembered("total", lambda: store.rows("SELECT count(*) FROM blocks")[0])
+    counts: dict[str, int] = store.remembered("counts", dict)
     terms: dict[str, Term] = {}
     for word in words:
         parts = _ALNUM.findall(searchable(word))
         if not parts:
             continue
         match = f'"{" ".join(parts)}"'
-        (count,) = rows("SELECT count(*) FROM block_words WHERE block_words MATCH ?", match)[0]
+        if match not in counts:
+            statement = "SELECT count(*) FROM block_words WHERE block_words MATCH ?"
+            counts[match] = store.rows(statement, match)[0][0]
+        count = counts[match]
         weight = math.log(1 + (total - count + 0.5) / (count + 0.5)) if count else UNKNOWN
         terms.setdefault(match.lower(), Term(word, match, weight, count))
     return list(terms.values())
@@ -115,16 +127,15 @@ def is_name(word: str, question: str) -> bool:
 
 def fused(
     asking: Asking, terms: Sequence[Term], similar: dict[int, float]
-) -> list[tuple[int, float]]:
-    """Block ids by reciprocal rank in both orders, the best first."""
+) -> tuple[list[tuple[int, float]], dict[int, float]]:
+    """Block ids by reciprocal rank, the best first; and the share of the question each holds."""
     where, values = _conditions(asking)
-    known = [t.match for t in terms if t.blocks]
     statement = (
         "SELECT blocks.id FROM block_words JOIN blocks ON blocks.id = block_words.rowid "  # noqa: S608
         f"WHERE block_words MATCH ? AND kind != 'heading'{where} "
         f"ORDER BY bm25(block_words, 1.0, {CONTEXT}) LIMIT {POOL}"
     )
-    order = [i for (i,) in asking.log.store.rows(statement, " OR ".join(known), *values)]
+    order = [i for (i,) in asking.log.store.rows(statement, _proposed(terms), *values)]
     near = sorted(similar, key=lambda i: -similar[i])[:POOL]
     held = covered(asking, list({*order, *near}), terms)
     by_words = sorted(order, key=lambda i: -held.get(i, 0.0))
@@ -132,21 +143,54 @@ def fused(
     for ranks in (order, by_words, near):
         for rank, block in enumerate(ranks):
             score[block] = score.get(block, 0.0) + 1 / (FUSION + rank)
-    return sorted(score.items(), key=lambda pair: -pair[1])
+    return sorted(score.items(), key=lambda pair: -pair[1]), held
+
+
+def _proposed(terms: Sequence[Term]) -> str:
+    """What FTS5 looks for: the rarer words, as many as are cheap; common ones only rank.
+
+    Where even the rarest is common, blocks that hold all of them are looked for.
+    """
+    known = sorted((t for t in terms if t.blocks), key=lambda t: t.blocks)
+    if known[0].blocks > PROPOSE:
+        return " AND ".join(t.match for t in known)
+    total, chosen = 0, []
+    for term in known:
+        total += term.blocks
+        if total > PROPOSE and chosen:
+            break
+        chosen.append(term.match)
+    return " OR ".join(chosen)
 
 
 def covered(asking: Asking, blocks: Sequence[int], terms: Sequence[Term]) -> dict[int, float]:
     """The share of the question's weight that each block holds, in its words or those above it."""
     whole = sum(t.weight for t in terms)
-    held = dict.fromkeys(blocks, 0.0)
-    ids = ", ".join(map(str, blocks))
-    for term in terms:
-        statement = f"SELECT rowid FROM block_words WHERE block_words MATCH ? AND rowid IN ({ids})"  # noqa: S608
-        own = {i for (i,) in asking.log.store.rows(statement, f"text : {term.match}")}
-        both = {i for (i,) in asking.log.store.rows(statement, term.match)}
-        for block in own | both:
-            held[block] += term.weight * (1.0 if block in own else 0.75)
+    parts = [(t.weight, [stem(p) for p in _ALNUM.findall(searchable(t.word))]) for t in terms]
+    held = {}
+    for block, (own, above) in _stems(asking, blocks).items():
+        held[block] = 0.0
+        for weight, stems in parts:
+            if all(s in own for s in stems):
+                held[block] += weight
+            elif all(s in own or s in above for s in stems):
+                held[block] += weight * ABOVE
     return {block: weight / whole for block, weight in held.items()}
+
+
+def _stems(asking: Asking, blocks: Sequence[int]) -> dict[int, tuple[set[str], set[str]]]:
+    """The words of blocks and of what is above them, without endings; looked up once a block."""
+    store = asking.log.store
+    known: dict[int, tuple[set[str], set[str]]] = store.remembered("stems", dict)
+    if len(known) > REMEMBERED:
+        known.clear()
+    ids = ", ".join(str(block) for block in blocks if block not in known)
+    statement = f"SELECT rowid, text, context FROM block_words WHERE rowid IN ({ids})"  # noqa: S608
+    for block, text, context in store.rows(statement):
+        words = (_ALNUM.findall(part) for part in (text[:LONGEST], context))
+        own, above = ({stem(word) for word in part} for part in words)
+        known[block] = own, above
+    return {block: known[block] for block in blocks if block in known}
 
 
 def _conditions(asking: Asking) -> tuple[str, list[object]]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from modgraft.trajectory.store import Store
 
 
+MANY = 500
+"""Changed notes from which the word indexes are merged at the end."""
 STALE = "UPDATE files SET mtime = 0"
 """A file of that time is read again, by this process or by the next if this one is killed."""
 
@@ -84,6 +86,8 @@ class Indexer:
                 problems.append(f"{file.path}:1: warning deleted while it was read")
         for path in known:
             self.remove(path)
+        if changed + len(known) >= MANY:
+            self.store.tidy()
         return self._counted(found, gone, changed, len(known), problems, began)
 
     def _counted(

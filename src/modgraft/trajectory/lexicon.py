@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 #: words that name an action → the action, and the status where they say one; longer ones first
 WORDS: tuple[tuple[str, str, str], ...] = (
@@ -76,3 +77,19 @@ def content_words(text: str) -> list[str]:
 def is_stop(token: str) -> bool:
     """Whether a word says nothing of what is looked for."""
     return token.lower().replace("’", "'").removesuffix("'s") in STOP
+
+
+_ENDINGS = (
+    *("ations", "ation", "ingly", "ings", "ing", "edly", "ed"),
+    *("ies", "es", "s", "ly", "y", "e"),
+)
+
+
+@lru_cache(maxsize=100_000)
+def stem(word: str) -> str:
+    """A word without its ending, so that ``masked``, ``masks`` and ``masking`` are one."""
+    word = word.lower().replace("’", "'").removesuffix("'s")
+    for ending in _ENDINGS:
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word.removesuffix(ending)
+    return word

@@ -23,6 +23,7 @@ from modgraft.trajectory.times import span
 if TYPE_CHECKING:
     from modgraft.trajectory.answer import Answer
     from modgraft.trajectory.bibliography import Bibliography
+    from modgraft.trajectory.naming import Names
     from modgraft.trajectory.note import Note
     from modgraft.trajectory.vectors import Vectors
 
@@ -254,6 +255,16 @@ class Log:
         """The names of all notes."""
         self._ready()
         return [n for (n,) in self.store.rows("SELECT note FROM files ORDER BY note")]
+
+    def names(self) -> Names:
+        """What a question may call the notes and the sources."""
+        from modgraft.trajectory.naming import Names as Made
+
+        def made() -> Names:
+            cited = self.store.rows("SELECT DISTINCT key FROM cites")
+            return Made(self.notes(), self.bibliography.entries, (key for (key,) in cited))
+
+        return self.store.remembered("names", made)
 
     def path(self, note: str) -> Path:
         """Where a note is.

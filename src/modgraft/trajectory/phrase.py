@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from modgraft.errors import ModgraftError
 from modgraft.trajectory.answer import Answer, Evidence
-from modgraft.trajectory.lexicon import STOP
+from modgraft.trajectory.lexicon import STOP, stem
 
 WAIT = 30.0
 """Seconds that a server may take."""
@@ -91,7 +91,7 @@ def objection(text: str, evidence: Sequence[Evidence], question: str) -> str | N
 
 def _adds(sentence: str, lines: str, question: str) -> str | None:
     there = {w.lower() for w in _words(lines)}
-    stems = {_stem(w) for w in there} | {_stem(w.lower()) for w in _words(question)}
+    stems = {stem(w) for w in there} | {stem(w.lower()) for w in _words(question)}
     for position, word in enumerate(_words(sentence)):
         low = word.lower()
         exact = any(c.isdigit() for c in word) or any(
@@ -99,7 +99,7 @@ def _adds(sentence: str, lines: str, question: str) -> str | None:
         )
         if exact and low not in there:
             return f"{word!r} is not in its line"
-        if low not in _GLUE and _stem(low) not in stems:
+        if low not in _GLUE and stem(low) not in stems:
             return f"{word!r} is not in its line"
     if bool(_DENIES.search(sentence)) != bool(_DENIES.search(lines)):
         return "it denies what its line does not, or leaves a denial out"
@@ -115,28 +115,6 @@ def _parts(word: str) -> list[str]:
     if any(c.isdigit() for c in word):
         return [word]
     return [p for p in re.split(r"[-.,]", word) if p]
-
-
-def _stem(word: str) -> str:
-    word = word.replace("’", "'").removesuffix("'s")
-    for ending in (
-        "ations",
-        "ation",
-        "ingly",
-        "ings",
-        "ing",
-        "edly",
-        "ed",
-        "ies",
-        "es",
-        "s",
-        "ly",
-        "y",
-        "e",
-    ):
-        if word.endswith(ending) and len(word) - len(ending) >= 3:
-            return word.removesuffix(ending)
-    return word
 
 
 def _complete(endpoint: str, model: str | None, answer: Answer) -> str:

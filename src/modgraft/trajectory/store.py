@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from modgraft.errors import ModgraftError
 
@@ -23,6 +23,9 @@ VERSION = 1
 
 WAIT = 5.0
 """Seconds to wait for another process that writes."""
+
+WAL = 10_000
+"""Pages that may wait to be put in their place: a first indexing then waits less for the disk."""
 
 SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
@@ -43,6 +46,8 @@ CREATE TABLE tracked (id INTEGER PRIMARY KEY, path TEXT UNIQUE);
 CREATE TABLE written (path INTEGER, line INTEGER, at TEXT, PRIMARY KEY (path, line)) WITHOUT ROWID;
 CREATE VIRTUAL TABLE block_words USING fts5(text, context, tokenize='porter unicode61');
 CREATE VIRTUAL TABLE event_words USING fts5(text, tokenize='porter unicode61');
+INSERT INTO block_words (block_words, rank) VALUES ('automerge', 8), ('crisismerge', 64);
+INSERT INTO event_words (event_words, rank) VALUES ('automerge', 8), ('crisismerge', 64);
 CREATE INDEX blocks_file ON blocks (file, line);
 CREATE INDEX blocks_at ON blocks (at);
 CREATE INDEX blocks_hash ON blocks (hash);
@@ -52,6 +57,9 @@ CREATE INDEX events_at ON events (at);
 CREATE INDEX cites_key ON cites (key);
 CREATE INDEX cites_file ON cites (file);
 """
+
+
+Made = TypeVar("Made")
 
 
 class LockedIndexError(ModgraftError):
@@ -70,6 +78,8 @@ class Store:
         self.remarks: list[str] = []
         self.lock = threading.RLock()
         self.in_memory = False
+        self._remembered: dict[str, Any] = {}
+        self._state: tuple[int, int] | None = None
         self.connection = self._opened()
 
     def _opened(self) -> sqlite3.Connection:
@@ -95,6 +105,7 @@ class Store:
             with self._explained():
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = NORMAL")
+                connection.execute(f"PRAGMA wal_autocheckpoint = {WAL}")
                 self._prepare(connection)
         except BaseException:
             connection.close()
@@ -135,6 +146,7 @@ class Store:
         """Begin anew with an empty index, and say so."""
         with self.lock:
             self.remarks.append(f"{self.path}:1: warning index {why}")
+            self._state = None
             self.connection.close()
             if not self.in_memory:
                 self._delete()
@@ -173,6 +185,22 @@ class Store:
         """The rows that a statement reads."""
         with self.lock, self._explained():
             return self.connection.execute(statement, values).fetchall()
+
+    def remembered(self, name: str, make: Callable[[], Made]) -> Made:
+        """What ``make`` makes of the index, made once until this or another process changes it."""
+        with self.lock:
+            state = (self.rows("PRAGMA data_version")[0][0], self.connection.total_changes)
+            if self._state != state:
+                self._remembered, self._state = {}, state
+            if name not in self._remembered:
+                self._remembered[name] = make()
+            return self._remembered[name]
+
+    def tidy(self) -> None:
+        """Merge the word indexes into one piece each: many small transactions left many."""
+        with self.transaction() as db:
+            for words in ("block_words", "event_words"):
+                db.execute(f"INSERT INTO {words} ({words}) VALUES ('optimize')")  # noqa: S608
 
     def fact(self, name: str) -> str | None:
         """What was noted under ``name``."""

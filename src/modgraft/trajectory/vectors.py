@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,6 @@ class Vectors:
         self.missing = 0
         self._ids: Any = None
         self._matrix: Any = None
-        self._seen: tuple[Any, ...] | None = None
         self._model: Callable[[Sequence[str]], Any] | None = None
 
     @classmethod
@@ -79,15 +78,14 @@ class Vectors:
         Raises:
             VectorsOffError: if the model's package is not installed.
         """
-        import numpy as np
-
         model = self._model = self._model or encoder()
         rows = self.log.store.rows(
             "SELECT hash, min(id), text FROM blocks WHERE kind != 'heading' GROUP BY hash"
         )
         wanted = {digest: (block, text) for digest, block, text in rows}
-        kept = {d: v for d, v in self._stored().items() if d in wanted}
-        new = [(d, text) for d, (_, text) in wanted.items() if d not in kept and text.strip()]
+        hashes, table = self._stored()
+        kept = {d: table[i] for d, i in hashes.items() if d in wanted}
+        new = [(d, text) for d, (_, text) in wanted.items() if d not in kept]
         new.sort(key=lambda pair: len(pair[1]))  # texts of a batch are of one length
         for start in range(0, len(new), BATCH):
             batch = new[start : start + BATCH]
@@ -96,28 +94,34 @@ class Vectors:
             if say is not None:
                 say(start + len(batch), len(new))
             if start // SAVED != (start + BATCH) // SAVED:
-                self._save(kept, np)
-        self._save(kept, np)
-        self._seen = None
+                self.save(kept)
+        self.save(kept)
         return len(new)
 
-    def _stored(self) -> dict[bytes, Any]:
+    def _stored(self) -> tuple[dict[bytes, int], Any]:
+        """Hashes with their rows, and the vectors; nothing where the file cannot be read."""
         import numpy as np
 
+        nothing = np.zeros((0, WIDTH), dtype=np.float16)
         if not self.path.is_file():
-            return {}
+            return {}, nothing
         try:
             stored = np.load(self.path, allow_pickle=False)
-            return {bytes(row["hash"]): row["vector"] for row in stored}
-        except (ValueError, OSError, EOFError, KeyError, IndexError):
-            return {}  # a cache that cannot be read is made again
+            hashes, vectors = np.ascontiguousarray(stored["hash"]).tobytes(), stored["vector"]
+        except (ValueError, OSError, EOFError, IndexError):
+            return {}, nothing  # a cache that cannot be read is made again
+        return {hashes[16 * i : 16 * i + 16]: i for i in range(len(vectors))}, vectors
 
-    def _save(self, kept: dict[bytes, Any], np: Any) -> None:
+    def save(self, kept: Mapping[bytes, Any]) -> None:
+        """Write the vectors down, by the hashes of their texts, in the place of all others."""
+        import numpy as np
+
         from modgraft.files import whole
 
-        table = np.zeros(len(kept), dtype=_row(np))
-        for i, (digest, vector) in enumerate(kept.items()):
-            table[i] = (np.void(digest), vector)
+        table = np.zeros(len(kept), dtype=[("hash", "V16"), ("vector", "<f2", (WIDTH,))])
+        if kept:
+            table["hash"] = np.frombuffer(b"".join(kept), dtype="V16")
+            table["vector"] = np.stack(list(kept.values()))
         with whole(self.path) as part, part.open("wb") as file:
             np.save(file, table, allow_pickle=False)
 
@@ -125,23 +129,18 @@ class Vectors:
         """The matrix of all blocks that have a vector, where the notes or the file changed."""
         import numpy as np
 
-        status = self.path.stat()
-        written = self.log.store.rows("SELECT count(*), max(id), total(id) FROM blocks")[0]
-        seen = (status.st_mtime_ns, status.st_size, *written)
-        if seen == self._seen:
-            return
-        stored = self._stored()
-        rows = self.log.store.rows("SELECT id, hash, text FROM blocks WHERE kind != 'heading'")
-        have = [(block, stored[digest]) for block, digest, _ in rows if digest in stored]
-        self.missing = sum(digest not in stored and bool(text.strip()) for _, digest, text in rows)
-        self._ids = np.array([block for block, _ in have], dtype=np.int64)
-        vectors = [vector for _, vector in have]
-        self._matrix = np.array(vectors, dtype=np.float32).reshape(len(vectors), WIDTH)
-        self._seen = seen
+        mtime = self.path.stat().st_mtime_ns
 
+        def load() -> tuple[Any, Any, int]:
+            hashes, vectors = self._stored()
+            rows = self.log.store.rows("SELECT id, hash FROM blocks WHERE kind != 'heading'")
+            have = [(block, hashes[digest]) for block, digest in rows if digest in hashes]
+            matrix = vectors[[row for _, row in have]].astype(np.float32)  # [blocks, 384]
+            ids = np.array([block for block, _ in have], dtype=np.int64)
+            return ids, matrix, len(rows) - len(have)
 
-def _row(np: Any) -> Any:
-    return np.dtype([("hash", "V16"), ("vector", "<f2", (WIDTH,))])
+        kept = self.log.store.remembered(f"vectors {mtime}", load)
+        self._ids, self._matrix, self.missing = kept
 
 
 def package_folder() -> Path:
@@ -178,6 +177,9 @@ def encoder() -> Callable[[Sequence[str]], Any]:
             list(texts), padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
         )
         with torch.inference_mode():
+            if len(texts) == 1:  # nothing is padding, and no mask is made
+                hidden = model(batch["input_ids"]).last_hidden_state  # [1, tokens, 384]
+                return torch.nn.functional.normalize(hidden.mean(1), dim=-1).numpy()
             hidden = model(**batch).last_hidden_state  # [n, tokens, 384]
             seen = batch["attention_mask"][..., None].to(hidden.dtype)  # [n, tokens, 1]
             mean = (hidden * seen).sum(1) / seen.sum(1)  # [n, 384]
