@@ -90,6 +90,20 @@ def add(
     )  # fmt: skip
     current.remember(path, given)
     typer.echo(f"{shown_path(path)}:{line}")
+    if given.index.exists():  # to make one can take long, and nobody asked
+        _look_at(path, line, line + len(remarks or ()), folder)
+
+
+def _look_at(path: Path, first: int, last: int, folder: list[Path] | None) -> None:
+    """Say what the check finds in the lines that were added; they stay as they are."""
+    from modgraft.trajectory import Log, parse
+    from modgraft.trajectory.check import check_note
+
+    with Log.open(*(folder or ())) as found:
+        note = parse(path.read_bytes(), shown_path(path), found.actions)
+        for problem in check_note(note, path, found.bibliography, found.settings.folders):
+            if first <= problem.line <= last and problem.severity != "info":
+                typer.echo(str(problem), err=True)
 
 
 @log.command("finish")

@@ -72,6 +72,27 @@ def test_what_cannot_be_recorded_is_one_line_that_says_why(noted: Path) -> None:
     assert (noted / "log" / "fusion.md").read_bytes() == before
 
 
+def test_what_was_added_is_looked_at_once_there_is_an_index(noted: Path) -> None:
+    assert log("add", "read(@huLowRnak2021)").err == ""
+    log("index")
+    done = log("add", "read(@huLowRnak2021)", "a remark")
+    assert done.out == "log/fusion.md:17\n"
+    assert done.err.startswith("log/fusion.md:17: error near-key @huLowRnak2021 is not in the")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_new_note_goes_to_the_first_folder_that_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "runs").mkdir()  # is not where people write
+    assert log("new", "a").out == "log/a.md\n"
+    assert log("new", "b", "--in", "runs").out == "runs/b.md\n"
+    (folder / "diary").mkdir()
+    monkeypatch.setenv("MODGRAFT_LOG", "diary")
+    assert log("new", "c").out == "diary/c.md\n"
+    assert log("add", "start(c)").out == "diary/c.md:12\n"
+
+
 def test_without_a_log_it_says_how_to_start_one(folder: Path) -> None:
     assert "modgraft log new NAME" in log("query").err
     assert "modgraft log new NAME" in log("add", "start(a)").err
