@@ -10,6 +10,7 @@ from torch import Tensor
 
 import modgraft as mg
 from hosts import HOSTS, ids
+from modgraft.kept import Kept
 from modgraft.running import STATE
 
 
@@ -199,3 +200,19 @@ def test_modules_made_in_inference_mode_act_and_their_writes_are_seen() -> None:
         for parameter in (*host["i"].parameters(), *host["j"].parameters()):
             parameter.zero_()
         assert torch.equal(host(**batch, modules=composition).logits, bare)
+
+
+def test_whether_what_is_kept_holds_is_asked_once_a_generate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host, asked = made(), []
+    holds = Kept._holds
+    monkeypatch.setattr(Kept, "_holds", lambda self: asked.append(self) or holds(self))
+    modules = ["lora0", "lora1", "adapter2", "prefix0"]
+    prompts = torch.arange(3, 23).view(4, 5)
+    for _ in range(2):
+        host.generate(prompts, max_new_tokens=6, min_new_tokens=6, modules=modules)
+        assert len(asked) == len(set(asked)) > 0
+        asked.clear()
+    host(input_ids=prompts, modules=modules)
+    assert len(asked) == len(set(asked)) > 0

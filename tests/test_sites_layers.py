@@ -404,6 +404,23 @@ def test_wrapping_twice_leaves_one_hook() -> None:
     assert not mg.Host(layer).merge(None)._forward_pre_hooks
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_logits_of_last_tokens_are_one_product(name: str) -> None:
+    """Frozen weights would be read once for each example; see modgraft.fastpath."""
+    model = HOSTS[name].model()
+    batch = {key: value for key, value in HOSTS[name].batch().items() if key != "labels"}
+    want = model(**batch, logits_to_keep=1).logits
+    read: list[Tensor] = []
+    host = mg.Host(model)
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.extend(args))
+    torch.testing.assert_close(host(**batch, logits_to_keep=1).logits, want)
+    assert read[0].shape[1] == 1
+    assert read[0].is_contiguous()
+    mg.Host(model)
+    assert len(model.get_output_embeddings()._forward_pre_hooks) == 2  # that above, and one
+    assert len(host.merge(None).get_output_embeddings()._forward_pre_hooks) == 1
+
+
 @torch.no_grad()
 def test_attention_alone_is_fused_with_its_changed_weights() -> None:
     """``nn.MultiheadAttention`` calls no sub-module: its kernel may as well have W + Δ."""

@@ -144,15 +144,15 @@ def _before(state: State, key: Tensor) -> Before | None:
     In compiled code all that is resident: a switch of composition writes weights, which say what is
     seen, and changes no graph.
     """
-    entries = {entry.name: entry for entry in state.of(KeyValueComposition)}
-    if not entries:
-        return None
-    batch = key.shape[0]
-    names = ", ".join(repr(name) for name in entries)
     call = state.context.now()
     composition = call.composition
     if composition is None:
         return None
+    entries = {entry.name: entry for entry in state.of(KeyValueComposition)}
+    if not entries:
+        return None
+    batch = key.shape[0]
+    names = ", ".join(map(repr, entries))
     mixed = {
         entry.name: entry.module
         for some in state.named.values()

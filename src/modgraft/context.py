@@ -158,6 +158,12 @@ def switched(composition: Expression | None) -> bool:
 _calls: ContextVar[tuple[tuple[int, Call], ...]] = ContextVar("modgraft_calls", default=())
 
 
+def innermost() -> Call | None:
+    """The call under way in this thread or task, of whatever host; None outside of all."""
+    calls = _calls.get()
+    return calls[-1][1] if calls else None
+
+
 class Context:
     """The composition in force on one host, and the call under way in this thread or task.
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from modgraft.context import innermost
+
 T = TypeVar("T")
 _version = attrgetter("_version")
 
@@ -33,6 +35,7 @@ class Kept:
     It is made anew where a gradient has to reach one of them, where one was made in inference mode
     (such tensors count no writes), and once one of them is another tensor, has been written to, or
     lies elsewhere (``.to()`` puts new data into the old object). What is kept is let go of with it.
+    Without gradients all that is asked once in a call of the host, and so once in a ``generate``.
 
     Args:
         modules: that own every tensor that what is made depends on.
@@ -47,18 +50,28 @@ class Kept:
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gives, or gave for this key."""
-        # what C does over a list is several times as fast as what Python does
-        own = [t for t in chain.from_iterable(map(dict.values, self._owners)) if t is not None]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in own):
-            return make()
-        if any(map(Tensor.is_inference, own)):  # of inference mode: they count no writes
-            return make()
-        state = list(map(_version, own)), list(map(Tensor.data_ptr, own))
-        before, tensors, made = self._now
-        if state != before or len(own) != len(tensors) or not all(map(is_, own, tensors)):
-            made = {}
-            self._now = state, own, made
+        call = None if torch.is_grad_enabled() else innermost()
+        if call is None or self not in call.memo:
+            if not self._holds():
+                return make()
+            if call is not None:
+                call.memo[self] = True
+        made = self._now[2]
         key = key, torch.is_inference_mode_enabled()  # its tensors cannot be used outside of it
         if key not in made:
             made[key] = make()
         return made[key]
+
+    def _holds(self) -> bool:
+        """Whether anything may be kept; what was made of other tensors than now is let go of."""
+        # what C does over a list is several times as fast as what Python does
+        own = [t for t in chain.from_iterable(map(dict.values, self._owners)) if t is not None]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in own):
+            return False
+        if any(map(Tensor.is_inference, own)):  # of inference mode: they count no writes
+            return False
+        state = list(map(_version, own)), list(map(Tensor.data_ptr, own))
+        before, tensors, _ = self._now
+        if state != before or len(own) != len(tensors) or not all(map(is_, own, tensors)):
+            self._now = state, own, {}
+        return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from modgraft.kept import Kept
 from modgraft.mixture import Routed
 from modgraft.stacked import Stacked, stackable
 
+_training = attrgetter("training")
 KEPT = 64  # how many compositions a site remembers
 KEPT_EACH = 4  # and of those with one for each example, which hold copies of the tensors they use
 
@@ -118,19 +120,21 @@ class Plan:
     Attributes:
         composition: the same object, not an equal one.
         groups: what it comes to there.
-        training: whether each module trained when that was planned: some stack only if they do not.
+        modules: those that some stack only if they do not train.
+        training: whether each of them did when that was planned.
         before: the keys and values that go before a layer's own; None: nothing of it can be kept.
     """
 
     composition: Expression
     groups: list[Group]
-    training: list[tuple[Computation, bool]]
+    modules: list[Computation]
+    training: list[bool]
     before: Kept | None = None
 
     @property
     def holds(self) -> bool:
         """Whether it would still be planned like that."""
-        return all(module.training == was for module, was in self.training)
+        return list(map(_training, self.modules)) == self.training
 
 
 def planned(entries: Mapping[str, list[Entry]], composition: Expression) -> Plan:
@@ -141,9 +145,10 @@ def planned(entries: Mapping[str, list[Entry]], composition: Expression) -> Plan
     keys_values = [module for module in modules if isinstance(module, KeyValueComposition)]
     own = all(module.needs is None and not borrows(module) for module in keys_values)
     mixed = any(isinstance(module, Routed) for module in used)
-    training = [(m, m.training) for m in modules] if isinstance(composition, Each) else []
+    watched = modules if isinstance(composition, Each) else []
     before = Kept(keys_values) if own and not mixed else None
-    return Plan(composition, groups(entries, composition, stacks=True), training, before)
+    found = groups(entries, composition, stacks=True)
+    return Plan(composition, found, watched, list(map(_training, watched)), before)
 
 
 def remembered(

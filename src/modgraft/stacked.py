@@ -51,6 +51,7 @@ class Stacked:
         # as many examples of each, side by side: they are one, and no tensor is picked for each
         self.in_blocks = self.pick == [i for i in place.values() for _ in range(each_has)]
         self.of_weights = isinstance(self.like, ParameterComposition)
+        self._low_rank = self.of_weights and self.like.factors() is not None  # type: ignore[attr-defined]
         self.needs = self.like.needs
         self._kept = Kept(self.different)
 
@@ -121,8 +122,7 @@ class Stacked:
 
     def has_factors(self, layer: nn.Module) -> bool:
         """Whether it is a change of low rank of a linear layer."""
-        linear = isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
-        return self.of_weights and linear and self.like.factors() is not None  # type: ignore[attr-defined]
+        return self._low_rank and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")
 
     def sums(self, x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         """Σ of weight · effect over the picks of each row: ``[T, out]``.
