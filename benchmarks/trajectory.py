@@ -13,6 +13,7 @@ import argparse
 import random
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -239,6 +240,30 @@ def real(folder: Path) -> list[Claim]:
     ]
 
 
+def starting() -> list[Claim]:
+    """How long the command line and the package take to be there, each in a process of its own."""
+    command = (
+        "import sys; sys.argv = ['modgraft', '--help']; from modgraft.cli import entry; entry()"
+    )
+    package = "import modgraft.trajectory"
+    public = "from modgraft.trajectory import *"
+    return [
+        Claim("modgraft --help, best of ten", f"{started(command):.0f} ms", "≤ 300 ms"),
+        Claim("import modgraft.trajectory, best of ten", f"{started(package):.0f} ms", "≤ 150 ms"),
+        Claim("all its public names, best of ten", f"{started(public):.0f} ms"),
+    ]
+
+
+def started(code: str, repeats: int = 10) -> float:
+    """The shortest of so many processes, from their start to their end, in ms."""
+    taken = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        taken.append(time.perf_counter() - begin)
+    return 1000 * min(taken)
+
+
 def table_of(title: str, claims: Sequence[Claim]) -> Table:
     """What was measured, beside what was asked."""
     table = Table(title=title)
@@ -259,10 +284,12 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         many = generated(Path(folder), options.notes)
         few = [] if options.skip_real else real(Path(folder))
+    starts = starting()
     tables = [table_of(f"{options.notes:,} generated notes", many)]
     if few:
         tables.append(table_of("The real notes", few))
-    show(tables, [*many, *few], options)
+    tables.append(table_of("To start", starts))
+    show(tables, [*many, *few, *starts], options)
 
 
 if __name__ == "__main__":
