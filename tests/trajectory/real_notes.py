@@ -70,7 +70,8 @@ def notes(draw: st.DrawFn) -> bytes:
     """A plausible note, with everything that real ones get wrong."""
     ends = draw(st.sampled_from(["\n", "\n", "\r\n", "\r"]))
     lines = draw(st.lists(_line, max_size=25))
-    text = ends.join(["## tl;dr", "", "## Log", *lines])
+    head = draw(st.sampled_from([[], ["---", "tags: [read]", "- [code]", "---"], ["---"]]))
+    text = ends.join([*head, "## tl;dr", "", "## Log", *lines])
     data = text.encode()
     if draw(st.booleans()):
         data += ends.encode()

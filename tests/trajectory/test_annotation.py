@@ -142,6 +142,22 @@ def test_an_open_fence_does_not_swallow_the_log() -> None:
     assert [event.action for event in inside.events] == ["eureka"]
 
 
+def test_every_open_fence_keeps_its_last_line() -> None:
+    note = parse(b"```a\none\n## Log\n```b\ntwo\n## Done\n- x")
+    assert [(code.language, code.text) for code in note.codes] == [("a", "one\n"), ("b", "two\n")]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_front_matter_is_code(mark: str) -> None:
+    text = f"{mark}---\ndate: 2023-03-01\ntags: [read]\n - [code]\n---\n## Log\n- [read(@ab2020)]\n"
+    note = parse(text.encode())
+    assert [event.line for event in note.events] == [7]
+    assert [(code.language, code.line, code.end_line) for code in note.codes] == [("yaml", 1, 5)]
+    assert note.codes[0].text == "date: 2023-03-01\ntags: [read]\n - [code]\n"
+    ruled = parse(b"---\n- [read(@ab2020)]\n\n---\n")  # two rules are no front matter
+    assert len(ruled.events) == 1
+
+
 def test_what_commonmark_empties_is_kept() -> None:
     event = one("- [critique]: agreed\n")
     assert (event.action, event.body) == ("critique", "agreed")

@@ -7,6 +7,7 @@ a quote, which CommonMark empties or flattens. Nothing here recurses or looks ba
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,12 @@ _KINDS: dict[str | None, BlockKind] = {
     "heading": "heading", "item": "item", "quote": "quote",
     "fence": "fence", "image": "image", None: "para",
 }  # fmt: skip
+_FRONT_MATTER = re.compile(
+    rb"---[ \t]*(?:\r\n?|\n)"
+    rb"[A-Za-z_][\w-]*[ \t]*:[^\r\n]*(?:\r\n?|\n)"
+    rb"(?:(?:[A-Za-z_][\w-]*[ \t]*:|[ \t]|- )[^\r\n]*(?:\r\n?|\n))*+"
+    rb"---[ \t]*(?:\r\n?|\n|\Z)"
+)
 BOM = b"\xef\xbb\xbf"
 
 
@@ -47,7 +54,7 @@ class Outline:
     sections: list[Section] = field(default_factory=list)
     markers: list[tuple[int, int]] = field(default_factory=list)  # indent, bullet, #, >
     contents: list[int] = field(default_factory=list)  # per block: where its words start
-    unclosed: list[int] = field(default_factory=list)  # fences without an end, by block
+    unclosed: dict[int, None] = field(default_factory=dict)  # fences without an end, by block
 
     def below(self) -> list[int]:
         """Per block: where the last that hangs below it ends."""
@@ -115,7 +122,7 @@ def outline(data: bytes, starts: Sequence[int]) -> Outline:
     fences = _Fences(data, starts)
     stack: list[tuple[int, int]] = []  # (indent, index) of the blocks above
     fresh = True  # nothing to be continued: at the top, after a blank line or a heading
-    line, lines, size = 0, len(starts), len(data)
+    line, lines, size = _front_matter(data, starts, out), len(starts), len(data)
     while line < lines:
         start = starts[line]
         after = starts[line + 1] if line + 1 < lines else size
@@ -153,12 +160,23 @@ def outline(data: bytes, starts: Sequence[int]) -> Outline:
         out.blocks.append(Block(kind, start, after, line + 1, len(stack), parent, section))
         out.contents.append(words)
         if not closed:
-            out.unclosed.append(index)
+            out.unclosed[index] = None
         if kind != "heading":
             stack.append((indent, index))
         fresh, line = kind in ("heading", "fence", "image"), next_line
     _close_sections(out, lines, size)
     return out
+
+
+def _front_matter(data: bytes, starts: Sequence[int], out: Outline) -> int:
+    """YAML between two `---` at the very start is code: its `tags: [read]` is no event."""
+    at = len(BOM) if data.startswith(BOM) else 0
+    found = _FRONT_MATTER.match(data, at)
+    if found is None:
+        return 0
+    out.blocks.append(Block("fence", 0, found.end(), 1, 0, None, None))
+    out.contents.append(at)
+    return bisect_left(starts, found.end())
 
 
 def _continues(last: Block, kind: BlockKind, indent: int, above: int) -> bool:

@@ -61,7 +61,7 @@ class _Parse:
         """Read what stands in one block."""
         words = self.tree.contents[index]
         if block.kind == "fence":
-            self._code(block, words)
+            self._code(index, block, words)
             return
         for start, end in self._stretches(block, words):
             line = block.line if start == words else self.line_of(start)
@@ -139,16 +139,15 @@ class _Parse:
         end_line = self.line_of(block.end - 1)
         self.quotes.append(Quote(text, block.line, end_line, block.start, block.end))
 
-    def _code(self, block: Block, words: int) -> None:
+    def _code(self, index: int, block: Block, words: int) -> None:
         self.found.marks.append(Span("fence", words, block.end))
         end_line = self.line_of(block.end - 1)
         head = self.starts[block.line] if block.line < len(self.starts) else block.end
         info = self.source.text(words, min(head, block.end)).strip().lstrip("`~").split()
-        closed = not self.tree.unclosed or self.tree.blocks[self.tree.unclosed[-1]] is not block
-        tail = self.starts[end_line - 1] if closed else block.end
+        tail = block.end if index in self.tree.unclosed else self.starts[end_line - 1]
         text = self.source.text(min(head, tail), tail) if end_line > block.line else ""
         text = textwrap.dedent(text)
-        language = info[0] if info else ""
+        language = "yaml" if self.data.startswith(b"---", words) else info[0] if info else ""
         self.codes.append(Code(language, text, block.line, end_line, block.start, block.end))
 
 
