@@ -266,7 +266,7 @@ def changed(
     as_json: Json = False,
     folder: In = None,
 ) -> None:
-    """What was written between two dates.
+    """What was written between two dates, headings left out.
 
     [bold]Example[/bold]
 
@@ -275,7 +275,8 @@ def changed(
     from modgraft.cli_log_show import show_hits
 
     with opened(folder, None) as found:
-        show_hits(found.changed(since, until), as_json)
+        hits = [hit for hit in found.changed(since, until) if not hit.text.startswith("#")]
+        show_hits(hits, as_json)
 
 
 def ask(

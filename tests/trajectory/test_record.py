@@ -282,3 +282,28 @@ def test_an_event_is_taken_with_brackets_or_without() -> None:
     assert written("[skim(@a2020)]: worth it") == "[skim(@a2020)]: worth it"
     with pytest.raises(ModgraftError, match="is no event"):
         written("then [skim(@a2020)]")
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from modgraft.trajectory.record import add
+real = Path.replace
+def replace(self, target):
+    if sys.argv[2] == "after":
+        real(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.replace = replace
+add(sys.argv[1], "read(@hu2021)")
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_at_the_exchange_it_is_the_old_note_or_the_new_one(note: Path, moment: str) -> None:
+    add(note, "start(a)")
+    before = note.read_bytes()
+    assert python(DIES, note, moment).wait(60) == -signal.SIGKILL
+    new = before + b"- [read(@hu2021)]\n"
+    assert note.read_bytes() == (before if moment == "before" else new)
+    add(note, "return(a)")  # the lock went with the process, and so does what it left lying
+    assert [p.name for p in note.parent.iterdir()] == ["fusion.md"]
