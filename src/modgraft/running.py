@@ -291,13 +291,16 @@ class At:
 
     def _changed(self, entry: Entry, total: Tensor, weight: Weight) -> Tensor:
         """``total`` + w·(f(x; θ + Δ) − f(x; θ)), on one part where the module acts on a part."""
-        host, part = self.site.host, entry.part
+        host, part, module = self.site.host, entry.part, entry.module
         x = tensor_input(self.x, self.site.state.path)
-        axis = feature_axis(host)
         bare = self.bare
+        once = part is None and not isinstance(weight, Tensor) and weight == 1.0
+        if once and isinstance(module, Stacked) and module.has_factors(host):
+            return module.added(total, x)
+        axis = feature_axis(host)
         if bare is not None and part is not None:
             bare = bare.chunk(part[1], dim=axis)[part[0]]
-        effect = entry.module.effect(x, host, weight_matrix(host, part), bare)  # type: ignore[union-attr]
+        effect = module.effect(x, host, weight_matrix(host, part), bare)  # type: ignore[union-attr]
         effect = weighted(weight, effect)
         if part is None:
             return total + effect

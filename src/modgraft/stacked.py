@@ -104,21 +104,31 @@ class Stacked:
 
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor, y: Tensor) -> Tensor:
         """Of each example's change of weights on its row of ``x`` ``[g, …, in]``."""
-        times = x.shape[0] // len(self.pick)
         if not self.has_factors(layer):
-            return self._mapped("effect", (x, y), times, layer, weight)
-        if self.in_blocks:
-            own = self._kept.get("factors", self._factors)
-            rows = x.reshape(len(self.different), -1, x.shape[-1])  # [N, g/N · n, in]
-        else:
-            own = self._picked("factors", times)
-            rows = x.reshape(x.shape[0], -1, x.shape[-1])  # [g, n, in]
-        hidden = torch.bmm(rows, own["A"])  # [g, n, r]
+            return self._mapped("effect", (x, y), x.shape[0] // len(self.pick), layer, weight)
+        hidden, own = self._hidden(x)
         if "b" in own:
             effect = torch.baddbmm(own["b"][:, None], hidden, own["B"])  # [g, n, out]
         else:
             effect = torch.bmm(hidden, own["B"])
         return effect.view(*x.shape[:-1], effect.shape[-1])
+
+    def added(self, total: Tensor, x: Tensor) -> Tensor:
+        """``total`` ``[g, …, out]`` + the effect of low rank, in one pass over it."""
+        hidden, own = self._hidden(x)
+        to = total.reshape(*hidden.shape[:-1], total.shape[-1])  # [g, n, out]
+        to = to + own["b"][:, None] if "b" in own else to
+        return torch.baddbmm(to, hidden, own["B"]).view(total.shape)
+
+    def _hidden(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """x A ``[g, n, r]`` of the picked factors, and those."""
+        if self.in_blocks:
+            own = self._kept.get("factors", self._factors)
+            rows = x.reshape(len(self.different), -1, x.shape[-1])  # [N, g/N · n, in]
+        else:
+            own = self._picked("factors", x.shape[0] // len(self.pick))
+            rows = x.reshape(x.shape[0], -1, x.shape[-1])  # [g, n, in]
+        return torch.bmm(rows, own["A"]), own
 
     def has_factors(self, layer: nn.Module) -> bool:
         """Whether it is a change of low rank of a linear layer."""
