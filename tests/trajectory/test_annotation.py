@@ -128,7 +128,13 @@ def test_the_table_is_extended_in_the_project() -> None:
         "experiment",
         "skim",
     ]
-    for bad in ({"experiment": "exp"}, {"experiment": ["read"]}, {"experiment": [3]}, {"x": None}):
+    own = Actions().extended({"問題": ["open problem", "to-do-list"], "thèse": []})
+    text = "[問題 -> a] [Open Problem] [to-do-list(x)] [Thèse→b] [thèse -> c]"
+    assert [event.action for event in events(text, own)] == ["問題"] * 3 + ["thèse"] * 2
+    wrong = ({"experiment": ["q?"]}, {"a->b": []}, {"1st": []}, {"a b c d e": []}, {"x" * 41: []})
+    for bad in (
+        {"experiment": "exp"}, {"experiment": ["read"]}, {"experiment": [3]}, {"x": None}, *wrong,
+    ):  # fmt: skip
         with pytest.raises(ModgraftError, match=r"\[tool.modgraft.log.actions\]"):
             Actions().extended(bad)
 

@@ -10,10 +10,15 @@ an action with its other spellings:
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from modgraft.errors import ModgraftError
+
+NAME = re.compile(r"[^\W\d]\w*(?:[ /-]\w+){0,3}")
+LONGEST_NAME = 40
+_REMEMBERED = 4096  # unknown spellings whose nearest is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class Actions:
 
     rows: tuple[Action, ...] = _ROWS
     _by_name: dict[str, Action] = field(init=False, repr=False, compare=False)
+    _near: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         by_name: dict[str, Action] = {}
@@ -79,7 +85,12 @@ class Actions:
 
     def nearest(self, written: str) -> Action | None:
         """The action that an unknown spelling is most likely a slip of, or None."""
-        close = difflib.get_close_matches(written.casefold(), self._by_name, n=1, cutoff=0.75)
+        name = written.casefold()
+        if name not in self._near:
+            if len(self._near) >= _REMEMBERED:
+                self._near.clear()
+            self._near[name] = difflib.get_close_matches(name, self._by_name, n=1, cutoff=0.75)
+        close = self._near[name]
         return self._by_name[close[0]] if close else None
 
     def extended(self, table: Mapping[str, object]) -> Actions:
@@ -98,11 +109,13 @@ class Actions:
                     f'spellings; write {name} = ["…"], or {name} = [] if there are none'
                 )
             names = tuple(spellings)
-            if not all(isinstance(one, str) and one.strip() for one in names):
-                raise ModgraftError(
-                    f"[tool.modgraft.log.actions] {name} = {spellings!r}: holds something that is "
-                    f"no name; each spelling is a string in quotes"
-                )
+            for one in (name, *names):
+                if not isinstance(one, str) or not NAME.fullmatch(one) or len(one) > LONGEST_NAME:
+                    raise ModgraftError(
+                        f"[tool.modgraft.log.actions] {name} = {spellings!r}: no event can be "
+                        f"called {one!r}; a name is up to four words of letters, digits and _, "
+                        f"with a space, - or / between"
+                    )
             old = rows.get(name, Action(name, "of this project"))
             new = tuple(one for one in names if one not in old.aliases)
             rows[name] = Action(name, old.meaning, (*old.aliases, *map(str, new)))

@@ -15,7 +15,12 @@ from modgraft.trajectory.actions import Action, Actions
 from modgraft.trajectory.inline import Brackets, Found, decoded
 from modgraft.trajectory.note import Diagnostic, Fix, Span
 
-_NAME = re.compile(rb"[ \t]*([A-Za-z]\w*(?:[ /-]\w+)?)[ \t]*(?=\(|->|\xe2\x86\x92|\]|[\r\n]|\Z)")
+# As actions.NAME says, in bytes: what is not ASCII may be a letter, except for the arrow.
+_LETTER = rb"(?:\w|(?!\xe2\x86\x92)[\x80-\xff])"
+_NAME = re.compile(
+    rb"[ \t]*((?!\d)" + _LETTER + rb"+(?:[ /-]" + _LETTER + rb"+){0,3})[ \t]*"
+    rb"(?=\(|->|\xe2\x86\x92|\]|[\r\n]|\Z)"
+)
 _ARROW = re.compile(rb"\s*(?:->|\xe2\x86\x92)")
 _DEFINITION = re.compile(rb":[ \t]+<?[A-Za-z][A-Za-z0-9+.-]*://\S+[ \t]*(?:[\r\n]|\Z)")
 _LONGEST_NAME = 80
