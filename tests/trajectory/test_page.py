@@ -1,119 +1,36 @@
-"""The page: what it shows, what it never does with a note, and whom it answers."""
+"""The page: what it shows, what it leads to, and what it says when there is nothing to show."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
-from html.parser import HTMLParser
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from log_folder import NOTE, png, write_log
-from PIL import Image
+from log_folder import NOTE, write_log
+from page_client import FIRST, PAGES, Reader, client_of, read, write_page_log
 from real_notes import NOTES, needs_notes
-
-pytest.importorskip("starlette", reason="the extra `log` is not installed")
-
 from starlette.testclient import TestClient
 
-import modgraft
 from modgraft.errors import ModgraftError
 from modgraft.trajectory import Log, page
-
-FIRST = "2024-05-03_first.md"
-PAGES = ("/", "/notes", "/queue", "/questions", "/questions?all", "/lessons", "/search", "/ask")
-VOID = {"meta", "link", "img", "input", "br", "hr"}
-EVIL = """\
-## Log <img src=x onerror=alert(1)>
-- <script>alert(1)</script> [click](javascript:alert(1)) [file](file:///etc/passwd)
-- [go](JaVaScRiPt:alert(1)) [data](data:text/html,<script>alert(1)</script>) <javascript:alert(1)>
-- [vb](vbscript:msgbox) [tab](java\tscript:alert(1)) [new](&#106;avascript:alert(1))
-- [rel](//evil.org/x)
-- ![x](javascript:alert(1)) ![y](/etc/passwd) ![z](../secret.png) ![w](https://evil.org/track.png)
-- [skim(<b onclick=alert(1)>@dewLichen2021</b>) -> <script>alert(2)</script>]
-- [question -> "><script>alert(3)</script>] `<script>` $<script>$
-- ![" onerror="alert(4)](asset/lichen.png)
-- [a" onclick="alert(5)](https://example.org/"onclick="alert(6))
-- https://example.org/"onclick=alert(7)
-> <iframe src="https://evil.org"></iframe> {{ 7 * 7 }} @dewLichen2021"onclick="alert(8)
-
-```<script>
-</code></pre><script>alert(9)</script>
-```
-"""
-
-
-class Reader(HTMLParser):
-    """What a page would load and lead to, with every tag closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.loads: list[str] = []
-        self.links: list[str] = []
-        self.attributes: set[str] = set()
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.labels: set[str] = set()
-        self.fields: list[dict[str, str | None]] = []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        assert len(given) == len(attrs)
-        self.tags.append(tag)
-        self.attributes |= set(given)
-        self.links += [given["href"] or ""] if tag == "a" else []
-        self.loads += [given[name] or "" for name in ("src", "srcset", "action") if name in given]
-        self.loads += [given["href"] or ""] if tag == "link" else []
-        if tag in {"input", "select"}:
-            self.fields.append(given | {"labelled": "yes" if "label" in self.open else None})
-        self.labels |= {given["for"] or ""} if tag == "label" and "for" in given else set()
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_log(tmp_path_factory.mktemp("page") / "log")
-    (folder / "evil.md").write_text(EVIL, "utf-8")
-    (folder.parent / "secret.png").write_bytes(png())
-    (folder / "way_out.png").symlink_to(folder.parent / "secret.png")
-    (folder / "plain.txt").write_text("no picture")
-    (folder / "draw.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'></svg>")
-    return folder
-
-
-def client_of(folder: Path, index: Path) -> TestClient:
-    log = Log.open(folder, index=index)
-    return TestClient(
-        page.app(log), base_url="http://127.0.0.1:8765", raise_server_exceptions=False
-    )
+    return write_page_log(tmp_path_factory.mktemp("page") / "log")
 
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[TestClient]:
     with client_of(folder, folder.parent / "index.sqlite") as made:
         yield made
-
-
-def read(client: TestClient, path: str, status: int = 200) -> str:
-    answer = client.get(path)
-    assert answer.status_code == status, answer.text
-    return answer.text
 
 
 @pytest.mark.parametrize("path", [*PAGES, f"/note/{FIRST}", "/note/evil.md", "/nowhere"])
@@ -186,82 +103,6 @@ def test_a_note_is_shown_with_events_lines_and_sources(client: TestClient) -> No
     assert '<img src="/figure/asset/lichen.png"' in html
     assert '<span class="math">$\\theta&#39; = \\theta_0 + \\varphi$</span>' in html
     assert '<a href="/note/second.md?line=5#L5">second.md:5</a>' in html  # also cites Modular Ferns
-
-
-def test_what_a_note_holds_is_text(client: TestClient) -> None:
-    html = read(client, "/note/evil.md")
-    reader = Reader(html)
-    inner = html.partition('<article class="note">')[2].partition("</article>")[0]
-    own = Reader(inner)
-    assert set(own.tags) <= {
-        "div", "ul", "li", "span", "a", "img", "h2", "p", "blockquote", "pre", "code", "em"
-    }  # fmt: skip
-    assert all(re.match(r"(https?://|mailto:|/|#L\d)", link) for link in own.links), own.links
-    assert not any(link.startswith("//") for link in own.links)
-    assert own.attributes <= {"class", "id", "href", "title", "rel", "src", "alt", "loading",
-                              "aria-label", "tabindex"}  # fmt: skip
-    assert set(own.loads) == {"/figure/asset/lichen.png"}
-    assert "{{ 7 * 7 }}" in html
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
-    assert "[click](javascript:alert(1))" in html or "javascript:alert(1)" not in reader.links
-    for path in (
-        "/",
-        "/questions",
-        "/search?q=script",
-        "/search?q=%3Cscript%3E",
-        "/ask?q=<script>",
-    ):
-        assert "<script>alert" not in read(client, path)
-
-
-@pytest.mark.parametrize(
-    "host", ["evil.org", "evil.org:8765", "127.0.0.1.evil.org", "", "10.0.0.1"]
-)
-def test_another_host_is_refused(client: TestClient, host: str) -> None:
-    answer = client.get("/", headers={"host": host})
-    assert answer.status_code == 400
-    assert "lichen" not in answer.text.lower()
-    assert "content-security-policy" in answer.headers
-
-
-@pytest.mark.parametrize("host", ["localhost:8765", "127.0.0.1", "[::1]:8765"])
-def test_this_machine_is_answered(client: TestClient, host: str) -> None:
-    assert client.get("/", headers={"host": host}).status_code == 200
-
-
-def test_nothing_can_be_posted(client: TestClient) -> None:
-    assert client.post("/ask", data={"q": "x"}).status_code == 405
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.2", "::", "example.org", ""])
-def test_the_page_is_served_to_this_machine_only(folder: Path, tmp_path: Path, host: str) -> None:
-    with pytest.raises(ModgraftError, match="this machine only"):
-        page.serve(Log.open(folder, index=tmp_path / "index.sqlite"), host=host)
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["../secret.png", "..%2fsecret.png", "%2e%2e/secret.png", "way_out.png", "plain.txt",
-     "sources.bib", FIRST, "/etc/passwd", "asset", "a%00.png", "asset/../../secret.png",
-     "x" * 5000 + ".png"],
-)  # fmt: skip
-def test_only_pictures_of_the_log_are_served(client: TestClient, path: str) -> None:
-    assert client.get(f"/figure/{path}").status_code == 404
-
-
-def test_a_picture_of_the_log_is_served(client: TestClient) -> None:
-    answer = client.get("/figure/asset/lichen.png")
-    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
-    assert answer.content == png()
-    drawing = client.get("/figure/draw.svg")
-    assert "sandbox" in drawing.headers["content-security-policy"]
-
-
-@pytest.mark.parametrize(
-    "path", ["/static/../page.py", "/static/..%2f..%2fpage.py", "/static/nothing", "/note/../page"]
-)
-def test_nothing_else_is_served(client: TestClient, path: str) -> None:
-    assert client.get(path).status_code == 404
 
 
 def test_lists_lead_to_lines(client: TestClient) -> None:
@@ -360,62 +201,3 @@ def test_the_real_notes(tmp_path: Path) -> None:
         for path in PAGES:
             Reader(read(client, path))
         assert "<b>69</b><span>events</span>" in read(client, "/")
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-SERVER = (
-    "import sys; from modgraft.trajectory import Log, page; "
-    "page.serve(Log.open(sys.argv[1], index=sys.argv[2]), port=int(sys.argv[3]))"
-)
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return made.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[str]:
-    """The page by a process of its own."""
-    port, index = str(free_port()), str(folder.parent / "served.sqlite")
-    env = {**os.environ, "PYTHONPATH": str(Path(modgraft.__file__).parents[1])}
-    with subprocess.Popen([sys.executable, "-c", SERVER, str(folder), index, port], env=env) as own:
-        for _ in range(200):
-            time.sleep(0.05)
-            with suppress(OSError), socket.create_connection(("127.0.0.1", int(port))):
-                break
-        yield f"http://127.0.0.1:{port}"
-        own.terminate()
-
-
-def seen(address: str, home: Path, *options: str) -> str:
-    """What headless Chromium makes of an address, its complaints first."""
-    assert BROWSER
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-        f"--user-data-dir={home}", "--virtual-time-budget=2000", *options, address,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return "\n".join([*complaints, done.stdout])
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_a_browser_runs_nothing_of_a_note(served: str, tmp_path: Path) -> None:
-    dom = seen(f"{served}/note/evil.md", tmp_path, "--dump-dom")
-    assert "CONSOLE" not in dom  # nothing was refused, for nothing was tried
-    assert 'class="badge asking"' in dom
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-@pytest.mark.parametrize("size", ["1200,900", "390,800"])
-def test_a_browser_draws_a_note(served: str, tmp_path: Path, size: str) -> None:
-    picture = tmp_path / "page.png"
-    address = f"{served}/note/{FIRST}?line=15"
-    seen(address, tmp_path / "home", f"--window-size={size}", f"--screenshot={picture}")
-    with Image.open(picture) as image:
-        assert image.size == tuple(map(int, size.split(",")))
-        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24) or ()}
-    assert (0, 98, 155) in colours  # links and the button, so that the style sheet was read
-    assert (255, 243, 209) in colours  # the marked line

@@ -7,7 +7,8 @@ the page itself serves, and any other is shown as the text it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,11 @@ KINDS: Mapping[str, str] = {
 }  # fmt: skip
 """Action → the colour of its badge; any other is plain."""
 
-_URL = re.compile(r"https?://[^\s<>\"'`\]]+")
+NESTED = 8
+"""Events in events in events that are told apart; deeper ones are shown as text."""
+
+_URL = re.compile(r"(?<!\w)https?://[^\s<>\"'`\]]+")
+_POINTS = re.compile(r"[\s()\[\]:>-]*")
 _MATH = re.compile(r"\$(?=\S)[^$\n]{1,2000}?(?<![\s\\])\$(?!\d)")
 
 
@@ -66,7 +71,12 @@ def badge(action: str, written: str) -> Markup:
 
 
 def inline(
-    text: str, view: View, keys: Iterable[str] = (), events: Mapping[int, tuple[Event, int]] = {}
+    text: str,
+    view: View,
+    keys: Collection[str] = (),
+    events: Mapping[int, tuple[Event, int]] = {},
+    *,
+    level: int = 0,
 ) -> Markup:
     """A stretch of Markdown as HTML.
 
@@ -75,18 +85,20 @@ def inline(
         view: Where its citations, links and pictures lead.
         keys: The citation keys to look out for, with or without their @.
         events: Position in `text` → the event that begins there, and the position of its end.
+        level: How many events it stands in.
     """
     # As many characters as before: the events' positions are of the text as it was.
     source = text.replace("\r", " ").replace("\0", "\ufffd")
-    env: dict[str, Any] = {"view": view, "events": events, "marks": _marks(source, keys, events)}
-    markdown, tokens = _markdown(), []
-    markdown.inline.parse(source, markdown, env, tokens)
-    # Every text in it was escaped by the renderer, every address by `View.href`.
-    return Markup(markdown.renderer.render(tokens, markdown.options, env))  # noqa: S704
+    env: dict[str, Any] = {"view": view, "keys": keys, "events": events, "level": level}
+    env["marks"] = _marks(source, keys, events)
+    env["places"] = sorted(env["marks"])
+    markdown = _markdown()
+    # Every text in it is escaped by the renderer, every address was given by `View.href`.
+    return Markup(markdown.renderInline(source, env))  # noqa: S704
 
 
 def _marks(
-    source: str, keys: Iterable[str], events: Mapping[int, tuple[Event, int]]
+    source: str, keys: Collection[str], events: Mapping[int, tuple[Event, int]]
 ) -> dict[int, tuple[str, str]]:
     """Where something of ours begins: an event, a bare address, a formula or a citation."""
     marks = {at.start(): ("url", at[0].rstrip(".,;:!?)*_")) for at in _URL.finditer(source)}
@@ -113,8 +125,9 @@ def _text(state: StateInline, silent: bool) -> bool:
     """Plain text, up to the next special character or the next mark of ours."""
     found = state.md.inline.terminator_re.search(state.src, state.pos)
     end = min(found.start() if found else state.posMax, state.posMax)
-    ours = [at for at in state.env["marks"] if state.pos < at < end]
-    end = min(ours, default=end)
+    places = state.env["places"]
+    after = bisect_right(places, state.pos)
+    end = min([end, *places[after : after + 1]])
     if end == state.pos:
         return False
     if not silent:
@@ -150,35 +163,51 @@ def _small(kind: str, text: str, view: View) -> Markup:
 
 
 def _event(state: StateInline, silent: bool) -> bool:
-    """`[name(arguments) -> result]`; what stands in it is inline text again."""
-    start, outer = state.pos, state.posMax
-    event, end = state.env["events"][start]
-    if end > outer:
+    """`[name(arguments) -> result]`, of which the parts are inline text again."""
+    event, end = state.env["events"][state.pos]
+    if end > state.posMax:
         return False
+    if not silent:
+        state.push("html_inline", "", 0).content = _shown(state, event, end)
     state.pos = end
-    if silent:
-        return True
-    _raw(state, Markup('<span class="event">{}').format(badge(event.action, event.written)))
-    at = start + 1 + len(event.written)
-    for part, name in ((event.arguments, "arguments"), (event.result, "result")):
-        found = state.src.find(part, at, end) if part else -1
-        if name == "result" and event.result is not None:
-            _raw(state, Markup(' <span class="arrow" aria-label="gives">→</span>'))
-        if part and found < 0:  # written over several lines: shown as it was read
-            _raw(state, Markup(' <span class="{}">{}</span>').format(name, part))
-        elif part:
-            _raw(state, Markup(' <span class="{}">').format(name))
-            state.pos, state.posMax = found, found + len(part)
-            state.md.inline.tokenize(state)
-            _raw(state, Markup("</span>"))
-            at = found + len(part)
-    _raw(state, Markup("</span>"))
-    state.pos, state.posMax = end, outer
     return True
 
 
-def _raw(state: StateInline, markup: Markup) -> None:
-    state.push("html_inline", "", 0).content = markup
+def _shown(state: StateInline, event: Event, end: int) -> Markup:
+    # Each part is rendered by itself: emphasis that begins in one must not end outside of it.
+    html = Markup('<span class="event">{}').format(badge(event.action, event.written))
+    at = state.pos + 1 + len(event.written)
+    for part, name in ((event.arguments, "arguments"), (event.result, "result")):
+        found = state.src.find(part, at, end) if part else -1
+        if found >= 0:
+            html += _between(state.src, at, found)
+            at = found + len(part or "")
+        if name == "result" and event.result is not None:
+            html += Markup(' <span class="arrow" aria-label="gives">→</span>')
+        if part:  # one that is written over several lines is shown as it was read
+            inner = _part(state, found, at) if found >= 0 else escape(part)
+            html += Markup(' <span class="{}">{}</span>').format(name, inner)
+    return html + _between(state.src, at, end) + Markup("</span>")
+
+
+def _part(state: StateInline, start: int, end: int) -> Markup:
+    """A part of an event, with the events that stand in it, `NESTED` levels of them."""
+    env, text = state.env, state.src[start:end]
+    if env["level"] >= NESTED:
+        return escape(text)
+    within = {
+        at - start: (event, last - start)
+        for at, (event, last) in env["events"].items()
+        if start <= at and last <= end
+    }
+    return inline(text, env["view"], env["keys"], within, level=env["level"] + 1)
+
+
+def _between(source: str, start: int, end: int) -> Markup:
+    """What stands in an event besides its parts: its punctuation, or, where it is broken, words."""
+    if _POINTS.fullmatch(source, start, end):
+        return Markup("")
+    return escape(f" {source[start:end].strip()}")
 
 
 def _link_open(

@@ -28,6 +28,8 @@ _MARKER = re.compile(r"\s*(?:[-*+]|(?P<number>\d{1,9})[.)])(?:[ \t]+|\s*$)")
 _QUOTE = re.compile(r"^[ \t]*(?:>[ \t]?)+", re.MULTILINE)
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*(?P<language>[^\s`]*)[^\n]*(?:\n|$)")
 _HEADING = re.compile(r"\s*(?P<level>#{1,6})[ \t]*")
+_CLOSING = re.compile(r"[ \t]+#*[ \t]*$")
+_ENDS = re.compile(r"\r\n?|\n")
 _RULE = re.compile(r"\s*(?:-\s*){3,}$|\s*(?:\*\s*){3,}$")
 
 
@@ -108,7 +110,7 @@ class _Writer:
     def block(self, index: int, text: str, after: int) -> Markup:
         """One block between its line number and, where it was cut, a word about the rest."""
         block = self.note.blocks[index]
-        rows = text.count("\n") + 1
+        rows = len(_ENDS.findall(text)) + 1
         hit = self.lines and block.line <= self.lines[1] and block.line + rows > self.lines[0]
         anchors = Markup("").join(
             Markup('<span id="L{}"></span>').format(block.line + row) for row in range(1, rows)
@@ -124,17 +126,18 @@ class _Writer:
     def body(self, index: int, text: str, after: int) -> tuple[str, Markup]:
         """The element that a block is, and what is in it."""
         block = self.note.blocks[index]
+        lines = _ENDS.sub("\n", text)
         if block.kind == "fence":
-            return "div", _code(text)
+            return "div", _code(lines)
         if block.kind == "quote":
-            parts = re.split(r"\n[ \t]*\n", _QUOTE.sub("", text))
+            parts = re.split(r"\n[ \t]*\n", _QUOTE.sub("", lines))
             shown = (inline(part, self.view, self.keys) for part in parts if part.strip())
             return "blockquote", Markup("").join(map(Markup("<p>{}</p>").format, shown))
         if block.kind == "heading":
             found = _HEADING.match(text)
             level, after = (min(len(found["level"]) + (len(found["level"]) < 2), 6),
                             found.end()) if found else (2, 0)  # fmt: skip
-            title = inline(text[after:].rstrip("# "), self.view, self.keys)
+            title = inline(_CLOSING.sub("", text[after:]), self.view, self.keys)
             return f"h{level}", title
         if block.kind == "para" and _RULE.match(text):
             return "div", Markup("<hr>")

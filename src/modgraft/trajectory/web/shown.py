@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
@@ -164,7 +164,7 @@ def environment(places: Places) -> Environment:
     )  # fmt: skip
     view = places.of(None)
 
-    def md(text: str, keys: Iterable[str] = ()) -> Markup:
+    def md(text: str, keys: Collection[str] = ()) -> Markup:
         return inline(text, view, keys)
 
     made.filters |= {"at": address, "day": day, "told": told, "md": md, "path": quote}
