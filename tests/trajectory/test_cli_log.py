@@ -98,6 +98,10 @@ def test_without_a_log_it_says_how_to_start_one(folder: Path) -> None:
     assert "modgraft log new NAME" in log("add", "start(a)").err
     (folder / "log").mkdir()
     assert "no note is being worked on" in log("add", "start(a)").err
+    (folder / "log" / "a.md").write_text("## Log\n")
+    assert log("add", "start(a)").out == "log/a.md:2\n"  # the only one
+    (folder / "log" / "a.md").unlink()
+    assert "the note that was worked on last is gone" in log("add", "start(a)").err
 
 
 def test_a_configured_action_can_be_recorded(folder: Path) -> None:

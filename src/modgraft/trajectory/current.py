@@ -56,14 +56,17 @@ def remember(note: Path, settings: Settings) -> None:
 
 
 def current(settings: Settings) -> Path:
-    """The note that was worked on last.
+    """The note that was worked on last; where none was yet, the only one there is.
 
     Raises:
-        ModgraftError: none was yet, or it is gone.
+        ModgraftError: there are several, or none, or the last one is gone.
     """
     try:
         said = (settings.index.parent / POINTER).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
+        notes = _notes(settings)
+        if len(notes) == 1:
+            return next(iter(notes.values()))
         raise ModgraftError(
             f"no note is being worked on: say which with --note NAME; {_there(settings)}"
         ) from None
@@ -76,11 +79,16 @@ def current(settings: Settings) -> Path:
     return path
 
 
-def _there(settings: Settings, most: int = 8) -> str:
-    names = sorted(
-        path.relative_to(folder).with_suffix("").as_posix()
+def _notes(settings: Settings) -> dict[str, Path]:
+    """What people wrote: the notes that lie in the folders themselves, by their names."""
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
         for folder in settings.folders
-        for path in folder.glob("*.md")
-    )
+        for path in sorted(folder.glob("*.md"))
+    }
+
+
+def _there(settings: Settings, most: int = 8) -> str:
+    names = list(_notes(settings))
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"there are: {', '.join(names[:most])}{more}" if names else "there is none yet"

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from modgraft.errors import ModgraftError
-
-VERSION = 1
-"""Of the schema; an index of another version is built again."""
 
 WAIT = 5.0
 """Seconds to wait for another process that writes."""
@@ -57,6 +55,9 @@ CREATE INDEX events_at ON events (at);
 CREATE INDEX cites_key ON cites (key);
 CREATE INDEX cites_file ON cites (file);
 """
+
+VERSION = zlib.crc32(SCHEMA.encode()) >> 1
+"""Of the schema, and changes with it; an index of another version is built again."""
 
 
 Made = TypeVar("Made")
