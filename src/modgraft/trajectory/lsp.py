@@ -23,7 +23,7 @@ from modgraft.trajectory.note import Diagnostic
 from modgraft.trajectory.workspace import Place, Text, Workspace
 
 _KEY_BEFORE = re.compile(rb"(?<![A-Za-z0-9_/.])@([\w:.+/\x80-\xff-]*)\Z")
-_ACTION_BEFORE = re.compile(rb"(?<!\\)\[([A-Za-z_]*)\Z")
+_ACTION_BEFORE = re.compile(rb"(?<!\\)\[([\w\x80-\xff]*)\Z")
 _STATUS_BEFORE = re.compile(rb"\[\s*skim\b[^\[\]]*->\s*(_?\w*)\Z", re.IGNORECASE)
 _SEVERITY = {
     "error": t.DiagnosticSeverity.Error,
