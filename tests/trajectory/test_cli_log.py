@@ -139,7 +139,7 @@ def test_queries_print_a_line_a_hit_and_json(noted: Path) -> None:
 def test_the_index_says_what_it_saw(noted: Path) -> None:
     (noted / "log" / "bytes.md").write_bytes(b"## Log\n- [read(@huLowRank2021)] \xff\n")
     out = log("index").out
-    assert "2 seen = 1 parsed + 1 degraded" in out
+    assert "2 notes seen = 1 parsed + 1 degraded" in out
     assert "bytes.md:2" in out
     assert "log/bytes.md:2" in log("query", "--action", "read").out  # kept and found
 
