@@ -55,8 +55,9 @@ STOP = frozenset(_STOP.split())
 
 _GENERIC = """
 marked mark flagged flag judged decided left remain remaining total altogether session time times
-happened happen work worked worth answered answer unanswered name names titles title date dates far
-currently asked ask asking kind came come learned learn learnt piece pieces idea ideas post posts
+happened happen work worked worth answered answer unanswered long best wrong special big good bad
+use publish published name names titles title date dates far currently asked ask asking kind came
+come learned learn learnt piece pieces idea ideas post posts
 """
 GENERIC = frozenset(_GENERIC.split())
 """Words that ask for events without saying what these are about."""
@@ -80,7 +81,7 @@ def is_stop(token: str) -> bool:
 
 
 _ENDINGS = (
-    *("ations", "ation", "ingly", "ings", "ing", "edly", "ed"),
+    *("ations", "ation", "ions", "ion", "ingly", "ings", "ing", "edly", "ed"),
     *("ies", "es", "s", "ly", "y", "e"),
 )
 

@@ -69,13 +69,14 @@ ROUTES: tuple[Route, ...] = (
           r"\b(?:which|what|list(?: all| my)*|show(?: all| my)*) notes (?:are|do|exist|there)\b"),
     _row("mentions", "structured", "topic", "which notes mention RoPE?",
           r"\bmention(?:s|ed|ing)?\b", r"\bthe words?\b", r"\boccurs?\b", r"\bcontains?\b"),
+    _row("free", "free", "", "why is skimming like eating?", r"^\W*(?:so |and |but )?why\b",
+         r"^\W*how (?!many\b|often\b)"),
     _row("events", "structured", "action", "which questions are still open in gpt?", ""),
     _row("changed", "temporal", "time", "what changed between 2023-03-01 and 2023-03-07?",
           r"\bchang\w+\b", r"\bhappen\w*\b", r"\bdid i (?:\w+ )?(?:do|write|log|add|record|work)\b",
           r"\bnew\b", r"\bbeen (?:doing|up to)\b", r"\bwrote\b", r"\bwritten\b", r"\badded\b",
           r"\bevents?\b"),
-    _row("free", "free", "", "why is a linear projection enough to connect vision and language?",
-          ""),
+    _row("free", "free", "", "does masking save compute?", ""),
 )  # fmt: skip
 
 
