@@ -49,6 +49,8 @@ def new(
     from modgraft.trajectory import current, record
     from modgraft.trajectory.configured import settings
 
+    if not name.strip(" ./"):
+        raise typer.BadParameter(f"{name!r} names no note; write letters, as gated_fusion")
     home = current.home(*(folder or ()))
     path = record.new_note(home / name)
     current.remember(path, settings(*(folder or ())))

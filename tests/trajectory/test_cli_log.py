@@ -93,6 +93,12 @@ def test_a_new_note_goes_to_the_first_folder_that_is_named(
     assert log("add", "start(c)").out == "diary/c.md:12\n"
 
 
+@pytest.mark.parametrize("name", ["", " ", "."])
+def test_a_note_needs_a_name(folder: Path, name: str) -> None:
+    assert log("new", name).code == 2
+    assert not list(folder.iterdir())
+
+
 def test_without_a_log_it_says_how_to_start_one(folder: Path) -> None:
     assert "modgraft log new NAME" in log("query").err
     assert "modgraft log new NAME" in log("add", "start(a)").err

@@ -85,6 +85,8 @@ def test_the_log_is_append_only(note: Path) -> None:
         ("nothing of the sort", "is no event"),
         ("question -> a\n- [lesson_learned -> b]", "is one line"),
         ("  ", "is one line"),
+        ("question -> a\x00b", "not text in UTF-8"),
+        ("question -> \udcff", "not text in UTF-8"),
     ],
 )
 def test_what_is_no_event_is_refused_and_nothing_written(note: Path, text: str, said: str) -> None:

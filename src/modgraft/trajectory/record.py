@@ -67,11 +67,7 @@ def add(
     """
     path, where = Path(path), 0
     for text in (event, *remarks):
-        if not text.strip() or len(text.strip().splitlines()) > 1:
-            raise ModgraftError(
-                f"{text!r:.80}: an event is one line, and so is each remark under it; give several "
-                "remarks for several lines"
-            )
+        _one_line(text)
     said = event.strip() if plain else written(event, actions)
 
     def change(data: bytes) -> bytes:
@@ -87,6 +83,17 @@ def add(
 
     rewrite(path, change)
     return where
+
+
+def _one_line(text: str) -> None:
+    """Refuse what is not one line of text."""
+    if not text.strip() or len(text.strip().splitlines()) > 1:
+        raise ModgraftError(
+            f"{text!r:.80}: an event is one line, and so is each remark under it; give several "
+            "remarks for several lines"
+        )
+    if re.search(r"[\x00\ud800-\udfff]", text):  # surrogates: what a shell gave was not UTF-8
+        raise ModgraftError(f"{text!r:.80}: not text in UTF-8, or a NUL is in it; write it anew")
 
 
 def written(text: str, actions: Actions | None = None) -> str:
