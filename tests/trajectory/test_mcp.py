@@ -131,6 +131,9 @@ def test_an_answer_has_its_lines_and_a_refusal_its_reason(asked: Assistant) -> N
     lines = NOTE.splitlines()
     assert all(lines[each["line"] - 1] == each["text"] for each in answer["evidence"])
     assert "who picks the module?" in " ".join(each["text"] for each in answer["evidence"])
+    few = asked.tool("ask", question="What did I skim?", limit=1)
+    assert len(few["evidence"]) == 1
+    assert few["more"] > 0
     refused = asked.tool("ask", question="What did I conclude about the price of tin in Peru?")
     assert refused["refused"]
     assert refused["evidence"] == []

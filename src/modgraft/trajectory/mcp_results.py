@@ -58,6 +58,7 @@ class Said(BaseModel):
     text: str = Field(description="The answer in words.")
     refused: str | None = Field(description="Why nothing is answered; null if something is.")
     evidence: list[Supported]
+    more: int = Field(description="How many lines are left out here; `query` gives them all.")
     remarks: list[str]
 
 

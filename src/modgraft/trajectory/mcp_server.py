@@ -82,7 +82,9 @@ class Tools:
         self.log = log
 
     def ask(
-        self, question: Annotated[str, Field(description="In words, as you would ask a colleague.")]
+        self,
+        question: Annotated[str, Field(description="In words, as you would ask a colleague.")],
+        limit: Limit = 50,
     ) -> Said:
         """Answer a question from the log, with file, line and quotation, or say why not.
 
@@ -93,11 +95,12 @@ class Tools:
         answer = self.log.ask(question)
         evidence = [
             Supported(file=each.note, line=each.line, text=each.quote, when=each.when)
-            for each in answer.evidence
+            for each in answer.evidence[:limit]
         ]
         return Said(
             question=answer.question, kind=answer.kind, text=answer.text, refused=answer.refused,
-            evidence=evidence, remarks=list(answer.remarks),
+            evidence=evidence, more=len(answer.evidence) - len(evidence),
+            remarks=list(answer.remarks),
         )  # fmt: skip
 
     def query(

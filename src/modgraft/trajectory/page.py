@@ -41,6 +41,9 @@ PORT = 8765
 A_PAGE = 50
 """Events on one page."""
 
+LINES = 100
+"""Lines that are shown under an answer; the rest is counted."""
+
 SHOWN = 20
 """Sources of each group of the reading queue, before it is asked for by itself."""
 
@@ -210,7 +213,9 @@ class Page:
         self.fresh()
         question = request.query_params.get("q", "").strip()
         answer = self.log.ask(question) if question else None
-        return self.render("ask.html", q=question, answer=answer, examples=EXAMPLES, kinds=KINDS)
+        return self.render(
+            "ask.html", q=question, answer=answer, examples=EXAMPLES, kinds=KINDS, most=LINES
+        )
 
     def queue(self, request: Request) -> Response:
         """The sources, by how far they got."""
