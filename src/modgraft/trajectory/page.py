@@ -69,6 +69,9 @@ PICTURE = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 TITLES = {404: "Not found", 405: "Only for reading", 503: "Not now"}
 """Of the pages that say what went wrong."""
 
+LISTING = ("/", "/queue")
+"""Pages that say when there is no bibliography."""
+
 NO_SOURCES = (
     "There is no bibliography, so that sources have no titles. Put a .bib file, as Zotero exports "
     "it, into the log’s folder."
@@ -150,7 +153,7 @@ class Page:
         self, template: str, here: str = "", *, status: int = 200, **content: Any
     ) -> Response:
         """A page with its head."""
-        notices = [] if self.places.sources or status != 200 else [NO_SOURCES]
+        notices = [NO_SOURCES] if here in LISTING and not self.places.sources else []
         frame = {"nav": NAV, "here": here, "q": "", "problems": notices}
         frame["folders"] = ", ".join(folder.name for folder in self.log.settings.folders)
         return HTMLResponse(self.templates.get_template(template).render(frame | content), status)

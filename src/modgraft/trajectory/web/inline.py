@@ -43,6 +43,9 @@ _POINTS = re.compile(r"[\s()\[\]:>-]*")
 _MATH = re.compile(r"\$(?=\S)[^$\n]{1,2000}?(?<![\s\\])\$(?!\d)")
 
 
+LOST = "There is no such figure in the log’s folders"
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """What a note's text is shown with.
@@ -51,11 +54,13 @@ class View:
         title: Citation key → what to show on hover, or None where the bibliography lacks it.
         href: Target of a link → the address to use, or None: then it is shown as text.
         figure: Target of a picture → the address to load, or None where there is none to show.
+        lost: What is said on hover of a picture that is not shown.
     """
 
     title: Callable[[str], str | None]
     href: Callable[[str], str | None]
     figure: Callable[[str], str | None]
+    lost: str = LOST
 
 
 def web(target: str) -> str | None:
@@ -247,5 +252,5 @@ def _image(
     if source := env["view"].figure(target):
         return Markup('<a class="figure" href="{0}"><img src="{0}" alt="{1}" loading="lazy"></a>'
                       ).format(source, alt)  # fmt: skip
-    return Markup('<span class="lost" title="This figure is not in the log’s folders">▧ {}</span>'
-                  ).format(target)  # fmt: skip
+    lost = Markup('<span class="lost" title="{}">▧ {}</span>')
+    return lost.format(env["view"].lost, target)

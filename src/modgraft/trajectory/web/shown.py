@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote, urlsplit
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from modgraft.trajectory.web.inline import View, badge, inline, web
+from modgraft.trajectory.web.inline import LOST, View, badge, inline, web
 
 if TYPE_CHECKING:
     from modgraft.trajectory.bibliography import Entry
@@ -70,8 +70,12 @@ def told(hit: Hit) -> Told:
     known = (hit.action, hit.arguments, hit.result, 1)
     here = [e for e in note.events if (e.action, e.arguments, e.result, e.line) == known]
     if here:
-        before = _BULLET.sub("", data[: here[0].start].decode("utf-8", "replace")).strip()
-        text = "\n".join(part for part in (before, here[0].body) if part)
+        event = here[0]
+        # Of two events on a line, each has what stands before it and behind the other.
+        start = max((e.end for e in note.events if e.end <= event.start), default=0)
+        before = _BULLET.sub("", data[start : event.start].decode("utf-8", "replace")).strip()
+        before = before if re.search(r"\w", before) else ""
+        text = "\n".join(part for part in (before, event.body) if part)
     lines = (_BULLET.sub("", line).strip() for line in text.splitlines())
     short = " · ".join(line for line in lines if line)
     short = short if len(short) <= LONGEST else f"{short[:LONGEST]}…"
@@ -91,25 +95,27 @@ class Places:
         entry = self.sources.get(key)
         return entry and f"{entry.title} · {', '.join(entry.authors)} · {entry.year}"
 
-    def of(self, note: str | None) -> View:
-        """For the text of a note; None for text out of several, whose own paths mean nothing."""
-        if note is None:
-            return View(self.title, web, lambda target: None)
+    def of(self, note: str, *, figures: bool = True) -> View:
+        """For the text of a note: what its relative paths mean; `figures` are drawn or named."""
         folder = self.log.path(note).parent
 
         def href(target: str) -> str | None:
             path = _local(folder, target)
-            return web(target) if path is None else self.note(path)
+            return web(target) if path is None else self.note(path) or self.figure(path)
 
         def figure(target: str) -> str | None:
-            path = _local(folder, target)
-            real = path and picture(self.log, path)
-            root = self.log.settings.root.resolve()
-            if real is None or not real.is_relative_to(root):
-                return None
-            return f"/figure/{quote(real.relative_to(root).as_posix())}"
+            path = _local(folder, target) if figures else None
+            return path and self.figure(path)
 
-        return View(self.title, href, figure)
+        lost = LOST if figures else "A figure, to be seen in the note"
+        return View(self.title, href, figure, lost)
+
+    def figure(self, path: Path) -> str | None:
+        """The address of a picture; None where there is none in the log's folders."""
+        real, root = picture(self.log, path), self.log.settings.root.resolve()
+        if real is None or not real.is_relative_to(root):
+            return None
+        return f"/figure/{quote(real.relative_to(root).as_posix())}"
 
     def note(self, path: Path) -> str | None:
         """The address of the note in a file; None where the log has no such note."""
@@ -162,10 +168,10 @@ def environment(places: Places) -> Environment:
         loader=FileSystemLoader(FOLDER / "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    view = places.of(None)
+    plain = View(places.title, web, lambda target: None)
 
-    def md(text: str, keys: Collection[str] = ()) -> Markup:
-        return inline(text, view, keys)
+    def md(text: str, keys: Collection[str] = (), note: str = "") -> Markup:
+        return inline(text, places.of(note, figures=False) if note else plain, keys)
 
     made.filters |= {"at": address, "day": day, "told": told, "md": md, "path": quote}
     made.filters["badge"] = lambda action: badge(action, action)
