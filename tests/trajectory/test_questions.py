@@ -201,6 +201,36 @@ def test_ten_unanswerable_questions_are_refused_with_the_true_reason(
         assert log.note(evidence.note).line(evidence.line) == evidence.quote
 
 
+#: more ways to ask: question → the start of the text, and where its evidence begins
+OTHERWISE = {
+    "Which sources did I skim more than once?": ("4 of them more than once.", "draft:16"),
+    "Who are the authors of @changMuseTextToImageGeneration2023?":
+        ("Muse: Text-To-Image Generation via Masked Generative Transformers. Huiwen Chang", None),
+    "How often did I cite Pfeiffer?": ("@pfeifferModularDeepLearning2023 (Modular", "draft:16"),
+    "What did I learn about skimming?": ("2 lessons about 'skimming'", "w9:13"),
+    "Did I learn anything in March?": ("7 lessons in March", "w9:13"),
+    "Which papers has the note 2023w9 marked as _digging?": ("7 skims marked for d", "w9:50"),
+    "Which keys don't resolve?": ("6 of 38 keys", "mdl:108"),
+    "What have I fully read?": ("1 reading.", "mdl:23"),
+    "how many papers did I skim in the draft?": ("4 skims in 2023w9_draft.md.", "draft:16"),
+    "what changed between 2023-02-01 and 2023-02-28?":
+        ("Written between 2023-02-01 and 2023-02-28: multimodal_cot.md: ", "cot:2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("question", OTHERWISE)
+def test_other_ways_to_ask(log: Log, question: str) -> None:
+    text, first = OTHERWISE[question]
+    answer = log.ask(question, today=TODAY)
+    assert answer.refused is None
+    assert answer.text.startswith(text)
+    if first is not None:
+        assert [(answer.evidence[0].note, answer.evidence[0].line)] == places(first)
+    else:
+        assert [e.note for e in answer.evidence] == ["zotero.bib"] * len(answer.evidence)
+        assert "changMuse" in answer.evidence[0].quote
+
+
 @pytest.mark.parametrize("row", ROUTES, ids=lambda row: row.example)
 def test_the_table_of_questions_routes_its_own_examples(log: Log, row: Route) -> None:
     asked = take_apart(row.example, log.names(), TODAY)

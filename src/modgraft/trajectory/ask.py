@@ -26,6 +26,7 @@ HANDLERS: dict[str, Callable[[Asking], Answer]] = {
     "cites": backlink.cites,
     "quoted": backlink.quoted,
     "status": backlink.status,
+    "entry": backlink.entry,
     "said": backlink.said,
     "section": structured.section,
     "tally": structured.tally,

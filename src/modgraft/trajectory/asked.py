@@ -14,7 +14,11 @@ from modgraft.trajectory.lexicon import WORDS, content_words
 if TYPE_CHECKING:
     from modgraft.trajectory.naming import Names
 
-_WORDS = tuple((re.compile(rf"\b(?:{w})\b", re.IGNORECASE), a, s) for w, a, s in WORDS)
+# An underscore is no letter here: "_digging" is digging.
+_WORDS = tuple(
+    (re.compile(rf"(?<![^\W_])(?:{w})(?![^\W_])", re.IGNORECASE), a, s) for w, a, s in WORDS
+)
+_ABOUT = re.compile(r"\b(?:about|regarding|concerning)\b", re.IGNORECASE)
 _COUNTS = re.compile(r"\bhow many\b|\bnumber of\b|\bcount\b", re.IGNORECASE)
 _NEWEST = re.compile(r"\b(?:last|latest|newest|most recent(?:ly)?)\b", re.IGNORECASE)
 _OLDEST = re.compile(r"\b(?:first|earliest|oldest)\b", re.IGNORECASE)
@@ -81,6 +85,12 @@ def take_apart(question: str, names: Names, today: date, actions: Iterable[str] 
 
 def _actions(question: str, own: Iterable[str]) -> tuple[tuple[str, ...], str | None, str]:
     """The actions that are named, a status, and the question without their words."""
+    about = _ABOUT.search(question)
+    if about is not None:  # "what did I learn about skimming" asks for lessons
+        found_before, said, plain = _actions(question[: about.start()], own)
+        if found_before:
+            return found_before, said, plain + question[about.start() :]
+        question = question[: about.start()] + question[about.end() :]
     found: dict[str, None] = {}
     status = ""
     custom = tuple((re.compile(rf"\b{re.escape(n)}s?\b", re.IGNORECASE), n, "") for n in own)

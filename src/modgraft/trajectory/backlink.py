@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from modgraft.trajectory import why
 from modgraft.trajectory.answer import Answer, Evidence
@@ -15,6 +16,7 @@ MOST = 40
 """Lines that an answer shows of what was said."""
 
 _QUOTED = re.compile(r"^\s*(?:[-*+]|\d+[.)])?\s*(?:[\"“].*[\"”][\s.]*$|>)")
+_FIELD = re.compile(r"\s*(?:title|author|date|year|url)\s*=")
 _FIGURE = re.compile(r"^\s*(?:[-*+]|\d+[.)])?\s*!\[[^\]]*\]\([^)]*\)\s*$")
 
 
@@ -104,6 +106,28 @@ def status(asking: Asking) -> Answer:
     }[best.status]
     text = f"{yes}{spoken}, at {place(best)}, {dated(best)}."
     return asking.answer(text, map(line_of, hits))
+
+
+def entry(asking: Asking) -> Answer:
+    """What the bibliography says of the source."""
+    key = asking.asked.key
+    if key is None:
+        return why.unknown_source(asking)
+    found = asking.sources.get(key)
+    if found is None:
+        reason = f"@{key} is cited, but is not in the bibliography"
+        return asking.refuse(reason, map(line_of, asking.log.backlinks(key)))
+    file = Path(found.file)
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    shown = []
+    for number, raw in enumerate(lines[found.line - 1 :], found.line):
+        line = raw.decode("utf-8", "replace")
+        if number > found.line and line.startswith("@"):
+            break
+        if number == found.line or _FIELD.match(line):
+            shown.append(Evidence(asking.log.name(file), number, line, found.year))
+    text = f"{found.title}. {', '.join(found.authors) or 'No author'}. {found.year}. {found.url}"
+    return asking.answer(text.strip(), shown)
 
 
 def unresolved(asking: Asking) -> Answer:

@@ -99,11 +99,12 @@ class Indexer:
         problems: list[str],
         began: float,
     ) -> Indexed:
-        states = self.store.rows("SELECT degraded, problems FROM files ORDER BY path")
-        degraded = sum(state for state, _ in states)
-        for _, said in states:
-            problems += json.loads(said) if said else []
-        seen, parsed = len(found.notes) - len(gone), len(states) - degraded
+        (known, degraded) = self.store.rows("SELECT count(*), total(degraded) FROM files")[0]
+        statement = "SELECT problems FROM files WHERE problems IS NOT NULL ORDER BY path"
+        for (said,) in self.store.rows(statement):
+            problems += json.loads(said)
+        degraded = int(degraded)
+        seen, parsed = len(found.notes) - len(gone), known - degraded
         if seen != parsed + degraded:
             raise ModgraftError(
                 f"{self.settings.root}: {seen} notes were seen, but {parsed} parsed + {degraded} "

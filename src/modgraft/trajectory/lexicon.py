@@ -7,7 +7,8 @@ from functools import lru_cache
 
 #: words that name an action → the action, and the status where they say one; longer ones first
 WORDS: tuple[tuple[str, str, str], ...] = (
-    (r"full(?:y)?[ _-]?read(?:ing)?|read(?:ing)? in full", "skim", "full_read"),
+    (r"(?:have|did) i (?:fully read|read (?:fully|in full))|finish(?:ed)? reading", "read", ""),
+    (r"full[ _-]?read(?:ing)?|(?:be )?read(?:ing)? in full", "skim", "full_read"),
     (r"dig(?:ging)?(?: deeper| into)?|dug(?: into)?", "skim", "digging"),
     (r"skim(?:s|med|ming)?", "skim", ""),
     (r"(?:open|unanswered|unresolved) questions?", "question", "open"),
@@ -17,7 +18,7 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (r"questions? (?:did|have) i answer(?:ed)?", "question", "answered"),
     (r"questions?", "question", ""),
     (r"lessons?(?: learn(?:ed|t))?|learn(?:ed|t)?(?! more)", "lesson_learned", ""),
-    (r"eurekas?|ideas? (?:did|do|have) i|my ideas?", "eureka", ""),
+    (r"eurekas?(?: moments?)?|ideas? (?:did|do|have) i|my ideas?", "eureka", ""),
     (r"hypothes[ie]s|hypothesi[sz](?:e|ed|ing)", "hypothesize", ""),
     (r"soliloqu(?:y|ies)|thinking aloud", "soliloquy", ""),
     (r"critiques?|critici[sz]ed?", "critique", ""),
@@ -48,7 +49,7 @@ write writes writing written wrote yes yet you your yours
 
 note notes noted log logged paper papers source sources think thinks thinking thought thoughts
 opinion opinions comment comments view views mention mentions mentioned mentioning recorded record
-entry entries article articles per
+entry entries article articles per quote quotes quoted quotation quotations
 """
 STOP = frozenset(_STOP.split())
 """Words that are in no query: those without a content, and those that only ask the log."""

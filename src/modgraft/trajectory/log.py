@@ -254,7 +254,8 @@ class Log:
     def notes(self) -> list[str]:
         """The names of all notes."""
         self._ready()
-        return [n for (n,) in self.store.rows("SELECT note FROM files ORDER BY note")]
+        names = "SELECT note FROM files ORDER BY note"
+        return self.store.remembered("notes", lambda: [n for (n,) in self.store.rows(names)])[:]
 
     def names(self) -> Names:
         """What a question may call the notes and the sources."""
@@ -265,6 +266,10 @@ class Log:
             return Made(self.notes(), self.bibliography.entries, (key for (key,) in cited))
 
         return self.store.remembered("names", made)
+
+    def name(self, path: Path) -> str:
+        """A file's name in the log: its path from the root, where it is below that."""
+        return self._indexer.name(str(path))
 
     def path(self, note: str) -> Path:
         """Where a note is.

@@ -20,7 +20,7 @@ DATE = (
     rf"{_YEAR}-?w\d{{1,2}}|week \d{{1,2}} of {_YEAR}|"
     rf"(?:{_MONTH})\.? \d{{1,2}}(?:st|nd|rd|th)?,? {_YEAR}|"
     rf"\d{{1,2}}(?:st|nd|rd|th)? (?:of )?(?:{_MONTH})\.?,? {_YEAR}|(?:{_MONTH})\.? {_YEAR}|"
-    rf"{_YEAR}|today|yesterday)\b"
+    rf"{_YEAR}|today|yesterday|(?:{_MONTH}))\b"
 )
 
 #: how a time is asked for → what it means; the dates in it are a and b
@@ -117,9 +117,11 @@ def of(text: str, today: date) -> tuple[str, str]:
     if month is None:
         return span(text)
     numbers = re.findall(r"\d+", said)
-    year = int(next(n for n in numbers if len(n) == 4))
+    number = MONTHS[month[1]]  # without a year: the last such month
+    this = today.year - int(number > today.month)
+    year = int(next((n for n in numbers if len(n) == 4), this))
     days = [int(n) for n in numbers if len(n) < 4]
     if days:
-        return span(date(year, MONTHS[month[1]], days[0]))
-    first = date(year, MONTHS[month[1]], 1)
+        return span(date(year, number, days[0]))
+    first = date(year, number, 1)
     return first.isoformat(), span(month_end(first))[1]

@@ -22,6 +22,7 @@ _PLAIN = re.compile(r"[^\W_]+")
 _AT_KEY = re.compile(r"(?<!\w)@([A-Za-z][\w:.-]*\w)")
 _KEY = re.compile(r"(?<![\w/])([A-Za-z][\w-]*(?:19|20)\d{2}[a-z]?)(?![\w/])")
 _LIKE_A_KEY = re.compile(r"[a-z][A-Z]|[a-z]{3,}(?:19|20)\d{2}")
+_AUTHOR = re.compile(r"\b(?:cite[ds]?|by|of|from|about|on) ([A-Za-z][\w-]+)(?: et al\.?)?[\s?.!]*$")
 _END = r"(?=[\s?.,!:]|$)"
 
 #: how a source is spoken of, and whether a year must be among its words
@@ -122,7 +123,17 @@ class Names:
                     fits = [e for e in entries if all(_says(e, w.lower()) for w in words)]
                     if len(fits) == 1:
                         return fits[0].key, rest.replace(match[0], " ")
+        match = _AUTHOR.search(rest)
+        if match:  # an author's name alone, if one cited source alone has that author first
+            entries = (self.sources[k] for k in self.cited if k in self.sources)
+            fits = [e for e in entries if _first_author(e) == match[1].lower()]
+            if len(fits) == 1:
+                return fits[0].key, rest.replace(match[0], " ")
         return None, rest
+
+
+def _first_author(entry: Entry) -> str:
+    return entry.authors[0].split()[-1].lower() if entry.authors and entry.authors[0] else ""
 
 
 def _normal(text: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 
 from modgraft.trajectory import why
 from modgraft.trajectory.answer import Answer
 from modgraft.trajectory.asking import Asking, counted, dated, line_of, lines_of, place, things
 from modgraft.trajectory.lexicon import GENERIC
+
+_AGAIN = re.compile(r"\b(?:more than once|twice|repeatedly|several times)\b", re.IGNORECASE)
 
 #: what is asked of a note → its section
 SECTIONS: tuple[tuple[str, str], ...] = (
@@ -22,7 +25,9 @@ SECTIONS: tuple[tuple[str, str], ...] = (
 
 def events(asking: Asking) -> Answer:
     """The events of the actions that are named, with all else that was asked."""
-    topic = tuple(w for w in asking.asked.topic if w.lower() not in GENERIC)
+    again = _AGAIN.search(asking.asked.question)
+    ignored = GENERIC | set(again[0].lower().split() if again else ())
+    topic = tuple(w for w in asking.asked.topic if w.lower() not in ignored)
     asking.asked = replace(asking.asked, topic=topic)
     asked = asking.asked
     hits = asking.log.query(asking.query())
@@ -34,6 +39,11 @@ def events(asking: Asking) -> Answer:
         return free(asking)
     if not hits:
         return why.nothing(asking)
+    if again:
+        times = Counter(h.arguments for h in hits)
+        hits = [h for h in hits if h.arguments and times[h.arguments] > 1]
+        many = len({h.arguments for h in hits})
+        return asking.answer(f"{many} of them more than once.", map(line_of, hits))
     if asked.newest or asked.oldest:
         hits = [hits[-1] if asked.newest else hits[0]]
         which = "last" if asked.newest else "first"

@@ -87,7 +87,7 @@ def changed(asking: Asking) -> Answer:
     hits = log.changed(asked.since or "0001", asked.until and asked.until[:10])
     if asked.note is not None:
         hits = [h for h in hits if h.note == asked.note]
-    hits = [h for h in hits if h.text.strip()]
+    hits = [h for h in hits if h.text.strip() and not h.text.lstrip().startswith("## ")]
     words = asked.moment.words.strip() if asked.moment else ""
     if not hits:
         every = log.store.rows("SELECT min(at), max(at) FROM blocks")[0]

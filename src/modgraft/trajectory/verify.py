@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modgraft.errors import ModgraftError
@@ -17,10 +16,12 @@ if TYPE_CHECKING:
 def verified(log: Log, answer: Answer) -> Answer:
     """The answer with the lines that stand in their files now; withdrawn where none is left."""
     files: dict[str, list[bytes]] = {}
+    bibliographies = {e.note for e in answer.evidence if e.note.lower().endswith(".bib")}
     for note in {e.note for e in answer.evidence}:
         files[note] = []
         with suppress(OSError, ModgraftError):  # gone: then none of its lines stands
-            files[note] = Path(log.path(note)).read_bytes().splitlines()
+            path = log.settings.root / note if note in bibliographies else log.path(note)
+            files[note] = path.read_bytes().splitlines()
     kept = tuple(e for e in answer.evidence if _stands(e, files[e.note]))
     if len(kept) == len(answer.evidence):
         return answer
