@@ -191,6 +191,7 @@ def test_the_run_left_a_note_and_the_log_answers_from_it(run: Path) -> None:
     assert f"All questions {accuracy:.1f}, " in found
     assert any(line.startswith("- Teacher-forced (control, leak): ") for line in lines)
     assert any(line.startswith("- Chance: Image questions ") for line in lines)
+    assert "- Questions: 240 train, 10 val, 18 test" in lines
     assert {"results.png", "loss-stage1.png"} <= {f.target for f in note.figures}
     assert [e.action for e in note.events] == ["start", "return"]
     asked = "what did the last mmcot run reach?"

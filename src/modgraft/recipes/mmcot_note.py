@@ -10,6 +10,7 @@ from typing import Any
 
 from modgraft.files import read_json
 from modgraft.recipes.mmcot import ROWS, Settings, nets_of
+from modgraft.recipes.mmcot_data import load_questions
 from modgraft.report.numbers import chance_of, figure
 from modgraft.report.run import Results, check, read_run
 from modgraft.report.table import Line, build
@@ -59,6 +60,9 @@ def noted(
         said.learned["How to read"] = plain(" ".join(remarks), longest=2000)
         nets = "; ".join(net.title for net in nets_of(asked["rows"]))
         said.done["Trained"] = f"under each seed: {nets}"
+        splits = load_questions(folder, asked["seeds"][0], features=False).splits or {}
+        sizes = [f"{len(ids):,} {plain(name)}" for name, ids in splits.items()]
+        said.done["Questions"] = ", ".join(sizes)
         said.done["Tested"] = f"{_tested(results)} of the {raw['split']} split, decoded freely"
         said.done["Report"] = "[report.html](report.html), figures in [results.json](results.json)"
         shown = {"results": "Accuracy", "columns": "All columns", "families": "By family"}
