@@ -201,3 +201,6 @@ def test_the_real_notes(tmp_path: Path) -> None:
         for path in PAGES:
             Reader(read(client, path))
         assert "<b>69</b><span>events</span>" in read(client, "/")
+        assert "a person, perhaps" in read(
+            client, "/note/modular_deep_learning.md"
+        )  # by @S…Redford

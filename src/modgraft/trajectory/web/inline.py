@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
@@ -38,12 +39,12 @@ KINDS: Mapping[str, str] = {
 NESTED = 8
 """Events in events in events that are told apart; deeper ones are shown as text."""
 
+LOST = "There is no such figure in the log’s folders"
+UNKNOWN = {False: "not in the bibliography", True: "not in the bibliography; a person, perhaps"}
+
 _URL = re.compile(r"(?<!\w)https?://[^\s<>\"'`\]]+")
 _POINTS = re.compile(r"[\s()\[\]:>-]*")
 _MATH = re.compile(r"\$(?=\S)[^$\n]{1,2000}?(?<![\s\\])\$(?!\d)")
-
-
-LOST = "There is no such figure in the log’s folders"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +162,16 @@ def _small(kind: str, text: str, view: View) -> Markup:
         return Markup('<span class="math">{}</span>').format(text)
     if kind == "url":
         return _anchor(view.href(text), text) + escape(text) + _end(view.href(text))
-    title = view.title(text.lstrip("@"))
+    key = text.lstrip("@")
+    title = view.title(key)
     shown = Markup('<a class="cite{}" href="/source/{}" title="{}">{}</a>')
-    missing = "not in the bibliography"
-    return shown.format("" if title else " missing", text.lstrip("@"), title or missing, text)
+    missing = "" if title or is_name(key) else " missing"
+    return shown.format(missing, quote(key), title or UNKNOWN[is_name(key)], text)
+
+
+def is_name(key: str) -> bool:
+    """Whether a key that the bibliography lacks is more likely a person: it names no year."""
+    return not any(letter.isdigit() for letter in key)
 
 
 def _event(state: StateInline, silent: bool) -> bool:

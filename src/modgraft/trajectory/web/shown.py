@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote, urlsplit
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from modgraft.trajectory.web.inline import LOST, View, badge, inline, web
+from modgraft.trajectory.web.inline import LOST, UNKNOWN, View, badge, inline, is_name, web
 
 if TYPE_CHECKING:
     from modgraft.trajectory.bibliography import Entry
@@ -180,6 +180,7 @@ def environment(places: Places) -> Environment:
         for key in hit.keys
         if key in places.sources and key in (hit.arguments or "")
     ]
+    made.filters["unknown"] = lambda key: UNKNOWN[is_name(key)]
     made.filters["begun"] = lambda text: text[:1].upper() + text[1:]
     made.filters["filename"] = lambda path: Path(path).name
     return made
