@@ -84,7 +84,7 @@ def _add_blocks(
         inherited.append(f"{titles} {parent}"[:INHERITED])
         over = "" if block.parent is None else texts[block.parent][:INHERITED]
         context = f"{name} {block.section or ''} {titles} {parent} {over}"
-        digest = blake2b(f"{over}\n{text}".encode(), digest_size=16).digest()
+        digest = blake2b(text.encode(), digest_size=16).digest()
         lines = note.data[block.start : block.end].rstrip(b"\r\n").splitlines()
         end_line = block.line + max(len(lines), 1) - 1
         event = own.get(index, above[index])
