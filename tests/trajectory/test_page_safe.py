@@ -121,6 +121,21 @@ def test_this_machine_is_answered(client: TestClient, host: str) -> None:
     assert client.get("/", headers={"host": host}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("site", "what", "status"),
+    [
+        ("cross-site", "image", 403),
+        ("cross-site", "iframe", 403),
+        ("same-site", "empty", 403),  # a script from another port of this machine
+        ("cross-site", "document", 200),  # a link that is followed
+        ("same-origin", "image", 200),
+    ],
+)
+def test_another_site_loads_nothing(client: TestClient, site: str, what: str, status: int) -> None:
+    headers = {"sec-fetch-site": site, "sec-fetch-dest": what}
+    assert client.get("/ask?q=which questions are open", headers=headers).status_code == status
+
+
 def test_nothing_can_be_posted(client: TestClient) -> None:
     assert client.post("/ask", data={"q": "x"}).status_code == 405
 

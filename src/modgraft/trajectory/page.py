@@ -27,7 +27,7 @@ from modgraft.trajectory.query import Query
 from modgraft.trajectory.selecting import STATUSES
 from modgraft.trajectory.store import LockedIndexError
 from modgraft.trajectory.web import lists, shown
-from modgraft.trajectory.web.guard import HOSTS, AddressError, Headers, loopback
+from modgraft.trajectory.web.guard import HOSTS, AddressError, Guard, loopback
 from modgraft.trajectory.web.inline import web
 from modgraft.trajectory.web.outline import outline
 
@@ -104,7 +104,7 @@ def app(log: Log) -> ASGIApp:
     guard = Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
     handlers = {HTTPException: page.wrong, ModgraftError: page.wrong}
     # The headers go around everything, so that an error's page has them too.
-    return Headers(Starlette(routes=routes, middleware=[guard], exception_handlers=handlers))
+    return Guard(Starlette(routes=routes, middleware=[guard], exception_handlers=handlers))
 
 
 def serve(log: Log, *, host: str = "127.0.0.1", port: int = PORT) -> None:

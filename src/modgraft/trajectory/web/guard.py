@@ -5,6 +5,9 @@ from __future__ import annotations
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+
 from modgraft.errors import ModgraftError
 
 if TYPE_CHECKING:
@@ -47,8 +50,12 @@ def loopback(host: str) -> str:
     return host
 
 
-class Headers:
-    """Adds `HEADERS` to every answer, errors included; one that an answer has itself is kept."""
+class Guard:
+    """Adds `HEADERS` to every answer, errors included; one that an answer has itself is kept.
+
+    What another site's page loads from here (a picture, a script, a frame) is refused: it could not
+    read the answer, but a question of its own might be passed on to a server that phrases answers.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -63,4 +70,8 @@ class Headers:
                 message = {**message, "headers": [*message["headers"], *more]}
             await send(message)
 
-        await self.app(scope, receive, with_headers)
+        asked = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        site, what = asked.get("sec-fetch-site", "none"), asked.get("sec-fetch-dest", "document")
+        strange = site not in ("none", "same-origin") and what != "document"  # a link is followed
+        refusal = PlainTextResponse("Another site asks for this.", 403)
+        await (refusal if strange else self.app)(scope, receive, with_headers)
