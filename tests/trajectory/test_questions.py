@@ -190,6 +190,17 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_a_reason_names_every_condition_and_what_is_there_without_one(log: Log) -> None:
+    answer = log.ask("what did I say about diffusion before February 2023?", today=TODAY)
+    assert answer.refused is not None
+    assert answer.refused.startswith("no line mentioning 'diffusion' before February 2023; ")
+    answer = log.ask("which questions did I ask about robotics in 2023w9 after 2023-03-05?")
+    assert answer.refused is not None
+    assert answer.refused.startswith(
+        "no question mentioning 'robotics' in 2023w9.md after 2023-03-05; the log has 10 qu"
+    )
+
+
 @pytest.mark.parametrize("question", REFUSED)
 def test_ten_unanswerable_questions_are_refused_with_the_true_reason(
     log: Log, question: str
@@ -213,6 +224,9 @@ OTHERWISE = {
     "Which keys don't resolve?": ("6 of 38 keys", "mdl:108"),
     "What have I fully read?": ("1 reading.", "mdl:23"),
     "how many papers did I skim in the draft?": ("4 skims in 2023w9_draft.md.", "draft:16"),
+    "which question was answered?": ("1 answered question.", "mdl:66"),
+    "did I answer the question about hosting FFN at home?":
+        ("1 question about 'hosting FFN home', 1 open and 0 answered.", "mdl:73"),
     "what changed between 2023-02-01 and 2023-02-28?":
         ("Written between 2023-02-01 and 2023-02-28: multimodal_cot.md: ", "cot:2"),
 }  # fmt: skip

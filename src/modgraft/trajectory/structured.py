@@ -55,6 +55,9 @@ def events(asking: Asking) -> Answer:
     where = f" in {asked.note}" if asked.note else ""
     when = f" {asked.moment.words.strip()}" if asked.moment else ""
     text = f"{things(asked.actions, len(hits), asked.status)}{about}{where}{when}."
+    if asked.actions == ("question",) and not asked.status:
+        opened = sum(h.status == "open" for h in hits)
+        text = f"{text[:-1]}, {opened} open and {len(hits) - opened} answered."
     distinct = {(h.arguments or "", h.result or "", h.body) for h in hits}
     if len(distinct) < len(hits):
         text = f"{text[:-1]}, {len(distinct)} of them distinct."

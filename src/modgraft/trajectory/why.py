@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 from modgraft.trajectory.answer import Answer
-from modgraft.trajectory.asking import Asking, dated, line_of, named, place, places, things
+from modgraft.trajectory.asking import Asking, counted, dated, line_of, named, place, places, things
 
 
 def nothing(asking: Asking) -> Answer:
-    """Refuse a question about events or lines: which of its parts leaves nothing over?
+    """Refuse a question about events or lines: which of its conditions leaves nothing over?
 
-    The parts are taken off one by one, the time first, then the words, the note, the source and
-    the status; the last that was taken off before something was found is the reason.
+    They are taken off one by one, the time first, until something is found.
     """
     log, asked = asking.log, asking.asked
-    what = things(asked.actions, 0, asked.status)
     if asked.unknown_key:
         return unknown_source(asking)
+    conditions = {
+        "time": f" {asked.moment.words.strip()}" if asked.moment else "",
+        "text": f" mentioning {' '.join(asked.topic)!r}" if asked.topic else "",
+        "note": f" in {asked.note}" if asked.note else "",
+        "cites": f" about @{asked.key}" if asked.key else "",
+        "status": " of that status" if asked.status else "",
+    }
+    kept = {name: said for name, said in conditions.items() if said}
+    what = _what(asking, 0, asked.status)
+    reason = what + "".join(kept[n] for n in ("text", "note", "cites", "time") if n in kept)
     less: dict[str, object] = {}
-    spoken: list[str] = []
-    for part, said in (
-        ("time", f" {asked.moment.words.strip()}" if asked.moment else ""),
-        ("text", f" that mentions {' '.join(asked.topic)!r}" if asked.topic else ""),
-        ("note", f" in {asked.note}" if asked.note else ""),
-        ("cites", f" about @{asked.key}" if asked.key else ""),
-        ("status", " of that status" if asked.status else ""),
-    ):
-        if not said:
-            continue
+    for part in list(kept):
+        del kept[part]
         less |= {"since": None, "until": None} if part == "time" else {part: None}
-        spoken.append("" if part == "status" else said)
         hits = log.query(asking.query(**less))
         if hits:
-            left = things(asked.actions, len(hits), None if "status" in less else asked.status)
-            reason = f"{what}{''.join(reversed(spoken))}"
-            if part == "time":
-                first, last = min(hits, key=lambda h: h.when), max(hits, key=lambda h: h.when)
-                times = dict.fromkeys((dated(first), dated(last)))
-                there = f"the log has {left}, {' to '.join(times)}"
-                return asking.refuse(f"{reason}; {there}", [line_of(first), line_of(last)])
-            there = f"the log has {left} without that, such as {places(hits)}"
-            return asking.refuse(f"{reason}; {there}", [line_of(h) for h in hits[:3]])
+            left = _what(asking, len(hits), asked.status if "status" in kept else None)
+            left += "".join(kept.get(n, "") for n in ("text", "note", "cites"))
+            if part != "time":
+                there = f"the log has {left} without that, such as {places(hits)}"
+                return asking.refuse(f"{reason}; {there}", [line_of(h) for h in hits[:3]])
+            first, last = min(hits, key=lambda h: h.when), max(hits, key=lambda h: h.when)
+            times = dict.fromkeys((dated(first), dated(last)))
+            there = f"the log has {left}, {' to '.join(times)}"
+            return asking.refuse(f"{reason}; {there}", [line_of(first), line_of(last)])
     total = len(log.notes())
     asked_for = what if asked.actions else "nothing of that"
     return asking.refuse(f"{asked_for} is recorded in any of the {total} notes")
+
+
+def _what(asking: Asking, count: int, status: str | None) -> str:
+    """Events of the actions that were asked for; lines where only words were."""
+    if not asking.asked.actions and asking.asked.topic:
+        return counted(count, "line") if count else "no line"
+    return things(asking.asked.actions, count, status)
 
 
 def unknown_source(asking: Asking) -> Answer:
