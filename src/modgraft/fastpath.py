@@ -6,7 +6,7 @@ passed by without a word. It does not while a hook is attached to it or to any o
 
 A product of each example with the whole vocabulary: where the weights are frozen, ``linear`` of a
 slice (the last token of each example, ``hidden[:, -1:]``) runs as one product an example, each of
-which reads all the weights: 64 prompts took 18 times as long as one product of the slice copied.
+which reads all the weights, and takes many times as long as one product of the slice copied.
 
 Both for the whole life of a host: implanting then changes no bit of what it computes.
 """
