@@ -171,3 +171,23 @@ def test_nothing_is_left_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     host, batch = host_of("t5")
     host(**batch)
     assert left == [{}]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_example_by_example(nodes: list[int]) -> None:
+    """Under ``torch.func`` each example's gradients are its own."""
+    host, _ = host_of("bert")
+    own = {name: p for name, p in host.named_parameters() if name.startswith("implants.m")}
+    ids = torch.randint(3, 41, (3, 20), generator=torch.Generator().manual_seed(0))
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        given = {"input_ids": row[None]}
+        return torch.func.functional_call(host, parameters, (), given).logits.square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(own, ids)
+    assert nodes == [3, 3]
+    for i, row in enumerate(ids):
+        host.zero_grad()
+        loss(own, row).backward()
+        for name, parameter in own.items():
+            torch.testing.assert_close(each[name][i], parameter.grad)
