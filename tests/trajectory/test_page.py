@@ -105,6 +105,16 @@ def test_a_note_is_shown_with_events_lines_and_sources(client: TestClient) -> No
     assert '<a href="/note/second.md?line=5#L5">second.md:5</a>' in html  # also cites Modular Ferns
 
 
+def test_a_table_is_a_table(client: TestClient, folder: Path) -> None:
+    note = folder / "table.md"
+    note.write_text("| who | n |\n|---|--:|\n| `x` [b](second.md) | 1 |\n", "utf-8")
+    time.sleep(page.FRESH)
+    html = read(client, "/note/table.md")
+    assert '<th class="number">n</th>' in html
+    assert '<code>x</code> <a href="/note/second.md">b</a></td>' in html
+    note.unlink()
+
+
 def test_lists_lead_to_lines(client: TestClient) -> None:
     assert f'<a href="/note/{FIRST}?line=18#L18">' in read(client, "/questions")
     questions = read(client, "/questions?all")

@@ -31,7 +31,7 @@ from modgraft.trajectory.web.outline import outline
 
 TAGS = {
     "a", "blockquote", "br", "code", "div", "em", "h2", "h3", "h4", "h5", "h6", "hr", "img", "li",
-    "ol", "p", "pre", "s", "span", "strong", "ul",
+    "ol", "p", "pre", "s", "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
 }  # fmt: skip
 ATTRIBUTES = {
     "alt", "aria-label", "class", "href", "id", "loading", "rel", "src", "tabindex", "title",
@@ -77,10 +77,12 @@ def test_what_a_note_holds_is_text(client: TestClient) -> None:
         assert "<script>alert" not in read(client, path)
 
 
+TABLE = "\n| a | b |\n|--|-:|\n| "
 HARM = st.sampled_from(
     ["<script>", "</li>", "</div>", "<img src=x onerror=a>", '" onclick="a', "javascript:a", "&lt;",
      "[x](", "](javascript:a)", "![", "`", "``", "**", "$", "\\", "@dewLichen2021", "[skim(",
-     ") -> ", "]", "]:", "<!--", "\0", "\r", "\n- ", "\n  > ", "\n```\n", "\n\n", "\u202e", "https://a.b/?q"]
+     ") -> ", "]", "]:", "<!--", "\0", "\r", "\n- ", "\n  > ", "\n```\n", "\n\n", TABLE,
+     " | ", "\u202e", "https://a.b/?q"]
 )  # fmt: skip
 
 

@@ -103,6 +103,19 @@ def inline(
     return Markup(markdown.renderInline(source, env))  # noqa: S704
 
 
+def table(text: str, view: View) -> Markup:
+    """A Markdown table as HTML."""
+    env: dict[str, Any] = {"view": view, "keys": (), "events": {}, "level": 0}
+    env |= {"marks": {}, "places": []}  # places in its cells are not places in the block
+    markdown = _markdown()
+    tokens = markdown.parse(text.replace("\0", "\ufffd"), env)
+    for token in tokens:
+        # The page's policy allows no style in an element.
+        if "right" in str(token.attrs.pop("style", "")):
+            token.attrs["class"] = "number"
+    return Markup(markdown.renderer.render(tokens, markdown.options, env))  # noqa: S704
+
+
 def _marks(
     source: str, keys: Collection[str], events: Mapping[int, tuple[Event, int]]
 ) -> dict[int, tuple[str, str]]:
@@ -260,4 +273,4 @@ def _image(
         return Markup('<a class="figure" href="{0}"><img src="{0}" alt="{1}" loading="lazy"></a>'
                       ).format(source, alt)  # fmt: skip
     lost = Markup('<span class="lost" title="{}">▧ {}</span>')
-    return lost.format(env["view"].lost, target)
+    return lost.format(env["view"].lost, " ".join(filter(None, (tokens[index].content, target))))

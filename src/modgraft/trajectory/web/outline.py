@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
-from modgraft.trajectory.web.inline import View, inline
+from modgraft.trajectory.web.inline import View, inline, table
 
 if TYPE_CHECKING:
     from modgraft.trajectory.note import Block, Event, Note
@@ -30,6 +30,7 @@ _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*(?P<language>[^\s`]*)[^\n]*(?:\n|
 _HEADING = re.compile(r"\s*(?P<level>#{1,6})[ \t]*")
 _CLOSING = re.compile(r"[ \t]+#*[ \t]*$")
 _ENDS = re.compile(r"\r\n?|\n")
+_TABLE = re.compile(r"[ \t]*\|[^\n]*\n[ \t]*\|[ \t:|-]*-[ \t:|-]*(?:\n|$)")
 _RULE = re.compile(r"\s*(?:-\s*){3,}$|\s*(?:\*\s*){3,}$")
 
 
@@ -139,6 +140,10 @@ class _Writer:
                             found.end()) if found else (2, 0)  # fmt: skip
             title = inline(_CLOSING.sub("", text[after:]), self.view, self.keys)
             return f"h{level}", title
+        if block.kind == "para" and _TABLE.match(lines):
+            return "div", Markup('<div class="scroll" tabindex="0">{}</div>').format(
+                table(dedent(lines), self.view)
+            )
         if block.kind == "para" and _RULE.match(text):
             return "div", Markup("<hr>")
         return "div", inline(text[after:], self.view, self.keys, self.positions(index, after))
