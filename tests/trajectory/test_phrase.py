@@ -33,6 +33,7 @@ class Server(ThreadingHTTPServer):
     raw: bytes | None = None
     asked: dict[str, Any] | None = None
     path = ""
+    key: str | None = None
     first = staticmethod(lambda: None)
 
 
@@ -43,6 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         assert isinstance(server, Server)
         length = int(self.headers["Content-Length"])
+        server.key = self.headers.get("Authorization")
         server.asked, server.path = json.loads(self.rfile.read(length)), self.path
         server.first()
         body = {"choices": [{"message": {"role": "assistant", "content": server.said}}]}
@@ -85,9 +87,15 @@ GOOD = (
 )
 
 
-def test_a_phrasing_that_its_lines_hold_is_shown_with_them(log: Log, server: Server) -> None:
+def test_a_phrasing_that_its_lines_hold_is_shown_with_them(
+    log: Log, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.said = GOOD
     answer = log.ask(QUESTION)
+    assert server.key is None
+    monkeypatch.setenv("MODGRAFT_LOG_KEY", "abc")
+    assert log.ask(QUESTION) == answer
+    assert server.key == "Bearer abc"
     assert answer.text == GOOD
     assert [e.quote for e in answer.evidence] == LINES
     assert answer.remarks == (f"phrased by {log.settings.endpoint}",)

@@ -27,6 +27,7 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (r"calculat(?:e|ed|ion|ions)", "calculate", ""),
     (r"ask(?:ed)? chatgpt|(?:conversations?|chats?) with chatgpt", "ChatGPT", ""),
     (r"ask(?:ed)? bing(?:chat)?|(?:conversations?|chats?) with bing(?:chat)?", "BingChat", ""),
+    (r"projects? (?:did|have) i start(?:ed)?", "start", ""),
     (r"blog(?:s|ged)?(?: posts?)?", "blog", ""),
     (r"github issues?", "file_github_issue", ""),
     (r"(?:write|wrote|written) (?:in |as )?code|code (?:did|have) i|(?:i|me) code|coded",

@@ -16,6 +16,7 @@ so the lines are shown beside the sentences, always.
 from __future__ import annotations
 
 import json
+import os
 import re
 import urllib.error
 import urllib.request
@@ -29,6 +30,8 @@ from modgraft.errors import ModgraftError
 from modgraft.trajectory.answer import Answer, Evidence
 from modgraft.trajectory.lexicon import STOP, stem
 
+KEY = "MODGRAFT_LOG_KEY"
+"""The variable that holds the key of a server that asks for one."""
 WAIT = 30.0
 """Seconds that a server may take."""
 LARGEST = 1_000_000
@@ -132,7 +135,7 @@ def _complete(endpoint: str, model: str | None, answer: Answer) -> str:
     request = urllib.request.Request(  # noqa: S310  (the scheme was looked at)
         endpoint.rstrip("/") + "/chat/completions",
         data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
+        headers={"Content-Type": "application/json"} | _key(),
     )
     opener = urllib.request.build_opener(_NoRedirect)
     with opener.open(request, timeout=WAIT) as response:
@@ -141,6 +144,12 @@ def _complete(endpoint: str, model: str | None, answer: Answer) -> str:
     if not isinstance(text, str) or not text.strip():
         raise ModgraftError("it sent no text")
     return text
+
+
+def _key() -> dict[str, str]:
+    """What a server that asks for a key is given: of this process's environment, of no file."""
+    key = os.environ.get(KEY)
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _as_it_is(answer: Answer, remark: str) -> Answer:

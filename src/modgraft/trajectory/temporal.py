@@ -12,21 +12,8 @@ from modgraft.trajectory.lexicon import GENERIC
 from modgraft.trajectory.query import Hit
 
 _ASKS = re.compile(r"\b(?:cit|mention|refer|come up|came up|appear)\w*", re.IGNORECASE)
-_WRITES = frozenset(
-    [
-        "cite",
-        "cited",
-        "cites",
-        "citing",
-        "appear",
-        "appeared",
-        "come",
-        "came",
-        "up",
-        "start",
-        "started",
-        "begin",
-    ]
+_WRITES = re.compile(
+    r"cit(?:e[sd]?|ing)|appear(?:ed)?|c[oa]me|up|start(?:ed)?|begin", re.IGNORECASE
 )
 MOST = 60
 
@@ -36,7 +23,7 @@ def when(asking: Asking) -> Answer:
     asked, log = asking.asked, asking.log
     if asked.unknown_key:
         return why.unknown_source(asking)
-    topic = tuple(w for w in asked.topic if w.lower() not in GENERIC | _WRITES)
+    topic = [w for w in asked.topic if w.lower() not in GENERIC and not _WRITES.fullmatch(w)]
     if asked.key is not None:
         hits = _of_source(asking, asked.key)
         if isinstance(hits, Answer):
