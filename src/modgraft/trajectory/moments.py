@@ -59,7 +59,7 @@ def find(question: str, today: date) -> Moment | None:
             continue
         try:
             since, until = _meant(match.groupdict(), meaning, today)
-        except (ModgraftError, ValueError):  # a number that is no date: 2023-99
+        except (ModgraftError, ValueError, OverflowError):  # a number that is no date: 2023-99
             continue
         return Moment(since, until, match[0])
     return None

@@ -1,0 +1,64 @@
+"""Whatever is asked, the log answers with lines that stand, or refuses; it never breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from modgraft.errors import ModgraftError
+from modgraft.trajectory import Log
+
+NOTE = """\
+## tl;dr
+Boats are slow.
+
+## Log
+- [skim(@a2020) -> _digging]
+  - The engine is loud.
+- [question -> why is the keel heavy?]: for balance
+- [lesson_learned -> paint the hull in March]
+  ```
+  speed = 12
+  ```
+"""
+BIB = "@article{a2020, title={Boats: A Survey}, author={Roe, Ada}, year={2020}}\n"
+PIECES = st.sampled_from(
+    [
+        *("when", "what did I", "skim", "read", "cite", "@a2020", "@nobody2021", "boats", "in"),
+        *("about", "before", "2023-03-02", "2023w99", "last week", "in March", "since", "the"),
+        *("how many", "questions", "open", "lessons", "the last run", "hull", "why", "engine"),
+        *("99999999999 days ago", '"', "(", "*", "NEAR", "note", "boat.md", "?", "是", "\0"),
+    ]
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Log]:
+    folder = tmp_path_factory.mktemp("log")
+    (folder / "boat.md").write_text(NOTE, encoding="utf-8")
+    (folder / "refs.bib").write_text(BIB, encoding="utf-8")
+    with Log.open(folder) as log:
+        log.index()
+        yield log
+
+
+@given(question=st.lists(PIECES, min_size=1, max_size=9).map(" ".join) | st.text(max_size=60))
+@example(question="what changed since 0001-01-01?")
+@example(question="'; DROP TABLE files; --")
+@example(question="boats " * 500)
+def test_no_question_breaks_it(log: Log, question: str) -> None:
+    if not any(c.isalnum() for c in question):
+        with pytest.raises(ModgraftError, match="is no question"):
+            log.ask(question)
+        return
+    answer = log.ask(question)
+    assert answer.text
+    assert answer.refused is None or answer.refused == answer.text
+    for evidence in answer.evidence:
+        path: Path = log.settings.root / evidence.note
+        lines = path.read_bytes().splitlines()
+        assert lines[evidence.line - 1].decode() == evidence.quote
