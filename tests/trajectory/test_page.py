@@ -129,6 +129,22 @@ def test_lists_lead_to_lines(client: TestClient) -> None:
     assert "by the note’s name" in timeline
 
 
+@pytest.mark.parametrize("path", ["/?page=", "/questions?page=", "/search?action=question&page="])
+def test_pages_hold_every_event_once(tmp_path: Path, path: str) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    for note in range(6):
+        asked = "\n".join(f"- [question -> number{note}x{n}x?]" for n in range(20))
+        (folder / f"2024-01-0{note + 1}.md").write_text(f"## Log\n{asked}\n", "utf-8")
+    with client_of(folder, tmp_path / "index.sqlite") as client:
+        pages = [read(client, f"{path}{number}") for number in (1, 2, 3)]
+        found = [re.findall(r"number\dx\d+x", page) for page in pages]
+        assert [len(each) for each in found] == [50, 50, 20]
+        assert len({name for each in found for name in each}) == 120
+        assert 'rel="next"' in pages[1]
+        assert 'rel="next"' not in pages[2]
+
+
 def test_a_search_by_fields(client: TestClient) -> None:
     html = read(client, "/search?q=routing")
     assert "Routing is the hard part." in html
