@@ -24,7 +24,7 @@ from modgraft.computation.base import (
 )
 from modgraft.computation.borrow import borrows
 from modgraft.examples import Each
-from modgraft.expression import Chain, Expression, chain
+from modgraft.expression import Chain, Expression, Name, chain
 from modgraft.kept import Kept
 from modgraft.mixture import Routed
 from modgraft.stacked import Stacked, stackable
@@ -74,6 +74,7 @@ class Group:
         attends: the names of those that put keys and values into attention.
         changes_output: whether something acts on what the site puts out.
         before_output: whether all of it acts before that: vectors before an input.
+        alone: whether it is one module once.
     """
 
     rows: list[int] | None
@@ -90,6 +91,7 @@ class Group:
         self.inner = [entry for entry in every if entry.parameter is not None]
         self.attends = [e.name for e in every if isinstance(e.module, KeyValueComposition)]
         self.changes_output = any(entry.changes_output for entry in every)
+        self.alone = len(every) == 1 and isinstance(self.expression, Name)
         self.before_output = all(isinstance(e.module, InputComposition) for e in every)
         if torch.compiler.is_compiling():  # its weights are tensors: nothing comes first
             return

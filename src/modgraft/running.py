@@ -182,6 +182,7 @@ class Site:
         """``y`` with each group's composition on its own examples."""
         assert isinstance(composition, Each)  # noqa: S101
         times = self._times(len(composition.rows), y)
+        fresh = not (self.call.relay or torch.is_grad_enabled() or y.shape[0] == 1)
         if y.shape[0] != times * len(composition.rows):  # what is one for all examples
             y = y.expand(len(composition.rows), *y.shape[1:])
             x = None if x is None or len(x) > 1 else x.expand(len(composition.rows), *x.shape[1:])
@@ -190,7 +191,8 @@ class Site:
             if group.before_output:
                 continue
             if group.rows is None:
-                return group.expression.apply(At(self, group.entries, x, bare=y), y)
+                at = At(self, group.entries, x, bare=y, writes=fresh and group.alone)
+                return group.expression.apply(at, y)
             rows = group.index(y, times)
             own = y[rows]
             at = At(self, group.entries, _rows(x, rows), rows, own, y.shape[0])
@@ -229,6 +231,7 @@ class At:
         rows: which examples, None for all.
         bare: what the layer itself put out for them, where that is known.
         whole: how many examples there are, of which they are some.
+        writes: whether what the layer put out may be written to: nobody else reads it.
     """
 
     site: Site
@@ -237,6 +240,7 @@ class At:
     rows: Tensor | None = None
     bare: Tensor | None = None
     whole: int | None = None
+    writes: bool = False
 
     def __call__(self, name: str, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
         """``total`` + weight · (the module's result on ``y`` − ``y``)."""
@@ -296,7 +300,7 @@ class At:
         bare = self.bare
         once = part is None and not isinstance(weight, Tensor) and weight == 1.0
         if once and isinstance(module, Stacked) and module.has_factors(host):
-            return module.added(total, x)
+            return module.added(total, x, self.writes)
         axis = feature_axis(host)
         if bare is not None and part is not None:
             bare = bare.chunk(part[1], dim=axis)[part[0]]

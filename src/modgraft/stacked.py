@@ -113,12 +113,13 @@ class Stacked:
             effect = torch.bmm(hidden, own["B"])
         return effect.view(*x.shape[:-1], effect.shape[-1])
 
-    def added(self, total: Tensor, x: Tensor) -> Tensor:
+    def added(self, total: Tensor, x: Tensor, in_place: bool) -> Tensor:
         """``total`` ``[g, …, out]`` + the effect of low rank, in one pass over it."""
         hidden, own = self._hidden(x)
         to = total.reshape(*hidden.shape[:-1], total.shape[-1])  # [g, n, out]
         to = to + own["b"][:, None] if "b" in own else to
-        return torch.baddbmm(to, hidden, own["B"]).view(total.shape)
+        add = Tensor.baddbmm_ if in_place else torch.baddbmm
+        return add(to, hidden, own["B"]).view(total.shape)
 
     def _hidden(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """x A ``[g, n, r]`` of the picked factors, and those."""
