@@ -67,10 +67,12 @@ def test_equals_the_layer_and_its_effects(
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("cached", [2**21, 80])  # all of G at once, or two rows of it
+@pytest.mark.parametrize("vector", [16, 3])  # a rank below it is computed the other way round
 def test_gradcheck(
-    transposed: bool, twice: bool, cached: int, monkeypatch: pytest.MonkeyPatch
+    transposed: bool, twice: bool, cached: int, vector: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(changed, "CACHED", cached)
+    monkeypatch.setattr(changed, "VECTOR", vector)
     torch.manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
@@ -85,6 +87,26 @@ def test_gradcheck(
     beside = (leaf(7, 4), None, leaf(7, 3), leaf(3, 4))
     both = (x, W, b, B, A, *beside)
     assert check(lambda *given: LowRank.apply(given[0], (0.7, -2.0), *given[1:])[:2], both)
+
+
+@pytest.mark.parametrize("read", [(0,), (1,), (0, 1)])
+def test_layers_whose_output_nobody_reads(read: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, W, V, b, B, D, A, C = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((3, 4), (5, 4), (6, 4), (5,), (5, 2), (6, 3), (2, 4), (3, 4))
+    )
+    ys = LowRank.apply(x, (0.7, 0.7), W, b, B, A, V, None, D, C)
+    alone = (x @ (W + 0.7 * B @ A).T + b, x @ (V + 0.7 * D @ C).T)
+    leaves = (x, W, b, B, A, V, D, C)
+    for found, wanted in zip(
+        torch.autograd.grad(sum(ys[i].sin().sum() for i in read), leaves),
+        torch.autograd.grad(
+            sum(alone[i].sin().sum() for i in read), leaves, materialize_grads=True
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
 
 
 def product(host: mg.Host, x: Tensor, *names: str) -> Tensor | None:

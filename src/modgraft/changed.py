@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from inspect import signature
 from typing import Any
 
@@ -28,7 +29,8 @@ from modgraft.computation.layers import bias_vector, weight_matrix
 PLAIN = (nn.Linear.forward, Conv1D.forward)
 _LINEAR = (nn.Linear, Conv1D)
 _SIMPLE = (*_LINEAR, nn.Embedding)  # those whose weight is all there is to change
-CACHED = 2**21  # bytes of activations that a core's own cache holds, about
+CACHED = 3 * 2**19  # bytes of activations that a core's own cache holds beside a product's own
+VECTOR = 16  # float32 numbers that a core computes with at once
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _changed(layer: nn.Module, weight: Tensor, changes: Sequence[Change]) -> Ten
 
 
 class LowRank(torch.autograd.Function):
-    """yᵢ = s·(x Aᵢᵀ) Bᵢᵀ + bᵢ + x Wᵢᵀ = x (Wᵢ + s·BᵢAᵢ)ᵀ + bᵢ of layers that share x, and s·x Aᵀ.
+    """yᵢ = s·(x Aᵢᵀ) Bᵢᵀ + bᵢ + x Wᵢᵀ = x (Wᵢ + s·BᵢAᵢ)ᵀ + bᵢ of layers that share x, and s·A xᵀ.
 
     The layer's own product is added to what the thin one has written, as it would be to a bias, so
     that y is passed over no more often than in the layer alone; and x is passed over once for all
@@ -198,49 +200,52 @@ class LowRank(torch.autograd.Function):
     def forward(  # noqa: D102
         x: Tensor, scales: tuple[float, ...], *of: Any
     ) -> tuple[Tensor, ...]:
-        Ws, bs, Bs, As = (of[i::4] for i in range(4))
+        Ws, bs, Bs, As = of[0::4], of[1::4], of[2::4], of[3::4]
         X = x.reshape(-1, x.shape[-1])  # […, in] → [N, in]
-        hidden = X @ _joined([s * A for s, A in zip(scales, As, strict=True)]).T  # [N, Σ r]
+        hidden = _hidden(X, scales, As)
         outs = []
-        for W, b, B, thin in zip(Ws, bs, Bs, hidden.split([len(A) for A in As], 1), strict=True):
+        for W, b, B, thin in zip(Ws, bs, Bs, _each(hidden, As), strict=True):
             if b is None:
-                y = thin @ B.T
-            else:  # as one product: a column of ones carries the bias
-                y = F.pad(thin, (0, 1), value=1.0) @ torch.cat([B, b[:, None]], 1).T
-            outs.append(y.addmm_(X, W.T).view(*x.shape[:-1], len(W)))
+                y = thin.T @ B.T
+            else:  # as one product: a row of ones carries the bias
+                ones = thin.new_ones(1, thin.shape[1])
+                y = torch.cat([thin, ones]).T @ torch.cat([B, b[:, None]], 1).T
+            outs.append(y.addmm_(X, W.T).view(*x.shape[:-1], W.shape[0]))
         return *outs, hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:  # noqa: D102
         x, ctx.scales, *of = inputs
         ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, output[-1], *of[0::4], *of[2::4], *of[3::4])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, hidden, *of = ctx.saved_tensors
         scales, n = ctx.scales, len(ctx.scales)
-        Ws, Bs, A = of[:n], of[n : 2 * n], _joined(of[2 * n :])
-        ranks = [len(own) for own in of[2 * n :]]
+        Ws, Bs, As = of[:n], of[n : 2 * n], of[2 * n :]
         wants_x, _, *wants = ctx.needs_input_grad
         X = x.reshape(-1, x.shape[-1])  # […, in] → [N, in]
         if torch.is_grad_enabled():  # to be differentiated again, through x and A
-            hidden = X @ _joined([s * own for s, own in zip(scales, of[2 * n :], strict=True)]).T
+            hidden = _hidden(X, scales, As)
         back, thins = None, []
         found: list[list[Tensor | None]] = []
-        for i, thin in enumerate(hidden.split(ranks, 1)):
-            G = grads[i].reshape(-1, len(Ws[i]))  # […, out] → [N, out]
-            wants_W, wants_b, wants_B, _ = wants[4 * i : 4 * i + 4]
+        for i, thin in enumerate(_each(hidden, As)):
+            W, grad, (wants_W, wants_b, wants_B, _) = Ws[i], grads[i], wants[4 * i : 4 * i + 4]
+            if grad is None:  # nobody reads that layer's output
+                grad = X.new_zeros(X.shape[0], W.shape[0])
+            G = grad.reshape(-1, W.shape[0])  # […, out] → [N, out]
             # first what reads G thinly, while it is in the cache: the product with W drives it out
-            GB, of_B = _thinly(G, scales[i] * Bs[i], thin, wants_B)
+            GB, of_B = _thinly(G, scales[i], Bs[i], thin, wants_B)
             thins.append(GB)
             if wants_x:
-                back = G @ Ws[i] if back is None else back.addmm_(G, Ws[i])
+                back = G @ W if back is None else back.addmm_(G, W)
             found.append([G.T @ X if wants_W else None, G.sum(0) if wants_b else None, of_B])
-        GB = thins[0] if n == 1 else torch.cat(thins, 1)  # [N, Σ r]
+        GB = _joined(thins)  # [Σ r, N]
         if back is not None:
-            back = back.addmm_(GB, A).view(x.shape)
-        of_A = (GB.T @ X).split(ranks) if any(wants[3::4]) else [None] * n
+            back = back.addmm_(GB.T, _joined(As)).view(x.shape)
+        of_A = _each(GB @ X, As) if any(wants[3::4]) else [None] * n
         every = [grad for own, a in zip(found, of_A, strict=True) for grad in (*own, a)]
         return back, None, *every
 
@@ -253,19 +258,56 @@ def _joined(rows: Sequence[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
-def _thinly(G: Tensor, B: Tensor, hidden: Tensor, wants_B: bool) -> tuple[Tensor, Tensor | None]:
-    """G B ``[N, r]`` and Gᵀ·hidden ``[out, r]``, by rows that stay in the cache for the second.
+def _each(rows: Tensor, As: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As many rows for each A as it has."""
+    return (rows,) if len(As) == 1 else rows.split_with_sizes([A.shape[0] for A in As])
 
-    The second as ``[r, out]``, over G in its stored order.
-    """
+
+def _hidden(X: Tensor, scales: Sequence[float], As: Sequence[Tensor]) -> Tensor:
+    """s·A Xᵀ of each A ``[r, in]`` under the other, ``[Σ r, N]``."""
+    s, *others = scales
+    if any(other != s for other in others):
+        s, As = 1.0, [own * A for own, A in zip(scales, As, strict=True)]
+    A = _joined(As)
+    return _across([_thin(s, A, some) for some in _pieces(X)])
+
+
+def _thinly(
+    G: Tensor, s: float, B: Tensor, hidden: Tensor, wants_B: bool
+) -> tuple[Tensor, Tensor | None]:
+    """s·(G B)ᵀ ``[r, N]`` and Gᵀ·hiddenᵀ ``[out, r]``, by rows that are still in the cache for the
+    second."""
+    Bt = B.T.contiguous() if B.shape[1] < VECTOR else B.T
+    pieces = _pieces(G)
     if not wants_B:
-        return G @ B, None
-    rows = max(1, CACHED // (G.shape[1] * G.element_size()))
-    if len(G) <= 2 * rows:
-        return G @ B, (hidden.T @ G).T
-    pieces = zip(G.split(rows), hidden.split(rows), strict=True)
-    parts = [(g @ B, h.T @ g) for g, h in pieces]
-    return torch.cat([p[0] for p in parts]), torch.stack([p[1] for p in parts]).sum(0).T
+        return _across([_thin(s, Bt, some) for some in pieces]), None
+    with_hidden = zip(pieces, hidden.split(pieces[0].shape[0], 1), strict=True)
+    parts = [(_thin(s, Bt, some), own @ some) for some, own in with_hidden]
+    return _across([thin for thin, _ in parts]), reduce(torch.add, [of_B for _, of_B in parts]).T
+
+
+def _pieces(X: Tensor) -> Sequence[Tensor]:
+    """X ``[N, d]`` by rows that stay in a core's cache."""
+    if not X.is_cpu or torch.compiler.is_compiling():  # no graph is bound to how many they are
+        return (X,)
+    rows = max(1, CACHED // (X.shape[1] * X.element_size()))
+    return (X,) if X.shape[0] <= rows else X.split(rows)
+
+
+def _across(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), 1)
+
+
+def _thin(s: float, A: Tensor, X: Tensor) -> Tensor:
+    """s·A Xᵀ ``[r, N]``, with no pass for s.
+
+    Where r is small, a row of r numbers would leave most of a vector register unused, one of N
+    does not.
+    """
+    ignored = A.new_zeros(1)
+    if A.shape[0] < VECTOR:
+        return torch.addmm(ignored, A, X.T, beta=0, alpha=s)
+    return torch.addmm(ignored, X, A.T, beta=0, alpha=s).T
 
 
 def _laid_out_as(weight: Tensor, new: Tensor) -> Tensor:
