@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from accelerate import Accelerator
 
 from modgraft.errors import ModgraftError
+from modgraft.training.allocator import keep_freed_memory
 
 #: where launchers say how many processes they start
 ANNOUNCED = ("WORLD_SIZE", "ACCELERATE_NUM_PROCESSES")
@@ -18,17 +19,22 @@ ANNOUNCED = ("WORLD_SIZE", "ACCELERATE_NUM_PROCESSES")
 def accelerator_for() -> Accelerator:
     """The process group and device. Autocast is ours: accelerate's would patch the host's forward.
 
+    On a CPU the process keeps the memory that a step frees for the next, see `allocator`.
+
     Raises:
         ModgraftError: an `Accelerator` with mixed precision was made before in this process.
 
     """
     try:
-        return Accelerator(mixed_precision="no")
+        accelerator = Accelerator(mixed_precision="no")
     except ValueError as error:
         raise ModgraftError(
             "an accelerate.Accelerator with mixed precision was already made in this process; "
             f'leave it out and give fit(..., precision="bf16"). accelerate says: {error}'
         ) from error
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
 
 
 def check_world(found: int, expected: int | None = None) -> None:
