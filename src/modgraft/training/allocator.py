@@ -21,8 +21,8 @@ SAID = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 def keep_freed_memory(most: int = KEPT) -> bool:
     """Let this process keep up to ``most`` freed bytes for what it allocates next.
 
-    For the whole process and until it ends; no result changes, and the peak of its memory does not
-    grow. `fit` on a CPU asks for it; so may a training loop of one's own, once, at its start.
+    For the whole process and until it ends; no result changes. `fit` on a CPU asks for it; so may a
+    training loop of one's own, once, at its start.
 
     Args:
         most: bytes, below 2 GiB.
