@@ -6,7 +6,6 @@ import re
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -14,23 +13,12 @@ from urllib.parse import quote
 
 import pytest
 from log_folder import NOTE, write_log
-from page_client import FIRST, PAGES, Reader, client_of, read, write_page_log
+from page_client import FIRST, PAGES, Reader, client_of, read
 from real_notes import NOTES, needs_notes
 from starlette.testclient import TestClient
 
 from modgraft.errors import ModgraftError
 from modgraft.trajectory import Log, page
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_page_log(tmp_path_factory.mktemp("page") / "log")
-
-
-@pytest.fixture(scope="module")
-def client(folder: Path) -> Iterator[TestClient]:
-    with client_of(folder, folder.parent / "index.sqlite") as made:
-        yield made
 
 
 @pytest.mark.parametrize("path", [*PAGES, f"/note/{FIRST}", "/note/evil.md", "/nowhere"])

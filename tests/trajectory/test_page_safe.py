@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from log_folder import png
-from page_client import FIRST, Reader, client_of, read, write_page_log
+from page_client import FIRST, Reader, read
 from PIL import Image
 from real_notes import notes
 from starlette.testclient import TestClient
@@ -41,17 +41,6 @@ ATTRIBUTES = {
 
 def encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_page_log(tmp_path_factory.mktemp("page") / "log")
-
-
-@pytest.fixture(scope="module")
-def client(folder: Path) -> Iterator[TestClient]:
-    with client_of(folder, folder.parent / "index.sqlite") as made:
-        yield made
 
 
 def test_what_a_note_holds_is_text(client: TestClient) -> None:
