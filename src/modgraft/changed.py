@@ -277,12 +277,11 @@ def _thinly(
 ) -> tuple[Tensor, Tensor | None]:
     """s·(G B)ᵀ ``[r, N]`` and Gᵀ·hiddenᵀ ``[out, r]``, by rows that are still in the cache for the
     second."""
-    Bt = B.T.contiguous() if B.shape[1] < VECTOR else B.T
     pieces = _pieces(G)
     if not wants_B:
-        return _across([_thin(s, Bt, some) for some in pieces]), None
+        return _across([_thin(s, B.T, some) for some in pieces]), None
     with_hidden = zip(pieces, hidden.split(pieces[0].shape[0], 1), strict=True)
-    parts = [(_thin(s, Bt, some), own @ some) for some, own in with_hidden]
+    parts = [(_thin(s, B.T, some), own @ some) for some, own in with_hidden]
     return _across([thin for thin, _ in parts]), reduce(torch.add, [of_B for _, of_B in parts]).T
 
 
@@ -306,7 +305,7 @@ def _thin(s: float, A: Tensor, X: Tensor) -> Tensor:
     """
     ignored = A.new_zeros(1)
     if A.shape[0] < VECTOR:
-        return torch.addmm(ignored, A, X.T, beta=0, alpha=s)
+        return torch.addmm(ignored, A.contiguous(), X.T, beta=0, alpha=s)
     return torch.addmm(ignored, X, A.T, beta=0, alpha=s).T
 
 
