@@ -15,6 +15,7 @@ from tiny import Line, loader, points, t5
 from torch import nn
 
 from modgraft.errors import ModgraftError
+from modgraft.training.checkpoint import Checkpoints
 from modgraft.training.fit import fit
 
 GIVEN = {"steps": 12, "lr": 3e-3, "save_every": 3, "progress": False}
@@ -202,6 +203,34 @@ def test_a_damaged_checkpoint_is_refused_and_the_remedy_works(tmp_path, name, da
     again = Line()
     assert fit(again, points(5), folder=tmp_path, **GIVEN).resumed_from == 9
     assert same(host, again)
+
+
+def test_what_a_killed_save_left_is_pruned(tmp_path, monkeypatch):
+    """Also at the end of a run, where no other save would do it."""
+
+    def killed(self):
+        raise StopError
+
+    fit(Line(), points(5), folder=tmp_path / "whole", **GIVEN)
+    fit(Line(), points(5), folder=tmp_path / "parts", **GIVEN | {"keep": 4})
+    assert len(saved(tmp_path / "parts")) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "prune", killed)
+        with pytest.raises(StopError):
+            fit(Line(), points(5), folder=tmp_path / "parts", **GIVEN)
+    assert len(saved(tmp_path / "parts")) == 4
+    fit(Line(), points(5), folder=tmp_path / "parts", **GIVEN)
+    assert saved(tmp_path / "parts") == saved(tmp_path / "whole")
+
+
+def test_nothing_is_pruned_by_a_checkpoint_that_cannot_be_read(tmp_path):
+    fit(Line(), points(5), folder=tmp_path, **GIVEN | {"keep": 4})
+    before = saved(tmp_path)
+    (tmp_path / "checkpoints" / "step-000009" / "state.json").write_text("{")
+    remedy = r"step-000009 is damaged: .*\(the run then goes on from step-000012\)"
+    with pytest.raises(ModgraftError, match=remedy):
+        fit(Line(), points(5), folder=tmp_path, **GIVEN)
+    assert saved(tmp_path) == before
 
 
 def test_damaged_metrics_are_refused(tmp_path):

@@ -37,6 +37,7 @@ FORMAT = "modgraft.checkpoint/1"
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = (".tmp-", ".old-")
 _SHOWN = 4  # differences that an error lists
+_UNREADABLE = (OSError, ValueError, KeyError, AttributeError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,15 +208,26 @@ class Checkpoints:
             self._remove(path)
         temporary.rename(path)
         _sync(self.root)
-        self._prune()
+        self.prune()
         return path
 
-    def _prune(self) -> None:
-        """Remove all but the latest `keep`, and what those name as the best so far."""
+    def prune(self) -> None:
+        """Remove all but the latest `keep`, and what those name as the best so far.
+
+        The last thing `save` does. A process killed just before it leaves one checkpoint more,
+        which a run at its end would keep for ever; who goes on from a checkpoint therefore prunes.
+
+        Raises:
+            ModgraftError: one of the latest is damaged, so that its best is not known.
+
+        """
         paths = self.paths()
-        best = [json.loads((p / "state.json").read_text())["best"] for p in paths[-self.keep :]]
+        latest, older = paths[-self.keep :], paths[: -self.keep]
+        if not older:
+            return
+        best = [self._state(path)["best"] for path in latest]
         stay = {self.path(line["step"]) for line in best if line is not None}
-        for path in paths[: -self.keep]:
+        for path in older:
             if path not in stay:
                 self._remove(path)
 
@@ -232,10 +244,8 @@ class Checkpoints:
             ModgraftError: a file is missing, cut, changed, or of another format.
 
         """
+        state = self._state(path)
         try:
-            state = json.loads((path / "state.json").read_text())
-            if state.get("format") != FORMAT:
-                raise ValueError(f"state.json has format {state.get('format')!r}, not {FORMAT!r}")
             for name, file in state["files"].items():
                 size = (path / name).stat().st_size
                 if size != file["bytes"]:
@@ -249,13 +259,27 @@ class Checkpoints:
                 load_file(path / "tensors.safetensors"),
                 load_file(path / "optimizer.safetensors"),
             )
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-            earlier = [p.name for p in self.paths(step_of(path) - 1)]
-            goes_on = f"the run then goes on from {earlier[-1]}" if earlier else "the run restarts"
-            raise ModgraftError(
-                f"the checkpoint {path} is damaged: {error}. Delete this folder ({goes_on}), or "
-                "start over with resume=False"
-            ) from error
+        except _UNREADABLE as error:
+            raise self._damaged(path, error) from error
+
+    def _state(self, path: Path) -> dict[str, Any]:
+        try:
+            state = json.loads((path / "state.json").read_text())
+            if state.get("format") != FORMAT:
+                raise ValueError(f"state.json has format {state.get('format')!r}, not {FORMAT!r}")
+            return state
+        except _UNREADABLE as error:
+            raise self._damaged(path, error) from error
+
+    def _damaged(self, path: Path, error: Exception) -> ModgraftError:
+        later = [p.name for p in self.paths() if step_of(p) > step_of(path)]
+        earlier = [p.name for p in self.paths(step_of(path) - 1)]
+        last = (later or earlier)[-1:]
+        goes_on = f"the run then goes on from {last[0]}" if last else "the run restarts"
+        return ModgraftError(
+            f"the checkpoint {path} is damaged: {error}. Delete this folder ({goes_on}), or "
+            "start over with resume=False"
+        )
 
 
 def step_of(path: Path) -> int:

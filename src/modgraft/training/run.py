@@ -149,6 +149,8 @@ class Run:
             path = self.store.path(history.best["step"])
             best = found if path == found.path else self.store.load(path)
             self.best_tensors = best.tensors
+        if self.accelerator.is_main_process:
+            self.store.prune()
 
     def finish(self) -> None:
         """End with the best weights, where that was asked for."""
