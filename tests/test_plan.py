@@ -11,6 +11,7 @@ from torch import Tensor
 import modgraft as mg
 from hosts import HOSTS, ids
 from modgraft.kept import Kept
+from modgraft.plan import Plan
 from modgraft.running import STATE
 
 
@@ -202,17 +203,41 @@ def test_modules_made_in_inference_mode_act_and_their_writes_are_seen() -> None:
         assert torch.equal(host(**batch, modules=composition).logits, bare)
 
 
-def test_whether_what_is_kept_holds_is_asked_once_a_generate(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("kind", "question"), [(Kept, "_holds"), (Plan, "holds")])
+def test_whether_what_is_remembered_holds_is_asked_once_a_generate(
+    monkeypatch: pytest.MonkeyPatch, kind: type, question: str
 ) -> None:
     host, asked = made(), []
-    holds = Kept._holds
-    monkeypatch.setattr(Kept, "_holds", lambda self: asked.append(self) or holds(self))
+    holds = getattr(kind, question)
+    monkeypatch.setattr(kind, question, lambda self: asked.append(self) or holds(self))
     modules = ["lora0", "lora1", "adapter2", "prefix0"]
     prompts = torch.arange(3, 23).view(4, 5)
     for _ in range(2):
         host.generate(prompts, max_new_tokens=6, min_new_tokens=6, modules=modules)
-        assert len(asked) == len(set(asked)) > 0
+        assert len(asked) == len(set(asked))
         asked.clear()
-    host(input_ids=prompts, modules=modules)
+    with torch.no_grad():
+        host(input_ids=prompts, modules=modules)
     assert len(asked) == len(set(asked)) > 0
+
+
+@torch.no_grad()
+def test_a_module_that_trains_from_now_on_drops_out_from_now_on() -> None:
+    """Modules with dropout are stacked only while they do not train."""
+    host = mg.Host(HOSTS["gpt2"].model()).eval()
+    for name in ("a", "b"):
+        host.implant(name, mg.LoRA(rank=2, dropout=0.5), ["query", "value"], active=False)
+        for parameter in host[name].parameters():
+            parameter.normal_()
+    batch, modules = {"input_ids": torch.arange(3, 13).view(2, 5)}, ["a", "b"]
+
+    def logits() -> Tensor:
+        return host(**batch, modules=modules).logits
+
+    still = logits()
+    assert torch.equal(logits(), still)
+    for name in ("a", "b"):
+        host.implants[name].train()
+    assert not torch.equal(logits(), logits())
+    host.eval()
+    assert torch.equal(logits(), still)

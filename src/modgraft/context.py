@@ -5,7 +5,7 @@ A host's ``forward`` has no argument for an image or a task; sites read both fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -158,10 +158,18 @@ def switched(composition: Expression | None) -> bool:
 _calls: ContextVar[tuple[tuple[int, Call], ...]] = ContextVar("modgraft_calls", default=())
 
 
-def innermost() -> Call | None:
-    """The call under way in this thread or task, of whatever host; None outside of all."""
-    calls = _calls.get()
-    return calls[-1][1] if calls else None
+def once_in_a_call(key: Hashable, ask: Callable[[], bool]) -> bool:
+    """Whether ``ask()`` says so.
+
+    Without gradients its yes stands for the whole call that is under way in this thread or task, of
+    whatever host: it is not asked again at each step of a ``generate``.
+    """
+    calls = () if torch.is_grad_enabled() else _calls.get()
+    if not calls:
+        return ask()
+    memo = calls[-1][1].memo
+    memo[key] = memo.get(key) or ask()
+    return memo[key]
 
 
 class Context:

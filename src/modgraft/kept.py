@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from modgraft.context import innermost
+from modgraft.context import once_in_a_call
 
 T = TypeVar("T")
 _version = attrgetter("_version")
@@ -50,12 +50,8 @@ class Kept:
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gives, or gave for this key."""
-        call = None if torch.is_grad_enabled() else innermost()
-        if call is None or self not in call.memo:
-            if not self._holds():
-                return make()
-            if call is not None:
-                call.memo[self] = True
+        if not once_in_a_call(self, self._holds):
+            return make()
         made = self._now[2]
         key = key, torch.is_inference_mode_enabled()  # its tensors cannot be used outside of it
         if key not in made:

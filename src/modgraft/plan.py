@@ -23,6 +23,7 @@ from modgraft.computation.base import (
     ParameterComposition,
 )
 from modgraft.computation.borrow import borrows
+from modgraft.context import once_in_a_call
 from modgraft.examples import Each
 from modgraft.expression import Chain, Expression, Name, chain
 from modgraft.kept import Kept
@@ -115,7 +116,7 @@ class Group:
         return self._index[key]
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
     """What a site remembers of one composition.
 
@@ -133,7 +134,6 @@ class Plan:
     training: list[bool]
     before: Kept | None = None
 
-    @property
     def holds(self) -> bool:
         """Whether it would still be planned like that."""
         return list(map(_training, self.modules)) == self.training
@@ -158,7 +158,7 @@ def remembered(
 ) -> Plan:
     """The plan of ``composition``, made once and kept in ``plans`` for those used last."""
     plan = plans.get(id(composition))
-    if plan is not None and plan.composition is composition and plan.holds:
+    if plan is not None and plan.composition is composition and once_in_a_call(plan, plan.holds):
         return plan
     plan = planned(entries, composition)
     if composition.is_data:  # it is weights, and what they were computed from
