@@ -145,7 +145,7 @@ class Run:
         history.best, history.untouched = state["best"], state["untouched"]
         history.error = state.get("error")
         history.seconds = self.before = state["seconds"]
-        if history.best is not None and self.store is not None:
+        if history.best is not None:
             path = self.store.path(history.best["step"])
             best = found if path == found.path else self.store.load(path)
             self.best_tensors = best.tensors
@@ -272,12 +272,9 @@ class Run:
         s = self.settings
         if s.clip is not None:
             clip_gradients(self.parameters.values(), norm, s.clip)
+        warm = warmup_steps(s.warmup, s.steps)
         self.lr = learning_rate(
-            self.step + 1,
-            lr=s.lr,
-            total=s.steps,
-            warmup=warmup_steps(s.warmup, s.steps),
-            schedule=s.schedule,
+            self.step + 1, lr=s.lr, total=s.steps, warmup=warm, schedule=s.schedule
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
