@@ -62,3 +62,34 @@ def test_no_question_breaks_it(log: Log, question: str) -> None:
         path: Path = log.settings.root / evidence.note
         lines = path.read_bytes().splitlines()
         assert lines[evidence.line - 1].decode() == evidence.quote
+
+
+ALIKE = """\
+## Log
+- [read(@roeBoats2020b)]: a sequel
+  - it leans on @roeBoats2020
+- [skim(@dewSails2021b) -> _full_read], see @dewSails2021
+- [skim(@ROEboats2020c)]
+"""
+
+
+def test_a_key_that_begins_like_another_is_not_that_other(tmp_path: Path) -> None:
+    """What is only cited beside a source was neither read nor skimmed."""
+    (tmp_path / "boat.md").write_text(ALIKE, encoding="utf-8")
+    keys = [f"{key}{letter}" for key in ("roeBoats2020", "dewSails2021") for letter in ("", *"bc")]
+    entries = [f"@article{{{key}, title={{T}}, author={{A, B}}, year={{2020}}}}" for key in keys]
+    (tmp_path / "refs.bib").write_text("\n".join(entries), encoding="utf-8")
+    with Log.open(tmp_path) as log:
+        queue = {owed.key: owed.status for owed in log.reading_queue()}
+        assert queue == {
+            "dewSails2021b": "full_read", "ROEboats2020c": "skimmed", "roeBoats2020b": "read"
+        }  # fmt: skip
+        for question, text in (
+            ("did I read @roeBoats2020b?", "Yes: it was read, at boat.md:2"),
+            ("did I skim @roeBoats2020c?", "Yes: it was skimmed"),
+            ("did I read @roeBoats2020?", "neither skimmed nor read"),
+            ("when did I read @roeBoats2020?", "cited at boat.md:3, and was never read"),
+            ("what did I quote from @dewSails2021?", "it is only cited"),
+            ("did I skim @dewSails2021?", "neither skimmed nor read"),
+        ):
+            assert text in log.ask(question).text, question

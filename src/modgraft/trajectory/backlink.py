@@ -45,7 +45,7 @@ def said(asking: Asking) -> Answer:
     every = asking.log.backlinks(key)
     if not every:
         return why.never_cited(asking, key)
-    own = [h for h in asking.log.query(cites=key) if key in (h.arguments or "")]
+    own = [h for h in asking.log.query(cites=key) if h.is_about(key)]
     found = [line for h in _within(asking, own) for line in _comments(h)]
     heads = {place(h) for h in own}
     found += [line_of(h) for h in _within(asking, every) if place(h) not in heads]
@@ -69,7 +69,7 @@ def quoted(asking: Asking) -> Answer:
     key = asking.asked.key
     if key is None:
         return why.unknown_source(asking)
-    own = [h for h in asking.log.query(cites=key) if key in (h.arguments or "")]
+    own = [h for h in asking.log.query(cites=key) if h.is_about(key)]
     if not own and not asking.log.backlinks(key):
         return why.never_cited(asking, key)
     lines = _once(e for h in _within(asking, own) for e in lines_of(h) if _QUOTED.match(e.quote))
@@ -86,7 +86,7 @@ def status(asking: Asking) -> Answer:
     if key is None:
         return why.unknown_source(asking)
     every = asking.log.query(cites=key, actions=("skim", "read"))
-    hits = [h for h in every if key in (h.arguments or "")]
+    hits = [h for h in every if h.is_about(key)]
     if not hits:
         lines = asking.log.backlinks(key)
         if not lines:

@@ -354,7 +354,8 @@ def _insert(db: sqlite3.Connection, file: int, made: Rows) -> None:
 
     db.executemany(
         "INSERT INTO events (id, file, line, end_line, action, written, arguments, result, status, "
-        "section, depth, at, at_from, keys, said) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        "section, depth, at, at_from, keys, about, said) VALUES "
+        "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         [(events + i, file, *row) for i, row in enumerate(made.events)],
     )
     db.executemany(

@@ -188,7 +188,7 @@ class Log:
         """Sources by how far they got, those that are owed most first."""
         furthest: dict[str, Hit] = {}
         for hit in self.select(self._furthest):
-            for key in self._arguments_of(hit):
+            for key in hit.keys[: hit.about]:
                 if key not in furthest or _rank(hit) > _rank(furthest[key]):
                     furthest[key] = hit
         sources = self.bibliography.entries
@@ -210,13 +210,10 @@ class Log:
         )
         best: dict[str, Row] = {}
         for each in map(row, self.store.rows(statement)):
-            for key in self._arguments_of(each.hit):
+            for key in each.hit.keys[: each.hit.about]:
                 if key not in best or _rank(each.hit) > _rank(best[key].hit):
                     best[key] = each
         return list(dict.fromkeys(best.values()))
-
-    def _arguments_of(self, hit: Hit) -> list[str]:
-        return [key for key in hit.keys if key in (hit.arguments or "")]
 
     def questions(self, open: bool = True) -> list[Hit]:
         """Questions without an answer below them; with ``open=False``, all."""

@@ -48,8 +48,8 @@ class Hit:
     Of a block that is no event, ``action``, ``arguments``, ``result`` and ``status`` are those of
     the event that it hangs under, empty without one; ``event_line`` is where that stands. ``when``
     is ISO text, ``when_from`` where it was read: ``git``, ``note``, ``name`` or ``file``. ``keys``
-    are the citations, those among the arguments first. ``score`` is better when larger, 0 where
-    nothing was ranked.
+    are the citations, the first ``about`` of them those among the arguments. ``score`` is better
+    when larger, 0 where nothing was ranked.
     """
 
     note: str
@@ -63,6 +63,7 @@ class Hit:
     when: str
     when_from: str
     keys: tuple[str, ...] = ()
+    about: int = 0
     score: float = 0.0
     section: str = ""
     event_line: int | None = None
@@ -71,6 +72,10 @@ class Hit:
     def is_event(self) -> bool:
         """Whether an event stands in its first line."""
         return self.event_line == self.line
+
+    def is_about(self, key: str) -> bool:
+        """Whether the event has the source ``key`` among its arguments, in any case of letters."""
+        return key.casefold() in map(str.casefold, self.keys[: self.about])
 
     @property
     def quote(self) -> str:

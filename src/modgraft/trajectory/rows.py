@@ -98,13 +98,14 @@ def _add_blocks(
 def _add_events(made: Rows, note: Note, dates: Sequence[At], sources: Mapping[str, Entry]) -> None:
     for event in note.events:
         when = dates[event.block]
-        keys = event.keys
-        other = [c.key for c in event.citations if c.key not in keys]
-        all_keys = " ".join(dict.fromkeys([*keys, *other]))
+        keys = list(dict.fromkeys(event.keys))
+        other = dict.fromkeys(c.key for c in event.citations if c.key not in keys)
+        all_keys = " ".join([*keys, *other])
         said = int(event.has_body or bool((event.result or "").strip()))
         made.events.append(
             (event.line, event.end_line, event.action, event.written, event.arguments,
-             event.result, event.status, event.section, event.depth, *when, all_keys, said)
+             event.result, event.status, event.section, event.depth, *when, all_keys,
+             len(keys), said)
         )  # fmt: skip
         below = note.data[event.below[0] : min(event.below[1], event.below[0] + LONGEST_EVENT)]
         head = note.data[event.start : event.rest[1]]

@@ -21,12 +21,12 @@ STATUSES = ("skimmed", "digging", "full_read", "read", "open", "answered")
 
 EVENT = (
     "files.note, files.path, files.digest, events.line, events.end_line, action, arguments, result,"
-    " status, events.at, events.at_from, events.keys, events.section, events.line"
+    " status, events.at, events.at_from, events.keys, events.about, events.section, events.line"
 )
 BLOCK = (
     "files.note, files.path, files.digest, blocks.line, blocks.end_line, events.action, "
     "events.arguments, events.result, events.status, blocks.at, blocks.at_from, events.keys, "
-    "blocks.section, events.line"
+    "events.about, blocks.section, events.line"
 )
 
 
@@ -42,10 +42,10 @@ class Row:
 def row(values: tuple[Any, ...], score: float = 0.0) -> Row:
     """The row of ``EVENT``'s or ``BLOCK``'s columns."""
     note, path, digest, line, end, action, arguments, result, status, at, at_from = values[:11]
-    keys, section, event_line = values[11:]
+    keys, about, section, event_line = values[11:]
     hit = Hit(
         note, line, end, action or "", arguments, result, status or "", "", at, at_from,
-        tuple((keys or "").split()), score, section or "", event_line,
+        tuple((keys or "").split()), about or 0, score, section or "", event_line,
     )  # fmt: skip
     return Row(path, digest, hit)
 

@@ -34,7 +34,7 @@ CREATE TABLE blocks (id INTEGER PRIMARY KEY, file INTEGER, line INTEGER, end_lin
     hash BLOB);
 CREATE TABLE events (id INTEGER PRIMARY KEY, file INTEGER, line INTEGER, end_line INTEGER,
     action TEXT, written TEXT, arguments TEXT, result TEXT, status TEXT, section TEXT,
-    depth INTEGER, at TEXT, at_from TEXT, keys TEXT, said INTEGER);
+    depth INTEGER, at TEXT, at_from TEXT, keys TEXT, about INTEGER, said INTEGER);
 CREATE TABLE cites (file INTEGER, line INTEGER, key TEXT, event INTEGER, block INTEGER,
     argument INTEGER, marked INTEGER);
 CREATE TABLE sources (key TEXT PRIMARY KEY, title TEXT, authors TEXT, year TEXT, url TEXT,

@@ -54,12 +54,10 @@ def _of_source(asking: Asking, key: str) -> list[Hit] | Answer:
     wants = [a for a in ("read", "skim") if re.search(rf"\b{a}", asked.question, re.IGNORECASE)]
     if _ASKS.search(asked.question) or not wants:
         return every
-    done = [h for h in log.query(cites=key, actions=wants[0]) if key in (h.arguments or "")]
+    done = [h for h in log.query(cites=key, actions=wants[0]) if h.is_about(key)]
     if done:
         return done
-    other = [
-        h for h in log.query(cites=key, actions=("skim", "read")) if key in (h.arguments or "")
-    ]
+    other = [h for h in log.query(cites=key, actions=("skim", "read")) if h.is_about(key)]
     did = {"read": "never read", "skim": "never skimmed"}[wants[0]]
     if other:
         seen = {"skim": "skimmed", "read": "read"}[other[0].action]

@@ -75,7 +75,7 @@ def never_cited(asking: Asking, key: str) -> Answer:
 def no_comment(asking: Asking, key: str) -> Answer:
     """Refuse what was skimmed, read or cited without a word about it."""
     hits = asking.log.query(cites=key, actions=("skim", "read"))
-    seen = [h for h in hits if key in (h.arguments or "")]
+    seen = [h for h in hits if h.is_about(key)]
     if not seen:
         lines = asking.log.backlinks(key)
         where = places(lines)
