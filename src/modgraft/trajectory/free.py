@@ -47,8 +47,6 @@ ABOVE = 0.75
 """How much a word above a block counts for its share, beside one of its own."""
 CONTEXT = 0.5
 """How much the words above a block count for its rank, beside its own."""
-UNKNOWN = 2.5
-"""The weight of a plain word that is in no line: what it means may be said by another."""
 
 _ALNUM = re.compile(r"[^\W_]+")
 

@@ -23,7 +23,6 @@ from modgraft.trajectory.scanner import parse
 from modgraft.trajectory.walk import stamp, walk
 
 _KEY = re.compile(rb"[^\s,{}()\"=#%~\\@]+")
-_NEW_KEY = re.compile(r"[^\W\d][\w]*(?:[:.+/-]?\w+)+")  # what is read as a citation again
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +182,9 @@ class Workspace:
         Raises:
             ModgraftError: a name that is no key, or one that another source has.
         """
-        if not _NEW_KEY.fullmatch(new):
+        if [one.key for one in parse(f"@{new}".encode(errors="replace")).citations] != [new]:
             raise ModgraftError(
-                f"{new!r} cannot be cited: a key is letters and digits, with : . + / - inside"
+                f"{new!r} cannot be cited: a key is Latin letters and digits, with : . + / - inside"
             )
         if new != key and self.declarations(new):
             other = self.declarations(new)[0].path.name
