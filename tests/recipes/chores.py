@@ -15,9 +15,6 @@ from modgraft.errors import DataError
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.training.processes import Interrupt
 
-if __name__ == "chores":  # imported once for all jobs, those of the other tests here among them
-    import modgraft.recipes.mmcot_run  # noqa: F401
-
 
 def note(folder: Path, word: str, seconds: float = 0.0) -> None:
     """Append that it began and that it ended, one line each, to `folder/events`."""
