@@ -55,19 +55,20 @@ class Vectors:
         Raises:
             VectorsOffError: if there are none, or nothing to make the text's own with.
         """
-        import numpy as np
-
         if not self.path.is_file():
             package_folder()
             raise VectorsOffError("vectors are off: `modgraft log index --vectors` makes them")
         self._load()
         if self._model is None:
             self._model = encoder()
-        query = self._model([text])[0]
-        cosines = self._matrix @ query  # [blocks]
-        count = min(count, len(cosines))
-        best = np.argpartition(-cosines, count - 1)[:count] if count else []
-        return {int(self._ids[i]): float(cosines[i]) for i in best}
+        import torch
+
+        query = torch.from_numpy(self._model([text])[0])
+        # torch's product, as the model's: NumPy's has threads of its own, and the two would contend
+        cosines = torch.from_numpy(self._matrix) @ query  # [blocks]
+        best = cosines.topk(min(count, len(cosines)))
+        places = self._ids[best.indices.numpy()]
+        return dict(zip(places.tolist(), best.values.tolist(), strict=True))
 
     def update(self, say: Callable[[int, int], None] | None = None) -> int:
         """Make the vectors that are missing, and drop those of no block; how many were made.
