@@ -28,9 +28,9 @@ def faults():
 for _ in range(3):
     step()
 before = faults()
-for _ in range(5):
+for _ in range(20):
     step()
-print((faults() - before) // 5)
+print(faults() - before)
 """
 
 
@@ -42,9 +42,11 @@ def faults(which: str, **said: str) -> int:
 
 
 def test_a_step_finds_what_the_last_one_freed() -> None:
-    assert faults("kept") < 100
+    every_step = 20 * 105 * 2**20 // 4096  # a step writes 105 MiB, in pages of 4 KiB
     handed_back = faults("default", MALLOC_TRIM_THRESHOLD_="131072")
-    assert handed_back > 10_000  # 105 MiB in pages of 4 KiB are 27,000
+    assert handed_back > 0.3 * every_step  # some of it may be huge pages
+    # the heap may still grow by a tensor now and then, until its holes fit what is asked for
+    assert faults("kept") < 0.02 * every_step
 
 
 def test_what_the_user_said_holds(monkeypatch: pytest.MonkeyPatch) -> None:
