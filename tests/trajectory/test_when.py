@@ -82,6 +82,20 @@ def test_history_that_was_rewritten_is_read_again(tmp_path: Path) -> None:
         assert times(log)["one"][0] == "2022-12-01T09:00:00"
 
 
+def test_history_rewritten_in_one_repository_leaves_the_times_of_another(tmp_path: Path) -> None:
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        folder.mkdir()
+        add(folder / f"{folder.name}.md", f"- [question -> {folder.name}]")
+        commit(folder, "2023-01-05T10:00:00+0000")
+    with Log.open(*folders, index=tmp_path / "index.sqlite") as log:
+        assert set(times(log).values()) == {("2023-01-05T10:00:00", "git")}
+        again = "2022-12-01T09:00:00"
+        git(folders[0], "commit", "-q", "--amend", "-m", "again", "--date", f"{again}+0000")
+        (folders[1] / "two.md").touch()  # it is read again, its history is not
+        assert times(log) == {"one": (again, "git"), "two": ("2023-01-05T10:00:00", "git")}
+
+
 def test_lines_that_look_like_headers_of_a_diff(tmp_path: Path) -> None:
     note = tmp_path / "note.md"
     add(note, "++ b/other.md", "@@ -1 +1 @@", "-- a/x", "\0", "- [question -> one]")

@@ -267,11 +267,13 @@ class Indexer:
         tracked: dict[str, int] = {}
         with self.store.transaction() as db:
             if rewritten:
-                db.execute("DELETE FROM written")
+                own = "SELECT id FROM tracked WHERE root = ?"
+                db.execute(f"DELETE FROM written WHERE path IN ({own})", (str(root),))  # noqa: S608
             for line in when.added(root, folders, None if rewritten else old):
                 path = f"{root}{os.sep}{line.path}"
                 if path not in tracked:
-                    db.execute("INSERT OR IGNORE INTO tracked (path) VALUES (?)", (path,))
+                    values = path, str(root)
+                    db.execute("INSERT OR IGNORE INTO tracked (path, root) VALUES (?, ?)", values)
                     row = db.execute("SELECT id FROM tracked WHERE path = ?", (path,)).fetchone()
                     tracked[path] = row[0]
                 if line.renamed_from:
@@ -281,8 +283,8 @@ class Indexer:
                         (tracked[path], f"{root}{os.sep}{line.renamed_from}"),
                     )
                 else:
-                    values = (tracked[path], line.line, line.at)
-                    db.execute("INSERT OR IGNORE INTO written VALUES (?, ?, ?)", values)
+                    seen = tracked[path], line.line, line.at
+                    db.execute("INSERT OR IGNORE INTO written VALUES (?, ?, ?)", seen)
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (fact, new))
             real = {os.path.realpath(f): str(f) for f in self.settings.folders}
             touched = [(_seen_as(path, real),) for path in tracked]

@@ -40,7 +40,7 @@ CREATE TABLE cites (file INTEGER, line INTEGER, key TEXT, event INTEGER, block I
 CREATE TABLE sources (key TEXT PRIMARY KEY, title TEXT, authors TEXT, year TEXT, url TEXT,
     abstract TEXT, file TEXT, line INTEGER);
 CREATE TABLE broken (file TEXT, line INTEGER, reason TEXT);
-CREATE TABLE tracked (id INTEGER PRIMARY KEY, path TEXT UNIQUE);
+CREATE TABLE tracked (id INTEGER PRIMARY KEY, path TEXT UNIQUE, root TEXT);
 CREATE TABLE written (path INTEGER, line INTEGER, at TEXT, PRIMARY KEY (path, line)) WITHOUT ROWID;
 CREATE VIRTUAL TABLE block_words USING fts5(text, context, tokenize='porter unicode61');
 CREATE VIRTUAL TABLE event_words USING fts5(text, tokenize='porter unicode61');
