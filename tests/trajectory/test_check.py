@@ -14,7 +14,7 @@ from real_notes import NOTES, needs_notes, notes
 from modgraft import ModgraftError
 from modgraft.errors import MissingFileError, UnknownNameError
 from modgraft.trajectory import Bibliography, Diagnostic, Entry, parse
-from modgraft.trajectory.calculate import CalculationError, agrees, calculate
+from modgraft.trajectory.calculate import CalculationError, agrees, calculate, corrected
 from modgraft.trajectory.check import apply_fixes, check, check_note
 from modgraft.trajectory.mojibake import mojibake
 
@@ -197,7 +197,8 @@ def test_arithmetic(expression: str, value: float) -> None:
         "__import__('os')", "(1).real", "().__class__", "[1]*9", "'a'*3", "x", "True",
         "1 if 1 else 2", "9**9**9", "2**9999999", "1/0", "(-8)**0.5", "1e999", "10**400 * 1.0",
         "(" * 400, "1" * 5000, "", "max()", "max(1,2,key=abs)", "1and 2", "lambda: 1", "f(1)",
-        "a.b(1)", "3 == 3", "log(0)", "1if 1else 2", "{1}", "1;2", "1\n2", "√2",
+        "a.b(1)", "3 == 3", "log(0)", "round(1, -10^9)", "2^1000 * 2^1000",
+        "round(2, 0.5)", "1if 1else 2", "{1}", "1;2", "1\n2", "√2",
     ],
 )  # fmt: skip
 def test_what_is_no_arithmetic_is_refused(expression: str) -> None:
@@ -219,12 +220,45 @@ def test_any_expression_has_a_value_or_is_refused(expression: str) -> None:
         (18432, "~18,000", True), (18432, "18,000", False), (2.5e6, "2.5e6", True),
         (3, "$3/month", True), (3, "three", None),
         (0.1 + 0.2, "0.3", True), (128, "128 heads", True), (-2, "−2", True), (384, "= 384", True),
+        (40, "40%", True), (0.4, "41 % of all", False), (18_000, "18k", True),
+        (1_234_000, "1.2M weights", True), (1_234_000, "1.3M weights", False),
+        (7e9, "7 billion", True), (1.5 * 2**30, "1.5 GiB", True), (152, "152 MB", True),
+        (152_000_000, "152 MB", True), (5, "0 MB", False), (5e6, "5 Mbit", False),
+        (3, "3 km", True), (1, "1e999", False), (2**1000, "3", False), (1, "1e-999", False),
     ],
 )  # fmt: skip
 def test_a_value_is_compared_as_it_is_rounded(
     value: float, written: str, right: bool | None
 ) -> None:
     assert agrees(value, written) is right
+
+
+@pytest.mark.parametrize(
+    ("line", "mended"),
+    [
+        ("calculate(6*7) -> 43 heads", "42 heads"), ("calculate(0.3) -> 40 %", "30 %"),
+        ("calculate(12 * 2^20) -> ≈ 13.0 MiB", "≈ 12.0 MiB"), ("calculate(1/3) -> 0.34", "0.33"),
+        ("calculate(6*7) -> $43/month", "$42/month"), ("calculate(1537+1) -> 1537 kB", "1538 kB"),
+        ("calculate(5e9 * 2) -> 9 billion", "10 billion"), ("calculate(2/3 = 1.5e0)", "0.666667"),
+        ("calculate(2.0^1000) -> 1e999", "1.07151e+301"), ("calculate(0*1) -> 5k", "0k"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_mended_with_its_decimals_and_its_unit(line: str, mended: str) -> None:
+    data = f"- [{line}] and so on".encode()
+    (one,) = parse(data).diagnostics
+    assert one.fix is not None
+    right = data[: one.fix.start] + one.fix.replacement + data[one.fix.end :]
+    assert f"{mended}{')' * ('->' not in line)}] and so on".encode() in right
+    assert not [d for d in parse(right).diagnostics if d.severity == "error"]
+
+
+@given(
+    st.one_of(st.integers(-(10**9), 10**9), st.floats(-1e12, 1e12)),
+    st.from_regex(r"[~$]?-?\d{1,4}(\.\d{1,3})?(e\d{1,3})?( ?(%|k|MiB|B|million))?", fullmatch=True),
+)
+def test_what_was_mended_agrees(value: float, written: str) -> None:
+    if agrees(value, written) is False:
+        assert agrees(value, corrected(value, written))
 
 
 @pytest.mark.parametrize(

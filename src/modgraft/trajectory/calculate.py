@@ -18,7 +18,14 @@ from modgraft.errors import ModgraftError
 Number = int | float
 
 _LONGEST = 500  # characters of an expression
-_BITS = 4096  # of a whole number on the way
+_BITS = 1024  # of a whole number on the way: what a float holds the size of
+
+
+def _round(number: Number, places: int = 0) -> Number:
+    if abs(places) > _BITS:  # a whole number rounded to 10^9 places takes minutes
+        raise CalculationError(f"a rounding to more than {_BITS} places")
+    return round(number, places) if places else round(number)
+
 
 _BINARY: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Add: operator.add,
@@ -35,7 +42,7 @@ _UNARY: dict[type[ast.unaryop], Callable[[Number], Number]] = {
 }
 _CALLS: dict[str, Callable[..., Any]] = {
     "abs": abs, "ceil": math.ceil, "exp": math.exp, "floor": math.floor, "log": math.log,
-    "log10": math.log10, "log2": math.log2, "max": max, "min": min, "round": round,
+    "log10": math.log10, "log2": math.log2, "max": max, "min": min, "round": _round,
     "sqrt": math.sqrt,
 }  # fmt: skip
 _NAMES = {"pi": math.pi, "e": math.e}
@@ -43,10 +50,18 @@ _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-",
 _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _FOREIGN = re.compile(r"[^\w\s+\-*/%().,]|\d[A-DF-Za-df-z_]|[^\W\d][.]")
 _PERCENT = re.compile(r"(?<=\d)\s*%(?!\s*[\w(.])")
+_SCALES = {
+    "%": 0.01,
+    "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12,
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
+    "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12,
+}  # fmt: skip
 _VALUE = re.compile(
-    r"\s*(?:[≈~=]|about|approximately)?\s*[$€£]?\s*(?P<number>[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?"
-    r"(?:\.(?P<decimals>\d+))?(?:[eE](?P<power>[-+]?\d{1,3}))?)\s*(?P<percent>%)?(?P<rest>.*)",
-    re.DOTALL,
+    r"\s*(?:(?P<about>[≈~]|about|approx(?:imately)?)|=)?\s*[$€£]?\s*"
+    r"(?P<number>[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?"
+    r"(?:\.(?P<decimals>\d+))?(?:[eE](?P<power>[-+]?\d{1,3}))?)"
+    # 12k, 3 million, 20 MiB, 5 kB; in "5 Mbit" and "3 km" the letter scales nothing
+    rf"(?P<scale>\s*(?:%|(?:{'|'.join(_SCALES)})(?=B?(?![^\W\d_]))))?"
 )
 
 
@@ -108,7 +123,7 @@ def _value(node: ast.expr) -> Number:
 def _check_power(base: Number, power: Number) -> None:
     if not (isinstance(base, int) and isinstance(power, int)) or abs(base) <= 1:
         return  # a float overflows by itself
-    if power * base.bit_length() > _BITS:
+    if power * math.log2(abs(base)) > _BITS:
         raise CalculationError(f"a power of more than {_BITS} bits")
 
 
@@ -129,20 +144,61 @@ def split(arguments: str, result: str | None) -> tuple[str, str]:
 
 
 def agrees(value: Number, written: str) -> bool | None:
-    """Whether `value`, rounded as `written` is, is what is written; None if that is no number."""
-    found = _VALUE.match(written)
-    if found is None or not re.search(r"\d", found["number"]):
+    """Whether `value`, rounded as `written` is, is what is written; None if that is no number.
+
+    Of ``152 MB`` both 152 and 152,000,000 are read, of ``40%`` both 40 and 0.4: what the value
+    counts, nobody has said.
+    """
+    found = _number(written)
+    if found is None:
         return None
-    number = float(found["number"].replace(",", "").replace("−", "-"))
-    scale = 0.01 if found["percent"] else 1.0
+    number = _float(found["number"])
     place = int(found["power"] or 0) - len(found["decimals"] or "")
-    if found["decimals"] is None and not found["power"]:
+    if found["decimals"] is None and not found["power"] and found["about"]:
         # 18,000 may be rounded to its last digit that is not 0: only where it says about.
         digits = found["number"].replace(",", "").lstrip("+-−")
-        if re.match(r"\s*(?:[≈~]|about|approx)", written):
-            place = len(digits) - len(digits.rstrip("0"))
-    slack = 0.5 * 10.0**place * scale
-    return abs(value - number * scale) <= slack * (1 + 1e-9) + 1e-12 * abs(value)
+        place = len(digits) - len(digits.rstrip("0"))
+    slack = 0.5 * float(f"1e{place}") * (1 + 1e-9)
+    for scale in _readings(found):
+        off = abs(value - number * scale)  # infinite for 1e999
+        if off < math.inf and off <= slack * scale + 1e-12 * abs(value):
+            return True
+    return False
+
+
+def corrected(value: Number, written: str) -> str:
+    """What should stand for a `written` that does not agree: with its decimals and its unit."""
+    found = _number(written)
+    if found is None:
+        return shown(value)
+    number = abs(_float(found["number"]))
+
+    def apart(scale: float) -> float:
+        return abs(math.log((number * scale or 1.0) / (abs(value) or 1.0)))
+
+    scale = min(_readings(found), key=apart)
+    meant = value if scale == 1 else value / scale
+    before, after = written[: found.start("number")], written[found.end("number") :]
+    if found["decimals"] and not found["power"]:
+        alike = f"{before}{meant:.{len(found['decimals'])}f}{after}"
+        if agrees(value, alike):  # not where nothing is left of it, as in 0.0 MB
+            return alike
+    return f"{before}{shown(meant)}{after}"
+
+
+def _number(written: str) -> re.Match[str] | None:
+    found = _VALUE.match(written)
+    return found if found and re.search(r"\d", found["number"]) else None
+
+
+def _float(number: str) -> float:
+    return float(number.replace(",", "").replace("−", "-"))
+
+
+def _readings(found: re.Match[str]) -> list[float]:
+    """What the number may be multiplied by."""
+    scale = _SCALES.get((found["scale"] or "").strip())
+    return [1.0] if scale is None or _float(found["number"]) == 0 else [1.0, scale]
 
 
 def shown(value: Number) -> str:

@@ -9,7 +9,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 from modgraft.trajectory.blocks import SECTIONS, Outline
-from modgraft.trajectory.calculate import CalculationError, agrees, calculate, shown, split
+from modgraft.trajectory.calculate import (
+    CalculationError,
+    agrees,
+    calculate,
+    corrected,
+    shown,
+    split,
+)
 from modgraft.trajectory.mojibake import mojibake
 from modgraft.trajectory.note import Diagnostic, Event, Fix
 
@@ -90,6 +97,7 @@ def _calculation(event: Event) -> Iterator[Diagnostic]:
     else:
         said = f"{expression.strip()} is {shown(value)}, not {written.strip()}"
         at = event.source.data.rfind(written.strip().encode(), event.start, event.end)
-        what = f"write {shown(value)} for {written.strip()}"
-        fix = Fix(at, at + len(written.strip().encode()), shown(value).encode(), what)
+        mended = corrected(value, written.strip())
+        what = f"write {mended} for {written.strip()}"
+        fix = Fix(at, at + len(written.strip().encode()), mended.encode(), what)
         yield Diagnostic("error", "calculate", said, *place, fix=fix if at >= 0 else None)
