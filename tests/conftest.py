@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# What a script starts with & ignores Ctrl-C, and so does all that it starts; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine is slow for seconds at a time: a deadline would fail tests that are right.
 # Derandomised, so that a run that passed here passes elsewhere.
