@@ -110,9 +110,9 @@ def test_a_phrasing_that_its_lines_hold_is_shown_with_them(
     ("said", "why"),
     [
         ("Sparse finetuning is better than LoRA [1].", "'LoRA' is not in its line"),
-        ("The base model reached 94.91% [2].", "'94.91' is not in its line"),
+        ("The base model reached 94.91% [2].", "'94.91%' is not in its line"),
         ("It reached 84.91% [1].", "'reached' is not in its line"),
-        ("Better than 84.91% [1].", "'84.91' is not in its line"),
+        ("Better than 84.91% [1].", "'84.91%' is not in its line"),
         ("Sparse finetuning adds parameters [1].", "leaves a denial out"),
         ("Gated fusion never reached 84.91% [2].", "denies what its line does not"),
         ("Sparse finetuning is faster [1].", "'faster' is not in its line"),
@@ -170,6 +170,23 @@ def test_a_note_edited_while_the_model_writes_withdraws_its_line(
     assert answer.refused is not None
     assert "changed while they were read" in answer.refused
     assert "84.91" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "passes"),
+    [
+        ("accuracy moved by -2.5 points", "Accuracy moved by 2.5 points", False),
+        ("accuracy moved by 2.5 points", "Accuracy moved by −2.5 points", False),
+        ("accuracy moved by −2.5 points", "By -2.5 points moved accuracy", True),
+        ("an error of 0.5%", "An error of 0.5", False),
+        ("an error of 0.5", "An error of 0.5%", False),
+        ("from 2023-05-01, 3-4 heads", "3-4 heads, from 2023-05-01", True),
+        ("(-1.5, 2)", "-1.5, 2", True),
+    ],
+)
+def test_a_number_keeps_its_sign_and_its_percent(line: str, said: str, passes: bool) -> None:
+    reason = objection(f"{said} [1].", [Evidence("n.md", 1, f"- {line}", "2023")], "what?")
+    assert (reason is None) is passes
 
 
 WORDS = st.text("abcdefghijklmnop", min_size=4, max_size=9)

@@ -5,7 +5,7 @@ that each end with the number of the line they rest on. They are shown only if e
 
 - it ends with numbers of lines that were sent;
 - each of its words of content is in those lines or in the question, by its first letters;
-- each number and each name in it is in those lines, as it is;
+- each number and each name in it is in those lines, as it is, a number with its sign;
 - it denies something exactly where those lines do.
 
 Otherwise the lines are shown as they are, and a remark says why. This holds a model to the words of
@@ -41,7 +41,8 @@ INSTRUCTION = (
     "words of the lines. End each sentence with the number of its line, as [1]. Add nothing."
 )
 _SENTENCE = re.compile(r"(.+?)((?:\s*\[\d+\])+)[.!?]?(?:\s+|$)", re.DOTALL)
-_WORD = re.compile(r"[^\W_]+(?:['’.,-][^\W_]+)*")
+# with what makes it another number: a minus, a percent sign
+_WORD = re.compile(r"(?:(?<![^\W_])-(?=\d))?[^\W_]+(?:['’.,-][^\W_]+)*(?:(?<=\d)%)?")
 _DENIES = re.compile(
     r"\b(?:not|no|never|neither|nor|without|cannot|hardly)\b|n['’]t\b", re.IGNORECASE
 )
@@ -110,7 +111,7 @@ def _adds(sentence: str, lines: str, question: str) -> str | None:
 
 
 def _words(text: str) -> list[str]:
-    return [part for word in _WORD.findall(text) for part in _parts(word)]
+    return [part for word in _WORD.findall(text.replace("−", "-")) for part in _parts(word)]
 
 
 def _parts(word: str) -> list[str]:
