@@ -272,6 +272,18 @@ def test_what_the_project_says_of_its_log(tmp_path: Path, monkeypatch: pytest.Mo
         settings_at(tmp_path, folder='["log"]')
     with pytest.raises(ModgraftError, match=r"folders is 'log'.*a list, as"):
         settings_at(tmp_path, folders='"log"')
+    with pytest.raises(ModgraftError, match=r"folders is \[1\].*a list, as"):
+        settings_at(tmp_path, folders="[1]")
+    monkeypatch.setenv("MODGRAFT_LOG", os.pathsep)
+    with pytest.raises(MissingFileError, match="MODGRAFT_LOG=: names no folder"):
+        settings_at(tmp_path)
+    monkeypatch.delenv("MODGRAFT_LOG")
+    with pytest.raises(MissingFileError, match=r"\[tool.modgraft.log\] folders names no folder"):
+        settings_at(tmp_path, folders="[]")
+    for text, said in (("tool = 3", "'tool' is 3"), ("[tool]\nmodgraft = 3", "'modgraft' is 3")):
+        (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
+        with pytest.raises(ModgraftError, match=f"{said}, no table"):
+            settings(start=tmp_path)
 
 
 def test_killed_in_the_middle_of_indexing_it_goes_on_where_it_was(tmp_path: Path) -> None:

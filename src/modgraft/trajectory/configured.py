@@ -101,17 +101,22 @@ def read_table(start: Path) -> tuple[Path | None, dict[str, Any]]:
     path = found / "pyproject.toml"
     try:
         with path.open("rb") as file:
-            tool = tomllib.load(file).get("tool", {})
+            table: Any = tomllib.load(file)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"not TOML: {error}", file=path, remedy="Correct that line") from error
-    table = tool.get("modgraft", {}).get("log", {})
+    for name in ("tool", "modgraft", "log"):
+        table = table.get(name, {})
+        if not isinstance(table, dict):
+            said = f"{name!r} is {table!r}, no table"
+            raise DataError(said, file=path, remedy="Write [tool.modgraft.log] above its keys")
     for key, value in table.items():
         if key not in _KEYS:
             known = ", ".join(_KEYS)
             raise DataError(
                 f"[tool.modgraft.log] has no {key!r}", file=path, remedy=f"It has: {known}"
             )
-        if not isinstance(value, _KEYS[key]):
+        texts = not isinstance(value, list) or all(isinstance(one, str) for one in value)
+        if not isinstance(value, _KEYS[key]) or not texts:
             wanted = {list: 'a list, as ["log"]', dict: "a table", bool: "true or false"}
             raise DataError(
                 f"[tool.modgraft.log] {key} is {value!r}",
@@ -138,6 +143,11 @@ def _folders(given: tuple[str | Path, ...], table: dict[str, Any], base: Path) -
                 remedy="Start one with `modgraft log new NAME`, or name one: "
                 'Log.open("notes"), MODGRAFT_LOG=notes, or folders in [tool.modgraft.log]',
             )
+    if not wanted:
+        said = f"{VARIABLE}={named}" if named else "[tool.modgraft.log] folders"
+        raise MissingFileError(
+            f"{said} names no folder", file=base, remedy="Name the folder that holds the notes"
+        )
     for folder in wanted:
         if not folder.is_dir():
             raise MissingFileError(
