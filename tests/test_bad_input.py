@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import modgraft as mg
 from contract import MODULES, ModuleCase, implanted
 from hosts import HOSTS
+from modgraft.sites import Site
 
 
 def refused(host: mg.Host, make: Callable[[], Any], at: Any, *says: str) -> None:
@@ -290,3 +295,84 @@ def test_another_shape_in_a_loaded_tensor(name: str, tmp_path: Path) -> None:
     assert re.search(r"\d", str(error.value))
     assert key.rpartition(":")[2] in str(error.value), str(error.value)
     assert "m" not in host
+
+
+WRONG = (None, True, -1, 0, 1e99, math.nan, "", "x", [], ["x"], [1], {}, {"a": 1}, 2**70)
+"""What may stand in a card that somebody changed."""
+
+
+def changed(value: Any) -> Iterator[Any]:
+    """A JSON value with one thing in it changed, or left out: each once."""
+    if isinstance(value, dict):
+        for key in value:
+            yield {k: v for k, v in value.items() if k != key}
+            yield from ({**value, key: other} for other in changed(value[key]))
+    if isinstance(value, list):
+        yield value[1:]
+        yield from ([other, *value[1:]] for other in (changed(value[0]) if value else ()))
+    yield from WRONG
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_card_that_was_changed_is_refused_or_understood(name: str, tmp_path: Path) -> None:
+    case, _ = saved(MODULES[name], tmp_path / "m")
+    file = tmp_path / "m" / "module.json"
+    host = mg.Host(case.model())
+    loaded = 0
+    for card in changed(json.loads(file.read_text("utf-8"))):
+        file.write_text(json.dumps(card), "utf-8")
+        with suppress(mg.ModgraftError):  # and no other error
+            host.load(tmp_path / "m", "m")
+            host.remove("m")
+            loaded += 1
+        assert not list(host.implants)
+        assert not any("_modgraft_state" in sub.__dict__ for sub in host.model.modules())
+    assert loaded  # as under another name
+
+
+# -- an argument of another type -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: mg.LoRA(rank="8"), "LoRA(rank='8'): rank is int, not str"),  # type: ignore[arg-type]
+        (lambda: mg.LoRA(rank=8.0), "LoRA(rank=8.0): rank is int, not float"),  # type: ignore[arg-type]
+        (lambda: mg.LoRA(rank=True), "LoRA(rank=True): rank is int, not bool"),
+        (lambda: mg.LoRA(alpha=math.nan), "alpha is float | None, not NaN"),
+        (lambda: mg.Prefix(length=None), "Prefix(length=None): length is int, not NoneType"),  # type: ignore[arg-type]
+        (lambda: mg.Adapter(width=torch.ones(2)), "width is int | None, not Tensor"),  # type: ignore[arg-type]
+        (lambda: mg.SparseDelta(density=np.ones(2)), "density is float, not ndarray"),  # type: ignore[arg-type]
+        (lambda: mg.Prompt("x", ids="ab"), "ids is Sequence[int], not str"),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_an_argument_of_another_type(make: Callable[[], object], says: str) -> None:
+    with pytest.raises(mg.ModgraftError) as error:
+        make()
+    assert says in str(error.value)
+
+
+def test_the_types_of_a_method_of_ones_own() -> None:
+    class Damped(mg.FunctionComposition):
+        by: float = 1.0
+        of: dict[str, tuple[int, ...]] | None = None
+
+        def __post_init__(self) -> None:
+            if self.by < 0:
+                raise mg.ModgraftError("by is at least 0")
+
+        def build(self, site: Site) -> None:
+            pass
+
+        def forward(self, y: torch.Tensor, x: torch.Tensor | None, side: object) -> torch.Tensor:
+            return self.by * y
+
+    assert Damped(2, {"a": (1, 2)}).by == 2
+    with pytest.raises(mg.ModgraftError, match="by is at least 0"):
+        Damped(by=-1)
+    with pytest.raises(mg.ModgraftError, match=r"Damped\(by='2'\): by is float, not str"):
+        Damped(by="2")  # type: ignore[arg-type]
+    with pytest.raises(mg.ModgraftError, match=r"of is dict\[str, tuple\[int, \.\.\.\]\] \| None"):
+        Damped(of={"a": ("1",)})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'times'"):
+        Damped(times=2)  # type: ignore[call-arg]

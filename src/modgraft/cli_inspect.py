@@ -161,25 +161,25 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
 
     card, tensors = read(folder)
     own = fingerprint(model) if weights else shape_fingerprint(model)
-    differs = [key for key, value in own.items() if card["host"].get(key) != value]
+    differs = [key for key, value in own.items() if card.host.get(key) != value]
     absent = []
-    for path in card["sites"]:
+    for path in card.sites:
         try:
             find(model, path)
         except SiteError:
             absent.append(path)
     try:
-        said = {"type": card["type"], "config": card["config"]}
+        said = {"type": card.type, "config": card.config}
         method = brief(understood(said, folder, Computation))
     except UnknownNameError:  # the user's own: it is known where its file has been imported
-        method = f"{card['type']}(…)"
+        method = f"{card.type}(…)"
     return {
         "folder": str(folder),
-        "name": card["name"],
-        "type": card["type"],
-        "config": card["config"],
+        "name": card.name,
+        "type": card.type,
+        "config": card.config,
         "method": method,
-        "sites": len(card["sites"]),
+        "sites": len(card.sites),
         "parameters": sum(t.numel() for t in tensors.values()),
         "fits": not differs and not absent,
         "compared": list(own),

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from modgraft.computation.base import Computation
-from modgraft.errors import CheckpointError
+from modgraft.errors import CheckpointError, ModgraftError
 from modgraft.mixture import Mixture
 from modgraft.store.config import described, understood
 from modgraft.store.fingerprint import fingerprint
@@ -24,25 +25,40 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
+class Card(BaseModel):
+    """What ``module.json`` says of a module; ``host`` is the :func:`fingerprint` of its host."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: int
+    name: str
+    type: str
+    config: dict[str, Any]
+    sites: list[str]
+    host: dict[str, str]
+
+
 def save(host: Host, name: str, folder: Path) -> Path:
     """Write the module ``name``: configuration, sites, the host's fingerprint and the tensors.
 
     The folder appears whole or not at all; one that is there already is replaced.
     """
     implant = host[name]
-    card: dict[str, Any] = {
-        "format": FORMAT,
-        "name": name,
+    card = Card(
+        format=FORMAT,
+        name=name,
         **described(implant.method),
-        "sites": list(implant.paths),
-        "host": fingerprint(host.model),
-    }
+        sites=list(implant.paths),
+        host=fingerprint(host.model),
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     whole = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         tensors = {k: t.detach().cpu().contiguous() for k, t in implant.tensors().items()}
         save_file(tensors, whole / "module.safetensors", metadata={"format": "pt"})
-        (whole / "module.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        (whole / "module.json").write_text(
+            json.dumps(dict(card), indent=2) + "\n", encoding="utf-8"
+        )
         if folder.exists():
             if not (folder / "module.json").is_file():
                 raise CheckpointError(
@@ -64,7 +80,7 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
             (``strict``) a module trained in another host. The host is then as it was.
     """
     card, tensors = read(folder)
-    own, theirs = fingerprint(host.model), card["host"]
+    own, theirs = fingerprint(host.model), card.host
     if strict and own != theirs:
         differs = [k for k in own if own[k] != theirs.get(k)]
         raise CheckpointError(
@@ -72,13 +88,22 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
             f"{theirs.get('architecture')} there, {own['architecture']} here); load it into the "
             f"host it was trained in, or say host.load(..., strict=False) to try it all the same"
         )
-    method = understood({"type": card["type"], "config": card["config"]}, folder, Computation)
-    placed = isinstance(method, Mixture) or card["sites"] == [""]  # by itself
-    at = None if placed else card["sites"]
-    name = name or str(card["name"])
-    expect = None if at is None else len(card["sites"])
+    method = understood({"type": card.type, "config": card.config}, folder, Computation)
+    placed = isinstance(method, Mixture) or card.sites == [""]  # by itself
+    at = None if placed else card.sites
+    name = name or card.name
+    expect = None if at is None else len(card.sites)
     one = len(method.named(name)) == 1  # one of several tasks cannot come into force unasked
-    implant = host.implant(name, method, at, expect=expect, active=one)
+    try:
+        implant = host.implant(name, method, at, expect=expect, active=one)
+    except ModgraftError:
+        raise
+    except Exception as error:  # torch's, of sizes that no memory has
+        why = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{folder}: {type(method).__name__} cannot be made as its card says "
+            f"({type(error).__name__}: {why}); the card was changed: copy the folder again"
+        ) from error
     try:
         _fill(implant, tensors, folder)
     except BaseException:
@@ -87,26 +112,28 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
     return implant
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read(folder: Path) -> tuple[Card, dict[str, torch.Tensor]]:
     """A saved module's card and its tensors.
 
     Raises:
-        CheckpointError: for a folder that is not whole.
+        CheckpointError: for a folder that is not whole, or a card that is none.
     """
     path = folder / "module.json"
     if not path.is_file():
         raise CheckpointError(f"no module in {folder}: {path.name} is not there")
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        if card["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {card['format']}, this version reads {FORMAT}")
-        missing = {"name", "type", "config", "sites", "host"} - card.keys()
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        card = Card.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        said = "; ".join(f"{e['loc'][0] if e['loc'] else 'it'}: {e['msg']}" for e in error.errors())
         raise CheckpointError(
-            f"{path} is not a module's card ({error!r}); save it again"
+            f"{path} is not a module's card ({said}); save the module again"
         ) from error
-    if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; save the module again")
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
+        raise CheckpointError(
+            f"{path} is not a module's card ({error}); save the module again"
+        ) from error
+    if card.format != FORMAT:
+        raise CheckpointError(f"{path}: format {card.format}, this version reads {FORMAT}")
     try:
         return card, load_file(folder / "module.safetensors")
     except (FileNotFoundError, SafetensorError) as error:
