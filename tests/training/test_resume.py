@@ -205,6 +205,20 @@ def test_a_damaged_checkpoint_is_refused_and_the_remedy_works(tmp_path, name, da
     assert same(host, again)
 
 
+def test_not_one_character_of_a_state_changes_unseen(tmp_path):
+    fit(Line(), points(5), folder=tmp_path, **GIVEN)
+    path = tmp_path / "checkpoints" / "step-000012" / "state.json"
+    store, text = Checkpoints(tmp_path), path.read_text()
+    whole = store.load(path.parent).state
+    for at, character in enumerate(text):
+        for other in {"7", "a"} - {character}:
+            path.write_text(text[:at] + other + text[at + 1 :])
+            with pytest.raises(ModgraftError, match="step-000012 is damaged"):
+                store.load(path.parent)
+    path.write_text(text.replace("\n", " "))  # the same, laid out in another way
+    assert store.load(path.parent).state == whole
+
+
 def test_what_a_killed_save_left_is_pruned(tmp_path, monkeypatch):
     """Also at the end of a run, where no other save would do it."""
 

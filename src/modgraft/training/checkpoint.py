@@ -1,7 +1,8 @@
 """Checkpoints of a run: written whole or not at all, and refused where they do not belong.
 
     folder/checkpoints/step-000123/
-        state.json                  position, early stopping, settings, size and hash of the rest
+        state.json                  position, early stopping, settings, size and hash of the rest,
+                                    and the hash of all this
         fingerprint.json            every tensor of the host: shape, dtype, whether it trains, hash
         tensors.safetensors         the trainable parameters, and the buffers that changed
         optimizer.safetensors       the optimiser's state, "<parameter>#<entry>"
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from modgraft.errors import ModgraftError
 from modgraft.training.history import METRICS
 
-FORMAT = "modgraft.checkpoint/1"
+FORMAT = "modgraft.checkpoint/2"
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = (".tmp-", ".old-")
 _SHOWN = 4  # differences that an error lists
@@ -201,6 +202,7 @@ class Checkpoints:
             _sync(file)
             files[file.name] = {"bytes": file.stat().st_size, "sha256": _file_digest(file)}
         state = {"format": FORMAT, "step": step} | state | {"files": files}
+        state["sha256"] = _state_digest(state)
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         _sync(temporary / "state.json")
         _sync(temporary)
@@ -267,6 +269,8 @@ class Checkpoints:
             state = json.loads((path / "state.json").read_text())
             if state.get("format") != FORMAT:
                 raise ValueError(f"state.json has format {state.get('format')!r}, not {FORMAT!r}")
+            if state.get("sha256") != _state_digest(state):
+                raise ValueError("state.json was changed after it was written")
             return state
         except _UNREADABLE as error:
             raise self._damaged(path, error) from error
@@ -294,6 +298,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    """Of what `state.json` says, its own hash left out."""
+    said = {key: value for key, value in state.items() if key != "sha256"}
+    return sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _file_digest(path: Path) -> str:
