@@ -352,6 +352,42 @@ def test_an_argument_of_another_type(make: Callable[[], object], says: str) -> N
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"steps": 1e3}, "fit(steps=1000.0): steps is int | None, not float"),
+        ({"steps": 3, "lr": "1e-3"}, "fit(lr='1e-3'): lr is float, not str"),
+        ({"steps": 3, "seed": None}, "fit(seed=None): seed is int, not NoneType"),
+        ({"steps": 3, "clip": math.nan}, "fit(clip=nan): clip is float | None, not NaN"),
+        ({"steps": 3, "betas": ("0.9", 0.99)}, "betas is tuple[float, float], not tuple"),
+        ({"steps": 3, "save_every": "10"}, "save_every is int | None, not str"),
+    ],
+)
+def test_a_setting_of_another_type(given: dict[str, Any], says: str, tmp_path: Path) -> None:
+    case = HOSTS["bert"]
+    host = mg.Host(case.model())
+    host.implant("m", mg.LoRA(rank=2), at="query")
+    with pytest.raises(mg.ModgraftError) as error:
+        host.fit([case.batch()], folder=tmp_path / "run", progress=False, **given)
+    assert says in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_side_input_without_its_name_and_a_composition_that_is_no_text() -> None:
+    case = HOSTS["bert"]
+    host = mg.Host(case.model())
+    host.implant("eye", mg.GatedFusion("image", 4), at="output", active=False)
+    image = mg.Side(torch.ones(2, 3, 4))
+    for side in (image, image.tensor, [image]):
+        with pytest.raises(mg.ModgraftError, match=r"write side=\{'image': mg\.Side"):
+            host(**case.batch(), side=side, modules="eye")
+    for composition in (3, mg.LoRA(), math.nan, [None, 3]):
+        with pytest.raises(mg.ModgraftError, match=r"as 'fr >> qa'"):
+            host.use(composition)  # type: ignore[arg-type]
+    with pytest.raises(mg.ModgraftError, match="3 cannot name a module"):
+        host.implant(3, mg.LoRA(), at="query")  # type: ignore[arg-type]
+
+
 def test_the_types_of_a_method_of_ones_own() -> None:
     class Damped(mg.FunctionComposition):
         by: float = 1.0

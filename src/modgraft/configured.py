@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, wraps
-from inspect import formatannotation
-from types import UnionType
-from typing import (
-    Any,
-    Literal,
-    Self,
-    TypeVar,
-    Union,
-    dataclass_transform,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Self, TypeVar, dataclass_transform, get_type_hints
 
 from torch import nn
 
 from modgraft.errors import ModgraftError, UnknownNameError
+from modgraft.typed import mismatch
 
 REGISTRY: dict[str, type[Configured]] = {}
 
@@ -79,15 +66,10 @@ def _look_at_types(cls: type) -> None:
 
 def _wrong(method: Configured) -> str | None:
     """What is wrong with the type of a field's value, None where nothing is."""
-    for name, wanted in _types(type(method)).items():
-        value = getattr(method, name, wanted)
-        if value is not wanted and not _fits(value, wanted):
-            shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:59]}…"
-            told = re.sub(r"[a-z_]+\.", "", formatannotation(wanted))
-            nan = isinstance(value, float) and value != value
-            found = "NaN" if nan else type(value).__name__
-            return f"{type(method).__name__}({name}={shown}): {name} is {told}, not {found}"
-    return None
+    types = _types(type(method))
+    values = {name: getattr(method, name) for name in types if hasattr(method, name)}
+    found = mismatch(values, types)
+    return None if found is None else f"{type(method).__name__}({found[0]}): {found[1]}"
 
 
 @cache
@@ -98,28 +80,6 @@ def _types(cls: type) -> dict[str, Any]:
     except NameError:
         return {}
     return {f.name: hints[f.name] for f in fields(cls)}
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value is of a field's type. A list may stand for a tuple, as read from JSON; which
-    words a class knows is left to it."""
-    kind, of = get_origin(wanted) or wanted, get_args(wanted)
-    if kind is Any:
-        return True
-    if kind in (Union, UnionType):
-        return any(_fits(value, one) for one in of)
-    if kind is Literal:
-        return any(isinstance(value, type(one)) for one in of)
-    if kind in (int, float):
-        number = isinstance(value, int if kind is int else (int, float))
-        return number and not isinstance(value, bool) and value == value  # NaN is no number
-    if kind is dict and of:
-        pairs = value.items() if isinstance(value, dict) else [(None, None)]
-        return all(_fits(k, of[0]) and _fits(v, of[1]) for k, v in pairs)
-    if kind in (tuple, Sequence) and of:
-        several = isinstance(value, (tuple, list))
-        return several and all(_fits(one, of[0]) for one in value)
-    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 C = TypeVar("C", bound=Configured)

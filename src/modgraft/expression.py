@@ -362,7 +362,8 @@ def check_name(name: str) -> str:
     Raises:
         CompositionError: if it is no identifier, a Python keyword, or a reserved word.
     """
-    if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
+    known = isinstance(name, str) and name.isidentifier()
+    if not known or keyword.iskeyword(name) or name in RESERVED:
         raise CompositionError(
             f"{name!r} cannot name a module: a name is a Python identifier other than "
             f"{', '.join(RESERVED)} and the keywords, since it stands in expressions as 'fr >> qa'"

@@ -272,17 +272,21 @@ class Host(nn.Module):
             return Call(None if modules is ... else modules, side or {}, generating)
         now = self._context.current()
         composition = now.composition if modules is ... else self._reader.read(modules)
-        given = {**now.side, **{n: self._placed(n, s) for n, s in (side or {}).items()}}
+        given = {**now.side, **self._placed({} if side is None else side)}
         check_sides(composition, given, self._acts)
         return Call(composition, given, generating)
 
-    def _placed(self, name: str, side: Side) -> Side:
-        if not isinstance(side, Side):
-            raise ModgraftError(
-                f"side input {name!r} is a {type(side).__name__}; write mg.Side(tensor, mask)"
-            )
-        device = device_of(self.model)
-        return side if side.tensor.device == device else side.to(device)
+    def _placed(self, sides: Mapping[str, Side]) -> dict[str, Side]:
+        if not isinstance(sides, Mapping):
+            wanted = "{'image': mg.Side(tensor, mask)}, by the name that a module reads"
+            raise ModgraftError(f"side is a {type(sides).__name__}; write side={wanted}")
+        for name, side in sides.items():
+            if not isinstance(side, Side):
+                raise ModgraftError(
+                    f"side input {name!r} is a {type(side).__name__}; write mg.Side(tensor, mask)"
+                )
+        device = device_of(self.model) if sides else None
+        return {n: s if s.tensor.device == device else s.to(device) for n, s in sides.items()}
 
     # -- training, storing ----------------------------------------------------------------------
 

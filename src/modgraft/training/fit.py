@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from accelerate import Accelerator
 from torch import nn
@@ -20,6 +20,7 @@ from modgraft.training.processes import accelerator_for, check_world
 from modgraft.training.run import Run
 from modgraft.training.settings import Settings, chosen_precision, total_steps
 from modgraft.training.stream import Batch, Stream, Weigh
+from modgraft.typed import mismatch
 
 #: measures a host: a mapping of names to numbers
 Evaluate = Callable[[Any], Mapping[str, float]]
@@ -140,6 +141,9 @@ def planned(
 
     """
     g = dict(given)
+    found = mismatch({name: g[name] for name in PLAIN}, get_type_hints(fit))
+    if found is not None:
+        raise ModgraftError(f"fit({found[0]}): {found[1]}")
     stream = Stream(
         loader, seed=g["seed"], rank=accelerator.process_index, world=accelerator.num_processes
     )
@@ -180,4 +184,9 @@ SETTINGS = {
 AS_GIVEN = (
     "lr", "schedule", "warmup", "weight_decay", "betas", "eps", "clip", "accumulate", "patience",
     "monitor", "seed", "fused",
+)  # fmt: skip
+#: those that are numbers, words and choices
+PLAIN = (
+    *AS_GIVEN, "steps", "epochs", "precision", "evaluate_every", "mode", "restore_best",
+    "save_every", "keep",
 )  # fmt: skip
