@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -210,9 +211,13 @@ def test_not_one_character_of_a_state_changes_unseen(tmp_path):
     path = tmp_path / "checkpoints" / "step-000012" / "state.json"
     store, text = Checkpoints(tmp_path), path.read_text()
     whole = store.load(path.parent).state
-    for at, character in enumerate(text):
-        for other in {"7", "a"} - {character}:
-            path.write_text(text[:at] + other + text[at + 1 :])
+    for at in range(len(text)):
+        for other in "7a":
+            changed = text[:at] + other + text[at + 1 :]
+            with suppress(ValueError):  # a number's 17th digit may change nothing
+                if json.loads(changed) == json.loads(text):
+                    continue
+            path.write_text(changed)
             with pytest.raises(ModgraftError, match="step-000012 is damaged"):
                 store.load(path.parent)
     path.write_text(text.replace("\n", " "))  # the same, laid out in another way
