@@ -1,0 +1,30 @@
+"""The public names of the research log: the one list, read by the lazy import too."""
+
+from .actions import Action as Action
+from .actions import Actions as Actions
+from .answer import Answer as Answer
+from .answer import Evidence as Evidence
+from .bibliography import Bibliography as Bibliography
+from .bibliography import Entry as Entry
+from .indexing import Indexed as Indexed
+from .log import Log as Log
+from .note import Block as Block
+from .note import Citation as Citation
+from .note import Code as Code
+from .note import Diagnostic as Diagnostic
+from .note import Event as Event
+from .note import Figure as Figure
+from .note import Fix as Fix
+from .note import Link as Link
+from .note import Note as Note
+from .note import Quote as Quote
+from .note import Section as Section
+from .note import Span as Span
+from .query import Hit as Hit
+from .query import Owed as Owed
+from .query import Query as Query
+from .record import add as add
+from .record import finish as finish
+from .record import new_note as new_note
+from .runs import write_run as write_run
+from .scanner import parse as parse
