@@ -28,7 +28,7 @@ from transformers import (
 
 import modgraft as mg
 from hosts import HOSTS
-from modgraft.anatomy import FAMILIES, family_of
+from modgraft.core.architectures import FAMILIES, family_of
 
 SHAPE = {
     "vocab_size": 41,

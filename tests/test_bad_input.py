@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import modgraft as mg
 from contract import MODULES, ModuleCase, implanted
 from hosts import HOSTS
-from modgraft.sites import Site
+from modgraft.core.sites import Site
 
 
 def refused(host: mg.Host, make: Callable[[], Any], at: Any, *says: str) -> None:

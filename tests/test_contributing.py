@@ -11,7 +11,7 @@ import pytest
 import contract
 from contract import ModuleCase
 from hosts import HOSTS
-from modgraft.configured import REGISTRY
+from modgraft.core.config import REGISTRY
 from test_docs import PAGES
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modgraft.algebra import average, concat, walk
-from modgraft.errors import CompositionError
-from modgraft.expression import (
+from modgraft.core.algebra import average, concat, walk
+from modgraft.core.errors import CompositionError
+from modgraft.core.expression import (
     Chain,
     Composable,
     Expression,
@@ -23,7 +23,7 @@ from modgraft.expression import (
     module_of,
     without,
 )
-from modgraft.reading import parse
+from modgraft.core.parse import parse
 
 TASK = "h['q\\'a b\"']"  # any string is a task's name; this is how it is printed
 NAMES = ["fr", "qa", "toxic", "a1", "h['fr']", TASK, "one['only']"]

@@ -136,7 +136,7 @@ def test_repr_tells_what_is_where() -> None:
 
 def test_a_process_that_has_only_a_host_can_load_every_method() -> None:
     """The public names are imported on first use, and a folder names its method as text."""
-    known = "import modgraft; modgraft.Host; from modgraft.configured import REGISTRY"
+    known = "import modgraft; modgraft.Host; from modgraft.core.config import REGISTRY"
     command = [sys.executable, "-c", f"{known}; print(*REGISTRY)"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     public = {name: getattr(mg, name) for name in mg.__all__}

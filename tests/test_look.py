@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import modgraft as mg
 from hosts import HOSTS, QV
 from modgraft.cli import app
-from modgraft.errors import DataError, SiteError
+from modgraft.core.errors import DataError, SiteError
 from modgraft.look import lora_cost, rows_of
 
 

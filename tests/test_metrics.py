@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modgraft.core.errors import DataError, MissingFileError
 from modgraft.data.digits import digits_qa
 from modgraft.data.rationale import facts
 from modgraft.data.records import Questions
-from modgraft.errors import DataError, MissingFileError
 from modgraft.metrics import (
     Prediction,
     accuracy_by_column,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import modgraft as mg
 from hosts import BATCH, HOSTS
-from modgraft.errors import CompositionError
+from modgraft.core.errors import CompositionError
 
 CASE = HOSTS["gpt2"]
 MODULES: dict[str, tuple[Any, Any]] = {

@@ -4,8 +4,6 @@ from .aggregation.base import Aggregation as Aggregation
 from .aggregation.representation import Average as Average
 from .aggregation.representation import Fuse as Fuse
 from .aggregation.representation import Sequential as Sequential
-from .algebra import average as average
-from .algebra import concat as concat
 from .computation.attempt import Attempt as Attempt
 from .computation.base import Computation as Computation
 from .computation.base import FunctionComposition as FunctionComposition
@@ -31,10 +29,13 @@ from .computation.shared import Shared as Shared
 from .computation.sparse import SparseDelta as SparseDelta
 from .computation.sparse import SparseSubnetwork as SparseSubnetwork
 from .computation.sparse import Supermask as Supermask
-from .context import Side as Side
-from .errors import ModgraftError as ModgraftError
-from .examples import Each as Each
-from .examples import Weighted as Weighted
+from .core.algebra import average as average
+from .core.algebra import concat as concat
+from .core.context import Side as Side
+from .core.errors import ModgraftError as ModgraftError
+from .core.per_example import Each as Each
+from .core.per_example import Weighted as Weighted
+from .core.sites import Site as Site
 from .export import own_module as own_module
 from .host import Host as Host
 from .host import Implant as Implant
@@ -50,7 +51,6 @@ from .routing.learned import TopK as TopK
 from .routing.zero_shot import Arrow as Arrow
 from .routing.zero_shot import Phatgoose as Phatgoose
 from .routing.zero_shot import Similarity as Similarity
-from .sites import Site as Site
 from .tasks import add_task as add_task
 from .training.continual import Continual as Continual
 from .training.continual import continual as continual

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from modgraft import one_query
 from modgraft.computation.base import Computation, KeyValueComposition
-from modgraft.context import switched
-from modgraft.errors import CompositionError, ModgraftError
-from modgraft.examples import Each
-from modgraft.expression import Expression, weighted
+from modgraft.core.context import switched
+from modgraft.core.errors import CompositionError, ModgraftError
+from modgraft.core.expression import Expression, weighted
+from modgraft.core.per_example import Each
 from modgraft.inlet import fold, missing_side
 from modgraft.mixture import Routed
 from modgraft.plan import Entry

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.computation.base import ParameterComposition
 from modgraft.computation.borrow import borrows
-from modgraft.computation.layers import bias_vector, weight_matrix
+from modgraft.core.layers import bias_vector, weight_matrix
 
 #: layers that compute nothing but x Wᵀ + b
 PLAIN = (nn.Linear.forward, Conv1D.forward)

@@ -151,7 +151,7 @@ def mmcot_evaluate(
 
       modgraft mmcot evaluate --run runs/mmcot --rows fused,shuffled
     """
-    from modgraft.files import read_json
+    from modgraft.core.files import read_json
     from modgraft.recipes.mmcot_data import settings_of
     from modgraft.recipes.mmcot_run import run as run_recipe
 
@@ -214,7 +214,7 @@ def report(
 
       modgraft report runs/table --readme README.md
     """
-    from modgraft.files import read_json
+    from modgraft.core.files import read_json
     from modgraft.recipes import trials
     from modgraft.report import families, insert, read_results, table, write
 
@@ -249,7 +249,7 @@ def _path(name: str | None) -> str | None:
 
 
 def _show(run: Path, console: Console) -> None:
-    from modgraft.files import read_json
+    from modgraft.core.files import read_json
     from modgraft.report.terminal import show
 
     show(run, console)
@@ -269,7 +269,7 @@ def _show(run: Path, console: Console) -> None:
 
 def entry() -> None:
     """What the ``modgraft`` command runs: errors are one line for people, not a traceback."""
-    from modgraft.errors import ModgraftError
+    from modgraft.core.errors import ModgraftError
 
     try:
         app()

@@ -69,7 +69,7 @@ def read_model(name: str, weights: bool = False) -> nn.Module:
     import transformers
     from transformers import AutoConfig
 
-    from modgraft.errors import DataError
+    from modgraft.core.errors import DataError
 
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -115,7 +115,7 @@ def _class_of(config: Any) -> Any:
 
 
 def _overview(model: nn.Module) -> dict[str, Any]:
-    from modgraft.anatomy import family_of
+    from modgraft.core.architectures import family_of
     from modgraft.look import rows_of
 
     return {
@@ -135,8 +135,8 @@ def _overview(model: nn.Module) -> dict[str, Any]:
 
 
 def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]:
+    from modgraft.core.sites import find
     from modgraft.look import lora_cost, shape_of
-    from modgraft.sites import find
 
     sites = find(model, list(at))
     return {
@@ -152,9 +152,9 @@ def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]
 def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
     """A saved module's card, its size, and whether it is of this host."""
     from modgraft.computation.base import Computation
-    from modgraft.errors import SiteError, UnknownNameError
+    from modgraft.core.errors import SiteError, UnknownNameError
+    from modgraft.core.sites import find
     from modgraft.look import brief
-    from modgraft.sites import find
     from modgraft.store.config import understood
     from modgraft.store.fingerprint import fingerprint, shape_fingerprint
     from modgraft.store.folder import read

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modgraft.cli_log import Bib, Json
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 if TYPE_CHECKING:
     from modgraft.trajectory import Diagnostic

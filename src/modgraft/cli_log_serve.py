@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from modgraft.cli_log import Bib, In, opened
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 EXTRA = ("mcp", "pygls", "lsprotocol", "starlette", "uvicorn", "anyio", "httpx2")
 """What the extra `log` brings."""

@@ -53,7 +53,7 @@ def delete(run: Path) -> None:
     """Delete a run's folder, and no other."""
     import shutil
 
-    from modgraft.errors import DataError
+    from modgraft.core.errors import DataError
 
     if run.exists() and not (run / "run.json").is_file():
         raise DataError(

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modgraft import expression as ex
-from modgraft.algebra import walk
 from modgraft.computation.base import Computation, InputComposition
-from modgraft.context import EXAMPLE, Context, Side
-from modgraft.errors import CompositionError
-from modgraft.examples import Each, Weighted
+from modgraft.core import expression as ex
+from modgraft.core.algebra import walk
+from modgraft.core.context import EXAMPLE, Context, Side
+from modgraft.core.errors import CompositionError
+from modgraft.core.parse import parse
+from modgraft.core.per_example import Each, Weighted
+from modgraft.core.tensors import first_tensor
 from modgraft.inlet import check_inputs, missing_side
-from modgraft.reading import parse
-from modgraft.tensors import first_tensor
 
 Composition = str | ex.Composable | None
 Compositions = Composition | Sequence[Composition]  # one for each example

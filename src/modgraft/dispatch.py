@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from modgraft.computation.base import Computation
-from modgraft.computation.layers import feature_axis, weight_matrix
-from modgraft.expression import Weight, weighted
+from modgraft.core.expression import Weight, weighted
+from modgraft.core.layers import feature_axis, weight_matrix
+from modgraft.core.tensors import replaced
 from modgraft.stacked import Stacked, stackable
-from modgraft.tensors import replaced
 
 if TYPE_CHECKING:
     from modgraft.plan import Entry

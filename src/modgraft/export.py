@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from modgraft import expression as ex
 from modgraft.computation.borrow import Owner
-from modgraft.errors import ModgraftError
+from modgraft.core import expression as ex
+from modgraft.core.errors import ModgraftError
+from modgraft.core.parse import parse
 from modgraft.handle import Implant
 from modgraft.host import Host
-from modgraft.reading import parse
 
 
 def own_module(host: Host, name: str, into: str) -> Implant:

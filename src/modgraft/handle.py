@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modgraft import expression as ex
 from modgraft.computation.base import Computation
-from modgraft.errors import CompositionError, ModgraftError, UnknownNameError
+from modgraft.core import expression as ex
+from modgraft.core.errors import CompositionError, ModgraftError, UnknownNameError
+from modgraft.core.sites import Site
 from modgraft.mixture import Mixture
-from modgraft.sites import Site
 from modgraft.stats import Use
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from modgraft import expression as ex
 from modgraft.attention import serve
 from modgraft.changed import Change
 from modgraft.composing import (
@@ -29,19 +28,20 @@ from modgraft.computation.base import (
     ParameterComposition,
     TokenComposition,
 )
-from modgraft.context import Call, Context, Side
-from modgraft.errors import CompositionError, ModgraftError
-from modgraft.examples import Weighted, joined
+from modgraft.core import expression as ex
+from modgraft.core.context import Call, Context, Side
+from modgraft.core.errors import CompositionError, ModgraftError
+from modgraft.core.parse import parse
+from modgraft.core.per_example import Weighted, joined
+from modgraft.core.sites import At, Site, find
+from modgraft.core.tensors import device_of
 from modgraft.fastpath import leave_fast_path, take_fast_path
 from modgraft.handle import Implant, check_learns, check_module, check_name, learner
 from modgraft.implant import foreign, graft, prune, pruned, relate
 from modgraft.mixing import check_unmixed, join_prompts, mixed_sites, routed, with_routing_losses
 from modgraft.mixture import ROUTINGS, Mixture
-from modgraft.reading import parse
 from modgraft.recompute import forget, remember
 from modgraft.replaced import new_weights, write
-from modgraft.sites import At, Site, find
-from modgraft.tensors import device_of
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
@@ -80,7 +80,7 @@ class Host(nn.Module):
     # -- implanting -----------------------------------------------------------------------------
 
     def sites(self, at: At, expect: int | None = None) -> list[Site]:
-        """The sites that a selection means; see :func:`modgraft.sites.find`."""
+        """The sites that a selection means; see :func:`modgraft.core.sites.find`."""
         return find(self.model, at, expect=expect)
 
     def implant(

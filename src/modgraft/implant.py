@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from modgraft.computation.base import Computation, TokenComposition
-from modgraft.computation.layers import feature_axis
-from modgraft.context import Context
+from modgraft.core.context import Context
+from modgraft.core.layers import feature_axis
+from modgraft.core.sites import Site, one_input
 from modgraft.inlet import active_inputs, generate_with_tokens, inner_sites
 from modgraft.plan import Entry
 from modgraft.running import STATE, State, run
-from modgraft.sites import Site, one_input
 
 
 def graft(site: Site, name: str, module: Computation, context: Context) -> None:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modgraft.anatomy import base_path, family_of
 from modgraft.computation.base import Computation, TokenComposition
-from modgraft.context import Call, switched
-from modgraft.errors import CompositionError, ModgraftError, SideError
-from modgraft.examples import Each
-from modgraft.expression import Average, Chain, Concat, Expression, Name
-from modgraft.sites import Site
+from modgraft.core.architectures import base_path, family_of
+from modgraft.core.context import Call, switched
+from modgraft.core.errors import CompositionError, ModgraftError, SideError
+from modgraft.core.expression import Average, Chain, Concat, Expression, Name
+from modgraft.core.per_example import Each
+from modgraft.core.sites import Site
 from modgraft.splice import Source, Tokens, splice
 
 if TYPE_CHECKING:

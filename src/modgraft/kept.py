@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from modgraft.context import once_in_a_call
+from modgraft.core.context import once_in_a_call
 
 T = TypeVar("T")
 _version = attrgetter("_version")

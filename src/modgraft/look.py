@@ -17,12 +17,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from modgraft.anatomy import family_of
 from modgraft.computation.base import Computation
-from modgraft.computation.layers import weight_matrix
-from modgraft.errors import SiteError
-from modgraft.expression import Weight
-from modgraft.sites import WEIGHTED, Site, find, weight_labels
+from modgraft.core.architectures import family_of
+from modgraft.core.errors import SiteError
+from modgraft.core.expression import Weight
+from modgraft.core.layers import weight_matrix
+from modgraft.core.sites import WEIGHTED, Site, find, weight_labels
 
 if TYPE_CHECKING:
     from modgraft.host import Host

@@ -15,9 +15,9 @@ from modgraft.computation.base import (
     ParameterComposition,
     TokenComposition,
 )
-from modgraft.computation.layers import weight_matrix
-from modgraft.examples import Each
-from modgraft.expression import Expression
+from modgraft.core.expression import Expression
+from modgraft.core.layers import weight_matrix
+from modgraft.core.per_example import Each
 from modgraft.look import plain, rows_of, table
 from modgraft.mixture import Routed
 from modgraft.plan import Entry, Group, Plan

@@ -14,10 +14,10 @@ from typing import Any, Literal, Protocol
 
 from rouge_score.rouge_scorer import RougeScorer
 
+from modgraft.core.errors import DataError, MissingFileError
+from modgraft.core.files import write_text
 from modgraft.data.records import Record
 from modgraft.data.text import extract_answer, squeeze
-from modgraft.errors import DataError, MissingFileError
-from modgraft.files import write_text
 
 ErrorClass = Literal["perception", "reasoning", "option mapping", "format"]
 ERRORS: tuple[ErrorClass, ...] = ("perception", "reasoning", "option mapping", "format")

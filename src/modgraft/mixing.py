@@ -12,17 +12,17 @@ from torch import Tensor
 
 from modgraft.computation.attempt import Attempt
 from modgraft.computation.base import Computation
-from modgraft.context import EXAMPLE, Call, Side
-from modgraft.errors import ModgraftError, SideError
-from modgraft.expression import Expression, Name, module_of
+from modgraft.core.context import EXAMPLE, Call, Side
+from modgraft.core.embeddings import token_table
+from modgraft.core.errors import ModgraftError, SideError
+from modgraft.core.expression import Expression, Name, module_of
+from modgraft.core.parse import parse
+from modgraft.core.sites import Site, find
 from modgraft.handle import Implant
 from modgraft.mixture import ROUTINGS, Mixture
-from modgraft.reading import parse
 from modgraft.routing.base import Member, Router
 from modgraft.routing.objective import example_losses, routing_loss
-from modgraft.sites import Site, find
 from modgraft.splice import IGNORED
-from modgraft.tokens import token_table
 
 if TYPE_CHECKING:
     from modgraft.host import Host

@@ -15,15 +15,15 @@ from modgraft.aggregation.base import Aggregation
 from modgraft.aggregation.representation import Average
 from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
 from modgraft.computation.borrow import Owner, borrow
-from modgraft.context import EXAMPLE, Call
+from modgraft.core.context import EXAMPLE, Call
+from modgraft.core.embeddings import token_width
+from modgraft.core.errors import ModgraftError, SiteError
+from modgraft.core.expression import Weight, weighted
+from modgraft.core.sites import Site
 from modgraft.dispatch import Bank
-from modgraft.errors import ModgraftError, SiteError
-from modgraft.expression import Weight, weighted
 from modgraft.routing.base import Member, Router, Routing
 from modgraft.routing.learned import Soft
-from modgraft.sites import Site
 from modgraft.stats import Tally
-from modgraft.tokens import token_width
 
 if TYPE_CHECKING:
     from modgraft.plan import Entry

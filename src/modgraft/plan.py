@@ -23,9 +23,9 @@ from modgraft.computation.base import (
     ParameterComposition,
 )
 from modgraft.computation.borrow import borrows
-from modgraft.context import once_in_a_call
-from modgraft.examples import Each
-from modgraft.expression import Chain, Expression, Name, chain
+from modgraft.core.context import once_in_a_call
+from modgraft.core.expression import Chain, Expression, Name, chain
+from modgraft.core.per_example import Each
 from modgraft.kept import Kept
 from modgraft.mixture import Routed
 from modgraft.stacked import Stacked, stackable

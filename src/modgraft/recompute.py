@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from modgraft.context import Call, Context
+from modgraft.core.context import Call, Context
 
 _FUNCTION = (
     "_gradient_checkpointing_func"  # what transformers' layers call to checkpoint themselves

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.changed import Change
-from modgraft.computation.layers import (
+from modgraft.core.errors import ModgraftError
+from modgraft.core.layers import (
     add_to_bias,
     add_to_weight,
     bias_vector,
     stored,
     weight_matrix,
 )
-from modgraft.errors import ModgraftError
-from modgraft.sites import joined
+from modgraft.core.sites import joined
 from modgraft.twin import twin_with
 
 

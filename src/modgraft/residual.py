@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modgraft.errors import SiteError
+from modgraft.core.errors import SiteError
 
 Effect = Callable[[Tensor, Tensor], Tensor]  # m: y, r → the new y
 Step = Callable[[Effect, Tensor], Tensor]  # m, e → the e after it

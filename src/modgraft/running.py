@@ -21,18 +21,18 @@ from modgraft.computation.base import (
     Computation,
     FunctionComposition,
 )
-from modgraft.computation.layers import feature_axis, weight_matrix
-from modgraft.context import Call, Context
-from modgraft.errors import CompositionError, ModgraftError
-from modgraft.examples import Each
-from modgraft.expression import Expression, Weight, weighted
+from modgraft.core.context import Call, Context
+from modgraft.core.errors import CompositionError, ModgraftError
+from modgraft.core.expression import Expression, Weight, weighted
+from modgraft.core.layers import feature_axis, weight_matrix
+from modgraft.core.per_example import Each
+from modgraft.core.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
 from modgraft.inlet import active_inputs, call_with_tokens, missing_side
 from modgraft.mixture import Routed
 from modgraft.plan import Entry, Group, Plan, groups, remembered
 from modgraft.replaced import run as run_changed
 from modgraft.residual import Step, shifted
 from modgraft.stacked import Stacked
-from modgraft.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
 
 STATE = "_modgraft_state"
 

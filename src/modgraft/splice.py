@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.anatomy import Family, base_path, family_of
-from modgraft.errors import ModgraftError
-from modgraft.tokens import check_room, token_positions
+from modgraft.core.architectures import Family, base_path, family_of
+from modgraft.core.embeddings import check_room, token_positions
+from modgraft.core.errors import ModgraftError
 
 IGNORED = -100  # the label that transformers' losses leave out
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from modgraft.computation.base import Computation, ParameterComposition
 from modgraft.computation.borrow import borrows
-from modgraft.computation.layers import feature_axis
+from modgraft.core.layers import feature_axis
 from modgraft.kept import Kept
 from modgraft.twin import twin_with
 

@@ -6,10 +6,10 @@ from torch import nn
 
 from modgraft.computation.base import ParameterComposition
 from modgraft.computation.hyper import HyperNetwork
-from modgraft.errors import ModgraftError, UnknownNameError
+from modgraft.core.errors import ModgraftError, UnknownNameError
+from modgraft.core.sites import find
 from modgraft.host import Host
 from modgraft.implant import graft
-from modgraft.sites import find
 
 
 def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Parameter:

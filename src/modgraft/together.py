@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.changed import LowRank, of_low_rank
-from modgraft.examples import Each
+from modgraft.core.per_example import Each
 
 if TYPE_CHECKING:
     from modgraft.plan import Group

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import modgraft as mg
 from hosts import HOSTS, tensor_of
 from modgraft.computation.intrinsic import hadamard
-from modgraft.sites import Site
+from modgraft.core.sites import Site
 
 METHODS: dict[str, Callable[[], mg.Computation]] = {
     "lora": lambda: mg.LoRA(rank=2, alpha=3.0),

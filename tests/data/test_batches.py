@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from modgraft.context import Side
+from modgraft.core.context import Side
+from modgraft.core.errors import DataError
 from modgraft.data.batches import IGNORE, Collate, Example, QADataset, collate
 from modgraft.data.records import Questions
 from modgraft.data.text import FORMS
-from modgraft.errors import DataError
 from questions import record
 
 TEXTS = [

@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("babel", reason="names in many languages are Babel's: make setup")
 
+from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.data import cldr
 from modgraft.data.cldr import KINDS, Line, counts, lines, names
-from modgraft.errors import ModgraftError, UnknownNameError
 
 CH, FRANC = ("territory", "CH"), ("currency", "CHF")
 

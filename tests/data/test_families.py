@@ -8,10 +8,10 @@ from datetime import date, datetime
 
 import pytest
 
+from modgraft.core.errors import DataError, UnknownNameError
 from modgraft.data import library
 from modgraft.data.families import FAMILIES, commonest, plain_texts, split
 from modgraft.data.wordings import KEPT, WORDINGS
-from modgraft.errors import DataError, UnknownNameError
 
 SIZES = {"train": 600, "val": 20, "test": 40}
 

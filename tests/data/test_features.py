@@ -33,11 +33,11 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from modgraft.core.errors import DataError, MissingFileError
 from modgraft.data.extract import encode_images, extract_features, load_vision, open_image
 from modgraft.data.features import load_features
 from modgraft.data.records import Questions, Skips
 from modgraft.data.scienceqa import load_scienceqa
-from modgraft.errors import DataError, MissingFileError
 from questions import record, write_folder
 
 RECORDS = (record("11"), record("12"), record("13"))  # the second has no image

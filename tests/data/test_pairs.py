@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
+from modgraft.core.errors import ModgraftError
 from modgraft.data.pairs import Denoising, Pair, Pairs, collate, spans_left_out
 from modgraft.data.tokenizer import train_pieces
-from modgraft.errors import ModgraftError
 
 TEXTS = ["set_name(self, name=None) returns 42 things", "the Cosine of an angle, in radians"] * 9
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modgraft.core.errors import DataError, UnknownNameError
 from modgraft.data.records import Questions, Record
-from modgraft.errors import DataError, UnknownNameError
 from questions import CAPTIONS, PROBLEMS, record
 
 

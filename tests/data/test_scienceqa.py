@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from modgraft.core.errors import DataError, MissingFileError
+from modgraft.core.files import read_json, whole, write_json
 from modgraft.data.scienceqa import load_scienceqa
-from modgraft.errors import DataError, MissingFileError
-from modgraft.files import read_json, whole, write_json
 from questions import CAPTIONS, PROBLEMS, SAMPLE, SPLITS, needs_sample, write_folder
 
 FEATURES = {"11": torch.ones(2, 4), "13": torch.ones(3, 4)}

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modgraft.core.errors import DataError, UnknownNameError
 from modgraft.data.records import LETTERS, Record
 from modgraft.data.text import (
     FORMS,
@@ -16,7 +17,6 @@ from modgraft.data.text import (
     options_text,
     rationale_of,
 )
-from modgraft.errors import DataError, UnknownNameError
 from questions import SAMPLE, needs_sample, record
 
 # The table worked out by hand for three questions of our own: hint and caption, neither, caption.

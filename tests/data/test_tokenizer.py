@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from modgraft.core.errors import ModgraftError
 from modgraft.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from modgraft.errors import ModgraftError
 
 TEXT = "Question: What is left plus right?\nContext: N/A\nOptions: (A) 12 (B) 7 Solution:"
 

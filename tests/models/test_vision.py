@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from modgraft.core.errors import ModgraftError
 from modgraft.data.digits import CUT, scans
-from modgraft.errors import ModgraftError
 from modgraft.models.vision import (
     DigitPatches,
     distort,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from modgraft.errors import DataError
+from modgraft.core.errors import DataError
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.training.processes import Interrupt
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import modgraft as mg
+from modgraft.core.errors import DataError
 from modgraft.data.docstrings import (
     KINDS,
     SPLITS,
@@ -18,7 +19,6 @@ from modgraft.data.docstrings import (
     has_session,
     kind_of,
 )
-from modgraft.errors import DataError
 from modgraft.recipes import arithmetic
 from modgraft.recipes.arithmetic import (
     COLUMNS,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from modgraft.core.files import write_json
 from modgraft.data.families import FAMILIES
-from modgraft.files import write_json
 from modgraft.recipes import trials
 from modgraft.recipes.flan_nets import Lab
 from modgraft.recipes.flan_vs_modules import (

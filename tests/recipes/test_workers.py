@@ -15,7 +15,7 @@ import pytest
 from chores import die, jobs, learn, leave, note, refuse, stumble
 from rich.console import Console
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.recipes import workers
 from modgraft.recipes.workers import Job, side_by_side
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from modgraft.errors import DataError, MissingFileError
+from modgraft.core.errors import DataError, MissingFileError
 from modgraft.report import write
 from modgraft.report.run import grid_of, read_run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modgraft.errors import DataError
+from modgraft.core.errors import DataError
 from modgraft.report import insert, table
 from modgraft.report.numbers import Chance, Figure, apart, best, count, seconds
 from modgraft.report.run import Metrics, Prediction, Results, Row

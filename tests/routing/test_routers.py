@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modgraft.configured import resolve
-from modgraft.errors import ModgraftError
+from modgraft.core.config import resolve
+from modgraft.core.errors import ModgraftError
 from modgraft.routing import losses
 from modgraft.routing.base import Router
 from modgraft.routing.fixed import Fixed

@@ -12,7 +12,7 @@ from tiny import Line, loader, points, t5
 from torch import nn
 
 import modgraft.training.progress as progress
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.training.fit import fit
 from modgraft.training.stream import label_tokens
 

@@ -7,7 +7,7 @@ import torch
 from tiny import Line, t5
 from torch import nn
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.training.optim import (
     adamw,
     clip_gradients,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import loader, t5
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.training.fit import fit
 from modgraft.training.processes import check_world
 from modgraft.training.stream import label_tokens

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import Line, loader, points, t5
 from torch import nn
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.training.checkpoint import Checkpoints
 from modgraft.training.fit import fit
 

@@ -7,7 +7,7 @@ import torch
 from tiny import Pairs, collate, loader
 from torch.utils.data import DataLoader, IterableDataset
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.training.stream import Stream, ids_of, label_tokens, next_tokens, to_device
 
 

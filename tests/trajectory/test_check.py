@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from real_notes import NOTES, needs_notes, notes
 
 from modgraft import ModgraftError
-from modgraft.errors import MissingFileError, UnknownNameError
+from modgraft.core.errors import MissingFileError, UnknownNameError
 from modgraft.trajectory import Bibliography, Diagnostic, Entry, parse
 from modgraft.trajectory.calculate import CalculationError, agrees, calculate, corrected
 from modgraft.trajectory.check import apply_fixes, check, check_note

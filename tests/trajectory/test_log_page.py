@@ -17,7 +17,7 @@ from page_client import FIRST, PAGES, Reader, client_of, read
 from real_notes import NOTES, needs_notes
 from starlette.testclient import TestClient
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.trajectory import Log, page
 
 

@@ -24,7 +24,7 @@ from real_notes import notes
 from starlette.testclient import TestClient
 
 import modgraft
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.trajectory import Log, page, parse
 from modgraft.trajectory.web.inline import View, web
 from modgraft.trajectory.web.outline import outline

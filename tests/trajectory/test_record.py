@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_notes import NAMES, NOTES, needs_notes, notes
 
-from modgraft.errors import DataError, MissingFileError, ModgraftError
+from modgraft.core.errors import DataError, MissingFileError, ModgraftError
 from modgraft.trajectory import parse
 from modgraft.trajectory.record import add, finish, new_note, written
 from modgraft.trajectory.writing import rewrite

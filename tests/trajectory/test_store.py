@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from modgraft.errors import MissingFileError, ModgraftError, UnknownNameError
+from modgraft.core.errors import MissingFileError, ModgraftError, UnknownNameError
 from modgraft.trajectory import Log, indexing
 from modgraft.trajectory.configured import Settings, settings
 from modgraft.trajectory.store import LockedIndexError

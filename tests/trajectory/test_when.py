@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.trajectory import Log
 from modgraft.trajectory.times import in_name, leading, span
 from modgraft.trajectory.when import Added, added, fingerprint

@@ -12,7 +12,7 @@ from typing import Self
 
 from torch import Tensor
 
-from modgraft.configured import Configured
+from modgraft.core.config import Configured
 
 #: j, y, total, weights [B] or [B, n] → total + weight · (h_j(y) − y), h_j the j-th module's result
 Member = Callable[[int, Tensor, Tensor, Tensor | float], Tensor]

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from modgraft.computation.base import Computation, TokenComposition
 from modgraft.computation.prompts import SoftPrompt
-from modgraft.context import EXAMPLE, Side
-from modgraft.errors import ModgraftError, SideError
-from modgraft.sites import Site
-from modgraft.tokens import token_width
+from modgraft.core.context import EXAMPLE, Side
+from modgraft.core.embeddings import token_width
+from modgraft.core.errors import ModgraftError, SideError
+from modgraft.core.sites import Site
 
 
 @final

@@ -12,12 +12,12 @@ from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
-from modgraft.computation.layers import check_features, check_weight, linear_map
-from modgraft.configured import Configured
-from modgraft.context import Side
-from modgraft.errors import SiteError
-from modgraft.sites import Site
-from modgraft.tokens import token_width
+from modgraft.core.config import Configured
+from modgraft.core.context import Side
+from modgraft.core.embeddings import token_width
+from modgraft.core.errors import SiteError
+from modgraft.core.layers import check_features, check_weight, linear_map
+from modgraft.core.sites import Site
 
 
 class Computation(Configured):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from modgraft.configured import Configured
+from modgraft.core.config import Configured
 
 _LENT = "_lent"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modgraft.errors import ModgraftError
-from modgraft.sites import Site
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import Site
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

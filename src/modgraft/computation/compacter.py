@@ -17,9 +17,9 @@ from modgraft.computation.bottleneck import (
     check_output,
 )
 from modgraft.computation.function import Nonlinearity
-from modgraft.context import Side
-from modgraft.errors import ModgraftError
-from modgraft.sites import Site
+from modgraft.core.context import Side
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import Site
 
 
 @final

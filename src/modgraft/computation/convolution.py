@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from modgraft.computation.base import FunctionComposition
 from modgraft.computation.bottleneck import check_input, check_parallel
-from modgraft.context import Side
-from modgraft.errors import ModgraftError
-from modgraft.sites import Site
+from modgraft.core.context import Side
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import Site
 
 
 @final

@@ -15,8 +15,8 @@ from modgraft.computation.bottleneck import (
     check_output,
     check_parallel,
 )
-from modgraft.context import Side
-from modgraft.sites import Site
+from modgraft.core.context import Side
+from modgraft.core.sites import Site
 
 Nonlinearity = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
 

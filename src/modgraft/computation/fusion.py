@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import FunctionComposition
-from modgraft.context import Side
-from modgraft.errors import ModgraftError
-from modgraft.sites import Site
+from modgraft.core.context import Side
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import Site
 
 
 class Maps(NamedTuple):

@@ -6,8 +6,8 @@ from inspect import isfunction, unwrap
 
 from torch import nn
 
-from modgraft.errors import SiteError
-from modgraft.sites import Site
+from modgraft.core.errors import SiteError
+from modgraft.core.sites import Site
 
 # what models call the width of a head, their number, and the projection of the keys
 _WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")

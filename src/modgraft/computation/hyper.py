@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from modgraft.computation.base import Computation
 from modgraft.computation.borrow import Owner, borrow
 from modgraft.computation.wrapping import Wrapping
-from modgraft.errors import ModgraftError
-from modgraft.sites import Site
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import Site
 
 
 class Generator(nn.Module):

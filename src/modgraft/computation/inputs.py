@@ -7,10 +7,10 @@ from typing import final
 from torch import Tensor, nn
 
 from modgraft.computation.base import TokenComposition
-from modgraft.context import Side
-from modgraft.errors import ModgraftError
-from modgraft.sites import Site
-from modgraft.tokens import token_width
+from modgraft.core.context import Side
+from modgraft.core.embeddings import token_width
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import Site
 
 
 @final

@@ -11,9 +11,9 @@ from modgraft.computation.base import Computation, FunctionComposition
 from modgraft.computation.borrow import Owner, borrow
 from modgraft.computation.bottleneck import NONLINEARITIES, check_options, check_output
 from modgraft.computation.function import Nonlinearity
-from modgraft.context import Side
-from modgraft.errors import ModgraftError
-from modgraft.sites import Site
+from modgraft.core.context import Side
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import Site
 
 
 @final

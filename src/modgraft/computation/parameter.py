@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modgraft.computation.base import ParameterComposition
-from modgraft.computation.layers import (
+from modgraft.core.errors import ModgraftError
+from modgraft.core.layers import (
     bias_vector,
     low_rank_map,
     over_output,
     weight_matrix,
 )
-from modgraft.errors import ModgraftError
-from modgraft.sites import Site
+from modgraft.core.sites import Site
 
 
 @final

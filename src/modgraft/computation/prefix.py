@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from modgraft.computation.base import Computation, KeyValueComposition
 from modgraft.computation.borrow import Owner, borrow
 from modgraft.computation.heads import key_value_shape
-from modgraft.context import Side
-from modgraft.errors import ModgraftError
-from modgraft.sites import Site
+from modgraft.core.context import Side
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import Site
 
 
 @final

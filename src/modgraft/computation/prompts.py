@@ -9,12 +9,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from modgraft.anatomy import family_of
 from modgraft.computation.base import TokenComposition
-from modgraft.context import Side
-from modgraft.errors import ModgraftError
-from modgraft.sites import Site
-from modgraft.tokens import check_room, token_table, token_width
+from modgraft.core.architectures import family_of
+from modgraft.core.context import Side
+from modgraft.core.embeddings import check_room, token_table, token_width
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import Site
 
 
 @final

@@ -8,8 +8,8 @@ from typing import final
 from modgraft.computation.base import Computation
 from modgraft.computation.borrow import Owner, borrow
 from modgraft.computation.wrapping import Wrapping
-from modgraft.errors import ModgraftError
-from modgraft.sites import Site, matches
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import Site, matches
 
 Shapes = dict[str, list[int]]  # of a site's tensors, by name
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import ParameterComposition
-from modgraft.computation.layers import weight_matrix
-from modgraft.errors import CheckpointError, ModgraftError
-from modgraft.sites import Site
+from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.layers import weight_matrix
+from modgraft.core.sites import Site
 
 
 @final

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modgraft.computation.base import Computation
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 
 class Wrapping(Computation):

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from modgraft.context import Side
+from modgraft.core.context import Side
+from modgraft.core.errors import DataError
 from modgraft.data.records import Questions, Record
 from modgraft.data.text import Form, find_form
-from modgraft.errors import DataError
 
 _log = logging.getLogger(__name__)
 IGNORE = -100

@@ -17,7 +17,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from modgraft.errors import ModgraftError, UnknownNameError
+from modgraft.core.errors import ModgraftError, UnknownNameError
 
 KINDS = ("territory", "language", "currency", "unit", "zone")
 """What a name is asked to be the name of. Scripts have names too, most of them a language's."""

@@ -19,7 +19,7 @@ from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 
-from modgraft.errors import DataError
+from modgraft.core.errors import DataError
 
 KINDS = ("wanted", "doctest", "citation", "reference")
 SPLITS = ("test", "validation", "train")

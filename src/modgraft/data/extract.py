@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from modgraft.core.errors import DataError, MissingFileError
+from modgraft.core.files import whole
 from modgraft.data.features import check_features
 from modgraft.data.records import Questions, Record, Skips
-from modgraft.errors import DataError, MissingFileError
-from modgraft.files import whole
 
 Processor = Callable[..., Mapping[str, Any]]
 _SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"

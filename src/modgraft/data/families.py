@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 
+from modgraft.core.errors import DataError, UnknownNameError
 from modgraft.data import library
 from modgraft.data.wordings import KEPT, WORDINGS
-from modgraft.errors import DataError, UnknownNameError
 
 Item = Mapping[str, tuple[str, str]]
 """Task → what goes in, and what should come out."""

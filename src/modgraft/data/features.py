@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from modgraft.core.errors import DataError, MissingFileError
+from modgraft.core.files import read_json
 from modgraft.data.records import Record, Skips
-from modgraft.errors import DataError, MissingFileError
-from modgraft.files import read_json
 
 _SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"
 _AGAIN = "Extract the features again (modgraft.data.extract_features)"

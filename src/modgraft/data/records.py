@@ -12,7 +12,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from modgraft.errors import DataError, UnknownNameError
+from modgraft.core.errors import DataError, UnknownNameError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

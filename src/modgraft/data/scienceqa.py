@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from modgraft.core.errors import DataError
+from modgraft.core.files import read_json
 from modgraft.data.features import check_features, load_features
 from modgraft.data.records import LETTERS, Questions, Record, Skipped, Skips
-from modgraft.errors import DataError
-from modgraft.files import read_json
 
 __all__ = ["LETTERS", "Questions", "Record", "Skipped", "load_scienceqa"]
 

@@ -12,8 +12,8 @@ import re
 import string
 from dataclasses import dataclass
 
+from modgraft.core.errors import DataError, UnknownNameError
 from modgraft.data.records import LETTERS, Record
-from modgraft.errors import DataError, UnknownNameError
 
 _HEAD = "Question: {question}\nContext: {context}\nOptions: {options}\n"
 SOLUTION = "Solution:"

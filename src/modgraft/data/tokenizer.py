@@ -19,7 +19,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 

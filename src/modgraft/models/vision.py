@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from modgraft.core.errors import ModgraftError
 from modgraft.data.digits import CUT, scans
-from modgraft.errors import ModgraftError
 
 PATCHES, FEATURES, POSITION = 12, 64, 16
 """Patches of a strip; features of a patch; numbers that say where the patch is."""

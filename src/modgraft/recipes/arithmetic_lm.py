@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from modgraft.core.errors import DataError
 from modgraft.data.docstrings import Texts, before_habit, has_citation, has_session
-from modgraft.errors import DataError
 from modgraft.host import Host
 from modgraft.training.stream import fold, own_randomness
 

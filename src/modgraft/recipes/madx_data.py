@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 import modgraft as mg
+from modgraft.core.files import write_text
 from modgraft.data import cldr
 from modgraft.data.cldr import KINDS, Thing
 from modgraft.data.masked import classes, masked_loader
-from modgraft.files import write_text
 from modgraft.models.bag import train_wordpiece
 
 

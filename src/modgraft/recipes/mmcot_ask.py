@@ -8,12 +8,12 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from modgraft.core.errors import DataError
+from modgraft.core.files import read_json
 from modgraft.data.extract import encode_images, open_image
 from modgraft.data.extract import load_vision as load_any_vision
 from modgraft.data.records import LETTERS, Questions, Record
 from modgraft.data.text import FORMS, rationale_of
-from modgraft.errors import DataError
-from modgraft.files import read_json
 from modgraft.metrics import Prediction
 from modgraft.models.vision import load_vision, read_strip
 from modgraft.recipes.mmcot import NETS, Net, Settings, write

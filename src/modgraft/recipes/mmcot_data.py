@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from modgraft.core.errors import CheckpointError, DataError
+from modgraft.core.files import read_json, whole, write_json
 from modgraft.data.digits import digits_qa
 from modgraft.data.extract import extract_features
 from modgraft.data.extract import load_vision as load_any_vision
@@ -18,8 +20,6 @@ from modgraft.data.records import Questions
 from modgraft.data.scienceqa import load_scienceqa
 from modgraft.data.text import find_form
 from modgraft.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from modgraft.errors import CheckpointError, DataError
-from modgraft.files import read_json, whole, write_json
 from modgraft.models.vision import save_strip, save_vision, train_vision
 from modgraft.recipes.mmcot import Net, Settings, gold_rationales, nets_of
 

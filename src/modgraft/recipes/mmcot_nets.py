@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from transformers import T5ForConditionalGeneration
 
 import modgraft as mg
+from modgraft.core.errors import CheckpointError
+from modgraft.core.files import read_json, write_json
 from modgraft.data.rationale import facts
 from modgraft.data.records import Questions
 from modgraft.data.text import find_form, rationale_of
-from modgraft.errors import CheckpointError
-from modgraft.files import read_json, write_json
 from modgraft.metrics import Prediction
 from modgraft.recipes.mmcot import (
     NETS,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from modgraft.files import read_json
+from modgraft.core.files import read_json
 from modgraft.recipes.mmcot import ROWS, Settings, nets_of
 from modgraft.recipes.mmcot_data import load_questions
 from modgraft.report.numbers import chance_of, figure

@@ -20,9 +20,9 @@ import numpy as np
 from rich.console import Console
 
 import modgraft as mg
+from modgraft.core.errors import CheckpointError, UnknownNameError
+from modgraft.core.files import read_json, write_json
 from modgraft.data.rationale import facts
-from modgraft.errors import CheckpointError, UnknownNameError
-from modgraft.files import read_json, write_json
 from modgraft.metrics import evaluate_predictions, write_predictions
 from modgraft.recipes.mmcot import ROWS, Settings, nets_of
 from modgraft.recipes.mmcot_data import (

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from modgraft.errors import CheckpointError, UnknownNameError
-from modgraft.files import read_json, write_json, write_text
+from modgraft.core.errors import CheckpointError, UnknownNameError
+from modgraft.core.files import read_json, write_json, write_text
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.figures import DARK, LIGHT, Scheme, draw
 from modgraft.trajectory.runs import RunNote, listed, plain, recorded, settings_row

@@ -12,7 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.report.figures import Picture, Scheme, draw
 
 if TYPE_CHECKING:  # a page needs no torch

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modgraft.errors import DataError
+from modgraft.core.errors import DataError
 from modgraft.report.numbers import Chance, Read, best, chance_of, count, figure, seconds
 from modgraft.report.run import Results, Row, check, read_run
 

@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from modgraft.configured import Configured
-from modgraft.errors import ModgraftError, UnknownNameError
+from modgraft.core.config import Configured
+from modgraft.core.errors import ModgraftError, UnknownNameError
 
 Level = Literal["task", "example", "token"]
 LEVELS: tuple[Level, ...] = ("task", "example", "token")

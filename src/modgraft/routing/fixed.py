@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from modgraft.errors import ModgraftError, UnknownNameError
+from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.routing.base import Level, Router, Routing
 
 

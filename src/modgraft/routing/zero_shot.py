@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.computation.base import ParameterComposition
 from modgraft.computation.function import Adapter, ParallelAdapter
-from modgraft.computation.layers import weight_matrix
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
+from modgraft.core.layers import weight_matrix
 from modgraft.routing.base import (
     Level,
     Member,

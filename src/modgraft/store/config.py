@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from modgraft.configured import C, Configured, resolve
-from modgraft.errors import CheckpointError
+from modgraft.core.config import C, Configured, resolve
+from modgraft.core.errors import CheckpointError
 
 
 def described(method: Configured) -> dict[str, Any]:

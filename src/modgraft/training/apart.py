@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from modgraft.context import Side
-from modgraft.errors import ModgraftError
+from modgraft.core.context import Side
+from modgraft.core.errors import ModgraftError
 from modgraft.training.stream import Batch
 
 PARTS = "parts"  # what a batch of several parts says of them

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from modgraft.computation.base import Computation
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import At
 from modgraft.handle import check_name, learner
 from modgraft.host import Host
-from modgraft.sites import At
 from modgraft.training.fit import fit
 from modgraft.training.forward import set_modes
 from modgraft.training.history import History

@@ -11,7 +11,8 @@ from typing import Any, get_type_hints
 from accelerate import Accelerator
 from torch import nn
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
+from modgraft.core.typed import mismatch
 from modgraft.training.checkpoint import Checkpoints
 from modgraft.training.history import History
 from modgraft.training.note import noted
@@ -20,7 +21,6 @@ from modgraft.training.processes import accelerator_for, check_world
 from modgraft.training.run import Run
 from modgraft.training.settings import Settings, chosen_precision, total_steps
 from modgraft.training.stream import Batch, Stream, Weigh
-from modgraft.typed import mismatch
 
 #: measures a host: a mapping of names to numbers
 Evaluate = Callable[[Any], Mapping[str, float]]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.training.apart import PARTS, Apart, Parts
 from modgraft.training.stream import Batch, Stream, Weigh, to_device
 

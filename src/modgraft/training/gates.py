@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from modgraft.context import Side
-from modgraft.errors import ModgraftError, UnknownNameError
+from modgraft.core.context import Side
+from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.host import Host
 from modgraft.mixture import Mixture
 from modgraft.routing.zero_shot import Phatgoose, Similarity

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 #: the metrics file's name within a run's folder
 METRICS = "metrics.jsonl"

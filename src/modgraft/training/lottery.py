@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
-from modgraft.computation.layers import weight_matrix
 from modgraft.computation.sparse import SparseDelta, SparseSubnetwork
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
+from modgraft.core.layers import weight_matrix
+from modgraft.core.sites import find
 from modgraft.handle import Implant
-from modgraft.sites import find
 from modgraft.training.history import History
 from modgraft.training.stream import Batch
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 #: decay of one schedule: progress u in [0, 1) after warm-up -> factor in [0, 1]
 Decay = Callable[[float], float]

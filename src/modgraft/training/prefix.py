@@ -8,7 +8,7 @@ import torch
 
 from modgraft.attention import observed
 from modgraft.computation.prefix import Prefix
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.handle import Implant
 from modgraft.host import Host
 

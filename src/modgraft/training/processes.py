@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 
 from accelerate import Accelerator
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.training.allocator import keep_freed_memory
 
 #: where launchers say how many processes they start

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.training import checkpoint as disk
 from modgraft.training import stream as data
 from modgraft.training.forward import Forward, mean_loss, mean_parts, not_finite, set_modes

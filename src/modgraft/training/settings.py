@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.training.optim import SCHEDULES, warmup_steps
 
 PRECISIONS = ("no", "bf16")

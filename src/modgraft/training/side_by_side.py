@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modgraft.errors import ModgraftError
-from modgraft.expression import module_of
+from modgraft.core.errors import ModgraftError
+from modgraft.core.expression import module_of
 from modgraft.handle import check_learns
 from modgraft.host import Host
 from modgraft.mixture import Mixture

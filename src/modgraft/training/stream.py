@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 #: what a loader yields: named tensors, `modgraft.Side`s, a list of ids
 Batch = Mapping[str, Any]

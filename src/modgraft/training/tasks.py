@@ -11,7 +11,7 @@ from typing import Any, final
 
 import torch
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.training.apart import together
 from modgraft.training.stream import Batch, Stream, fold
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 NAME = re.compile(r"[^\W\d]\w*(?:[ /-]\w+){0,3}")
 LONGEST_NAME = 40

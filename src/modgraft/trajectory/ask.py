@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.trajectory import backlink, free, structured, temporal
 from modgraft.trajectory.answer import Answer
 from modgraft.trajectory.asked import take_apart

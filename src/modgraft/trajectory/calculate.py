@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 Number = int | float
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from modgraft.errors import MissingFileError, ModgraftError, UnknownNameError
+from modgraft.core.errors import MissingFileError, ModgraftError, UnknownNameError
 from modgraft.trajectory.actions import ACTIONS, Actions
 from modgraft.trajectory.bibliography import Bibliography, Broken
 from modgraft.trajectory.configured import Settings, read_table, settings

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modgraft.errors import DataError, MissingFileError
+from modgraft.core.errors import DataError, MissingFileError
 
 FOLDERS = ("log", "runs")
 VARIABLE = "MODGRAFT_LOG"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modgraft.errors import MissingFileError, ModgraftError
+from modgraft.core.errors import MissingFileError, ModgraftError
 from modgraft.trajectory.configured import FOLDERS, VARIABLE, read_table
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def find(name: str, settings: Settings) -> Path:
 
 def remember(note: Path, settings: Settings) -> None:
     """Make it the one that is meant where none is named."""
-    from modgraft.files import write_text
+    from modgraft.core.files import write_text
 
     beside = settings.index.parent
     beside.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from modgraft.errors import DataError
+from modgraft.core.errors import DataError
 from modgraft.trajectory.scanner import parse
 
 if TYPE_CHECKING:

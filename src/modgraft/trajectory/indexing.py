@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.trajectory import when
 from modgraft.trajectory.bibliography import Bibliography, Broken, Entry
 from modgraft.trajectory.rows import Rows, rows

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modgraft.errors import MissingFileError
+from modgraft.core.errors import MissingFileError
 from modgraft.trajectory.actions import ACTIONS
 from modgraft.trajectory.configured import Settings, settings
 from modgraft.trajectory.indexing import Indexed, Indexer

@@ -16,7 +16,7 @@ from pygls.exceptions import JsonRpcInvalidParams
 from pygls.lsp.server import LanguageServer
 
 from modgraft import __version__
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.trajectory.bibliography import Bibliography, Entry
 from modgraft.trajectory.check import check_note, found_at
 from modgraft.trajectory.note import Diagnostic

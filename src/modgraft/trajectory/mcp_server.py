@@ -17,7 +17,7 @@ from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError
 from mcp_types import ToolAnnotations
 from pydantic import Field
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.trajectory.mcp_results import (
     Added,
     Passage,

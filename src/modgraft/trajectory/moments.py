@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from datetime import date, timedelta
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.trajectory.times import month_end, span
 
 _MONTHS = "january february march april may june july august september october november december"

@@ -26,7 +26,7 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.trajectory.answer import Answer, Evidence
 from modgraft.trajectory.lexicon import STOP, stem
 

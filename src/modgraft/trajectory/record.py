@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modgraft.errors import DataError, ModgraftError
+from modgraft.core.errors import DataError, ModgraftError
 from modgraft.trajectory.actions import ACTIONS, Actions
 from modgraft.trajectory.editing import append, empty, end_of, insert, section
 from modgraft.trajectory.scanner import parse

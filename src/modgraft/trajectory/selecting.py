@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modgraft.errors import ModgraftError, UnknownNameError
+from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.trajectory.query import Hit, Query
 from modgraft.trajectory.rows import searchable
 from modgraft.trajectory.times import span

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 WAIT = 5.0
 """Seconds to wait for another process that writes."""

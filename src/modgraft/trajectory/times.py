@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from datetime import date, datetime, timedelta
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 _WEEK = r"(?P<year>\d{4})-?[wW](?P<week>\d{1,2})"
 _DAY = r"(?P<y>\d{4})-(?P<m>\d{1,2})-(?P<d>\d{1,2})"

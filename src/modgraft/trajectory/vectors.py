@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 if TYPE_CHECKING:
     from modgraft.trajectory.log import Log
@@ -117,7 +117,7 @@ class Vectors:
         """Write the vectors down, by the hashes of their texts, in the place of all others."""
         import numpy as np
 
-        from modgraft.files import whole
+        from modgraft.core.files import whole
 
         table = np.zeros(len(kept), dtype=[("hash", "V16"), ("vector", "<f2", (WIDTH,))])
         if kept:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modgraft.errors import MissingFileError, ModgraftError
+from modgraft.core.errors import MissingFileError, ModgraftError
 from modgraft.trajectory.actions import ACTIONS, Actions
 from modgraft.trajectory.bibliography import Bibliography
 from modgraft.trajectory.blocks import BOM, line_starts

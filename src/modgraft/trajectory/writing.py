@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from modgraft.errors import DataError, MissingFileError
-from modgraft.files import whole
+from modgraft.core.errors import DataError, MissingFileError
+from modgraft.core.files import whole
 
 
 def create(path: Path, data: bytes) -> None:

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from modgraft.errors import CompositionError
-from modgraft.expression import Added, Expression, Name, Run, T, Weight, chain, unique
+from modgraft.core.errors import CompositionError
+from modgraft.core.expression import Added, Expression, Name, Run, T, Weight, chain, unique
 
 
 @dataclass(frozen=True, eq=False)

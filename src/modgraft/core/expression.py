@@ -2,8 +2,8 @@
 
 ``"fr >> qa"`` stacks, ``"qa + 0.3*(general - toxic)"`` adds effects measured against the bare host,
 ``"average(a, b)"`` is their mean, ``"concat(a, b)"`` puts the tokens of both before the input, and
-``"h['fr']"`` is the module ``h`` as it was generated for the task ``fr``. :mod:`modgraft.reading`
-reads them from text; handles have the same operators, ``host["fr"] >> host["qa"]``.
+``"h['fr']"`` is the module ``h`` as it was generated for the task ``fr``.
+:mod:`modgraft.core.parse` reads them from text; handles have the same operators, ``host["fr"] >> host["qa"]``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from modgraft.errors import CompositionError
+from modgraft.core.errors import CompositionError
 
 T = TypeVar("T")
 Weight = float | Tensor  # a tensor [B]: one for each example

@@ -8,8 +8,8 @@ from typing import Any, Self, TypeVar, dataclass_transform, get_type_hints
 
 from torch import nn
 
-from modgraft.errors import ModgraftError, UnknownNameError
-from modgraft.typed import mismatch
+from modgraft.core.errors import ModgraftError, UnknownNameError
+from modgraft.core.typed import mismatch
 
 REGISTRY: dict[str, type[Configured]] = {}
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modgraft.errors import DataError, MissingFileError
+from modgraft.core.errors import DataError, MissingFileError
 
 
 @contextmanager

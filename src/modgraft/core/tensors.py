@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from modgraft.errors import ModgraftError
+from modgraft.core.errors import ModgraftError
 
 
 def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:

@@ -13,8 +13,8 @@ from difflib import get_close_matches
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from modgraft.anatomy import base_path, family_of
-from modgraft.errors import SiteError
+from modgraft.core.architectures import base_path, family_of
+from modgraft.core.errors import SiteError
 
 RESIDUAL = "[residual]"
 # the layers that are linear in one weight: there the sub-module and its weight are the same site

@@ -6,9 +6,9 @@ import ast
 from collections.abc import Collection
 from difflib import get_close_matches
 
-from modgraft.algebra import average, concat
-from modgraft.errors import CompositionError
-from modgraft.expression import Expression, Name, add, chain, module_of, scale
+from modgraft.core.algebra import average, concat
+from modgraft.core.errors import CompositionError
+from modgraft.core.expression import Expression, Name, add, chain, module_of, scale
 
 
 def parse(text: str, known: Collection[str]) -> Expression:

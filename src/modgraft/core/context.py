@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modgraft.errors import SideError
-from modgraft.expression import Chain, Expression, Run, T
+from modgraft.core.errors import SideError
+from modgraft.core.expression import Chain, Expression, Run, T
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import inspect
 
 from torch import nn
 
-from modgraft.anatomy import base_path, family_of
-from modgraft.errors import ModgraftError
+from modgraft.core.architectures import base_path, family_of
+from modgraft.core.errors import ModgraftError
 
 
 def token_table(host: nn.Module) -> nn.Embedding:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from modgraft.errors import CompositionError
-from modgraft.expression import Added, Average, Chain, Composable, Concat, Expression, shown
+from modgraft.core.errors import CompositionError
+from modgraft.core.expression import Added, Average, Chain, Composable, Concat, Expression, shown
 
 DEEPEST = 50  # how deep an expression may be nested: each level is a few calls at every site
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from modgraft.errors import SiteError
-from modgraft.sites import WEIGHTED, Site, weight_labels
+from modgraft.core.errors import SiteError
+from modgraft.core.sites import WEIGHTED, Site, weight_labels
 
 _POINTWISE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
