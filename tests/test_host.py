@@ -136,14 +136,18 @@ def test_repr_tells_what_is_where() -> None:
 
 def test_a_process_that_has_only_a_host_can_load_every_method() -> None:
     """The public names are imported on first use, and a folder names its method as text."""
-    known = "import modgraft; modgraft.Host; from modgraft.core.config import REGISTRY"
-    command = [sys.executable, "-c", f"{known}; print(*REGISTRY)"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
     public = {name: getattr(mg, name) for name in mg.__all__}
     methods = {
         k for k, v in public.items() if isinstance(v, type) and issubclass(v, mg.Computation)
-    }
-    assert methods - {"Computation"} <= set(done.stdout.split())
+    } - {"Computation"}
+    code = (
+        "import sys, modgraft; modgraft.Host\n"
+        "from modgraft.core.config import Configured, resolve\n"
+        "print(*[resolve(name, Configured).__name__ for name in sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", code, *sorted(methods)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == sorted(methods)
 
 
 def test_damaged_module_folders(tmp_path: Path) -> None:

@@ -1,5 +1,1 @@
-"""Aggregation functions: how the results of the modules that act become one."""
-
-from modgraft.aggregation import base, representation
-
-__all__ = ["base", "representation"]
+"""Aggregation functions: how the results of several modules become one."""

@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar, dataclass_transform, get_type_hints
 
 from torch import nn
 
+import modgraft
 from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.core.typed import mismatch
 
@@ -91,6 +92,9 @@ def resolve(name: str, kind: type[C]) -> type[C]:
     Raises:
         UnknownNameError: if no such class has been defined.
     """
+    if name not in REGISTRY:  # a public class is defined when it is first asked for
+        for public in modgraft.__all__:
+            getattr(modgraft, public)
     found = REGISTRY.get(name)
     if found is not None and issubclass(found, kind):
         return found

@@ -3,7 +3,8 @@
 ``"fr >> qa"`` stacks, ``"qa + 0.3*(general - toxic)"`` adds effects measured against the bare host,
 ``"average(a, b)"`` is their mean, ``"concat(a, b)"`` puts the tokens of both before the input, and
 ``"h['fr']"`` is the module ``h`` as it was generated for the task ``fr``.
-:mod:`modgraft.core.parse` reads them from text; handles have the same operators, ``host["fr"] >> host["qa"]``.
+:mod:`modgraft.core.parse` reads them from text; handles have the same operators,
+``host["fr"] >> host["qa"]``.
 """
 
 from __future__ import annotations
