@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from modgraft.computation._borrow import borrows
 from modgraft.computation.base import ParameterComposition
-from modgraft.computation.borrow import borrows
 from modgraft.core.layers import bias_vector, weight_matrix
 
 #: layers that compute nothing but x Wᵀ + b

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from modgraft.computation.borrow import Owner
+from modgraft.computation._borrow import Owner
 from modgraft.core import expression as ex
 from modgraft.core.errors import ModgraftError
 from modgraft.core.parse import parse

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.aggregation.base import Aggregation
 from modgraft.aggregation.representation import Average
+from modgraft.computation._borrow import Owner, borrow
 from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
-from modgraft.computation.borrow import Owner, borrow
 from modgraft.core.context import EXAMPLE, Call
 from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SiteError

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from modgraft.changed import Change, Merged
+from modgraft.computation._borrow import borrows
 from modgraft.computation.base import (
     Computation,
     InputComposition,
     KeyValueComposition,
     ParameterComposition,
 )
-from modgraft.computation.borrow import borrows
 from modgraft.core.context import once_in_a_call
 from modgraft.core.expression import Chain, Expression, Name, chain
 from modgraft.core.per_example import Each

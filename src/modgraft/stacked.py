@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modgraft.computation._borrow import borrows
 from modgraft.computation.base import Computation, ParameterComposition
-from modgraft.computation.borrow import borrows
 from modgraft.core.layers import feature_axis
 from modgraft.kept import Kept
 from modgraft.twin import twin_with

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from modgraft.computation.base import ParameterComposition
-from modgraft.computation.hyper import HyperNetwork
+from modgraft.computation.hypernetwork import HyperNetwork
 from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.core.sites import find
 from modgraft.host import Host

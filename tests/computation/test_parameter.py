@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import modgraft as mg
 from hosts import HOSTS, tensor_of
-from modgraft.computation.intrinsic import hadamard
+from modgraft.computation.intrinsic_dimension import hadamard
 from modgraft.core.sites import Site
 
 METHODS: dict[str, Callable[[], mg.Computation]] = {

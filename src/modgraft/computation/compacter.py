@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modgraft.computation.base import Computation, FunctionComposition
-from modgraft.computation.borrow import Owner, borrow
-from modgraft.computation.bottleneck import (
+from modgraft.computation._borrow import Owner, borrow
+from modgraft.computation._bottleneck import (
     NONLINEARITIES,
     bottleneck,
     check_options,
     check_output,
 )
-from modgraft.computation.function import Nonlinearity
+from modgraft.computation.adapter import Nonlinearity
+from modgraft.computation.base import Computation, FunctionComposition
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site

@@ -7,9 +7,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from modgraft.computation._borrow import Owner, borrow
+from modgraft.computation._heads import key_value_shape
 from modgraft.computation.base import Computation, KeyValueComposition
-from modgraft.computation.borrow import Owner, borrow
-from modgraft.computation.heads import key_value_shape
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
+from modgraft.computation._borrow import Owner, borrow
 from modgraft.computation.base import Computation
-from modgraft.computation.borrow import Owner, borrow
 from modgraft.computation.wrapping import Wrapping
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site, matches

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from modgraft.computation.adapter import Adapter, ParallelAdapter
 from modgraft.computation.base import ParameterComposition
-from modgraft.computation.function import Adapter, ParallelAdapter
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import weight_matrix
 from modgraft.routing.base import (

@@ -10,8 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from modgraft.computation._borrow import Owner, borrow
 from modgraft.computation.base import Computation
-from modgraft.computation.borrow import Owner, borrow
 from modgraft.computation.wrapping import Wrapping
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site

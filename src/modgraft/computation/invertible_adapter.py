@@ -7,10 +7,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from modgraft.computation._borrow import Owner, borrow
+from modgraft.computation._bottleneck import NONLINEARITIES, check_options, check_output
+from modgraft.computation.adapter import Nonlinearity
 from modgraft.computation.base import Computation, FunctionComposition
-from modgraft.computation.borrow import Owner, borrow
-from modgraft.computation.bottleneck import NONLINEARITIES, check_options, check_output
-from modgraft.computation.function import Nonlinearity
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site

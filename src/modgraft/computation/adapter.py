@@ -6,8 +6,7 @@ from typing import ClassVar, Literal, final
 
 from torch import Tensor, nn
 
-from modgraft.computation.base import FunctionComposition
-from modgraft.computation.bottleneck import (
+from modgraft.computation._bottleneck import (
     NONLINEARITIES,
     bottleneck,
     check_input,
@@ -15,6 +14,7 @@ from modgraft.computation.bottleneck import (
     check_output,
     check_parallel,
 )
+from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import Side
 from modgraft.core.sites import Site
 
