@@ -39,7 +39,6 @@ from .core.sites import Site as Site
 from .export import own_module as own_module
 from .host import Host as Host
 from .host import Implant as Implant
-from .mixture import Mixture as Mixture
 from .routing.base import Router as Router
 from .routing.fixed import Fixed as Fixed
 from .routing.learned import NoisyTopK as NoisyTopK
@@ -48,6 +47,7 @@ from .routing.learned import Soft as Soft
 from .routing.learned import Threshold as Threshold
 from .routing.learned import Top1 as Top1
 from .routing.learned import TopK as TopK
+from .routing.mixture import Mixture as Mixture
 from .routing.zero_shot import Arrow as Arrow
 from .routing.zero_shot import Phatgoose as Phatgoose
 from .routing.zero_shot import Similarity as Similarity

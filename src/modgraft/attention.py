@@ -27,8 +27,8 @@ from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression, weighted
 from modgraft.core.per_example import Each
 from modgraft.inlet import fold, missing_side
-from modgraft.mixture import Routed
 from modgraft.plan import Entry
+from modgraft.routing.mixture import Routed
 from modgraft.running import STATE, State
 
 KeysValues = tuple[Tensor, Tensor]

@@ -11,8 +11,8 @@ from modgraft.computation.base import Computation
 from modgraft.core import expression as ex
 from modgraft.core.errors import CompositionError, ModgraftError, UnknownNameError
 from modgraft.core.sites import Site
-from modgraft.mixture import Mixture
-from modgraft.stats import Use
+from modgraft.routing.mixture import Mixture
+from modgraft.routing.stats import Use
 
 
 class Implant(nn.Module, ex.Composable):

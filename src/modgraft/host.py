@@ -39,9 +39,9 @@ from modgraft.fastpath import leave_fast_path, take_fast_path
 from modgraft.handle import Implant, check_learns, check_module, check_name, learner
 from modgraft.implant import foreign, graft, prune, pruned, relate
 from modgraft.mixing import check_unmixed, join_prompts, mixed_sites, routed, with_routing_losses
-from modgraft.mixture import ROUTINGS, Mixture
 from modgraft.recompute import forget, remember
 from modgraft.replaced import new_weights, write
+from modgraft.routing.mixture import ROUTINGS, Mixture
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History

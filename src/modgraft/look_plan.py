@@ -19,8 +19,8 @@ from modgraft.core.expression import Expression
 from modgraft.core.layers import weight_matrix
 from modgraft.core.per_example import Each
 from modgraft.look import plain, rows_of, table
-from modgraft.mixture import Routed
 from modgraft.plan import Entry, Group, Plan
+from modgraft.routing.mixture import Routed
 from modgraft.running import STATE, State
 from modgraft.stacked import Stacked
 

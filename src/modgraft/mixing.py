@@ -19,8 +19,8 @@ from modgraft.core.expression import Expression, Name, module_of
 from modgraft.core.parse import parse
 from modgraft.core.sites import Site, find
 from modgraft.handle import Implant
-from modgraft.mixture import ROUTINGS, Mixture
 from modgraft.routing.base import Member, Router
+from modgraft.routing.mixture import ROUTINGS, Mixture
 from modgraft.routing.objective import example_losses, routing_loss
 from modgraft.splice import IGNORED
 

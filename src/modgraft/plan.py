@@ -27,7 +27,7 @@ from modgraft.core.context import once_in_a_call
 from modgraft.core.expression import Chain, Expression, Name, chain
 from modgraft.core.per_example import Each
 from modgraft.kept import Kept
-from modgraft.mixture import Routed
+from modgraft.routing.mixture import Routed
 from modgraft.stacked import Stacked, stackable
 
 _training = attrgetter("training")

@@ -28,10 +28,10 @@ from modgraft.core.layers import feature_axis, weight_matrix
 from modgraft.core.per_example import Each
 from modgraft.core.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
 from modgraft.inlet import active_inputs, call_with_tokens, missing_side
-from modgraft.mixture import Routed
 from modgraft.plan import Entry, Group, Plan, groups, remembered
 from modgraft.replaced import run as run_changed
 from modgraft.residual import Step, shifted
+from modgraft.routing.mixture import Routed
 from modgraft.stacked import Stacked
 
 STATE = "_modgraft_state"

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from modgraft.core.errors import ModgraftError
 from modgraft.report import routing_figure, routing_table
-from modgraft.stats import Use
+from modgraft.routing.stats import Use
 
 PATH = "bert.encoder.layer.{}.intermediate.dense"
 NAMES = ("math", "code", "law", "poetry")

@@ -59,7 +59,9 @@ def results(host: mg.Host) -> list[torch.Tensor]:
 def test_it_is_the_loop_over_modules(
     kind: str, router: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modgraft.mixture._few", lambda chosen: True)  # also where many are picked
+    monkeypatch.setattr(
+        "modgraft.routing.mixture._few", lambda chosen: True
+    )  # also where many are picked
     made: list[Bank | None] = []
     whole = Bank.of
     host = host_with(kind, ROUTERS[router]())

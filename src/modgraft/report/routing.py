@@ -17,7 +17,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.report.figures import Picture, Scheme, draw
 
 if TYPE_CHECKING:  # the page of a run needs no torch
-    from modgraft.stats import Use
+    from modgraft.routing.stats import Use
 
 NETWORK = "the network"  # where one choice holds for all of it
 

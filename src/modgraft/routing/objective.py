@@ -11,7 +11,7 @@ from modgraft.routing.base import Routing
 from modgraft.routing.losses import score_function
 
 if TYPE_CHECKING:
-    from modgraft.mixture import Mixture
+    from modgraft.routing.mixture import Mixture
 
 KEPT = 0.9  # of a baseline, at every step
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from modgraft.computation.base import Computation
 from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.mixture import Mixture
+from modgraft.routing.mixture import Mixture
 from modgraft.store.config import described, understood
 from modgraft.store.fingerprint import fingerprint
 

@@ -11,7 +11,7 @@ import torch
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.host import Host
-from modgraft.mixture import Mixture
+from modgraft.routing.mixture import Mixture
 from modgraft.routing.zero_shot import Phatgoose, Similarity
 from modgraft.training.fit import fit
 from modgraft.training.history import History

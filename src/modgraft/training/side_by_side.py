@@ -17,7 +17,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import module_of
 from modgraft.handle import check_learns
 from modgraft.host import Host
-from modgraft.mixture import Mixture
+from modgraft.routing.mixture import Mixture
 from modgraft.training import checkpoint as disk
 from modgraft.training.apart import together
 from modgraft.training.fit import SETTINGS, planned

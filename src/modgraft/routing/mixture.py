@@ -23,7 +23,7 @@ from modgraft.core.sites import Site
 from modgraft.dispatch import Bank
 from modgraft.routing.base import Member, Router, Routing
 from modgraft.routing.learned import Soft
-from modgraft.stats import Tally
+from modgraft.routing.stats import Tally
 
 if TYPE_CHECKING:
     from modgraft.plan import Entry
