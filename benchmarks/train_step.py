@@ -5,7 +5,7 @@ back to the embeddings, with no gradient of any weight. modgraft and PEFT take a
 (forward, backward, AdamW) from the same tensors at the same rank, layers and scaling; their losses
 and gradients are compared before anything is timed. All three run in turn, on one thread.
 
-The second table is the rule of thumb of ``modgraft.changed``: the layer and an effect beside it,
+The second table is the rule of thumb of ``modgraft.engine.kernels.linear``: the layer and an effect beside it,
 against the layer with changed weights, forward and backward, by number of tokens.
 
     python -m benchmarks.train_step [--rounds 15] [--markdown]
@@ -30,7 +30,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.minilm import NAMES, classifier
 from benchmarks.show import Claim, add_output, show
 from benchmarks.timing import in_turn, side_by_side
-from modgraft.changed import LowRank
+from modgraft.engine.kernels.linear import LowRank
 
 RANK, ROWS, LENGTH = 8, 16, 64
 LINEAR = ["query", "key", "value", "output", "up", "down"]

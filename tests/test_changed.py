@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 import modgraft as mg
 from common import WEIGHTS
-from modgraft import changed, running
-from modgraft.changed import Change, LowRank, one_product
+from modgraft.engine import run as running
+from modgraft.engine.kernels import linear as changed
+from modgraft.engine.kernels.linear import Change, LowRank, one_product
 
 METHODS = {**WEIGHTS, "rslora": lambda: mg.LoRA(rank=3, rslora=True, bias=True)}
 LAYERS = {

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import modgraft as mg
 from hosts import HOSTS, ids
-from modgraft.kept import Kept
-from modgraft.plan import Plan
-from modgraft.running import STATE
+from modgraft.engine.kernels.tensor_cache import Kept
+from modgraft.engine.plan import Plan
+from modgraft.engine.run import STATE
 
 
 def made() -> mg.Host:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import modgraft as mg
 from common import WEIGHTS
 from hosts import HOSTS
-from modgraft.fastpath import leave_fast_path
+from modgraft.engine.fast_paths import leave_fast_path
 
 
 def stirred(model: nn.Module, module: mg.Computation, at: Any, **kw: Any) -> mg.Host:
@@ -406,7 +406,7 @@ def test_wrapping_twice_leaves_one_hook() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_logits_of_last_tokens_are_one_product(name: str) -> None:
-    """Frozen weights would be read once for each example; see modgraft.fastpath."""
+    """Frozen weights would be read once for each example; see modgraft.engine.fast_paths."""
     model = HOSTS[name].model()
     batch = {key: value for key, value in HOSTS[name].batch().items() if key != "labels"}
     want = model(**batch, logits_to_keep=1).logits

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import modgraft as mg
 from hosts import HOSTS, tensor_of
-from modgraft import together
-from modgraft.changed import LowRank
-from modgraft.implant import STATE
+from modgraft.engine import shared_input as together
+from modgraft.engine.graft import STATE
+from modgraft.engine.kernels.linear import LowRank
 
 SHARED = {"bert": ["query", "key", "value"], "t5": ["query", "key", "value", "up"]}
 SHARED |= {"llama": ["query", "key", "value", "up"], "vit": ["query", "key", "value"]}

@@ -15,7 +15,7 @@ from modgraft.core.errors import CompositionError
 from modgraft.core.parse import parse
 from modgraft.core.per_example import Each, Weighted
 from modgraft.core.tensors import first_tensor
-from modgraft.inlet import check_inputs, missing_side
+from modgraft.engine.inputs.tokens import check_inputs, missing_side
 
 Composition = str | ex.Composable | None
 Compositions = Composition | Sequence[Composition]  # one for each example

@@ -8,7 +8,7 @@ from modgraft.computation._borrow import Owner
 from modgraft.core import expression as ex
 from modgraft.core.errors import ModgraftError
 from modgraft.core.parse import parse
-from modgraft.handle import Implant
+from modgraft.engine.implant import Implant
 from modgraft.host import Host
 
 

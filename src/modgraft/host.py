@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from modgraft.attention import serve
-from modgraft.changed import Change
 from modgraft.composing import (
     Composition,
     Compositions,
@@ -35,12 +33,14 @@ from modgraft.core.parse import parse
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
-from modgraft.fastpath import leave_fast_path, take_fast_path
-from modgraft.handle import Implant, check_learns, check_module, check_name, learner
-from modgraft.implant import foreign, graft, prune, pruned, relate
+from modgraft.engine.fast_paths import leave_fast_path, take_fast_path
+from modgraft.engine.gradient_checkpointing import forget, remember
+from modgraft.engine.graft import foreign, graft, prune, pruned, relate
+from modgraft.engine.implant import Implant, check_learns, check_module, check_name, learner
+from modgraft.engine.inputs.prefix_attention import serve
+from modgraft.engine.kernels.functional_call import new_weights, write
+from modgraft.engine.kernels.linear import Change
 from modgraft.mixing import check_unmixed, join_prompts, mixed_sites, routed, with_routing_losses
-from modgraft.recompute import forget, remember
-from modgraft.replaced import new_weights, write
 from modgraft.routing.mixture import ROUTINGS, Mixture
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from modgraft.changed import PLAIN
 from modgraft.computation.base import (
     KeyValueComposition,
     ParameterComposition,
@@ -18,11 +17,12 @@ from modgraft.computation.base import (
 from modgraft.core.expression import Expression
 from modgraft.core.layers import weight_matrix
 from modgraft.core.per_example import Each
+from modgraft.engine.kernels.batched import Stacked
+from modgraft.engine.kernels.linear import PLAIN
+from modgraft.engine.plan import Entry, Group, Plan
+from modgraft.engine.run import STATE, State
 from modgraft.look import plain, rows_of, table
-from modgraft.plan import Entry, Group, Plan
 from modgraft.routing.mixture import Routed
-from modgraft.running import STATE, State
-from modgraft.stacked import Stacked
 
 if TYPE_CHECKING:
     from modgraft.host import Host

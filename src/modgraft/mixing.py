@@ -18,11 +18,11 @@ from modgraft.core.errors import ModgraftError, SideError
 from modgraft.core.expression import Expression, Name, module_of
 from modgraft.core.parse import parse
 from modgraft.core.sites import Site, find
-from modgraft.handle import Implant
+from modgraft.engine.implant import Implant
+from modgraft.engine.inputs.splice import IGNORED
 from modgraft.routing.base import Member, Router
 from modgraft.routing.mixture import ROUTINGS, Mixture
 from modgraft.routing.objective import example_losses, routing_loss
-from modgraft.splice import IGNORED
 
 if TYPE_CHECKING:
     from modgraft.host import Host

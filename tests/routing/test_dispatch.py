@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import modgraft as mg
-from modgraft.dispatch import Bank, Blocks
+from modgraft.engine.dispatch import Bank, Blocks
 
 KINDS = {
     "lora": (lambda: mg.LoRA(rank=2), "transformer.h.*.attn.c_attn"),

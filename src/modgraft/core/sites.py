@@ -34,7 +34,7 @@ class Site:
         part: ``(i, n)`` for the i-th of n equal parts of a fused projection's output, else None.
         root: the host's model, for what a sub-module does not know of itself.
         residual: whether effects enter the sub-module's residual input rather than its output; see
-            :mod:`modgraft.residual`.
+            :mod:`modgraft.engine.residual`.
         parameter: the name within the sub-module of the parameter that is meant,
             ``"in_proj_weight"``; None: the sub-module, and the one weight of a layer that has one.
     """

@@ -20,14 +20,14 @@ from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.sites import Site
-from modgraft.dispatch import Bank
+from modgraft.engine.dispatch import Bank
 from modgraft.routing.base import Member, Router, Routing
 from modgraft.routing.learned import Soft
 from modgraft.routing.stats import Tally
 
 if TYPE_CHECKING:
-    from modgraft.plan import Entry
-    from modgraft.running import At
+    from modgraft.engine.plan import Entry
+    from modgraft.engine.run import At
 
 _training = attrgetter("training")
 ROUTINGS = "routings"  # of one call, for the losses of routers

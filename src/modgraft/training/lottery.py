@@ -16,7 +16,7 @@ from modgraft.computation.sparse import SparseDelta, SparseSubnetwork
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import weight_matrix
 from modgraft.core.sites import find
-from modgraft.handle import Implant
+from modgraft.engine.implant import Implant
 from modgraft.training.history import History
 from modgraft.training.stream import Batch
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from modgraft.attention import observed
 from modgraft.computation.prefix import Prefix
 from modgraft.core.errors import ModgraftError
-from modgraft.handle import Implant
+from modgraft.engine.implant import Implant
+from modgraft.engine.inputs.prefix_attention import observed
 from modgraft.host import Host
 
 

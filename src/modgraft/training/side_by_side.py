@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import module_of
-from modgraft.handle import check_learns
+from modgraft.engine.implant import check_learns
 from modgraft.host import Host
 from modgraft.routing.mixture import Mixture
 from modgraft.training import checkpoint as disk

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft import together
-from modgraft.changed import Change, Merged, one_product
 from modgraft.computation.base import (
     Computation,
     FunctionComposition,
@@ -27,12 +25,14 @@ from modgraft.core.expression import Expression, Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
 from modgraft.core.per_example import Each
 from modgraft.core.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
-from modgraft.inlet import active_inputs, call_with_tokens, missing_side
-from modgraft.plan import Entry, Group, Plan, groups, remembered
-from modgraft.replaced import run as run_changed
-from modgraft.residual import Step, shifted
+from modgraft.engine import shared_input as together
+from modgraft.engine.inputs.tokens import active_inputs, call_with_tokens, missing_side
+from modgraft.engine.kernels.batched import Stacked
+from modgraft.engine.kernels.functional_call import run as run_changed
+from modgraft.engine.kernels.linear import Change, Merged, one_product
+from modgraft.engine.plan import Entry, Group, Plan, groups, remembered
+from modgraft.engine.residual import Step, shifted
 from modgraft.routing.mixture import Routed
-from modgraft.stacked import Stacked
 
 STATE = "_modgraft_state"
 

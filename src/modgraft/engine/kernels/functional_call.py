@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.changed import Change
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import (
     add_to_bias,
@@ -23,7 +22,8 @@ from modgraft.core.layers import (
     weight_matrix,
 )
 from modgraft.core.sites import joined
-from modgraft.twin import twin_with
+from modgraft.engine.kernels.linear import Change
+from modgraft.engine.kernels.twin import twin_with
 
 
 def new_weights(layer: nn.Module, changes: Sequence[Change]) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from modgraft.computation._borrow import borrows
 from modgraft.computation.base import Computation, ParameterComposition
 from modgraft.core.layers import feature_axis
-from modgraft.kept import Kept
-from modgraft.twin import twin_with
+from modgraft.engine.kernels.tensor_cache import Kept
+from modgraft.engine.kernels.twin import twin_with
 
 
 def stackable(module: Computation) -> object:

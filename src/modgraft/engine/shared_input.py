@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from modgraft.changed import LowRank, of_low_rank
 from modgraft.core.per_example import Each
+from modgraft.engine.kernels.linear import LowRank, of_low_rank
 
 if TYPE_CHECKING:
-    from modgraft.plan import Group
-    from modgraft.running import Site, State
+    from modgraft.engine.plan import Group
+    from modgraft.engine.run import Site, State
 
 
 def computed(site: Site, group: Group, x: Tensor) -> Tensor | None:

@@ -17,9 +17,9 @@ from modgraft.computation.base import Computation, TokenComposition
 from modgraft.core.context import Context
 from modgraft.core.layers import feature_axis
 from modgraft.core.sites import Site, one_input
-from modgraft.inlet import active_inputs, generate_with_tokens, inner_sites
-from modgraft.plan import Entry
-from modgraft.running import STATE, State, run
+from modgraft.engine.inputs.tokens import active_inputs, generate_with_tokens, inner_sites
+from modgraft.engine.plan import Entry
+from modgraft.engine.run import STATE, State, run
 
 
 def graft(site: Site, name: str, module: Computation, context: Context) -> None:

@@ -19,11 +19,11 @@ from modgraft.computation.base import Computation
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
 from modgraft.core.tensors import replaced
-from modgraft.stacked import Stacked, stackable
+from modgraft.engine.kernels.batched import Stacked, stackable
 
 if TYPE_CHECKING:
-    from modgraft.plan import Entry
-    from modgraft.running import At
+    from modgraft.engine.plan import Entry
+    from modgraft.engine.run import At
 
 FEW = 4
 """Picks of a low-rank module, on average, from which on a copy of it for a block is worth its time.

@@ -15,7 +15,6 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from modgraft.changed import Change, Merged
 from modgraft.computation._borrow import borrows
 from modgraft.computation.base import (
     Computation,
@@ -26,9 +25,10 @@ from modgraft.computation.base import (
 from modgraft.core.context import once_in_a_call
 from modgraft.core.expression import Chain, Expression, Name, chain
 from modgraft.core.per_example import Each
-from modgraft.kept import Kept
+from modgraft.engine.kernels.batched import Stacked, stackable
+from modgraft.engine.kernels.linear import Change, Merged
+from modgraft.engine.kernels.tensor_cache import Kept
 from modgraft.routing.mixture import Routed
-from modgraft.stacked import Stacked, stackable
 
 _training = attrgetter("training")
 KEPT = 64  # how many compositions a site remembers

@@ -21,11 +21,11 @@ from modgraft.core.errors import CompositionError, ModgraftError, SideError
 from modgraft.core.expression import Average, Chain, Concat, Expression, Name
 from modgraft.core.per_example import Each
 from modgraft.core.sites import Site
-from modgraft.splice import Source, Tokens, splice
+from modgraft.engine.inputs.splice import Source, Tokens, splice
 
 if TYPE_CHECKING:
-    from modgraft.plan import Entry
-    from modgraft.running import State
+    from modgraft.engine.plan import Entry
+    from modgraft.engine.run import State
 
 T = TypeVar("T")
 

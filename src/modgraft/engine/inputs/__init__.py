@@ -1,0 +1,1 @@
+"""Tokens, and keys and values of attention, that modules put before what a host reads."""

@@ -1,0 +1,1 @@
+"""One layer with its modules, computed fast and exactly."""
