@@ -52,15 +52,15 @@ from .routing.zero_shot import Arrow as Arrow
 from .routing.zero_shot import Phatgoose as Phatgoose
 from .routing.zero_shot import Similarity as Similarity
 from .tasks import add_task as add_task
-from .training.continual import Continual as Continual
-from .training.continual import continual as continual
-from .training.gates import embed_tasks as embed_tasks
-from .training.gates import train_gates as train_gates
-from .training.lottery import magnitude_pruning as magnitude_pruning
-from .training.lottery import sparse_finetuning as sparse_finetuning
-from .training.prefix import fold_prefix as fold_prefix
-from .training.prefix import prefix_from_text as prefix_from_text
-from .training.side_by_side import fit_side_by_side as fit_side_by_side
-from .training.tasks import Tasks as Tasks
+from .training.multitask import Tasks as Tasks
+from .training.procedures.continual import Continual as Continual
+from .training.procedures.continual import continual as continual
+from .training.procedures.gates import embed_tasks as embed_tasks
+from .training.procedures.gates import train_gates as train_gates
+from .training.procedures.lottery import magnitude_pruning as magnitude_pruning
+from .training.procedures.lottery import sparse_finetuning as sparse_finetuning
+from .training.procedures.prefix import fold_prefix as fold_prefix
+from .training.procedures.prefix import prefix_from_text as prefix_from_text
+from .training.procedures.side_by_side import fit_side_by_side as fit_side_by_side
 
 __version__: str

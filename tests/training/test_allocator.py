@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from modgraft.training.allocator import keep_freed_memory
+from modgraft.training.malloc import keep_freed_memory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
 
 FAULTS = """
 import resource, sys, torch
-from modgraft.training.allocator import keep_freed_memory
+from modgraft.training.malloc import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import modgraft as mg
 from hosts import HOSTS
 from modgraft.report import continual_figure, continual_table
-from modgraft.training.continual import Continual
+from modgraft.training.procedures.continual import Continual
 
 QUIET: dict[str, Any] = {"progress": False}
 TASKS = ("one", "two", "three")

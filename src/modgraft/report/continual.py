@@ -16,7 +16,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.report.figures import Picture, Scheme, draw
 
 if TYPE_CHECKING:  # a page needs no torch
-    from modgraft.training.continual import Continual
+    from modgraft.training.procedures.continual import Continual
 
 START = "before any"
 

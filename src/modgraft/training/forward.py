@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
-from modgraft.training.apart import PARTS, Apart, Parts
+from modgraft.training.parts import PARTS, Apart, Parts
 from modgraft.training.stream import Batch, Stream, Weigh, to_device
 
 

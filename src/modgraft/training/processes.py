@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from accelerate import Accelerator
 
 from modgraft.core.errors import ModgraftError
-from modgraft.training.allocator import keep_freed_memory
+from modgraft.training.malloc import keep_freed_memory
 
 #: where launchers say how many processes they start
 ANNOUNCED = ("WORLD_SIZE", "ACCELERATE_NUM_PROCESSES")

@@ -19,6 +19,7 @@ from modgraft.training import checkpoint as disk
 from modgraft.training import stream as data
 from modgraft.training.forward import Forward, mean_loss, mean_parts, not_finite, set_modes
 from modgraft.training.history import History, Metrics, check_monitor, numbers
+from modgraft.training.multitask import mean_of_tasks
 from modgraft.training.optim import (
     adamw,
     clip_gradients,
@@ -31,7 +32,6 @@ from modgraft.training.processes import Interrupt
 from modgraft.training.progress import Show
 from modgraft.training.settings import Settings
 from modgraft.training.stream import Batch, Stream
-from modgraft.training.tasks import mean_of_tasks
 
 
 class Run:

@@ -19,12 +19,12 @@ from modgraft.engine.implant import check_learns
 from modgraft.host import Host
 from modgraft.routing.mixture import Mixture
 from modgraft.training import checkpoint as disk
-from modgraft.training.apart import together
 from modgraft.training.fit import SETTINGS, planned
 from modgraft.training.forward import set_modes
 from modgraft.training.history import History
 from modgraft.training.note import noted_together
 from modgraft.training.optim import gradient_norm
+from modgraft.training.parts import together
 from modgraft.training.processes import Interrupt, accelerator_for
 from modgraft.training.progress import Show
 from modgraft.training.run import Run

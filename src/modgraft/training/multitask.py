@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 
 from modgraft.core.errors import ModgraftError
-from modgraft.training.apart import together
+from modgraft.training.parts import together
 from modgraft.training.stream import Batch, Stream, fold
 
 TEMPERATURES = {"proportional": 1.0, "equal": math.inf}

@@ -1,0 +1,1 @@
+"""Training procedures that methods and papers bring: tickets, gates, prefixes, task by task."""
