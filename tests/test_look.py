@@ -17,7 +17,7 @@ import modgraft as mg
 from hosts import HOSTS, QV
 from modgraft.cli import app
 from modgraft.core.errors import DataError, SiteError
-from modgraft.look import lora_cost, rows_of
+from modgraft.host.describe import lora_cost, rows_of
 
 
 def saved(tmp_path: Path, name: str = "bert") -> Path:

@@ -36,9 +36,10 @@ from .core.errors import ModgraftError as ModgraftError
 from .core.per_example import Each as Each
 from .core.per_example import Weighted as Weighted
 from .core.sites import Site as Site
-from .export import own_module as own_module
-from .host import Host as Host
-from .host import Implant as Implant
+from .host.add_task import add_task as add_task
+from .host.host import Host as Host
+from .host.host import Implant as Implant
+from .host.own_module import own_module as own_module
 from .routing.base import Router as Router
 from .routing.fixed import Fixed as Fixed
 from .routing.learned import NoisyTopK as NoisyTopK
@@ -51,7 +52,6 @@ from .routing.mixture import Mixture as Mixture
 from .routing.zero_shot import Arrow as Arrow
 from .routing.zero_shot import Phatgoose as Phatgoose
 from .routing.zero_shot import Similarity as Similarity
-from .tasks import add_task as add_task
 from .training.multitask import Tasks as Tasks
 from .training.procedures.continual import Continual as Continual
 from .training.procedures.continual import continual as continual

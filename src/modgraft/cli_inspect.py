@@ -116,7 +116,7 @@ def _class_of(config: Any) -> Any:
 
 def _overview(model: nn.Module) -> dict[str, Any]:
     from modgraft.core.architectures import family_of
-    from modgraft.look import rows_of
+    from modgraft.host.describe import rows_of
 
     return {
         "architecture": type(model).__name__,
@@ -136,7 +136,7 @@ def _overview(model: nn.Module) -> dict[str, Any]:
 
 def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]:
     from modgraft.core.sites import find
-    from modgraft.look import lora_cost, shape_of
+    from modgraft.host.describe import lora_cost, shape_of
 
     sites = find(model, list(at))
     return {
@@ -154,7 +154,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
     from modgraft.computation.base import Computation
     from modgraft.core.errors import SiteError, UnknownNameError
     from modgraft.core.sites import find
-    from modgraft.look import brief
+    from modgraft.host.describe import brief
     from modgraft.store.config import understood
     from modgraft.store.fingerprint import fingerprint, shape_fingerprint
     from modgraft.store.folder import read
@@ -189,7 +189,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
 
 
 def _print(model: nn.Module, report: dict[str, Any]) -> None:
-    from modgraft.look import sites_table
+    from modgraft.host.describe import sites_table
 
     console = Console(highlight=False, markup=False)
     console.print(f"{report['architecture']}: {report['parameters']:,} parameters")
@@ -204,7 +204,7 @@ def _print(model: nn.Module, report: dict[str, Any]) -> None:
 
 
 def _print_selection(console: Console, chosen: dict[str, Any], own: int) -> None:
-    from modgraft.look import table
+    from modgraft.host.describe import table
 
     sites, rank, cost = chosen["sites"], chosen["rank"], chosen["lora_parameters"]
     console.print(f"\n{', '.join(chosen['at'])}: {len(sites)} sites")
@@ -220,7 +220,7 @@ def _print_selection(console: Console, chosen: dict[str, Any], own: int) -> None
 
 
 def _print_modules(console: Console, cards: Sequence[dict[str, Any]], own: int) -> None:
-    from modgraft.look import table
+    from modgraft.host.describe import table
 
     rows = []
     for card in cards:
@@ -242,7 +242,7 @@ def _print_modules(console: Console, cards: Sequence[dict[str, Any]], own: int) 
 
 def _show(console: Console, made: Table) -> None:
     """A table as wide as the terminal, or as wide as it is where the output goes elsewhere."""
-    from modgraft.look import plain
+    from modgraft.host.describe import plain
 
     console.print(made if console.is_terminal else plain(made), soft_wrap=not console.is_terminal)
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modgraft.core.errors import DataError
 from modgraft.data.docstrings import Texts, before_habit, has_citation, has_session
-from modgraft.host import Host
+from modgraft.host.host import Host
 from modgraft.training.stream import fold, own_randomness
 
 END = "<end>"

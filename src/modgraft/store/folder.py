@@ -20,7 +20,7 @@ from modgraft.store.config import described, understood
 from modgraft.store.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from modgraft.host import Host, Implant
+    from modgraft.host.host import Host, Implant
 
 FORMAT = 1
 

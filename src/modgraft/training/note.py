@@ -70,7 +70,7 @@ def noted_together(
 
 
 def _host(host: nn.Module) -> str:
-    from modgraft.host import Host
+    from modgraft.host.host import Host
 
     model = host.model if isinstance(host, Host) else host
     size = sum(p.numel() for p in model.parameters())
@@ -79,8 +79,8 @@ def _host(host: nn.Module) -> str:
 
 def _trains(run: Run) -> str:
     """How many parameters train, and in which modules they are."""
-    from modgraft.host import Host
-    from modgraft.look import brief
+    from modgraft.host.describe import brief
+    from modgraft.host.host import Host
 
     size = f"{sum(p.numel() for p in run.parameters.values()):,} parameters"
     if not isinstance(run.host, Host):

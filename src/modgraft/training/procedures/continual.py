@@ -15,7 +15,7 @@ from modgraft.computation.base import Computation
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import At
 from modgraft.engine.implant import check_name, learner
-from modgraft.host import Host
+from modgraft.host.host import Host
 from modgraft.training.fit import fit
 from modgraft.training.forward import set_modes
 from modgraft.training.history import History

@@ -10,7 +10,7 @@ import torch
 
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError, UnknownNameError
-from modgraft.host import Host
+from modgraft.host.host import Host
 from modgraft.routing.mixture import Mixture
 from modgraft.routing.zero_shot import Phatgoose, Similarity
 from modgraft.training.fit import fit

@@ -10,7 +10,7 @@ from modgraft.computation.prefix import Prefix
 from modgraft.core.errors import ModgraftError
 from modgraft.engine.implant import Implant
 from modgraft.engine.inputs.prefix_attention import observed
-from modgraft.host import Host
+from modgraft.host.host import Host
 
 
 def prefix_from_text(host: Host, name: str, **batch: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import module_of
 from modgraft.engine.implant import check_learns
-from modgraft.host import Host
+from modgraft.host.host import Host
 from modgraft.routing.mixture import Mixture
 from modgraft.training import checkpoint as disk
 from modgraft.training.fit import SETTINGS, planned

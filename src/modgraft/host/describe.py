@@ -25,7 +25,7 @@ from modgraft.core.layers import weight_matrix
 from modgraft.core.sites import WEIGHTED, Site, find, weight_labels
 
 if TYPE_CHECKING:
-    from modgraft.host import Host
+    from modgraft.host.host import Host
 
 SITES = ("sites at", "number", "first", "shape", "type")
 MODULES = ("module", "method", "sites", "first", "parameters", "of the host", "trains", "in force")

@@ -9,7 +9,7 @@ from modgraft.core import expression as ex
 from modgraft.core.errors import ModgraftError
 from modgraft.core.parse import parse
 from modgraft.engine.implant import Implant
-from modgraft.host import Host
+from modgraft.host.host import Host
 
 
 def own_module(host: Host, name: str, into: str) -> Implant:

@@ -25,7 +25,7 @@ from modgraft.routing.mixture import ROUTINGS, Mixture
 from modgraft.routing.objective import example_losses, routing_loss
 
 if TYPE_CHECKING:
-    from modgraft.host import Host
+    from modgraft.host.host import Host
 
 
 def mixed_sites(host: Host, mixture: Mixture) -> list[str]:

@@ -9,7 +9,7 @@ from modgraft.computation.hypernetwork import HyperNetwork
 from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.core.sites import find
 from modgraft.engine.graft import graft
-from modgraft.host import Host
+from modgraft.host.host import Host
 
 
 def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Parameter:

@@ -21,11 +21,11 @@ from modgraft.engine.kernels.batched import Stacked
 from modgraft.engine.kernels.linear import PLAIN
 from modgraft.engine.plan import Entry, Group, Plan
 from modgraft.engine.run import STATE, State
-from modgraft.look import plain, rows_of, table
+from modgraft.host.describe import plain, rows_of, table
 from modgraft.routing.mixture import Routed
 
 if TYPE_CHECKING:
-    from modgraft.host import Host
+    from modgraft.host.host import Host
 
 COLUMNS = ("sites at", "number", "examples", "without gradients", "with gradients")
 

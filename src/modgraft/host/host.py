@@ -12,14 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from modgraft.composing import (
-    Composition,
-    Compositions,
-    Reader,
-    check_batch,
-    check_one,
-    check_sides,
-)
 from modgraft.computation.base import (
     Computation,
     InputComposition,
@@ -40,7 +32,21 @@ from modgraft.engine.implant import Implant, check_learns, check_module, check_n
 from modgraft.engine.inputs.prefix_attention import serve
 from modgraft.engine.kernels.functional_call import new_weights, write
 from modgraft.engine.kernels.linear import Change
-from modgraft.mixing import check_unmixed, join_prompts, mixed_sites, routed, with_routing_losses
+from modgraft.host.compositions import (
+    Composition,
+    Compositions,
+    Reader,
+    check_batch,
+    check_one,
+    check_sides,
+)
+from modgraft.host.mixtures import (
+    check_unmixed,
+    join_prompts,
+    mixed_sites,
+    routed,
+    with_routing_losses,
+)
 from modgraft.routing.mixture import ROUTINGS, Mixture
 
 if TYPE_CHECKING:
@@ -388,12 +394,12 @@ class Host(nn.Module):
 
     def plan(self, composition: Compositions | EllipsisType = ...) -> str:
         """A table of how a composition is computed at its sites; left out, the one in force."""
-        from modgraft.look_plan import described
+        from modgraft.host.explain import described
 
         read = self.composition if composition is ... else self._reader.read(composition)
         return described(self, read)
 
     def __repr__(self) -> str:
-        from modgraft.look import describe
+        from modgraft.host.describe import describe
 
         return describe(self)
