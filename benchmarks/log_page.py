@@ -16,8 +16,8 @@ from pathlib import Path
 import uvicorn
 from PIL import Image
 
-from modgraft.trajectory import Log
-from modgraft.trajectory.page import app
+from modgraft.log import Log
+from modgraft.log.serve.page import app
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "log_page.png"
 PORT = 8766

@@ -5,8 +5,8 @@ back to the embeddings, with no gradient of any weight. modgraft and PEFT take a
 (forward, backward, AdamW) from the same tensors at the same rank, layers and scaling; their losses
 and gradients are compared before anything is timed. All three run in turn, on one thread.
 
-The second table is the rule of thumb of ``modgraft.engine.kernels.linear``: the layer and an effect beside it,
-against the layer with changed weights, forward and backward, by number of tokens.
+The second table is the rule of thumb of ``modgraft.engine.kernels.linear``: the layer and an
+effect beside it, against the layer with changed weights, forward and backward, by number of tokens.
 
     python -m benchmarks.train_step [--rounds 15] [--markdown]
 """

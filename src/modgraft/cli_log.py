@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from modgraft.trajectory import Log
+    from modgraft.log import Log
 
 log = typer.Typer(
     no_args_is_help=True,
@@ -46,8 +46,8 @@ def new(
 
       modgraft log new gated_fusion
     """
-    from modgraft.trajectory import current, record
-    from modgraft.trajectory.configured import settings
+    from modgraft.log.record import current, record
+    from modgraft.log.settings import settings
 
     if not name.strip(" ./"):
         raise typer.BadParameter(f"{name!r} names no note; write letters, as gated_fusion")
@@ -80,9 +80,9 @@ def add(
 
       modgraft log add "lesson_learned -> write the control first" --note gated_fusion
     """
-    from modgraft.trajectory import current, record
-    from modgraft.trajectory.actions import ACTIONS
-    from modgraft.trajectory.configured import settings
+    from modgraft.log.record import current, record
+    from modgraft.log.settings import settings
+    from modgraft.log.syntax.actions import ACTIONS
 
     given = settings(*(folder or ()))
     path = current.find(note, given) if note else current.current(given)
@@ -98,8 +98,8 @@ def add(
 
 def _look_at(path: Path, first: int, last: int, folder: list[Path] | None) -> None:
     """Say what the check finds in the lines that were added; they stay as they are."""
-    from modgraft.trajectory import Log, parse
-    from modgraft.trajectory.check import check_note
+    from modgraft.log import Log, parse
+    from modgraft.log.check import check_note
 
     with Log.open(*(folder or ())) as found:
         note = parse(path.read_bytes(), shown_path(path), found.actions)
@@ -121,9 +121,9 @@ def finish(
 
       modgraft log finish gated_fusion
     """
-    from modgraft.trajectory import current, record
-    from modgraft.trajectory.actions import ACTIONS
-    from modgraft.trajectory.configured import settings
+    from modgraft.log.record import current, record
+    from modgraft.log.settings import settings
+    from modgraft.log.syntax.actions import ACTIONS
 
     given = settings(*(folder or ()))
     path = current.find(note, given) if note else current.current(given)
@@ -192,7 +192,7 @@ def query(
       modgraft log query --cites huLoRA2021 --json
     """
     from modgraft.cli_log_show import show_hits
-    from modgraft.trajectory import Query
+    from modgraft.log import Query
 
     asked = Query(
         actions=tuple(action or ()), text=text, cites=cites, note=note, section=section,
@@ -321,7 +321,7 @@ def opened(
     vectors: bool | None = False,
 ) -> Iterator[Log]:
     """The log, its index up to date where `fresh` is asked for; the vectors, where they are."""
-    from modgraft.trajectory import Log
+    from modgraft.log import Log
 
     with Log.open(*(folder or ()), bibliography=tuple(bib) if bib else None) as found:
         if fresh:

@@ -12,7 +12,7 @@ from modgraft.cli_log import Bib, Json
 from modgraft.core.errors import ModgraftError
 
 if TYPE_CHECKING:
-    from modgraft.trajectory import Diagnostic
+    from modgraft.log import Diagnostic
 
 SEVERITIES = ("error", "warning", "info")
 
@@ -47,10 +47,10 @@ def check(
       modgraft log check --fix --code mojibake --code near-key
     """
     from modgraft.cli_log_show import show_problems
-    from modgraft.trajectory.bibliography import Bibliography
-    from modgraft.trajectory.check import apply_fixes
-    from modgraft.trajectory.check import check as found_in
-    from modgraft.trajectory.configured import settings
+    from modgraft.log.check import apply_fixes
+    from modgraft.log.check import check as found_in
+    from modgraft.log.index.bibliography import Bibliography
+    from modgraft.log.settings import settings
 
     if least not in SEVERITIES:
         raise typer.BadParameter(f"--least {least}: take one of {', '.join(SEVERITIES)}")

@@ -29,7 +29,7 @@ def page(
       modgraft log page
     """
     with _extra("the page"):
-        from modgraft.trajectory.page import serve
+        from modgraft.log.serve.page import serve
 
     with opened(folder, bib) as found:
         typer.echo(f"http://127.0.0.1:{port}  (Ctrl-C stops it)", err=True)
@@ -53,7 +53,7 @@ def mcp(
       {"mcpServers": {"log": {"command": "modgraft", "args": ["log", "mcp", "--in", "log"]}}}
     """
     with _extra("the server for assistants"):
-        from modgraft.trajectory.mcp_server import serve
+        from modgraft.log.serve.mcp_server import serve
 
     with opened(folder, bib) as found:
         serve(found, write=write, http=http)
@@ -69,7 +69,7 @@ def lsp() -> None:
       command: modgraft, arguments: log lsp
     """
     with _extra("the language server"):
-        from modgraft.trajectory.lsp import main
+        from modgraft.log.serve.lsp import main
     main()
 
 

@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from modgraft.trajectory import Answer, Diagnostic, Hit
-    from modgraft.trajectory.log import Indexed
-    from modgraft.trajectory.query import Owed
+    from modgraft.log import Answer, Diagnostic, Hit
+    from modgraft.log.index.index import Indexed
+    from modgraft.log.index.query import Owed
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal would obey and not show: a note is text, whatever is in it."""

@@ -13,6 +13,9 @@ from rich.console import Console
 
 from modgraft.core.files import write_json
 from modgraft.data.families import FAMILIES
+from modgraft.log import parse
+from modgraft.log.check import check
+from modgraft.log.record.runs import plain
 from modgraft.recipes import trials
 from modgraft.recipes.flan_nets import Lab
 from modgraft.recipes.flan_vs_modules import (
@@ -28,9 +31,6 @@ from modgraft.recipes.flan_vs_modules import (
     sent,
     tuned,
 )
-from modgraft.trajectory import parse
-from modgraft.trajectory.check import check
-from modgraft.trajectory.runs import plain
 
 TINY = replace(
     RECIPE.settings, train=60, val=2, test=4, shots=8, vocabulary=300, d_model=32, d_ff=32,

@@ -20,6 +20,7 @@ from transformers import T5ForConditionalGeneration, T5PreTrainedModel
 
 import modgraft as mg
 from modgraft.data.text import find_form
+from modgraft.log import parse
 from modgraft.metrics import read_predictions
 from modgraft.models.t5 import small_t5
 from modgraft.recipes import mmcot, mmcot_nets, mmcot_run
@@ -27,7 +28,6 @@ from modgraft.recipes.mmcot import DEMO, NETS, ROWS, Net, Settings, nets_of, sma
 from modgraft.recipes.mmcot_data import load_questions, load_run_tokenizer, settings_of
 from modgraft.recipes.mmcot_nets import load_net, predict
 from modgraft.report.run import read_run
-from modgraft.trajectory import parse
 
 QUICK = ("--quick", "0.02", *SMALL)
 

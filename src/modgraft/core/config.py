@@ -93,7 +93,7 @@ def resolve(name: str, kind: type[C]) -> type[C]:
         UnknownNameError: if no such class has been defined.
     """
     if name not in REGISTRY:  # a public class is defined when it is first asked for
-        for public in modgraft.__all__:
+        for public in dir(modgraft):
             getattr(modgraft, public)
     found = REGISTRY.get(name)
     if found is not None and issubclass(found, kind):

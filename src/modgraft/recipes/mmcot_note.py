@@ -1,4 +1,4 @@
-"""What a run of the recipe says of itself in its folder's note; see `modgraft.trajectory.runs`."""
+"""What a run of the recipe says of itself in its folder's note; see `modgraft.log.record.runs`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from modgraft.core.files import read_json
+from modgraft.log.record.runs import RunNote, code, listed, plain, recorded, settings_row
 from modgraft.recipes.mmcot import ROWS, Settings, nets_of
 from modgraft.recipes.mmcot_data import load_questions
 from modgraft.report.numbers import chance_of, figure
 from modgraft.report.run import Results, check, read_run
 from modgraft.report.table import Line, build
-from modgraft.trajectory.runs import RunNote, code, listed, plain, recorded, settings_row
 
 MARK = {"main": "", "ablation": " (ablation)", "control": " (control)"}
 """What a row's group adds to its label."""

@@ -27,9 +27,9 @@ from rich.table import Table
 
 from modgraft.core.errors import CheckpointError, UnknownNameError
 from modgraft.core.files import read_json, write_json, write_text
+from modgraft.log.record.runs import RunNote, listed, plain, recorded, settings_row
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.figures import DARK, LIGHT, Scheme, draw
-from modgraft.trajectory.runs import RunNote, listed, plain, recorded, settings_row
 
 NAMES: tuple[str, ...] = ("arithmetic", "flan_vs_modules", "madx")
 """Pages under ``modgraft/recipes`` that end in a ``RECIPE``."""

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from modgraft.core.errors import ModgraftError
-from modgraft.trajectory.runs import part_of_a_run
+from modgraft.log.record.runs import part_of_a_run
 
 PATIENCE = 30.0
 """Seconds that a stopped job has to end its step and save, before it is killed."""

@@ -1,4 +1,4 @@
-"""What a run of `fit` says of itself in its folder's note; see `modgraft.trajectory.runs`."""
+"""What a run of `fit` says of itself in its folder's note; see `modgraft.log.record.runs`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from modgraft.trajectory.runs import RunNote, code, listed, plain, recorded, settings_row
+from modgraft.log.record.runs import RunNote, code, listed, plain, recorded, settings_row
 
 if TYPE_CHECKING:
     from modgraft.training.run import Run

@@ -1,0 +1,30 @@
+"""The public names of the research log: the one list, read by the lazy import too."""
+
+from .ask.answer import Answer as Answer
+from .ask.answer import Evidence as Evidence
+from .index.bibliography import Bibliography as Bibliography
+from .index.bibliography import Entry as Entry
+from .index.index import Log as Log
+from .index.indexer import Indexed as Indexed
+from .index.query import Hit as Hit
+from .index.query import Owed as Owed
+from .index.query import Query as Query
+from .record.record import add as add
+from .record.record import finish as finish
+from .record.record import new_note as new_note
+from .record.runs import write_run as write_run
+from .syntax.actions import Action as Action
+from .syntax.actions import Actions as Actions
+from .syntax.note import Block as Block
+from .syntax.note import Citation as Citation
+from .syntax.note import Code as Code
+from .syntax.note import Diagnostic as Diagnostic
+from .syntax.note import Event as Event
+from .syntax.note import Figure as Figure
+from .syntax.note import Fix as Fix
+from .syntax.note import Link as Link
+from .syntax.note import Note as Note
+from .syntax.note import Quote as Quote
+from .syntax.note import Section as Section
+from .syntax.note import Span as Span
+from .syntax.parse import parse as parse

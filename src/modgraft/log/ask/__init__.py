@@ -1,0 +1,1 @@
+"""Questions to the log: read, looked up, answered with the lines that say so."""

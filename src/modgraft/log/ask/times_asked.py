@@ -1,0 +1,127 @@
+"""Times as people ask for them: "since March 2023", "last week", "between 2023w9 and 2023w10"."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import date, timedelta
+
+from modgraft.core.errors import ModgraftError
+from modgraft.log.index.times import month_end, span
+
+_MONTHS = "january february march april may june july august september october november december"
+MONTHS = {name: i for i, name in enumerate(_MONTHS.split(), 1)}
+MONTHS |= {name[:3]: i for name, i in list(MONTHS.items())}
+_MONTH = "|".join(sorted(MONTHS, key=len, reverse=True))
+_YEAR = r"(?:19|20)\d{2}"
+
+DATE = (
+    rf"(?:{_YEAR}-\d{{1,2}}-\d{{1,2}}(?:[T ]\d{{2}}:\d{{2}}(?::\d{{2}})?)?|{_YEAR}-\d{{2}}|"
+    rf"{_YEAR}-?w\d{{1,2}}|week \d{{1,2}} of {_YEAR}|"
+    rf"(?:{_MONTH})\.? \d{{1,2}}(?:st|nd|rd|th)?,? {_YEAR}|"
+    rf"\d{{1,2}}(?:st|nd|rd|th)? (?:of )?(?:{_MONTH})\.?,? {_YEAR}|(?:{_MONTH})\.? {_YEAR}|"
+    rf"{_YEAR}|today|yesterday|(?:{_MONTH}))\b"
+)
+
+#: how a time is asked for → what it means; the dates in it are a and b
+FORMS: tuple[tuple[str, str], ...] = (
+    (rf"\b(?:between|from) (?P<a>{DATE}) (?:and|to|until|till) (?P<b>{DATE})", "between"),
+    (rf"\b(?:since|starting(?: from)?|from) (?P<a>{DATE})", "since"),
+    (rf"\b(?:after|later than) (?P<a>{DATE})", "after"),
+    (rf"\b(?:before|earlier than|prior to) (?P<a>{DATE})", "before"),
+    (rf"\b(?:until|till|up to|by) (?P<a>{DATE})", "until"),
+    (rf"\b(?:in|on|during|of|at|for) (?P<a>{DATE})", "within"),
+    (
+        r"\b(?:in |during |over )?the (?:last|past) (?P<n>\d+) (?P<unit>day|week|month|year)s?",
+        "ago",
+    ),
+    (r"\b(?P<n>\d+) (?P<unit>day|week|month|year)s? ago\b", "that"),
+    (r"\b(?P<which>this|last|past) (?P<unit>week|month|year)\b", "unit"),
+    (r"\b(?P<a>today|yesterday)\b", "within"),
+)
+_COMPILED = tuple((re.compile(pattern, re.IGNORECASE), meaning) for pattern, meaning in FORMS)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A stretch of time, and the words that asked for it."""
+
+    since: str | None
+    until: str | None
+    words: str
+
+
+def find(question: str, today: date) -> Moment | None:
+    """The first time that a question asks for."""
+    for pattern, meaning in _COMPILED:
+        match = pattern.search(question)
+        if match is None:
+            continue
+        try:
+            since, until = _meant(match.groupdict(), meaning, today)
+        except (ModgraftError, ValueError, OverflowError):  # a number that is no date: 2023-99
+            continue
+        return Moment(since, until, match[0])
+    return None
+
+
+def _meant(said: dict[str, str | None], meaning: str, today: date) -> tuple[str | None, str | None]:
+    if said.get("unit"):
+        first, last = _units(said, meaning, today)
+        return first.isoformat(), span(last)[1]
+    start, end = of(said["a"] or "", today)
+    if meaning == "between":
+        return start, of(said["b"] or "", today)[1]
+    if meaning == "since":
+        return start, None
+    if meaning == "after":
+        return (date.fromisoformat(end[:10]) + timedelta(days=1)).isoformat(), None
+    if meaning == "before":
+        return None, span(date.fromisoformat(start[:10]) - timedelta(days=1))[1]
+    return (None, end) if meaning == "until" else (start, end)
+
+
+def _units(said: dict[str, str | None], meaning: str, today: date) -> tuple[date, date]:
+    unit, which = said["unit"] or "", (said.get("which") or "").lower()
+    if meaning == "ago":
+        days = {"day": 1, "week": 7, "month": 30, "year": 365}[unit.lower()]
+        return today - timedelta(days=days * int(said["n"] or 1)), today
+    back = int(said["n"] or 1) if meaning == "that" else int(which != "this")
+    if unit.lower() == "day":
+        day = today - timedelta(days=back)
+        return day, day
+    if unit.lower() == "week":
+        monday = today - timedelta(days=today.weekday() + 7 * back)
+        return monday, monday + timedelta(days=6)
+    if unit.lower() == "month":
+        first = today.replace(day=1)
+        for _ in range(back):
+            first = (first - timedelta(days=1)).replace(day=1)
+        return first, month_end(first)
+    return date(today.year - back, 1, 1), date(today.year - back, 12, 31)
+
+
+def of(text: str, today: date) -> tuple[str, str]:
+    """First and last moment of a date in words or digits.
+
+    Raises:
+        ModgraftError: if it is none.
+        ValueError: if there is no such day.
+    """
+    said = text.lower().strip()
+    if said in ("today", "yesterday"):
+        return span(today - timedelta(days=int(said == "yesterday")))
+    if match := re.fullmatch(rf"week (\d+) of ({_YEAR})", said):
+        return span(f"{match[2]}w{match[1]}")
+    month = re.search(rf"\b({_MONTH})\b", said)
+    if month is None:
+        return span(text)
+    numbers = re.findall(r"\d+", said)
+    number = MONTHS[month[1]]  # without a year: the last such month
+    this = today.year - int(number > today.month)
+    year = int(next((n for n in numbers if len(n) == 4), this))
+    days = [int(n) for n in numbers if len(n) < 4]
+    if days:
+        return span(date(year, number, days[0]))
+    first = date(year, number, 1)
+    return first.isoformat(), span(month_end(first))[1]

@@ -1,0 +1,1 @@
+"""What the notes say, in a database that can always be made again from them."""

@@ -1,0 +1,387 @@
+"""Bringing the index up to date with the notes, their bibliography and their history."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modgraft.core.errors import ModgraftError
+from modgraft.log.index import git_dates
+from modgraft.log.index.bibliography import Bibliography, Broken, Entry
+from modgraft.log.index.find_notes import File, Found, walk
+from modgraft.log.index.rows import Rows, rows
+from modgraft.log.index.times import in_name, of_file
+
+if TYPE_CHECKING:
+    from modgraft.log.index.database import Store
+    from modgraft.log.settings import Settings
+    from modgraft.log.syntax.actions import Actions
+    from modgraft.log.syntax.note import Note
+
+
+MANY = 500
+"""Changed notes from which the word indexes are merged at the end."""
+STALE = "UPDATE files SET mtime = 0"
+"""A file of that time is read again, by this process or by the next if this one is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """What an indexing saw and did; ``problems`` are one line each, with file and line."""
+
+    seen: int
+    parsed: int
+    degraded: int
+    changed: int
+    removed: int
+    seconds: float
+    problems: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seen} notes seen = {self.parsed} parsed + {self.degraded} degraded; "
+            f"{self.changed} changed, {self.removed} removed, in {self.seconds:.2f} s"
+        )
+
+
+class Indexer:
+    """Writes the index of one log."""
+
+    def __init__(self, store: Store, settings: Settings, actions: Actions) -> None:
+        self.store, self.settings, self.actions = store, settings, actions
+        self._sources: tuple[str | None, dict[str, Entry]] = ("", {})
+
+    def run(self) -> Indexed:
+        """Index what changed since the last time.
+
+        Raises:
+            ModgraftError: if not every note that was seen is in the index.
+            LockedIndexError: if another process is at it.
+        """
+        began = time.perf_counter()
+        found = walk(self.settings.folders)
+        problems = [*found.problems, *self.store.remarks]
+        self.store.remarks.clear()
+        self._table_of_actions()
+        self._bibliography(found, problems)
+        self._history(problems)
+        sources = self.sources()
+        known = self._known()
+        changed, gone = 0, set()
+        for file in found.notes:
+            before = known.pop(file.path, None)
+            if before == file.stamp:
+                continue
+            kept = self.write(file.path, sources)
+            changed += kept
+            if not kept:
+                gone.add(file.path)
+                problems.append(f"{file.path}:1: warning deleted while it was read")
+        for path in known:
+            self.remove(path)
+        if changed + len(known) >= MANY:
+            self.store.tidy()
+        return self._counted(found, gone, changed, len(known), problems, began)
+
+    def _counted(
+        self,
+        found: Found,
+        gone: set[str],
+        changed: int,
+        removed: int,
+        problems: list[str],
+        began: float,
+    ) -> Indexed:
+        (known, degraded) = self.store.rows("SELECT count(*), total(degraded) FROM files")[0]
+        statement = "SELECT problems FROM files WHERE problems IS NOT NULL ORDER BY path"
+        for (said,) in self.store.rows(statement):
+            problems += json.loads(said)
+        degraded = int(degraded)
+        seen, parsed = len(found.notes) - len(gone), known - degraded
+        if seen != parsed + degraded:
+            raise ModgraftError(
+                f"{self.settings.root}: {seen} notes were seen, but {parsed} parsed + {degraded} "
+                f"degraded are in the index. Delete {self.store.path} and index again"
+            )
+        self._note("indexed", of_file(time.time()))
+        seconds = time.perf_counter() - began
+        return Indexed(seen, parsed, degraded, changed, removed, seconds, tuple(problems))
+
+    # -- notes ---------------------------------------------------------------------------------
+
+    def write(self, path: str, sources: Mapping[str, Entry]) -> bool:
+        """Put a note into the index as it is now, in one transaction; False if it is gone."""
+        from modgraft.log.syntax.parse import parse
+
+        name = self.name(path)
+        try:
+            with Path(path).open("rb") as file:
+                status = os.fstat(file.fileno())
+                data = file.read()
+        except FileNotFoundError:
+            self.remove(path)
+            return False
+        except OSError as error:
+            problem = f"{name}:1: error unreadable {error.strerror}; its permissions forbid it?"
+            self._replace(path, (0, 0, 0), b"", [problem], Rows())
+            return True
+        note = parse(data, name, self.actions)
+        made = rows(note, self._clock(path, note, status.st_mtime), sources)
+        digest = blake2b(data, digest_size=16).digest()
+        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        self._replace(path, stamp, digest, _degraded(note), made)
+        return True
+
+    def remove(self, path: str) -> None:
+        """Take a note out of the index, with all that came from it."""
+        with self.store.transaction() as db:
+            _forget(db, path)
+
+    def name(self, path: str) -> str:
+        """A note's name in the log: its path from the root."""
+        root = str(self.settings.root)
+        inside = path.startswith(root.rstrip(os.sep) + os.sep)
+        return Path(os.path.relpath(path, root) if inside else path).as_posix()
+
+    def _replace(
+        self,
+        path: str,
+        stamp: tuple[int, int, int],
+        digest: bytes,
+        problems: list[str],
+        made: Rows,
+    ) -> None:
+        with self.store.transaction() as db:
+            _forget(db, path)
+            file = db.execute(
+                "INSERT INTO files (note, path, mtime, size, inode, digest, degraded, problems) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (self.name(path), path, *stamp, digest, int(bool(problems)),
+                 json.dumps(problems) if problems else None),
+            ).lastrowid  # fmt: skip
+            _insert(db, file or 0, made)
+
+    def _known(self) -> dict[str, tuple[int, int, int]]:
+        statement = "SELECT path, mtime, size, inode FROM files"
+        return {
+            path: (mtime, size, inode) for path, mtime, size, inode in self.store.rows(statement)
+        }
+
+    def _note(self, name: str, value: str) -> None:
+        with self.store.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    def _table_of_actions(self) -> None:
+        """Another table of actions is another reading of every note."""
+        table = repr(self.actions.rows)
+        if self.store.fact("actions") != table:
+            with self.store.transaction() as db:
+                db.execute(STALE)
+                db.execute("INSERT OR REPLACE INTO facts VALUES ('actions', ?)", (table,))
+
+    # -- the bibliography ----------------------------------------------------------------------
+
+    def sources(self) -> dict[str, Entry]:
+        """The bibliography as the index keeps it, without reading its files."""
+        seen = self.store.fact("bibliographies")
+        if self._sources[0] == seen:
+            return self._sources[1]
+        statement = "SELECT key, title, authors, year, url, abstract, file, line FROM sources"
+        read = {
+            row[0]: Entry(row[0], row[1], tuple(json.loads(row[2])), *row[3:])
+            for row in self.store.rows(statement)
+        }
+        self._sources = seen, read
+        return read
+
+    def bibliography(self) -> Bibliography:
+        """The same, with what is broken in it."""
+        broken = self.store.rows("SELECT file, line, reason FROM broken")
+        return Bibliography(self.sources(), tuple(Broken(*row) for row in broken))
+
+    def _bibliography(self, found: Found, problems: list[str]) -> None:
+        """Read it where it changed."""
+        named = self.settings.bibliography
+        files = found.bibliographies if named is None else [_file(path) for path in named]
+        seen = json.dumps([(file.path, file.stamp) for file in files])
+        if seen != self.store.fact("bibliographies"):
+            try:
+                read = Bibliography.read([file.path for file in files])
+            except OSError as error:
+                problems.append(f"{error.filename}:1: error bibliography {error.strerror}")
+                return
+            self._store_sources(read, seen)
+        rows = self.store.rows("SELECT file, line, reason FROM broken ORDER BY file, line")
+        problems += [f"{file}:{line}: warning bibliography {why}" for file, line, why in rows]
+
+    def _store_sources(self, read: Bibliography, seen: str) -> None:
+        """Keep what was read; notes that cite what changed in it are to be read again."""
+        old = self.sources()
+        keys = {k for k in {*old, *read.entries} if old.get(k) != read.entries.get(k)}
+        with self.store.transaction() as db:
+            db.executemany("DELETE FROM sources WHERE key = ?", [(key,) for key in keys])
+            db.executemany(
+                "INSERT INTO sources VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [(e.key, e.title, json.dumps(e.authors, ensure_ascii=False), e.year, e.url,
+                  e.abstract, e.file, e.line)
+                 for e in (read.entries[key] for key in keys if key in read.entries)],
+            )  # fmt: skip
+            db.execute("DELETE FROM broken")
+            broken = [(b.file, b.line, b.reason) for b in read.broken]
+            db.executemany("INSERT INTO broken VALUES (?, ?, ?)", broken)
+            db.execute("INSERT OR REPLACE INTO facts VALUES ('bibliographies', ?)", (seen,))
+            shown = [(k,) for k in keys if not _same_words(old.get(k), read.entries.get(k))]
+            citing = "SELECT file FROM cites WHERE key = ?"
+            db.executemany(f"{STALE} WHERE id IN ({citing})", shown)
+
+    # -- time ----------------------------------------------------------------------------------
+
+    def _history(self, problems: list[str]) -> None:
+        """Read the commits since the last time."""
+        repositories: dict[Path, list[Path]] = {}
+        for folder in self.settings.folders:
+            real = folder.resolve()
+            root = git_dates.repository(real)
+            if root is not None:
+                repositories.setdefault(root, []).append(real)
+        for root, folders in repositories.items():
+            try:
+                self._read_commits(root, folders)
+            except git_dates.GitError as error:
+                problems.append(f"{root}:1: warning git {error}; times come from notes and files")
+
+    def _read_commits(self, root: Path, folders: list[Path]) -> None:
+        """Keep when lines were written; notes that a commit touched are to be read again."""
+        fact = f"git {root} {' '.join(map(str, folders))}"
+        new, old = git_dates.head(root), self.store.fact(fact)
+        if new is None or new == old:
+            return
+        rewritten = old is not None and not git_dates.follows(root, old)
+        tracked: dict[str, int] = {}
+        with self.store.transaction() as db:
+            if rewritten:
+                own = "SELECT id FROM tracked WHERE root = ?"
+                db.execute(f"DELETE FROM written WHERE path IN ({own})", (str(root),))  # noqa: S608
+            for line in git_dates.added(root, folders, None if rewritten else old):
+                path = f"{root}{os.sep}{line.path}"
+                if path not in tracked:
+                    values = path, str(root)
+                    db.execute("INSERT OR IGNORE INTO tracked (path, root) VALUES (?, ?)", values)
+                    row = db.execute("SELECT id FROM tracked WHERE path = ?", (path,)).fetchone()
+                    tracked[path] = row[0]
+                if line.renamed_from:
+                    db.execute(
+                        "INSERT OR IGNORE INTO written SELECT ?, line, at FROM written WHERE path "
+                        "= (SELECT id FROM tracked WHERE path = ?)",
+                        (tracked[path], f"{root}{os.sep}{line.renamed_from}"),
+                    )
+                else:
+                    seen = tracked[path], line.line, line.at
+                    db.execute("INSERT OR IGNORE INTO written VALUES (?, ?, ?)", seen)
+            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (fact, new))
+            real = {os.path.realpath(f): str(f) for f in self.settings.folders}
+            touched = [(_seen_as(path, real),) for path in tracked]
+            db.execute(STALE) if rewritten else db.executemany(f"{STALE} WHERE path = ?", touched)
+
+    def _clock(self, path: str, note: Note, mtime: float) -> Callable[[int], tuple[str, str]]:
+        """Says when a line of this note was written, and where that was read."""
+        statement = (
+            "SELECT line, at FROM written WHERE path = (SELECT id FROM tracked WHERE path = ?)"
+        )
+        first: dict[int, str] = dict(self.store.rows(statement, os.path.realpath(path)))
+        named = in_name(Path(path).stem) or in_name(Path(path).parent.name)
+        other = (named, "name") if named else (of_file(mtime), "file")
+
+        def at(line: int) -> tuple[str, str]:
+            found = first.get(git_dates.fingerprint(note.line(line))) if first else None
+            return (found, "git") if found is not None else other
+
+        return at
+
+
+def _degraded(note: Note) -> list[str]:
+    """Why a note is degraded, one line each."""
+    if not note.degraded:
+        return []
+    errors = [str(d) for d in note.diagnostics if d.severity == "error"]
+    return errors or [f"{note.name}:1: error degraded some of it could not be read"]
+
+
+def _same_words(old: Entry | None, new: Entry | None) -> bool:
+    """Whether blocks that cite it are found by the same words."""
+    return (
+        old is not None and new is not None and (old.title, old.authors) == (new.title, new.authors)
+    )
+
+
+def _file(path: Path) -> File:
+    from modgraft.log.index.find_notes import stamp
+
+    return File(str(path), stamp(path.stat()))
+
+
+def _seen_as(path: str, folders: Mapping[str, str]) -> str:
+    """A real path as the folders that were named lead to it."""
+    for real, named in folders.items():
+        if path.startswith(real + os.sep):
+            return named + path[len(real) :]
+    return path
+
+
+def _forget(db: sqlite3.Connection, path: str) -> None:
+    row = db.execute("SELECT id FROM files WHERE path = ?", (path,)).fetchone()
+    if row is None:
+        return
+    for words, table in (("block_words", "blocks"), ("event_words", "events")):
+        of_file = f"SELECT id FROM {table} WHERE file = ?"  # noqa: S608
+        db.execute(f"DELETE FROM {words} WHERE rowid IN ({of_file})", row)  # noqa: S608
+    for table in ("blocks", "events", "cites"):
+        db.execute(f"DELETE FROM {table} WHERE file = ?", row)  # noqa: S608
+    db.execute("DELETE FROM files WHERE id = ?", row)
+
+
+def _insert(db: sqlite3.Connection, file: int, made: Rows) -> None:
+    events = _next(db, "events")
+    blocks = _next(db, "blocks")
+
+    def event(index: Any) -> int | None:
+        return None if index is None else events + index
+
+    db.executemany(
+        "INSERT INTO events (id, file, line, end_line, action, written, arguments, result, status, "
+        "section, depth, at, at_from, keys, about, said) VALUES "
+        "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        [(events + i, file, *row) for i, row in enumerate(made.events)],
+    )
+    db.executemany(
+        "INSERT INTO event_words (rowid, text) VALUES (?, ?)",
+        [(events + i, text) for i, text in enumerate(made.event_words)],
+    )
+    db.executemany(
+        "INSERT INTO blocks (id, file, line, end_line, kind, depth, section, event, at, at_from, "
+        "text, hash) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+        [
+            (blocks + i, file, *row[:5], event(row[5]), *row[6:])
+            for i, row in enumerate(made.blocks)
+        ],
+    )
+    db.executemany(
+        "INSERT INTO block_words (rowid, text, context) VALUES (?, ?, ?)",
+        [(blocks + i, *words) for i, words in enumerate(made.block_words)],
+    )
+    db.executemany(
+        "INSERT INTO cites VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [(file, line, key, event(of), blocks + block, *flags)
+         for line, key, of, block, *flags in made.cites],
+    )  # fmt: skip
+
+
+def _next(db: sqlite3.Connection, table: str) -> int:
+    return (db.execute(f"SELECT max(id) FROM {table}").fetchone()[0] or 0) + 1  # noqa: S608

@@ -1,0 +1,182 @@
+"""A query as SQL over the index."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from modgraft.core.errors import ModgraftError, UnknownNameError
+from modgraft.log.index.query import Hit, Query
+from modgraft.log.index.rows import searchable
+from modgraft.log.index.times import span
+
+if TYPE_CHECKING:
+    from modgraft.log.index.database import Store
+    from modgraft.log.syntax.actions import Actions
+
+_WORDS = re.compile(r'"([^"]*)"|(\S+)')
+_ALNUM = re.compile(r"[^\W_]+")
+STATUSES = ("skimmed", "digging", "full_read", "read", "open", "answered")
+
+EVENT = (
+    "files.note, files.path, files.digest, events.line, events.end_line, action, arguments, result,"
+    " status, events.at, events.at_from, events.keys, events.about, events.section, events.line"
+)
+BLOCK = (
+    "files.note, files.path, files.digest, blocks.line, blocks.end_line, events.action, "
+    "events.arguments, events.result, events.status, blocks.at, blocks.at_from, events.keys, "
+    "events.about, blocks.section, events.line"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row that was selected, before its text is read from the file."""
+
+    path: str
+    digest: bytes
+    hit: Hit
+
+
+def row(values: tuple[Any, ...], score: float = 0.0) -> Row:
+    """The row of ``EVENT``'s or ``BLOCK``'s columns."""
+    note, path, digest, line, end, action, arguments, result, status, at, at_from = values[:11]
+    keys, about, section, event_line = values[11:]
+    hit = Hit(
+        note, line, end, action or "", arguments, result, status or "", "", at, at_from,
+        tuple((keys or "").split()), about or 0, score, section or "", event_line,
+    )  # fmt: skip
+    return Row(path, digest, hit)
+
+
+def blocks(store: Store, where: str, *values: Any) -> list[Row]:
+    """Blocks by a condition on ``blocks`` and ``files``, in the order of time and place."""
+    statement = (
+        f"SELECT {BLOCK} FROM blocks JOIN files ON files.id = blocks.file LEFT JOIN events ON "  # noqa: S608
+        f"events.id = blocks.event WHERE {where} ORDER BY blocks.at, files.note, blocks.line"
+    )
+    return [row(r) for r in store.rows(statement, *values)]
+
+
+def match(text: str) -> str:
+    """Words and "phrases" as an FTS5 expression; all must be there.
+
+    Raises:
+        ModgraftError: if there is no word in it.
+    """
+    terms = []
+    for phrase, word in _WORDS.findall(searchable(text)):
+        parts = _ALNUM.findall(phrase or word)
+        if parts:
+            terms.append('"' + " ".join(parts) + '"')
+    if not terms:
+        raise ModgraftError(f"{text!r} holds no word to look for; write letters or digits")
+    return " AND ".join(terms)
+
+
+def select(store: Store, query: Query, actions: Actions) -> list[Row]:
+    """The rows that a query asks for, in its order.
+
+    Raises:
+        UnknownNameError: An action, a note or a status that there is not.
+        ModgraftError: A time or a text that cannot be read.
+    """
+    lines = bool(query.text) and not query.actions and not query.status
+    table = "blocks" if lines else "events"
+    where, values = _conditions(store, query, actions, table)
+    joins = [f"{table} JOIN files ON files.id = {table}.file"]
+    if lines:
+        joins.append("LEFT JOIN events ON events.id = blocks.event")
+    score = "0.0"
+    if query.text:
+        words = "block_words" if lines else "event_words"
+        joins.append(f"JOIN {words} ON {words}.rowid = {table}.id")
+        where.append(f"{words} MATCH ?")
+        values.append(f"text : ({match(query.text)})")
+        score = f"-bm25({words})"
+    order = f"{table}.at, files.note, {table}.line, {table}.id"
+    if query.newest:
+        order = f"{table}.at DESC, files.note, {table}.line DESC, {table}.id DESC"
+    elif query.text:
+        order = f"score DESC, {order}"
+    statement = (
+        f"SELECT {BLOCK if lines else EVENT}, {score} AS score FROM {' '.join(joins)} "  # noqa: S608
+        f"WHERE {' AND '.join(where) or '1'} ORDER BY {order} LIMIT ? OFFSET ?"
+    )
+    values += [-1 if query.limit is None else query.limit, query.offset]
+    return [row(tuple(r[:-1]), r[-1]) for r in store.rows(statement, *values)]
+
+
+def _conditions(
+    store: Store, query: Query, actions: Actions, table: str
+) -> tuple[list[str], list[Any]]:
+    where: list[str] = []
+    values: list[Any] = []
+
+    def add(condition: str, *more: Any) -> None:
+        where.append(condition)
+        values.extend(more)
+
+    if query.actions:
+        names = canonical(query.actions, actions, store)
+        add(f"events.action IN ({', '.join('?' * len(names))})", *names)
+    if query.status:
+        if query.status not in STATUSES:
+            raise UnknownNameError.among("status", query.status, STATUSES)
+        add("events.status = ?", query.status)
+    if query.cites:
+        which = "event" if table == "events" else "block"
+        citing = f"SELECT {which} FROM cites WHERE key = ? COLLATE NOCASE"  # noqa: S608
+        add(f"{table}.id IN ({citing})", query.cites.lstrip("@"))
+    if query.note:
+        found = notes_named(store, query.note)
+        add(f"{table}.file IN ({', '.join('?' * len(found))})", *found)
+    if query.section:
+        add(f"{table}.section = ? COLLATE NOCASE", query.section)
+    if query.since is not None:
+        add(f"{table}.at >= ?", span(query.since)[0])
+    if query.until is not None:
+        add(f"{table}.at <= ?", span(query.until)[1])
+    return where, values
+
+
+def canonical(names: tuple[str, ...] | str, actions: Actions, store: Store) -> list[str]:
+    """Actions by the names that the table gives them, or that a note does.
+
+    Raises:
+        UnknownNameError: for one that neither knows.
+    """
+    found = []
+    for name in (names,) if isinstance(names, str) else names:
+        action = actions.find(name)
+        if action is None:
+            noted = [a for (a,) in store.rows("SELECT DISTINCT action FROM events")]
+            if name not in noted:
+                raise UnknownNameError.among("action", name, {*noted, *(a.name for a in actions)})
+        found.append(action.name if action else name)
+    return found
+
+
+def notes_named(store: Store, name: str) -> list[int]:
+    """The ids of the notes that a name, a path or a pattern means.
+
+    Raises:
+        UnknownNameError: if it means none.
+    """
+    rows = store.rows("SELECT id, note FROM files WHERE note = ?", name)  # as [it].md is spelled
+    if not rows:
+        rows = store.rows(
+            "SELECT id, note FROM files WHERE note GLOB ? OR note GLOB ?", name, f"{name}.md"
+        )
+    if not rows:
+        ending = f"%/{name.removesuffix('.md')}.md"
+        folder = f"{name.rstrip('/')}/note.md"
+        rows = store.rows(
+            "SELECT id, note FROM files WHERE note LIKE ? OR note = ? OR note LIKE ?",
+            ending, folder, f"%/{folder}",
+        )  # fmt: skip
+    if not rows:
+        known = [n for (n,) in store.rows("SELECT note FROM files ORDER BY note")]
+        raise UnknownNameError.among("note", name, known)
+    return [i for i, _ in rows]

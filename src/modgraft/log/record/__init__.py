@@ -1,0 +1,1 @@
+"""Writing notes: by hand through commands, and by runs of themselves."""

@@ -1,0 +1,1 @@
+"""The log for editors (LSP), assistants (MCP) and browsers."""

@@ -1,0 +1,176 @@
+"""What the page lists beside events: days, counts, notes, sources; read from the index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from modgraft.log.serve.web.shown import day
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from modgraft.log.index.index import Log
+    from modgraft.log.index.query import Hit, Owed
+    from modgraft.log.syntax.note import Note
+
+DATED = {
+    "git": "by its commit",
+    "note": "as the note says",
+    "name": "by the note’s name",
+    "file": "by the file’s time",
+}
+"""`when_from` in words."""
+
+ELSEWHERE = 4
+"""Other places that are named beside a source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """A day of the timeline: its notes, each with its events as they stand in it."""
+
+    date: str
+    shown: str
+    dated_by: str
+    notes: list[tuple[str, list[Hit]]]
+
+
+def days(hits: Iterable[Hit]) -> list[Day]:
+    """Hits by day, in the order given; within a note by line."""
+    made = []
+    for when, of in groupby(hits, lambda hit: hit.when[:10]):
+        day_hits = sorted(of, key=lambda hit: hit.note)
+        notes = [
+            (note, sorted(group, key=lambda hit: hit.line))
+            for note, group in groupby(day_hits, lambda hit: hit.note)
+        ]
+        dated = ", ".join(sorted({DATED.get(hit.when_from, hit.when_from) for hit in day_hits}))
+        made.append(Day(when, day(when), dated, notes))
+    return made
+
+
+def tiles(log: Log) -> list[tuple[str, str, int]]:
+    """The log in numbers, each with the page that lists what was counted."""
+    counts = (
+        ("/notes", "notes", "SELECT count(*) FROM files"),
+        ("/search", "events", "SELECT count(*) FROM events"),
+        ("/queue", "sources looked at",
+         "SELECT count(DISTINCT key) FROM cites JOIN events ON events.id = cites.event "
+         "WHERE argument AND action IN ('skim', 'read')"),
+        ("/questions", "open questions",
+         "SELECT count(*) FROM events WHERE action = 'question' AND status = 'open'"),
+        ("/lessons", "lessons", "SELECT count(*) FROM events WHERE action = 'lesson_learned'"),
+    )  # fmt: skip
+    return [(path, name, log.store.rows(query)[0][0]) for path, name, query in counts]
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A note in the list of notes."""
+
+    name: str
+    gist: str
+    events: int
+    when: str
+    degraded: bool
+
+
+def notes(log: Log, limit: int, offset: int) -> list[Listed]:
+    """Notes, the newest first, each with the first line of its tl;dr."""
+    rows = log.store.rows(
+        """SELECT note, degraded,
+            (SELECT text FROM blocks WHERE blocks.file = files.id AND section = 'tl;dr'
+                AND kind != 'heading' ORDER BY line LIMIT 1),
+            (SELECT count(*) FROM events WHERE events.file = files.id),
+            (SELECT max(at) FROM blocks WHERE blocks.file = files.id) AS newest
+        FROM files ORDER BY newest DESC, note LIMIT ? OFFSET ?""",
+        limit, offset,
+    )  # fmt: skip
+    return [
+        Listed(note, " ".join((gist or "").split())[:240], events, when or "", bool(degraded))
+        for note, degraded, gist, events, when in rows
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Cited:
+    """A source of a note, and where else in the log it is cited."""
+
+    key: str
+    title: str
+    elsewhere: list[tuple[str, int]]
+    more: int
+
+
+def cited(log: Log, note: Note) -> list[Cited]:
+    """The sources of a note, in the order in which it cites them first."""
+    keys = list(dict.fromkeys(one.key for one in (*note.citations, *note.mentions)))
+    marks = ", ".join("?" * len(keys))
+    rows = log.store.rows(
+        f"""SELECT key, note, line, count FROM (
+            SELECT key, note, line, row_number() OVER (PARTITION BY key ORDER BY note, line) AS nth,
+                count(*) OVER (PARTITION BY key) AS count
+            FROM cites JOIN files ON files.id = cites.file WHERE key IN ({marks}) AND note != ?)
+        WHERE nth <= {ELSEWHERE}""",  # noqa: S608  (a number of ours, and question marks)
+        *keys, note.name,
+    )  # fmt: skip
+    entries = log.bibliography.entries
+    return [
+        Cited(
+            key,
+            entries[key].title if key in entries else "",
+            [(name, line) for other, name, line, _ in rows if other == key],
+            max((count for other, *_, count in rows if other == key), default=0) - ELSEWHERE,
+        )
+        for key in keys
+    ]
+
+
+def linking(log: Log, note: Note, limit: int = 20) -> list[tuple[str, int]]:
+    """Where other notes link to this one, by its file's name or as [[name]]."""
+    name = (note.name or "").rpartition("/")[2]
+    stem = name.removesuffix(".md")
+    return [
+        (other, line)
+        for other, line in log.store.rows(
+            """SELECT note, line FROM blocks JOIN files ON files.id = blocks.file
+            WHERE (instr(text, ?) OR instr(text, ?) OR instr(text, ?)) AND note != ?
+            ORDER BY at, note, line LIMIT ?""",
+            f"({name}", f"/{name}", f"[[{stem}", note.name, limit,
+        )
+    ]  # fmt: skip
+
+
+def facts(log: Log, note: Note) -> list[str]:
+    """A note in a few words: when it was written, how long it is."""
+    first, last = log.store.rows(
+        """SELECT min(at), max(at) FROM blocks JOIN files ON files.id = blocks.file
+        WHERE note = ?""", note.name,
+    )[0]  # fmt: skip
+    when = [day(at) for at in dict.fromkeys((first, last)) if at]
+    events = len(note.events)
+    return [
+        *([" – ".join(dict.fromkeys(when))] if when else []),
+        f"{note.lines} lines",
+        f"{events} event{'s' if events != 1 else ''}",
+    ]
+
+
+GROUPS = {
+    "full_read": "to read in full",
+    "digging": "to dig deeper",
+    "skimmed": "skimmed, nothing owed",
+    "read": "read",
+}
+"""The reading queue's groups, those that are owed most first."""
+
+
+def queue(owed: list[Owed]) -> list[tuple[str, str, list[Owed]]]:
+    """The reading queue by how far each source got."""
+    return [
+        (status, title, rows)
+        for status, title in GROUPS.items()
+        if (rows := [each for each in owed if each.status == status])
+    ]

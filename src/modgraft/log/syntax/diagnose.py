@@ -1,0 +1,103 @@
+"""What a note says about itself: the problems that need neither other files nor a bibliography.
+
+Encoding errors make a note degraded: some of it cannot be read as text.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+from modgraft.log.syntax.blocks import SECTIONS, Outline
+from modgraft.log.syntax.calculate import (
+    CalculationError,
+    agrees,
+    calculate,
+    corrected,
+    shown,
+    split,
+)
+from modgraft.log.syntax.mojibake import mojibake
+from modgraft.log.syntax.note import Diagnostic, Event, Fix
+
+DEGRADING = ("encoding", "nul", "long-line")
+
+
+def diagnose(
+    data: bytes, starts: Sequence[int], tree: Outline, events: Sequence[Event]
+) -> Iterator[Diagnostic]:
+    """The problems of a note by itself."""
+    yield from _encoding(data, starts)
+    yield from _structure(tree)
+    for broken in mojibake(data):
+        said = f"{broken.broken!r} looks like {broken.repaired!r}, saved in the wrong encoding"
+        what = f"write {broken.repaired!r} for {broken.broken!r}"
+        fix = Fix(broken.start, broken.end, broken.repaired.encode(), what)
+        line = bisect_right(starts, broken.start)
+        yield Diagnostic("warning", "mojibake", said, line, broken.start, broken.end, fix=fix)
+    for event in events:
+        if event.action == "calculate" and event.closed:
+            yield from _calculation(event)
+
+
+def _encoding(data: bytes, starts: Sequence[int]) -> Iterator[Diagnostic]:
+    """One line for all the bytes that are no text: how many, and where the first is."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        count = data.decode("utf-8", "replace").count("\ufffd") - data.count(b"\xef\xbf\xbd")
+        said = (
+            f"not UTF-8: byte 0x{data[error.start]:02x} ({error.reason}), {count:,} such in all; "
+            f"kept as they are, shown as \ufffd; save the file as UTF-8"
+        )
+        line = bisect_right(starts, error.start)
+        yield Diagnostic("error", "encoding", said, line, error.start, error.end)
+    at = data.find(b"\0")
+    if at >= 0:
+        said = f"holds {data.count(bytes(1)):,} NUL bytes; is this a text file?"
+        yield Diagnostic("error", "nul", said, bisect_right(starts, at), at, at + 1)
+
+
+def _structure(tree: Outline) -> Iterator[Diagnostic]:
+    for index in tree.unclosed:
+        block = tree.blocks[index]
+        said = "a code fence that never closes: what follows it may be taken for code; close it"
+        yield Diagnostic("warning", "fence", said, block.line, block.start, block.end)
+    blocks = iter(block for block in tree.blocks if block.kind != "heading")
+    block = next(blocks, None)
+    for section in tree.sections:
+        while block is not None and block.start < section.start:
+            block = next(blocks, None)
+        empty = block is None or block.start >= section.end
+        if empty and section.level == 2 and section.title in SECTIONS:
+            said = f"the section {section.title} is empty"
+            yield Diagnostic(
+                "info", "empty-section", said, section.line, section.start, section.end
+            )
+
+
+def _calculation(event: Event) -> Iterator[Diagnostic]:
+    """What is wrong with one `[calculate(expression) -> value]`."""
+    place = (event.line, event.start, event.end)
+    expression, written = split(event.arguments or "", event.result)
+    try:
+        value = calculate(expression)
+    except CalculationError as error:
+        yield Diagnostic("warning", "calculate", str(error), *place)
+        return
+    right = agrees(value, written) if written.strip() else None
+    if right:
+        return
+    if not written.strip():
+        said = f"{expression.strip()} is {shown(value)}: no value is written"
+        yield Diagnostic("info", "calculate", said, *place)
+    elif right is None:
+        said = f"{expression.strip()} is {shown(value)}; {written.strip()!r} is no number"
+        yield Diagnostic("info", "calculate", said, *place)
+    else:
+        said = f"{expression.strip()} is {shown(value)}, not {written.strip()}"
+        at = event.source.data.rfind(written.strip().encode(), event.start, event.end)
+        mended = corrected(value, written.strip())
+        what = f"write {mended} for {written.strip()}"
+        fix = Fix(at, at + len(written.strip().encode()), mended.encode(), what)
+        yield Diagnostic("error", "calculate", said, *place, fix=fix if at >= 0 else None)
