@@ -26,7 +26,7 @@ from modgraft.data.digits import digits_qa
 from modgraft.data.records import Questions
 from modgraft.data.tokenizer import train_tokenizer
 from modgraft.models.t5 import small_t5
-from modgraft.recipes.mmcot import NETS, Settings, surgery
+from modgraft.recipes.mmcot.recipe import NETS, Settings, surgery
 
 WIDTH, PATCHES, TOKENS = 80, 12, 64
 

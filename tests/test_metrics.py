@@ -14,7 +14,7 @@ from modgraft.core.errors import DataError, MissingFileError
 from modgraft.data.digits import digits_qa
 from modgraft.data.rationale import facts
 from modgraft.data.records import Questions
-from modgraft.metrics import (
+from modgraft.recipes.mmcot.metrics import (
     Prediction,
     accuracy_by_column,
     bleu,

@@ -113,8 +113,8 @@ def mmcot_train(
     """
     from dataclasses import replace
 
-    from modgraft.recipes.mmcot import SCIENCEQA, Settings, smaller
-    from modgraft.recipes.mmcot_run import run as run_recipe
+    from modgraft.recipes.mmcot.recipe import SCIENCEQA, Settings, smaller
+    from modgraft.recipes.mmcot.run import run as run_recipe
 
     base = Settings() if data == "digits" else SCIENCEQA
     if quick < 1:
@@ -152,8 +152,8 @@ def mmcot_evaluate(
       modgraft mmcot evaluate --run runs/mmcot --rows fused,shuffled
     """
     from modgraft.core.files import read_json
-    from modgraft.recipes.mmcot_data import settings_of
-    from modgraft.recipes.mmcot_run import run as run_recipe
+    from modgraft.recipes.mmcot.data import settings_of
+    from modgraft.recipes.mmcot.run import run as run_recipe
 
     settings, console = settings_of(run), Console()
     asked = read_json(run / "run.json", what="a run", remedy="modgraft mmcot train")
@@ -183,7 +183,7 @@ def mmcot_ask(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from modgraft.recipes.mmcot_ask import ask
+    from modgraft.recipes.mmcot.ask import ask
 
     disable_progress_bar()  # of loading weights: it is over in a moment
     path = None if image == "-" else Path(image)
@@ -234,7 +234,7 @@ def report(
 
 
 def _rows(text: str) -> list[str]:
-    from modgraft.recipes.mmcot import DEMO, ROWS
+    from modgraft.recipes.mmcot.recipe import DEMO, ROWS
 
     named = {"demo": list(DEMO), "all": list(ROWS)}
     chosen = named.get(text) or [part.strip() for part in text.split(",") if part.strip()]

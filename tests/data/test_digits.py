@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from modgraft.data.digits import CODES, CUT, FAMILIES, DigitsQA, digits_qa, scans
 from modgraft.data.rationale import POSITIONS, facts
 from modgraft.data.records import Record
-from modgraft.metrics import classify_error
+from modgraft.recipes.mmcot.metrics import classify_error
 
 
 @pytest.fixture(scope="module")

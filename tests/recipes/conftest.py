@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modgraft.recipes.mmcot_run import train_net
+from modgraft.recipes.mmcot.run import train_net
 from modgraft.recipes.workers import Job, _context
 
 

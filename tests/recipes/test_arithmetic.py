@@ -19,8 +19,16 @@ from modgraft.data.docstrings import (
     has_session,
     kind_of,
 )
-from modgraft.recipes import arithmetic
-from modgraft.recipes.arithmetic import (
+from modgraft.recipes.arithmetic import recipe
+from modgraft.recipes.arithmetic.language_model import (
+    Corpus,
+    knows,
+    new_model,
+    perplexity,
+    rates,
+    write,
+)
+from modgraft.recipes.arithmetic.recipe import (
     COLUMNS,
     CURVES,
     HABITS,
@@ -36,11 +44,10 @@ from modgraft.recipes.arithmetic import (
     train_all,
     trial,
 )
-from modgraft.recipes.arithmetic_lm import Corpus, knows, new_model, perplexity, rates, write
 from modgraft.report.figures import draw
 
 TINY = replace(
-    arithmetic.smaller(Settings(), 0.02),
+    recipe.smaller(Settings(), 0.02),
     vocabulary=400, width=48, layers=2, length=48, steps=60, lr=6e-3, module_steps=25,
     ascent_steps=8, weights="0.5 1", prompt=8, written=12, tried=8, tested=8, tried_windows=8,
     tested_windows=8, questions=8,
@@ -62,7 +69,7 @@ def ran(texts: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
     """A whole trial, as small as can be: its folder, and what it found."""
     folder = tmp_path_factory.mktemp("arithmetic")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arithmetic, "excerpts", lambda sizes: texts)  # read already
+        patch.setattr(recipe, "excerpts", lambda sizes: texts)  # read already
         return folder, trial(folder, TINY, 1)
 
 

@@ -17,8 +17,8 @@ from modgraft.log import parse
 from modgraft.log.check import check
 from modgraft.log.record.runs import plain
 from modgraft.recipes import trials
-from modgraft.recipes.flan_nets import Lab
-from modgraft.recipes.flan_vs_modules import (
+from modgraft.recipes.flan_vs_modules.lab import Lab
+from modgraft.recipes.flan_vs_modules.recipe import (
     NEW,
     RECIPE,
     ROWS,

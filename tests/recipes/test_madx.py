@@ -15,7 +15,8 @@ pytest.importorskip("babel", reason="names in many languages are Babel's: make s
 import modgraft as mg
 from modgraft.data.cldr import KINDS
 from modgraft.recipes import trials
-from modgraft.recipes.madx import (
+from modgraft.recipes.madx.data import Corpus, bare, part
+from modgraft.recipes.madx.recipe import (
     COLUMNS,
     RECIPE,
     ROWS,
@@ -26,7 +27,6 @@ from modgraft.recipes.madx import (
     stacked,
     trial,
 )  # fmt: skip
-from modgraft.recipes.madx_data import Corpus, bare, part
 from modgraft.report.figures import LIGHT
 
 TINY = replace(

@@ -21,12 +21,13 @@ from transformers import T5ForConditionalGeneration, T5PreTrainedModel
 import modgraft as mg
 from modgraft.data.text import find_form
 from modgraft.log import parse
-from modgraft.metrics import read_predictions
 from modgraft.models.t5 import small_t5
-from modgraft.recipes import mmcot, mmcot_nets, mmcot_run
-from modgraft.recipes.mmcot import DEMO, NETS, ROWS, Net, Settings, nets_of, smaller, surgery
-from modgraft.recipes.mmcot_data import load_questions, load_run_tokenizer, settings_of
-from modgraft.recipes.mmcot_nets import load_net, predict
+from modgraft.recipes.mmcot import nets, recipe
+from modgraft.recipes.mmcot import run as mmcot_run
+from modgraft.recipes.mmcot.data import load_questions, load_run_tokenizer, settings_of
+from modgraft.recipes.mmcot.metrics import read_predictions
+from modgraft.recipes.mmcot.nets import load_net, predict
+from modgraft.recipes.mmcot.recipe import DEMO, NETS, ROWS, Net, Settings, nets_of, smaller, surgery
 from modgraft.report.run import read_run
 
 QUICK = ("--quick", "0.02", *SMALL)
@@ -70,17 +71,17 @@ def code_lines(function: object) -> list[str]:
 
 def test_the_surgery_is_at_most_ten_lines_and_no_class_is_a_t5() -> None:
     assert len(code_lines(surgery)) <= 10
-    classes = [c for _, c in inspect.getmembers(mmcot, inspect.isclass)]
-    own = [c for c in classes if c.__module__ == mmcot.__name__]
+    classes = [c for _, c in inspect.getmembers(recipe, inspect.isclass)]
+    own = [c for c in classes if c.__module__ == recipe.__name__]
     assert own
     assert not [c for c in own if issubclass(c, T5PreTrainedModel | torch.nn.Module)]
-    assert "def forward" not in inspect.getsource(mmcot)
+    assert "def forward" not in inspect.getsource(recipe)
 
 
 @pytest.mark.parametrize("key", ["stage1-modular", "stage2-modular"])
 def test_the_modular_variant_trains_at_most_15_percent(key: str) -> None:
     settings = Settings()
-    host = surgery(mmcot.text_t5(settings, 110, 0), NETS[key], 80, settings)
+    host = surgery(recipe.text_t5(settings, 110, 0), NETS[key], 80, settings)
     trained = sum(p.numel() for p in host.parameters() if p.requires_grad)
     share = trained / sum(p.numel() for p in host.parameters())
     assert 0.02 < share <= 0.15
@@ -131,7 +132,7 @@ def test_every_row_is_there_and_the_report_reads_it(run: Path) -> None:
 def test_rationales_are_handed_over_by_id(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = load_questions(run, 0).split("test")
     tokenizer, settings = load_run_tokenizer(run, 0), settings_of(run)
-    gold = mmcot.gold_rationales(questions, settings)
+    gold = recipe.gold_rationales(questions, settings)
 
     class Echo:
         """Writes what it reads."""
@@ -142,11 +143,9 @@ def test_rationales_are_handed_over_by_id(run: Path, monkeypatch: pytest.MonkeyP
         def generate(self, *, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
             return input_ids
 
-    real = mmcot_nets.load_net
-    monkeypatch.setattr(mmcot_nets, "load_net", lambda *args: Echo(real(*args)))
-    monkeypatch.setattr(
-        mmcot_nets, "rationales_written", lambda *_: dict(reversed(list(gold.items())))
-    )
+    real = nets.load_net
+    monkeypatch.setattr(nets, "load_net", lambda *args: Echo(real(*args)))
+    monkeypatch.setattr(nets, "rationales_written", lambda *_: dict(reversed(list(gold.items()))))
     made = {p.id: p for p in predict(run, 0, ROWS["fused"], questions, settings)}
     form = find_form(settings.answer)
     for record in questions:
@@ -159,7 +158,7 @@ def test_rationales_are_handed_over_by_id(run: Path, monkeypatch: pytest.MonkeyP
 def test_without_images_logits_are_bit_equal_to_the_text_models(run: Path, key: str) -> None:
     host = load_net(run, 0, key)
     questions, tokenizer = load_questions(run, 0).split("test"), load_run_tokenizer(run, 0)
-    rationales = mmcot.gold_rationales(questions, settings_of(run))
+    rationales = recipe.gold_rationales(questions, settings_of(run))
     form = find_form(getattr(settings_of(run), NETS[key].reads))
     texts = [form.input(r, rationales[r.id] if form.reads_rationale else None) for r in questions]
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
@@ -321,7 +320,7 @@ def test_asking_without_an_image_asks_the_text_model(
         seen.append((net.fusion, host.composition, len(questions.features)))
         return {"asked": "7 . The answer is (B)."}
 
-    monkeypatch.setattr("modgraft.recipes.mmcot_ask.write", write)
+    monkeypatch.setattr("modgraft.recipes.mmcot.ask.write", write)
     result = modgraft("mmcot", "ask", "-", "What is 3 plus 4?", "6", "7", "--run", run)
     assert result.code == 0
     assert "Answer (B) 7" in result.out

@@ -13,7 +13,7 @@ import pytest
 from modgraft.data.digits import digits_qa
 from modgraft.data.rationale import facts
 from modgraft.data.records import Record
-from modgraft.metrics import classify_error
+from modgraft.recipes.mmcot.metrics import classify_error
 
 # key, title, group, note, accuracy by family (read, compare, add, lookup, even, text)
 ROWS: list[tuple[str, str, str, str, tuple[int, ...]]] = [

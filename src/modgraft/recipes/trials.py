@@ -75,7 +75,7 @@ def recipe(name: str) -> Recipe:
     """
     if name not in NAMES:
         raise UnknownNameError.among("recipe", name, NAMES)
-    return import_module(f"modgraft.recipes.{name}").RECIPE
+    return import_module(f"modgraft.recipes.{name}.recipe").RECIPE
 
 
 def run(

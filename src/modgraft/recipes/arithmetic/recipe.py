@@ -22,7 +22,7 @@ from torch import nn
 
 import modgraft as mg
 from modgraft.data.docstrings import KINDS, excerpts
-from modgraft.recipes.arithmetic_lm import (
+from modgraft.recipes.arithmetic.language_model import (
     OPTIONS,
     Corpus,
     Judge,

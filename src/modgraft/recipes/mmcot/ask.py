@@ -14,11 +14,11 @@ from modgraft.data.extract import encode_images, open_image
 from modgraft.data.extract import load_vision as load_any_vision
 from modgraft.data.records import LETTERS, Questions, Record
 from modgraft.data.text import FORMS, rationale_of
-from modgraft.metrics import Prediction
 from modgraft.models.vision import load_vision, read_strip
-from modgraft.recipes.mmcot import NETS, Net, Settings, write
-from modgraft.recipes.mmcot_data import is_file, load_run_tokenizer, settings_of
-from modgraft.recipes.mmcot_nets import card_of, load_net
+from modgraft.recipes.mmcot.data import is_file, load_run_tokenizer, settings_of
+from modgraft.recipes.mmcot.metrics import Prediction
+from modgraft.recipes.mmcot.nets import card_of, load_net
+from modgraft.recipes.mmcot.recipe import NETS, Net, Settings, write
 
 
 def ask(

@@ -23,9 +23,7 @@ import modgraft as mg
 from modgraft.core.errors import CheckpointError, UnknownNameError
 from modgraft.core.files import read_json, write_json
 from modgraft.data.rationale import facts
-from modgraft.metrics import evaluate_predictions, write_predictions
-from modgraft.recipes.mmcot import ROWS, Settings, nets_of
-from modgraft.recipes.mmcot_data import (
+from modgraft.recipes.mmcot.data import (
     check,
     images_made,
     load_questions,
@@ -40,8 +38,10 @@ from modgraft.recipes.mmcot_data import (
     tested_split,
     text_made,
 )
-from modgraft.recipes.mmcot_nets import card_of, gates, predict, train_net
-from modgraft.recipes.mmcot_note import noted
+from modgraft.recipes.mmcot.metrics import evaluate_predictions, write_predictions
+from modgraft.recipes.mmcot.nets import card_of, gates, predict, train_net
+from modgraft.recipes.mmcot.note import noted
+from modgraft.recipes.mmcot.recipe import ROWS, Settings, nets_of
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.page import write as write_report
 

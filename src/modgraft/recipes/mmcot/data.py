@@ -21,7 +21,7 @@ from modgraft.data.scienceqa import load_scienceqa
 from modgraft.data.text import find_form
 from modgraft.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from modgraft.models.vision import save_strip, save_vision, train_vision
-from modgraft.recipes.mmcot import Net, Settings, gold_rationales, nets_of
+from modgraft.recipes.mmcot.recipe import Net, Settings, gold_rationales, nets_of
 
 FORMS_READ = ("rationale", "answer", "direct", "explain")
 """The settings that name text forms."""

@@ -22,7 +22,7 @@ from modgraft.data.tokenizer import load_tokenizer, save_tokenizer, train_pieces
 from modgraft.models.t5 import copy_init, small_t5
 
 if TYPE_CHECKING:
-    from modgraft.recipes.flan_vs_modules import Settings
+    from modgraft.recipes.flan_vs_modules.recipe import Settings
 
 SENTINELS = 8
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 import modgraft as mg
 from modgraft.data.cldr import KINDS
 from modgraft.models.bag import Bag
-from modgraft.recipes.madx_data import Corpus
+from modgraft.recipes.madx.data import Corpus
 from modgraft.recipes.trials import Recipe
 from modgraft.report.figures import Scheme
 

@@ -19,8 +19,15 @@ from modgraft.core.files import read_json, write_json
 from modgraft.data.rationale import facts
 from modgraft.data.records import Questions
 from modgraft.data.text import find_form, rationale_of
-from modgraft.metrics import Prediction
-from modgraft.recipes.mmcot import (
+from modgraft.recipes.mmcot.data import (
+    load_questions,
+    load_run_tokenizer,
+    load_strips,
+    reads_features,
+    settings_of,
+)
+from modgraft.recipes.mmcot.metrics import Prediction
+from modgraft.recipes.mmcot.recipe import (
     NETS,
     Row,
     Settings,
@@ -30,13 +37,6 @@ from modgraft.recipes.mmcot import (
     text_t5,
     train,
     write,
-)
-from modgraft.recipes.mmcot_data import (
-    load_questions,
-    load_run_tokenizer,
-    load_strips,
-    reads_features,
-    settings_of,
 )
 from modgraft.store.fingerprint import fingerprint
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import modgraft as mg
 from modgraft.data.families import FAMILIES, Example
-from modgraft.recipes.flan_nets import Arm, Lab, batches, size
+from modgraft.recipes.flan_vs_modules.lab import Arm, Lab, batches, size
 from modgraft.recipes.trials import Recipe
 from modgraft.report.figures import Scheme
 

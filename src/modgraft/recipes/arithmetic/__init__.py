@@ -1,0 +1,1 @@
+"""Task arithmetic: modules of skills, added and subtracted."""

@@ -1,0 +1,1 @@
+"""One model of all tasks against a module for each."""
