@@ -243,7 +243,7 @@ def real(folder: Path) -> list[Claim]:
 def starting() -> list[Claim]:
     """How long the command line and the package take to be there, each in a process of its own."""
     command = (
-        "import sys; sys.argv = ['modgraft', '--help']; from modgraft.cli import entry; entry()"
+        "import sys; sys.argv = ['modgraft', '--help']; from modgraft.cli.app import entry; entry()"
     )
     package = "import modgraft.log"
     public = "from modgraft.log import *"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import modgraft as mg
 from hosts import HOSTS, QV
-from modgraft.cli import app
+from modgraft.cli.app import app
 from modgraft.core.errors import DataError, SiteError
 from modgraft.host.describe import lora_cost, rows_of
 
@@ -198,7 +198,7 @@ def test_inspect_says_what_it_fetches_before_it_does() -> None:
 
 def test_help_is_there_before_torch_is() -> None:
     code = (
-        "import sys; from modgraft.cli import app\n"
+        "import sys; from modgraft.cli.app import app\n"
         "try: app(['inspect', '--help'])\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
@@ -210,7 +210,7 @@ def test_help_is_there_before_torch_is() -> None:
 
 
 def test_meta_models_take_no_memory(tmp_path: Path) -> None:
-    from modgraft.cli_inspect import read_model
+    from modgraft.cli.inspect import read_model
 
     assert {p.device for p in read_model(str(saved(tmp_path))).parameters()} == {
         torch.device("meta")

@@ -222,7 +222,7 @@ def modules(code: str) -> set[str]:
 
 COMMAND = """
 sys.argv = ["modgraft", {}]
-from modgraft.cli import entry
+from modgraft.cli.app import entry
 try:
     entry()
 except SystemExit as stop:

@@ -59,7 +59,7 @@ class Editor:
         return (self.folder / name).as_uri()
 
     async def start(self, encodings: list[t.PositionEncodingKind | str]) -> None:
-        run = "from modgraft.cli import entry; entry()"
+        run = "from modgraft.cli.app import entry; entry()"
         await self.client.start_io(sys.executable, "-c", run, "log", "lsp")
         general = t.GeneralClientCapabilities(position_encodings=encodings)
         await self.client.initialize_async(

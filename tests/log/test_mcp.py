@@ -50,7 +50,7 @@ class Assistant:
         return result.structured_content
 
 
-COMMAND = "import modgraft.cli; modgraft.cli.entry()"
+COMMAND = "import modgraft.cli.app; modgraft.cli.app.entry()"
 
 
 @contextmanager

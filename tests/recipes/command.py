@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-from modgraft.cli import entry
+from modgraft.cli.app import entry
 
 SMALL = [
     *("--steps", "30", "--batch", "8"),

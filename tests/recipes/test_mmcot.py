@@ -381,7 +381,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(run: Path, tmp_path: Path
     folder = tmp_path / "run"
     args = ["mmcot", "train", "--run", str(folder), "--rows", "text", *QUICK]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from modgraft.cli import entry; entry()", *args],
+        [sys.executable, "-c", "from modgraft.cli.app import entry; entry()", *args],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     curve, net = folder / "seed0/stage1-text/metrics.jsonl", folder / "seed0/stage1-text/net.json"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modgraft.cli_log import Bib, Json
+from modgraft.cli.log import Bib, Json
 from modgraft.core.errors import ModgraftError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def check(
 
       modgraft log check --fix --code mojibake --code near-key
     """
-    from modgraft.cli_log_show import show_problems
+    from modgraft.cli.log_show import show_problems
     from modgraft.log.check import apply_fixes
     from modgraft.log.check import check as found_in
     from modgraft.log.index.bibliography import Bibliography

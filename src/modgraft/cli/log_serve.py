@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from modgraft.cli_log import Bib, In, opened
+from modgraft.cli.log import Bib, In, opened
 from modgraft.core.errors import ModgraftError
 
 EXTRA = ("mcp", "pygls", "lsprotocol", "starlette", "uvicorn", "anyio", "httpx2")

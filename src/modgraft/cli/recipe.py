@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from modgraft.cli_options import (
+from modgraft.cli.options import (
     JOBS,
     Change,
     Fresh,
