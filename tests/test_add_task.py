@@ -19,7 +19,7 @@ def test_a_task_more_leaves_the_others_to_the_bit(
     name: str, hidden: int | None, tmp_path: Path
 ) -> None:
     module, at = METHODS[name]
-    host, needs = grafted(module, at, hidden=hidden), module.needs is not None
+    host, needs = grafted(module, at, hidden=hidden), module.side_source is not None
     host.implant("qa", mg.LoRA(rank=2), at=QV, active=False)
     with torch.no_grad():
         host["qa"].places[0].B.normal_(0, 0.3)

@@ -54,7 +54,7 @@ def test_it_generates_the_tensors_of_any_method(
     """Each task is the method itself, with the tensors that the equation gives for it."""
     module, at = METHODS[name]
     host = grafted(module, at, hidden=hidden).double()
-    needs = module.needs is not None
+    needs = module.side_source is not None
     plain = mg.Host(HOSTS["bert"].model()).eval()
     plain.implant("m", module, at=at).double()
     plain.double()
@@ -106,11 +106,11 @@ def drawn(h: mg.Implant, place: Any, task: int, key: str, shape: torch.Size) -> 
 def test_each_task_is_born_as_its_module(name: str) -> None:
     module, at = METHODS[name]
     host = grafted(module, at, stir=False)
-    needs = module.needs is not None
+    needs = module.side_source is not None
     bare = run(host, None)
     for task in (FR, DE):
         assert torch.equal(run(host, task, needs=needs), bare) == module.identity
-        for _, view in host["h"].acting(task):
+        for _, view in host["h"].at_sites(task):
             start = {k: b for k, b in host["h"].places[0].state_dict().items() if "bias" in k}
             for key, shape in shapes(module, at).items():
                 drawn_at_birth = start[f"generator.heads.{key.replace('.', '-')}-{shape}.bias"]
@@ -146,7 +146,7 @@ def test_gradients() -> None:
 def test_a_task_becomes_a_module_of_its_own(name: str, tmp_path: Path) -> None:
     """It computes what the task did, to the bit, and is saved and loaded without the generator."""
     module, at = METHODS[name]
-    host, needs = grafted(module, at), module.needs is not None
+    host, needs = grafted(module, at), module.side_source is not None
     out = run(host, DE, needs=needs)
     made = mg.own_module(host, DE, into="de")
     assert repr(made.method) == repr(module)
@@ -327,7 +327,7 @@ def test_what_it_costs_is_what_the_page_says() -> None:
 
 def test_buffers_are_one_for_all_tasks() -> None:
     host = grafted(mg.SparseSubnetwork(), "query")
-    one, two = host["h"].places[0].acting()
+    one, two = host["h"].places[0].per_task()
     mask = torch.rand(WIDTH, WIDTH) < 0.5
     one.prune(mask)
     assert torch.equal(two.get_buffer("mask"), mask)

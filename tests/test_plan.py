@@ -10,7 +10,7 @@ from torch import Tensor
 
 import modgraft as mg
 from hosts import HOSTS, ids
-from modgraft.engine.kernels.tensor_cache import Kept
+from modgraft.engine.kernels.tensor_cache import TensorCache
 from modgraft.engine.plan import Plan
 from modgraft.engine.run import STATE
 
@@ -203,7 +203,7 @@ def test_modules_made_in_inference_mode_act_and_their_writes_are_seen() -> None:
         assert torch.equal(host(**batch, modules=composition).logits, bare)
 
 
-@pytest.mark.parametrize(("kind", "question"), [(Kept, "_holds"), (Plan, "holds")])
+@pytest.mark.parametrize(("kind", "question"), [(TensorCache, "_holds"), (Plan, "holds")])
 def test_whether_what_is_remembered_holds_is_asked_once_a_generate(
     monkeypatch: pytest.MonkeyPatch, kind: type, question: str
 ) -> None:

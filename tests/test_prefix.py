@@ -294,7 +294,7 @@ class FromSide(mg.KeyValueComposition):
     source: str = "image"
 
     @property
-    def needs(self) -> str:
+    def side_source(self) -> str:
         return self.source
 
     def build(self, site: mg.Site) -> None:

@@ -46,7 +46,7 @@ def stirred(module: mg.Computation, at: Any, name: str = "bert") -> mg.Host:
 
 def run(host: mg.Host, name: str = "bert") -> Tensor:
     kind = next(host.parameters()).dtype
-    needs = any(host[n].method.needs for n in host.implants)
+    needs = any(host[n].method.side_source for n in host.implants)
     with torch.no_grad():
         given = {"image": side().to(kind)}
         return tensor_of(host(**HOSTS[name].batch(), **({"side": given} if needs else {})))
@@ -109,7 +109,7 @@ def test_a_shared_gradient_is_the_sum_over_its_sites(name: str) -> None:
     for place in apart["m"].places:
         place.load_state_dict(tensors)
     batch = HOSTS["bert"].batch()
-    kw = {"side": {"image": side(dtype=torch.float64)}} if module.needs else {}
+    kw = {"side": {"image": side(dtype=torch.float64)}} if module.side_source else {}
     for one in (host, apart):
         one(**batch, **kw).logits.square().mean().backward()
     for key, p in host["m"].places[0].named_parameters():

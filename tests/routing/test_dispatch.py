@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import modgraft as mg
-from modgraft.engine.dispatch import Bank, Blocks
+from modgraft.engine.dispatch import Blocks, ExpertBatch
 
 KINDS = {
     "lora": (lambda: mg.LoRA(rank=2), "transformer.h.*.attn.c_attn"),
@@ -62,14 +62,14 @@ def test_it_is_the_loop_over_modules(
     monkeypatch.setattr(
         "modgraft.routing.mixture._few", lambda chosen: True
     )  # also where many are picked
-    made: list[Bank | None] = []
-    whole = Bank.of
+    made: list[ExpertBatch | None] = []
+    whole = ExpertBatch.of
     host = host_with(kind, ROUTERS[router]())
-    monkeypatch.setattr(Bank, "of", lambda members: made.append(whole(members)) or made[-1])
+    monkeypatch.setattr(ExpertBatch, "of", lambda members: made.append(whole(members)) or made[-1])
     stacked = results(host)
     assert made
     assert all(bank is not None for bank in made), "this test is of stacked modules"
-    monkeypatch.setattr(Bank, "of", lambda members: None)
+    monkeypatch.setattr(ExpertBatch, "of", lambda members: None)
     alone = results(host_with(kind, ROUTERS[router]()))
     # a module that was not picked has no gradient from the loop, and zeros over stacked tensors
     by_size = [g for g in stacked[1:] if g.abs().max() > 0]
@@ -130,7 +130,7 @@ def test_modules_of_several_kinds_are_run_one_by_one(monkeypatch: pytest.MonkeyP
     host = host_with("lora", mg.TopK(2, level="token"), count=3)
     host.implant("other", mg.LoRA(rank=3), "transformer.h.*.attn.c_attn", active=False)
     host.implant("both", mg.Mixture(["m0", "m1", "other"], router=mg.TopK(1, level="token")))
-    monkeypatch.setattr(Bank, "add", None)  # nobody calls it
+    monkeypatch.setattr(ExpertBatch, "add", None)  # nobody calls it
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         moved = (
@@ -141,7 +141,7 @@ def test_modules_of_several_kinds_are_run_one_by_one(monkeypatch: pytest.MonkeyP
 
 def test_of_many_picks_each_module_is_run_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     host = host_with("lora", mg.Soft(level="token"))
-    monkeypatch.setattr(Bank, "add", None)
+    monkeypatch.setattr(ExpertBatch, "add", None)
     with torch.no_grad():
         host(input_ids=torch.arange(12).view(2, 6))
     assert all(use.dead == () for use in host["mix"].stats())

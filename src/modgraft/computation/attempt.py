@@ -73,7 +73,7 @@ class Attempt(TokenComposition):
         return SoftPrompt(length=self.length, init=self.init, at_start=self.at_start)
 
     @property
-    def needs(self) -> str:  # noqa: D102
+    def side_source(self) -> str:  # noqa: D102
         return EXAMPLE
 
     @property
@@ -92,7 +92,7 @@ class Attempt(TokenComposition):
                 raise ModgraftError(
                     f"{what}puts no tokens before the input; mg.Mixture([…]) is over such modules"
                 )
-            if method.needs is not None:
+            if method.side_source is not None:
                 raise ModgraftError(f"{what}depends on the input itself; name prompts that do not")
 
     def join(self, members: Mapping[str, Computation]) -> None:

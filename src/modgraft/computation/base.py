@@ -38,17 +38,17 @@ class Computation(Configured):
     """The selection of sites that is meant when none is given; None: one has to be given."""
 
     @property
-    def needs(self) -> str | None:
+    def side_source(self) -> str | None:
         """The name of the side input it reads, None if it reads none."""
         return None
 
     @property
     def by_token(self) -> bool:
         """Whether what it does to one token depends on that token alone: tokens can be routed."""
-        return self.needs is None
+        return self.side_source is None
 
     @property
-    def stacks(self) -> bool:
+    def can_batch(self) -> bool:
         """Whether many of one shape run as one over stacked tensors, one for each example of a
         batch, and each still costs what it is: a dense Δ for each would be a weight for each."""
         return False
@@ -59,15 +59,15 @@ class Computation(Configured):
         return ()
 
     @property
-    def acts(self) -> Computation:
+    def inner(self) -> Computation:
         """The computation that acts at the sites: itself, or what a method over others wraps."""
         return self
 
-    def named(self, name: str) -> list[str]:
+    def task_names(self, name: str) -> list[str]:
         """What compositions call it under ``name``: that, or ``"name['task']"`` for each task."""
         return [name]
 
-    def acting(self) -> list[Computation]:
+    def per_task(self) -> list[Computation]:
         """Of a built place: what acts there under each of the :meth:`named`."""
         return [self]
 
@@ -102,19 +102,19 @@ class Computation(Configured):
             ModgraftError: where the method is not defined at such a site.
         """
 
-    def across(self, sites: Sequence[Site]) -> list[Computation]:
+    def build_all(self, sites: Sequence[Site]) -> list[Computation]:
         """The module built over all its sites: a place for each."""
         places: list[Computation] = [self.at(site) for site in sites]
         for place in places[1:]:
-            place.tie(places[0])
+            place.share_with(places[0])
         return places
 
-    def tie(self, first: Computation) -> None:
+    def share_with(self, first: Computation) -> None:
         """Use the parameters of ``first``, built for the module's first site, where the method
         shares some over all its sites; ``first`` alone owns them. Most share none.
         """
 
-    def expect(self, tensors: Mapping[str, Tensor]) -> None:
+    def resize_to(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the sizes that stored ``tensors`` (by name) have, where training decided them.
 
         Most methods' sizes follow from the configuration and the site, and nothing is done.
@@ -141,7 +141,7 @@ class ParameterComposition(Computation):
         return None
 
     @property
-    def in_weights(self) -> bool:
+    def is_weight_change(self) -> bool:
         """Whether it is f at θ + Δ now; False while it treats the input in a way of its own."""
         return True
 
@@ -149,7 +149,7 @@ class ParameterComposition(Computation):
         """B ``[out, r]``, A ``[r, in]`` and s with Δ = s·BA for a Δ of low rank, else None."""
         return None
 
-    def alone(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+    def fused_forward(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
         """f(x; θ + Δ) by the layer's own f, where that is all it takes; None where it is not."""
         return None
 
@@ -172,22 +172,22 @@ class FunctionComposition(Computation):
 
     def at(self, site: Site) -> Self:  # noqa: D102
         check_features(type(self).__name__, site)
-        if self.needs is not None and site.time_first:
+        if self.side_source is not None and site.time_first:
             raise SiteError(
                 f"{type(self).__name__} at {site.label or 'the host itself'}: this "
                 f"{type(site.module).__name__} puts out [n, B, d], where an example's side input "
-                f"{self.needs!r} cannot be told from a step's; make it with batch_first=True"
+                f"{self.side_source!r} cannot be told from a step's; make it with batch_first=True"
             )
         return super().at(site)
 
     @property
     def by_token(self) -> bool:
         """Whether what it does to one token depends on that token alone: tokens can be routed."""
-        return self.needs is None
+        return self.side_source is None
 
     @property
-    def stacks(self) -> bool:  # noqa: D102
-        return self.needs is None
+    def can_batch(self) -> bool:  # noqa: D102
+        return self.side_source is None
 
     @abstractmethod
     def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:

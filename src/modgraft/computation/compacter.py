@@ -94,7 +94,7 @@ class Compacter(FunctionComposition):
         self.b_down = nn.Parameter(torch.zeros(m))
         self.b_up = nn.Parameter(torch.zeros(d))
 
-    def tie(self, first: Computation) -> None:
+    def share_with(self, first: Computation) -> None:
         """Use the A of the first site."""
         if self.shared:
             borrow(self, ["A"], Owner(first))

@@ -60,7 +60,7 @@ class GatedFusion(FunctionComposition):
             raise ModgraftError(f"GatedFusion(dim={self.dim}): the features have a positive width")
 
     @property
-    def needs(self) -> str:  # noqa: D102
+    def side_source(self) -> str:  # noqa: D102
         return self.source
 
     def build(self, site: Site) -> None:  # noqa: D102

@@ -120,13 +120,13 @@ class HyperNetwork(Wrapping):
         if isinstance(self.module, Wrapping):
             raise ModgraftError(
                 f"HyperNetwork({self.module!r}, …): one generator serves all sites already; write "
-                f"HyperNetwork({self.module.acts!r}, tasks={self.tasks!r})"
+                f"HyperNetwork({self.module.inner!r}, tasks={self.tasks!r})"
             )
 
-    def named(self, name: str) -> list[str]:  # noqa: D102
+    def task_names(self, name: str) -> list[str]:  # noqa: D102
         return [f"{name}[{task!r}]" for task in self.tasks]
 
-    def acting(self) -> list[Computation]:  # noqa: D102
+    def per_task(self) -> list[Computation]:  # noqa: D102
         return list(self.views)  # type: ignore[arg-type]
 
     def and_task(self, task: str) -> HyperNetwork:
@@ -151,7 +151,7 @@ class HyperNetwork(Wrapping):
         generator: Any = places[0].generator
         known = torch.stack([t.detach() for t in generator.tasks])  # [tasks, e]
         new = nn.Parameter(known.mean(dim=0) if start is None else known[start].clone())
-        views = self.module.across(sites)
+        views = self.module.build_all(sites)
         generator.tasks.append(new)
         for place, view in zip(places, views, strict=True):
             place.tasks = self.tasks
@@ -167,8 +167,8 @@ class HyperNetwork(Wrapping):
         borrow(view, shapes, Generated(generator, self, len(views), shapes))
         views.append(view)
 
-    def across(self, sites: Sequence[Site]) -> list[Computation]:  # noqa: D102
-        built = self.module.across(sites)
+    def build_all(self, sites: Sequence[Site]) -> list[Computation]:  # noqa: D102
+        built = self.module.build_all(sites)
         start: dict[str, Tensor] = {}
         for view in built:
             for key, tensor in view.named_parameters():

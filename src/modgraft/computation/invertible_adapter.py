@@ -65,7 +65,7 @@ class InvertibleAdapter(FunctionComposition):
         for zero in (self.D_F.bias, self.D_G.bias, *self.U_F.parameters(), *self.U_G.parameters()):
             nn.init.zeros_(zero)
 
-    def tie(self, first: Computation) -> None:
+    def share_with(self, first: Computation) -> None:
         """Use all tensors of the first site."""
         assert isinstance(first, InvertibleAdapter)  # noqa: S101
         if first._width != self._width:

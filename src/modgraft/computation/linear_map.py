@@ -42,7 +42,7 @@ class LinearMap(TokenComposition):
             )
 
     @property
-    def needs(self) -> str:  # noqa: D102
+    def side_source(self) -> str:  # noqa: D102
         return self.source
 
     def build(self, site: Site) -> None:  # noqa: D102

@@ -118,14 +118,14 @@ class LoRA(ParameterComposition):
         return self.b if self.bias else None
 
     @property
-    def in_weights(self) -> bool:  # noqa: D102
+    def is_weight_change(self) -> bool:  # noqa: D102
         return not (self.dropout and self.training)
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:  # noqa: D102
         return None if self.dora else (self.B, self.A, self.scale)
 
     @property
-    def stacks(self) -> bool:  # noqa: D102
+    def can_batch(self) -> bool:  # noqa: D102
         return not self.dora and not (self.dropout and self.training)
 
     def effect(

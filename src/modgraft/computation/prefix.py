@@ -64,7 +64,7 @@ class Prefix(KeyValueComposition):
             self.hidden = nn.Linear(site.width, self.reparametrise)
             self.out = nn.Linear(self.reparametrise, 2 * self.heads * self.width)
 
-    def tie(self, first: Computation) -> None:
+    def share_with(self, first: Computation) -> None:
         """Use the embedding and the first layer of the first site's MLP."""
         if self.reparametrise is not None:
             borrow(self, ["embedding", "hidden.weight", "hidden.bias"], Owner(first))

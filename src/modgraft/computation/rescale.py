@@ -78,14 +78,14 @@ class Rescale(ParameterComposition):
     def bias_delta(self, bias: Tensor | None) -> Tensor | None:  # noqa: D102
         return None if bias is None or self.where == "input" else bias * (self.phi - 1)
 
-    def alone(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:  # noqa: D102
+    def fused_forward(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:  # noqa: D102
         if self.where == "input":
             return f((x * self.phi).to(x.dtype))
         y = f(x)
         return (y * self.phi).to(y.dtype)  # under autocast y is in half precision, φ is not
 
     @property
-    def stacks(self) -> bool:  # noqa: D102
+    def can_batch(self) -> bool:  # noqa: D102
         return True
 
     def effect(

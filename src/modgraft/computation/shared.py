@@ -49,14 +49,14 @@ class Shared(Wrapping):
             )
         if not isinstance(self.group, str):
             self.group = tuple(self.group)
-        if self.module.named("m") != ["m"]:
+        if self.module.task_names("m") != ["m"]:
             raise ModgraftError(
                 f"Shared({self.module!r}): a {type(self.module).__name__} is one for all its sites "
                 f"already; leave Shared out"
             )
 
-    def across(self, sites: Sequence[Site]) -> list[Computation]:  # noqa: D102
-        places = self.module.across(sites)
+    def build_all(self, sites: Sequence[Site]) -> list[Computation]:  # noqa: D102
+        places = self.module.build_all(sites)
         shapes = [{k: list(t.shape) for k, t in place.state_dict().items()} for place in places]
         self._check_names(shapes)
         for first, *others in self._groups(sites):

@@ -153,7 +153,7 @@ class SparseDelta(ParameterComposition):
         fresh = self.values.detach().new_zeros(indices.numel())
         self.values = nn.Parameter(fresh, requires_grad=self.values.requires_grad)
 
-    def expect(self, tensors: Mapping[str, Tensor]) -> None:
+    def resize_to(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the mask of a stored module, which its configuration does not say."""
         indices, values = tensors["indices"], tensors["values"]
         if indices.shape == values.shape:
@@ -166,7 +166,7 @@ class SparseDelta(ParameterComposition):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
         stored = {k: state_dict[prefix + k] for k in self.state_dict() if prefix + k in state_dict}
         if any(own.shape != stored.get(k, own).shape for k, own in self.state_dict().items()):
-            self.expect({**self.state_dict(), **stored})
+            self.resize_to({**self.state_dict(), **stored})
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 

@@ -24,12 +24,12 @@ class Wrapping(Computation):
         return self.module.identity
 
     @property
-    def needs(self) -> str | None:  # noqa: D102
-        return self.module.needs
+    def side_source(self) -> str | None:  # noqa: D102
+        return self.module.side_source
 
     @property
-    def acts(self) -> Computation:  # noqa: D102
-        return self.module.acts
+    def inner(self) -> Computation:  # noqa: D102
+        return self.module.inner
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

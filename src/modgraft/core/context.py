@@ -190,7 +190,7 @@ class Context:
         self.mirrored: Expression | None = None  # the composition that the weights are of
         self.switches: Expression | None = None  # all that is resident
         self.traced = Call(None)
-        self.first: set[str] = set()  # the modules that put tokens before the input
+        self.token_modules: set[str] = set()  # the modules that put tokens before the input
         self.leading: tuple[str, ...] = ()  # those of them in the composition, in order
 
     def now(self) -> Call:
@@ -202,7 +202,7 @@ class Context:
         composition = self.switches if self.in_line else self.mirrored
         return replace(self.traced, composition=composition)
 
-    def first_in(self, composition: Expression) -> tuple[str, ...]:
+    def token_modules_in(self, composition: Expression) -> tuple[str, ...]:
         """The modules that put tokens before the input, in the order of ``composition``.
 
         They change shapes, so that a graph is bound to which of them do.
@@ -210,7 +210,7 @@ class Context:
         if torch.compiler.is_compiling():
             given = self.traced.composition
             return self.leading if given is None or switched(given) else composition.names()
-        return tuple(name for name in composition.names() if name in self.first)
+        return tuple(name for name in composition.names() if name in self.token_modules)
 
     def current(self) -> Call:
         """The call under way, or one of the composition in force and no side input."""
@@ -233,7 +233,7 @@ class Context:
         self.mirrored = composition
         weights = {} if composition is None else composition.weights()
         weights = {n: w for n, w in weights.items() if not isinstance(w, Tensor)}
-        self.leading = tuple(name for name in weights if name in self.first)
+        self.leading = tuple(name for name in weights if name in self.token_modules)
         self.in_line = (
             composition is None
             or all(name in self.additive for name in composition.names())
@@ -246,7 +246,7 @@ class Context:
             self.weights[name].fill_(weight)
         self.on = tuple(weights)
 
-    def resident(self, name: str, device: torch.device, additive: bool) -> None:
+    def add(self, name: str, device: torch.device, additive: bool) -> None:
         """A new module has come; ``additive`` says that it is a change of weights."""
         if additive:
             self.additive.add(name)
@@ -254,7 +254,7 @@ class Context:
         self.order[name] = 1 + max(self.order.values(), default=0)
         self._line_up()
 
-    def gone(self, name: str) -> None:
+    def remove(self, name: str) -> None:
         """A module has left."""
         del self.weights[name], self.order[name]
         self.additive.discard(name)

@@ -19,11 +19,11 @@ from modgraft.computation.base import Computation
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
 from modgraft.core.tensors import replaced
-from modgraft.engine.kernels.batched import Stacked, stackable
+from modgraft.engine.kernels.batched import Batched, batch_key
 
 if TYPE_CHECKING:
     from modgraft.engine.plan import Entry
-    from modgraft.engine.run import At
+    from modgraft.engine.run import Applier
 
 FEW = 4
 """Picks of a low-rank module, on average, from which on a copy of it for a block is worth its time.
@@ -31,7 +31,7 @@ FEW = 4
 
 
 @dataclass
-class Bank:
+class ExpertBatch:
     """Modules of one kind and shape at one site, of which a router picks.
 
     Attributes:
@@ -40,7 +40,7 @@ class Bank:
         columns: which of the mixture's modules they are; None: all.
     """
 
-    slots: list[tuple[Entry, Stacked]]
+    slots: list[tuple[Entry, Batched]]
     columns: list[int] | None
 
     @classmethod
@@ -58,10 +58,10 @@ class Bank:
         for entries in zip(*here, strict=True):
             if len({_shape(entry) for entry in entries} | {None}) != 2:
                 return None
-            slots.append((entries[0], Stacked([entry.module for entry in entries])))  # type: ignore[misc]
+            slots.append((entries[0], Batched([entry.module for entry in entries])))  # type: ignore[misc]
         return cls(slots, None if len(here) == len(members) else columns)
 
-    def takes(self, at: At, chosen: Tensor, y: Tensor) -> bool:
+    def takes(self, at: Applier, chosen: Tensor, y: Tensor) -> bool:
         """Whether what it is asked has a form that it knows: features last, examples in rows."""
         if feature_axis(at.site.host) != -1 or y.dim() not in (2, 3):
             return False
@@ -70,7 +70,7 @@ class Bank:
             return False
         return all(stacked.like.by_token for _, stacked in self.slots)
 
-    def add(self, at: At, chosen: Tensor, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
+    def add(self, at: Applier, chosen: Tensor, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
         """``total`` + weight · Σ_j α_j (h_j(y) − y), of the modules with α_j ≠ 0.
 
         Args:
@@ -104,11 +104,11 @@ def _shape(entry: Entry) -> object:
     own = entry.module
     if not isinstance(own, Computation) or entry.residual or entry.parameter is not None:
         return None
-    kind = None if own.needs is not None else stackable(own)
+    kind = None if own.side_source is not None else batch_key(own)
     return None if kind is None else (kind, entry.part)
 
 
-def _effect(at: At, blocks: Blocks, entry: Entry, stacked: Stacked, own: Tensor) -> Tensor:
+def _effect(at: Applier, blocks: Blocks, entry: Entry, stacked: Batched, own: Tensor) -> Tensor:
     """Σ α_j (h_j(y) − y) of each row."""
     x = None if at.x is None else blocks.lay(at.x)
     if not entry.changes_weight:

@@ -33,7 +33,7 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
     axis = feature_axis(host)
     state.add(Entry(name, module, site.part, site.residual, site.parameter, axis))
     if isinstance(module, TokenComposition) and not site.path:
-        context.first.add(name)
+        context.token_modules.add(name)
         for inner in inner_sites(site):
             graft(inner, name, module, context)
 
@@ -45,7 +45,7 @@ def prune(host: nn.Module, name: str) -> None:
         return
     gone = state.drop(name)
     if not state.path and any(isinstance(e.module, TokenComposition) for e in gone):
-        state.context.first.discard(name)
+        state.context.token_modules.discard(name)
         for inner in inner_sites(Site("", host, None, host)):
             prune(inner.module, name)
     if not state.named:

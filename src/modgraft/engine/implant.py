@@ -30,7 +30,7 @@ class Implant(nn.Module, ex.Composable):
         self.name = name
         self.describe(method)
         self.paths = tuple(site.label for site in sites)
-        self.places = nn.ModuleList(method.across(sites))
+        self.places = nn.ModuleList(method.build_all(sites))
 
     @property
     def method(self) -> Computation:
@@ -44,7 +44,7 @@ class Implant(nn.Module, ex.Composable):
     @property
     def names(self) -> list[str]:
         """What compositions call it: its name, or ``"name['task']"`` for each of its tasks."""
-        return self.method.named(self.name)
+        return self.method.task_names(self.name)
 
     def expression(self) -> ex.Expression:
         """It, in a composition: ``host["fr"] >> host["qa"]``.
@@ -89,11 +89,11 @@ class Implant(nn.Module, ex.Composable):
                 place.tally.reset()  # type: ignore[union-attr]
         return found
 
-    def acting(self, name: str) -> list[tuple[str, Computation]]:
+    def at_sites(self, name: str) -> list[tuple[str, Computation]]:
         """What acts under ``name``, one of :attr:`names`, by the label of the site."""
         index = self.names.index(name)
         return [
-            (label, place.acting()[index])  # type: ignore[operator]
+            (label, place.per_task()[index])  # type: ignore[operator]
             for label, place in zip(self.paths, self.places, strict=True)
         ]
 

@@ -25,9 +25,9 @@ from modgraft.computation.base import (
 from modgraft.core.context import once_in_a_call
 from modgraft.core.expression import Chain, Expression, Name, chain
 from modgraft.core.per_example import Each
-from modgraft.engine.kernels.batched import Stacked, stackable
+from modgraft.engine.kernels.batched import Batched, batch_key
 from modgraft.engine.kernels.linear import Change, Merged
-from modgraft.engine.kernels.tensor_cache import Kept
+from modgraft.engine.kernels.tensor_cache import TensorCache
 from modgraft.routing.mixture import Routed
 
 _training = attrgetter("training")
@@ -40,7 +40,7 @@ class Entry:
     """One module at one site."""
 
     name: str
-    module: Computation | Stacked | Routed
+    module: Computation | Batched | Routed
     part: tuple[int, int] | None
     residual: bool = False
     parameter: str | None = None
@@ -50,7 +50,7 @@ class Entry:
     def changes_weight(self) -> bool:
         """Whether it is f at θ + Δ."""
         return isinstance(self.module, ParameterComposition) or (
-            isinstance(self.module, Stacked) and self.module.of_weights
+            isinstance(self.module, Batched) and self.module.of_weights
         )
 
     @property
@@ -132,7 +132,7 @@ class Plan:
     groups: list[Group]
     modules: list[Computation]
     training: list[bool]
-    before: Kept | None = None
+    before: TensorCache | None = None
 
     def holds(self) -> bool:
         """Whether it would still be planned like that."""
@@ -145,10 +145,10 @@ def planned(entries: Mapping[str, list[Entry]], composition: Expression) -> Plan
     used = [e.module for name in names for e in entries.get(name, ())]
     modules = [module for module in used if isinstance(module, Computation)]
     keys_values = [module for module in modules if isinstance(module, KeyValueComposition)]
-    own = all(module.needs is None and not borrows(module) for module in keys_values)
+    own = all(module.side_source is None and not borrows(module) for module in keys_values)
     mixed = any(isinstance(module, Routed) for module in used)
     watched = modules if isinstance(composition, Each) else []
-    before = Kept(keys_values) if own and not mixed else None
+    before = TensorCache(keys_values) if own and not mixed else None
     found = groups(entries, composition, stacks=True)
     return Plan(composition, found, watched, list(map(_training, watched)), before)
 
@@ -244,9 +244,9 @@ def _shape(expression: Expression, entries: Mapping[str, list[Entry]]) -> object
     kinds = []
     for name in slots:
         for entry in entries[name]:
-            if entry.residual or entry.parameter or isinstance(entry.module, Routed | Stacked):
+            if entry.residual or entry.parameter or isinstance(entry.module, Routed | Batched):
                 return None
-            kind = stackable(entry.module)
+            kind = batch_key(entry.module)
             if kind is None:
                 return None
             kinds.append((slots[name], kind, entry.part))
@@ -264,7 +264,7 @@ def _stacked(
     for s in range(len(of_row[0])):
         first = entries[of_row[0][s]]
         slots[f"s{s}"] = [
-            replace(entry, module=Stacked([entries[names[s]][k].module for names in of_row]))  # type: ignore[misc]
+            replace(entry, module=Batched([entries[names[s]][k].module for names in of_row]))  # type: ignore[misc]
             for k, entry in enumerate(first)
         ]
     names = {name: f"s{i}" for i, name in enumerate(some[0][0].names())}

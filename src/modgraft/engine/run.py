@@ -27,7 +27,7 @@ from modgraft.core.per_example import Each
 from modgraft.core.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
 from modgraft.engine import shared_input as together
 from modgraft.engine.inputs.tokens import active_inputs, call_with_tokens, missing_side
-from modgraft.engine.kernels.batched import Stacked
+from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.kernels.functional_call import run as run_changed
 from modgraft.engine.kernels.linear import Change, Merged, one_product
 from modgraft.engine.plan import Entry, Group, Plan, groups, remembered
@@ -92,12 +92,12 @@ def run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict)
     plan = state.plan(composition)
     if not plan:
         return forward(host, *args, **kwargs)
-    inputs = active_inputs(state, state.context.first_in(composition))
+    inputs = active_inputs(state, state.context.token_modules_in(composition))
     if inputs and not call.spliced:
         run_inside = partial(run, host, forward)
         return call_with_tokens(host, state, call, inputs, run_inside, args, kwargs)
 
-    site = Site(host, state, call, forward)
+    site = SiteCall(host, state, call, forward)
     if any(group.shifts for group in plan):
         args, kwargs = _shifted(site, composition, args, kwargs)
     x = first_tensor(args, kwargs)
@@ -124,12 +124,12 @@ def run(host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict)
         y = site.each(plan, composition, x, y)
     elif left is not None:
         bare = y if left is whole.expression else None
-        y = left.apply(At(site, whole.entries, x, bare=bare), y)
+        y = left.apply(Applier(site, whole.entries, x, bare=bare), y)
     return out if y is before else with_tensor(out, y)
 
 
 @dataclass
-class Site:
+class SiteCall:
     """One site in one call."""
 
     host: nn.Module
@@ -191,11 +191,11 @@ class Site:
             if group.before_output:
                 continue
             if group.rows is None:
-                at = At(self, group.entries, x, bare=y, writes=fresh and group.alone)
+                at = Applier(self, group.entries, x, bare=y, writes=fresh and group.alone)
                 return group.expression.apply(at, y)
             rows = group.index(y, times)
             own = y[rows]
-            at = At(self, group.entries, _rows(x, rows), rows, own, y.shape[0])
+            at = Applier(self, group.entries, _rows(x, rows), rows, own, y.shape[0])
             result = group.expression.apply(at, own)
             if result is not own:
                 new = new.index_copy(0, rows, result)
@@ -222,7 +222,7 @@ class Site:
 
 
 @dataclass
-class At:
+class Applier:
     """Runs the modules of a group at a site: what an expression folds over the output.
 
     Attributes:
@@ -234,7 +234,7 @@ class At:
         writes: whether what the layer put out may be written to: nobody else reads it.
     """
 
-    site: Site
+    site: SiteCall
     entries: dict[str, list[Entry]]
     x: Tensor | None
     rows: Tensor | None = None
@@ -255,7 +255,7 @@ class At:
                 total = module.run(self, y, total, weight)
             elif entry.changes_weight:
                 total = self._changed(entry, total, weight)
-            elif isinstance(module, FunctionComposition | Stacked):
+            elif isinstance(module, FunctionComposition | Batched):
                 total = self._applied(entry, y, total, weight)
         return total
 
@@ -270,18 +270,20 @@ class At:
             rows, whole, weight = None, None, weight.reshape(-1)
         chosen = weight.detach().nonzero()[:, 0]
         if len(chosen) == len(weight):
-            some = At(self.site, self.entries, x, rows, bare, whole)
+            some = Applier(self.site, self.entries, x, rows, bare, whole)
             return some(name, y, total, weight).view(shape)
         if whole is None and len(shape) > 0 and weight.shape[0] == shape[0]:
             whole = shape[0]
         picked = chosen if rows is None else rows[chosen]
-        some = At(self.site, self.entries, _rows(x, chosen), picked, _rows(bare, chosen), whole)
+        some = Applier(
+            self.site, self.entries, _rows(x, chosen), picked, _rows(bare, chosen), whole
+        )
         new = some(name, y[chosen], total[chosen], weight[chosen])
         return total.index_copy(0, chosen, new).view(shape)
 
     def side(self, entry: Entry, rows: int) -> Any:
         """The side input of a module."""
-        needs = entry.module.needs
+        needs = entry.module.side_source
         if needs is None:
             return None
         side = self.site.call.side_input(needs, self.whole or rows)
@@ -299,7 +301,7 @@ class At:
         x = tensor_input(self.x, self.site.state.path)
         bare = self.bare
         once = part is None and not isinstance(weight, Tensor) and weight == 1.0
-        if once and isinstance(module, Stacked) and module.has_factors(host):
+        if once and isinstance(module, Batched) and module.has_factors(host):
             return module.added(total, x, self.writes)
         axis = feature_axis(host)
         if bare is not None and part is not None:
@@ -313,7 +315,7 @@ class At:
     def _applied(self, entry: Entry, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
         module, part = entry.module, entry.part
         side = None
-        if module.needs is not None:
+        if module.side_source is not None:
             side = self.side(entry, y.shape[0])
             if side is None:
                 return total
@@ -338,7 +340,9 @@ def _named_now(state: State, name: str) -> bool:
     return composition is not None and name in composition.names()
 
 
-def _shifted(site: Site, composition: Expression, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _shifted(
+    site: SiteCall, composition: Expression, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
     """The site's arguments with what modules add to its residual input."""
     state = site.state
 
@@ -367,10 +371,10 @@ def _shifted(site: Site, composition: Expression, args: tuple, kwargs: dict) -> 
         return e
 
     def _in_residual(entry: Entry, y: Tensor, r: Tensor) -> Tensor:
-        at = At(site, state.named, r)
+        at = Applier(site, state.named, r)
         module = entry.module
         assert isinstance(module, FunctionComposition)  # noqa: S101
-        side = None if module.needs is None else at.side(entry, y.shape[0])
+        side = None if module.side_source is None else at.side(entry, y.shape[0])
         if entry.part is None:
             return module(y, r, side)
         return replaced(y, entry.part, entry.axis, lambda own: module(own, r, side))

@@ -19,10 +19,10 @@ from modgraft.engine.kernels.linear import LowRank, of_low_rank
 
 if TYPE_CHECKING:
     from modgraft.engine.plan import Group
-    from modgraft.engine.run import Site, State
+    from modgraft.engine.run import SiteCall, State
 
 
-def computed(site: Site, group: Group, x: Tensor) -> Tensor | None:
+def computed(site: SiteCall, group: Group, x: Tensor) -> Tensor | None:
     """The output of ``site`` with its changes: found in the call, or computed now with the others'.
 
     None where it has to run alone: it gets another input than they do, no gradient is wanted, there
@@ -53,7 +53,9 @@ def computed(site: Site, group: Group, x: Tensor) -> Tensor | None:
     return ys[0]
 
 
-def _of(layer: nn.Module, site: Site, x: Tensor) -> tuple[float, tuple[Tensor | None, ...]] | None:
+def _of(
+    layer: nn.Module, site: SiteCall, x: Tensor
+) -> tuple[float, tuple[Tensor | None, ...]] | None:
     """The share of a layer beside ``site``, where its composition begins with such a change."""
     state: State = layer.__dict__["_modgraft_state"]
     composition = site.call.composition

@@ -59,10 +59,10 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     new = grown.extend(list(implant.places), sites, start)  # type: ignore[arg-type]
     implant.describe(grown)
     own, context = implant.names[-1], host._context
-    for site, (_, place) in zip(sites, implant.acting(own), strict=True):
+    for site, (_, place) in zip(sites, implant.at_sites(own), strict=True):
         graft(site, own, place, context)
     host._reader.forget()
     device = next(iter(context.weights.values())).device
-    context.resident(own, device, isinstance(grown.acts, ParameterComposition))
+    context.add(own, device, isinstance(grown.inner, ParameterComposition))
     context.switch(context.composition)
     return new

@@ -169,7 +169,7 @@ def check_sides(
     if composition is None:
         return
     for name in composition.names():
-        needs = acts(name).needs
+        needs = acts(name).side_source
         if needs in (None, EXAMPLE) or needs in given:
             continue
         weight = composition.weights()[name]

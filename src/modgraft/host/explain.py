@@ -17,7 +17,7 @@ from modgraft.computation.base import (
 from modgraft.core.expression import Expression
 from modgraft.core.layers import weight_matrix
 from modgraft.core.per_example import Each
-from modgraft.engine.kernels.batched import Stacked
+from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.kernels.linear import PLAIN
 from modgraft.engine.plan import Entry, Group, Plan
 from modgraft.engine.run import STATE, State
@@ -98,10 +98,12 @@ def _changed(layer: nn.Module, group: Group) -> Way | None:
     if any(change.parameter is not None for change in changes):
         return None
     only = changes[0]
-    alone = type(only.module).alone is not ParameterComposition.alone
+    alone = type(only.module).fused_forward is not ParameterComposition.fused_forward
     if alone and len(changes) == 1 and only.weight == 1 and only.part is None:
         return _same("the layer once, rescaled")
-    if type(layer).__mro__[1].forward not in PLAIN or not all(c.module.in_weights for c in changes):
+    if type(layer).__mro__[1].forward not in PLAIN or not all(
+        c.module.is_weight_change for c in changes
+    ):
         return None
     outs, ins = weight_matrix(layer).shape
     low = all(change.module.factors() is not None for change in changes)
@@ -133,7 +135,7 @@ def _routed(entry: Entry, group: Group) -> Way:
 
 def _step(entry: Entry, plan: Plan, group: Group) -> Way:
     module = entry.module
-    if isinstance(module, Stacked):
+    if isinstance(module, Batched):
         kind = "effects" if module.of_weights else "functions"
         batched = f"{kind} of {len(module.different)} modules, one batch over stacked tensors"
         return Way(f"{batched}, kept", batched)

@@ -120,7 +120,7 @@ class Host(nn.Module):
                 f"{name!r} is implanted already; host.remove({name!r}) first, or take another name"
             )
         check_module(module)
-        if isinstance(module.acts, TokenComposition):
+        if isinstance(module.inner, TokenComposition):
             if at not in (None, "input", ""):
                 raise ModgraftError(
                     f"{type(module).__name__} acts at the host's input; leave out at={at!r}"
@@ -131,7 +131,7 @@ class Host(nn.Module):
                 raise ModgraftError(f"a Mixture acts where its modules do; leave out at={at!r}")
             at = mixed_sites(self, module)
         elif at is None:
-            at = module.acts.default_at
+            at = module.inner.default_at
         if at is None:
             raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
         sites = self.sites(at, expect)
@@ -140,19 +140,19 @@ class Host(nn.Module):
                 f"another Host has modules in this model (at {other[0] or 'its input'}); work with "
                 f"that one, or wrap the copy that its merge(None) gives"
             )
-        if active and len(names := module.named(name)) > 1:
+        if active and len(names := module.task_names(name)) > 1:
             raise ModgraftError(
                 f"{name!r} has {len(names)} tasks, and none is in force by itself: "
                 f"host.implant({name!r}, …, active=False), then host.use({names[0]!r})"
             )
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
         join_prompts(self, implant)
-        serve(module.acts)
+        serve(module.inner)
         for own in implant.names:
-            for site, (_, place) in zip(sites, implant.acting(own), strict=True):
+            for site, (_, place) in zip(sites, implant.at_sites(own), strict=True):
                 graft(site, own, place, self._context)
-            additive = isinstance(module.acts, ParameterComposition)
-            self._context.resident(own, device_of(self.model), additive)
+            additive = isinstance(module.inner, ParameterComposition)
+            self._context.add(own, device_of(self.model), additive)
         relate(self.model)
         implant.train(self.training)
         self.implants[name] = implant
@@ -168,7 +168,7 @@ class Host(nn.Module):
         for own in names:
             for module in self.model.modules():
                 prune(module, own)
-            self._context.gone(own)
+            self._context.remove(own)
         relate(self.model)
         del self.implants[name]
         self._reader.forget()
@@ -212,7 +212,7 @@ class Host(nn.Module):
 
     def _acts(self, name: str) -> Computation:
         """The computation, without parameters, that ``name`` in a composition speaks of."""
-        return self[ex.module_of(name)].method.acts
+        return self[ex.module_of(name)].method.inner
 
     # -- running --------------------------------------------------------------------------------
 
@@ -371,7 +371,7 @@ class Host(nn.Module):
                 )
         changes: dict[str, list[Change]] = {}
         for name, weight in weights.items():
-            for label, place in self[ex.module_of(name)].acting(name):
+            for label, place in self[ex.module_of(name)].at_sites(name):
                 assert isinstance(place, ParameterComposition)  # noqa: S101
                 site = find(self.model, label)[0]
                 change = Change(place, weight, site.part, site.parameter)

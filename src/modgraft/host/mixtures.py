@@ -44,9 +44,9 @@ def mixed_sites(host: Host, mixture: Mixture) -> list[str]:
                 f"modules, {', '.join(repr(n) for n in read.names())}"
             )
         implant = host[module_of(name)]
-        members.append((name, implant.method.acts))
+        members.append((name, implant.method.inner))
         if mixture.router is not None:
-            _check_admitted(host, mixture.router, name, implant.acting(name))
+            _check_admitted(host, mixture.router, name, implant.at_sites(name))
         for label in implant.paths:
             site = find(host.model, label)[0]
             if site.residual or site.parameter is not None:
@@ -91,15 +91,15 @@ def join_prompts(host: Host, implant: Implant) -> None:
         ModgraftError: for names that are none of the host's, or of no prompts as long as its own.
     """
     method: Any = implant.method
-    if not isinstance(method.acts, Attempt):
+    if not isinstance(method.inner, Attempt):
         return
-    if method.acts is not method:
+    if method.inner is not method:
         raise ModgraftError(
-            f"{type(method).__name__}({method.acts!r}): an Attempt is over modules of the host, "
+            f"{type(method).__name__}({method.inner!r}): an Attempt is over modules of the host, "
             f"and is implanted by itself"
         )
-    method.check([(name, host[module_of(name)].method.acts) for name in method.over])
-    over = {name: host[module_of(name)].acting(name)[0][1] for name in method.over}
+    method.check([(name, host[module_of(name)].method.inner) for name in method.over])
+    over = {name: host[module_of(name)].at_sites(name)[0][1] for name in method.over}
     (place,) = implant.places
     place.join(over)  # type: ignore[operator]
 
@@ -115,7 +115,7 @@ def routed(host: Host, call: Call, args: tuple, kwargs: dict[str, Any]) -> Call:
     compiling = torch.compiler.is_compiling()
     names = host._context.weights if compiling else _names(call.composition)
     mixtures = [own for name in names for own in _mixtures(host, name)]
-    reads = [name for name, method in mixtures if method.needs == EXAMPLE]
+    reads = [name for name, method in mixtures if method.side_source == EXAMPLE]
     reads += [name for name in names if isinstance(host._acts(name), Attempt)]
     if not mixtures and not reads:
         return call
@@ -126,7 +126,7 @@ def routed(host: Host, call: Call, args: tuple, kwargs: dict[str, Any]) -> Call:
     like = next(host.model.parameters())
     for name, method in mixtures:
         if method.level == "task" or (method.level == "example" and EXAMPLE in call.side):
-            acts: Any = host[module_of(name)].acting(name)[0][1]
+            acts: Any = host[module_of(name)].at_sites(name)[0][1]
             acts.mixture.choose(call, None, like, acts.task)
     return call
 

@@ -20,14 +20,14 @@ from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.sites import Site
-from modgraft.engine.dispatch import Bank
+from modgraft.engine.dispatch import ExpertBatch
 from modgraft.routing.base import Member, Router, Routing
 from modgraft.routing.learned import Soft
 from modgraft.routing.stats import Tally
 
 if TYPE_CHECKING:
     from modgraft.engine.plan import Entry
-    from modgraft.engine.run import At
+    from modgraft.engine.run import Applier
 
 _training = attrgetter("training")
 ROUTINGS = "routings"  # of one call, for the losses of routers
@@ -86,7 +86,7 @@ class Mixture(Computation):
         return "token" if self.router is None else self.router.level
 
     @property
-    def needs(self) -> str | None:  # noqa: D102
+    def side_source(self) -> str | None:  # noqa: D102
         return EXAMPLE if self.level == "example" else None
 
     @property
@@ -97,11 +97,11 @@ class Mixture(Computation):
     def members(self) -> tuple[str, ...]:  # noqa: D102
         return tuple(self.over)
 
-    def named(self, name: str) -> list[str]:  # noqa: D102
+    def task_names(self, name: str) -> list[str]:  # noqa: D102
         tasks = () if self.router is None else self.router.tasks
         return [f"{name}[{task!r}]" for task in tasks] or [name]
 
-    def acting(self) -> list[Computation]:  # noqa: D102
+    def per_task(self) -> list[Computation]:  # noqa: D102
         tasks = () if self.router is None else self.router.tasks
         return [Routed(self, task) for task in range(max(1, len(tasks)))]  # type: ignore[misc]
 
@@ -153,7 +153,7 @@ class Mixture(Computation):
             width = self.width or token_width(site.root)
         self.route = self.router.fresh(tuple(self.over), width)
 
-    def tie(self, first: Computation) -> None:
+    def share_with(self, first: Computation) -> None:
         """Choose once for the network, where a task or an example is routed."""
         assert isinstance(first, Mixture)  # noqa: S101
         if self.router is not None and self.level != "token":
@@ -209,8 +209,8 @@ class Routed:
     def __init__(self, mixture: Mixture, task: int) -> None:
         self.mixture, self.task = mixture, task
         self.members = tuple(mixture.over)
-        self.needs = mixture.needs
-        self._banked: tuple[Any, Bank | None] = (None, None)
+        self.side_source = mixture.side_source
+        self._banked: tuple[Any, ExpertBatch | None] = (None, None)
 
     def weights(self, call: Call, like: Tensor, rows: Tensor | None) -> list[Tensor]:
         """Of each module, a number or ``[B]``, for the examples of ``like`` or some of them."""
@@ -221,10 +221,10 @@ class Routed:
             chosen = chosen if rows is None else chosen[rows]
         return list(chosen.unbind(-1))
 
-    def run(self, at: At, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
+    def run(self, at: Applier, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
         """``total`` + weight · (g(α, {h_j(y)}) − y)."""
         mixture = self.mixture
-        if mixture.needs == EXAMPLE and EXAMPLE not in at.site.call.side:
+        if mixture.side_source == EXAMPLE and EXAMPLE not in at.site.call.side:
             return total  # compiled code holds all that is resident: this is not in force
         used: list[int] = []
         weights: list[Tensor] = []
@@ -261,12 +261,12 @@ class Routed:
             return new
         return total + weighted(weight, new - y)
 
-    def bank(self, members: Sequence[Sequence[Entry]]) -> Bank | None:
+    def bank(self, members: Sequence[Sequence[Entry]]) -> ExpertBatch | None:
         """The members over stacked tensors, made again once others are here, or train."""
         modules = [entry.module for some in members for entry in some]
         now = modules, list(map(_training, modules))
         if self._banked[0] != now:
-            self._banked = now, Bank.of(members)
+            self._banked = now, ExpertBatch.of(members)
         return self._banked[1]
 
 
@@ -275,7 +275,7 @@ def _few(chosen: Tensor) -> bool:
     return 2 * int(chosen.detach().count_nonzero()) <= chosen.numel()
 
 
-def _followed(weights: Tensor, at: At, y: Tensor) -> Tensor:
+def _followed(weights: Tensor, at: Applier, y: Tensor) -> Tensor:
     """Weights ``[N]`` or ``[B, N]`` for the rows of ``y``: beams follow their example."""
     if weights.dim() != 2:
         return weights

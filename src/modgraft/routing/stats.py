@@ -43,7 +43,7 @@ class Use:
 
 
 class Tally:
-    """Counts the choices of one router. Kept out of compiled code."""
+    """Counts the choices of one router. TensorCache out of compiled code."""
 
     def __init__(self, count: int) -> None:
         self.size = count

@@ -93,7 +93,7 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
     at = None if placed else card.sites
     name = name or card.name
     expect = None if at is None else len(card.sites)
-    one = len(method.named(name)) == 1  # one of several tasks cannot come into force unasked
+    one = len(method.task_names(name)) == 1  # one of several tasks cannot come into force unasked
     try:
         implant = host.implant(name, method, at, expect=expect, active=one)
     except ModgraftError:
@@ -156,7 +156,7 @@ def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> N
         )
     for path, place in zip(implant.paths, implant.places, strict=True):
         if stored := {k: tensors[f"{path}:{k}"] for k in place.state_dict()}:
-            place.expect(stored)  # type: ignore[operator]
+            place.resize_to(stored)  # type: ignore[operator]
     own = implant.tensors()
     with torch.no_grad():
         for key, tensor in tensors.items():

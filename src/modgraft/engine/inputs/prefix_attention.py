@@ -269,12 +269,12 @@ def _keys_values(
     module, (_, heads, _, width) = entry.module, key.shape
     assert isinstance(module, KeyValueComposition)  # noqa: S101
     side = None
-    if module.needs is not None:
+    if module.side_source is not None:
         compiling = torch.compiler.is_compiling()
         call = state.context.traced if compiling else state.context.current()
-        side = call.side_input(module.needs, batch)
+        side = call.side_input(module.side_source, batch)
         if side is None:
-            raise missing_side(entry.name, module.needs)
+            raise missing_side(entry.name, module.side_source)
         side = side if rows is None else side.picked(rows)
     batch = batch if rows is None else len(rows)
     keys, values = module.keys_values(batch, side)

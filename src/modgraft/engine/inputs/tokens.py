@@ -194,9 +194,9 @@ def _source(host: nn.Module, entries: Sequence[Entry], call: Call) -> Source:
     def made(entry: Entry, batch: int, rows: Tensor | None) -> Tokens:
         module = entry.module
         assert isinstance(module, TokenComposition)  # noqa: S101
-        side = None if module.needs is None else call.side_input(module.needs, batch)
-        if side is None and module.needs is not None:
-            raise missing_side(entry.name, module.needs)
+        side = None if module.side_source is None else call.side_input(module.side_source, batch)
+        if side is None and module.side_source is not None:
+            raise missing_side(entry.name, module.side_source)
         if side is not None and rows is not None:
             side, batch = side.picked(rows), len(rows)
         embeddings, seen = module.tokens(batch if rows is None else len(rows), side)

@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from modgraft.computation._borrow import borrows
 from modgraft.computation.base import Computation, ParameterComposition
 from modgraft.core.layers import feature_axis
-from modgraft.engine.kernels.tensor_cache import Kept
+from modgraft.engine.kernels.tensor_cache import TensorCache
 from modgraft.engine.kernels.twin import twin_with
 
 
-def stackable(module: Computation) -> object:
+def batch_key(module: Computation) -> object:
     """What modules that can be stacked have in common, None for one that cannot be."""
-    if not module.stacks or borrows(module):
+    if not module.can_batch or borrows(module):
         return None
     shapes = tuple((k, tuple(t.shape), t.dtype) for k, t in _tensors(module).items())
     return type(module), str(module.config()), shapes
@@ -34,7 +34,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-class Stacked:
+class Batched:
     """The modules of a batch, one for each example, as one.
 
     Args:
@@ -52,8 +52,8 @@ class Stacked:
         self.in_blocks = self.pick == [i for i in place.values() for _ in range(each_has)]
         self.of_weights = isinstance(self.like, ParameterComposition)
         self._low_rank = self.of_weights and self.like.factors() is not None  # type: ignore[attr-defined]
-        self.needs = self.like.needs
-        self._kept = Kept(self.different)
+        self.side_source = self.like.side_source
+        self._kept = TensorCache(self.different)
 
     def picking(self, pick: Tensor) -> Self:
         """The same modules, one for each example by its number in ``pick`` ``[g]`` (int64).

@@ -98,7 +98,7 @@ def one_product(
     first = changes[0]
     whole = len(changes) == 1 and first.weight == 1 and first.part is None
     if whole and isinstance(layer, _SIMPLE):
-        alone = first.module.alone(lambda value: forward(layer, value), x)
+        alone = first.module.fused_forward(lambda value: forward(layer, value), x)
         if alone is not None:
             return alone
     weight = _own_weight(layer, forward, x, changes)
@@ -145,7 +145,7 @@ def _own_weight(
     layer: nn.Module, forward: Callable[..., Any], x: Tensor, changes: Sequence[Change]
 ) -> Tensor | None:
     """The layer's weight ``[out, in]`` where its changes could be added to it, else None."""
-    if forward not in PLAIN or not all(c.module.in_weights for c in changes):
+    if forward not in PLAIN or not all(c.module.is_weight_change for c in changes):
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
     weight, _ = _own(layer)

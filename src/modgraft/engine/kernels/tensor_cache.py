@@ -29,7 +29,7 @@ def _written(optimizer: Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_written)
 
 
-class Kept:
+class TensorCache:
     """Remembers what was made of the tensors of some modules, by a key.
 
     It is made anew where a gradient has to reach one of them, where one was made in inference mode
