@@ -1,4 +1,4 @@
-"""What a router chose, computed over stacked tensors: the cost of what was picked.
+"""What a router chose, computed over stacked tensors, so that the cost is that of what was picked.
 
 Every pair of a token (or an example) and a module that was chosen for it is a pick. Picks of one
 module are laid side by side in blocks of equal length, so that one batched product serves all of
@@ -10,33 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
 from modgraft.core.tensors import replaced
+from modgraft.engine.entry import Entry
 from modgraft.engine.kernels.batched import Batched, batch_key
 
-if TYPE_CHECKING:
-    from modgraft.engine.plan import Entry
-    from modgraft.engine.run import Applier
-
 FEW = 4
-"""Picks of a low-rank module, on average, from which on a copy of it for a block is worth its time.
+"""With more picks of each low-rank module than this, on average, a copy of it for every block pays.
 """
 
 
 @dataclass
 class ExpertBatch:
-    """Modules of one kind and shape at one site, of which a router picks.
+    """The modules of a mixture at one site, all of one kind and shape, over stacked tensors.
 
     Attributes:
-        slots: of each place that they have there (two, say, for the query and value of a fused
-            projection) the first module's entry, and all of them stacked.
+        slots: for each place that a module has there (two, say, for the query and value of a fused
+            projection): the first module's entry, and all the modules batched.
         columns: which of the mixture's modules they are; None: all.
     """
 
@@ -45,10 +42,10 @@ class ExpertBatch:
 
     @classmethod
     def of(cls, members: Sequence[Sequence[Entry]]) -> Self | None:
-        """The bank of a mixture's members at a site; None where they are not of one shape.
+        """Batch a mixture's modules at a site; None where they are not of one kind and shape.
 
         Args:
-            members: of each module its entries here; those that have none are left out.
+            members: the entries of each module here; those without any are left out.
         """
         columns = [j for j, some in enumerate(members) if some]
         here = [members[j] for j in columns]
@@ -56,42 +53,52 @@ class ExpertBatch:
             return None
         slots = []
         for entries in zip(*here, strict=True):
-            if len({_shape(entry) for entry in entries} | {None}) != 2:
+            if len({_key(entry) for entry in entries} | {None}) != 2:
                 return None
             slots.append((entries[0], Batched([entry.module for entry in entries])))  # type: ignore[misc]
         return cls(slots, None if len(here) == len(members) else columns)
 
-    def takes(self, at: Applier, chosen: Tensor, y: Tensor) -> bool:
-        """Whether what it is asked has a form that it knows: features last, examples in rows."""
-        if feature_axis(at.site.host) != -1 or y.dim() not in (2, 3):
+    def takes(self, layer: nn.Module, chosen: Tensor, x: Tensor | None, y: Tensor) -> bool:
+        """Whether x and y have a form that it can compute: features last, examples in rows."""
+        if feature_axis(layer) != -1 or y.dim() not in (2, 3):
             return False
         rows = chosen.shape[:-1]
-        if y.shape[: len(rows)] != rows or (at.x is not None and at.x.shape[: len(rows)] != rows):
+        if y.shape[: len(rows)] != rows or (x is not None and x.shape[: len(rows)] != rows):
             return False
-        return all(stacked.like.by_token for _, stacked in self.slots)
+        return all(batched.like.by_token for _, batched in self.slots)
 
-    def add(self, at: Applier, chosen: Tensor, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
-        """``total`` + weight · Σ_j α_j (h_j(y) − y), of the modules with α_j ≠ 0.
+    def add(
+        self,
+        layer: nn.Module,
+        chosen: Tensor,
+        x: Tensor | None,
+        bare: Tensor | None,
+        y: Tensor,
+        total: Tensor,
+        weight: Weight,
+    ) -> Tensor:
+        """Return ``total`` + weight · Σ_j α_j (h_j(y) − y), over the modules with α_j ≠ 0.
 
         Args:
-            at: the site's.
+            layer: the site's.
             chosen: α, ``[B, N]`` or ``[B, n, N]``; what is 0 is not computed.
+            x: ``[B, in]`` or ``[B, n, in]``, the layer's input.
+            bare: the layer's own output, where it is known and y may be another.
             y: ``[B, d]`` or ``[B, n, d]``, what the modules act on.
             total: as ``y``.
             weight: of the mixture.
         """
         if self.columns is not None:
             chosen = chosen[..., self.columns]
-        layer = at.site.host
-        bags = all(stacked.has_factors(layer) for _, stacked in self.slots)
-        blocks = Blocks.of(chosen, FEW if bags else 1)
+        low_rank = all(batched.has_factors(layer) for _, batched in self.slots)
+        blocks = Blocks.of(chosen, FEW if low_rank else 1)
         if blocks is None:
             return total
-        for entry, stacked in self.slots:
-            part = entry.part
-            own = y if part is None else y.chunk(part[1], dim=-1)[part[0]]
-            effect = _effect(at, blocks, entry, stacked.picking(blocks.module), own)
-            effect = weighted(weight, effect.view(own.shape))
+        for entry, batched in self.slots:
+            part, picked = entry.part, batched.picking(blocks.module)
+            own_y, own_bare = _part(y, part), _part(y if bare is None else bare, part)
+            effect = _effect(layer, blocks, entry, picked, x, own_bare, own_y)
+            effect = weighted(weight, effect.view(own_y.shape))
             if part is None:
                 total = total + effect
             else:
@@ -99,30 +106,38 @@ class ExpertBatch:
         return total
 
 
-def _shape(entry: Entry) -> object:
-    """What entries that can be stacked have in common, None for one that cannot be."""
-    own = entry.module
-    if not isinstance(own, Computation) or entry.residual or entry.parameter is not None:
+def _part(value: Tensor, part: tuple[int, int] | None) -> Tensor:
+    return value if part is None else value.chunk(part[1], dim=-1)[part[0]]
+
+
+def _key(entry: Entry) -> object:
+    """A key that is equal for entries that can be batched, None for one that cannot be."""
+    module = entry.module
+    if not isinstance(module, Computation) or entry.residual or entry.parameter is not None:
         return None
-    kind = None if own.side_source is not None else batch_key(own)
-    return None if kind is None else (kind, entry.part)
+    key = None if module.side_source is not None else batch_key(module)
+    return None if key is None else (key, entry.part)
 
 
-def _effect(at: Applier, blocks: Blocks, entry: Entry, stacked: Batched, own: Tensor) -> Tensor:
-    """Σ α_j (h_j(y) − y) of each row."""
-    x = None if at.x is None else blocks.lay(at.x)
+def _effect(
+    layer: nn.Module,
+    blocks: Blocks,
+    entry: Entry,
+    batched: Batched,
+    x: Tensor | None,
+    bare: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """Return Σ α_j (h_j(y) − y) of each row."""
+    laid = None if x is None else blocks.lay(x)
     if not entry.changes_weight:
-        before = blocks.lay(own)
-        return blocks.sum(stacked(before, x, None) - before)
-    assert x is not None  # noqa: S101  (weights belong to a layer that reads something)
-    layer = at.site.host
-    if blocks.offsets is not None and x.shape[1] == 1 and stacked.has_factors(layer):
-        return stacked.sums(x[:, 0], blocks.weights[:, 0], blocks.offsets)
-    bare = own if at.bare is None else at.bare
-    if at.bare is not None and entry.part is not None:
-        bare = bare.chunk(entry.part[1], dim=-1)[entry.part[0]]
+        before = blocks.lay(y)
+        return blocks.sum(batched(before, laid, None) - before)
+    assert laid is not None  # noqa: S101  (weights belong to a layer that reads something)
+    if blocks.offsets is not None and laid.shape[1] == 1 and batched.has_factors(layer):
+        return batched.sums(laid[:, 0], blocks.weights[:, 0], blocks.offsets)
     weight = weight_matrix(layer, entry.part)
-    return blocks.sum(stacked.effect(x, layer, weight, blocks.lay(bare)))  # type: ignore[arg-type]
+    return blocks.sum(batched.effect(laid, layer, weight, blocks.lay(bare)))
 
 
 @dataclass
@@ -130,10 +145,11 @@ class Blocks:
     """Picks in blocks of one module each.
 
     Attributes:
-        module: ``[G]``, of each block.
-        rows: ``[G, c]``, the token or example of each pick; a last block may be filled with any.
-        weights: ``[G, c]``, 0 where it is filled up.
-        routed: the shape of what was routed: ``(B,)`` or ``(B, n)``, B·n rows.
+        module: ``[G]``, the module of each block.
+        rows: ``[G, c]``, the token or example of each pick; the end of a module's last block may
+            be filled up with any.
+        weights: ``[G, c]``, 0 where a block is filled up.
+        routed: the shape of what was routed, ``(B,)`` or ``(B, n)``: B·n rows.
         offsets: ``[B·n]``, where the picks of each row begin, if they lie in the order of rows.
     """
 
@@ -145,11 +161,11 @@ class Blocks:
 
     @classmethod
     def of(cls, chosen: Tensor, few: int = 1) -> Self | None:
-        """The picks of ``chosen`` ``[B, N]`` or ``[B, n, N]``; None where there are none.
+        """Lay out the picks of ``chosen`` ``[B, N]`` or ``[B, n, N]``; None where there are none.
 
         Args:
             chosen: the weights.
-            few: how many picks a module may have on average that each stays by itself.
+            few: up to so many picks of each module, on average, every pick is a block by itself.
         """
         table = chosen.reshape(-1, chosen.shape[-1])
         row, module = table.detach().nonzero(as_tuple=True)  # [P]
@@ -173,13 +189,13 @@ class Blocks:
         return cls(of, rows, table[rows, of[:, None]] * real, chosen.shape[:-1])
 
     def lay(self, value: Tensor) -> Tensor:
-        """``value`` ``[B, …, d]`` as ``[G, c·…, d]``, ``…`` what is not routed by itself."""
+        """Return ``value`` ``[B, …, d]`` as ``[G, c·…, d]``; ``…`` is not routed by itself."""
         rows = value.reshape(self.routed.numel(), -1, value.shape[-1])
         laid = rows.index_select(0, self.rows.view(-1))
         return laid.view(self.rows.shape[0], -1, value.shape[-1])
 
     def sum(self, effect: Tensor) -> Tensor:
-        """Σ of weight · effect over the picks of each row: ``[B·n, …·d]``."""
+        """Return Σ weight · effect over the picks of each row, ``[B·n, …·d]``."""
         own = effect.reshape(self.rows.numel(), -1) * self.weights.reshape(-1, 1)
         total = own.new_zeros(self.routed.numel(), own.shape[1])
         return total.index_add(0, self.rows.view(-1), own)

@@ -1,8 +1,9 @@
-"""The one place where a host is changed, and how it is changed back.
+"""The one file that changes a host, and changes it back.
 
-A site's class is swapped for a subclass made on the fly. Keys, tensors and ``isinstance`` stay what
-they were; the subclass carries the original's name, so that whatever asks a class for its name gets
-the same answer. What acts there is kept outside the module's registered children.
+A layer's class is swapped for a subclass made on the fly, whose ``forward`` is the engine's. Keys,
+tensors and ``isinstance`` stay as they were, and the subclass carries the original's name, so that
+whatever asks a class for its name gets the same answer. The modules are kept outside the layer's
+registered children.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from modgraft.computation.base import Computation, TokenComposition
 from modgraft.core.context import Context
 from modgraft.core.layers import feature_axis
 from modgraft.core.sites import Site, one_input
-from modgraft.engine.inputs.tokens import active_inputs, generate_with_tokens, inner_sites
-from modgraft.engine.plan import Entry
-from modgraft.engine.run import STATE, State, run
+from modgraft.engine.entry import Entry
+from modgraft.engine.inputs.tokens import generate_with_tokens, inner_sites
+from modgraft.engine.run import run
+from modgraft.engine.state import STATE, State
 
 
 def graft(site: Site, name: str, module: Computation, context: Context) -> None:
-    """Let ``module`` act at ``site`` under ``name``."""
+    """Add ``module`` to the modules of ``site``, under ``name``."""
     host = site.module
     state: State | None = host.__dict__.get(STATE)
     if state is None:
@@ -39,38 +41,38 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
 
 
 def prune(host: nn.Module, name: str) -> None:
-    """Undo :func:`graft` where it was done; the last one out restores the class."""
+    """Undo :func:`graft` for one name; the last module to leave restores the layer's class."""
     state: State | None = host.__dict__.get(STATE)
     if state is None:
         return
-    gone = state.drop(name)
+    gone = state.remove(name)
     if not state.path and any(isinstance(e.module, TokenComposition) for e in gone):
         state.context.token_modules.discard(name)
         for inner in inner_sites(Site("", host, None, host)):
             prune(inner.module, name)
-    if not state.named:
+    if not state.entries:
         host.__class__ = type(host).__mro__[1]
         del host.__dict__[STATE]
 
 
-def relate(model: nn.Module) -> None:
-    """Tell each site of ``model`` which sites share its input."""
+def link_shared_inputs(model: nn.Module) -> None:
+    """Tell each grafted layer of ``model`` which others read the same input."""
     for layers in one_input(model):
         grafted = tuple(layer for layer in layers if STATE in layer.__dict__)
         for layer in grafted:
-            layer.__dict__[STATE].beside = grafted if len(grafted) > 1 else ()
+            layer.__dict__[STATE].same_input = grafted if len(grafted) > 1 else ()
 
 
 def pruned(model: nn.Module) -> nn.Module:
-    """``model`` itself, with everything that is implanted in it taken out."""
+    """Remove every module from ``model``, and return it."""
     for module in model.modules():
         while (state := module.__dict__.get(STATE)) is not None:
-            prune(module, next(iter(state.named)))
+            prune(module, next(iter(state.entries)))
     return model
 
 
 def foreign(model: nn.Module, context: Context) -> list[str]:
-    """The sites of ``model`` in which another host has implanted something."""
+    """Return the paths in ``model`` where another host has implanted modules."""
     states = [m.__dict__[STATE] for m in model.modules() if STATE in m.__dict__]
     return [state.path for state in states if state.context is not context]
 
@@ -104,7 +106,7 @@ def _generate(host: nn.Module, generate: Callable[..., Any], args: tuple, kwargs
     state: State = host.__dict__[STATE]
     call = state.context.current()
     names = () if call.composition is None else call.composition.names()
-    inputs = active_inputs(state, names)
+    inputs = state.token_modules(names)
     if not inputs or call.spliced:
         return generate(host, *args, **kwargs)
     return generate_with_tokens(host, state, call, inputs, generate, args, kwargs)

@@ -1,9 +1,10 @@
 """What a composition comes to at one site, worked out once and kept.
 
-A site runs groups: the examples of each of a batch's compositions, or all of them, with the modules
-that act on them there. Modules of one kind and shape, one for each example, become one group over
-stacked tensors; a composition of parameter modules alone becomes changes of the layer's weight.
-What is planned follows the modules used, not the modules resident.
+A site runs groups. A group is the examples that one composition acts on (all examples of a batch,
+where there is one composition for all), with the modules that act there. Modules of one kind and
+shape, one for each example, become one group over stacked tensors. A composition of parameter
+modules alone becomes changes of the layer's weight. A plan follows the modules used, not the
+modules implanted.
 """
 
 from __future__ import annotations
@@ -22,60 +23,35 @@ from modgraft.computation.base import (
     KeyValueComposition,
     ParameterComposition,
 )
-from modgraft.core.context import once_in_a_call
 from modgraft.core.expression import Chain, Expression, Name, chain
 from modgraft.core.per_example import Each
+from modgraft.engine.entry import Entry
 from modgraft.engine.kernels.batched import Batched, batch_key
-from modgraft.engine.kernels.linear import Change, Merged
+from modgraft.engine.kernels.linear import Change, MergedWeight
 from modgraft.engine.kernels.tensor_cache import TensorCache
 from modgraft.routing.mixture import Routed
 
 _training = attrgetter("training")
-KEPT = 64  # how many compositions a site remembers
-KEPT_EACH = 4  # and of those with one for each example, which hold copies of the tensors they use
-
-
-@dataclass
-class Entry:
-    """One module at one site."""
-
-    name: str
-    module: Computation | Batched | Routed
-    part: tuple[int, int] | None
-    residual: bool = False
-    parameter: str | None = None
-    axis: int = -1  # of the output's features
-
-    @property
-    def changes_weight(self) -> bool:
-        """Whether it is f at θ + Δ."""
-        return isinstance(self.module, ParameterComposition) or (
-            isinstance(self.module, Batched) and self.module.of_weights
-        )
-
-    @property
-    def changes_output(self) -> bool:
-        """Whether it acts on what the site puts out, and not inside it or before its input."""
-        return self.parameter is None and not isinstance(self.module, InputComposition)
+Rows = list[int]
 
 
 @dataclass
 class Group:
-    """Examples of a batch that one composition acts on, or one of its shape.
+    """Examples of a batch that one composition acts on, or compositions of one shape.
 
     Attributes:
-        rows: which examples, None for all.
-        expression: what acts on them here.
-        entries: by the name in the expression.
-        changes: what of it comes first and is a change of weights.
-        rest: what comes after that.
-        merged: the weight with those changes, once it has been made.
-        shifts: whether a module acts on the layer's residual input.
-        inner: the modules that change weights that only the layer itself can run with.
-        attends: the names of those that put keys and values into attention.
-        changes_output: whether something acts on what the site puts out.
-        before_output: whether all of it acts before that: vectors before an input.
-        alone: whether it is one module once.
+        rows: which examples; None: all.
+        expression: the composition, of the modules that are here.
+        entries: those modules, by the name in the expression.
+        changes: the changes of weights that the expression begins with.
+        rest: what comes after them.
+        merged: where the weight with those changes is kept.
+        residual: whether a module acts on the layer's residual input.
+        inside: the modules that change weights which only the layer itself can run with.
+        keys_values: the names of the modules that put keys and values into attention.
+        changes_output: whether a module acts on the layer's output.
+        input_only: whether every module puts vectors before an input.
+        single: whether it is one module, once.
     """
 
     rows: list[int] | None
@@ -88,13 +64,13 @@ class Group:
 
     def __post_init__(self) -> None:
         every = [entry for some in self.entries.values() for entry in some]
-        self.shifts = any(entry.residual for entry in every)
-        self.inner = [entry for entry in every if entry.parameter is not None]
-        self.attends = [e.name for e in every if isinstance(e.module, KeyValueComposition)]
+        self.residual = any(entry.residual for entry in every)
+        self.inside = [entry for entry in every if entry.parameter is not None]
+        self.keys_values = [e.name for e in every if isinstance(e.module, KeyValueComposition)]
         self.changes_output = any(entry.changes_output for entry in every)
-        self.alone = len(every) == 1 and isinstance(self.expression, Name)
-        self.before_output = all(isinstance(e.module, InputComposition) for e in every)
-        if torch.compiler.is_compiling():  # its weights are tensors: nothing comes first
+        self.single = len(every) == 1 and isinstance(self.expression, Name)
+        self.input_only = all(isinstance(e.module, InputComposition) for e in every)
+        if torch.compiler.is_compiling():  # all weights are tensors there, and stay apart
             return
         first, self.rest = _weights_first(self.expression, self.entries)
         self.changes = [
@@ -107,7 +83,7 @@ class Group:
             self.merged = Merged()
 
     def index(self, like: Tensor, times: int) -> Tensor:
-        """The rows in ``like``, where each example has ``times`` of them, side by side."""
+        """Return the group's rows of ``like``, where each example has ``times``, side by side."""
         assert self.rows is not None  # noqa: S101
         key = like.device, times, torch.is_inference_mode_enabled()
         if key not in self._index:
@@ -123,63 +99,49 @@ class Plan:
     Attributes:
         composition: the same object, not an equal one.
         groups: what it comes to there.
-        modules: those that some stack only if they do not train.
-        training: whether each of them did when that was planned.
-        before: the keys and values that go before a layer's own; None: nothing of it can be kept.
+        modules: the modules whose batching depends on whether they train.
+        training: whether each of them did when this was planned.
+        keys_values: keeps what goes before an attention layer's own keys and values; None: it
+            differs from call to call.
     """
 
     composition: Expression
     groups: list[Group]
     modules: list[Computation]
     training: list[bool]
-    before: TensorCache | None = None
+    keys_values: TensorCache | None = None
 
     def holds(self) -> bool:
-        """Whether it would still be planned like that."""
+        """Whether it would still be planned in this way."""
         return list(map(_training, self.modules)) == self.training
 
 
-def planned(entries: Mapping[str, list[Entry]], composition: Expression) -> Plan:
-    """The plan of ``composition`` where ``entries`` are."""
-    names = composition.names()
-    used = [e.module for name in names for e in entries.get(name, ())]
+def make_plan(entries: Mapping[str, list[Entry]], composition: Expression) -> Plan:
+    """Plan ``composition`` where ``entries`` are."""
+    used = [e.module for name in composition.names() for e in entries.get(name, ())]
     modules = [module for module in used if isinstance(module, Computation)]
     keys_values = [module for module in modules if isinstance(module, KeyValueComposition)]
-    own = all(module.side_source is None and not borrows(module) for module in keys_values)
     mixed = any(isinstance(module, Routed) for module in used)
+    fixed = all(m.side_source is None and not borrows(m) for m in keys_values) and not mixed
     watched = modules if isinstance(composition, Each) else []
-    before = TensorCache(keys_values) if own and not mixed else None
-    found = groups(entries, composition, stacks=True)
-    return Plan(composition, found, watched, list(map(_training, watched)), before)
+    return Plan(
+        composition,
+        make_groups(entries, composition, batches=True),
+        watched,
+        list(map(_training, watched)),
+        TensorCache(keys_values) if fixed else None,
+    )
 
 
-def remembered(
-    plans: dict[int, Plan], entries: Mapping[str, list[Entry]], composition: Expression
-) -> Plan:
-    """The plan of ``composition``, made once and kept in ``plans`` for those used last."""
-    plan = plans.get(id(composition))
-    if plan is not None and plan.composition is composition and once_in_a_call(plan, plan.holds):
-        return plan
-    plan = planned(entries, composition)
-    if composition.is_data:  # it is weights, and what they were computed from
-        return plan
-    plans.pop(id(composition), None)
-    plans[id(composition)] = plan
-    for key, old in list(plans.items())[:-KEPT_EACH]:
-        if len(plans) > KEPT or isinstance(old.composition, Each):
-            plans.pop(key, None)  # another thread may have
-    return plan
-
-
-def groups(
-    entries: Mapping[str, list[Entry]], composition: Expression, stacks: bool
+def make_groups(
+    entries: Mapping[str, list[Entry]], composition: Expression, batches: bool
 ) -> list[Group]:
-    """What ``composition`` comes to where ``entries`` are.
+    """Divide the examples of a batch into groups, where ``entries`` are.
 
     Args:
-        entries: of the site, by name.
+        entries: the modules at the site, by name.
         composition: for the whole batch, or one for each example.
-        stacks: whether modules of one shape may become one over stacked tensors.
+        batches: whether modules of one kind and shape may become one over stacked tensors.
     """
 
     def here(name: str) -> str | None:
@@ -188,28 +150,31 @@ def groups(
     if not isinstance(composition, Each):
         own = composition.mapped(here)
         return [] if own is None else [Group(None, own, _used(own, entries))]
-    found: list[Group] = []
-    alike: dict[object, list[tuple[Expression, list[int]]]] = {}
+    # compositions of one shape, with the examples of each
+    alike: dict[object, list[tuple[Expression, Rows]]] = {}
     for whole, rows in composition.different.items():
         own = None if whole is None else whole.mapped(here)
         if own is not None:
-            alike.setdefault(_shape(own, entries) if stacks else own, []).append((own, rows))
+            key = _shape(own, entries) if batches else own
+            alike.setdefault(key, []).append((own, rows))
+    found: list[Group] = []
     for key, some in alike.items():
         rows = [i for _, own_rows in some for i in own_rows]
-        every = sorted(rows) == list(range(len(composition.rows)))
-        if len({own for own, _ in some}) == 1:
-            own = some[0][0]
-            found.append(Group(None if every else rows, own, _used(own, entries)))
-        elif key is None:  # some of it cannot be stacked
-            for own, own_rows in _by_expression(some):
-                found.append(Group(own_rows, own, _used(own, entries)))
-        else:
-            found.append(_stacked(some, entries, every))
+        all_rows = sorted(rows) == list(range(len(composition.rows)))
+        by_expression: dict[Expression, Rows] = {}
+        for own, own_rows in some:
+            by_expression.setdefault(own, []).extend(own_rows)
+        if len(by_expression) > 1 and key is not None:
+            found.append(_batched_group(some, entries, all_rows))
+            continue
+        for own, own_rows in by_expression.items():
+            everyone = all_rows and len(by_expression) == 1
+            found.append(Group(None if everyone else own_rows, own, _used(own, entries)))
     return found
 
 
 def _used(expression: Expression, entries: Mapping[str, list[Entry]]) -> dict[str, list[Entry]]:
-    """The entries that ``expression`` speaks of, and those that they are made of."""
+    """Return the entries of the modules in ``expression``, and of those that mixtures are over."""
     used: dict[str, list[Entry]] = {}
     for name in expression.names():
         used[name] = entries[name]
@@ -220,7 +185,7 @@ def _used(expression: Expression, entries: Mapping[str, list[Entry]]) -> dict[st
 def _with_members(
     some: Sequence[Entry], entries: Mapping[str, list[Entry]], used: dict[str, list[Entry]]
 ) -> None:
-    """Add the modules that a mixture is over, and theirs."""
+    """Add to ``used`` the modules that mixtures are over, and those that these are over."""
     for entry in some:
         if isinstance(entry.module, Routed):
             for member in entry.module.members:
@@ -229,17 +194,8 @@ def _with_members(
                     _with_members(entries[member], entries, used)
 
 
-def _by_expression(
-    some: Sequence[tuple[Expression, list[int]]],
-) -> list[tuple[Expression, list[int]]]:
-    found: dict[Expression, list[int]] = {}
-    for own, rows in some:
-        found.setdefault(own, []).extend(rows)
-    return list(found.items())
-
-
 def _shape(expression: Expression, entries: Mapping[str, list[Entry]]) -> object:
-    """What expressions that can be stacked have in common, None for one that cannot be."""
+    """Return a key that is equal for expressions that can be batched, None if one cannot be."""
     slots = {name: f"s{i}" for i, name in enumerate(expression.names())}
     kinds = []
     for name in slots:
@@ -253,10 +209,10 @@ def _shape(expression: Expression, entries: Mapping[str, list[Entry]]) -> object
     return expression.mapped(lambda name: slots[name]), tuple(kinds)
 
 
-def _stacked(
-    some: Sequence[tuple[Expression, list[int]]], entries: Mapping[str, list[Entry]], every: bool
+def _batched_group(
+    some: Sequence[tuple[Expression, Rows]], entries: Mapping[str, list[Entry]], all_rows: bool
 ) -> Group:
-    """One group of expressions of one shape: each slot holds the modules of all of them."""
+    """Make one group of expressions of one shape: each slot holds the modules of all of them."""
     owner = {i: own for own, rows in some for i in rows}
     order = sorted(owner)
     of_row = [owner[i].names() for i in order]  # the modules of each example, by slot
@@ -270,13 +226,13 @@ def _stacked(
     names = {name: f"s{i}" for i, name in enumerate(some[0][0].names())}
     expression = some[0][0].mapped(lambda name: names[name])
     assert expression is not None  # noqa: S101
-    return Group(None if every else order, expression, slots)
+    return Group(None if all_rows else order, expression, slots)
 
 
 def _weights_first(
     expression: Expression, entries: Mapping[str, list[Entry]]
 ) -> tuple[Expression | None, Expression | None]:
-    """A first part of nothing but changes of weights by numbers, and what comes after it."""
+    """Split off the first part, all changes of weights by numbers, from what comes after it."""
 
     def simple(part: Expression) -> bool:
         return all(

@@ -1,12 +1,12 @@
-"""Effects that enter a site's residual input: ``at="feedforward[residual]"``.
+"""Effects that enter a layer's residual input: ``at="feedforward[residual]"``.
 
-A post-norm block ends in one module that sums and norms, as BERT's output layers do: f(h, r) =
-norm(W h + r). A module that acts there inside the norm changes r, not f's output:
+A post-norm block ends in one layer that sums and norms, as BERT's output layers do: f(h, r) =
+norm(W h + r). A module that acts inside the norm changes r, not f's output:
 
     f'(…, r) = f(…, r + e),  e = 0 at first and e ← e + m(y, r) − y with y = f(…, r + e) for each m,
 
-so that modules stack and add in the residual as elsewhere in the output, and one that is born as
-the identity has e = 0. r is the last tensor among the site's arguments that has its output's shape.
+so that modules stack and add in the residual as they do in outputs, and one that starts as the
+identity has e = 0. r is the last of the layer's arguments that has the shape of its output.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def shifted(
     fold: Callable[[Step, Tensor], Tensor],
     path: str,
 ) -> tuple[tuple, dict]:
-    """The arguments of ``f`` with r + e for r.
+    """Return the arguments of ``f`` with r + e for r.
 
     Args:
-        f: the site's own output tensor for arguments.
+        f: the layer itself: arguments → its output tensor.
         args: its arguments.
-        kwargs: those by name.
-        fold: takes a step for each module, from e = 0 on.
-        path: the site's path, for the error.
+        kwargs: its arguments by name.
+        fold: takes a step for each module, beginning at e = 0.
+        path: the layer's path, for the error.
 
     Raises:
         SiteError: where no argument has the output's shape.

@@ -1,34 +1,33 @@
-"""Layers that share an input, as one: query, key and value with their changes of low rank.
+"""Runs layers that read the same input as one: query, key and value with changes of low rank.
 
-A module's thin product passes over its layer's input once more, forward and backward. Layers that
-are called one after another with one input need that pass once, and add their gradients to one
-tensor. The first of them that is called computes all, and the others find their outputs in the
-call; one that is called with anything but that input computes its own then. Which layers share an
-input is data of the architecture (``anatomy``).
+The thin product of a low-rank change reads its layer's input once more, forward and backward.
+Layers that are called one after another with one input need to read it once, and add their
+gradients to one tensor. The first of them that is called computes the outputs of all; the others
+find theirs in the call. One that is called with any other input computes its own. Which layers
+share an input is data of the architecture (``core/architectures.py``).
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from modgraft.core.per_example import Each
-from modgraft.engine.kernels.linear import LowRank, of_low_rank
+from modgraft.engine.kernels.linear import low_rank_terms
+from modgraft.engine.kernels.low_rank import LowRank
+from modgraft.engine.plan import Group
+from modgraft.engine.state import STATE, SiteCall, State
 
-if TYPE_CHECKING:
-    from modgraft.engine.plan import Group
-    from modgraft.engine.run import SiteCall, State
+Terms = tuple[float, tuple[Tensor | None, ...]]  # s and W, b, B, A
 
 
-def computed(site: SiteCall, group: Group, x: Tensor) -> Tensor | None:
-    """The output of ``site`` with its changes: found in the call, or computed now with the others'.
+def run(site: SiteCall, group: Group, x: Tensor) -> Tensor | None:
+    """Return the layer's output with its changes: found in the call, or computed with the others'.
 
-    None where it has to run alone: it gets another input than they do, no gradient is wanted, there
-    is no call in which to leave something, or none of the others would run in this way.
+    None where the layer has to run alone: it reads another input than they do, no gradient is
+    wanted, the call is not shared, or none of the others would run in this way.
     """
-    left = site.call.memo.pop(_key(site.host), None)
+    left = site.call.memo.pop(_key(site.layer), None)
     if left is not None:
         of, version, y = left
         return y if of is x and version == x._version else None
@@ -36,36 +35,34 @@ def computed(site: SiteCall, group: Group, x: Tensor) -> Tensor | None:
         return None
     if not site.state.context.under_way(site.call):
         return None
-    own = of_low_rank(site.host, site.forward, x, group.changes)
+    own = low_rank_terms(site.layer, site.forward, x, group.changes)
     if own is None:
         return None
-    some = {site.host: own}
-    for layer in site.state.beside:
-        if layer is not site.host and (other := _of(layer, site, x)) is not None:
-            some[layer] = other
-    if len(some) == 1:
+    terms = {site.layer: own}
+    for layer in site.state.same_input:
+        if layer is not site.layer and (other := _terms(layer, site, x)) is not None:
+            terms[layer] = other
+    if len(terms) == 1:
         return None
-    scales = tuple(s for s, _ in some.values())
-    ys = LowRank.apply(x, scales, *(t for _, tensors in some.values() for t in tensors))
-    for layer, y in zip(some, ys, strict=False):  # the last of them is no layer's
-        if layer is not site.host:
+    scales = tuple(s for s, _ in terms.values())
+    ys = LowRank.apply(x, scales, *(t for _, tensors in terms.values() for t in tensors))
+    for layer, y in zip(terms, ys, strict=False):  # the last output belongs to no layer
+        if layer is not site.layer:
             site.call.memo[_key(layer)] = x, x._version, y
     return ys[0]
 
 
-def _of(
-    layer: nn.Module, site: SiteCall, x: Tensor
-) -> tuple[float, tuple[Tensor | None, ...]] | None:
-    """The share of a layer beside ``site``, where its composition begins with such a change."""
-    state: State = layer.__dict__["_modgraft_state"]
+def _terms(layer: nn.Module, site: SiteCall, x: Tensor) -> Terms | None:
+    """Return another layer's arguments of the product, if its composition begins with a change."""
+    state: State = layer.__dict__[STATE]
     composition = site.call.composition
     if composition is None or isinstance(composition, Each):
         return None
-    plan = state.plan(composition)
-    if not plan or plan[0].shifts or plan[0].inner or not plan[0].changes:
+    groups = state.groups(composition)
+    if not groups or groups[0].residual or groups[0].inside or not groups[0].changes:
         return None
-    return of_low_rank(layer, type(layer).__mro__[1].forward, x, plan[0].changes)
+    return low_rank_terms(layer, type(layer).__mro__[1].forward, x, groups[0].changes)
 
 
 def _key(layer: nn.Module) -> tuple[str, int]:
-    return "together", id(layer)
+    return "shared input", id(layer)

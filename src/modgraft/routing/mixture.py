@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import Self, final
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +17,13 @@ from modgraft.computation.base import Computation, KeyValueComposition, TokenCom
 from modgraft.core.context import EXAMPLE, Call
 from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SiteError
-from modgraft.core.expression import Weight, weighted
 from modgraft.core.sites import Site
-from modgraft.engine.dispatch import ExpertBatch
-from modgraft.routing.base import Member, Router, Routing
+from modgraft.routing.base import Router, Routing
 from modgraft.routing.learned import Soft
 from modgraft.routing.stats import Tally
 
-if TYPE_CHECKING:
-    from modgraft.engine.plan import Entry
-    from modgraft.engine.run import Applier
-
-_training = attrgetter("training")
-ROUTINGS = "routings"  # of one call, for the losses of routers
+ROUTINGS = "routings"
+"""Where a call remembers what routers chose in it, for their losses."""
 
 
 @final
@@ -82,7 +75,7 @@ class Mixture(Computation):
 
     @property
     def level(self) -> str:
-        """``task``, ``example`` or ``token``; an attention's is the token."""
+        """What is routed: ``task``, ``example`` or ``token``, without a router each token."""
         return "token" if self.router is None else self.router.level
 
     @property
@@ -106,10 +99,13 @@ class Mixture(Computation):
         return [Routed(self, task) for task in range(max(1, len(tasks)))]  # type: ignore[misc]
 
     def check(self, members: Sequence[tuple[str, Computation]]) -> None:
-        """Refuse modules that cannot be in it.
+        """Refuse modules that cannot be mixed in this way.
 
         Args:
-            members: the method of each, under its name.
+            members: the name and the method of each.
+
+        Raises:
+            ModgraftError: with what can be done instead.
         """
         for name, method in members:
             if isinstance(method, TokenComposition):
@@ -145,7 +141,7 @@ class Mixture(Computation):
         self.combine = self.aggregate.fresh(len(self.over), wide)
         if self.router is None:
             return
-        width = 1  # of nothing: tasks have rows
+        width = 1  # unused: a task has a row of weights, and no query
         if self.level == "token":
             width = _in_width(site.module) if reads else site.width
         elif self.level == "example":
@@ -154,7 +150,7 @@ class Mixture(Computation):
         self.route = self.router.fresh(tuple(self.over), width)
 
     def share_with(self, first: Computation) -> None:
-        """Choose once for the network, where a task or an example is routed."""
+        """Share the first site's router, where one choice holds for the whole network."""
         assert isinstance(first, Mixture)  # noqa: S101
         if self.router is not None and self.level != "token":
             self._first = (first,)
@@ -170,7 +166,7 @@ class Mixture(Computation):
         return super().at(site)
 
     def choose(self, call: Call, x: Tensor | None, y: Tensor, task: int) -> Routing:
-        """The weights of the modules at a site: ``[N]`` of a task, ``[B, N]`` or ``[B, n, N]``.
+        """Route: weigh the modules at a site, ``[N]`` for a task, ``[B, N]`` or ``[B, n, N]``.
 
         Raises:
             SiteError: for tokens where the output ``y`` has none.
@@ -204,85 +200,34 @@ class Mixture(Computation):
 
 
 class Routed:
-    """A mixture at one site, for one of its tasks: what acts under its name."""
+    """A mixture at one site for one of its tasks: what is in force under that task's name.
+
+    Attributes:
+        mixture: the mixture, built for the site.
+        task: the number of the task; 0 where it has none.
+        members: the names of the modules that it is over.
+        side_source: the side input that it is routed by, if any.
+    """
 
     def __init__(self, mixture: Mixture, task: int) -> None:
         self.mixture, self.task = mixture, task
         self.members = tuple(mixture.over)
         self.side_source = mixture.side_source
-        self._banked: tuple[Any, ExpertBatch | None] = (None, None)
 
     def weights(self, call: Call, like: Tensor, rows: Tensor | None) -> list[Tensor]:
-        """Of each module, a number or ``[B]``, for the examples of ``like`` or some of them."""
+        """Return each module's weight, a number or ``[B]``, for the examples of ``like``.
+
+        Args:
+            call: the call under way.
+            like: ``[B, …]``, of the layer; beams have their example's weights.
+            rows: some of the examples; None: all.
+        """
         chosen = self.mixture.choose(call, None, like, self.task).weights
         if chosen.dim() == 2:
             times = like.shape[0] // chosen.shape[0]
             chosen = chosen if times <= 1 else chosen.repeat_interleave(times, dim=0)
             chosen = chosen if rows is None else chosen[rows]
         return list(chosen.unbind(-1))
-
-    def run(self, at: Applier, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
-        """``total`` + weight · (g(α, {h_j(y)}) − y)."""
-        mixture = self.mixture
-        if mixture.side_source == EXAMPLE and EXAMPLE not in at.site.call.side:
-            return total  # compiled code holds all that is resident: this is not in force
-        used: list[int] = []
-        weights: list[Tensor] = []
-        sparse = mixture.router is not None and mixture.route.sparse
-        sparse = sparse and not torch.compiler.is_compiling()
-        if mixture.router is not None:
-            members = [at.entries.get(name, ()) for name in self.members]
-            if mixture.route.looks:
-                found = [[Member(e.module, e.part) for e in some] for some in members]  # type: ignore[arg-type]
-                mixture.route.prepare(found, at.site.host)
-            routing = mixture.choose(at.site.call, at.x, y, self.task)
-            chosen = _followed(routing.weights, at, y)
-            if sparse and chosen.dim() > 1 and mixture.aggregate.adds and _few(chosen):
-                bank = self.bank(members)
-                if bank is not None and bank.takes(at, chosen, y):
-                    return bank.add(at, chosen, y, total, weight)
-            used = list(range(len(self.members)))
-            if sparse:
-                used = chosen.detach().reshape(-1, len(used)).ne(0).any(0).nonzero()[:, 0].tolist()
-            weights = [chosen[..., j] for j in used]
-
-        def member(j: int, y: Tensor, total: Tensor, w: Weight) -> Tensor:
-            name = self.members[used[j] if used else j]
-            if name not in at.entries:  # it has no site here
-                return total
-            if sparse and isinstance(w, Tensor) and w.dim():
-                return at.where(name, y, total, w)
-            return at(name, y, total, w)
-
-        new = mixture.combine(member, weights, y)
-        if new is y:  # none of its modules acts on the output here
-            return total
-        if total is y and not isinstance(weight, Tensor) and weight == 1.0:
-            return new
-        return total + weighted(weight, new - y)
-
-    def bank(self, members: Sequence[Sequence[Entry]]) -> ExpertBatch | None:
-        """The members over stacked tensors, made again once others are here, or train."""
-        modules = [entry.module for some in members for entry in some]
-        now = modules, list(map(_training, modules))
-        if self._banked[0] != now:
-            self._banked = now, ExpertBatch.of(members)
-        return self._banked[1]
-
-
-def _few(chosen: Tensor) -> bool:
-    """Whether at most half of the weights are not 0: more are as well computed one by one."""
-    return 2 * int(chosen.detach().count_nonzero()) <= chosen.numel()
-
-
-def _followed(weights: Tensor, at: Applier, y: Tensor) -> Tensor:
-    """Weights ``[N]`` or ``[B, N]`` for the rows of ``y``: beams follow their example."""
-    if weights.dim() != 2:
-        return weights
-    whole = at.whole or y.shape[0]
-    if weights.shape[0] != whole and whole % weights.shape[0] == 0:
-        weights = weights.repeat_interleave(whole // weights.shape[0], dim=0)
-    return weights if at.rows is None else weights[at.rows]
 
 
 def _in_width(layer: nn.Module) -> int:

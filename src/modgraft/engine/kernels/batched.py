@@ -1,9 +1,9 @@
-"""Many modules of one kind and shape as one, over stacked tensors: one for each example.
+"""Many modules of one kind and shape as one, over stacked tensors: a module for each example.
 
-The tensors of the modules that are used lie in ``[N, …]``, an index picks each example's, and the
-module's own computation runs over the examples: as it is written, where that is ``by_row``, else
-mapped (``torch.vmap``); a change of low rank is two batched products. Without gradients the picked
-tensors are kept until one of them changes.
+The tensors of the modules in use lie in ``[N, …]``, and an index picks those of each example. The
+module's own computation runs over the examples: as it is written where the method is ``by_row``,
+else mapped by ``torch.vmap``. A change of low rank is two batched products. Without gradients the
+picked tensors are kept until one of them changes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from modgraft.computation._borrow import borrows
 from modgraft.computation.base import Computation, ParameterComposition
 from modgraft.core.layers import feature_axis
 from modgraft.engine.kernels.tensor_cache import TensorCache
-from modgraft.engine.kernels.twin import twin_with
+from modgraft.engine.kernels.functional_call import with_tensors
 
 
 def batch_key(module: Computation) -> object:
-    """What modules that can be stacked have in common, None for one that cannot be."""
+    """Return a key that is equal for modules that can be batched, None for one that cannot be."""
     if not module.can_batch or borrows(module):
         return None
     shapes = tuple((k, tuple(t.shape), t.dtype) for k, t in _tensors(module).items())
@@ -35,10 +35,10 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Batched:
-    """The modules of a batch, one for each example, as one.
+    """Runs the modules of a batch, one for each example, as one module.
 
     Args:
-        each: the module of every example, in order; one may serve several.
+        each: the module of every example, in order; one module may serve several examples.
     """
 
     def __init__(self, each: Sequence[Computation]) -> None:
@@ -47,18 +47,18 @@ class Batched:
         place = {module: i for i, module in enumerate(self.different)}
         self.pick: Sequence[int] | Tensor = [place[module] for module in each]
         self.all = self.pick == list(range(len(self.different)))
-        each_has = len(each) // len(self.different)
-        # as many examples of each, side by side: they are one, and no tensor is picked for each
-        self.in_blocks = self.pick == [i for i in place.values() for _ in range(each_has)]
-        self.of_weights = isinstance(self.like, ParameterComposition)
-        self._low_rank = self.of_weights and self.like.factors() is not None  # type: ignore[attr-defined]
+        examples = len(each) // len(self.different)
+        # equally many examples of each module, side by side, are one block: nothing is picked
+        self.in_blocks = self.pick == [i for i in place.values() for _ in range(examples)]
+        self.is_weight_change = isinstance(self.like, ParameterComposition)
+        self._is_low_rank = self.is_weight_change and self.like.factors() is not None  # type: ignore[attr-defined]
         self.side_source = self.like.side_source
         self._kept = TensorCache(self.different)
 
     def picking(self, pick: Tensor) -> Self:
-        """The same modules, one for each example by its number in ``pick`` ``[g]`` (int64).
+        """Return the same modules for other examples: their numbers are ``pick`` ``[g]`` (int64).
 
-        What a router chose: another choice at every call, of which nothing is kept.
+        A router picks anew at every call, and nothing is kept of what it picked.
         """
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__)
@@ -68,7 +68,7 @@ class Batched:
     # -- tensors ----------------------------------------------------------------------------------
 
     def _picked(self, kind: str, times: int) -> dict[str, Tensor]:
-        """The tensors ``[g, …]`` of each example, each repeated ``times``."""
+        """Return the tensors ``[g, …]`` of each example, each repeated ``times``."""
 
         def every() -> dict[str, Tensor]:
             return self._factors() if kind == "factors" else self._state()
@@ -103,7 +103,7 @@ class Batched:
     # -- computing --------------------------------------------------------------------------------
 
     def effect(self, x: Tensor, layer: nn.Module, weight: Tensor, y: Tensor) -> Tensor:
-        """Of each example's change of weights on its row of ``x`` ``[g, …, in]``."""
+        """Return the effect of each example's change of weights on its row of x ``[g, …, in]``."""
         if not self.has_factors(layer):
             return self._mapped("effect", (x, y), x.shape[0] // len(self.pick), layer, weight)
         hidden, own = self._hidden(x)
@@ -114,7 +114,7 @@ class Batched:
         return effect.view(*x.shape[:-1], effect.shape[-1])
 
     def added(self, total: Tensor, x: Tensor, in_place: bool) -> Tensor:
-        """``total`` ``[g, …, out]`` + the effect of low rank, in one pass over it."""
+        """Add the effect of low rank to ``total`` ``[g, …, out]``, in one pass over it."""
         hidden, own = self._hidden(x)
         to = total.reshape(*hidden.shape[:-1], total.shape[-1])  # [g, n, out]
         to = to + own["b"][:, None] if "b" in own else to
@@ -122,7 +122,7 @@ class Batched:
         return add(to, hidden, own["B"]).view(total.shape)
 
     def _hidden(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """x A ``[g, n, r]`` of the picked factors, and those."""
+        """Return x A ``[g, n, r]`` with the picked factors, and these."""
         if self.in_blocks:
             own = self._kept.get("factors", self._factors)
             rows = x.reshape(len(self.different), -1, x.shape[-1])  # [N, g/N · n, in]
@@ -132,16 +132,16 @@ class Batched:
         return torch.bmm(rows, own["A"]), own
 
     def has_factors(self, layer: nn.Module) -> bool:
-        """Whether it is a change of low rank of a linear layer."""
-        return self._low_rank and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")
+        """Whether it changes a linear layer by a matrix of low rank."""
+        return self._is_low_rank and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")
 
     def sums(self, x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-        """Σ of weight · effect over the picks of each row: ``[T, out]``.
+        """Return Σ weight · effect over the picks of each row, ``[T, out]``.
 
         Rows of B are read where they lie and added up; none is copied.
 
         Args:
-            x: ``[P, in]``, of each pick.
+            x: ``[P, in]``, the input of each pick.
             weights: ``[P]``.
             offsets: ``[T]``, where the picks of each row begin.
         """
@@ -161,12 +161,12 @@ class Batched:
         return total
 
     def __call__(self, y: Tensor, x: Tensor | None, side: Any) -> Tensor:
-        """Each example's function of its row of ``y`` ``[g, …]`` (and of ``x`` and ``side``)."""
+        """Apply each example's function to its row of y ``[g, …]``, and of x and ``side``."""
         times = y.shape[0] // len(self.pick)
         return self._mapped("forward", (y, x, side), times)
 
     def _in_blocks(self, value: Tensor | None) -> Tensor | None:
-        """``[g, n, d]`` as ``[N, g/N · n, d]``."""
+        """View ``[g, n, d]`` as ``[N, g/N · n, d]``."""
         return None if value is None else value.reshape(len(self.different), -1, value.shape[-1])
 
     def _mapped(self, kind: str, given: tuple, times: int, *fixed: Any) -> Tensor:
@@ -183,26 +183,26 @@ class Batched:
             and all(feature_axis(layer) == -1 for layer in fixed[:1])
         ):
             if self.in_blocks and self.like.by_token:
-                twin = self._kept.get("twin", lambda: _by_row(self.like, self._state()))
+                one = self._kept.get("module", lambda: _by_row(self.like, self._state()))
                 rows = [self._in_blocks(value) for value in given]
-                return run(twin, rows).reshape(*y.shape[:2], -1)
+                return run(one, rows).reshape(*y.shape[:2], -1)
 
             def make() -> nn.Module:
                 return _by_row(self.like, self._picked("state", times))
 
             chosen = isinstance(self.pick, Tensor)
-            return run(make() if chosen else self._kept.get(("twin", times), make), given)
+            return run(make() if chosen else self._kept.get(("module", times), make), given)
 
         def one(tensors: dict[str, Tensor], *rows: Any) -> Tensor:
             rows = tuple(None if row is None else row[None] for row in rows)
-            return run(twin_with(self.like, tensors), rows)[0]
+            return run(with_tensors(self.like, tensors), rows)[0]
 
         dims = (0, *(None if value is None else 0 for value in given))
         return torch.vmap(one, in_dims=dims)(self._picked("state", times), *given)
 
 
 class _Linears:
-    """A linear layer for each example: [g, n, in] → [g, n, out]."""
+    """A linear layer for each example: ``[g, n, in]`` → ``[g, n, out]``."""
 
     def __init__(self, like: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
         self.in_features, self.out_features = like.in_features, like.out_features
@@ -218,12 +218,12 @@ class _Linears:
 
 
 def _by_row(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """A twin of ``module`` that has these tensors ``[g, …]``, one for each example."""
-    twin = twin_with(module, {k: v[:, None] for k, v in tensors.items() if "." not in k})
+    """Return a shallow copy of ``module`` with ``tensors`` ``[g, …]``, a row for each example."""
+    copy = with_tensors(module, {k: v[:, None] for k, v in tensors.items() if "." not in k})
     layers = {
         name: _Linears(child, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
         for name, child in module._modules.items()
         if isinstance(child, nn.Linear)
     }
-    twin.__dict__["_modules"] = {**module._modules, **layers}
-    return twin
+    copy.__dict__["_modules"] = {**module._modules, **layers}
+    return copy

@@ -1,8 +1,8 @@
 """Attention of one query, as in decoding, over keys that lie in two places.
 
-What decoding costs is passing over keys and values. To put a prefix before them is to write all of
-them anew at every step; here both are read where they are: the scores of both together have one
-softmax, and the values of each are summed with its own part of it.
+Decoding costs as much as reading the keys and values. Putting a prefix before them would write all
+of them anew at every step. Here both are read where they are: one softmax over the scores of both,
+and the values of each summed with its part of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-_OTHER = ("position_bias", "softcap", "output_attentions")  # what would change the scores, or more
+_UNSUPPORTED = ("position_bias", "softcap", "output_attentions")
 
 
 def applies(function: Any, query: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -23,7 +23,7 @@ def applies(function: Any, query: Tensor, kwargs: dict[str, Any]) -> bool:
         and query.shape[2] == 1
         and query.dtype.itemsize >= 4  # scores are added up in it
         and not kwargs.get("dropout")
-        and not any(kwargs.get(name) is not None for name in _OTHER)
+        and not any(kwargs.get(name) is not None for name in _UNSUPPORTED)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(query.device.type)
     )
@@ -36,7 +36,7 @@ def attend(
     mask: Tensor | None,
     scaling: float | None,
 ) -> Tensor:
-    """softmax(s·q [K₁; K₂]ᵀ + mask) [V₁; V₂].
+    """Return softmax(s·q [K₁; K₂]ᵀ + mask) [V₁; V₂].
 
     Args:
         query: ``[B, h, 1, d]``.

@@ -1,8 +1,8 @@
-"""f(x; θ + Δ) where f is not linear in θ: the layer itself is run, with other weights.
+"""f(x; θ + Δ) where f is not linear in θ: run the layer itself, with other weights.
 
-Attention and RNNs read several parameters in one computation, so an effect cannot be added to what
-they put out. What runs is a twin that shares everything with the layer but the changed tensors:
-the layer is never touched, so that no other thread sees them, and gradients reach Δ.
+Attention and RNNs read several parameters in one computation, so an effect cannot be added to
+their output. What runs is a shallow copy that shares everything with the layer but the changed
+tensors. The layer itself is never touched, so that no other thread sees them; gradients reach Δ.
 """
 
 from __future__ import annotations
@@ -23,11 +23,36 @@ from modgraft.core.layers import (
 )
 from modgraft.core.sites import joined
 from modgraft.engine.kernels.linear import Change
-from modgraft.engine.kernels.twin import twin_with
+
+
+def with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Return a shallow copy of ``module`` with ``tensors`` for the parameters and buffers so named.
+
+    The copy shares everything else with the module, which is never touched.
+    """
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    buffers = {k: own.pop(k, v) for k, v in module._buffers.items()}
+    copy.__dict__["_parameters"] = {**module._parameters, **own}
+    copy.__dict__["_buffers"] = buffers
+    inner: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        child, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(child, {})[rest] = tensor
+    if inner:
+        children = {name: with_tensors(module.get_submodule(name), of) for name, of in inner.items()}
+        copy.__dict__["_modules"] = {**module._modules, **children}
+    if isinstance(module, nn.RNNBase):  # it keeps a list, and compares it with what it had
+        names = module._flat_weights_names
+        copy.__dict__["_flat_weights"] = [copy._parameters[name] for name in names]
+        copy.__dict__["_flat_weight_refs"] = [None] * len(names)
+    return made
 
 
 def new_weights(layer: nn.Module, changes: Sequence[Change]) -> dict[str, Tensor]:
-    """θ + Σ w·Δ by the name of the parameter, every Δ that of the layer's own θ."""
+    """Return θ + Σ w·Δ by the name of the parameter; every Δ is that of the layer's own θ."""
     new: dict[str, Tensor] = {}
     for each in changes:
         at, name = (each.part, each.parameter), each.parameter or "weight"
@@ -47,24 +72,24 @@ def run(
     args: tuple,
     kwargs: dict,
 ) -> Any:
-    """``forward`` of ``layer`` with changed weights."""
+    """Run ``forward`` of ``layer`` with changed weights."""
     if not changes:
         return forward(layer, *args, **kwargs)
-    twin = twin_with(layer, new_weights(layer, changes))
-    before = dict(twin.__dict__)
-    out = forward(twin, *args, **kwargs)
-    if not torch.compiler.is_compiling():  # what a layer notes on itself while it runs is its own
-        for name, value in twin.__dict__.items():
+    changed = with_tensors(layer, new_weights(layer, changes))
+    before = dict(changed.__dict__)
+    out = forward(changed, *args, **kwargs)
+    if not torch.compiler.is_compiling():  # attributes that the layer set while it ran are its own
+        for name, value in changed.__dict__.items():
             if name not in before or before[name] is not value:
                 layer.__dict__[name] = value
     return out
 
 
 def write(model: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
-    """Put ``tensors`` into the parameters of the layer at ``path``, for good.
+    """Write ``tensors`` into the parameters of the layer at ``path``, for good.
 
     Raises:
-        ModgraftError: for a parameter that other layers use too.
+        ModgraftError: for a parameter that other layers share.
     """
     for name, tensor in tensors.items():
         own = model.get_submodule(path).get_parameter(name)

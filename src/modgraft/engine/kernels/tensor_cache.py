@@ -1,4 +1,4 @@
-"""What is made of modules' tensors and kept until one of them changes."""
+"""Keeps what is made of modules' tensors until one of the tensors changes."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ _version = attrgetter("_version")
 
 
 def _written(optimizer: Optimizer, *_: Any) -> None:
-    """Have the tensors that an optimiser has stepped on say that they were written to."""
+    """Bump the version of the parameters that an optimiser has updated; fused kernels do not."""
     groups = optimizer.param_groups
     written = [p for group in groups for p in group["params"] if p.grad is not None]
     torch.autograd.graph.increment_version(written)
 
 
-# fused kernels write without a word, and what was made of the weights before would stay
+# For every optimiser of the process: what was made of weights before a fused step would stay.
 register_optimizer_step_post_hook(_written)
 
 
 class TensorCache:
-    """Remembers what was made of the tensors of some modules, by a key.
+    """Remembers, by a key, what was made of the tensors of some modules.
 
-    It is made anew where a gradient has to reach one of them, where one was made in inference mode
-    (such tensors count no writes), and once one of them is another tensor, has been written to, or
-    lies elsewhere (``.to()`` puts new data into the old object). What is kept is let go of with it.
-    Without gradients all that is asked once in a call of the host, and so once in a ``generate``.
+    It is made anew where a gradient has to reach one of the tensors, where one was made in
+    inference mode (such tensors count no writes), and once one of them is another tensor, was
+    written to, or lies elsewhere (``.to()`` puts new data into the old object). Without gradients
+    this is checked once a call of the host, and so once a ``generate``.
 
     Args:
-        modules: that own every tensor that what is made depends on.
+        modules: the modules that own every tensor it depends on.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         parts = dict.fromkeys(part for m in modules for part in m.modules())
         self._owners = [own for part in parts for own in (part._parameters, part._buffers)]
-        # replaced as a whole, so that threads see one state of it or another; the tensors are held
-        # so that no other takes their identity
+        # Replaced as a whole, so that threads see one state or another; the tensors are held so
+        # that no other takes their identity.
         self._now: tuple[Any, list[Tensor], dict[Hashable, Any]] = (None, [], {})
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` gives, or gave for this key."""
+        """Return what ``make`` makes, or made before for this key."""
         if not once_in_a_call(self, self._holds):
             return make()
         made = self._now[2]
@@ -59,8 +59,8 @@ class TensorCache:
         return made[key]
 
     def _holds(self) -> bool:
-        """Whether anything may be kept; what was made of other tensors than now is let go of."""
-        # what C does over a list is several times as fast as what Python does
+        """Whether anything may be kept; lets go of what was made of other tensors than now."""
+        # C over whole lists: several times as fast as a loop in Python
         own = [t for t in chain.from_iterable(map(dict.values, self._owners)) if t is not None]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in own):
             return False

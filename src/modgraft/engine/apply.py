@@ -1,0 +1,216 @@
+"""Applies a composition to a layer's output: y = g(r(x), {f(x; θ, φ_j)}) of the survey's Algorithm 1.
+
+An expression folds an :class:`Applier` over the output: it adds weight · (the module's result − y)
+for one module after another, each measured against what came before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modgraft.computation.base import FunctionComposition
+from modgraft.core.context import EXAMPLE
+from modgraft.core.expression import Weight, weighted
+from modgraft.core.layers import feature_axis, weight_matrix
+from modgraft.core.tensors import replaced, tensor_input
+from modgraft.engine.entry import Entry
+from modgraft.engine.kernels.batched import Batched
+from modgraft.engine.state import SiteCall, State
+from modgraft.routing.base import Member
+from modgraft.routing.mixture import Routed
+
+
+@dataclass
+class Applier:
+    """Runs the modules of a group at a site.
+
+    Attributes:
+        site: the call of the layer.
+        entries: the group's modules, by name.
+        x: the layer's input, of the group's examples.
+        rows: which examples these are; None: all.
+        bare: what the layer itself put out for them, where that is known.
+        batch: how many examples there are, if these are some of them.
+        in_place: whether the layer's output may be written to, since nothing else reads it.
+    """
+
+    site: SiteCall
+    entries: dict[str, list[Entry]]
+    x: Tensor | None
+    rows: Tensor | None = None
+    bare: Tensor | None = None
+    batch: int | None = None
+    in_place: bool = False
+
+    def __call__(self, name: str, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
+        """Return ``total`` + weight · (the module's result on ``y`` − ``y``)."""
+        weight = self.site.per_row(weight, y)
+        if not isinstance(weight, Tensor) and weight == 0.0:
+            return total
+        for entry in self.entries.get(name, ()):
+            if entry.residual or entry.parameter is not None:
+                continue
+            module = entry.module
+            if isinstance(module, Routed):
+                total = _mix(self, module, y, total, weight)
+            elif entry.changes_weight:
+                total = self._changed_weight(entry, total, weight)
+            elif isinstance(module, FunctionComposition | Batched):
+                total = self._function(entry, y, total, weight)
+        return total
+
+    def where_used(self, name: str, y: Tensor, total: Tensor, weight: Tensor) -> Tensor:
+        """Do the same for a weight ``[B]`` or ``[B, n]``, on the rows alone where it is not 0."""
+        x, bare, rows, batch = self.x, self.bare, self.rows, self.batch
+        shape = total.shape
+        if weight.dim() == 2:  # each token is an example of one token
+            y, total = y.reshape(-1, 1, y.shape[-1]), total.reshape(-1, 1, shape[-1])
+            x = None if x is None else x.reshape(-1, 1, x.shape[-1])
+            bare = None if bare is None else bare.reshape(-1, 1, bare.shape[-1])
+            rows, batch, weight = None, None, weight.reshape(-1)
+        chosen = weight.detach().nonzero()[:, 0]
+        if len(chosen) == len(weight):
+            some = Applier(self.site, self.entries, x, rows, bare, batch)
+            return some(name, y, total, weight).view(shape)
+        if batch is None and len(shape) > 0 and weight.shape[0] == shape[0]:
+            batch = shape[0]
+        picked = chosen if rows is None else rows[chosen]
+        some = Applier(
+            self.site, self.entries, pick(x, chosen), picked, pick(bare, chosen), batch
+        )
+        new = some(name, y[chosen], total[chosen], weight[chosen])
+        return total.index_copy(0, chosen, new).view(shape)
+
+    def side(self, entry: Entry, rows: int) -> Any:
+        """Return the side input of a module, None where the module does not act.
+
+        Compiled code holds every module of the host behind a switch; one that is switched off has
+        no effect, and needs no side input.
+
+        Raises:
+            SideError: where the call has none, or of another batch.
+        """
+        source, call = entry.module.side_source, self.site.call
+        if source is None:
+            return None
+        if source not in call.side and torch.compiler.is_compiling():
+            if not _in_force(self.site.state, entry.name):
+                return None
+        return call.resolve(source, entry.name, self.batch or rows, self.rows)
+
+    def _changed_weight(self, entry: Entry, total: Tensor, weight: Weight) -> Tensor:
+        """Return ``total`` + w·(f(x; θ + Δ) − f(x; θ)), on the part that the module acts on."""
+        layer, part, module = self.site.layer, entry.part, entry.module
+        x = tensor_input(self.x, self.site.state.path)
+        bare = self.bare
+        once = part is None and not isinstance(weight, Tensor) and weight == 1.0
+        if once and isinstance(module, Batched) and module.has_factors(layer):
+            return module.added(total, x, self.in_place)
+        axis = feature_axis(layer)
+        if bare is not None and part is not None:
+            bare = bare.chunk(part[1], dim=axis)[part[0]]
+        effect = module.effect(x, layer, weight_matrix(layer, part), bare)  # type: ignore[union-attr]
+        effect = weighted(weight, effect)
+        if part is None:
+            return total + effect
+        return replaced(total, part, axis, lambda own: own + effect)
+
+    def _function(self, entry: Entry, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
+        """Return ``total`` + w·(f(y, x) − y), on the part that the module acts on."""
+        module, part = entry.module, entry.part
+        side = None
+        if module.side_source is not None:
+            side = self.side(entry, y.shape[0])
+            if side is None:
+                return total
+        own = y if part is None else y.chunk(part[1], dim=entry.axis)[part[0]]
+        new = module(own, self.x, side)  # type: ignore[operator]
+        if total is y and not isinstance(weight, Tensor) and weight == 1.0:
+            return new if part is None else replaced(y, part, entry.axis, lambda _: new)
+        effect = weighted(weight, new - own)
+        if part is None:
+            return total + effect
+        return replaced(total, part, entry.axis, lambda of_total: of_total + effect)
+
+
+def pick(x: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Return the given rows of x, if there is an x."""
+    return None if x is None else x[rows]
+
+
+def _in_force(state: State, name: str) -> bool:
+    """Whether a compiled call's composition names the module. This binds a graph to the answer:
+    nothing can be computed without the module's side input."""
+    composition = state.context.mirrored
+    return composition is not None and name in composition.names()
+
+
+# -- mixtures -------------------------------------------------------------------------------------
+
+
+def _mix(at: Applier, routed: Routed, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
+    """Return ``total`` + weight · (g(α, {h_j(y)}) − y), a mixture's effect."""
+    mixture = routed.mixture
+    if mixture.side_source == EXAMPLE and EXAMPLE not in at.site.call.side:
+        return total  # compiled code holds every module of the host: this one is not in force
+    members = [at.entries.get(name, ()) for name in routed.members]
+    if mixture.router is None:
+        new = mixture.combine(_member_of(at, routed.members, sparse=False), [], y)
+    else:
+        sparse = mixture.route.sparse and not torch.compiler.is_compiling()
+        chosen = _choose(at, routed, members, y)
+        if sparse and chosen.dim() > 1 and mixture.aggregate.adds and _few(chosen):
+            batch = at.site.state.expert_batch(routed, members)
+            if batch is not None and batch.takes(at.site.layer, chosen, at.x, y):
+                return batch.add(at.site.layer, chosen, at.x, at.bare, y, total, weight)
+        used = list(range(len(members)))
+        if sparse:
+            used = chosen.detach().reshape(-1, len(used)).ne(0).any(0).nonzero()[:, 0].tolist()
+        names = [routed.members[j] for j in used]
+        new = mixture.combine(_member_of(at, names, sparse), [chosen[..., j] for j in used], y)
+    if new is y:  # none of its modules acts on the output here
+        return total
+    if total is y and not isinstance(weight, Tensor) and weight == 1.0:
+        return new
+    return total + weighted(weight, new - y)
+
+
+def _member_of(at: Applier, names: Sequence[str], sparse: bool) -> Any:
+    """Return what an aggregation calls for the j-th module: the applier, under its name."""
+
+    def member(j: int, y: Tensor, total: Tensor, w: Weight) -> Tensor:
+        name = names[j]
+        if name not in at.entries:  # it has no site here
+            return total
+        if sparse and isinstance(w, Tensor) and w.dim():
+            return at.where_used(name, y, total, w)
+        return at(name, y, total, w)
+
+    return member
+
+
+def _choose(
+    at: Applier, routed: Routed, members: Sequence[Sequence[Entry]], y: Tensor
+) -> Tensor:
+    """Return the router's weights ``[N]``, ``[B, N]`` or ``[B, n, N]`` for the rows of ``y``."""
+    mixture = routed.mixture
+    if mixture.route.looks:
+        found = [[Member(e.module, e.part) for e in some] for some in members]  # type: ignore[arg-type]
+        mixture.route.prepare(found, at.site.layer)
+    weights = mixture.choose(at.site.call, at.x, y, routed.task).weights
+    if weights.dim() != 2:
+        return weights
+    batch = at.batch or y.shape[0]
+    if weights.shape[0] != batch and batch % weights.shape[0] == 0:  # beams follow their example
+        weights = weights.repeat_interleave(batch // weights.shape[0], dim=0)
+    return weights if at.rows is None else weights[at.rows]
+
+
+def _few(chosen: Tensor) -> bool:
+    """Whether at most half of the weights are not 0: more are as well computed one by one."""
+    return 2 * int(chosen.detach().count_nonzero()) <= chosen.numel()
