@@ -19,14 +19,14 @@ from modgraft.computation.base import (
     Computation,
     FunctionComposition,
 )
-from modgraft.core.context import Call, Context
+from modgraft.core.context import Call, Context, missing_side
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression, Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
 from modgraft.core.per_example import Each
 from modgraft.core.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
 from modgraft.engine import shared_input as together
-from modgraft.engine.inputs.tokens import active_inputs, call_with_tokens, missing_side
+from modgraft.engine.inputs.tokens import active_inputs, call_with_tokens
 from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.kernels.functional_call import run as run_changed
 from modgraft.engine.kernels.linear import Change, Merged, one_product
