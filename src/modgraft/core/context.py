@@ -117,6 +117,33 @@ class Call:
             f"pass one row for each example of the batch"
         )
 
+    def resolve(self, source: str, name: str, batch: int, rows: Tensor | None = None) -> Side:
+        """The side input ``source`` that the module ``name`` reads at a site.
+
+        Args:
+            source: the side input's name.
+            name: the module's, for the error message.
+            batch: how many examples the site works on; in ``generate`` an example's beams share
+                its side input.
+            rows: int64, the examples to take of the batch; None: all.
+
+        Raises:
+            SideError: if the call has no such side input, or it has another number of examples.
+        """
+        side = self.side_input(source, batch)
+        if side is None:
+            raise missing_side(name, source)
+        return side if rows is None else side.picked(rows)
+
+
+def missing_side(name: str, source: str) -> SideError:
+    """The error of a call without a side input that an active module needs."""
+    return SideError(
+        f"module {name!r} needs the side input {source!r} and this call has none; pass "
+        f"host(..., side={{{source!r}: mg.Side(tensor, mask)}}), with an all-False mask row for an "
+        f"example without one, or leave the module out with host.use(None)"
+    )
+
 
 @dataclass(frozen=True)
 class Switch(Expression):

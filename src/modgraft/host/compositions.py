@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from modgraft.computation.base import Computation, InputComposition
 from modgraft.core import expression as ex
 from modgraft.core.algebra import walk
-from modgraft.core.context import EXAMPLE, Context, Side
+from modgraft.core.context import EXAMPLE, Context, Side, missing_side
 from modgraft.core.errors import CompositionError
 from modgraft.core.parse import parse
 from modgraft.core.per_example import Each, Weighted
 from modgraft.core.tensors import first_tensor
-from modgraft.engine.inputs.tokens import check_inputs, missing_side
+from modgraft.engine.inputs.tokens import check_inputs
 
 Composition = str | ex.Composable | None
 Compositions = Composition | Sequence[Composition]  # one for each example

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modgraft.computation.base import Computation, KeyValueComposition
-from modgraft.core.context import switched
+from modgraft.core.context import missing_side, switched
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression, weighted
 from modgraft.core.per_example import Each
-from modgraft.engine.inputs.tokens import fold, missing_side
+from modgraft.engine.inputs.tokens import fold
 from modgraft.engine.kernels import decode_attention as one_query
 from modgraft.engine.plan import Entry
 from modgraft.engine.run import STATE, State

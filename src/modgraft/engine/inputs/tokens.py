@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import Computation, TokenComposition
 from modgraft.core.architectures import base_path, family_of
-from modgraft.core.context import Call, switched
-from modgraft.core.errors import CompositionError, ModgraftError, SideError
+from modgraft.core.context import Call, missing_side, switched
+from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Average, Chain, Concat, Expression, Name
 from modgraft.core.per_example import Each
 from modgraft.core.sites import Site
@@ -176,15 +176,6 @@ def generate_with_tokens(
     plan = splice(host, kwargs, _source(host, entries, call), generating=True)
     with state.context.call(replace(call, spliced=True, generating=True)):
         return generate(host, **plan.kwargs)
-
-
-def missing_side(name: str, source: str) -> SideError:
-    """The error of a call without a side input that an active module needs."""
-    return SideError(
-        f"module {name!r} needs the side input {source!r} and this call has none; pass "
-        f"host(..., side={{{source!r}: mg.Side(tensor, mask)}}), with an all-False mask row for an "
-        f"example without one, or leave the module out with host.use(None)"
-    )
 
 
 def _source(host: nn.Module, entries: Sequence[Entry], call: Call) -> Source:
