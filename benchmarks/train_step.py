@@ -30,7 +30,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.minilm import NAMES, classifier
 from benchmarks.show import Claim, add_output, show
 from benchmarks.timing import in_turn, side_by_side
-from modgraft.engine.kernels.linear import LowRank
+from modgraft.engine.kernels.low_rank import LowRank
 
 RANK, ROWS, LENGTH = 8, 16, 64
 LINEAR = ["query", "key", "value", "output", "up", "down"]

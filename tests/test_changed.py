@@ -11,9 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 import modgraft as mg
 from common import WEIGHTS
-from modgraft.engine import run as running
-from modgraft.engine.kernels import linear as changed
-from modgraft.engine.kernels.linear import Change, LowRank, one_product
+from modgraft.engine import run
+from modgraft.engine.kernels import low_rank
+from modgraft.engine.kernels.linear import Change, one_product
+from modgraft.engine.kernels.low_rank import LowRank
 
 METHODS = {**WEIGHTS, "rslora": lambda: mg.LoRA(rank=3, rslora=True, bias=True)}
 LAYERS = {
@@ -58,7 +59,7 @@ def test_equals_the_layer_and_its_effects(
     for host.model[0].weight.requires_grad in (False, True):
         fast = results(host, x, composition)
         with monkeypatch.context() as patch:
-            patch.setattr(running, "one_product", lambda *a: None)
+            patch.setattr(run, "one_product", lambda *a: None)
             slow = results(host, x, composition)
         assert len(fast) == len(slow)
         for one, other in zip(fast, slow, strict=True):
@@ -72,8 +73,8 @@ def test_equals_the_layer_and_its_effects(
 def test_gradcheck(
     transposed: bool, twice: bool, cached: int, vector: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(changed, "CACHED", cached)
-    monkeypatch.setattr(changed, "VECTOR", vector)
+    monkeypatch.setattr(low_rank, "CACHED", cached)
+    monkeypatch.setattr(low_rank, "VECTOR", vector)
     torch.manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:

@@ -12,7 +12,7 @@ import modgraft as mg
 from hosts import HOSTS, ids
 from modgraft.engine.kernels.tensor_cache import TensorCache
 from modgraft.engine.plan import Plan
-from modgraft.engine.run import STATE
+from modgraft.engine.state import STATE
 
 
 def made() -> mg.Host:
@@ -158,7 +158,7 @@ def test_a_site_keeps_the_tensors_of_few_batches() -> None:
         names = [f"lora{i // 3**k % 3}" for k in range(3)]
         host(input_ids=ids(3), modules=names)
     states = [m.__dict__[STATE] for m in host.model.modules() if STATE in m.__dict__]
-    assert all(len(state.planned) <= 5 for state in states)
+    assert all(len(state.plans) <= 5 for state in states)
 
 
 @pytest.mark.parametrize("fused", [True, False])

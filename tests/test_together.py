@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import modgraft as mg
 from hosts import HOSTS, tensor_of
-from modgraft.engine import shared_input as together
-from modgraft.engine.graft import STATE
-from modgraft.engine.kernels.linear import LowRank
+from modgraft.engine import shared_input
+from modgraft.engine.kernels.low_rank import LowRank
+from modgraft.engine.state import STATE
 
 SHARED = {"bert": ["query", "key", "value"], "t5": ["query", "key", "value", "up"]}
 SHARED |= {"llama": ["query", "key", "value", "up"], "vit": ["query", "key", "value"]}
@@ -58,7 +58,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def alone(host: mg.Host) -> None:
     for module in host.model.modules():
         if STATE in module.__dict__:
-            module.__dict__[STATE].beside = ()
+            module.__dict__[STATE].same_input = ()
 
 
 @pytest.mark.parametrize("composition", ["m", "-0.5*m", "m + 2*n", "m >> n"])
@@ -160,14 +160,14 @@ def test_a_layer_called_by_itself_leaves_nothing(nodes: list[int]) -> None:
 
 def test_nothing_is_left_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[dict[Any, Any]] = []
-    computed = together.computed
+    run = shared_input.run
 
     def watched(site: Any, group: Any, x: Tensor) -> Tensor | None:
         if site.call.memo not in left:
             left.append(site.call.memo)
-        return computed(site, group, x)
+        return run(site, group, x)
 
-    monkeypatch.setattr(together, "computed", watched)
+    monkeypatch.setattr(shared_input, "run", watched)
     host, batch = host_of("t5")
     host(**batch)
     assert left == [{}]

@@ -60,7 +60,7 @@ def test_it_is_the_loop_over_modules(
     kind: str, router: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "modgraft.routing.mixture._few", lambda chosen: True
+        "modgraft.engine.apply._few", lambda chosen: True
     )  # also where many are picked
     made: list[ExpertBatch | None] = []
     whole = ExpertBatch.of
@@ -68,7 +68,7 @@ def test_it_is_the_loop_over_modules(
     monkeypatch.setattr(ExpertBatch, "of", lambda members: made.append(whole(members)) or made[-1])
     stacked = results(host)
     assert made
-    assert all(bank is not None for bank in made), "this test is of stacked modules"
+    assert all(batch is not None for batch in made), "this test is of stacked modules"
     monkeypatch.setattr(ExpertBatch, "of", lambda members: None)
     alone = results(host_with(kind, ROUTERS[router]()))
     # a module that was not picked has no gradient from the loop, and zeros over stacked tensors

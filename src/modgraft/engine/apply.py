@@ -1,4 +1,4 @@
-"""Applies a composition to a layer's output: y = g(r(x), {f(x; θ, φ_j)}) of the survey's Algorithm 1.
+"""Applies a composition to an output: y = g(r(x), {f(x; θ, φ_j)}), the survey's Algorithm 1.
 
 An expression folds an :class:`Applier` over the output: it adds weight · (the module's result − y)
 for one module after another, each measured against what came before it.
@@ -80,9 +80,7 @@ class Applier:
         if batch is None and len(shape) > 0 and weight.shape[0] == shape[0]:
             batch = shape[0]
         picked = chosen if rows is None else rows[chosen]
-        some = Applier(
-            self.site, self.entries, pick(x, chosen), picked, pick(bare, chosen), batch
-        )
+        some = Applier(self.site, self.entries, pick(x, chosen), picked, pick(bare, chosen), batch)
         new = some(name, y[chosen], total[chosen], weight[chosen])
         return total.index_copy(0, chosen, new).view(shape)
 
@@ -194,9 +192,7 @@ def _member_of(at: Applier, names: Sequence[str], sparse: bool) -> Any:
     return member
 
 
-def _choose(
-    at: Applier, routed: Routed, members: Sequence[Sequence[Entry]], y: Tensor
-) -> Tensor:
+def _choose(at: Applier, routed: Routed, members: Sequence[Sequence[Entry]], y: Tensor) -> Tensor:
     """Return the router's weights ``[N]``, ``[B, N]`` or ``[B, n, N]`` for the rows of ``y``."""
     mixture = routed.mixture
     if mixture.route.looks:

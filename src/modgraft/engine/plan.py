@@ -59,7 +59,7 @@ class Group:
     entries: dict[str, list[Entry]]
     changes: list[Change] = field(default_factory=list)
     rest: Expression | None = None
-    merged: Merged | None = None
+    merged: MergedWeight | None = None
     _index: dict[tuple[torch.device, int, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Group:
             for entry in self.entries[name]
         ]
         if self.rows is None:
-            self.merged = Merged()
+            self.merged = MergedWeight()
 
     def index(self, like: Tensor, times: int) -> Tensor:
         """Return the group's rows of ``like``, where each example has ``times``, side by side."""

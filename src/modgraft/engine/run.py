@@ -124,9 +124,7 @@ def _with_changed_weight(site: SiteCall, group: Group, x: Tensor | None) -> Tens
     return one_product(site.layer, site.forward, x, changes, merged)
 
 
-def _inside(
-    site: SiteCall, groups: Sequence[Group], composition: Expression
-) -> list[Change]:
+def _inside(site: SiteCall, groups: Sequence[Group], composition: Expression) -> list[Change]:
     """Return the changes of weights that only the layer itself can run with.
 
     Raises:

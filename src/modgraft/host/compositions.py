@@ -15,7 +15,7 @@ from modgraft.core.errors import CompositionError
 from modgraft.core.parse import parse
 from modgraft.core.per_example import Each, Weighted
 from modgraft.core.tensors import first_tensor
-from modgraft.engine.inputs.tokens import check_inputs
+from modgraft.engine.inputs.expressions import check_inputs
 
 Composition = str | ex.Composable | None
 Compositions = Composition | Sequence[Composition]  # one for each example

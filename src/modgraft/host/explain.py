@@ -17,10 +17,11 @@ from modgraft.computation.base import (
 from modgraft.core.expression import Expression
 from modgraft.core.layers import weight_matrix
 from modgraft.core.per_example import Each
+from modgraft.engine.entry import Entry
 from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.kernels.linear import PLAIN
-from modgraft.engine.plan import Entry, Group, Plan
-from modgraft.engine.run import STATE, State
+from modgraft.engine.plan import Group, Plan
+from modgraft.engine.state import STATE, State
 from modgraft.host.describe import plain, rows_of, table
 from modgraft.routing.mixture import Routed
 
@@ -53,10 +54,10 @@ def described(host: Host, composition: Expression | None) -> str:
         if state is None:
             continue
         examples: dict[tuple[str, Way], int] = {}
-        plan = state.remembered(composition)
+        plan = state.plan(composition)
         for group in plan.groups:
             entries = [e for some in group.entries.values() for e in some]
-            key = _role(path, entries, roles), _way(layer, group, plan)
+            key = _role(path, entries, roles), _way(layer, state, group, plan)
             examples[key] = examples.get(key, 0) + _count(group, composition)
         for (at, way), count in examples.items():
             row = at, f"{count}" if isinstance(composition, Each) else "all", way
@@ -82,13 +83,13 @@ def _role(path: str, entries: Sequence[Entry], roles: dict[tuple[str, object], s
     return ", ".join(known) or re.sub(r"(?<![^.])\d+(?![^.])", "*", path) or "the input"
 
 
-def _way(layer: nn.Module, group: Group, plan: Plan) -> Way:
+def _way(layer: nn.Module, state: State, group: Group, plan: Plan) -> Way:
     each = isinstance(plan.composition, Each)
     first = None if each or not group.changes else _changed(layer, group)
     left = group.expression if first is None else group.rest
     steps = [] if first is None else [first]
     for name in () if left is None else left.names():
-        steps += [_step(entry, plan, group) for entry in group.entries.get(name, ())]
+        steps += [_step(entry, state, plan, group) for entry in group.entries.get(name, ())]
     return Way(*("; ".join(dict.fromkeys(texts)) for texts in zip(*steps, strict=True)))
 
 
@@ -113,7 +114,7 @@ def _changed(layer: nn.Module, group: Group) -> Way | None:
     return Way(made if group.merged is None else kept, made)
 
 
-def _routed(entry: Entry, group: Group) -> Way:
+def _routed(entry: Entry, state: State, group: Group) -> Way:
     """What a mixture computes: of few picks a batch over stacked tensors, else module by module."""
     routed = entry.module
     assert isinstance(routed, Routed)  # noqa: S101
@@ -122,7 +123,7 @@ def _routed(entry: Entry, group: Group) -> Way:
     text = f"{entry.name}: routed over {here} modules"
     if mixture.router is None or mixture.router.level == "task":
         return _same(f"{text}, one after another")
-    stacked = mixture.aggregate.adds and routed.bank(members) is not None
+    stacked = mixture.aggregate.adds and state.expert_batch(routed, members) is not None
     batch = "picked by few, in one batch over stacked tensors; by more than half, one after another"
     picked = batch if stacked else "those picked, one after another"
     with torch.enable_grad():
@@ -133,19 +134,19 @@ def _routed(entry: Entry, group: Group) -> Way:
     )
 
 
-def _step(entry: Entry, plan: Plan, group: Group) -> Way:
+def _step(entry: Entry, state: State, plan: Plan, group: Group) -> Way:
     module = entry.module
     if isinstance(module, Batched):
-        kind = "effects" if module.of_weights else "functions"
+        kind = "effects" if module.is_weight_change else "functions"
         batched = f"{kind} of {len(module.different)} modules, one batch over stacked tensors"
         return Way(f"{batched}, kept", batched)
     if isinstance(module, Routed):
-        return _routed(entry, group)
+        return _routed(entry, state, group)
     if isinstance(module, TokenComposition):
         return _same("tokens before the input")
     if isinstance(module, KeyValueComposition):
         before = "keys and values before the layer's own"
-        return Way(before if plan.before is None else f"{before}, kept", before)
+        return Way(before if plan.keys_values is None else f"{before}, kept", before)
     if entry.parameter is not None:
         return _same("the layer, run with changed weights")
     kind = "effect" if isinstance(module, ParameterComposition) else "function"

@@ -27,9 +27,9 @@ from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
 from modgraft.engine.fast_paths import leave_fast_path, take_fast_path
 from modgraft.engine.gradient_checkpointing import forget, remember
-from modgraft.engine.graft import foreign, graft, prune, pruned, relate
+from modgraft.engine.graft import foreign, graft, link_shared_inputs, prune, pruned
 from modgraft.engine.implant import Implant, check_learns, check_module, check_name, learner
-from modgraft.engine.inputs.prefix_attention import serve
+from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.kernels.functional_call import new_weights, write
 from modgraft.engine.kernels.linear import Change
 from modgraft.host.compositions import (
@@ -147,13 +147,13 @@ class Host(nn.Module):
             )
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
         join_prompts(self, implant)
-        serve(module.inner)
+        hook_attention(module.inner)
         for own in implant.names:
             for site, (_, place) in zip(sites, implant.at_sites(own), strict=True):
                 graft(site, own, place, self._context)
             additive = isinstance(module.inner, ParameterComposition)
             self._context.add(own, device_of(self.model), additive)
-        relate(self.model)
+        link_shared_inputs(self.model)
         implant.train(self.training)
         self.implants[name] = implant
         self._reader.forget()
@@ -169,7 +169,7 @@ class Host(nn.Module):
             for module in self.model.modules():
                 prune(module, own)
             self._context.remove(own)
-        relate(self.model)
+        link_shared_inputs(self.model)
         del self.implants[name]
         self._reader.forget()
         self._context.switch(ex.without(self._context.composition, name))

@@ -1,15 +1,15 @@
-"""Keys and values of modules before those of an attention layer, at the one place all layers pass.
+"""Puts keys and values of modules before those of an attention layer.
 
 transformers asks one registry for the function that attends, and calls it with the layer first and
-with the keys and values that the KV cache gave back. ``serve`` puts :func:`_attend` around every
-function the registry hands out, once a process: where modules are in force on that layer, theirs go
-before the layer's own; so a cache never holds them, and each step sees them once. A layer without
-any gets the function it asked for, with the arguments it gave.
+with the keys and values that the KV cache gave back. :func:`hook_attention` puts :func:`_attend`
+around every function that the registry hands out, once a process. Where modules are in force on a
+layer, their keys and values go before the layer's own; so a cache never holds them, and each step
+sees them once. Any other layer gets the function that it asked for, with the arguments it gave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,28 +21,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modgraft.computation.base import Computation, KeyValueComposition
-from modgraft.core.context import missing_side, switched
+from modgraft.core.context import switched
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression, weighted
 from modgraft.core.per_example import Each
-from modgraft.engine.inputs.tokens import fold
-from modgraft.engine.kernels import decode_attention as one_query
-from modgraft.engine.plan import Entry
-from modgraft.engine.run import STATE, State
+from modgraft.engine.entry import Entry
+from modgraft.engine.inputs.expressions import fold
+from modgraft.engine.kernels import decode_attention
+from modgraft.engine.state import STATE, State
 from modgraft.routing.mixture import Routed
 
 KeysValues = tuple[Tensor, Tensor]
 
-SERVED = ("eager", "sdpa")
-_OF_OWN_KEYS = ("cache", "indices", "block_indices")  # arguments that count a layer's own keys
+SUPPORTED = ("eager", "sdpa")
+_COUNT_OWN_KEYS = ("cache", "indices", "block_indices")  # arguments that number a layer's own keys
 _INSTALLED = "_modgraft_installed"
 _observed: ContextVar[dict[nn.Module, tuple[Tensor, Tensor]] | None] = ContextVar(
     "modgraft_observed", default=None
 )
 
 
-def serve(module: Computation) -> None:
-    """See to it that ``module`` reaches the attention functions, if it is of keys and values."""
+def hook_attention(module: Computation) -> None:
+    """Hook transformers' attention functions, once a process, if ``module`` has keys and values."""
     if not isinstance(module, KeyValueComposition):
         return
     from transformers.modeling_utils import AttentionInterface
@@ -62,7 +62,7 @@ def serve(module: Computation) -> None:
 
 @contextmanager
 def observed() -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """The keys and values ``[B, h, n, d]`` of the layers that attend inside a ``with`` block."""
+    """Collect the keys and values ``[B, h, n, d]`` of layers that attend in a ``with`` block."""
     found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     token = _observed.set(found)
     try:
@@ -83,42 +83,59 @@ def _attend(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """``function`` of what is in force at ``module`` before its own keys ``[B, h, n, d]``."""
+    """Call ``function`` with what is in force at ``module`` before its keys ``[B, h, n, d]``."""
     state: State | None = module.__dict__.get(STATE)
     before = None if state is None else _kept_before(state, key)
     if not torch.compiler.is_compiling() and (found := _observed.get()) is not None:
         found[module] = key, value
     if state is None or before is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
-    odd = [name for name in _OF_OWN_KEYS if kwargs.get(name) is not None]
-    if kind not in SERVED or odd:
-        what = " with ".join([repr(kind), *odd])
-        raise ModgraftError(
-            f"{before.names} puts keys and values before those of {state.path}, which can be "
-            f"done for attention by {' and '.join(SERVED)}, not by {what}; "
-            f"host.model.set_attn_implementation('sdpa')"
-        )
+    _check_supported(before, state, kind, kwargs)
     count = before.keys.shape[2]
     causal = kwargs.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
-    # an eager function takes no mask to mean that all is seen, sdpa that the layer knows
+    # no mask means to an eager function that all is seen, and to sdpa what the layer says
     causal = causal and kind == "sdpa" and query.shape[2] > 1
     mask = _extended(attention_mask, query, key, count, causal, before.seen, kind)
     if kwargs.get("position_bias") is not None:  # [1, h, q, n]: of the layer's own keys alone
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (count, 0))
     state.attended += 1
-    if one_query.applies(function, query, kwargs):
+    if decode_attention.applies(function, query, kwargs):
         own = before.keys, before.values
-        return one_query.attend(query, own, (key, value), mask, kwargs.get("scaling")), None
+        scaling = kwargs.get("scaling")
+        return decode_attention.attend(query, own, (key, value), mask, scaling), None
     key = torch.cat([before.keys, key], dim=2)  # [B, h, k + n, d]
     value = torch.cat([before.values, value], dim=2)
     return function(module, query, key, value, mask, *args, **kwargs)
 
 
+def _check_supported(before: Before, state: State, kind: str, kwargs: dict[str, Any]) -> None:
+    """Refuse attention functions that keys and values cannot be put into.
+
+    Raises:
+        ModgraftError: with one that can.
+    """
+    odd = [name for name in _COUNT_OWN_KEYS if kwargs.get(name) is not None]
+    if kind not in SUPPORTED or odd:
+        what = " with ".join([repr(kind), *odd])
+        raise ModgraftError(
+            f"{before.names} puts keys and values before those of {state.path}, which can be "
+            f"done for attention by {' and '.join(SUPPORTED)}, not by {what}; "
+            f"host.model.set_attn_implementation('sdpa')"
+        )
+
+
 @dataclass(frozen=True)
 class Before:
-    """Keys and values ``[B, h, k, d]`` that go before a layer's own; ``seen`` None: all of them."""
+    """Keys and values ``[B, h, k, d]`` that go before a layer's own.
+
+    Attributes:
+        names: the modules' names, for errors.
+        keys: the keys.
+        values: the values.
+        seen: ``[k]`` or ``[B, k]`` bool, which of them are seen; None: all.
+    """
 
     names: str
     keys: Tensor
@@ -127,44 +144,36 @@ class Before:
 
 
 def _kept_before(state: State, key: Tensor) -> Before | None:
-    """What goes before keys like ``key`` ``[B, h, n, d]``, kept while no module of it changes."""
-    call = state.context.now()
-    if torch.compiler.is_compiling() or call.composition is None:
+    """Return what goes before ``key`` ``[B, h, n, d]``, kept while no module of it changes."""
+    composition = state.context.now().composition
+    if torch.compiler.is_compiling() or composition is None:
         return _before(state, key)
-    kept = state.remembered(call.composition).before
-    if kept is None:
+    cache = state.plan(composition).keys_values
+    if cache is None:
         return _before(state, key)
     alike = key.shape[0], key.shape[1], key.shape[3], key.dtype, key.device
-    return kept.get(alike, lambda: _before(state, key))
+    return cache.get(alike, lambda: _before(state, key))
 
 
 def _before(state: State, key: Tensor) -> Before | None:
-    """What goes before keys like ``key`` ``[B, h, n, d]``, in the order of the composition.
+    """Return what goes before ``key`` ``[B, h, n, d]``, in the order of the composition.
 
-    In compiled code all that is resident: a switch of composition writes weights, which say what is
-    seen, and changes no graph.
+    Compiled code puts in what every module of the host has there: switching the composition writes
+    weights, which say what is seen, and changes no graph.
     """
     call = state.context.now()
     composition = call.composition
     if composition is None:
         return None
-    entries = {entry.name: entry for entry in state.of(KeyValueComposition)}
-    if not entries:
-        return None
-    batch = key.shape[0]
-    names = ", ".join(map(repr, entries))
-    mixed = {
-        entry.name: entry.module
-        for some in state.named.values()
-        for entry in some
-        if isinstance(entry.module, Routed) and any(m in entries for m in entry.module.members)
-    }
+    entries = {entry.name: entry for entry in state.of_kind(KeyValueComposition)}
+    mixed = _mixtures(state, entries)
     if not any(name in entries or name in mixed for name in composition.names()):
         return None
+    names = ", ".join(map(repr, entries))
 
     def one(name: str, rows: Tensor | None) -> list[KeysValues]:
         if name in entries:
-            return [_keys_values(entries[name], state, key, batch, rows)]
+            return [_keys_values(entries[name], state, key, rows)]
         if name not in mixed:
             return []
         each = [one(member, rows) for member in mixed[name].members]
@@ -172,22 +181,30 @@ def _before(state: State, key: Tensor) -> Before | None:
         pairs = [(w, own[0]) for w, own in zip(weights, each, strict=True) if own]
         return _weighted_mean(name, pairs)
 
+    def of(expression: Expression, rows: Tensor | None) -> list[KeysValues]:
+        return fold(expression, lambda name: one(name, rows), partial(_mean, expression))
+
     if switched(composition):
-        weights = state.context.weights
         made, seen = [], []
         for name in (*entries, *mixed):
             for own in one(name, None):
                 made.append(own)
-                seen.append((weights[name] != 0).expand(own[0].shape[2]))
+                seen.append((state.context.weights[name] != 0).expand(own[0].shape[2]))
         return Before(names, *_joined(made), seen=torch.cat(seen))
-
-    def of(expression: Expression, rows: Tensor | None) -> list[KeysValues]:
-        return fold(expression, lambda name: one(name, rows), partial(_mean, expression))
-
     if not isinstance(composition, Each):
         made = of(composition, None)
         return Before(names, *_joined(made)) if made else None
     return _by_example(names, composition, key, of)
+
+
+def _mixtures(state: State, entries: Mapping[str, Entry]) -> dict[str, Routed]:
+    """Return the mixtures here that are over modules with keys and values, by name."""
+    return {
+        entry.name: entry.module
+        for some in state.entries.values()
+        for entry in some
+        if isinstance(entry.module, Routed) and any(m in entries for m in entry.module.members)
+    }
 
 
 def _by_example(
@@ -196,10 +213,10 @@ def _by_example(
     key: Tensor,
     of: Callable[[Expression, Tensor | None], list[KeysValues]],
 ) -> Before:
-    """What goes before each example's own keys, as many for all: the rest is not seen.
+    """Return what goes before each example's own keys, padded to the longest and masked.
 
     Args:
-        names: for errors.
+        names: the modules' names, for errors.
         composition: one for each example.
         key: ``[B, h, n, d]``, the layer's own.
         of: an expression and the rows that it is for → what goes before theirs.
@@ -217,7 +234,7 @@ def _by_example(
     order = torch.tensor([i for rows, _ in some for i in rows], device=key.device).argsort()
 
     def whole(of: int) -> Tensor:
-        """Keys (0) or values (1) ``[B, h, most, d]`` of all examples, at the end of their room."""
+        """Pad the keys (0) or values (1) of all examples on the left, ``[B, h, most, d]``."""
         none = key.new_zeros(1, key.shape[1], most, key.shape[3])
         padded = [
             none.expand(len(rows), -1, -1, -1)
@@ -239,7 +256,7 @@ def _joined(made: list[KeysValues]) -> KeysValues:
 
 
 def _mean(expression: Expression, several: list[KeysValues]) -> KeysValues:
-    """The mean of keys and of values, one by one."""
+    """Return the mean of the keys and that of the values, one by one."""
     lengths = [keys.shape[2] for keys, _ in several]
     if len(set(lengths)) > 1:
         raise CompositionError(
@@ -251,7 +268,7 @@ def _mean(expression: Expression, several: list[KeysValues]) -> KeysValues:
 
 
 def _weighted_mean(name: str, several: list[tuple[Tensor, KeysValues]]) -> list[KeysValues]:
-    """Σ α_j (K_j, V_j) of a mixture, α_j a number or ``[B]``."""
+    """Return a mixture's Σ α_j (K_j, V_j), α_j a number or ``[B]``."""
     lengths = [keys.shape[2] for _, (keys, _) in several]
     if len(set(lengths)) > 1:
         raise CompositionError(
@@ -262,20 +279,15 @@ def _weighted_mean(name: str, several: list[tuple[Tensor, KeysValues]]) -> list[
     return [(both[0], both[1])] if several else []  # type: ignore[list-item]
 
 
-def _keys_values(
-    entry: Entry, state: State, key: Tensor, batch: int, rows: Tensor | None
-) -> KeysValues:
-    """What a module puts before keys like ``key`` ``[B, h, n, d]``, or before some rows of them."""
-    module, (_, heads, _, width) = entry.module, key.shape
+def _keys_values(entry: Entry, state: State, key: Tensor, rows: Tensor | None) -> KeysValues:
+    """Return what a module puts before keys ``[B, h, n, d]``, or before some rows of them."""
+    module, (batch, heads, _, width) = entry.module, key.shape
     assert isinstance(module, KeyValueComposition)  # noqa: S101
     side = None
     if module.side_source is not None:
         compiling = torch.compiler.is_compiling()
         call = state.context.traced if compiling else state.context.current()
-        side = call.side_input(module.side_source, batch)
-        if side is None:
-            raise missing_side(entry.name, module.side_source)
-        side = side if rows is None else side.picked(rows)
+        side = call.resolve(module.side_source, entry.name, batch, rows)
     batch = batch if rows is None else len(rows)
     keys, values = module.keys_values(batch, side)
     for made in (keys, values):
@@ -297,14 +309,14 @@ def _extended(
     seen: Tensor | None,
     kind: str,
 ) -> Tensor | None:
-    """A layer's mask with ``count`` columns before it, seen by every query.
+    """Put ``count`` columns, seen by every query, before a layer's mask.
 
     Args:
         mask: ``[B or 1, h or 1, q or 1, n]``, bool (True is seen) or added to the scores.
         query: ``[B, h, q, d]``.
         key: ``[B, h, n, d]``, the layer's own.
         count: how many keys go before them.
-        causal: what no mask means: a query sees the keys up to its own position, else all.
+        causal: whether no mask means that a query sees the keys up to its own position.
         seen: ``[count]`` or ``[B, count]`` bool, which of them are seen; None: all.
         kind: the attention function, which takes a bool mask (sdpa) or an added one (eager).
     """

@@ -13,15 +13,16 @@ from modgraft.core.architectures import Family, base_path, family_of
 from modgraft.core.embeddings import check_room, token_positions
 from modgraft.core.errors import ModgraftError
 
-IGNORED = -100  # the label that transformers' losses leave out
+IGNORED = -100
+"""The label that transformers' losses leave out."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What one module puts before the input.
+    """The tokens that one module puts before the input.
 
     Attributes:
-        name: the module's.
+        name: the module's name.
         embeddings: ``[B, k, d]``.
         seen: ``[B, k]`` bool, True where a token is seen.
         after: how many of the input's own positions stay before them.
@@ -35,8 +36,8 @@ class Tokens:
     masked: bool = False
 
 
-#: from the batch size, what each module puts there, in order
 Source = Callable[[int], list[Tokens]]
+"""The batch size → what each module puts before the input, in order."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Splice:
 
     Attributes:
         kwargs: the arguments to call the model with.
-        keep: ``[B, T]``, where the text's own positions are among all; None: nothing to trim.
+        keep: ``[B, T]``, the text's own positions among all; None: nothing is to be trimmed.
         total: how many positions there are with the tokens.
-        relay: for a host that reads no text, what puts tokens in and takes them out inside it.
+        relay: puts tokens in and takes them out inside a host that reads no text.
         last_unseen: ``[B]`` bool, for a decoder: whether its last position is padding.
     """
 
@@ -58,7 +59,7 @@ class Splice:
     last_unseen: Tensor | None = None
 
     def trim(self, out: Any) -> Any:
-        """The model's output without the positions of the tokens."""
+        """Return the model's output without the positions of the tokens."""
         if self.keep is None:
             return out
         if type(out) is tuple:
@@ -77,12 +78,12 @@ class Splice:
 
 @dataclass(frozen=True)
 class Relay:
-    """Tokens put into a host's first sequence of tokens, and taken out of its last.
+    """Puts tokens into a host's first sequence of tokens, and takes them out of its last.
 
     Attributes:
         enter: the layer whose output is the first sequence ``[B, N, d]``.
-        leave: the one whose output is the last.
-        tokens: what the modules put there, in order.
+        leave: the layer whose output is the last.
+        tokens: what the modules put in, in order.
     """
 
     enter: str
@@ -90,7 +91,7 @@ class Relay:
     tokens: tuple[Tokens, ...]
 
     def __call__(self, path: str, y: Tensor) -> Tensor:
-        """The output ``y`` of the layer at ``path`` with the tokens, or without them again."""
+        """Return the output y of the layer at ``path`` with the tokens, or without them again."""
         if path == self.enter:
             for own in reversed(self.tokens):
                 _check_width(own, y)
@@ -116,7 +117,7 @@ def splice(
         model: a Hugging Face model.
         kwargs: its arguments by name, with ``input_ids`` or ``inputs_embeds`` ``[B, T(, d)]``, or
             ``pixel_values`` ``[B, C, H, W]`` for one that reads images.
-        source: what to put there.
+        source: gives the tokens.
         generating: whether the arguments are those of ``generate``.
 
     Raises:
@@ -136,6 +137,7 @@ def _into_text(
     source: Source,
     generating: bool,
 ) -> Splice:
+    """Put tokens before the text of a call."""
     config = getattr(model, "config", None)
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
@@ -146,20 +148,18 @@ def _into_text(
     check_room(model, count, length)
 
     given = kwargs.get("attention_mask")
-    if given is not None and (not isinstance(given, Tensor) or given.shape != (batch, length)):
-        raise ModgraftError(f"with an input module, attention_mask is [{batch}, {length}]")
-    mask = given
-    if mask is None:
-        mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
-        if generating and ids is not None:
-            mask = _mask_of_padding(model, ids, mask)
+    mask = _text_mask(model, given, ids if generating else None, embeds)
     rows: dict[str, Tensor] = {"inputs_embeds": embeds, "attention_mask": mask}
     if "token_type_ids" in kwargs:
         rows["token_type_ids"] = kwargs["token_type_ids"]
-    match kwargs.get("labels"):
-        case Tensor() as labels if labels.shape == (batch, length) and not encoder_decoder:
-            if not labels.is_floating_point():  # one a token, not one a class
-                rows["labels"] = _first_unpredicted(model, labels, groups)
+    labels = kwargs.get("labels")
+    if (
+        isinstance(labels, Tensor)
+        and labels.shape == (batch, length)
+        and not labels.is_floating_point()  # one for each token, not one for each class
+        and not encoder_decoder
+    ):
+        rows["labels"] = _first_unpredicted(model, labels, groups)
     if "position_ids" in kwargs:
         rows["position_ids"] = kwargs["position_ids"].expand(batch, length)
     elif not generating and family is not None and family.counts_positions:
@@ -172,31 +172,63 @@ def _into_text(
         rows, moved = _insert(rows, own, padded)
         keep = moved.gather(1, keep)
     kwargs |= rows
-    for key in ("start_positions", "end_positions"):  # of an answer in the text, or past its end
+    _move_spans(kwargs, keep, count)
+    if generating and not encoder_decoder:
+        _keep_lengths(model, kwargs, ids, count, length)
+    else:
+        _keep_logits(kwargs, length)
+    reads_last = family is not None and not encoder_decoder and "decoder.output" in family.roles
+    unseen = (rows["attention_mask"][:, -1] == 0) if reads_last else None
+    trimmed = None if encoder_decoder else keep
+    return Splice(kwargs, trimmed, length + count, last_unseen=unseen)
+
+
+def _text_mask(model: nn.Module, given: Any, ids: Tensor | None, embeds: Tensor) -> Tensor:
+    """Return the text's mask ``[B, T]``: as given, or as ``generate`` infers it from ``ids``.
+
+    Raises:
+        ModgraftError: for a mask of another shape.
+    """
+    batch, length = embeds.shape[:2]
+    if given is None:
+        ones = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
+        return ones if ids is None else _mask_of_padding(model, ids, ones)
+    if not isinstance(given, Tensor) or given.shape != (batch, length):
+        raise ModgraftError(f"with an input module, attention_mask is [{batch}, {length}]")
+    return given
+
+
+def _move_spans(kwargs: dict[str, Any], keep: Tensor, count: int) -> None:
+    """Move the positions of an answer in the text, or past its end, by the tokens."""
+    batch, length = keep.shape
+    for key in ("start_positions", "end_positions"):
         if key in kwargs:
             at = kwargs[key].reshape(batch)
             moved = keep.gather(1, at.clamp(0, length - 1)[:, None])[:, 0]
             kwargs[key] = torch.where(at < length, moved, at + count)
-    if generating and not encoder_decoder:
-        _keep_lengths(model, kwargs, ids, count, length)
-    elif isinstance(last := kwargs.get("logits_to_keep"), int):
+
+
+def _keep_logits(kwargs: dict[str, Any], length: int) -> None:
+    """Bound ``logits_to_keep`` by the text's length.
+
+    Raises:
+        ModgraftError: where it names positions.
+    """
+    last = kwargs.get("logits_to_keep")
+    if isinstance(last, int):
         kwargs["logits_to_keep"] = min(last, length)
     elif last is not None:
         raise ModgraftError(
             "with an input module, logits_to_keep is how many of the last, not which; pick from "
             "the logits of the whole text"
         )
-    reads_last = family is not None and not encoder_decoder and "decoder.output" in family.roles
-    trims = None if encoder_decoder else keep
-    unseen = (rows["attention_mask"][:, -1] == 0) if reads_last else None
-    return Splice(kwargs, trims, length + count, last_unseen=unseen)
 
 
 def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens]) -> Tensor:
-    """``labels`` ``[B, T]`` for a batch with tokens before its texts.
+    """Return ``labels`` ``[B, T]`` for a batch with tokens before its texts.
 
-    What predicts the next token predicts a text's first one from a prompt. Where an example has
-    none, and others of its batch do, nothing may: as if it were alone.
+    A model of the next token predicts a text's first one from a prompt. An example without a
+    prompt, in a batch where others have one, has no such prediction: its first label is ignored.
     """
     can = getattr(model, "can_generate", None)  # whose labels are those of the tokens before
     if not any(own.masked for own in groups) or can is None or not can():
@@ -208,7 +240,7 @@ def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens
 def _embedded(
     model: nn.Module, kwargs: dict[str, Any], ids: Tensor | None, embeds: Tensor | None
 ) -> Tensor:
-    """The text's embeddings ``[B, T, d]``."""
+    """Return the text's embeddings ``[B, T, d]``."""
     if kwargs.get("past_key_values") is not None or kwargs.get("encoder_outputs") is not None:
         raise ModgraftError(
             "with an input module, continue from a cache by host.generate(...): a single call with "
@@ -230,7 +262,10 @@ def _embedded(
 
 
 def _unseen_first(own: Tokens) -> Tokens:
-    """The same with nothing between those that are seen and the text: relative positions count."""
+    """Move unseen tokens to the front, so that none lies between the seen ones and the text.
+
+    Relative positions are counted from the text.
+    """
     if not own.masked:
         return own
     order = own.seen.int().argsort(dim=1, stable=True)
@@ -239,7 +274,7 @@ def _unseen_first(own: Tokens) -> Tokens:
 
 
 def _insert(rows: dict[str, Tensor], own: Tokens, padded: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Every row with the tokens in it, and where the positions before are now, ``[B, T]``."""
+    """Insert tokens into every row; return also where the old positions are now, ``[B, T]``."""
     mask, seen = rows["attention_mask"], own.seen
     (batch, length), count = mask.shape, seen.shape[1]
     start = torch.full((batch, 1), own.after, device=mask.device)
@@ -273,13 +308,13 @@ def _insert(rows: dict[str, Tensor], own: Tokens, padded: bool) -> tuple[dict[st
 
 
 def _gather(value: Tensor, index: Tensor) -> Tensor:
-    """``value`` ``[B, n, …]`` at ``index`` ``[B, m]``: ``[B, m, …]``."""
+    """Return ``value`` ``[B, n, …]`` at ``index`` ``[B, m]``: ``[B, m, …]``."""
     index = index.reshape(*index.shape, *(1,) * (value.dim() - 2))
     return value.gather(1, index.expand(*index.shape[:2], *value.shape[2:]))
 
 
 def _own_positions(model: nn.Module, ids: Tensor | None, embeds: Tensor) -> Tensor:
-    """The positions ``[B, T]`` that the model gives the text where it is told none."""
+    """Return the positions ``[B, T]`` that the model gives a text by itself."""
     batch, length = embeds.shape[:2]
     positions = token_positions(model)
     first = 0 if positions is None else positions[0]
@@ -290,7 +325,7 @@ def _own_positions(model: nn.Module, ids: Tensor | None, embeds: Tensor) -> Tens
 
 
 def _mask_of_padding(model: nn.Module, ids: Tensor, ones: Tensor) -> Tensor:
-    """What ``generate`` takes for the mask of a text that comes without one."""
+    """Return the mask that ``generate`` infers for a text without one."""
     settings = model.generation_config
     pad: Any = settings.pad_token_id  # type: ignore[union-attr]
     eos: Any = settings.eos_token_id  # type: ignore[union-attr]
@@ -301,9 +336,9 @@ def _mask_of_padding(model: nn.Module, ids: Tensor, ones: Tensor) -> Tensor:
 def _keep_lengths(
     model: nn.Module, kwargs: dict[str, Any], ids: Tensor | None, count: int, length: int
 ) -> None:
-    """Return the text with what follows, as without tokens, and count lengths as without them.
+    """Have ``generate`` return the text itself, and count lengths as it does without tokens.
 
-    ``generate`` takes the length of ``inputs_embeds`` off the bounds of the whole length.
+    It subtracts the length of ``inputs_embeds`` from the bounds of the whole length.
     """
     off = count if ids is None else count + length
     if ids is not None:
@@ -357,7 +392,13 @@ def _check_width(own: Tokens, embeds: Tensor) -> None:
 
 
 def _check_last(out: Any, unseen: Tensor) -> None:
-    """A decoder's class is read at the last position, which it finds from ids alone."""
+    """Refuse padding at the last position, where a decoder's class is read.
+
+    The model finds that position from the ids, which it is not given here.
+
+    Raises:
+        ModgraftError: with the remedy.
+    """
     if not torch.compiler.is_compiling() and bool(unseen.any()):
         raise ModgraftError(
             f"{type(out).__name__} is read at the last position, where some texts of this batch "

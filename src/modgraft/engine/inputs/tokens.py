@@ -1,135 +1,40 @@
-"""Input modules at work: the tokens of those that act, put into a call of the host.
+"""Puts the tokens of prompts into a call of the host.
 
-They act where the host is called, so that one change of the arguments does. A host that reads no
-text takes them inside instead: in at its first sequence of tokens, out at its last.
+Prompts act where the host is called, so that changing its arguments is enough. A host that reads no
+text takes them inside instead: they enter at its first sequence of tokens and leave at its last.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modgraft.computation.base import Computation, TokenComposition
+from modgraft.computation.base import TokenComposition
 from modgraft.core.architectures import base_path, family_of
-from modgraft.core.context import Call, missing_side, switched
+from modgraft.core.context import Call, switched
 from modgraft.core.errors import CompositionError, ModgraftError
-from modgraft.core.expression import Average, Chain, Concat, Expression, Name
+from modgraft.core.expression import Expression
 from modgraft.core.per_example import Each
 from modgraft.core.sites import Site
+from modgraft.engine.entry import Entry
+from modgraft.engine.inputs.expressions import fold
 from modgraft.engine.inputs.splice import Source, Tokens, splice
-
-if TYPE_CHECKING:
-    from modgraft.engine.plan import Entry
-    from modgraft.engine.run import State
-
-T = TypeVar("T")
+from modgraft.engine.state import State
 
 
 def inner_sites(site: Site) -> list[Site]:
-    """Where tokens go in and out inside the host at ``site``, for one that reads no text."""
+    """Return where tokens enter and leave inside the host at ``site``, if it reads no text."""
     family = family_of(site.module)
     if family is None or family.embedded is None:
         return []
     base = base_path(site.module)
     paths = [f"{base}.{path}" if base else path for path in family.embedded]
     return [Site(p, site.module.get_submodule(p), None, site.root) for p in paths]
-
-
-def active_inputs(state: State, names: Sequence[str]) -> list[Entry]:
-    """The token modules at a site among ``names``, in their order."""
-    return [e for name in names for e in state.of(TokenComposition) if e.name == name]
-
-
-def check_inputs(expression: Expression, inputs: Mapping[str, Computation]) -> None:
-    """Refuse what vectors before an input cannot do: be added, scaled, or joined with effects.
-
-    Args:
-        expression: a composition.
-        inputs: the input modules in it by name.
-
-    Raises:
-        CompositionError: with what can be done.
-    """
-    names = [n for n in expression.names() if n in inputs]
-    match expression:
-        case Each(rows):
-            for row in rows:
-                if row is not None:
-                    check_inputs(row, inputs)
-        case Name():
-            return
-        case Chain(parts) | Average(parts):
-            others = [n for n in expression.names() if n not in inputs]
-            if type(expression) is Average and names:
-                kind = isinstance(inputs[names[0]], TokenComposition)
-                others += [n for n in names if isinstance(inputs[n], TokenComposition) != kind]
-            if type(expression) is Concat and others:
-                raise CompositionError(
-                    f"{expression}: concat puts tokens together before the input, and "
-                    f"{others[0]!r} has none; write {' >> '.join(map(str, parts))}"
-                )
-            if type(expression) is Average and names and others:
-                raise CompositionError(
-                    f"{expression}: {names[0]!r} puts vectors before the input, where "
-                    f"{others[0]!r} puts none, so there is no mean of both; average one kind, and "
-                    f"stack them by >>"
-                )
-            if type(expression) is Average and names:
-                for part in parts:
-                    if not isinstance(part, Name | Average):
-                        raise CompositionError(
-                            f"{expression}: the mean is of single prompts or prefixes, which "
-                            f"{str(part)!r} is not; write {part} >> average(…)"
-                        )
-            for part in parts:
-                check_inputs(part, inputs)
-        case _ if names:
-            raise CompositionError(
-                f"{names[0]!r} puts vectors before the input, which cannot be added or scaled in "
-                f"{str(expression)!r}; they follow one another as in 'a >> b' or 'concat(a, b)', "
-                f"and 'average(a, b)' is their mean"
-            )
-
-
-def fold(
-    expression: Expression, one: Callable[[str], list[T]], mean: Callable[[list[T]], T]
-) -> list[T]:
-    """What the input modules of ``expression`` put there, in order.
-
-    Args:
-        expression: one that :func:`check_inputs` lets pass.
-        one: what is put there under a name; nothing, for one that is no input module here.
-        mean: of several.
-    """
-    if isinstance(expression, Name):
-        return one(expression.name)
-    found: list[T] = []
-    if isinstance(expression, Average):
-        for part in expression.parts:
-            if made := fold(part, one, mean):
-                found.append(_single(made, expression))
-        return [mean(found)] if found else []
-    if isinstance(expression, Chain):
-        for part in expression.parts:
-            found += fold(part, one, mean)
-        return found
-    for name in expression.names():  # a switch of compiled code, or nothing but effects
-        found += one(name)
-    return found
-
-
-def _single(made: list[T], expression: Expression) -> T:
-    if len(made) != 1:
-        raise CompositionError(
-            f"{expression}: the mean is of single prompts or prefixes, and one of its parts is "
-            f"{len(made)} of them"
-        )
-    return made[0]
 
 
 def call_with_tokens(
@@ -141,10 +46,11 @@ def call_with_tokens(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> Any:
-    """``run(args, kwargs)`` with the tokens of ``entries`` before the host's input.
+    """Return ``run(args, kwargs)`` with the tokens of ``entries`` before the host's input.
 
     Raises:
-        ModgraftError: for a part of a host that was called alone, or a call they do not fit.
+        ModgraftError: for a part of a host that was called alone, or a call that has no room for
+            tokens.
     """
     if state.path:
         names = ", ".join(entry.name for entry in entries)
@@ -166,7 +72,7 @@ def generate_with_tokens(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> Any:
-    """``generate`` with the tokens of ``entries`` before the text; what it returns has none."""
+    """Generate with the tokens of ``entries`` before the text; the result has none of them."""
     if len(args) > 1:
         raise ModgraftError("generate with input modules takes its arguments by name")
     kwargs = {**dict(zip(("inputs",), args, strict=False)), **kwargs}
@@ -179,48 +85,43 @@ def generate_with_tokens(
 
 
 def _source(host: nn.Module, entries: Sequence[Entry], call: Call) -> Source:
+    """Return what gives, for a batch of so many examples, the tokens that go before each."""
     family = family_of(host)
     first = 0 if family is None else family.prompt_at
+    named = {entry.name: entry for entry in entries}
 
-    def made(entry: Entry, batch: int, rows: Tensor | None) -> Tokens:
+    def of_module(entry: Entry, batch: int, rows: Tensor | None) -> Tokens:
         module = entry.module
         assert isinstance(module, TokenComposition)  # noqa: S101
-        side = None if module.side_source is None else call.side_input(module.side_source, batch)
-        if side is None and module.side_source is not None:
-            raise missing_side(entry.name, module.side_source)
-        if side is not None and rows is not None:
-            side, batch = side.picked(rows), len(rows)
+        source = module.side_source
+        side = None if source is None else call.resolve(source, entry.name, batch, rows)
         embeddings, seen = module.tokens(batch if rows is None else len(rows), side)
         return Tokens(entry.name, embeddings, seen, module.after(first), side is not None)
 
-    named = {entry.name: entry for entry in entries}
+    def of(expression: Expression, batch: int, rows: Tensor | None) -> list[Tokens]:
+        def one(name: str) -> list[Tokens]:
+            return [of_module(named[name], batch, rows)] if name in named else []
+
+        return fold(expression, one, _mean)
 
     def tokens(batch: int) -> list[Tokens]:
         composition = call.composition
         if composition is None or switched(composition):
-            return [made(entry, batch, None) for entry in entries]
-
-        def of(expression: Expression, rows: Tensor | None) -> list[Tokens]:
-            return fold(
-                expression,
-                lambda name: [made(named[name], batch, rows)] if name in named else [],
-                _mean,
-            )
-
+            return [of_module(entry, batch, None) for entry in entries]
         if not isinstance(composition, Each):
-            return of(composition, None)
+            return of(composition, batch, None)
         times = max(1, batch // len(composition.rows))
         some = []
         for row, examples in composition.different.items():
             rows = torch.tensor([i * times + k for i in examples for k in range(times)])
-            some.append((rows, [] if row is None else of(row, rows)))
-        return _together(batch, some)
+            some.append((rows, [] if row is None else of(row, batch, rows)))
+        return _padded(batch, some)
 
     return tokens
 
 
 def _mean(several: list[Tokens]) -> Tokens:
-    """The mean of tokens, one by one.
+    """Return the mean of prompts, token by token.
 
     Raises:
         CompositionError: where there are not as many of each, or not all are seen.
@@ -235,8 +136,8 @@ def _mean(several: list[Tokens]) -> Tokens:
     return replace(several[0], embeddings=mean, name="average")
 
 
-def _together(batch: int, some: list[tuple[Tensor, list[Tokens]]]) -> list[Tokens]:
-    """Tokens that differ between examples as one for all: who has fewer does not see the rest."""
+def _padded(batch: int, some: list[tuple[Tensor, list[Tokens]]]) -> list[Tokens]:
+    """Pad tokens that differ between examples to the longest, and mask the padding."""
     found = [(rows, own) for rows, own in some if own]
     if not found:
         return []

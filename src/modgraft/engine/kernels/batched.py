@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from modgraft.computation._borrow import borrows
 from modgraft.computation.base import Computation, ParameterComposition
 from modgraft.core.layers import feature_axis
-from modgraft.engine.kernels.tensor_cache import TensorCache
 from modgraft.engine.kernels.functional_call import with_tensors
+from modgraft.engine.kernels.tensor_cache import TensorCache
 
 
 def batch_key(module: Computation) -> object:
@@ -133,7 +133,9 @@ class Batched:
 
     def has_factors(self, layer: nn.Module) -> bool:
         """Whether it changes a linear layer by a matrix of low rank."""
-        return self._is_low_rank and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")
+        return self._is_low_rank and (
+            isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+        )
 
     def sums(self, x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         """Return Σ weight · effect over the picks of each row, ``[T, out]``.

@@ -42,13 +42,15 @@ def with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         if rest:
             inner.setdefault(child, {})[rest] = tensor
     if inner:
-        children = {name: with_tensors(module.get_submodule(name), of) for name, of in inner.items()}
+        children = {
+            name: with_tensors(module.get_submodule(name), of) for name, of in inner.items()
+        }
         copy.__dict__["_modules"] = {**module._modules, **children}
     if isinstance(module, nn.RNNBase):  # it keeps a list, and compares it with what it had
         names = module._flat_weights_names
         copy.__dict__["_flat_weights"] = [copy._parameters[name] for name in names]
         copy.__dict__["_flat_weight_refs"] = [None] * len(names)
-    return made
+    return copy
 
 
 def new_weights(layer: nn.Module, changes: Sequence[Change]) -> dict[str, Tensor]:

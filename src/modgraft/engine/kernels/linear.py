@@ -52,7 +52,8 @@ class MergedWeight:
     """θ + Σ w·Δ of one layer, kept as long as none of the tensors that it is made of changes."""
 
     def __init__(self) -> None:
-        # the tensors that it was made of (held, so that no other takes their identity), and weight and bias
+        # what it was made of (the tensors are held, so that no other takes their identity), and
+        # the weight and bias
         self.made: tuple[list[Any], list[Tensor], Tensor, Tensor | None] | None = None
 
     def drop(self) -> None:

@@ -120,7 +120,9 @@ def _thinly(
         return _across([_thin(s, B.T, some) for some in pieces]), None
     with_hidden = zip(pieces, hidden.split(pieces[0].shape[0], 1), strict=True)
     parts = [(_thin(s, B.T, some), own @ some) for some, own in with_hidden]
-    return _across([thin for thin, _ in parts]), reduce(torch.add, [grad_B for _, grad_B in parts]).T
+    return _across([thin for thin, _ in parts]), reduce(
+        torch.add, [grad_B for _, grad_B in parts]
+    ).T
 
 
 def _pieces(X: Tensor) -> Sequence[Tensor]:
