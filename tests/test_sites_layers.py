@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import modgraft as mg
 from common import WEIGHTS
 from hosts import HOSTS
-from modgraft.engine.fast_paths import leave_fast_path
+from modgraft.engine.fast_paths import leave_fast_paths
 
 
 def stirred(model: nn.Module, module: mg.Computation, at: Any, **kw: Any) -> mg.Host:
@@ -398,7 +398,7 @@ def test_fused_inference_passes_no_module_by(at: str, monkeypatch: pytest.Monkey
 def test_wrapping_twice_leaves_one_hook() -> None:
     layer = nn.TransformerEncoderLayer(**LAYER)
     mg.Host(layer)
-    leave_fast_path(layer)
+    leave_fast_paths(layer)
     mg.Host(layer)
     assert len(layer._forward_pre_hooks) == 1
     assert not mg.Host(layer).merge(None)._forward_pre_hooks

@@ -1,14 +1,14 @@
-"""Ways of PyTorch's that a host does not take, kept off by hooks that do nothing else.
+"""Keeps PyTorch from two shortcuts, by hooks that do nothing else.
 
 Fused inference of encoder layers: without gradients ``nn.TransformerEncoderLayer`` hands its
-weights to one kernel and calls none of its sub-modules, so that whatever acts in them would be
-passed by without a word. It does not while a hook is attached to it or to any of them.
+weights to one kernel and calls none of its sub-modules, so that modules in them would have no
+effect. It calls them while a hook is attached to it or to any of them.
 
-A product of each example with the whole vocabulary: where the weights are frozen, ``linear`` of a
-slice (the last token of each example, ``hidden[:, -1:]``) runs as one product an example, each of
-which reads all the weights, and takes many times as long as one product of the slice copied.
+Logits example by example: where the weights are frozen, ``linear`` of a slice (the last token of
+each example, ``hidden[:, -1:]``) runs as one product for each example. Each product reads the whole
+vocabulary's weights; together they take many times as long as one product of the slice copied.
 
-Both for the whole life of a host: implanting then changes no bit of what it computes.
+The hooks stay for the whole life of a host, so that implanting changes no bit of what it computes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class _Slow:
-    """A forward pre-hook that does nothing but be there, and knows what else was changed for it."""
+class _Unfused:
+    """A forward pre-hook that only has to be there; it remembers what else was changed."""
 
     def __init__(self, nested: bool | None = None) -> None:
         self.nested = nested
@@ -28,31 +28,31 @@ class _Slow:
         """Leave the call as it is."""
 
 
-class _Whole:
-    """A forward pre-hook by which a layer reads its input as one matrix."""
+class _Contiguous:
+    """A forward pre-hook that copies the input where it is a slice, so that it is one matrix."""
 
     def __call__(self, module: nn.Module, args: Any) -> Any:
-        """The same numbers, one behind the other in memory."""
+        """Return the inputs, contiguous in memory."""
         return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
 
 
-def leave_fast_path(model: nn.Module) -> None:
-    """Let every encoder layer of ``model`` call its sub-modules, and logits be one product."""
+def leave_fast_paths(model: nn.Module) -> None:
+    """Have every encoder layer of ``model`` call its sub-modules, and logits be one product."""
     for module in model.modules():
         if _hooks(module):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.register_forward_pre_hook(_Slow())
+            module.register_forward_pre_hook(_Unfused())
         elif isinstance(module, nn.TransformerEncoder):  # only the kernel reads nested tensors
-            module.register_forward_pre_hook(_Slow(module.use_nested_tensor))
+            module.register_forward_pre_hook(_Unfused(module.use_nested_tensor))
             module.use_nested_tensor = False
     logits = _logits(model)
     if logits is not None and not _hooks(logits):
-        logits.register_forward_pre_hook(_Whole())
+        logits.register_forward_pre_hook(_Contiguous())
 
 
-def take_fast_path(model: nn.Module) -> None:
-    """Undo :func:`leave_fast_path` in all of ``model``."""
+def take_fast_paths(model: nn.Module) -> None:
+    """Undo :func:`leave_fast_paths` everywhere in ``model``."""
     for module in model.modules():
         for key, hook in _hooks(module):
             del module._forward_pre_hooks[key]
@@ -61,11 +61,11 @@ def take_fast_path(model: nn.Module) -> None:
 
 
 def _logits(model: nn.Module) -> nn.Linear | None:
-    """The layer that gives a language model's logits."""
+    """Return the layer that computes a language model's logits."""
     own = getattr(model, "get_output_embeddings", lambda: None)()
     return own if isinstance(own, nn.Linear) else None
 
 
-def _hooks(module: nn.Module) -> list[tuple[int, _Slow | _Whole]]:
+def _hooks(module: nn.Module) -> list[tuple[int, _Unfused | _Contiguous]]:
     hooks = module._forward_pre_hooks.items()
-    return [(key, hook) for key, hook in hooks if isinstance(hook, _Slow | _Whole)]
+    return [(key, hook) for key, hook in hooks if isinstance(hook, _Unfused | _Contiguous)]

@@ -26,13 +26,13 @@ from modgraft.engine.state import STATE, State
 
 def graft(site: Site, name: str, module: Computation, context: Context) -> None:
     """Add ``module`` to the modules of ``site``, under ``name``."""
-    host = site.module
-    state: State | None = host.__dict__.get(STATE)
+    layer = site.module
+    state: State | None = layer.__dict__.get(STATE)
     if state is None:
         state = State(site.path, context)
-        host.__dict__[STATE] = state
-        host.__class__ = _grafted(type(host))
-    axis = feature_axis(host)
+        layer.__dict__[STATE] = state
+        layer.__class__ = _grafted(type(layer))
+    axis = feature_axis(layer)
     state.add(Entry(name, module, site.part, site.residual, site.parameter, axis))
     if isinstance(module, TokenComposition) and not site.path:
         context.token_modules.add(name)
@@ -40,19 +40,27 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
             graft(inner, name, module, context)
 
 
-def prune(host: nn.Module, name: str) -> None:
+def ungraft(layer: nn.Module, name: str) -> None:
     """Undo :func:`graft` for one name; the last module to leave restores the layer's class."""
-    state: State | None = host.__dict__.get(STATE)
+    state: State | None = layer.__dict__.get(STATE)
     if state is None:
         return
     gone = state.remove(name)
     if not state.path and any(isinstance(e.module, TokenComposition) for e in gone):
         state.context.token_modules.discard(name)
-        for inner in inner_sites(Site("", host, None, host)):
-            prune(inner.module, name)
+        for inner in inner_sites(Site("", layer, None, layer)):
+            ungraft(inner.module, name)
     if not state.entries:
-        host.__class__ = type(host).__mro__[1]
-        del host.__dict__[STATE]
+        layer.__class__ = type(layer).__mro__[1]
+        del layer.__dict__[STATE]
+
+
+def ungraft_all(model: nn.Module) -> nn.Module:
+    """Remove every module from ``model``, and return it."""
+    for layer in model.modules():
+        while (state := layer.__dict__.get(STATE)) is not None:
+            ungraft(layer, next(iter(state.entries)))
+    return model
 
 
 def link_shared_inputs(model: nn.Module) -> None:
@@ -63,25 +71,18 @@ def link_shared_inputs(model: nn.Module) -> None:
             layer.__dict__[STATE].same_input = grafted if len(grafted) > 1 else ()
 
 
-def pruned(model: nn.Module) -> nn.Module:
-    """Remove every module from ``model``, and return it."""
-    for module in model.modules():
-        while (state := module.__dict__.get(STATE)) is not None:
-            prune(module, next(iter(state.entries)))
-    return model
-
-
-def foreign(model: nn.Module, context: Context) -> list[str]:
-    """Return the paths in ``model`` where another host has implanted modules."""
+def grafted_by_others(model: nn.Module, context: Context) -> list[str]:
+    """Return the paths of ``model`` where another host has implanted modules."""
     states = [m.__dict__[STATE] for m in model.modules() if STATE in m.__dict__]
     return [state.path for state in states if state.context is not context]
 
 
 @cache
 def _grafted(original: type[nn.Module]) -> type[nn.Module]:
+    """Make the subclass that runs a layer of class ``original`` with its modules."""
     forward = original.forward
 
-    @wraps(forward)  # the signature that transformers inspects is the original's
+    @wraps(forward)  # transformers inspects the signature, which has to be the original's
     def grafted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return run(self, forward, args, kwargs)
 

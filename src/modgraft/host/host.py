@@ -25,9 +25,9 @@ from modgraft.core.parse import parse
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
-from modgraft.engine.fast_paths import leave_fast_path, take_fast_path
-from modgraft.engine.gradient_checkpointing import forget, remember
-from modgraft.engine.graft import foreign, graft, link_shared_inputs, prune, pruned
+from modgraft.engine.fast_paths import leave_fast_paths, take_fast_paths
+from modgraft.engine.gradient_checkpointing import unwrap_checkpoints, wrap_checkpoints
+from modgraft.engine.graft import graft, grafted_by_others, link_shared_inputs, ungraft, ungraft_all
 from modgraft.engine.implant import Implant, check_learns, check_module, check_name, learner
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.kernels.functional_call import new_weights, write
@@ -79,7 +79,7 @@ class Host(nn.Module):
         self._reader = Reader(self._context, self._acts, self.implants._modules)
         # blocks that recompute their forward in backward, where the call has long returned
         self._recomputing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        leave_fast_path(model)
+        leave_fast_paths(model)
         if freeze:
             model.requires_grad_(False)
 
@@ -135,7 +135,7 @@ class Host(nn.Module):
         if at is None:
             raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
         sites = self.sites(at, expect)
-        if other := foreign(self.model, self._context):
+        if other := grafted_by_others(self.model, self._context):
             raise ModgraftError(
                 f"another Host has modules in this model (at {other[0] or 'its input'}); work with "
                 f"that one, or wrap the copy that its merge(None) gives"
@@ -167,7 +167,7 @@ class Host(nn.Module):
         check_unmixed(self, names)
         for own in names:
             for module in self.model.modules():
-                prune(module, own)
+                ungraft(module, own)
             self._context.remove(own)
         link_shared_inputs(self.model)
         del self.implants[name]
@@ -242,7 +242,7 @@ class Host(nn.Module):
             out = self.model(*args, **kwargs)
             self._context.traced = before
             return out
-        remember(self._recomputing, self._context)
+        wrap_checkpoints(self._recomputing, self._context)
         check_batch(call.composition, args, kwargs)
         with self._context.call(call):
             out = self.model(*args, **kwargs)
@@ -376,9 +376,9 @@ class Host(nn.Module):
                 site = find(self.model, label)[0]
                 change = Change(place, weight, site.part, site.parameter)
                 changes.setdefault(site.path, []).append(change)
-        plain = pruned(copy.deepcopy(self.model))
-        forget(plain)
-        take_fast_path(plain)
+        plain = ungraft_all(copy.deepcopy(self.model))
+        unwrap_checkpoints(plain)
+        take_fast_paths(plain)
         with torch.no_grad():
             for path, some in changes.items():
                 # every Δ is of the bare host's weight, and so is what it is added to
