@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, wraps
 from typing import Any, Self, TypeVar, dataclass_transform, get_type_hints
 
@@ -39,6 +39,16 @@ class Configured(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments; ``type(self)(**self.config())`` is a fresh equal."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    def brief(self) -> str:
+        """The shortest call that makes an equal: only the arguments that are not the defaults."""
+        parts = []
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if each.default is MISSING or value != each.default:
+                shown = value.brief() if isinstance(value, Configured) else repr(value)
+                parts.append(f"{each.name}={shown}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     def extra_repr(self) -> str:  # noqa: D102
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())

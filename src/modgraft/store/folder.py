@@ -6,21 +6,21 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from modgraft.computation.base import Computation
 from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.engine.implant import Implant
 from modgraft.routing.mixture import Mixture
 from modgraft.store.config import described, understood
 from modgraft.store.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from modgraft.host.host import Host, Implant
+from modgraft.training.host_like import HostLike
 
 FORMAT = 1
 
@@ -38,18 +38,17 @@ class Card(BaseModel):
     host: dict[str, str]
 
 
-def save(host: Host, name: str, folder: Path) -> Path:
-    """Write the module ``name``: configuration, sites, the host's fingerprint and the tensors.
+def save(implant: Implant, model: nn.Module, folder: Path) -> Path:
+    """Write a module of ``model``: configuration, sites, the host's fingerprint and the tensors.
 
     The folder appears whole or not at all; one that is there already is replaced.
     """
-    implant = host[name]
     card = Card(
         format=FORMAT,
-        name=name,
+        name=implant.name,
         **described(implant.method),
         sites=list(implant.paths),
-        host=fingerprint(host.model),
+        host=fingerprint(model),
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     whole = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -72,7 +71,7 @@ def save(host: Host, name: str, folder: Path) -> Path:
     return folder
 
 
-def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant:
+def load(host: HostLike, folder: Path, name: str | None, *, strict: bool) -> Implant:
     """Implant the module of ``folder``.
 
     Raises:
