@@ -126,7 +126,7 @@ class Implants(nn.ModuleDict):
     @property
     def names(self) -> Mapping[str, object]:
         """The names that a composition may use: a module's, or one for each of its tasks."""
-        return self._context.weights
+        return self._context.names
 
     def __getitem__(self, name: str) -> Implant:
         if name not in self:

@@ -336,7 +336,7 @@ def _rows(x: Tensor | None, rows: Tensor) -> Tensor | None:
 def _named_now(state: State, name: str) -> bool:
     """Whether a compiled call's composition speaks of ``name``; only here is a graph bound to it:
     nothing can be computed without its side input."""
-    composition = state.context.mirrored
+    composition = state.context.compiled.composition
     return composition is not None and name in composition.names()
 
 

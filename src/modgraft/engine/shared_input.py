@@ -28,7 +28,7 @@ def computed(site: SiteCall, group: Group, x: Tensor) -> Tensor | None:
     None where it has to run alone: it gets another input than they do, no gradient is wanted, there
     is no call in which to leave something, or none of the others would run in this way.
     """
-    left = site.call.memo.pop(_key(site.host), None)
+    left = site.call.outputs.pop(_key(site.host), None)
     if left is not None:
         of, version, y = left
         return y if of is x and version == x._version else None
@@ -49,7 +49,7 @@ def computed(site: SiteCall, group: Group, x: Tensor) -> Tensor | None:
     ys = LowRank.apply(x, scales, *(t for _, tensors in some.values() for t in tensors))
     for layer, y in zip(some, ys, strict=False):  # the last of them is no layer's
         if layer is not site.host:
-            site.call.memo[_key(layer)] = x, x._version, y
+            site.call.outputs[_key(layer)] = x, x._version, y
     return ys[0]
 
 

@@ -63,6 +63,6 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     for site, (_, place) in zip(sites, implant.at_sites(own), strict=True):
         graft(site, own, place, context)
     host._reader.forget()
-    context.add(own, device_of(host.model), isinstance(grown.inner, ParameterComposition))
+    context.compiled.add(own, device_of(host.model), isinstance(grown.inner, ParameterComposition))
     context.switch(context.composition)
     return new

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self
@@ -55,7 +56,7 @@ from modgraft.host.mixtures import (
     routed,
     with_routing_losses,
 )
-from modgraft.routing.mixture import ROUTINGS, Mixture
+from modgraft.routing.mixture import Mixture
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
@@ -160,7 +161,7 @@ class Host(nn.Module):
             for site, (_, place) in zip(sites, implant.at_sites(own), strict=True):
                 graft(site, own, place, self._context)
             additive = isinstance(module.inner, ParameterComposition)
-            self._context.add(own, device_of(self.model), additive)
+            self._context.compiled.add(own, device_of(self.model), additive)
         relate(self.model)
         implant.train(self.training)
         self.implants[name] = implant
@@ -176,7 +177,7 @@ class Host(nn.Module):
         for own in names:
             for module in self.model.modules():
                 prune(module, own)
-            self._context.remove(own)
+            self._context.compiled.remove(own)
         relate(self.model)
         del self.implants[name]
         self._reader.forget()
@@ -210,7 +211,7 @@ class Host(nn.Module):
     @contextmanager
     def using(self, composition: Compositions) -> Iterator[Self]:
         """A composition in force for the calls in a ``with`` block, in this thread or task."""
-        call = self._context.with_side(composition=self.read(composition))
+        call = replace(self._context.current(), composition=self.read(composition))
         with self._context.call(call):
             yield self
 
@@ -246,15 +247,16 @@ class Host(nn.Module):
         call = self._call(side, modules)
         call = routed(self.model, self.implants, call, args, kwargs)
         if torch.compiler.is_compiling():
-            before, self._context.traced = self._context.traced, call
+            compiled = self._context.compiled
+            before, compiled.call = compiled.call, call
             out = self.model(*args, **kwargs)
-            self._context.traced = before
+            compiled.call = before
             return out
         remember(self._recomputing, self._context)
         check_batch(call.composition, args, kwargs)
         with self._context.call(call):
             out = self.model(*args, **kwargs)
-        return with_routing_losses(out, call, kwargs) if ROUTINGS in call.memo else out
+        return with_routing_losses(out, call, kwargs) if call.routings else out
 
     def generate(
         self,

@@ -21,7 +21,7 @@ from modgraft.core.sites import Site, find
 from modgraft.engine.implant import Implant, Implants
 from modgraft.engine.inputs.splice import IGNORED
 from modgraft.routing.base import Member, Router
-from modgraft.routing.mixture import ROUTINGS, Mixture
+from modgraft.routing.mixture import Mixture
 from modgraft.routing.objective import example_losses, routing_loss
 
 
@@ -188,7 +188,7 @@ def with_routing_losses(out: Any, call: Call, kwargs: dict[str, Any]) -> Any:
     if not isinstance(loss, Tensor):
         return out
     each = example_losses(getattr(out, "logits", None), kwargs.get("labels"), loss)
-    for mixture, routing in call.memo[ROUTINGS]:
+    for mixture, routing in call.routings:
         loss = loss + routing_loss(mixture, routing, each)
     out.loss = loss
     return out

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from modgraft.engine.run import Applier
 
 _training = attrgetter("training")
-ROUTINGS = "routings"  # of one call, for the losses of routers
 
 
 @final
@@ -177,8 +176,8 @@ class Mixture(Computation):
         """
         (first,) = self.__dict__.get("_first", (self,))
         key = (id(first), task)
-        if self.level != "token" and key in call.memo:  # one choice a call, at all sites
-            return call.memo[key]
+        if self.level != "token" and key in call.choices:  # one choice a call, at all sites
+            return call.choices[key]
         if self.level == "task":
             made = first.route(torch.tensor(task, device=y.device))
         elif self.level == "example":
@@ -196,9 +195,9 @@ class Mixture(Computation):
                 )
             made = self.route(query)
         if self.level != "token":
-            call.memo[key] = made
+            call.choices[key] = made
         if self.training and torch.is_grad_enabled():
-            call.memo.setdefault(ROUTINGS, []).append((first, made))
+            call.routings.append((first, made))
         first.tally.count(made)
         return made
 

@@ -173,7 +173,7 @@ def _before(state: State, key: Tensor) -> Before | None:
         return _weighted_mean(name, pairs)
 
     if switched(composition):
-        weights = state.context.weights
+        weights = state.context.compiled.weights
         made, seen = [], []
         for name in (*entries, *mixed):
             for own in one(name, None):
@@ -271,7 +271,7 @@ def _keys_values(
     side = None
     if module.side_source is not None:
         compiling = torch.compiler.is_compiling()
-        call = state.context.traced if compiling else state.context.current()
+        call = state.context.compiled.call if compiling else state.context.current()
         side = call.side_input(module.side_source, batch)
         if side is None:
             raise missing_side(entry.name, module.side_source)
