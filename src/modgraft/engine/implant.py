@@ -60,7 +60,7 @@ class Implant(nn.Module, ex.Composable):
                 f"host[{self.name!r}][{self.names[0][len(self.name) + 1 : -1]}], or another of "
                 f"{', '.join(self.names)}"
             )
-        return ex.Name(self.names[0], of=self)
+        return ex.Name(self.names[0], handle=self)
 
     def __getitem__(self, task: str) -> ex.Expression:
         """One task of a module that has several."""
@@ -69,7 +69,7 @@ class Implant(nn.Module, ex.Composable):
             raise CompositionError(
                 f"{self.name!r} has no task {task!r}; compositions call it {', '.join(self.names)}"
             )
-        return ex.Name(name, of=self)
+        return ex.Name(name, handle=self)
 
     def stats(self, *, reset: bool = False) -> list[Use]:
         """What the routers of a mixture have chosen, a row for each of them.

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from modgraft.computation.base import InputComposition
 from modgraft.core import expression as ex
-from modgraft.core.algebra import walk
 from modgraft.core.context import EXAMPLE, Side, missing_side
 from modgraft.core.errors import CompositionError
-from modgraft.core.parse import parse
+from modgraft.core.parse import parse, walk
 from modgraft.core.per_example import Each, Weighted
 from modgraft.core.tensors import first_tensor
 from modgraft.engine.implant import Implants
@@ -85,10 +84,10 @@ class Reader:
                     f"{part} has one composition for each example, and is no part of another; "
                     f"write what is to follow in each of them"
                 )
-            if not isinstance(part, ex.Name) or part.of is None:
+            if not isinstance(part, ex.Name) or part.handle is None:
                 continue
             module = ex.module_of(part.name)
-            if self._implants._modules.get(module, part.of) is not part.of:
+            if self._implants._modules.get(module, part.handle) is not part.handle:
                 raise CompositionError(
                     f"{part.name!r} in {str(expression)!r} is the handle of another host's module, "
                     f"or of one that was removed; this host's own is host[{module!r}]"
