@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modgraft.core.algebra import average, concat, walk
 from modgraft.core.errors import CompositionError
 from modgraft.core.expression import (
     Chain,
@@ -23,7 +22,7 @@ from modgraft.core.expression import (
     module_of,
     without,
 )
-from modgraft.core.parse import parse
+from modgraft.core.parse import average, concat, parse, walk
 
 TASK = "h['q\\'a b\"']"  # any string is a task's name; this is how it is printed
 NAMES = ["fr", "qa", "toxic", "a1", "h['fr']", TASK, "one['only']"]
@@ -81,7 +80,7 @@ class Handle(Composable):
         self.name = name
 
     def expression(self) -> Expression:
-        return Name(self.name, of=self)
+        return Name(self.name, handle=self)
 
 
 def by_operators(node: ast.expr) -> Any:
@@ -107,7 +106,7 @@ def test_the_operators_of_handles_write_what_the_text_says(text: str) -> None:
     read = parse(text, NAMES)
     assert written == read
     assert str(written) == str(read)
-    assert all(part.of is not None for part in walk(written) if isinstance(part, Name))
+    assert all(part.handle is not None for part in walk(written) if isinstance(part, Name))
 
 
 @given(texts(2), texts(2))

@@ -163,8 +163,8 @@ def test_nothing_is_left_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     run = shared_input.run
 
     def watched(site: Any, group: Any, x: Tensor) -> Tensor | None:
-        if site.call.memo not in left:
-            left.append(site.call.memo)
+        if site.call.outputs not in left:
+            left.append(site.call.outputs)
         return run(site, group, x)
 
     monkeypatch.setattr(shared_input, "run", watched)

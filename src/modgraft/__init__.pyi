@@ -29,10 +29,10 @@ from .computation.shared import Shared as Shared
 from .computation.sparse import SparseDelta as SparseDelta
 from .computation.sparse import SparseSubnetwork as SparseSubnetwork
 from .computation.sparse import Supermask as Supermask
-from .core.algebra import average as average
-from .core.algebra import concat as concat
 from .core.context import Side as Side
 from .core.errors import ModgraftError as ModgraftError
+from .core.parse import average as average
+from .core.parse import concat as concat
 from .core.per_example import Each as Each
 from .core.per_example import Weighted as Weighted
 from .core.sites import Site as Site

@@ -154,10 +154,8 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
     from modgraft.computation.base import Computation
     from modgraft.core.errors import SiteError, UnknownNameError
     from modgraft.core.sites import find
-    from modgraft.host.describe import brief
-    from modgraft.store.config import understood
     from modgraft.store.fingerprint import fingerprint, shape_fingerprint
-    from modgraft.store.folder import read
+    from modgraft.store.folder import from_json, read
 
     card, tensors = read(folder)
     own = fingerprint(model) if weights else shape_fingerprint(model)
@@ -170,7 +168,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
             absent.append(path)
     try:
         said = {"type": card.type, "config": card.config}
-        method = brief(understood(said, folder, Computation))
+        method = from_json(said, folder, Computation).brief()
     except UnknownNameError:  # the user's own: it is known where its file has been imported
         method = f"{card.type}(…)"
     return {

@@ -1,16 +1,29 @@
-"""Modules whose constructor's signature is their configuration."""
+"""Modules whose constructor's signature is their configuration, with their values checked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, wraps
-from typing import Any, Self, TypeVar, dataclass_transform, get_type_hints
+from inspect import formatannotation
+from types import UnionType
+from typing import (
+    Any,
+    Literal,
+    Self,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from torch import nn
 
 import modgraft
 from modgraft.core.errors import ModgraftError, UnknownNameError
-from modgraft.core.typed import mismatch
 
 REGISTRY: dict[str, type[Configured]] = {}
 
@@ -25,13 +38,13 @@ class Configured(nn.Module):
     def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
         """Make a dataclass of the subclass, and remember it by name."""
         super().__init_subclass__(**kwargs)
-        if registered:  # else it stands in for a class that is
+        if registered:  # not a stand-in for a class that is
             dataclass(eq=False, repr=False)(cls)
-            _look_at_types(cls)
+            _check_types(cls)
             REGISTRY[cls.__name__] = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """An ``nn.Module`` before any field is assigned, which a dataclass does not see to."""
+        """Initialise the ``nn.Module`` first: a dataclass's ``__init__`` only assigns fields."""
         self = super().__new__(cls)
         nn.Module.__init__(self)
         return self
@@ -40,19 +53,31 @@ class Configured(nn.Module):
         """The constructor's arguments; ``type(self)(**self.config())`` is a fresh equal."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
+    def brief(self) -> str:
+        """The shortest call that makes an equal: only the arguments that are not the defaults."""
+        parts = []
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if each.default is MISSING or value != each.default:
+                shown = value.brief() if isinstance(value, Configured) else repr(value)
+                parts.append(f"{each.name}={shown}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
     def extra_repr(self) -> str:  # noqa: D102
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
 
 
-def _look_at_types(cls: type) -> None:
-    """Let the constructor refuse ``LoRA(rank="8")``, after what the class itself has to say of it:
-    it would fail later, where nobody sees the rank any more."""
-    made = cls.__init__
+def _check_types(cls: type) -> None:
+    """Make the constructor refuse ``LoRA(rank="8")``, which would fail later and far away.
 
-    @wraps(made)
+    An error that the class itself raises for the value goes first.
+    """
+    construct = cls.__init__
+
+    @wraps(construct)
     def init(self: Configured, *args: Any, **kwargs: Any) -> None:
         try:
-            made(self, *args, **kwargs)
+            construct(self, *args, **kwargs)
         except ModgraftError:
             raise
         except Exception as error:  # such as of "8" < 1
@@ -75,7 +100,7 @@ def _wrong(method: Configured) -> str | None:
 
 @cache
 def _types(cls: type) -> dict[str, Any]:
-    """Each field's type; of none where an annotation names what cannot be seen from here."""
+    """Each field's type; empty where an annotation's name cannot be resolved from here."""
     try:
         hints = get_type_hints(cls)
     except NameError:
@@ -87,7 +112,11 @@ C = TypeVar("C", bound=Configured)
 
 
 def resolve(name: str, kind: type[C]) -> type[C]:
-    """The class called ``name``, of a kind: a computation, a router; built in or the user's own.
+    """Find a class by its name: a built-in one, or a user's that has been imported.
+
+    Args:
+        name: of the class.
+        kind: the base class it must have, ``Computation`` or ``Router``.
 
     Raises:
         UnknownNameError: if no such class has been defined.
@@ -107,5 +136,47 @@ def resolve(name: str, kind: type[C]) -> type[C]:
 
 
 def final(kind: type[Configured]) -> bool:
-    """Whether it can be made, and is no base of others."""
+    """Whether the class can be instantiated and is no base class."""
     return not getattr(kind, "__abstractmethods__", None) and not kind.__subclasses__()
+
+
+def mismatch(values: Mapping[str, Any], types: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Find the first value that is not of its type: ``("rank='8'", "rank is int, not str")``.
+
+    Args:
+        values: by name.
+        types: by name, as ``typing.get_type_hints`` gives them; a value without one is not checked.
+    """
+    for name, value in values.items():
+        if name in types and not _fits(value, types[name]):
+            shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:59]}…"
+            wanted = re.sub(r"[a-z_]+\.", "", formatannotation(types[name]))
+            nan = isinstance(value, float) and value != value
+            found = "NaN" if nan else type(value).__name__
+            return f"{name}={shown}", f"{name} is {wanted}, not {found}"
+    return None
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value is of a field's type.
+
+    A list may stand for a tuple, as JSON has it; of a ``Literal`` only the type is compared, since
+    the class itself says which words it knows.
+    """
+    kind, inner = get_origin(wanted) or wanted, get_args(wanted)
+    if kind is Any:
+        return True
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is Literal:
+        return any(isinstance(value, type(one)) for one in inner)
+    if kind in (int, float):
+        number = isinstance(value, int if kind is int else (int, float))
+        return number and not isinstance(value, bool) and value == value  # NaN is no number
+    if kind is dict and inner:
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in pairs)
+    if kind in (tuple, Sequence) and inner:
+        several = isinstance(value, (tuple, list))
+        return several and all(_fits(one, inner[0]) for one in value)
+    return not isinstance(kind, type) or isinstance(value, kind)

@@ -1,11 +1,11 @@
-"""What one call carries to the sites: the composition that acts, and the side inputs.
+"""What one call carries to its sites: the composition that acts, and the side inputs.
 
-A host's ``forward`` has no argument for an image or a task; sites read both from here instead.
+A host's ``forward`` has no argument for an image or a task, so the sites read both from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -49,37 +49,35 @@ class Side:
             )
 
     def to(self, *args: object, **kwargs: object) -> Side:
-        """The same on another device (or in another floating type), as :meth:`torch.Tensor.to`."""
+        """Move it to a device (or to a floating type), as :meth:`torch.Tensor.to` does."""
         tensor = self.tensor.to(*args, **kwargs)  # type: ignore[arg-type]
         mask = None if self.mask is None else self.mask.to(tensor.device)
         return Side(tensor, mask)
 
     def pin_memory(self) -> Side:
-        """The same in page-locked memory (asked for by ``DataLoader(pin_memory=True)``)."""
+        """Copy it to page-locked memory, as ``DataLoader(pin_memory=True)`` asks."""
         return Side(self.tensor.pin_memory(), None if self.mask is None else self.mask.pin_memory())
 
     def seen(self) -> Tensor:
-        """``[B, m]`` bool, True where there is something to see."""
+        """The mask ``[B, m]``, all True where none was given."""
         if self.mask is not None:
             return self.mask
         return torch.ones(self.tensor.shape[:2], dtype=torch.bool, device=self.tensor.device)
 
     def picked(self, rows: Tensor) -> Side:
-        """The same of some examples."""
+        """Take the examples ``rows`` alone."""
         return Side(self.tensor[rows], None if self.mask is None else self.mask[rows])
 
     def follow(self, rows: int) -> Side:
-        """The same for a batch that ``generate`` expanded to ``rows``: beams of one example are
-        neighbours there, and never leave it, so each row is repeated in place."""
+        """Repeat each example's row for a batch that ``generate`` expanded to ``rows``.
+
+        The beams of one example are neighbours there and stay together.
+        """
         times = rows // self.tensor.shape[0]
-        return (
-            self
-            if times == 1
-            else Side(
-                self.tensor.repeat_interleave(times, dim=0),
-                None if self.mask is None else self.mask.repeat_interleave(times, dim=0),
-            )
-        )
+        if times == 1:
+            return self
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, dim=0)
+        return Side(self.tensor.repeat_interleave(times, dim=0), mask)
 
 
 EXAMPLE = "example"  # the side input that examples are routed by
@@ -87,42 +85,36 @@ EXAMPLE = "example"  # the side input that examples are routed by
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a host: its composition, its side inputs, and whether it is a ``generate``."""
+    """One call of a host, and what its sites work out once for all of them.
+
+    Attributes:
+        composition: which modules act.
+        side: the side inputs by name.
+        generating: whether this is a ``generate``.
+        spliced: whether input modules have already put their tokens into this call.
+        relay: puts tokens in inside the host: a site's path and its output → the new output.
+        choices: the routers' choices that hold at all sites, by (router, task).
+        routings: each mixture that is learning with its choice, for the losses that they add.
+        outputs: outputs computed ahead, of layers that share an input with one that has run.
+        valid: the caches that were found to be up to date; see :func:`once_in_a_call`.
+    """
 
     composition: Expression | None
     side: Mapping[str, Side] = field(default_factory=dict)
     generating: bool = False
-    spliced: bool = False  # input modules have already put their tokens into this call
-    # where they are put in inside the host: a site's path and its output → the new output
+    spliced: bool = False
     relay: Callable[[str, Tensor], Tensor] | None = None
-    # what has been worked out once for all sites, in this call
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False)
-
-    def side_input(self, source: str, rows: int) -> Side | None:
-        """The side input named ``source`` for a site that sees ``rows`` examples, None if absent.
-
-        Raises:
-            SideError: if its batch cannot be that of the site.
-        """
-        side = self.side.get(source)
-        if side is None:
-            return None
-        have = side.tensor.shape[0]
-        if have == rows:
-            return side
-        if self.generating and rows % have == 0:
-            return side.follow(rows)
-        raise SideError(
-            f"side input {source!r} has {have} examples where the host works on {rows}; "
-            f"pass one row for each example of the batch"
-        )
+    choices: dict[Hashable, Any] = field(default_factory=dict, compare=False)
+    routings: list[tuple[Any, Any]] = field(default_factory=list, compare=False)
+    outputs: dict[Hashable, Any] = field(default_factory=dict, compare=False)
+    valid: dict[Hashable, bool] = field(default_factory=dict, compare=False)
 
     def resolve(self, source: str, name: str, batch: int, rows: Tensor | None = None) -> Side:
-        """The side input ``source`` that the module ``name`` reads at a site.
+        """Return the side input ``source`` that the module ``name`` reads at a site.
 
         Args:
             source: the side input's name.
-            name: the module's, for the error message.
+            name: the module's name, for the error.
             batch: how many examples the site works on; in ``generate`` an example's beams share
                 its side input.
             rows: int64, the examples to take of the batch; None: all.
@@ -130,9 +122,17 @@ class Call:
         Raises:
             SideError: if the call has no such side input, or it has another number of examples.
         """
-        side = self.side_input(source, batch)
+        side = self.side.get(source)
         if side is None:
             raise missing_side(name, source)
+        have = side.tensor.shape[0]
+        if have != batch:
+            if not self.generating or batch % have:
+                raise SideError(
+                    f"side input {source!r} has {have} examples where the host works on {batch}; "
+                    f"pass one row for each example of the batch"
+                )
+            side = side.follow(batch)
         return side if rows is None else side.picked(rows)
 
 
@@ -147,10 +147,10 @@ def missing_side(name: str, source: str) -> SideError:
 
 @dataclass(frozen=True)
 class Switch(Expression):
-    """y + w (f(y) − y): what compiled code has for each module, w a 0-dimensional tensor.
+    """y + w (f(y) − y), with w a 0-dimensional tensor: how compiled code runs one module.
 
-    A change of composition writes into ``weight``. Exactly y where w is 0, exactly f(y) where it
-    is 1.
+    Putting another composition in force writes into ``weight`` and so changes no graph. The result
+    is exactly y where w is 0, and exactly f(y) where it is 1.
     """
 
     name: str
@@ -178,140 +178,164 @@ class Switch(Expression):
 
 
 def switched(composition: Expression | None) -> bool:
-    """Whether it is what compiled code has for every composition in line: all that is resident."""
+    """Whether ``composition`` is the chain of all modules' switches that compiled code runs."""
     return type(composition) is Chain and any(isinstance(p, Switch) for p in composition.parts)
+
+
+class Compiled:
+    """What compiled code reads instead of the composition in force and the call under way.
+
+    ``torch.compile`` cannot trace a context variable, and would compile anew for each composition.
+    So the call is an attribute here, and where weights alone can express the composition, the code
+    runs every implanted module behind a :class:`Switch`.
+
+    Attributes:
+        call: the call under way.
+        composition: the composition that the weights express.
+        weights: for each implanted module the 0-dimensional float32 tensor of its switch.
+        switches: all implanted modules in a chain, each behind its switch.
+        by_weights: whether the weights alone express the composition.
+        token_modules: the composition's modules that put tokens before the input, in order.
+    """
+
+    def __init__(self) -> None:
+        self.call = Call(None)
+        self.composition: Expression | None = None
+        self.weights: dict[str, Tensor] = {}
+        self.switches: Expression | None = None
+        self.by_weights = True
+        self.token_modules: tuple[str, ...] = ()
+        self._order: dict[str, int] = {}  # in which the modules were implanted
+        self._additive: set[str] = set()  # changes of weights, whose order does not matter
+        self._on: tuple[str, ...] = ()  # the modules whose weights are not 0
+
+    def current(self) -> Call:
+        """The call under way, with the composition that the code runs."""
+        if self.call.composition is not None:  # given with the call: its weights are data
+            return self.call
+        composition = self.switches if self.by_weights else self.composition
+        return replace(self.call, composition=composition)
+
+    def write(self, composition: Expression | None, token_modules: Container[str]) -> None:
+        """Make ``composition`` the one that the weights express."""
+        self.composition = composition
+        weights = {} if composition is None else composition.weights()
+        weights = {n: w for n, w in weights.items() if not isinstance(w, Tensor)}
+        self.token_modules = tuple(name for name in weights if name in token_modules)
+        self.by_weights = (
+            composition is None
+            or all(name in self._additive for name in composition.names())
+            or composition.is_line(self._order)
+        )
+        for name in self._on:  # the cost grows with the composition, not with all that is implanted
+            if name not in weights and name in self.weights:
+                self.weights[name].zero_()
+        for name, weight in weights.items():
+            self.weights[name].fill_(weight)
+        self._on = tuple(weights)
+
+    def add(self, name: str, device: torch.device, additive: bool) -> None:
+        """Give a new module a switch; ``additive`` says that it is a change of weights."""
+        if additive:
+            self._additive.add(name)
+        self.weights[name] = torch.zeros((), device=device)
+        self._order[name] = 1 + max(self._order.values(), default=0)
+        self._chain()
+
+    def remove(self, name: str) -> None:
+        """Take out the switch of a module."""
+        del self.weights[name], self._order[name]
+        self._additive.discard(name)
+        self._chain()
+
+    def _chain(self) -> None:
+        self.switches = Chain(tuple(Switch(n, w) for n, w in self.weights.items()))
+        self.switches.weights()  # computed now and cached: compiled code reads it
 
 
 _calls: ContextVar[tuple[tuple[int, Call], ...]] = ContextVar("modgraft_calls", default=())
 
 
 def once_in_a_call(key: Hashable, ask: Callable[[], bool]) -> bool:
-    """Whether ``ask()`` says so.
+    """Return ``ask()``, which without gradients is not asked again in one call once it was True.
 
-    Without gradients its yes stands for the whole call that is under way in this thread or task, of
-    whatever host: it is not asked again at each step of a ``generate``.
+    The call is the innermost one under way in this thread or task, of any host, so that a
+    ``generate`` does not check its caches at each step.
     """
     calls = () if torch.is_grad_enabled() else _calls.get()
     if not calls:
         return ask()
-    memo = calls[-1][1].memo
-    memo[key] = memo.get(key) or ask()
-    return memo[key]
+    valid = calls[-1][1].valid
+    valid[key] = valid.get(key) or ask()
+    return valid[key]
 
 
 class Context:
     """The composition in force on one host, and the call under way in this thread or task.
 
-    Under ``torch.compile`` a context variable cannot be traced, so there the call is read from an
-    attribute, and the composition is every resident module behind a :class:`Switch`: a
-    0-dimensional float32 tensor, which ``use`` writes into, so that it changes no graph.
+    Attributes:
+        composition: the one in force; None is the bare host.
+        token_modules: the implanted modules that put tokens before the input.
+        compiled: what code under ``torch.compile`` reads instead.
     """
 
     def __init__(self) -> None:
         self.composition: Expression | None = None
-        self.weights: dict[str, Tensor] = {}
-        self.order: dict[str, int] = {}  # of implanting
-        self.additive: set[str] = set()  # changes of weights alone: their weights say all
-        self.on: tuple[str, ...] = ()  # whose weights are not 0
-        self.in_line = True  # the weights alone say what the composition is
-        self.mirrored: Expression | None = None  # the composition that the weights are of
-        self.switches: Expression | None = None  # all that is resident
-        self.traced = Call(None)
-        self.token_modules: set[str] = set()  # the modules that put tokens before the input
-        self.leading: tuple[str, ...] = ()  # those of them in the composition, in order
+        self.token_modules: set[str] = set()
+        self.compiled = Compiled()
+
+    @property
+    def names(self) -> Mapping[str, object]:
+        """The names that a composition may use: a module's, or one for each of its tasks."""
+        return self.compiled.weights
 
     def now(self) -> Call:
-        """The call under way, as the code that asks can read it: compiled or not."""
-        if not torch.compiler.is_compiling():
-            return self.current()
-        if self.traced.composition is not None:  # given with the call: weights that are data
-            return self.traced
-        composition = self.switches if self.in_line else self.mirrored
-        return replace(self.traced, composition=composition)
+        """The call under way, in compiled code or not."""
+        return self.compiled.current() if torch.compiler.is_compiling() else self.current()
 
     def token_modules_in(self, composition: Expression) -> tuple[str, ...]:
         """The modules that put tokens before the input, in the order of ``composition``.
 
-        They change shapes, so that a graph is bound to which of them do.
+        They change shapes, so a graph is compiled for each set of them.
         """
         if torch.compiler.is_compiling():
-            given = self.traced.composition
-            return self.leading if given is None or switched(given) else composition.names()
+            given = self.compiled.call.composition
+            by_names = given is not None and not switched(given)
+            return composition.names() if by_names else self.compiled.token_modules
         return tuple(name for name in composition.names() if name in self.token_modules)
 
     def current(self) -> Call:
-        """The call under way, or one of the composition in force and no side input."""
+        """The call under way, or else one with the composition in force and no side input."""
         for owner, call in reversed(_calls.get()):
             if owner == id(self):
                 return call
         return Call(self.composition)
 
     def under_way(self, call: Call) -> bool:
-        """Whether ``call`` is one that sites share, and not made for one that asked."""
+        """Whether ``call`` is shared by all sites, and not made by :meth:`current` for one."""
         return any(owner == id(self) and one is call for owner, one in _calls.get())
 
     def switch(self, composition: Expression | None) -> None:
         """Put ``composition`` in force."""
         self.composition = composition
-        self.mirror(composition)
-
-    def mirror(self, composition: Expression | None) -> None:
-        """Write ``composition`` into what compiled code reads."""
-        self.mirrored = composition
-        weights = {} if composition is None else composition.weights()
-        weights = {n: w for n, w in weights.items() if not isinstance(w, Tensor)}
-        self.leading = tuple(name for name in weights if name in self.token_modules)
-        self.in_line = (
-            composition is None
-            or all(name in self.additive for name in composition.names())
-            or composition.is_line(self.order)
-        )
-        for name in self.on:  # what follows is as long as the composition, not as what is resident
-            if name not in weights and name in self.weights:
-                self.weights[name].zero_()
-        for name, weight in weights.items():
-            self.weights[name].fill_(weight)
-        self.on = tuple(weights)
-
-    def add(self, name: str, device: torch.device, additive: bool) -> None:
-        """A new module has come; ``additive`` says that it is a change of weights."""
-        if additive:
-            self.additive.add(name)
-        self.weights[name] = torch.zeros((), device=device)
-        self.order[name] = 1 + max(self.order.values(), default=0)
-        self._line_up()
-
-    def remove(self, name: str) -> None:
-        """A module has left."""
-        del self.weights[name], self.order[name]
-        self.additive.discard(name)
-        self._line_up()
-
-    def _line_up(self) -> None:
-        self.switches = Chain(tuple(Switch(n, w) for n, w in self.weights.items()))
-        self.switches.weights()  # remembered: compiled code reads it
+        self.compiled.write(composition, self.token_modules)
 
     @contextmanager
     def call(self, call: Call) -> Iterator[None]:
         """Make ``call`` the one under way, for this thread or task only."""
+        before, self.compiled.call = self.compiled.call, call
         if torch.compiler.is_compiling():
-            before, self.traced = self.traced, call
             yield
-            self.traced = before
+            self.compiled.call = before
             return
-        before, self.traced = self.traced, call
         other = call.composition is not self.composition
         if other:
-            self.mirror(call.composition)
+            self.compiled.write(call.composition, self.token_modules)
         token = _calls.set((*_calls.get(), (id(self), call)))
         try:
             yield
         finally:
             _calls.reset(token)
-            self.traced = before
+            self.compiled.call = before
             if other:
-                self.mirror(self.composition)
-
-    def with_side(self, **changes: object) -> Call:
-        """The current call with some fields changed."""
-        return replace(self.current(), **changes)  # type: ignore[arg-type]
+                self.compiled.write(self.composition, self.token_modules)

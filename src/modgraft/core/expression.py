@@ -2,8 +2,8 @@
 
 ``"fr >> qa"`` stacks, ``"qa + 0.3*(general - toxic)"`` adds effects measured against the bare host,
 ``"average(a, b)"`` is their mean, ``"concat(a, b)"`` puts the tokens of both before the input, and
-``"h['fr']"`` is the module ``h`` as it was generated for the task ``fr``.
-:mod:`modgraft.core.parse` reads them from text; handles have the same operators,
+``"h['fr']"`` is the task ``fr`` of the module ``h``.
+:mod:`modgraft.core.parse` reads them from text; the handles of modules have the same operators,
 ``host["fr"] >> host["qa"]``.
 """
 
@@ -32,11 +32,11 @@ RESERVED = ("host", "average", "concat")
 
 
 class Composable(ABC):
-    """What stands in a composition: ``a >> b``, ``a + b``, ``a - b``, ``0.5 * a``, ``-a``."""
+    """An operand in a composition: ``a >> b``, ``a + b``, ``a - b``, ``0.5 * a``, ``-a``."""
 
     @abstractmethod
     def expression(self) -> Expression:
-        """It, as an expression."""
+        """Return it as an expression."""
 
     def __rshift__(self, other: object) -> Expression:
         second = _operand(self, ">>", other)
@@ -67,7 +67,7 @@ class Composable(ABC):
         )
 
     def __radd__(self, other: object) -> Expression:
-        return _operand(self, "+", other)  # only what is no composition comes here, and is refused
+        return _operand(self, "+", other)  # only called for an operand that is refused
 
     def __rsub__(self, other: object) -> Expression:
         return _operand(self, "-", other)
@@ -76,17 +76,17 @@ class Composable(ABC):
         return _operand(self, ">>", other)
 
 
-def _operand(own: Composable, sign: str, other: object) -> Expression:
+def _operand(first: Composable, sign: str, other: object) -> Expression:
     if isinstance(other, Composable):
         return other.expression()
     raise CompositionError(
-        f"{own.expression()} {sign} {shown(other)}: modules and compositions go together, as "
+        f"{first.expression()} {sign} {shown(other)}: modules and compositions go together, as "
         f'host["fr"] {sign} host["qa"]; a text is read by host.use("fr {sign} qa")'
     )
 
 
 def shown(other: object) -> str:
-    """What stands where it cannot, for an error."""
+    """Write a wrong operand for an error message."""
     shown = str(other.expression()) if isinstance(other, Composable) else repr(other)
     return shown if len(shown) <= 60 else f"{shown[:60]}…"
 
@@ -99,22 +99,22 @@ class Expression(Composable):
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """The modules it speaks of, in order, each once."""
+        """The names of its modules, in order, each once."""
 
     @abstractmethod
     def weights(self) -> dict[str, Weight]:
-        """The coefficient of each module where effects add up (parameter modules: exactly so)."""
+        """The coefficient of each module, which says all where effects add (parameter modules)."""
 
     @abstractmethod
     def apply(self, run: Run[T], y: T) -> T:
-        """Fold the modules over an output.
+        """Apply the modules to an output ``y``, each by ``run``.
 
         The effect of an expression on ``y`` is its result minus ``y``; a sum adds effects on the
         same ``y``, a chain feeds each result to the next.
         """
 
     def into(self, run: Run[T], y: T, total: T, weight: Weight) -> T:
-        """``total`` + weight · (its effect on ``y``)."""
+        """Add its weighted effect on ``y`` to ``total``."""
         result = self.apply(run, y)
         if result is y:  # nothing in it acts here
             return total
@@ -122,15 +122,15 @@ class Expression(Composable):
 
     @abstractmethod
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:
-        """The same of other names; None for a name takes it out."""
+        """Rename its modules by ``to``; one that becomes None is taken out."""
 
     def is_line(self, order: Mapping[str, int]) -> bool:
-        """Whether weights say all there is to know of it, in the order of implanting."""
+        """Whether its weights determine it, given the ``order`` in which modules were implanted."""
         return False
 
     @property
     def is_data(self) -> bool:
-        """Whether weights in it are of one call's batch: nothing is to be kept for it."""
+        """Whether it holds weights for one batch, so that nothing may be cached for it."""
         return False
 
 
@@ -140,11 +140,11 @@ class Name(Expression):
 
     Attributes:
         name: as it is printed.
-        of: the handle it was made by, None where it was read from text.
+        handle: the module it was made from, None where it was read from text.
     """
 
     name: str
-    of: object = field(default=None, compare=False, repr=False)
+    handle: object = field(default=None, compare=False, repr=False)
 
     def names(self) -> tuple[str, ...]:  # noqa: D102
         return (self.name,)
@@ -169,41 +169,43 @@ class Name(Expression):
         return self.name
 
 
-class Added(Expression):
+class WeightedSum(Expression):
     """y + Σ wᵢ (fᵢ(y) − y): effects of the terms on the same output, weighted and added."""
 
     @abstractmethod
-    def weighed(self) -> Sequence[tuple[Weight, Expression]]:
-        """The terms."""
+    def weighted_terms(self) -> Sequence[tuple[Weight, Expression]]:
+        """The weights wᵢ with their terms."""
 
     def names(self) -> tuple[str, ...]:  # noqa: D102
-        return unique(n for _, term in self.weighed() for n in term.names())
+        return unique(n for _, term in self.weighted_terms() for n in term.names())
 
     @cached_property
     def _weights(self) -> dict[str, Weight]:
-        return _added((w * v, n) for w, term in self.weighed() for n, v in term.weights().items())
+        return _added(
+            (w * v, n) for w, term in self.weighted_terms() for n, v in term.weights().items()
+        )
 
     def weights(self) -> dict[str, Weight]:  # noqa: D102
         return self._weights
 
     def apply(self, run: Run[T], y: T) -> T:  # noqa: D102
         total = y
-        for weight, term in self.weighed():
+        for weight, term in self.weighted_terms():
             total = term.into(run, y, total, weight)
         return total
 
     @cached_property
     def is_data(self) -> bool:  # type: ignore[override]  # noqa: D102
-        return any(isinstance(w, Tensor) or term.is_data for w, term in self.weighed())
+        return any(isinstance(w, Tensor) or term.is_data for w, term in self.weighted_terms())
 
 
 @dataclass(frozen=True)
-class Sum(Added):
+class Sum(WeightedSum):
     """y + Σ wᵢ (fᵢ(y) − y), the weights numbers."""
 
     terms: tuple[tuple[float, Expression], ...]
 
-    def weighed(self) -> tuple[tuple[float, Expression], ...]:  # noqa: D102
+    def weighted_terms(self) -> tuple[tuple[float, Expression], ...]:  # noqa: D102
         return self.terms
 
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
@@ -223,19 +225,19 @@ class Sum(Added):
 
 
 @dataclass(frozen=True)
-class Average(Added):
+class Average(WeightedSum):
     """y + (1/n) Σ (fᵢ(y) − y): the mean of effects, of deltas, or of prompts of equal length."""
 
     parts: tuple[Expression, ...]
 
-    def weighed(self) -> tuple[tuple[float, Expression], ...]:  # noqa: D102
+    def weighted_terms(self) -> tuple[tuple[float, Expression], ...]:  # noqa: D102
         return tuple((1 / len(self.parts), part) for part in self.parts)
 
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
         parts = tuple(e for part in self.parts if (e := part.mapped(to)) is not None)
         if len(parts) == len(self.parts):
             return Average(parts)
-        # still by n: one that is not here has no effect here
+        # still divided by n: a module that is not at this site has no effect here
         return _sum_of((1 / len(self.parts), part) for part in parts)
 
     def __str__(self) -> str:
@@ -282,7 +284,7 @@ class Chain(Expression):
 
 @dataclass(frozen=True)
 class Concat(Chain):
-    """f([φ_a, φ_b, x]): tokens, or keys and values, of each part together before the input."""
+    """f([φ_a, φ_b, x]): the tokens, or keys and values, of all parts before the input."""
 
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
         parts = tuple(e for part in self.parts if (e := part.mapped(to)) is not None)
@@ -304,7 +306,7 @@ def weighted(weight: Weight, effect: Any) -> Any:
 
 
 def plain(terms: tuple[tuple[float, Expression], ...]) -> Expression:
-    """The terms added; one term as it is, is itself."""
+    """The sum of the terms; a single term with weight 1 needs no sum."""
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 else Sum(terms)
 
 
@@ -313,7 +315,7 @@ def _terms(expression: Expression) -> tuple[tuple[float, Expression], ...]:
 
 
 def _sum_of(terms: Iterable[tuple[float, Expression | None]]) -> Expression | None:
-    """Those that are there, weighted and added: a sum of sums is one sum."""
+    """Add the terms that are not None into one flat sum; None if none is left."""
     flat = tuple((w * v, t) for w, e in terms if e is not None for v, t in _terms(e))
     return plain(flat) if flat else None
 
@@ -358,7 +360,7 @@ def _written(weight: float) -> str:
 
 
 def check_name(name: str) -> str:
-    """``name`` itself, if it can stand in an expression.
+    """Return ``name`` if it can stand in an expression.
 
     Raises:
         CompositionError: if it is no identifier, a Python keyword, or a reserved word.
@@ -373,7 +375,7 @@ def check_name(name: str) -> str:
 
 
 def chain(*parts: Expression | None) -> Expression | None:
-    """``a >> b >> …`` of those that are there; None if none is."""
+    """``a >> b >> …`` without the parts that are None; None if none is left."""
     flat: list[Expression] = []
     for part in parts:
         flat += part.parts if type(part) is Chain else [] if part is None else [part]
@@ -381,12 +383,12 @@ def chain(*parts: Expression | None) -> Expression | None:
 
 
 def without(expression: Expression | None, name: str) -> Expression | None:
-    """``expression`` with every mention of the module ``name`` taken out."""
+    """Take the module ``name`` out of ``expression``."""
     if expression is None:
         return None
-    return expression.mapped(lambda own: None if module_of(own) == name else own)
+    return expression.mapped(lambda each: None if module_of(each) == name else each)
 
 
 def module_of(name: str) -> str:
-    """The module that ``name`` in a composition speaks of: ``"h"`` for ``"h['fr']"``."""
+    """The module that ``name`` in a composition belongs to: ``"h"`` for ``"h['fr']"``."""
     return name.partition("[")[0]

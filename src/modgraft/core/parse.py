@@ -1,14 +1,28 @@
-"""Compositions read from text with ``ast``, and never evaluated."""
+"""Compositions from text, read with ``ast`` and never evaluated; their means and concatenations."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
 
-from modgraft.core.algebra import average, concat
 from modgraft.core.errors import CompositionError
-from modgraft.core.expression import Expression, Name, add, chain, module_of, scale
+from modgraft.core.expression import (
+    Average,
+    Chain,
+    Composable,
+    Concat,
+    Expression,
+    Name,
+    WeightedSum,
+    add,
+    chain,
+    module_of,
+    scale,
+    shown,
+)
+
+DEEPEST = 50  # levels that an expression may be nested: each is a few calls at every site
 
 
 def parse(text: str, known: Collection[str]) -> Expression:
@@ -16,8 +30,8 @@ def parse(text: str, known: Collection[str]) -> Expression:
 
     Args:
         text: names with ``>>``, ``+``, ``-``, ``number *``, ``average(a, b)``, ``concat(a, b)`` and
-            brackets; a task of a module as
-            ``name['task']``, which a module of one task need not say.
+            brackets; a task of a module as ``name['task']``, which may be left out where it has
+            only one.
         known: the names that may stand in it.
 
     Raises:
@@ -107,3 +121,59 @@ def _number(node: ast.expr) -> int | float | None:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             return value
     return None
+
+
+def average(*parts: Composable) -> Expression:
+    """Average the effects of modules or compositions, or prompts of equal length.
+
+    The same as ``average(a, b)`` in a text::
+
+        host.use(mg.average(host["fr"], host["de"]) >> host["qa"])
+
+    Raises:
+        CompositionError: for none, or for what is no module or composition.
+    """
+    operands = _operands("average", parts)
+    return operands[0] if len(operands) == 1 else Average(operands)
+
+
+def concat(*parts: Composable) -> Expression:
+    """Concatenate the tokens, or the keys and values, of input modules, in that order.
+
+    The same as ``concat(a, b)`` in a text.
+
+    Raises:
+        CompositionError: for none, or for what is no module or composition.
+    """
+    return Concat(_operands("concat", parts))
+
+
+def _operands(kind: str, parts: Sequence[object]) -> tuple[Expression, ...]:
+    operands = tuple(part.expression() for part in parts if isinstance(part, Composable))
+    if not operands or len(operands) < len(parts):
+        raise CompositionError(
+            f"{kind}({', '.join(map(shown, parts))}): it is of modules or compositions, as "
+            f'mg.{kind}(host["a"], host["b"]); a text is read by host.use("{kind}(a, b)")'
+        )
+    return operands
+
+
+def walk(expression: Expression, depth: int = 0) -> Iterator[Expression]:
+    """Yield an expression and all its parts, as often as they occur.
+
+    Raises:
+        CompositionError: for an expression nested deeper than a site can run it.
+    """
+    if depth > DEEPEST:
+        raise CompositionError(
+            f"an expression nested more than {DEEPEST} deep; write it flat: a + b + c, not "
+            f"(a + b) + c"
+        )
+    yield expression
+    parts: Sequence[Expression] = ()
+    if isinstance(expression, WeightedSum):
+        parts = [term for _, term in expression.weighted_terms()]
+    elif isinstance(expression, Chain):
+        parts = expression.parts
+    for part in parts:
+        yield from walk(part, depth + 1)

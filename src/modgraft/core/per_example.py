@@ -1,4 +1,4 @@
-"""Compositions that differ between the examples of a batch: by weights, or as a whole."""
+"""Compositions that differ between the examples of a batch: in their weights, or altogether."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from modgraft.core.errors import CompositionError
-from modgraft.core.expression import Added, Expression, Name, Run, T, Weight, chain, unique
+from modgraft.core.expression import Expression, Name, Run, T, Weight, WeightedSum, chain, unique
 
 
 @dataclass(frozen=True, eq=False)
-class Weighted(Added):
+class Weighted(WeightedSum):
     """y_b + Σ_j w_bj (f_j(y_b) − y_b): for each example b a weight of each module j.
 
-    Another tensor of weights is no other composition to a compiled host: ``weights`` are data. It
-    stands in expressions as any other, ``host["fr"] >> mg.Weighted(…)``.
+    The weights are data: a compiled host runs another tensor of them without compiling anew. It is
+    an operand as any other, ``host["fr"] >> mg.Weighted(…)``.
 
     Args:
         modules: N names.
         tensor: ``[B, N]`` floating point; gradients reach it.
-        columns: which column is whose; None: one for each module, in order.
+        columns: each module's column of the tensor; None: in order.
 
     Raises:
         CompositionError: for weights of another shape or type, or NaN or infinity among them.
@@ -52,11 +52,11 @@ class Weighted(Added):
                 f"{self.modules!r:.80}"
             )
         object.__setattr__(self, "modules", names)
-        if self.columns is None:  # else they are some of those that have been looked at
+        if self.columns is None:  # else a part of an expression that was checked
             _check(names, self.tensor)
             object.__setattr__(self, "columns", tuple(range(len(names))))
 
-    def weighed(self) -> tuple[tuple[Tensor, Expression], ...]:  # noqa: D102
+    def weighted_terms(self) -> tuple[tuple[Tensor, Expression], ...]:  # noqa: D102
         assert self.columns is not None  # noqa: S101
         named = zip(self.modules, self.columns, strict=True)
         return tuple((self.tensor[:, j], Name(name)) for name, j in named)
@@ -68,14 +68,14 @@ class Weighted(Added):
         if not kept:
             return None
         modules, columns = zip(*kept, strict=True)
-        return Weighted(modules, self.tensor, columns)  # not a part of it: it may yet be trained
+        return Weighted(modules, self.tensor, columns)  # the tensor whole: it may be trained
 
     def __str__(self) -> str:
         return f"weighted({', '.join(self.modules)})"
 
 
 def _check(names: tuple[str, ...], w: Tensor) -> None:
-    """See that ``w`` is a weight of each name for each example."""
+    """Refuse a ``w`` that is no finite weight of each name for each example."""
     n = len(names)
     if not isinstance(w, Tensor) or w.dim() != 2 or w.shape[1] != n:
         have = list(w.shape) if isinstance(w, Tensor) else type(w).__name__
@@ -108,7 +108,7 @@ class Each(Expression):
 
     @cached_property
     def different(self) -> dict[Expression | None, list[int]]:
-        """The compositions, and the examples of each."""
+        """The different compositions, each with the indices of its examples."""
         found: dict[Expression | None, list[int]] = {}
         for i, row in enumerate(self.rows):
             found.setdefault(row, []).append(i)
@@ -128,7 +128,7 @@ class Each(Expression):
 
 
 def joined(now: Expression | None, name: str) -> Expression | None:
-    """What is in force once ``name`` has joined it, at its end: at the end of each example's."""
+    """Append the module ``name`` to a composition, or to that of each example."""
     if isinstance(now, Each):
         return Each(tuple(chain(row, Name(name)) for row in now.rows))
     return chain(now, Name(name))

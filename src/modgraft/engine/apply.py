@@ -144,7 +144,7 @@ def pick(x: Tensor | None, rows: Tensor) -> Tensor | None:
 def _in_force(state: State, name: str) -> bool:
     """Whether a compiled call's composition names the module. This binds a graph to the answer:
     nothing can be computed without the module's side input."""
-    composition = state.context.mirrored
+    composition = state.context.compiled.composition
     return composition is not None and name in composition.names()
 
 

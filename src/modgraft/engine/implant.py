@@ -1,15 +1,17 @@
-"""The handle of an implanted module: what ``host[name]`` is."""
+"""The modules implanted in a host: :class:`Implant`, one of them, and :class:`Implants`, all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
 from modgraft.core import expression as ex
+from modgraft.core.context import Context
 from modgraft.core.errors import CompositionError, ModgraftError, UnknownNameError
+from modgraft.core.parse import parse
 from modgraft.core.sites import Site
 from modgraft.routing.mixture import Mixture
 from modgraft.routing.stats import Use
@@ -58,7 +60,7 @@ class Implant(nn.Module, ex.Composable):
                 f"host[{self.name!r}][{self.names[0][len(self.name) + 1 : -1]}], or another of "
                 f"{', '.join(self.names)}"
             )
-        return ex.Name(self.names[0], of=self)
+        return ex.Name(self.names[0], handle=self)
 
     def __getitem__(self, task: str) -> ex.Expression:
         """One task of a module that has several."""
@@ -67,7 +69,7 @@ class Implant(nn.Module, ex.Composable):
             raise CompositionError(
                 f"{self.name!r} has no task {task!r}; compositions call it {', '.join(self.names)}"
             )
-        return ex.Name(name, of=self)
+        return ex.Name(name, handle=self)
 
     def stats(self, *, reset: bool = False) -> list[Use]:
         """What the routers of a mixture have chosen, a row for each of them.
@@ -112,6 +114,38 @@ class Implant(nn.Module, ex.Composable):
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.name!r}, {len(self.paths)} sites, {self.size:,} parameters"
+
+
+class Implants(nn.ModuleDict):
+    """The modules implanted in a host, by name."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self._context = context
+
+    @property
+    def names(self) -> Mapping[str, object]:
+        """The names that a composition may use: a module's, or one for each of its tasks."""
+        return self._context.names
+
+    def __getitem__(self, name: str) -> Implant:
+        if name not in self:
+            read = parse(name, self.names)  # raises with the nearest name
+            one = ex.module_of(read.names()[0])
+            raise CompositionError(f"{str(read)!r} is a composition; a module is host[{one!r}]")
+        return super().__getitem__(name)  # type: ignore[return-value]
+
+    def items(self) -> Iterable[tuple[str, Implant]]:  # type: ignore[override]
+        """The modules with their names."""
+        return super().items()  # type: ignore[return-value]
+
+    def computation(self, name: str) -> Computation:
+        """The computation, without parameters, that ``name`` in a composition means."""
+        return self[ex.module_of(name)].method.inner
+
+    def at_sites(self, name: str) -> list[tuple[str, Computation]]:
+        """The built computations that ``name`` in a composition means, by the site's label."""
+        return self[ex.module_of(name)].at_sites(name)
 
 
 def learner(model: nn.Module, name: str) -> nn.Module | None:

@@ -27,7 +27,7 @@ def run(site: SiteCall, group: Group, x: Tensor) -> Tensor | None:
     None where the layer has to run alone: it reads another input than they do, no gradient is
     wanted, the call is not shared, or none of the others would run in this way.
     """
-    left = site.call.memo.pop(_key(site.layer), None)
+    left = site.call.outputs.pop(site.layer, None)
     if left is not None:
         of, version, y = left
         return y if of is x and version == x._version else None
@@ -48,7 +48,7 @@ def run(site: SiteCall, group: Group, x: Tensor) -> Tensor | None:
     ys = LowRank.apply(x, scales, *(t for _, tensors in terms.values() for t in tensors))
     for layer, y in zip(terms, ys, strict=False):  # the last output belongs to no layer
         if layer is not site.layer:
-            site.call.memo[_key(layer)] = x, x._version, y
+            site.call.outputs[layer] = x, x._version, y
     return ys[0]
 
 
@@ -62,7 +62,3 @@ def _terms(layer: nn.Module, site: SiteCall, x: Tensor) -> Terms | None:
     if not groups or groups[0].residual or groups[0].inside or not groups[0].changes:
         return None
     return low_rank_terms(layer, type(layer).__mro__[1].forward, x, groups[0].changes)
-
-
-def _key(layer: nn.Module) -> tuple[str, int]:
-    return "shared input", id(layer)

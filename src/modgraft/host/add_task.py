@@ -8,6 +8,7 @@ from modgraft.computation.base import ParameterComposition
 from modgraft.computation.hypernetwork import HyperNetwork
 from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.core.sites import find
+from modgraft.core.tensors import device_of
 from modgraft.engine.graft import graft
 from modgraft.host.host import Host
 
@@ -62,7 +63,6 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     for site, (_, place) in zip(sites, implant.at_sites(own), strict=True):
         graft(site, own, place, context)
     host._reader.forget()
-    device = next(iter(context.weights.values())).device
-    context.add(own, device, isinstance(grown.inner, ParameterComposition))
+    context.compiled.add(own, device_of(host.model), isinstance(grown.inner, ParameterComposition))
     context.switch(context.composition)
     return new

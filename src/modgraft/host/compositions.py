@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from modgraft.computation.base import Computation, InputComposition
+from modgraft.computation.base import InputComposition
 from modgraft.core import expression as ex
-from modgraft.core.algebra import walk
-from modgraft.core.context import EXAMPLE, Context, Side, missing_side
+from modgraft.core.context import EXAMPLE, Side, missing_side
 from modgraft.core.errors import CompositionError
-from modgraft.core.parse import parse
+from modgraft.core.parse import parse, walk
 from modgraft.core.per_example import Each, Weighted
 from modgraft.core.tensors import first_tensor
+from modgraft.engine.implant import Implants
 from modgraft.engine.inputs.expressions import check_inputs
 
 Composition = str | ex.Composable | None
@@ -29,20 +29,11 @@ class Reader:
     The same composition is the same object, so that a site finds again what it has planned for it.
 
     Args:
-        context: the host's.
-        acts: the computation that a name speaks of.
-        handles: its modules by name.
+        implants: the host's modules.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        acts: Callable[[str], Computation],
-        handles: Mapping[str, nn.Module],
-    ) -> None:
-        self._names = context.weights
-        self._acts = acts
-        self._handles = handles
+    def __init__(self, implants: Implants) -> None:
+        self._implants = implants
         self._known: dict[Any, ex.Expression | None] = {}
 
     def forget(self) -> None:
@@ -93,10 +84,10 @@ class Reader:
                     f"{part} has one composition for each example, and is no part of another; "
                     f"write what is to follow in each of them"
                 )
-            if not isinstance(part, ex.Name) or part.of is None:
+            if not isinstance(part, ex.Name) or part.handle is None:
                 continue
             module = ex.module_of(part.name)
-            if self._handles.get(module, part.of) is not part.of:
+            if self._implants._modules.get(module, part.handle) is not part.handle:
                 raise CompositionError(
                     f"{part.name!r} in {str(expression)!r} is the handle of another host's module, "
                     f"or of one that was removed; this host's own is host[{module!r}]"
@@ -107,7 +98,7 @@ class Reader:
         if composition is None:
             return None
         if isinstance(composition, str):
-            return self._checked(parse(composition, self._names))
+            return self._checked(parse(composition, self._implants.names))
         if isinstance(composition, ex.Composable):
             read = composition.expression().mapped(str)  # without the handles it was made by
             assert read is not None  # noqa: S101
@@ -132,9 +123,11 @@ class Reader:
         joins = [part for part in walk(read) if isinstance(part, ex.Concat)]  # raises if too deep
         names = read.names()
         for name in names:
-            if name not in self._names:
-                parse(name, self._names)  # raises with the nearest name
-        inputs = {n: a for n in names if isinstance(a := self._acts(n), InputComposition)}
+            if name not in self._implants.names:
+                parse(name, self._implants.names)  # raises with the nearest name
+        inputs = {
+            n: a for n in names if isinstance(a := self._implants.computation(n), InputComposition)
+        }
         if inputs or joins:
             check_inputs(read, inputs)
         return read
@@ -159,7 +152,7 @@ def check_one(composition: ex.Expression | None) -> None:
 
 
 def check_sides(
-    composition: ex.Expression | None, given: Mapping[str, Side], acts: Callable[[str], Computation]
+    composition: ex.Expression | None, given: Mapping[str, Side], implants: Implants
 ) -> None:
     """Refuse a call without a side input that a module in it needs.
 
@@ -169,7 +162,7 @@ def check_sides(
     if composition is None:
         return
     for name in composition.names():
-        needs = acts(name).side_source
+        needs = implants.computation(name).side_source
         if needs in (None, EXAMPLE) or needs in given:
             continue
         weight = composition.weights()[name]

@@ -8,8 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from rich.box import Box
 from rich.console import Console
@@ -17,15 +16,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from modgraft.computation.base import Computation
 from modgraft.core.architectures import family_of
 from modgraft.core.errors import SiteError
-from modgraft.core.expression import Weight
+from modgraft.core.expression import Expression, Weight
 from modgraft.core.layers import weight_matrix
 from modgraft.core.sites import WEIGHTED, Site, find, weight_labels
-
-if TYPE_CHECKING:
-    from modgraft.host.host import Host
+from modgraft.engine.implant import Implants
 
 SITES = ("sites at", "number", "first", "shape", "type")
 MODULES = ("module", "method", "sites", "first", "parameters", "of the host", "trains", "in force")
@@ -135,29 +131,17 @@ def _numbered(paths: Sequence[str]) -> str:
     return ".".join(p[0] if len(p) == 1 else "{" + ",".join(p) + "}" for p in places)
 
 
-def brief(method: Computation) -> str:
-    """A method as it would be written: what differs from the defaults alone."""
-    parts = []
-    for field in fields(method):  # type: ignore[arg-type]
-        value = getattr(method, field.name)
-        if field.default is MISSING or value != field.default:
-            shown = brief(value) if isinstance(value, Computation) else repr(value)
-            parts.append(f"{field.name}={shown}")
-    return f"{type(method).__name__}({', '.join(parts)})"
-
-
-def modules_table(host: Host) -> Table:
-    """The modules implanted in ``host``, one a row."""
-    own = max(1, _size(host.model))
-    weights = {} if host.composition is None else host.composition.weights()
+def modules_table(model: nn.Module, implants: Implants, composition: Expression | None) -> Table:
+    """The modules implanted in ``model``, one a row."""
+    own = max(1, _size(model))
+    weights = {} if composition is None else composition.weights()
     rows = []
-    for name in host.implants:
-        implant = host[name]
+    for name, implant in implants.items():
         learns = [p.requires_grad for p in implant.parameters()]
         rows.append(
             (
                 name,
-                brief(implant.method),
+                implant.method.brief(),
                 f"{len(implant.paths)}",
                 implant.paths[0] or "the input",
                 f"{implant.size:,}",
@@ -183,26 +167,22 @@ def _times(weight: float) -> str:
     return "" if weight == 1 else f"× {weight:g}"
 
 
-def summary(host: Host) -> str:
-    """One line: the model, its parameters, what trains, and the composition in force."""
-    trains = sum(p.numel() for p in host.parameters() if p.requires_grad)
-    return (
-        f"Host({type(host.model).__name__}): {_size(host.model):,} parameters, {trains:,} train; "
-        f"in force: {host.composition or 'the bare host'}"
-    )
-
-
 def sites_table(model: nn.Module, title: str = "") -> Table:
     """The sites of ``model``, one selection a row."""
     return table(SITES, [row.cells() for row in rows_of(model)], title)
 
 
-def describe(host: Host) -> str:
+def describe(model: nn.Module, implants: Implants, composition: Expression | None) -> str:
     """What ``print(host)`` shows: plain text, aligned, for a terminal, a notebook or a log."""
-    parts = [summary(host)]
-    if len(host.implants):
-        parts.append(plain(modules_table(host)))
-    parts.append(plain(sites_table(host.model)))
+    every = nn.ModuleList([model, implants]).parameters()
+    trains = sum(p.numel() for p in every if p.requires_grad)
+    parts = [
+        f"Host({type(model).__name__}): {_size(model):,} parameters, {trains:,} train; "
+        f"in force: {composition or 'the bare host'}"
+    ]
+    if len(implants):
+        parts.append(plain(modules_table(model, implants, composition)))
+    parts.append(plain(sites_table(model)))
     return "\n\n".join(parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,9 +25,6 @@ from modgraft.engine.state import STATE, State
 from modgraft.host.describe import plain, rows_of, table
 from modgraft.routing.mixture import Routed
 
-if TYPE_CHECKING:
-    from modgraft.host.host import Host
-
 COLUMNS = ("sites at", "number", "examples", "without gradients", "with gradients")
 
 
@@ -42,14 +39,14 @@ def _same(text: str) -> Way:
     return Way(text, text)
 
 
-def described(host: Host, composition: Expression | None) -> str:
+def described(model: nn.Module, composition: Expression | None) -> str:
     """The plan of ``composition`` as a table: a row for the sites of one role and way."""
     title = f"{'the bare host' if composition is None else composition}"
     if composition is None:
         return f"{title}: every site runs as it is"
-    roles = _roles(host.model)
+    roles = _roles(model)
     sites: dict[tuple[str, str, Way], int] = {}
-    for path, layer in host.model.named_modules():
+    for path, layer in model.named_modules():
         state: State | None = layer.__dict__.get(STATE)
         if state is None:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self
@@ -20,15 +21,21 @@ from modgraft.computation.base import (
 )
 from modgraft.core import expression as ex
 from modgraft.core.context import Call, Context, Side
-from modgraft.core.errors import CompositionError, ModgraftError
-from modgraft.core.parse import parse
+from modgraft.core.errors import ModgraftError
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
 from modgraft.engine.fast_paths import leave_fast_paths, take_fast_paths
 from modgraft.engine.gradient_checkpointing import unwrap_checkpoints, wrap_checkpoints
 from modgraft.engine.graft import graft, grafted_by_others, link_shared_inputs, ungraft, ungraft_all
-from modgraft.engine.implant import Implant, check_learns, check_module, check_name, learner
+from modgraft.engine.implant import (
+    Implant,
+    Implants,
+    check_learns,
+    check_module,
+    check_name,
+    learner,
+)
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.kernels.functional_call import new_weights, write
 from modgraft.engine.kernels.linear import Change
@@ -40,6 +47,8 @@ from modgraft.host.compositions import (
     check_one,
     check_sides,
 )
+from modgraft.host.describe import describe
+from modgraft.host.explain import described
 from modgraft.host.mixtures import (
     check_unmixed,
     join_prompts,
@@ -47,7 +56,7 @@ from modgraft.host.mixtures import (
     routed,
     with_routing_losses,
 )
-from modgraft.routing.mixture import ROUTINGS, Mixture
+from modgraft.routing.mixture import Mixture
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
@@ -74,9 +83,9 @@ class Host(nn.Module):
         if isinstance(model, Host):
             raise ModgraftError("this is a Host already; implant in it, or wrap its .model anew")
         self.model = model
-        self.implants = nn.ModuleDict()
         self._context = Context()
-        self._reader = Reader(self._context, self._acts, self.implants._modules)
+        self.implants = Implants(self._context)
+        self._reader = Reader(self.implants)
         # blocks that recompute their forward in backward, where the call has long returned
         self._recomputing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         leave_fast_paths(model)
@@ -129,7 +138,7 @@ class Host(nn.Module):
         elif isinstance(module, Mixture):
             if at is not None:
                 raise ModgraftError(f"a Mixture acts where its modules do; leave out at={at!r}")
-            at = mixed_sites(self, module)
+            at = mixed_sites(self.model, self.implants, module)
         elif at is None:
             at = module.inner.default_at
         if at is None:
@@ -146,13 +155,13 @@ class Host(nn.Module):
                 f"host.implant({name!r}, …, active=False), then host.use({names[0]!r})"
             )
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
-        join_prompts(self, implant)
+        join_prompts(self.implants, implant)
         hook_attention(module.inner)
         for own in implant.names:
             for site, (_, place) in zip(sites, implant.at_sites(own), strict=True):
                 graft(site, own, place, self._context)
             additive = isinstance(module.inner, ParameterComposition)
-            self._context.add(own, device_of(self.model), additive)
+            self._context.compiled.add(own, device_of(self.model), additive)
         link_shared_inputs(self.model)
         implant.train(self.training)
         self.implants[name] = implant
@@ -164,22 +173,18 @@ class Host(nn.Module):
     def remove(self, name: str) -> None:
         """Take a module out; the host is as it was before, bit for bit."""
         names = self[name].names  # raises for an unknown one
-        check_unmixed(self, names)
+        check_unmixed(self.implants, names)
         for own in names:
             for module in self.model.modules():
                 ungraft(module, own)
-            self._context.remove(own)
+            self._context.compiled.remove(own)
         link_shared_inputs(self.model)
         del self.implants[name]
         self._reader.forget()
         self._context.switch(ex.without(self._context.composition, name))
 
     def __getitem__(self, name: str) -> Implant:
-        if name not in self.implants:
-            read = parse(name, self._context.weights)  # raises with the nearest name
-            one = ex.module_of(read.names()[0])
-            raise CompositionError(f"{str(read)!r} is a composition; a module is host[{one!r}]")
-        return self.implants[name]  # type: ignore[return-value]
+        return self.implants[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self.implants
@@ -201,18 +206,22 @@ class Host(nn.Module):
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
         """
-        self._context.switch(self._reader.read(composition))
+        self._context.switch(self.read(composition))
 
     @contextmanager
     def using(self, composition: Compositions) -> Iterator[Self]:
         """A composition in force for the calls in a ``with`` block, in this thread or task."""
-        call = self._context.with_side(composition=self._reader.read(composition))
+        call = replace(self._context.current(), composition=self.read(composition))
         with self._context.call(call):
             yield self
 
-    def _acts(self, name: str) -> Computation:
-        """The computation, without parameters, that ``name`` in a composition speaks of."""
-        return self[ex.module_of(name)].method.inner
+    def read(self, composition: Compositions) -> ex.Expression | None:
+        """A composition as an expression, without putting it in force.
+
+        Raises:
+            ModgraftError: for an unknown name or an expression that means nothing.
+        """
+        return self._reader.read(composition)
 
     # -- running --------------------------------------------------------------------------------
 
@@ -236,17 +245,18 @@ class Host(nn.Module):
             ModgraftError: if an active module's side input is missing.
         """
         call = self._call(side, modules)
-        call = routed(self, call, args, kwargs)
+        call = routed(self.model, self.implants, call, args, kwargs)
         if torch.compiler.is_compiling():
-            before, self._context.traced = self._context.traced, call
+            compiled = self._context.compiled
+            before, compiled.call = compiled.call, call
             out = self.model(*args, **kwargs)
-            self._context.traced = before
+            compiled.call = before
             return out
         wrap_checkpoints(self._recomputing, self._context)
         check_batch(call.composition, args, kwargs)
         with self._context.call(call):
             out = self.model(*args, **kwargs)
-        return with_routing_losses(out, call, kwargs) if ROUTINGS in call.memo else out
+        return with_routing_losses(out, call, kwargs) if call.routings else out
 
     def generate(
         self,
@@ -257,7 +267,7 @@ class Host(nn.Module):
     ) -> Any:
         """The model's ``generate``: greedy, sampled or beam; side inputs follow the beams."""
         call = self._call(side, modules, generating=True)
-        call = routed(self, call, args, kwargs)
+        call = routed(self.model, self.implants, call, args, kwargs)
         check_batch(call.composition, args, kwargs)
         with self._context.call(call):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
@@ -277,9 +287,9 @@ class Host(nn.Module):
                 )
             return Call(None if modules is ... else modules, side or {}, generating)
         now = self._context.current()
-        composition = now.composition if modules is ... else self._reader.read(modules)
+        composition = now.composition if modules is ... else self.read(modules)
         given = {**now.side, **self._placed({} if side is None else side)}
-        check_sides(composition, given, self._acts)
+        check_sides(composition, given, self.implants)
         return Call(composition, given, generating)
 
     def _placed(self, sides: Mapping[str, Side]) -> dict[str, Side]:
@@ -333,7 +343,7 @@ class Host(nn.Module):
         """Write one module to a folder; see :mod:`modgraft.store.folder`."""
         from modgraft.store.folder import save
 
-        return save(self, name, Path(folder))
+        return save(self[name], self.model, Path(folder))
 
     def load(self, folder: str | Path, name: str | None = None, *, strict: bool = True) -> Implant:
         """Implant a saved module; see :mod:`modgraft.store.folder`.
@@ -357,11 +367,11 @@ class Host(nn.Module):
             ModgraftError: if its merge would not be exact: a module in it is no change of weights,
                 or changes a weight that another layer shares.
         """
-        read = self.composition if composition is ... else self._reader.read(composition)
+        read = self.composition if composition is ... else self.read(composition)
         check_one(read)
         weights = {} if read is None else read.weights()
         for name in weights:
-            method = self._acts(name)
+            method = self.implants.computation(name)
             if not isinstance(method, ParameterComposition):
                 before = isinstance(method, InputComposition)
                 does = "puts vectors before what is read" if before else "computes on activations"
@@ -371,7 +381,7 @@ class Host(nn.Module):
                 )
         changes: dict[str, list[Change]] = {}
         for name, weight in weights.items():
-            for label, place in self[ex.module_of(name)].at_sites(name):
+            for label, place in self.implants.at_sites(name):
                 assert isinstance(place, ParameterComposition)  # noqa: S101
                 site = find(self.model, label)[0]
                 change = Change(place, weight, site.part, site.parameter)
@@ -394,12 +404,8 @@ class Host(nn.Module):
 
     def plan(self, composition: Compositions | EllipsisType = ...) -> str:
         """A table of how a composition is computed at its sites; left out, the one in force."""
-        from modgraft.host.explain import described
-
-        read = self.composition if composition is ... else self._reader.read(composition)
-        return described(self, read)
+        read = self.composition if composition is ... else self.read(composition)
+        return described(self.model, read)
 
     def __repr__(self) -> str:
-        from modgraft.host.describe import describe
-
-        return describe(self)
+        return describe(self.model, self.implants, self.composition)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modgraft.computation.attempt import Attempt
 from modgraft.computation.base import Computation
@@ -18,17 +18,14 @@ from modgraft.core.errors import ModgraftError, SideError
 from modgraft.core.expression import Expression, Name, module_of
 from modgraft.core.parse import parse
 from modgraft.core.sites import Site, find
-from modgraft.engine.implant import Implant
+from modgraft.engine.implant import Implant, Implants
 from modgraft.engine.inputs.splice import IGNORED
 from modgraft.routing.base import Member, Router
-from modgraft.routing.mixture import ROUTINGS, Mixture
+from modgraft.routing.mixture import Mixture
 from modgraft.routing.objective import example_losses, routing_loss
 
-if TYPE_CHECKING:
-    from modgraft.host.host import Host
 
-
-def mixed_sites(host: Host, mixture: Mixture) -> list[str]:
+def mixed_sites(model: nn.Module, implants: Implants, mixture: Mixture) -> list[str]:
     """The paths where the modules of ``mixture`` are.
 
     Raises:
@@ -37,18 +34,18 @@ def mixed_sites(host: Host, mixture: Mixture) -> list[str]:
     paths: dict[str, None] = {}
     members = []
     for name in mixture.over:
-        read = parse(name, host._context.weights)
+        read = parse(name, implants.names)
         if not isinstance(read, Name) or read.name != name:
             raise ModgraftError(
                 f"Mixture({list(mixture.over)}): {name!r} is a composition; a mixture is over "
                 f"modules, {', '.join(repr(n) for n in read.names())}"
             )
-        implant = host[module_of(name)]
+        implant = implants[module_of(name)]
         members.append((name, implant.method.inner))
         if mixture.router is not None:
-            _check_admitted(host, mixture.router, name, implant.at_sites(name))
+            _check_admitted(model, mixture.router, name, implant.at_sites(name))
         for label in implant.paths:
-            site = find(host.model, label)[0]
+            site = find(model, label)[0]
             if site.residual or site.parameter is not None:
                 raise ModgraftError(
                     f"Mixture({list(mixture.over)}): {name!r} acts at {label}, inside the layer or "
@@ -60,10 +57,10 @@ def mixed_sites(host: Host, mixture: Mixture) -> list[str]:
 
 
 def _check_admitted(
-    host: Host, router: Router, name: str, places: Sequence[tuple[str, Computation]]
+    model: nn.Module, router: Router, name: str, places: Sequence[tuple[str, Computation]]
 ) -> None:
     for label, place in places:
-        site = find(host.model, label)[0]
+        site = find(model, label)[0]
         why = router.admits(Member(place, site.part), site.module)
         if why is not None:
             raise ModgraftError(
@@ -72,9 +69,9 @@ def _check_admitted(
             )
 
 
-def check_unmixed(host: Host, names: Sequence[str]) -> None:
+def check_unmixed(implants: Implants, names: Sequence[str]) -> None:
     """Refuse to take a module out that a mixture is over."""
-    for name, implant in host.implants.items():
+    for name, implant in implants.items():
         method: Any = implant.method
         if lost := [n for n in names if n in method.members]:
             what = "the mixture" if isinstance(method, Mixture) else f"the {type(method).__name__}"
@@ -84,7 +81,7 @@ def check_unmixed(host: Host, names: Sequence[str]) -> None:
             )
 
 
-def join_prompts(host: Host, implant: Implant) -> None:
+def join_prompts(implants: Implants, implant: Implant) -> None:
     """Let a new ``Attempt`` attend to the prompts that it is over.
 
     Raises:
@@ -98,13 +95,15 @@ def join_prompts(host: Host, implant: Implant) -> None:
             f"{type(method).__name__}({method.inner!r}): an Attempt is over modules of the host, "
             f"and is implanted by itself"
         )
-    method.check([(name, host[module_of(name)].method.inner) for name in method.over])
-    over = {name: host[module_of(name)].at_sites(name)[0][1] for name in method.over}
+    method.check([(name, implants.computation(name)) for name in method.over])
+    over = {name: implants.at_sites(name)[0][1] for name in method.over}
     (place,) = implant.places
     place.join(over)  # type: ignore[operator]
 
 
-def routed(host: Host, call: Call, args: tuple, kwargs: dict[str, Any]) -> Call:
+def routed(
+    model: nn.Module, implants: Implants, call: Call, args: tuple, kwargs: dict[str, Any]
+) -> Call:
     """``call`` with the choices of the mixtures in force that are one for the whole network.
 
     They are made before the host runs: what it recomputes in backward finds them made.
@@ -113,20 +112,20 @@ def routed(host: Host, call: Call, args: tuple, kwargs: dict[str, Any]) -> Call:
         SideError: where nothing of an example may be read, or the host reads no text.
     """
     compiling = torch.compiler.is_compiling()
-    names = host._context.weights if compiling else _names(call.composition)
-    mixtures = [own for name in names for own in _mixtures(host, name)]
+    names = implants.names if compiling else _names(call.composition)
+    mixtures = [own for name in names for own in _mixtures(implants, name)]
     reads = [name for name, method in mixtures if method.side_source == EXAMPLE]
-    reads += [name for name in names if isinstance(host._acts(name), Attempt)]
+    reads += [name for name in names if isinstance(implants.computation(name), Attempt)]
     if not mixtures and not reads:
         return call
     if reads and EXAMPLE not in call.side:
-        side = _example(host, reads[0], args, kwargs, strict=not compiling)
+        side = _example(model, reads[0], args, kwargs, strict=not compiling)
         if side is not None:
             call = replace(call, side={**call.side, EXAMPLE: side})
-    like = next(host.model.parameters())
+    like = next(model.parameters())
     for name, method in mixtures:
         if method.level == "task" or (method.level == "example" and EXAMPLE in call.side):
-            acts: Any = host[module_of(name)].at_sites(name)[0][1]
+            acts: Any = implants.at_sites(name)[0][1]
             acts.mixture.choose(call, None, like, acts.task)
     return call
 
@@ -135,24 +134,24 @@ def _names(composition: Expression | None) -> Sequence[str]:
     return () if composition is None else composition.names()
 
 
-def _mixtures(host: Host, name: str) -> list[tuple[str, Mixture]]:
+def _mixtures(implants: Implants, name: str) -> list[tuple[str, Mixture]]:
     """The mixture called ``name`` and those it is over, if it is one."""
-    method = host._acts(name)
+    method = implants.computation(name)
     if not isinstance(method, Mixture):
         return []
-    return [(name, method), *(own for inner in method.over for own in _mixtures(host, inner))]
+    return [(name, method), *(own for inner in method.over for own in _mixtures(implants, inner))]
 
 
 def _example(
-    host: Host, name: str, args: tuple, kwargs: dict[str, Any], strict: bool
+    model: nn.Module, name: str, args: tuple, kwargs: dict[str, Any], strict: bool
 ) -> Side | None:
     """What examples are routed by: the embeddings of what may be read of each."""
-    parameters = list(inspect.signature(type(host.model).forward).parameters)[1:]
+    parameters = list(inspect.signature(type(model).forward).parameters)[1:]
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
     ids = given.get("input_ids", args[0] if args else None)
     embeddings = given.get("inputs_embeds")
     if embeddings is None and isinstance(ids, Tensor) and not ids.is_floating_point():
-        embeddings = token_table(host.model)(ids)
+        embeddings = token_table(model)(ids)
     if embeddings is None:
         if not strict:  # it may not be in force
             return None
@@ -166,7 +165,7 @@ def _example(
     if isinstance(mask, Tensor) and mask.shape == seen.shape:
         seen = mask.bool()
     labels = given.get("labels")
-    causal = Site("", host.model, None, host.model).stepwise
+    causal = Site("", model, None, model).stepwise
     if causal and isinstance(labels, Tensor) and labels.shape == seen.shape:
         seen = seen & (labels == IGNORED)  # no answer chooses its own module
         if strict and not bool(seen.any(1).all()):
@@ -189,7 +188,7 @@ def with_routing_losses(out: Any, call: Call, kwargs: dict[str, Any]) -> Any:
     if not isinstance(loss, Tensor):
         return out
     each = example_losses(getattr(out, "logits", None), kwargs.get("labels"), loss)
-    for mixture, routing in call.memo[ROUTINGS]:
+    for mixture, routing in call.routings:
         loss = loss + routing_loss(mixture, routing, each)
     out.loss = loss
     return out

@@ -28,7 +28,7 @@ def own_module(host: Host, name: str, into: str) -> Implant:
     Raises:
         ModgraftError: for an expression, a task left open, or a name in use.
     """
-    read = parse(name, [own for module in host.implants for own in host[module].names])
+    read = parse(name, host.implants.names)
     if not isinstance(read, ex.Name):
         raise ModgraftError(
             f"own_module(host, {name!r}, …): one module or one task of it, as \"h['fr']\""
@@ -37,7 +37,7 @@ def own_module(host: Host, name: str, into: str) -> Implant:
     labels = list(implant.paths)
     at = None if labels == [""] else labels
     made = host.implant(into, implant.method.inner, at, active=False)
-    for (_, view), place in zip(implant.at_sites(read.name), made.places, strict=True):
+    for (_, view), place in zip(host.implants.at_sites(read.name), made.places, strict=True):
         lender = Owner(view)
         with torch.no_grad():
             if stored := {key: lender.read(key) for key in place.state_dict()}:

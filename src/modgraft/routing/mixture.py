@@ -22,9 +22,6 @@ from modgraft.routing.base import Router, Routing
 from modgraft.routing.learned import Soft
 from modgraft.routing.stats import Tally
 
-ROUTINGS = "routings"
-"""Where a call remembers what routers chose in it, for their losses."""
-
 
 @final
 class Mixture(Computation):
@@ -173,8 +170,8 @@ class Mixture(Computation):
         """
         (first,) = self.__dict__.get("_first", (self,))
         key = (id(first), task)
-        if self.level != "token" and key in call.memo:  # one choice a call, at all sites
-            return call.memo[key]
+        if self.level != "token" and key in call.choices:  # one choice a call, at all sites
+            return call.choices[key]
         if self.level == "task":
             made = first.route(torch.tensor(task, device=y.device))
         elif self.level == "example":
@@ -192,9 +189,9 @@ class Mixture(Computation):
                 )
             made = self.route(query)
         if self.level != "token":
-            call.memo[key] = made
+            call.choices[key] = made
         if self.training and torch.is_grad_enabled():
-            call.memo.setdefault(ROUTINGS, []).append((first, made))
+            call.routings.append((first, made))
         first.tally.count(made)
         return made
 

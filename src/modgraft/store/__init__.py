@@ -1,1 +1,1 @@
-"""Folders that modules are kept in and travel in."""
+"""Modules in folders: saving and loading them."""

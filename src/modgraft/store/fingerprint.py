@@ -1,4 +1,4 @@
-"""Which host a module was trained in: its shape, and a sample of its weights."""
+"""The fingerprint of a host: a hash of its weights' shapes, and one of a sample of their values."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import hashlib
 import torch
 from torch import nn
 
-SAMPLES = 256  # values read from each tensor: a host of any size is known in well under a second
+SAMPLES = 256  # values read from each tensor, so that a large host takes well under a second
 
 
 def shape_fingerprint(model: nn.Module) -> dict[str, str]:
-    """What can be told of a host without its weights.
+    """Identify a host without reading its weights.
 
     Returns:
         ``architecture``, the class's name; ``shape``, a hash over names and shapes of the weights.
@@ -23,7 +23,7 @@ def shape_fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """A host's fingerprint.
+    """Identify a host by its shape and by a sample of its weights.
 
     Returns:
         :func:`shape_fingerprint`, and ``weights``, a hash over evenly spaced values of each weight

@@ -1,32 +1,42 @@
-"""The project's own folder for one module: ``module.json`` and ``module.safetensors``."""
+"""Save a module to a folder and load it: ``module.json`` (its card) and ``module.safetensors``."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from modgraft.computation.base import Computation
+from modgraft.core.config import C, Configured, resolve
 from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.engine.implant import Implant
 from modgraft.routing.mixture import Mixture
-from modgraft.store.config import described, understood
 from modgraft.store.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from modgraft.host.host import Host, Implant
+from modgraft.training.host_like import HostLike
 
 FORMAT = 1
 
 
 class Card(BaseModel):
-    """What ``module.json`` says of a module; ``host`` is the :func:`fingerprint` of its host."""
+    """The content of ``module.json``.
+
+    Attributes:
+        format: the version of this format.
+        name: the module's.
+        type: the class of its computation.
+        config: the arguments of that class; a computation among them has a type and config too.
+        sites: the labels of its sites.
+        host: the :func:`fingerprint` of the host that it was trained in.
+    """
 
     model_config = ConfigDict(strict=True)
 
@@ -38,18 +48,25 @@ class Card(BaseModel):
     host: dict[str, str]
 
 
-def save(host: Host, name: str, folder: Path) -> Path:
-    """Write the module ``name``: configuration, sites, the host's fingerprint and the tensors.
+def save(implant: Implant, model: nn.Module, folder: Path) -> Path:
+    """Write a module to ``folder``: its card and its tensors.
 
-    The folder appears whole or not at all; one that is there already is replaced.
+    The folder appears whole or not at all, and replaces a module that is there already.
+
+    Args:
+        implant: the module.
+        model: the host's model, whose fingerprint goes into the card.
+        folder: where to.
+
+    Raises:
+        CheckpointError: for a folder that is there and holds no module.
     """
-    implant = host[name]
     card = Card(
         format=FORMAT,
-        name=name,
-        **described(implant.method),
+        name=implant.name,
+        **to_json(implant.method),
         sites=list(implant.paths),
-        host=fingerprint(host.model),
+        host=fingerprint(model),
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     whole = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -72,12 +89,18 @@ def save(host: Host, name: str, folder: Path) -> Path:
     return folder
 
 
-def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant:
-    """Implant the module of ``folder``.
+def load(host: HostLike, folder: Path, name: str | None, *, strict: bool) -> Implant:
+    """Implant the module saved in ``folder``.
+
+    Args:
+        host: where to implant it.
+        folder: where :func:`save` put it.
+        name: its name in this host; None: the one it was saved under.
+        strict: whether the host must be the one it was trained in, weight for weight.
 
     Raises:
-        CheckpointError: for a folder that is not whole, tensors that do not fit, NaN among them, or
-            (``strict``) a module trained in another host. The host is then as it was.
+        CheckpointError: for an incomplete folder, tensors that do not fit or hold NaN, or (with
+            ``strict``) a module trained in another host. The host is then as it was.
     """
     card, tensors = read(folder)
     own, theirs = fingerprint(host.model), card.host
@@ -88,12 +111,12 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
             f"{theirs.get('architecture')} there, {own['architecture']} here); load it into the "
             f"host it was trained in, or say host.load(..., strict=False) to try it all the same"
         )
-    method = understood({"type": card.type, "config": card.config}, folder, Computation)
-    placed = isinstance(method, Mixture) or card.sites == [""]  # by itself
-    at = None if placed else card.sites
+    method = from_json({"type": card.type, "config": card.config}, folder, Computation)
+    finds_sites = isinstance(method, Mixture) or card.sites == [""]
+    at = None if finds_sites else card.sites
     name = name or card.name
     expect = None if at is None else len(card.sites)
-    one = len(method.task_names(name)) == 1  # one of several tasks cannot come into force unasked
+    one = len(method.task_names(name)) == 1  # of several tasks none is in force by itself
     try:
         implant = host.implant(name, method, at, expect=expect, active=one)
     except ModgraftError:
@@ -114,10 +137,10 @@ def load(host: Host, folder: Path, name: str | None, *, strict: bool) -> Implant
 
 
 def read(folder: Path) -> tuple[Card, dict[str, torch.Tensor]]:
-    """A saved module's card and its tensors.
+    """Read a saved module's card and its tensors.
 
     Raises:
-        CheckpointError: for a folder that is not whole, or a card that is none.
+        CheckpointError: for an incomplete folder, or a file that is no module's card.
     """
     path = folder / "module.json"
     if not path.is_file():
@@ -147,6 +170,7 @@ def read(folder: Path) -> tuple[Card, dict[str, torch.Tensor]]:
 
 
 def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Copy saved tensors into a module, which is resized where training decides a size."""
     own = implant.tensors()
     if own.keys() != tensors.keys():
         extra, lacking = tensors.keys() - own.keys(), own.keys() - tensors.keys()
@@ -170,3 +194,60 @@ def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> N
                     f"{folder}: {key} holds NaN or infinity; the run that wrote it had diverged"
                 )
             own[key].copy_(tensor)
+
+
+def to_json(method: Configured) -> dict[str, Any]:
+    """Describe a computation by its type and its constructor's arguments, nested ones likewise.
+
+    Returns:
+        ``{"type": "LoRA", "config": {"rank": 8, …}}``.
+    """
+    config = {
+        key: to_json(value) if isinstance(value, Configured) else value
+        for key, value in method.config().items()
+    }
+    return {"type": type(method).__name__, "config": config}
+
+
+def from_json(said: Any, folder: Path, kind: type[C]) -> C:
+    """Make the computation that :func:`to_json` described.
+
+    Args:
+        said: the description.
+        folder: where it was read, for error messages.
+        kind: the base class it must have.
+
+    Raises:
+        CheckpointError: for a description that is not a type and its arguments.
+        UnknownNameError: for a type that nobody has defined.
+        ModgraftError: for arguments that the type refuses.
+    """
+    match said:
+        case {"type": str() as name, "config": dict() as config} if len(said) == 2:
+            found = resolve(name, kind)
+        case _:
+            raise CheckpointError(
+                f"{folder}: a computation is described as {{'type': 'LoRA', 'config': {{…}}}}, "
+                f"not as {str(said)[:80]}; save the module again"
+            )
+    takes = [f.name for f in fields(found)]  # type: ignore[arg-type]
+    if unknown := config.keys() - set(takes):
+        raise CheckpointError(
+            f"{folder}: {name} takes no {', '.join(sorted(unknown))} (it takes "
+            f"{', '.join(takes) or 'nothing'}); the module was saved by another version, or changed"
+        )
+    given = {
+        key: from_json(value, folder, Configured) if _nested(value) else value
+        for key, value in config.items()
+    }
+    try:
+        return found(**given)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{folder}: {name} cannot be made from {sorted(given)}: {error}; save the module again"
+        ) from error
+
+
+def _nested(value: Any) -> bool:
+    """Whether ``value`` describes a computation; a dictionary of lists (``Fixed``) does not."""
+    return isinstance(value, dict) and not all(isinstance(v, list) for v in value.values())

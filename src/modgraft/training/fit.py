@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 from accelerate import Accelerator
 from torch import nn
 
+from modgraft.core.config import mismatch
 from modgraft.core.errors import ModgraftError
-from modgraft.core.typed import mismatch
 from modgraft.training.checkpoint import Checkpoints
 from modgraft.training.history import History
 from modgraft.training.note import noted

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from modgraft.engine.implant import Implants
 from modgraft.log.record.runs import RunNote, code, listed, plain, recorded, settings_row
 
 if TYPE_CHECKING:
@@ -70,28 +71,33 @@ def noted_together(
 
 
 def _host(host: nn.Module) -> str:
-    from modgraft.host.host import Host
-
-    model = host.model if isinstance(host, Host) else host
+    model = _model(host)
     size = sum(p.numel() for p in model.parameters())
     return f"{type(model).__name__}, {size:,} parameters"
 
 
+def _model(host: Any) -> nn.Module:
+    return host if _implants(host) is None else host.model
+
+
+def _implants(host: nn.Module) -> Implants | None:
+    """The modules implanted in ``host``; None for a model that is no ``Host``."""
+    found = getattr(host, "implants", None)
+    return found if isinstance(found, Implants) else None
+
+
 def _trains(run: Run) -> str:
     """How many parameters train, and in which modules they are."""
-    from modgraft.host.describe import brief
-    from modgraft.host.host import Host
-
     size = f"{sum(p.numel() for p in run.parameters.values()):,} parameters"
-    if not isinstance(run.host, Host):
+    implants = _implants(run.host)
+    if implants is None:
         return size
     learns = {id(p) for p in run.parameters.values()}
     found = []
-    for name in run.host.implants:
-        implant = run.host[name]
+    for name, implant in implants.items():
         if any(id(p) in learns for p in implant.parameters()):
-            found.append(f"{name} = {brief(implant.method)}, sites {len(implant.paths)}")
-    own = any(id(p) in learns for p in run.host.model.parameters())
+            found.append(f"{name} = {implant.method.brief()}, sites {len(implant.paths)}")
+    own = any(id(p) in learns for p in _model(run.host).parameters())
     parts = [*map(code, found), *(["the host's own weights"] if own else [])]
     return f"{size}: {listed(parts)}" if parts else size
 

@@ -189,7 +189,7 @@ def _before(state: State, key: Tensor) -> Before | None:
         for name in (*entries, *mixed):
             for own in one(name, None):
                 made.append(own)
-                seen.append((state.context.weights[name] != 0).expand(own[0].shape[2]))
+                seen.append((state.context.compiled.weights[name] != 0).expand(own[0].shape[2]))
         return Before(names, *_joined(made), seen=torch.cat(seen))
     if not isinstance(composition, Each):
         made = of(composition, None)
@@ -286,7 +286,7 @@ def _keys_values(entry: Entry, state: State, key: Tensor, rows: Tensor | None) -
     side = None
     if module.side_source is not None:
         compiling = torch.compiler.is_compiling()
-        call = state.context.traced if compiling else state.context.current()
+        call = state.context.compiled.call if compiling else state.context.current()
         side = call.resolve(module.side_source, entry.name, batch, rows)
     batch = batch if rows is None else len(rows)
     keys, values = module.keys_values(batch, side)

@@ -15,14 +15,13 @@ from modgraft.computation.base import Computation
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import At
 from modgraft.engine.implant import check_name, learner
-from modgraft.host.host import Host
-from modgraft.training.fit import fit
 from modgraft.training.forward import set_modes
 from modgraft.training.history import History
+from modgraft.training.host_like import HostLike
 from modgraft.training.stream import Batch, own_randomness, seed_everything
 
 #: measures a host on a task: more is better
-Measure = Callable[[Host, str], float]
+Measure = Callable[[HostLike, str], float]
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Continual:
 
 
 def continual(
-    host: Host,
+    host: HostLike,
     loaders: Mapping[str, Iterable[Batch]],
     measure: Measure,
     *,
@@ -149,14 +148,13 @@ def continual(
         given = {**settings, "seed": seed, "label": f"{label}: {task}"}
         if folder is not None:
             given["folder"] = Path(folder) / task
-        learns = into or task
-        with host.training_only(learns), _using(host, found[task]):
-            histories[task] = fit(host, loader, **given)
+        with _using(host, found[task]):
+            histories[task] = host.fit(loader, train=into or task, **given)
         rows.append(_measured(host, tasks, measure, found, seed))
     return Continual(tasks, start, tuple(rows), histories)
 
 
-def _using(host: Host, composition: Any) -> Any:
+def _using(host: HostLike, composition: Any) -> Any:
     """The composition in force in a block; of the host itself, whatever is in force."""
     if isinstance(composition, str) and composition not in host:
         return nullcontext()
@@ -164,7 +162,7 @@ def _using(host: Host, composition: Any) -> Any:
 
 
 def _measured(
-    host: Host, tasks: tuple[str, ...], measure: Measure, found: Mapping[str, Any], seed: int
+    host: HostLike, tasks: tuple[str, ...], measure: Measure, found: Mapping[str, Any], seed: int
 ) -> tuple[float, ...]:
     modes = [(m, m.training) for m in host.modules()]
     host.eval()

@@ -10,16 +10,15 @@ import torch
 
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError, UnknownNameError
-from modgraft.host.host import Host
 from modgraft.routing.mixture import Mixture
 from modgraft.routing.zero_shot import Phatgoose, Similarity
-from modgraft.training.fit import fit
 from modgraft.training.history import History
+from modgraft.training.host_like import HostLike
 from modgraft.training.stream import Batch
 
 
 def train_gates(
-    host: Host, mixture: str, loaders: Mapping[str, Iterable[Batch]], **settings: Any
+    host: HostLike, mixture: str, loaders: Mapping[str, Iterable[Batch]], **settings: Any
 ) -> dict[str, History]:
     """Train the gate of each module by itself, everything else frozen.
 
@@ -52,12 +51,12 @@ def train_gates(
             for place in places:
                 for i, gate in enumerate(place.route.gates):  # type: ignore[union-attr]
                     gate.requires_grad_(i == j)
-            made[name] = fit(host, loader, **{"label": f"gate of {name}", **settings})
+            made[name] = host.fit(loader, **{"label": f"gate of {name}", **settings})
     return made
 
 
 def embed_tasks(
-    host: Host,
+    host: HostLike,
     mixture: str,
     loaders: Mapping[str, Iterable[Batch]],
     *,
@@ -103,7 +102,7 @@ def _set(route: Any, name: str, j: int) -> None:
 
 
 def _places(
-    host: Host, mixture: str, kind: type[Phatgoose | Similarity], loaders: Mapping[str, Any]
+    host: HostLike, mixture: str, kind: type[Phatgoose | Similarity], loaders: Mapping[str, Any]
 ) -> list[Any]:
     method = host[mixture].method
     if not isinstance(method, Mixture) or not isinstance(method.router, kind):

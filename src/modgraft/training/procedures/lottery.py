@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modgraft.computation.base import Computation
 from modgraft.computation.sparse import SparseDelta, SparseSubnetwork
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import weight_matrix
 from modgraft.core.sites import find
-from modgraft.engine.implant import Implant
 from modgraft.training.history import History
+from modgraft.training.host_like import HostLike
 from modgraft.training.stream import Batch
 
 Method = TypeVar("Method", bound=Computation)
-
-
-class Trains(Protocol):
-    """A :class:`modgraft.Host`, as far as this file knows it."""
-
-    @property
-    def model(self) -> Any: ...  # noqa: D102
-
-    def __getitem__(self, name: str) -> Implant: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
-
-    def training_only(self, train: Sequence[str]) -> AbstractContextManager[None]: ...  # noqa: D102
-
-    def fit(self, loader: Any, *, train: Sequence[str], **settings: Any) -> History: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -54,7 +38,7 @@ class Round:
 
 
 def magnitude_pruning(
-    host: Trains,
+    host: HostLike,
     name: str,
     loader: Iterable[Batch],
     *,
@@ -123,7 +107,7 @@ def magnitude_pruning(
     return run()
 
 
-def _subnetworks(host: Trains, name: str) -> dict[str, SparseSubnetwork]:
+def _subnetworks(host: HostLike, name: str) -> dict[str, SparseSubnetwork]:
     """The module at each of its sites, where each has a mask of its own."""
     places = _places(host, name, SparseSubnetwork)
     if len(places) < len(host[name].paths):
@@ -148,7 +132,7 @@ def _density(places: Iterable[SparseSubnetwork]) -> float:
 
 @torch.no_grad()
 def _prune(
-    host: Trains, places: Mapping[str, SparseSubnetwork], share: float, everywhere: bool
+    host: HostLike, places: Mapping[str, SparseSubnetwork], share: float, everywhere: bool
 ) -> None:
     sizes: list[Tensor] = []  # |θ + φ|, infinite where a weight has gone already
     for label, place in places.items():
@@ -168,7 +152,7 @@ def _prune(
 
 
 def sparse_finetuning(
-    host: Trains,
+    host: HostLike,
     name: str,
     loader: Iterable[Batch],
     *,
@@ -222,7 +206,7 @@ def sparse_finetuning(
     return dense, host.fit(loader, train=train, **{**settings, **own[1]})
 
 
-def _places(host: Trains, name: str, kind: type[Method]) -> dict[str, Method]:
+def _places(host: HostLike, name: str, kind: type[Method]) -> dict[str, Method]:
     implant = host[name]
     places = {
         label: place

@@ -10,10 +10,10 @@ from modgraft.computation.prefix import Prefix
 from modgraft.core.errors import ModgraftError
 from modgraft.engine.implant import Implant
 from modgraft.engine.inputs.prefix_attention import observed
-from modgraft.host.host import Host
+from modgraft.training.host_like import HostLike
 
 
-def prefix_from_text(host: Host, name: str, **batch: Any) -> None:
+def prefix_from_text(host: HostLike, name: str, **batch: Any) -> None:
     """Set a prefix to the keys and values that the bare host has for a text of k tokens.
 
     Li & Liang 2021, section 4.3 and figure 5: real words make a better start than random numbers
@@ -54,7 +54,7 @@ def prefix_from_text(host: Host, name: str, **batch: Any) -> None:
             place.values.copy_(values[0].transpose(0, 1))
 
 
-def fold_prefix(host: Host, name: str, into: str) -> Implant:
+def fold_prefix(host: HostLike, name: str, into: str) -> Implant:
     """Implant the plain prefix that ``name``, whose MLP is needed to train it alone, has come to.
 
     Args:
@@ -77,7 +77,7 @@ def fold_prefix(host: Host, name: str, into: str) -> Implant:
     return folded
 
 
-def _places(host: Host, name: str) -> list[Prefix]:
+def _places(host: HostLike, name: str) -> list[Prefix]:
     places = [place for place in host[name].places if isinstance(place, Prefix)]
     if not places:
         kind = type(host[name].method).__name__

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import module_of
 from modgraft.engine.implant import check_learns
-from modgraft.host.host import Host
 from modgraft.routing.mixture import Mixture
 from modgraft.training import checkpoint as disk
 from modgraft.training.fit import SETTINGS, planned
 from modgraft.training.forward import set_modes
 from modgraft.training.history import History
+from modgraft.training.host_like import HostLike
 from modgraft.training.note import noted_together
 from modgraft.training.optim import gradient_norm
 from modgraft.training.parts import together
@@ -34,7 +34,7 @@ SHARED = ("seed", "precision", "ignore", "resume", "progress", "label", "fused",
 
 
 def fit_side_by_side(
-    host: Host, loaders: Mapping[str, Iterable[Batch]], **settings: Any
+    host: HostLike, loaders: Mapping[str, Iterable[Batch]], **settings: Any
 ) -> dict[str, History]:
     """Train several modules in one pass: each becomes what `host.fit` would have made of it alone.
 
@@ -117,7 +117,7 @@ def _settings_of(name: str, names: list[str], settings: Mapping[str, Any]) -> di
 
 
 def _runs(
-    host: Host, loaders: Mapping[str, Iterable[Batch]], by_name: Mapping[str, dict[str, Any]]
+    host: HostLike, loaders: Mapping[str, Iterable[Batch]], by_name: Mapping[str, dict[str, Any]]
 ) -> dict[str, Run]:
     accelerator = accelerator_for()
     if accelerator.num_processes > 1:
@@ -125,6 +125,7 @@ def _runs(
             f"{accelerator.num_processes} processes: modules train side by side in one; give each "
             f"process modules of its own"
         )
+    assert isinstance(host, nn.Module)  # noqa: S101
     runs = {}
     for name, loader in loaders.items():
         given = by_name[name]
@@ -137,7 +138,7 @@ def _runs(
 class _Pass:
     """Runs of different modules that share their forward; all of them are at one step."""
 
-    def __init__(self, host: Host, runs: dict[str, Run]) -> None:
+    def __init__(self, host: HostLike, runs: dict[str, Run]) -> None:
         self.host, self.runs, self.interrupt = host, runs, Interrupt()
         config = getattr(host.model, "config", None)
         self.padding = getattr(config, "pad_token_id", None) or 0
@@ -160,7 +161,7 @@ class _Pass:
 
     def _open(self, resume: bool, stack: ExitStack) -> None:
         kept = self.first.store is not None
-        whole = disk.fingerprint(self.host) if kept else None  # what they stand on, read once
+        whole = disk.fingerprint(self.first.host) if kept else None  # what they stand on, read once
         for run in self.runs.values():
             run.interrupt = self.interrupt
             run.prepare(stack)
@@ -193,7 +194,7 @@ class _Pass:
         batches: dict[str, Batch] = {name: group[0] for name, (group, _, _) in read.items()}
         seed_everything(self.first.settings.seed, "step", step, 0, 0)
         whole = self._whole(batches)
-        losses = self.first.forward.losses(self.host, whole)  # [N]
+        losses = self.first.forward.losses(self.first.host, whole)  # [N]
         _check_depends(losses, going)
         good = losses.detach().isfinite()
         losses[good].sum().backward()  # of the others nothing: a module that diverged stops nobody
@@ -227,7 +228,7 @@ class _Pass:
 
     def _composition(self, name: str, modules: Any) -> Any:
         for one in modules if isinstance(modules, list | tuple) else [modules]:
-            read = self.host._reader.read(one)
+            read = self.host.read(one)
             used = {module_of(n) for n in (() if read is None else read.names())}
             if name not in used or used & self.runs.keys() != {name}:
                 raise ModgraftError(
