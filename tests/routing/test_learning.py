@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import modgraft as mg
-from kinds import CONTENT, Tagger, batches, host_of, routings
+from routing.kinds import CONTENT, Tagger, batches, host_of, routings
 
 KINDS = 3
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import modgraft as mg
 from common import counted
-from hosts import HOSTS
-from kinds import routings
+from contract.hosts import HOSTS
 from modgraft.routing.zero_shot import first_direction
-from topics import TOPICS, bert, texts, trained
+from routing.kinds import routings
+from routing.topics import TOPICS, bert, texts, trained
 
 # unequal ranks, sites and kinds: "up" is where all three are
 MODULES: dict[str, tuple[mg.Computation, Any]] = {

@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
-from tiny import Pairs, collate, loader
 from torch.utils.data import DataLoader, IterableDataset
 
 from modgraft.core.errors import ModgraftError
 from modgraft.training.stream import Stream, ids_of, label_tokens, next_tokens, to_device
+from training.tiny import Pairs, collate, loader
 
 
 def ids(batches) -> list[str]:
