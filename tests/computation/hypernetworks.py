@@ -1,4 +1,4 @@
-"""A hypernetwork ``h`` over any method in BERT, with the tasks fr and de, and its equation."""
+"""A host with a hypernetwork ``h`` for the tasks fr and de, and the tensors it should generate."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(host: nn.Module, composition: Any, name: str = "bert", needs: bool = Fal
 
 
 def drawn(h: mg.Implant, place: Any, task: int, key: str, shape: torch.Size) -> Tensor:
-    """H z + b with z = [t; s] or W₂ relu(W₁ [t; s] + b₁) + b₂, element by element of the rows."""
+    """Compute H z + b row by row, with z = [t; s] or W₂ relu(W₁ [t; s] + b₁) + b₂."""
     t = h.places[0].state_dict()
     z = torch.cat([t[f"generator.tasks.{task}"], place.site])
     if "generator.project.0.weight" in t:

@@ -1,4 +1,4 @@
-"""Every method that has tensors, each with a site in BERT, for the tests of what wraps a method."""
+"""Every method that has tensors, each with a site in BERT, for tests of Shared and HyperNetwork."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[mg.Computation, Any]] = {
 
 
 class Nothing(mg.FunctionComposition):
-    """y."""
+    """Return y as it is: a method without any parameter."""
 
     def build(self, site: mg.Site) -> None:
         pass

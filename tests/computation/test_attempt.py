@@ -1,4 +1,4 @@
-"""ATTEMPT: each input's own mixture of prompts, against the paper's equations by hand."""
+"""ATTEMPT mixes prompts for each input: compared with the paper's equations, written by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def made(kind: str, dtype: torch.dtype = torch.float64, **more: Any) -> mg.Host:
 
 
 def batch(kind: str) -> dict[str, Tensor]:
-    """Three texts; the second has two tokens of padding, on the side where the host pads."""
+    """Make three texts; the second has two tokens of padding, on the side where the host pads."""
     g = torch.Generator().manual_seed(1)
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[1, :2] = 0
@@ -45,7 +45,7 @@ def batch(kind: str) -> dict[str, Tensor]:
 
 
 def by_hand(host: mg.Host, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """P(x) [B, m, d] and a [B, N + 1], an input and a prompt at a time."""
+    """Compute P(x) [B, m, d] and a [B, N + 1] in a loop over inputs and prompts."""
     place: Any = host["att"].places[0]
     table = host.model.get_input_embeddings().weight  # type: ignore[operator]
     sources = [host[name].places[0].phi for name in ("mnli", "squad")]
@@ -72,11 +72,11 @@ def out(host: mg.Host, given: dict[str, Tensor], modules: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["t5", "bert", "gpt2", "llama"])
 def test_it_is_the_papers_equation(kind: str) -> None:
-    """The mixture of each input equals a prompt of its own with those very tokens."""
+    """Each input's output is the same under a soft prompt that holds its mixture."""
     host, given = made(kind), batch(kind)
     mixed, weights = by_hand(host, given["input_ids"], given["attention_mask"])
     torch.testing.assert_close(weights.sum(1), torch.ones(3, dtype=torch.float64))
-    assert weights.std(0).max() > 0.05  # inputs choose differently
+    assert weights.std(0).max() > 0.05  # each input has other weights
     with torch.no_grad():
         together = out(host, given, "att")
         host.implant("own", mg.SoftPrompt(length=LENGTH), active=False)
@@ -100,7 +100,7 @@ def test_the_papers_temperature() -> None:
 
 
 def test_gradients() -> None:
-    """Of P₀, G and, where they are to learn, the prompts it is over."""
+    """P₀ and G get gradients, and so do the mixed prompts where they are to learn."""
     host = made("bert")
     place: Any = host["att"].places[0]
     x = torch.randn(2, 4, WIDTH, dtype=torch.float64)
@@ -144,7 +144,7 @@ def test_it_stacks_with_other_modules() -> None:
 
 
 def test_only_it_learns_and_it_is_saved(tmp_path: Any) -> None:
-    """The prompts it is over stay; loaded into a host that has them, it is the same."""
+    """Training leaves the mixed prompts; a host that has them gives the same when it is loaded."""
     host = made("t5", torch.float32)
     ids = torch.randint(3, 40, (8, 6))
     before = {k: v.clone() for k, v in host.implants.state_dict().items()}
@@ -236,7 +236,7 @@ def test_a_query_of_another_width() -> None:
 
 
 def test_compiled() -> None:
-    """In one graph; and resident, in nobody's way."""
+    """It compiles as one graph; other compositions work where it is implanted but inactive."""
     host, given = made("gpt2", torch.float32), batch("gpt2")
     host.implant("qa", mg.LoRA(rank=2), "query", active=False)
     compiled, graphs = counted(host)

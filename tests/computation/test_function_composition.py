@@ -1,4 +1,4 @@
-"""Function modules and rescaling beyond the contract: shapes, placements, and what is refused."""
+"""FunctionComposition and Rescale beyond the contract: shapes, placements, bad input."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_sites_that_a_method_cannot_use(
 
 @pytest.mark.parametrize("module", [mg.ParallelAdapter(width=4), mg.ConvAdapter(form="parallel")])
 def test_a_site_whose_input_cannot_stand_beside_its_output(module: mg.Computation) -> None:
-    """BERT's feed-forward output takes the inner activations, 24 wide, first."""
+    """The first argument of BERT's feed-forward output is the inner activations, 24 wide."""
     case = HOSTS["bert"]
     host = mg.Host(case.model()).eval()
     host.implant("m", module, at="feedforward")

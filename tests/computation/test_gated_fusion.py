@@ -1,4 +1,4 @@
-"""Gated fusion beyond the contract: as large as the released code's."""
+"""GatedFusion beyond the contract: it has as many parameters as the released code."""
 
 from __future__ import annotations
 

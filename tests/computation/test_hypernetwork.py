@@ -1,4 +1,4 @@
-"""Hypernetworks: which task acts, what two tasks learn, and over which methods."""
+"""HyperNetwork: the tensors it generates for each method, which task acts, and training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from contract.hosts import FEATURES, HOSTS, QV, WIDTH, ids, tensor_of
 def test_it_generates_the_tensors_of_any_method(
     name: str, hidden: int | None, tmp_path: Path
 ) -> None:
-    """Each task is the method itself, with the tensors that the equation gives for it."""
+    """Each task acts as the method itself does with the tensors that the equation gives."""
     module, at = METHODS[name]
     host = grafted(module, at, hidden=hidden).double()
     needs = module.side_source is not None
@@ -54,14 +54,14 @@ def test_it_generates_the_tensors_of_any_method(
     fresh = mg.Host(HOSTS["bert"].model()).eval()
     loaded = fresh.double().load(tmp_path / "h", strict=False)
     assert repr(loaded.method) == repr(h.method)
-    assert fresh.composition is None  # which task is for the user to say
+    assert fresh.composition is None  # the user says which task acts
     for task in TASKS:
         assert torch.equal(run(fresh, f"h['{task}']", needs=needs), outs[task])
     assert loaded.size == h.size == sum(t.numel() for t in learned(loaded))
 
 
 def learned(implant: mg.Implant) -> list[Tensor]:
-    """What is stored and is no mask."""
+    """List the stored tensors, without the masks."""
     return [t for t in implant.tensors().values() if t.is_floating_point()]
 
 
@@ -91,7 +91,7 @@ def shapes(module: mg.Computation, at: Any) -> dict[str, str]:
 
 
 def test_gradients() -> None:
-    """∂/∂(t, s, H, b) by autograd equals finite differences."""
+    """Gradients of t, s, H and b equal finite differences."""
     host = grafted(mg.Adapter(width=2), "0", "plain").double()
     names = [k for k, _ in host["h"].named_parameters()]
     values = tuple(p.detach().clone().requires_grad_() for p in host["h"].parameters())
@@ -107,7 +107,7 @@ def test_gradients() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_task_becomes_a_module_of_its_own(name: str, tmp_path: Path) -> None:
-    """It computes what the task did, to the bit, and is saved and loaded without the generator."""
+    """The module computes bit by bit what the task did, and is saved without the generator."""
     module, at = METHODS[name]
     host, needs = grafted(module, at), module.side_source is not None
     out = run(host, DE, needs=needs)
@@ -256,7 +256,7 @@ def test_a_tokens_module_by_task() -> None:
 
 
 def test_two_tasks_trained_together_learn_different_things() -> None:
-    """Tell three texts apart in one order under fr, in the other under de."""
+    """Under fr the host learns one set of labels, under de another."""
     host = grafted(mg.LoRA(rank=4), QV, stir=False, embedding=8, hidden=16)
     labels = {FR: ids(seed=5), DE: ids(seed=6)}
     rows = [{"input_ids": ids(), "labels": y, "modules": task} for task, y in labels.items()]
@@ -278,7 +278,7 @@ def test_two_tasks_trained_together_learn_different_things() -> None:
 
 
 def test_what_it_costs_is_what_the_page_says() -> None:
-    """(2e + 1)·n or (e + 1)·n, n counted once a name and shape, e for each task and site."""
+    """Heads have (2e + 1)·n or (e + 1)·n parameters, n once a name and shape; others are e each."""
     n, e, hidden = 2 * WIDTH + WIDTH * 2, 4, 6
     for tasks in (("a",), ("a", "b", "c")):
         host = mg.Host(HOSTS["bert"].model())
@@ -297,10 +297,10 @@ def test_buffers_are_one_for_all_tasks() -> None:
     mask = torch.rand(WIDTH, WIDTH) < 0.5
     one.prune(mask)
     assert torch.equal(two.get_buffer("mask"), mask)
-    assert sum("mask" in key for key in host["h"].tensors()) == 2  # one a site
+    assert sum("mask" in key for key in host["h"].tensors()) == 2  # one for each site
 
 
-# -- what is refused ----------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The invertible adapter: it undoes itself, and equals MAD-X's equations."""
+"""InvertibleAdapter: it inverts itself, and equals MAD-X's equations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contract.hosts import HOSTS, WIDTH, ids
 
 
 def coupled(width: int, dtype: torch.dtype = torch.float64, **kw: object) -> mg.Host:
-    """An embedding and a layer that leaves its input as it is, both with the adapter."""
+    """Make a host of an embedding and an identity layer, both with the adapter."""
     host = mg.Host(nn.Sequential(nn.Embedding(11, width), nn.Linear(width, width))).to(dtype)
     implant = host.implant("m", mg.InvertibleAdapter(**kw), at=["0", "1"])  # type: ignore[arg-type]
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_what_it_does_at_an_embedding_it_undoes_elsewhere(
 
 
 def test_the_equation_of_the_paper_and_its_gradient() -> None:
-    """o1 = F(e2) + e1, o2 = G(o1) + e2, row by row, with F and G two layers each."""
+    """Row by row, o1 = F(e2) + e1 and o2 = G(o1) + e2, where F and G have two layers each."""
     host = coupled(6)
     place, inverse = host["m"].places
     y = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""LinearMap: soft prompt tokens before the text, with labels, positions, cache and beams right."""
+"""LinearMap puts tokens before the text: labels, positions, cache and beams stay right."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_tokens_stand_before_the_text(case: HostCase) -> None:
     seen = case.seen()
     torch.testing.assert_close(out[seen], expected[seen])
     length = case.batch()["labels" if case.name == "t5" else "input_ids"].shape[1]
-    assert out.shape[1] == length  # the tokens' own positions are not part of the output
+    assert out.shape[1] == length  # the output has no positions for the tokens
 
 
 @torch.no_grad()

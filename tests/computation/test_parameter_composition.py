@@ -1,4 +1,4 @@
-"""Parameter modules beyond the contract: embeddings, biases, sizes on disk, bad input."""
+"""ParameterComposition beyond the contract: embeddings, biases, sizes on disk, bad input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METHODS: dict[str, Callable[[], mg.Computation]] = {
 
 
 def words() -> nn.Module:
-    """Ten words, the last one without weights, and a layer with a bias."""
+    """Make an embedding of ten words, the last one all zeros, and a layer with a bias."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 4))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_a_bias_changes_and_merges_also_in_a_part(dora: bool) -> None:
 
 
 def test_the_gradient_of_a_supermask_is_that_of_its_mask() -> None:
-    """∂L/∂s = ∂L/∂W' ⊙ W at every weight, those that are out among them (Ramanujan 2020)."""
+    """∂L/∂s = ∂L/∂W' ⊙ W at every weight, masked or not (Ramanujan et al. 2020)."""
     weight = torch.randn(4, 6, dtype=torch.float64)
     layer = nn.Linear(6, 4, bias=False).double()
     layer.weight = nn.Parameter(weight)
@@ -163,7 +163,7 @@ def test_an_intrinsic_map_is_of_its_seed_and_site_alone_and_never_saved(tmp_path
 
 
 def test_the_map_is_the_same_on_every_machine() -> None:
-    """Numbers that a saved φ depends on for ever."""
+    """A saved φ means something only with these numbers: they may never change."""
     place = mg.IntrinsicDimension(dim=4, seed=7).at(Site("block.0", nn.Linear(3, 3)))
     assert place.signs[0].tolist() == [1, -1, 1, -1]
     assert place.order[0].tolist() == [3, 0, 1, 2]
@@ -228,7 +228,7 @@ def test_what_is_pruned_stays_out() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_lora_at_an_embedding(name: str) -> None:
-    """Row i of the table gets s·B[i] A; a table that is the output layer too is not merged into."""
+    """Row i of the table gets s·B[i] A; a table tied to the output layer refuses to be merged."""
     case = HOSTS[name]
     host = mg.Host(case.model()).eval()
     host.implant("m", mg.LoRA(rank=2, alpha=4.0), at="embedding")

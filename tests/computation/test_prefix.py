@@ -1,4 +1,4 @@
-"""Prefix tuning beyond the contract: caches, padding, kinds of attention, its MLP, bad input."""
+"""Prefix beyond the contract: caches, padding, kinds of attention, its MLP, bad input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def each(cases: list[HostCase]) -> Any:
 def prefixed(
     case: HostCase, name: str = "m", host: mg.Host | None = None, at: Any = None, **own: Any
 ) -> mg.Host:
-    """A host with a prefix away from its start."""
+    """Make a host with a prefix of random numbers."""
     host = host or mg.Host(case.model()).eval()
     host.implant(name, mg.Prefix(**{"length": 3, **own}), at=at)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_padding_changes_nothing(case: HostCase, left: bool) -> None:
 @each([*DECODERS, HOSTS["t5"]])
 @torch.no_grad()
 def test_generation_follows_the_logits_of_whole_forwards(case: HostCase) -> None:
-    """Greedy, a token at a time without a cache; and a static cache gives the same."""
+    """Generation equals greedy decoding without a cache; a static cache gives the same."""
     host, batch = prefixed(case), case.batch()
     batch.pop("labels", None)
     text = "decoder_input_ids" if case.name == "t5" else "input_ids"
@@ -261,7 +261,7 @@ def test_compiled_in_any_order_it_is_one_graph() -> None:
         with host.using(composition):
             torch.testing.assert_close(run(compiled, case), run(host, case), rtol=1e-4, atol=1e-5)
     assert len(graphs) == 1
-    for _ in range(3):  # an order of its own is a graph of its own, once
+    for _ in range(3):  # another order takes one more graph, once
         with host.using("n >> m"):
             torch.testing.assert_close(run(compiled, case), run(host, case))
     assert len(graphs) == 2
@@ -289,7 +289,7 @@ def test_compiled_gradients_are_those_of_what_is_in_force(case: HostCase, kind: 
 
 
 class FromSide(mg.KeyValueComposition):
-    """Keys and values from a side input: one for each of its vectors."""
+    """Make a key and a value of each vector of a side input."""
 
     source: str = "image"
 
@@ -330,7 +330,7 @@ def test_ones_own_computation_from_a_side_input_follows_the_beams() -> None:
 
 
 class AtSite(nn.Module):
-    """The first site of a host, with the inputs that it gets there."""
+    """Call the first site of a host with the inputs that it gets inside the host."""
 
     def __init__(self, host: mg.Host, batch: dict[str, Any]) -> None:
         super().__init__()
@@ -350,7 +350,7 @@ class AtSite(nn.Module):
 @pytest.mark.parametrize("reparametrise", [None, 3], ids=["plain", "mlp"])
 @each(ATTENDING)
 def test_gradcheck(case: HostCase, reparametrise: int | None) -> None:
-    """At a site: norms elsewhere in a host work in float32 whatever they are given."""
+    """Run one site alone: some norms of a host always work in float32."""
     host = prefixed(case, length=2, reparametrise=reparametrise).double()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in case.batch().items()}
     site = AtSite(host, batch)

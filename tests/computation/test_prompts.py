@@ -1,4 +1,4 @@
-"""SoftPrompt and Prompt beyond the contract: beside PEFT, by hand, their starts, limits, heads."""
+"""SoftPrompt and Prompt beyond the contract: against PEFT, starts, limits, heads, bad input."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def padded(case: HostCase, side: str) -> dict[str, Any]:
 
 
 def pair(case: HostCase) -> tuple[mg.Host, Any, nn.Parameter]:
-    """Our host, PEFT's, and PEFT's tensor, which holds the same; before [CLS], as PEFT has it."""
+    """Make our host and PEFT's with the same prompt before [CLS]; also return PEFT's tensor."""
     host = soft(case.model(), at_start=True)
     task = {"t5": "SEQ_2_SEQ_LM", "bert": "FEATURE_EXTRACTION"}.get(case.name, "CAUSAL_LM")
     config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=4)
@@ -96,8 +96,8 @@ def test_equals_peft_from_the_same_tensors(case: HostCase) -> None:
 @peers
 @generating
 def test_generates_what_peft_generates(case: HostCase) -> None:
-    """Each example of a padded batch as PEFT does it alone; PEFT's own batches have the padding
-    between the tokens and the text, and come out otherwise on account of it."""
+    """Each example of a padded batch gives what PEFT gives for it alone. In a batch PEFT puts the
+    padding between the tokens and the text, which changes its results."""
     host, peer, _ = pair(case)
     batch = padded(case, "left" if case.name != "t5" else "right")
     batch.pop("labels", None)
@@ -114,7 +114,7 @@ def test_generates_what_peft_generates(case: HostCase) -> None:
 
 
 def by_hand(case: HostCase, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The prompt's ids among the text's, as a tokenizer with padding on that side would have it."""
+    """Put the prompt's ids into the text, as a tokenizer that pads on that side would."""
     at = 1 if case.name == "bert" else 0
     rows, masks = [], []
     for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
@@ -145,7 +145,7 @@ def test_a_prompt_equals_its_text_before_the_text(case: HostCase, side: str) -> 
 
 @generating
 def test_generates_what_the_joined_text_generates(case: HostCase) -> None:
-    """Greedy, beams and sampled; with the text returned, and lengths that count it alone."""
+    """Greedy, by beams and sampled: the text is returned, and lengths do not count the prompt."""
     host = mg.Host(case.model()).eval()
     host.implant("p", mg.Prompt(ids=IDS))
     batch = padded(case, "right" if case.name == "t5" else "left")
@@ -334,7 +334,7 @@ def test_relative_and_rotary_positions_have_no_last(name: str) -> None:
 
 
 class Wide(mg.TokenComposition):
-    """Tokens of another width than the host's."""
+    """Make tokens whose width is not the host's."""
 
     def build(self, site: Any) -> None:
         self.phi = nn.Parameter(torch.zeros(2, WIDTH + 1))
@@ -380,7 +380,7 @@ SHAPE = {
 
 
 def same_as_prompt_by_hand(model: nn.Module, at: int, **call: Any) -> tuple[Any, Any]:
-    """A host's output with a prompt, and with the prompt's ids in the text."""
+    """Return a host's output with a prompt, and with the prompt's ids in the text."""
     host = mg.Host(model.eval())
     host.implant("p", mg.Prompt(ids=IDS))
     text = ids()

@@ -1,4 +1,4 @@
-"""Shared: what is one over sites, what stays apart, and what is refused."""
+"""Shared: sites share tensors after copying, saving and training; groups; bad input."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _read(place: nn.Module, key: str) -> Any:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_shared_gradient_is_the_sum_over_its_sites(name: str) -> None:
-    """That of the same module implanted at each site by itself, with the same tensors."""
+    """The gradients of unshared modules with the same tensors add up to the shared one."""
     module, at = METHODS[name]
     if name in ("compacter", "invertible", "intrinsic", "prefix_mlp"):
         pytest.skip("these tie their sites themselves, or draw something for each of them")
@@ -132,7 +132,7 @@ def test_groups() -> None:
 
 
 def test_intrinsic_dimension_of_a_whole_model() -> None:
-    """One φ, and each site its own rows of the map, as in the papers."""
+    """All sites share φ and each has its own rows of the map, as in the papers."""
     host = stirred(mg.Shared(mg.IntrinsicDimension(dim=9)), ["query", "value"])
     assert host["m"].size == 9
     deltas = [place.delta(torch.zeros(WIDTH, WIDTH)) for place in host["m"].places]

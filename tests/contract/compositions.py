@@ -1,4 +1,4 @@
-"""For references: compositions as trees of tuples, evaluated by hand at every site of a bare host.
+"""The reference of compositions: trees of tuples, evaluated by hand at every site of a bare host.
 
 A tree is a name, or ``("+", a, b)``, ``("-", a, b)``, ``("neg", a)``, ``("*", number, a)``,
 ``(">>", a, b)``, ``("average", a, …)`` or ``("concat", a, …)``. Nothing here calls the library's
@@ -24,7 +24,7 @@ Leaf = Callable[[str, Tensor], Tensor]  # a module's name, y → its result on y
 
 
 def text(tree: Tree) -> str:
-    """As a user writes it, with brackets around everything."""
+    """Write the tree as a user does, with brackets around everything."""
     match tree:
         case str():
             return tree
@@ -40,7 +40,7 @@ def text(tree: Tree) -> str:
 
 
 def of_handles(tree: Tree, host: mg.Host) -> Any:
-    """The same with the operators of handles."""
+    """Build the same composition with the operators of handles."""
     match tree:
         case str():
             return host[tree]
@@ -61,7 +61,7 @@ def of_handles(tree: Tree, host: mg.Host) -> Any:
 
 
 def value(tree: Tree, leaf: Leaf, y: Any) -> Any:
-    """The result of a composition on ``y``: an effect is a result minus ``y``."""
+    """Evaluate a composition on ``y``; a module's effect is its result minus ``y``."""
     match tree:
         case str():
             return leaf(tree, y)
@@ -85,7 +85,7 @@ def value(tree: Tree, leaf: Leaf, y: Any) -> Any:
 
 
 def vectors(tree: Tree, own: Callable[[str], Tensor | None]) -> Tensor | None:
-    """What input modules put first ``[k, …]``: one after another, or their mean."""
+    """Join or average the vectors ``[k, …]`` that input modules put before the input."""
     match tree:
         case str():
             return own(tree)
@@ -104,7 +104,7 @@ RULES = {"lora": lora, "dora": dora, "sparse": sparse, "scale_in": scaled_input}
 
 
 def result(kind: str, y: Tensor, x: Tensor, W: Tensor, b: Tensor | None, t: dict, site: Any):
-    """f'(x) where the output was ``y``; W ``[out, in]`` and b are the site's own."""
+    """Compute a site's output with one module from ``y`` without it; W ``[out, in]`` and b."""
     match kind:
         case "adapter":
             return y + 0.7 * bottleneck(y, t)
@@ -137,7 +137,7 @@ EFFECTS = [kind for kind in MODULES if kind not in ("prefix", "prompt")]
 
 
 def implanted(model: nn.Module, kinds: list[str], copies: int = 2) -> mg.Host:
-    """A host with ``copies`` modules of each kind, ``lora_0``, ``lora_1``, …, none in force."""
+    """Make a host with ``copies`` inactive modules of each kind: ``lora_0``, ``lora_1``, …."""
     host = mg.Host(model).eval()
     for kind in kinds:
         make, at = MODULES[kind]
@@ -156,12 +156,12 @@ def implanted(model: nn.Module, kinds: list[str], copies: int = 2) -> mg.Host:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model in float64."""
+    """Copy the model in float64."""
     return copy.deepcopy(model).double().requires_grad_(False)
 
 
 def composed(plain: nn.Module, host: mg.Host, tree: Tree) -> nn.Module:
-    """``plain`` with ``tree`` written into it: hooks at every site, by hand at its input.
+    """Write ``tree`` into ``plain``: by hooks at every site, and by hand at its input.
 
     Gradients reach the parameters of ``host``.
     """

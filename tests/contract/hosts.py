@@ -58,14 +58,14 @@ class HostCase:
     deep: bool = False
 
     def seen(self) -> Tensor:
-        """[B, …] bool: which of the outputs are of no padding."""
+        """Return a mask [B, …], true at the outputs that are no padding."""
         batch = self.batch()
         if self.name in ("bert", "gpt2", "llama"):
             return batch["attention_mask"].bool()
         return torch.ones(BATCH, dtype=torch.bool)
 
     def model(self, seed: int = 0, shallow: bool = False) -> nn.Module:
-        """The bare model; ``shallow``: with one layer, of those that have layers alike."""
+        """Make the bare model, where ``shallow`` with a single layer if its layers are alike."""
         torch.manual_seed(seed)
         model = (self.make(1) if shallow and self.deep else self.make()).eval()
         with torch.no_grad():  # the default initialisation is so small that nothing shows
@@ -84,7 +84,7 @@ def ids(length: int = 7, seed: int = 1) -> Tensor:
 
 
 def side(rows: int = BATCH, seed: int = 2, dtype: torch.dtype = torch.float32) -> mg.Side:
-    """Four feature vectors an example; example 1 has none, the last one only two."""
+    """Make four feature vectors an example; example 1 has none, the last one only two."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(rows, 4, FEATURES, generator=generator, dtype=dtype)
     mask = torch.ones(rows, 4, dtype=torch.bool)

@@ -1,7 +1,4 @@
-"""The modules of the contract suite: a row says what is made, where it goes, and its reference.
-
-A new method is one row of ``MODULES``.
-"""
+"""The modules of the contract suite. A new method is one row of ``MODULES``."""
 
 from __future__ import annotations
 
@@ -43,14 +40,14 @@ from contract.references import (
 class ModuleCase:
     """A module, where it goes, what it needs, and a reference written from the paper's equation.
 
-    ``reference(host)`` changes a float64 copy of the bare model so that it computes what the host
-    with the module does, with tensors taken from ``host["m"]``; it returns the tensors by key.
+    ``reference(host, plain, tensors)`` changes ``plain``, a float64 copy of the bare model, so that
+    it computes what ``host`` does with the module ``m``, from the module's ``tensors`` by key.
     ``adds`` says that its effect does not depend on the site's output, so that ``a >> b`` equals
-    ``a + b``; ``refused`` names the hosts where it is not defined, and what the error says there.
-    ``chains_only`` says that it can neither be added nor scaled, and that ``m >> n`` is both, one
-    reference after the other.
-    ``prepare(host, name)`` does what the method's own training procedure does beside the
-    parameters, such as choosing a mask. ``task`` follows a name in a composition as it is printed.
+    ``a + b``. ``chains_only`` says that it can neither be added nor scaled; the reference of
+    ``m >> n`` is then that of m followed by that of n. ``refused`` names the hosts where the method
+    is not defined, each with what the error says. ``prepare(host, name)`` does what the method's
+    training procedure does beside learning parameters, such as choosing a mask. ``task`` follows
+    the name in a composition as it is printed.
     """
 
     name: str
@@ -67,7 +64,7 @@ class ModuleCase:
 
     @property
     def before_input(self) -> bool:
-        """Whether it puts tokens before the input, which changes the shapes of all that follows."""
+        """Whether it puts tokens before the input, which changes the shapes that follow."""
         return isinstance(self.make(), mg.TokenComposition)
 
 
@@ -78,7 +75,7 @@ def _prune(host: mg.Host, name: str) -> None:
 
 
 def _keep(host: mg.Host, name: str) -> None:
-    for i, place in enumerate(host[name].places):  # as many as it happens to be, at each site
+    for i, place in enumerate(host[name].places):  # another number at each site
         size = place.values.numel()
         order = torch.randperm(size, generator=torch.Generator().manual_seed(i))
         place.keep(order[: size // 10 + i])
@@ -252,7 +249,7 @@ MODULES = {
 def implanted(
     case: HostCase, module: ModuleCase, stir: bool = True, shallow: bool = False, **kw: Any
 ) -> mg.Host:
-    """A host with the module under the name ``m``, its tensors away from their start."""
+    """Make a host with the module as ``m``, its parameters random numbers where ``stir``."""
     host = mg.Host(case.model(shallow=shallow), **kw).eval()
     host.implant("m", module.make(), at=module.at(case))
     module.prepare(host, "m")

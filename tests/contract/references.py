@@ -25,10 +25,10 @@ def weights(
     bias: Callable[..., Tensor] | None = None,
     group: Callable[[str], str] = lambda label: label,
 ) -> Any:
-    """A reference that puts W' = rule(W, the site's tensors, its place) in, W [out, in].
+    """Make a reference that sets W' = rule(W, the site's tensors, its place), W [out, in].
 
-    ``bias`` does the same to the bias [out] beside it, where there is one. What a site does not
-    have itself, it has from the first one of its ``group``.
+    ``bias`` does the same to the bias [out] of the layer, where there is one. A tensor that a site
+    does not have is taken from the first site of its ``group``.
     """
 
     def change(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -56,7 +56,7 @@ def _of_site(label: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _where(plain: nn.Module, label: str) -> tuple[nn.Module, tuple, tuple]:
-    """The layer that a label means; its weight and bias there: name, and the i-th of n parts."""
+    """Find the layer of a label, and its weight and bias: each by name, as part i of n."""
     path, _, part = label.partition("[")
     i, n = (int(part[0]), int(part[2])) if part else (0, 1)
     if path in dict(plain.named_modules()):
@@ -127,7 +127,7 @@ def intrinsic(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
 
 
 def scaled_input(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
-    """Every column times the φ of its input; a convolution has k·k columns of each."""
+    """Multiply each column by the φ of its input; a convolution has k·k columns an input."""
     taps = weight.shape[1] // len(t["phi"])
     return torch.stack([weight[:, j] * t["phi"][j // taps] for j in range(weight.shape[1])], dim=1)
 
@@ -178,9 +178,9 @@ Change = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]  # y, x, φ → t
 def at_each_site(
     change: Change, where: Callable[[str], bool] = lambda label: True
 ) -> Callable[..., None]:
-    """The layer's output replaced, with what the site's own tensors make of it.
+    """Make a reference that replaces each layer's output y by change(y, x, the site's tensors).
 
-    A tensor that only the first site has is shared by all.
+    Sites share the tensors that only the first one has.
     """
 
     def reference(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -214,7 +214,7 @@ def at_each_site(
 
 
 def in_the_residual(change: Change) -> Callable[..., None]:
-    """f(…, r + c(f(…, r), r)) with c what the site's own tensors add, r the first argument here."""
+    """Make a reference of f(…, r + change(f(…, r), r)), where r is the layer's first argument."""
 
     def reference(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
         for label in host["m"].paths:
@@ -290,7 +290,10 @@ def prefixed(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> Non
 def tokens_before(
     phi: Callable[[dict[str, Tensor], nn.Module, Any, Any], Tensor],
 ) -> Callable[..., None]:
-    """φ [k, d] before each example's input: of the tensors, the model, the config, the side."""
+    """Make a reference that puts φ [k, d] before each example's input.
+
+    ``phi(tensors, model, method, side)`` computes φ from the example's side vectors.
+    """
 
     def change(host: mg.Host, plain: nn.Module, tensors: dict[str, Tensor]) -> None:
         t = {key.rpartition(":")[2]: value for key, value in tensors.items()}
@@ -305,7 +308,7 @@ def tokens_before(
 
 
 def _drawn(t: dict[str, Tensor], name: str, *shape: int) -> Tensor:
-    """φ = H z + b, z = [t; s] or W₂ relu(W₁ [t; s] + b₁) + b₂, of the first and only task."""
+    """φ = H z + b with z = [t; s] or W₂ relu(W₁ [t; s] + b₁) + b₂, for the only task."""
     z = torch.cat([t["generator.tasks.0"], t["site"]])
     if "generator.project.0.weight" in t:
         hidden = t["generator.project.0.weight"] @ z + t["generator.project.0.bias"]

@@ -1,4 +1,4 @@
-"""Bad input, over all methods: an error says where, has the numbers, and shows the right call."""
+"""Bad input to any method: the error says where, gives the numbers, and shows the right call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modgraft.core.sites import Site
 
 
 def refused(host: mg.Host, make: Callable[[], Any], at: Any, *says: str) -> None:
-    """Implanting raises, says all of this, and leaves the host as it was."""
+    """Check that implanting raises an error that says all of this and leaves the host as it was."""
     with pytest.raises(mg.ModgraftError) as error:
         host.implant("m", make(), at=at)
     for part in says:
@@ -253,7 +253,7 @@ def test_a_task_that_a_hypernetwork_does_not_know() -> None:
 
 
 def saved(module: ModuleCase, folder: Path) -> tuple[Any, Path]:
-    """The first host on which the module is defined, and the module's folder."""
+    """Save the module of the first host where it is defined; return that case and the file."""
     case = next(case for name, case in HOSTS.items() if name not in module.refused)
     implanted(case, module).save("m", folder)
     return case, folder / "module.safetensors"
@@ -302,7 +302,7 @@ WRONG = (None, True, -1, 0, 1e99, math.nan, "", "x", [], ["x"], [1], {}, {"a": 1
 
 
 def changed(value: Any) -> Iterator[Any]:
-    """A JSON value with one thing in it changed, or left out: each once."""
+    """Yield a JSON value with one part changed or left out, each part once."""
     if isinstance(value, dict):
         for key in value:
             yield {k: v for k, v in value.items() if k != key}

@@ -1,4 +1,4 @@
-"""What every operator of a composition means for every kind of module, beside float64 by hand."""
+"""Every operator of compositions on every kind of module equals float64 arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ hosts = pytest.mark.parametrize("case", [HOSTS[n] for n in NAMES], ids=NAMES)
 
 
 def named(tree: Tree, a: str, b: str) -> Tree:
-    """``tree`` with these for a and b."""
+    """Replace the names a and b in ``tree``."""
     if isinstance(tree, str):
         return {"a": a, "b": b}.get(tree, tree)
     return tuple(named(x, a, b) if isinstance(x, str | tuple) and i else x
@@ -87,7 +87,7 @@ def named(tree: Tree, a: str, b: str) -> Tree:
 
 
 def model_of(case: HostCase) -> nn.Module:
-    """The host's model, its weights small enough for float32 to be good to some 1e-7."""
+    """Make the model with weights so small that float32 is accurate to about 1e-7."""
     model = case.model()
     with torch.no_grad():
         for p in model.parameters():
@@ -97,14 +97,14 @@ def model_of(case: HostCase) -> nn.Module:
 
 
 def apart(out: Any, expected: Any, case: HostCase) -> float:
-    """How far two outputs are apart where nothing is padding, relative to the second's norm."""
+    """Return the distance of two outputs without padding, relative to the second's norm."""
     seen = case.seen()
     one, other = tensor_of(out).detach().double()[seen], tensor_of(expected)[seen]
     return float((one - other).norm() / other.norm())
 
 
 def check(case: HostCase, host: mg.Host, trees: list[Tree]) -> None:
-    """The host in float32 and float64, in every way of running, beside arithmetic in float64."""
+    """Compare the host, in float32 and float64 and in every way of running, with the reference."""
     model, batch = model_of(case), case.batch()
     with torch.no_grad():
         expected = [composed(bare(model), host, tree)(**batch) for tree in trees]

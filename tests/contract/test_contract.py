@@ -22,7 +22,7 @@ DEFINED = [
     for module in MODULES.values()
     for case in HOSTS.values()
     if case.name not in module.refused
-]  # that the others are refused is in tests/test_function.py
+]  # computation/test_function_composition.py tests that the others are refused
 pytestmark = [
     pytest.mark.parametrize(("case", "module"), DEFINED),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
@@ -84,11 +84,11 @@ def test_identity_at_birth(case: HostCase, module: ModuleCase) -> None:
         assert torch.equal(run(host, case, **extra(module)), bare)
     else:
         assert not torch.equal(run(host, case, **extra(module)), bare)
-    if module.needs_side:  # absent everywhere: exactly the host, trained or not
+    if module.needs_side:  # no example has it: exactly the bare host, trained or not
         nothing = mg.Side(side().tensor, torch.zeros(BATCH, 4, dtype=torch.bool))
         absent = run(host, case, side={"image": nothing})
         some = run(host, case, **extra(module))
-        if module.before_input:  # tokens that nobody sees change how sums are rounded, no more
+        if module.before_input:  # masked tokens change only how sums are rounded
             seen = case.seen()
             torch.testing.assert_close(absent[seen], bare[seen], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(some[1][seen[1]], bare[1][seen[1]], rtol=1e-5, atol=1e-5)
@@ -100,7 +100,7 @@ def test_identity_at_birth(case: HostCase, module: ModuleCase) -> None:
     assert torch.equal(run(host, case), bare)
 
 
-# 3 -- only what was asked to train trains ------------------------------------------------------
+# 3 -- only the named modules train -------------------------------------------------------------
 
 
 def test_only_what_was_asked_trains(case: HostCase, module: ModuleCase) -> None:
@@ -182,7 +182,9 @@ def test_merged_equals_unmerged_or_is_refused(case: HostCase, module: ModuleCase
     assert all(torch.equal(v, before[k]) for k, v in host.model.state_dict().items())
     expected = tensor_of(host(**batch, modules="-0.5*m"))
     torch.testing.assert_close(tensor_of(plain(**batch)), expected, rtol=1e-9, atol=1e-11)
-    twin = copy.deepcopy(host)  # two: each one's Δ is of the host's weight, not of what one left
+    twin = copy.deepcopy(
+        host
+    )  # each Δ is computed from the host's weight, not from the other's result
     twin.implant("n", module.make(), at=module.at(case))
     with torch.no_grad():
         for p in twin["n"].parameters():
@@ -192,7 +194,7 @@ def test_merged_equals_unmerged_or_is_refused(case: HostCase, module: ModuleCase
     torch.testing.assert_close(tensor_of(plain(**batch)), expected, rtol=1e-9, atol=1e-11)
 
 
-# 6 -- it keeps working where people work -------------------------------------------------------
+# 6 -- generation, checkpointing, autocast, compilation, copies and state dicts work --------------
 
 
 def test_generate_greedy_sampled_and_beam(case: HostCase, module: ModuleCase) -> None:
@@ -375,7 +377,7 @@ def test_bad_calls_are_refused_and_leave_the_host(case: HostCase, module: Module
 
 
 def test_two_at_once_equal_the_sum_of_effects(case: HostCase, module: ModuleCase) -> None:
-    """``m + n`` adds effects on one output; ``m >> n`` lets n see what m left."""
+    """``m + n`` adds effects on one output; in ``m >> n``, n acts on the output of m."""
     host = implanted(case, module).double()
     host.implant("n", module.make(), at=module.at(case))
     with torch.no_grad():

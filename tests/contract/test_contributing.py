@@ -1,4 +1,4 @@
-"""The method that CONTRIBUTING.md adds as an example goes through every rule of the contract."""
+"""The example method of CONTRIBUTING.md keeps every rule of the contract."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ globals().update(RULES)
 
 @pytest.fixture(autouse=True)
 def known_by_name() -> Iterator[None]:
-    """The page's blocks also run in test_docs.py, which defines the class anew."""
+    """Register this page's class: test_docs.py runs the blocks too and defines the class again."""
     REGISTRY["VeRA"] = VERA
     yield
     REGISTRY.pop("VeRA")

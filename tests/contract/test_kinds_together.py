@@ -1,4 +1,4 @@
-"""Two and three kinds of modules at once on one host: trained together, and as written out."""
+"""Two and three kinds of modules at once on one host equal the reference, and train together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ together = pytest.mark.parametrize("kinds", KINDS, ids=[">>".join(k) for k in KI
 
 
 def implanted(case: HostCase, kinds: tuple[str, ...], stir: bool = True) -> mg.Host:
-    """A host with one module of each kind, under the kind's name."""
+    """Make a host with one module of each kind, under the kind's name."""
     host = mg.Host(case.model()).eval()
     for kind in kinds:
         # beside the attention that a prefix acts in, where there is one
@@ -43,7 +43,7 @@ def implanted(case: HostCase, kinds: tuple[str, ...], stir: bool = True) -> mg.H
 
 
 def batch_of(case: HostCase) -> dict[str, Any]:
-    """A batch with labels."""
+    """Make a batch with labels."""
     labels = torch.tensor([1, 4, 2]) if case.name == "vit" else ids()
     return {"labels": labels, **case.batch()}
 

@@ -1,4 +1,4 @@
-"""For references: attention written out, query by query, and tokens joined to the input by hand."""
+"""For references: attention computed query by query, and tokens put before the input by hand."""
 
 from __future__ import annotations
 
@@ -58,18 +58,21 @@ AttentionMaskInterface.register("written_out", eager_mask)
 def prepend(
     model: nn.Module, path: str, keys: Tensor, values: Tensor, bias: Tensor | None = None
 ) -> None:
-    """Let ``model`` compute its attention as above, with these ``[k, heads, d]`` at one layer,
-    after those that are there, and ``bias`` ``[heads, q, k]`` added to their scores."""
+    """Put keys and values ``[k, heads, d]`` before a layer's own, after any prepended earlier.
+
+    ``model`` then computes its attention query by query; ``bias`` ``[heads, q, k]`` is added to the
+    scores of these keys.
+    """
     model.set_attn_implementation("written_out")  # type: ignore[operator]
     layer = model.get_submodule(path)
     layer.__dict__.setdefault(_PREPENDED, []).append((keys, values, bias))
 
 
 def before_input(plain: nn.Module, at: int, made: list[Tensor]) -> None:
-    """[φ, x] joined by hand outside the model, one example at a time, unseen tokens left out.
+    """Let ``plain`` run on [φ, x], joined outside the model, one example at a time.
 
-    ``made`` holds each example's tokens [k, d]; a second call puts its own after the first's. The
-    first ``at`` of what is seen stays before them (a class token).
+    ``made`` holds each example's tokens [k, d], without masked ones. A second call puts its tokens
+    after the first's. The first ``at`` tokens of the input, such as a class token, stay first.
     """
     if _BEFORE in plain.__dict__:
         plain.__dict__[_BEFORE].append(made)
@@ -109,7 +112,7 @@ def _before_image(plain: Any, forward: Any, one: dict[str, Tensor], phi: Tensor,
 
 
 def linear_map_by_hand(host: mg.Host, case: HostCase, at: int) -> Tensor:
-    """The host's output with ``host["eye"]``'s tokens joined outside, one example a call."""
+    """Compute the host's output with the tokens of the LinearMap ``eye`` joined by hand."""
     batch, given = case.batch(), side()
     place = host["eye"].places[0]
     tokens = (given.tensor @ place.map.weight.T + place.map.bias).reshape(BATCH, 4, 2, -1)

@@ -1,4 +1,4 @@
-"""Compositions: read, printed back, and what they mean."""
+"""Expressions: parsed, printed, and evaluated."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def texts(depth: int = 3) -> st.SearchStrategy[str]:
 
 
 def effect(expression: Expression, y: float) -> float:
-    """With modules that are functions of a number; fr doubles, qa adds 3, …"""
+    """Evaluate with functions of a number as modules: fr doubles, qa adds 3, …"""
     functions = {"fr": lambda v: 2 * v, "qa": lambda v: v + 3, "toxic": lambda v: v * v, "a1": abs}
     functions |= {"h['fr']": lambda v: v - 1, TASK: lambda v: 3 - v, "one['only']": lambda v: -v}
     return expression.apply(lambda name, v, total, w: total + w * (functions[name](v) - v), y)
@@ -75,7 +75,7 @@ def test_without_some_modules_it_still_is_one_that_can_be_read(text: str, gone: 
 
 
 class Handle(Composable):
-    """What stands for a module, of whatever host."""
+    """Stand for a module of any host."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -85,7 +85,7 @@ class Handle(Composable):
 
 
 def by_operators(node: ast.expr) -> Any:
-    """A text done with the operators of handles."""
+    """Build the expression of a text with the operators of handles."""
     match node:
         case ast.Name() | ast.Subscript():
             return Handle(parse(ast.unparse(node), NAMES).names()[0])

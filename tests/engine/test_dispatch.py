@@ -1,4 +1,4 @@
-"""What a router picks, computed over stacked tensors, is what each module computes by itself."""
+"""The routed modules, computed over stacked tensors, give what each module computes alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def host_with(kind: str, router: mg.Router, count: int = 5) -> mg.Host:
 
 
 def results(host: mg.Host) -> list[torch.Tensor]:
-    """Logits, and the gradients of every tensor that has one."""
+    """Return the logits, and the gradient of every tensor that has one."""
     ids = torch.arange(18).view(3, 6) * 7 % 40
     host.zero_grad()
     logits = host(input_ids=ids).logits

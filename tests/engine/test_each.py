@@ -1,4 +1,4 @@
-"""One composition for each example of a batch: each example as if it were alone."""
+"""``mg.Each``, a composition for each example: results are those of each example alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One composition for each example, where there is no text, with side inputs, and in training."""
+"""``mg.Each`` on hosts of every kind: without text, with side inputs, and in training."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def batch_of(case: HostCase) -> dict[str, Any]:
 
 
 def rows_of(case: HostCase, i: int) -> dict[str, Any]:
-    """The i-th example with its own side input."""
+    """Take the i-th example with its side input."""
     features = side(dtype=torch.float64)
     assert features.mask is not None
     own = mg.Side(features.tensor[i : i + 1], features.mask[i : i + 1])
@@ -170,7 +170,7 @@ def test_generated_with_images_and_returned_several_times(beams: int) -> None:
 @pytest.mark.parametrize("kind", ["lora", "scale", "adapter", "compacter"])
 @torch.no_grad()
 def test_examples_of_one_module_side_by_side(kind: str) -> None:
-    """As many of each, in blocks, are run as one; in another order they are not."""
+    """Examples of one module run as one where they stand in equal blocks, and only there."""
     host = made("gpt2")
     a, b = kind, f"{kind}_2"
     ids = torch.randint(3, 40, (6, 5), generator=torch.Generator().manual_seed(4))

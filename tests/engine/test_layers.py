@@ -1,4 +1,4 @@
-"""Modules at convolutions, attention and RNNs: layers of several weights, and their own traps."""
+"""Modules at convolutions, attention and RNNs: layers with several weights and fused kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modgraft.engine.fast_paths import leave_fast_path
 
 
 def stirred(model: nn.Module, module: mg.Computation, at: Any, **kw: Any) -> mg.Host:
-    """A host in eval mode with ``module`` away from its start."""
+    """Make a host in eval mode with ``module``, its parameters random numbers."""
     host = mg.Host(model).eval()
     host.implant("m", module, at=at, **kw)
     with torch.no_grad():
@@ -148,7 +148,7 @@ X = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(5))
 
 
 def test_attention_equals_pefts() -> None:
-    """PEFT puts one at the output projection too, and adds its Δ twice there: merged, and again."""
+    """At the output projection PEFT adds its Δ twice, merged and beside, so ours is ``2*out``."""
     model = Attends()
     host = mg.Host(copy.deepcopy(model)).eval()
     for name, at in (("into", "attn.in_proj_weight"), ("out", "attn.out_proj")):
@@ -225,7 +225,7 @@ def test_the_bias_beside_a_projection(part: str) -> None:
 
 
 def test_the_output_projection_is_a_weight_of_its_attention() -> None:
-    """It is never called, so what stood there as at any ``nn.Linear`` would do nothing."""
+    """Attention never calls it: a module that acted as at any ``nn.Linear`` would do nothing."""
     model = Attends()
     assert labels(model, nn.Linear) == ["attn.out_proj", "cross.out_proj", "fc"]
     for at in ("attn.out_proj", "attn.out_proj.weight", "*n.out_proj"):
@@ -317,7 +317,7 @@ def test_saved_loaded_and_copied(tmp_path: Any) -> None:
 
 
 class Notes(nn.Module):
-    """A layer with a matrix of its own, which it reads itself, and which counts its calls."""
+    """A user's layer that reads its own matrix and counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -350,7 +350,7 @@ UNSEEN = torch.tensor([[False] * 4, [False, False, True, True], [False, False, F
 
 
 def fused(model: nn.Module, monkeypatch: pytest.MonkeyPatch, *args: Any, **kw: Any) -> int:
-    """How often the fused kernel is called."""
+    """Count the calls of the fused kernel."""
     calls = []
     whole = torch._transformer_encoder_layer_fwd
 
@@ -406,7 +406,7 @@ def test_wrapping_twice_leaves_one_hook() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_logits_of_last_tokens_are_one_product(name: str) -> None:
-    """Frozen weights would be read once for each example; see modgraft.engine.fast_paths."""
+    """PyTorch would read frozen weights once for each example; see modgraft.engine.fast_paths."""
     model = HOSTS[name].model()
     batch = {key: value for key, value in HOSTS[name].batch().items() if key != "labels"}
     want = model(**batch, logits_to_keep=1).logits
@@ -423,7 +423,7 @@ def test_logits_of_last_tokens_are_one_product(name: str) -> None:
 
 @torch.no_grad()
 def test_attention_alone_is_fused_with_its_changed_weights() -> None:
-    """``nn.MultiheadAttention`` calls no sub-module: its kernel may as well have W + Δ."""
+    """``nn.MultiheadAttention`` calls no sub-module, so its kernel can take W + Δ."""
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     host = stirred(attention, mg.LoRA(rank=2), ["in_proj_weight[0/3]", "out_proj"])
     inferred, _ = host(X, X, X)

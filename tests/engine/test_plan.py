@@ -1,4 +1,4 @@
-"""What ``host.plan(…)`` says, and that what it says of stacked and kept tensors is so."""
+"""``host.plan(…)`` shows how each layer runs; stacked and cached tensors behave as it says."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_site_keeps_the_tensors_of_few_batches() -> None:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("modules", ["lora", ["lora", "adapter", "prefix"]], ids=str)
 def test_a_step_of_an_optimiser_is_seen(modules: Any, fused: bool) -> None:
-    """A fused one writes to tensors and counts no new version of them."""
+    """A fused optimiser writes to tensors without raising their version counters."""
     host = mg.Host(HOSTS["gpt2"].model()).eval()
     host.implant("lora", mg.LoRA(rank=2), ["query", "value"], active=False)
     host.implant("adapter", mg.Adapter(width=3), "feedforward", active=False)
@@ -223,7 +223,7 @@ def test_whether_what_is_remembered_holds_is_asked_once_a_generate(
 
 @torch.no_grad()
 def test_a_module_that_trains_from_now_on_drops_out_from_now_on() -> None:
-    """Modules with dropout are stacked only while they do not train."""
+    """Modules with dropout are stacked only while they are not training."""
     host = mg.Host(HOSTS["gpt2"].model()).eval()
     for name in ("a", "b"):
         host.implant(name, mg.LoRA(rank=2, dropout=0.5), ["query", "value"], active=False)

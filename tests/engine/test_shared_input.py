@@ -1,5 +1,8 @@
-"""Layers that share an input run as one where their changes are of low rank: bit by bit the same
-outputs and gradients as each alone, and alone wherever that input is not the one they get."""
+"""Layers with the same input and low-rank changes run as one product.
+
+Outputs and gradients are bit by bit those of each layer run alone. A layer that gets another input
+runs alone.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def results(host: mg.Host, batch: dict[str, Any]) -> list[Tensor]:
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each product of low rank was for."""
+    """Record how many layers each low-rank product covered."""
     made: list[int] = []
     apply = LowRank.apply
 
@@ -86,7 +89,7 @@ def test_query_key_and_value_are_one_node_each_layer(nodes: list[int]) -> None:
 
 
 def test_another_kind_at_one_of_them(nodes: list[int]) -> None:
-    """What cannot run so runs alone, after a change or in its place."""
+    """A change of another kind runs by itself, after the shared product or instead of it."""
     host, batch = host_of("bert")
     host.implant("scale", mg.Rescale(), at="key")
     host.implant("bottle", mg.Adapter(reduction=4), at="value", active=False)
@@ -124,7 +127,7 @@ def test_computed_again_in_backward(name: str) -> None:
 
 
 def test_another_input_is_computed_for_itself(nodes: list[int]) -> None:
-    """Where a hook gives the key another input, it is that input the key gets."""
+    """Where a hook gives the key layer another input, the key layer is computed from it."""
     host, batch = host_of("bert")
     for path, layer in host.model.named_modules():
         if path.endswith("self.key"):
@@ -151,7 +154,7 @@ def test_an_input_written_to_in_between(nodes: list[int]) -> None:
 
 
 def test_a_layer_called_by_itself_leaves_nothing(nodes: list[int]) -> None:
-    """Outside of a call there is nobody to leave an output to."""
+    """Outside of the host's call no output is stored for other layers."""
     host, _ = host_of("bert")
     layer = next(m for p, m in host.model.named_modules() if p.endswith("self.query"))
     layer(torch.randn(4, 9, 16, dtype=torch.float64))
@@ -175,7 +178,7 @@ def test_nothing_is_left_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_gradients_example_by_example(nodes: list[int]) -> None:
-    """Under ``torch.func`` each example's gradients are its own."""
+    """``torch.func`` gives the gradients of each example."""
     host, _ = host_of("bert")
     own = {name: p for name, p in host.named_parameters() if name.startswith("implants.m")}
     ids = torch.randint(3, 41, (3, 20), generator=torch.Generator().manual_seed(0))

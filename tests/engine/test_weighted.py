@@ -1,4 +1,4 @@
-"""``mg.Weighted``: a weight of each module for each example, beside the sums written out."""
+"""``mg.Weighted``, weights of modules for each example, equals sums written out."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def given() -> dict[str, Any]:
 
 
 def sums(host: mg.Host, case: HostCase, weights: Tensor, around: str = "{}") -> Tensor:
-    """Each example alone, its weights numbers in a text."""
+    """Run each example alone under a composition with its weights as numbers."""
     batch, features, rows = batch_of(case), side(dtype=torch.float64), []
     assert features.mask is not None
     for i, row in enumerate(weights.tolist()):
@@ -172,7 +172,7 @@ def test_bf16_autocast() -> None:
 
 
 def counted(host: mg.Host) -> tuple[Any, list[Any]]:
-    """The host compiled, and the graphs that were made."""
+    """Compile the host; also return the list of its graphs."""
     torch._dynamo.reset()
     graphs: list[Any] = []
 
@@ -204,7 +204,7 @@ def test_one_compiled_graph_for_different_weights(name: str) -> None:
 
 @torch.no_grad()
 def test_compiled_means_of_prompts_and_prefixes() -> None:
-    """Their mean is no chain, whatever the graph of a chain can do."""
+    """The compiled graph of a chain is not used for a mean, which is no chain."""
     case = HOSTS["gpt2"]
     host = mg.Host(case.model().double()).eval()
     for name in ("p", "q"):
@@ -222,7 +222,7 @@ def test_compiled_means_of_prompts_and_prefixes() -> None:
 
 
 def test_weights_that_are_trained_in_place() -> None:
-    """In force over several steps: each sees the weights as they are, and frees its graph."""
+    """Each step under one ``use`` sees the current weights and frees its graph."""
     host, case = made("plain"), HOSTS["plain"]
     host.requires_grad_(False)
     weights = torch.nn.Parameter(WEIGHTS[:, 2:5].clone())

@@ -1,4 +1,4 @@
-"""A task more for a hypernetwork: the others stay as they are, and it learns by itself."""
+"""``add_task`` gives a hypernetwork another task: old tasks stay, and the new one trains alone."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_task_more_computes_what_the_equation_says() -> None:
 
 @pytest.mark.parametrize("hidden", [None, 16])
 def test_its_embedding_alone_is_trained(hidden: int | None) -> None:
-    """It begins as fr, is taught what de has learned, and touches neither."""
+    """The task starts as fr, learns what de has learned, and changes neither."""
     host = grafted(mg.LoRA(rank=4), QV, stir=False, embedding=8, hidden=hidden)
     rows = {
         task: {"input_ids": ids(), "labels": ids(seed=seed), "modules": task}

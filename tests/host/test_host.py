@@ -1,4 +1,4 @@
-"""What people do with a host beyond the contract: Trainer, DDP, threads, damaged folders."""
+"""Host beyond the contract: transformers' Trainer, DDP, threads and compilation."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def test_hidden_states_are_still_recorded() -> None:
 
 
 def test_ddp_on_two_processes(tmp_path: Path) -> None:
-    """Each rank sees half of the batch with its own side inputs; gradients are those of one
-    process on all of it."""
+    """Each rank has half of the batch with its side inputs; the gradients are those of one process
+    with the whole batch."""
     script = tmp_path / "ddp.py"
     script.write_text(
         textwrap.dedent(

@@ -1,4 +1,4 @@
-"""Compositions that mean nothing: each refused with its reason, and the host works on as before."""
+"""Invalid compositions are refused with a reason, and the host works as before."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(host: mg.Host, *modules: Any) -> Tensor:
 
 
 def works(host: mg.Host, before: Tensor) -> None:
-    """It computes what it did, and does what it could."""
+    """Check that the host computes what it did before and accepts new compositions."""
     assert str(host.composition) == "wide >> adapter"
     assert torch.equal(run(host), before)
     assert torch.isfinite(run(host, ["lora", "prompt >> adapter", None])).all()

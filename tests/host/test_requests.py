@@ -1,4 +1,4 @@
-"""Requests with compositions of their own, in threads and in tasks: none sees another's."""
+"""Concurrent requests, in threads and in asyncio tasks, each with its own composition."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_nested_block_ends_with_what_was_around_it(host: mg.Host, composition:
 
 
 def request(host: mg.Host, i: int) -> tuple[Any, str]:
-    """The i-th of many requests: what it asks for, and how."""
+    """Choose the composition of the i-th request, and the way of asking for it."""
     wanted = [*ONES, *LISTS, weights(i % 3), weights(i % 2)]
     return wanted[i % len(wanted)], ("using", "modules", "nested", "generate", "in force")[i % 5]
 
@@ -112,7 +112,7 @@ def test_threads(host: mg.Host) -> None:
 
 
 def test_tasks(host: mg.Host) -> None:
-    """Tasks of one thread that give way to one another inside their blocks."""
+    """Tasks of one thread switch inside their ``using`` blocks."""
 
     async def task(i: int) -> list[Tensor]:
         composition, _ = request(host, i)
@@ -142,7 +142,7 @@ def test_tasks(host: mg.Host) -> None:
 
 
 def test_more_compositions_than_are_remembered() -> None:
-    """Threads that make one another forget what was read and planned."""
+    """Threads evict one another's parsed expressions and plans from the caches."""
     host, x = made("plain"), HOSTS["plain"].batch()["input"]
     texts = [f"{u}*a + {v}*b >> f" for u, v in product(range(20), range(20))]
 
@@ -158,7 +158,7 @@ def test_more_compositions_than_are_remembered() -> None:
 
 
 def test_another_is_put_in_force_while_requests_run() -> None:
-    """What is in force is the host's: a request that names its own does not see it change."""
+    """``host.use`` in one thread does not change a request that names its composition."""
     host, x = made("plain").double(), HOSTS["plain"].batch()["input"].double()
     wanted = ["a", "b", "a >> f", "a + b"]
 

@@ -1,6 +1,6 @@
 """Outputs and gradients equal AdapterHub's from the same tensors.
 
-``benchmarks/adapterhub.py`` wrote the fixtures in an environment of its own: weights, a padded
+``benchmarks/adapterhub.py`` wrote the fixtures in a separate environment: weights, a padded
 batch, and what ``adapters`` computed from them in float64. Nothing of ``adapters`` runs here.
 """
 
@@ -80,7 +80,7 @@ def fixture(name: str) -> dict[str, Tensor]:
 
 
 def rebuilt(name: str) -> mg.Host:
-    """The fixture's host in today's transformers, in float64."""
+    """Build the fixture's host in today's transformers, in float64."""
     kind, config = MADE["hosts"][name]["class"], MADE["hosts"][name]["config"]
     cls = getattr(transformers, kind)
     model = cls(cls.config_class(**config)).eval()
@@ -100,7 +100,7 @@ def batch(name: str) -> dict[str, Tensor]:
 def pairs(
     implant: mg.Implant, host: str, method: str, where: dict[str, str], names: Names
 ) -> list[tuple[nn.Parameter, str, Callable[[Tensor], Tensor]]]:
-    """Each of our parameters, the name of theirs, and what makes ours of theirs."""
+    """Pair each of our parameters with the name of theirs and the function that converts it."""
     keys = [k.split("/")[2] for k in fixture(method) if k.startswith(f"{host}/tensor/")]
     keys = [k for k in keys if f".{implant.name}." in k]
     label_of = {}
@@ -126,7 +126,7 @@ def pairs(
 
 
 def check(host: mg.Host, name: str, method: str, matched: list) -> None:
-    """Copy their tensors into ours; output and gradients are then theirs."""
+    """Copy their tensors into ours; check that output and gradients are theirs."""
     saved = fixture(method)
     with torch.no_grad():
         for parameter, theirs, change in matched:
@@ -234,7 +234,7 @@ def test_lora(name: str) -> None:
 
 
 def test_lora_in_a_fused_projection() -> None:
-    """Theirs keeps query's and value's tensors in one, a half each."""
+    """AdapterHub keeps query and value in one tensor, a half each."""
     host = rebuilt("gpt2")
     implant = host.implant("m", mg.LoRA(rank=3, alpha=6.0), at=["query", "value"], expect=4)
     matched = []
@@ -304,7 +304,7 @@ def test_prefix(name: str, method: str) -> None:
 
 
 def _layer_of(index: int, layers: int) -> Callable[[Tensor], Tensor]:
-    """Keys or values of one layer, of a tensor [k · 2 layers · heads · d]."""
+    """Cut the keys or values of one layer out of a tensor [k · 2 layers · heads · d]."""
     return lambda t: t.reshape(4, 2 * layers, -1)[:, index]
 
 

@@ -1,4 +1,4 @@
-"""Parameter modules beside PEFT's from the same tensors: outputs, gradients and merged weights."""
+"""LoRA, rsLoRA, DoRA and biases equal PEFT's: outputs, gradients and merged weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def pair(case: HostCase, at: Any, targets: list[str], **own: Any) -> tuple[mg.Host, nn.Module, Any]:
-    """Our host and PEFT's, with the same tensors away from their start, and PEFT's layers."""
+    """Make our host and PEFT's with the same random tensors; also return PEFT's layers."""
     host = mg.Host(case.model()).eval()
     host.implant("m", mg.LoRA(rank=4, alpha=6.0, **own), at=at)
     config = peft.LoraConfig(
@@ -68,7 +68,7 @@ def pair(case: HostCase, at: Any, targets: list[str], **own: Any) -> tuple[mg.Ho
 
 
 def doubled(case: HostCase) -> dict[str, Any]:
-    """The case's batch in float64, where rounding is no part of what is compared."""
+    """Make the batch in float64, so that rounding plays no part."""
     return {k: v.double() if v.is_floating_point() else v for k, v in case.batch().items()}
 
 

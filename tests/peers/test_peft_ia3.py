@@ -1,4 +1,4 @@
-"""Outputs equal those of other libraries from the same tensors."""
+"""Rescale equals PEFT's IA³ from the same tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefixes beside PEFT's from the same tensors: outputs, gradients and generated text.
+"""Prefix equals PEFT's from the same tensors: outputs, gradients and generated text.
 
 PEFT feeds a prefix as a KV cache that is filled already. So the positions of its text begin after
 the prefix, which our text is told by ``position_ids``. In T5 PEFT prefixes the decoder's
@@ -62,18 +62,18 @@ def pair(name: str, projected: bool) -> tuple[mg.Host, Any]:
 
 
 def numbers(name: str) -> list[int]:
-    """For each of our layers, the layer of PEFT's tensors that acts there."""
+    """List, for each of our layers, the layer of PEFT's tensors that acts there."""
     return [2 * i % 2 for i in range(2)] if name == "t5" else [0, 1]
 
 
 def rows(weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """PEFT's keys and values for each of two layers: one after the other in the first dimension."""
+    """Split PEFT's tensor into the keys and values of two layers, along the first dimension."""
     parts = weight.chunk(4)  # [2 layers · 2 · d, …]
     return [(parts[0], parts[1]), (parts[2], parts[3])]
 
 
 def fill(name: str, host: mg.Host, peer: Any) -> None:
-    """The same numbers in both."""
+    """Put the same random numbers in both."""
     encoder, places = peer.prompt_encoder["default"], host["m"].places
     with torch.no_grad():
         for p in encoder.parameters():
@@ -96,7 +96,7 @@ def fill(name: str, host: mg.Host, peer: Any) -> None:
 
 
 def gradients(name: str, host: mg.Host, peer: Any) -> list[tuple[Tensor, Tensor]]:
-    """Ours, added up where PEFT uses a tensor twice, and PEFT's."""
+    """Return our gradients, summed where PEFT uses a tensor twice, and PEFT's."""
     encoder, places = peer.prompt_encoder["default"], host["m"].places
     projected = host["m"].method.reparametrise is not None
     width = encoder.embedding.weight.shape[1]
@@ -116,7 +116,7 @@ def gradients(name: str, host: mg.Host, peer: Any) -> list[tuple[Tensor, Tensor]
 
 
 def after(name: str) -> dict[str, Tensor]:
-    """Positions that begin after the prefix."""
+    """Make position ids that begin after the prefix."""
     return {} if name == "t5" else {"position_ids": torch.arange(LENGTH, LENGTH + 7)[None]}
 
 

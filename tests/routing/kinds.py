@@ -1,4 +1,4 @@
-"""A host with tokens of several kinds, each solved by a known module: routing has an answer."""
+"""A host with tokens of several kinds, each solved by known modules: the right routing is known."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import modgraft as mg
 from modgraft.routing.base import Routing
 
-CONTENT = 9  # what a token says, beside its kind
+CONTENT = 9  # how many contents a token of a kind can have
 
 
 class Tagger(nn.Module):
-    """One layer that reads tokens [kind, content] and knows nothing: its weight is 0.
+    """One layer of zero weight that reads tokens [kind, content].
 
     Token ids are kind · CONTENT + content; an embedding is both as one-hot vectors.
     """
@@ -52,10 +52,10 @@ class Tagger(nn.Module):
 
 
 def host_of(kinds: int, each: int = 1, strength: float = 6.0) -> tuple[mg.Host, list[str]]:
-    """A host and its modules: kind k is solved by modules k · each … and no others.
+    """Make a host and its modules; kind k is solved by ``each`` modules from k · each on.
 
-    The answer to content c of kind k is c + k modulo CONTENT. Of two modules for a kind, each says
-    a wrong answer as loud as the right one, which the other takes back: both are needed.
+    The answer to content c of kind k is c + k modulo CONTENT. Where ``each`` is 2, a module also
+    scores a wrong answer as high as the right one, which the other cancels: both are needed.
     """
     host = mg.Host(Tagger(kinds)).eval()
     names = [f"m{j}" for j in range(kinds * each)]
@@ -74,7 +74,7 @@ def host_of(kinds: int, each: int = 1, strength: float = 6.0) -> tuple[mg.Host, 
 
 
 def batches(kinds: int, level: str, count: int, seed: int, rows: int = 32) -> list[dict[str, Any]]:
-    """Batches for a router: of one kind by task, one an example, or one a token."""
+    """Make batches for a router: one kind for each task, each example or each token."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int, *shape: int) -> Tensor:
@@ -98,7 +98,7 @@ def batches(kinds: int, level: str, count: int, seed: int, rows: int = 32) -> li
 
 
 def routings(host: mg.Host, batch: dict[str, Any]) -> Iterator[Routing]:
-    """What the router of the mixture ``m`` chooses inside the host, for one batch."""
+    """Yield what the router of the mixture ``m`` chooses inside the host for one batch."""
     found: list[Routing] = []
     places: Any = host["m"].places
     hooks = [p.route.register_forward_hook(lambda *a: found.append(a[2])) for p in places]

@@ -1,4 +1,4 @@
-"""Mixtures: a router and an aggregation over modules, at work in a host."""
+"""Mixture: a router and an aggregation over modules, inside a host."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_task_routed_evenly_is_the_average(kind: str) -> None:
     ids=str,
 )
 def test_examples_routed_are_examples_weighted(kind: str, router: mg.Router) -> None:
-    """What a mixture does is what mg.Weighted does with the weights that its router chose."""
+    """A mixture computes what mg.Weighted does with the weights that its router chose."""
     host = made(kind)
     names = ("a", "b", "c", "p")
     handle = host.implant("m", mg.Mixture(names[:3], router=router), active=False)
@@ -93,7 +93,7 @@ def test_examples_routed_are_examples_weighted(kind: str, router: mg.Router) -> 
 
 @pytest.mark.parametrize("router", [mg.Soft(level="token"), mg.TopK(2, level="token")], ids=str)
 def test_tokens_routed(router: mg.Router) -> None:
-    """Each token with its own weights, written out at one site."""
+    """Each token has its own weights; the reference is written out at one site."""
     torch.manual_seed(0)
     layer: Any = torch.nn.Linear(5, 4).double()
     host = mg.Host(torch.nn.Sequential(layer))

@@ -1,7 +1,7 @@
-"""What must always hold, for a mixture on every host: the contract's rules.
+"""The contract's rules for a mixture on every host.
 
-Two modules a router weighs: LoRA, or adapters where LoRA would stand inside a layer. Routed by task
-its choice is one row α = softmax(z), so that the equation can be written out.
+A router weighs two modules: LoRA, or adapters where LoRA would act inside a layer. Routed by task,
+all tokens share one row α = softmax(z), so that the equation can be written out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common import counted
 from contract.hosts import BATCH, FEATURES, HOSTS, HostCase, tensor_of
 from contract.references import at_each_site, bottleneck, weights
 
-INSIDE = ("mha", "rnn")  # whose projections are no layers of their own
+INSIDE = ("mha", "rnn")  # their projections are no separate layers
 NAMES = ("a", "b")
 
 pytestmark = [

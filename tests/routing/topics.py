@@ -1,4 +1,4 @@
-"""A BERT whose words are of three topics, and modules trained apart, each on one of them."""
+"""A BERT whose words belong to three topics, and modules each trained on one topic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOPICS, WORDS, WIDTH = 3, 12, 32
 
 
 def bert() -> mg.Host:
-    """Words of a topic have one direction in common, beside what each has of its own."""
+    """Make the host; the embeddings of a topic's words share one direction."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=TOPICS * WORDS, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
@@ -33,7 +33,7 @@ def bert() -> mg.Host:
 
 
 def texts(topic: int, count: int, seed: int, rows: int = 16) -> list[dict[str, Tensor]]:
-    """Batches of one topic; the answer to a word is the one topic + 1 places after it there."""
+    """Make batches of one topic; the label of a word is the word topic + 1 places after it."""
     generator = torch.Generator().manual_seed(1000 * topic + seed)
     made = []
     for _ in range(count):
@@ -44,7 +44,7 @@ def texts(topic: int, count: int, seed: int, rows: int = 16) -> list[dict[str, T
 
 
 def trained(host: mg.Host, modules: dict[str, tuple[mg.Computation, Any]], steps: int) -> None:
-    """Each module on the topic of its place, seeing no other module and no other topic."""
+    """Implant the modules and train the i-th alone on topic i."""
     for topic, (name, (module, at)) in enumerate(modules.items()):
         torch.manual_seed(topic)
         host.implant(name, module, at, active=False)

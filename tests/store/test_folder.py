@@ -1,4 +1,4 @@
-"""Folders of saved modules: found by the name of their method, and refused where damaged."""
+"""Folders of saved modules: every method can be loaded, and damaged folders are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contract.hosts import HOSTS, QV
 
 
 def test_a_process_that_has_only_a_host_can_load_every_method() -> None:
-    """The public names are imported on first use, and a folder names its method as text."""
+    """A folder names its method as text, which is found although names are imported lazily."""
     public = {name: getattr(mg, name) for name in mg.__all__}
     methods = {
         k for k, v in public.items() if isinstance(v, type) and issubclass(v, mg.Computation)

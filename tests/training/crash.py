@@ -57,7 +57,7 @@ def die_at(count: int) -> None:
 
 
 def attempt(folder: str, how: str, when: float | None) -> bool:
-    """Whether the child came to its end."""
+    """Run the child; return whether it finished."""
     child = os.fork()
     if child == 0:
         if how == "inside" and when is not None:

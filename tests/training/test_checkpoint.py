@@ -23,7 +23,7 @@ GIVEN = {"steps": 12, "lr": 3e-3, "save_every": 3, "progress": False}
 
 
 def curve(folder: Path) -> list[dict]:
-    """metrics.jsonl without the wall time, which alone may differ."""
+    """Read metrics.jsonl without the wall time, the only thing that may differ."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
 
@@ -42,7 +42,7 @@ class StopError(Exception):
 
 
 def stop_after(data, count: int):
-    """The loader, failing when batch `count` is read."""
+    """Make a loader that fails when batch `count` is read."""
 
     class Failing(type(data.dataset)):
         reads = 0
@@ -225,7 +225,7 @@ def test_not_one_character_of_a_state_changes_unseen(tmp_path):
 
 
 def test_what_a_killed_save_left_is_pruned(tmp_path, monkeypatch):
-    """Also at the end of a run, where no other save would do it."""
+    """Left-over files are also pruned at the end of a run, when no save follows."""
 
     def killed(self):
         raise StopError

@@ -1,4 +1,4 @@
-"""What a step has freed is there for the next one: no page faults once the first step has run."""
+"""Memory that a step frees is reused by the next: after the first step there are no page faults."""
 
 from __future__ import annotations
 

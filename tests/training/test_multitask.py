@@ -1,4 +1,4 @@
-"""Joint training of several tasks: who is drawn, how they are mixed, what the loss of each was."""
+"""Multitask training: how tasks are drawn and mixed, and the loss recorded for each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUIET: dict[str, Any] = {"progress": False}
 
 
 def rows(task: str, count: int) -> list[dict[str, Tensor]]:
-    """Texts of a length of its own, without padding."""
+    """Make texts of a length that depends on the task, without padding."""
     g = torch.Generator().manual_seed(ord(task[0]))
     ids = torch.randint(3, 41, (count, 4 + ord(task[0]) % 3), generator=g)
     return [{"input_ids": own, "labels": own} for own in ids]
@@ -101,7 +101,7 @@ def test_it_is_read_again_from_anywhere() -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_a_mixed_batch_is_its_draws_accumulated(kind: str) -> None:
-    """Balanced: long texts and short ones count alike; equal to float64's rounding."""
+    """Long and short texts count alike; results are equal up to rounding in float64."""
     names = [*SIZES, "shared"]
     modules = {task: f"shared >> {task}" for task in SIZES}
     given: dict[str, Any] = {"modules": modules, "sampling": 3.0}
@@ -164,10 +164,10 @@ class StopError(Exception):
 
 
 def test_it_goes_on_to_the_same_bits(tmp_path: Any) -> None:
-    """Killed in the middle of an epoch, with dropout."""
+    """The run is killed in the middle of an epoch; the host has dropout."""
 
     class Stopping:
-        """The same batches, and then an error."""
+        """Give the same batches, then raise an error."""
 
         def __init__(self, tasks: mg.Tasks) -> None:
             self.tasks = tasks

@@ -84,7 +84,7 @@ def test_the_world_is_asserted(monkeypatch):
 
 
 def test_accelerate_launch_that_started_one_process_is_caught(tmp_path):
-    """The launcher itself, as it was seen to behave: two asked for, one run, no word."""
+    """The launcher has been seen to run one process of two without a word."""
     (tmp_path / "script.py").write_text(
         "from modgraft.training.processes import accelerator_for, check_world\n"
         "check_world(accelerator_for().num_processes)\n"

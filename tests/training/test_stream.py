@@ -16,7 +16,7 @@ def ids(batches) -> list[str]:
 
 
 class Endless(IterableDataset):
-    """Rows in an order drawn while it is read, from the global generator."""
+    """Yield rows in an order that the global generator draws while they are read."""
 
     def __iter__(self):
         rows = [{"ids": f"r{i}"} for i in range(12)]

@@ -1,4 +1,4 @@
-"""One product with changed weights: the same as the layer plus each effect, gradients included."""
+"""One product with changed weights equals the layer plus each effect, gradients included."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def product(host: mg.Host, x: Tensor, *names: str) -> Tensor | None:
 
 
 def test_keeps_nothing_of_the_size_of_the_weight() -> None:
-    """Beside the input and the host's own weight, backward keeps the factors and x Aᵀ."""
+    """Backward keeps the input, the host's weight, the factors and x Aᵀ, and nothing else."""
     host = host_with(lambda: nn.Linear(32, 24), "0", torch.float32, m=mg.LoRA(rank=2))
     x = torch.randn(50, 32, requires_grad=True)
     kept: list[Tensor] = []
@@ -134,7 +134,7 @@ def test_keeps_nothing_of_the_size_of_the_weight() -> None:
 
 
 def test_few_tokens_take_the_effects() -> None:
-    """The weight is made where it is smaller than the activations: N·(in + out) ≥ in·out."""
+    """The changed weight is computed only where N·(in + out) ≥ in·out, for N tokens."""
     modules = {"m": mg.SparseDelta(), "low": mg.LoRA(rank=2)}
     host = host_with(lambda: nn.Linear(30, 60), "0", torch.float32, **modules)
     for names in (["m"], ["low"], ["m", "low"]):

@@ -1,4 +1,4 @@
-"""Tasks one after the other: what is forgotten, and that a module each forgets nothing."""
+"""Continual learning: one module for all tasks forgets, a module for each task does not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TASKS = ("one", "two", "three")
 
 
 def batches(task: str, seed: int = 0) -> list[dict[str, Tensor]]:
-    """The same texts in all tasks, to be answered by each token's successor, by one, two, three."""
+    """Make a task's batches: the texts are the same, the labels are tokens plus 1, 2 or 3."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 8, (4, 8, 6), generator=g)
     return [{"input_ids": own, "labels": own + 1 + TASKS.index(task)} for own in ids]

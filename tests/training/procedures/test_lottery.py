@@ -1,4 +1,4 @@
-"""Lottery tickets on a small T5, against the papers' procedures written out on the weights."""
+"""Lottery tickets on a small T5 equal the papers' procedures, written out on the weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def effective(host: mg.Host) -> list[Tensor]:
 
 
 class Written:
-    """The weights themselves, trained where a mask lets them."""
+    """The published procedure: the weights are trained where a mask is 1."""
 
     def __init__(self, host: mg.Host) -> None:
         self.model = copy.deepcopy(mg.Host(t5(dropout=0.0).double()).model)

@@ -1,4 +1,4 @@
-"""Modules trained in one pass become what each becomes alone."""
+"""Modules trained side by side in one pass equal each trained alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def made(kind: str, dtype: torch.dtype = torch.float64) -> mg.Host:
 
 
 def rows(name: str, kind: str, count: int = 14) -> list[dict[str, Tensor]]:
-    """Texts of a length of its own, with padding; batches of unequal size."""
+    """Make padded texts, of a length that depends on ``name``, in batches of unequal size."""
     g = torch.Generator().manual_seed(len(name) + ord(name[0]))
     length = 5 + ord(name[0]) % 4
     found = []
@@ -93,7 +93,7 @@ def alone(kind: str, name: str, dtype: torch.dtype, **given: Any) -> tuple[mg.Ho
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_is_what_it_becomes_alone_in_float64(kind: str) -> None:
-    """Learning rates of their own; a clip that bites differently for each; warm-up and decay."""
+    """Each has its learning rate and is clipped differently; with warm-up and decay."""
     near = 1e-6 if kind == "gpt2" else 1e-8  # whose loss transformers takes in float32
     lrs = {name: 1e-2 * (i + 1) for i, name in enumerate(KINDS[kind])}
     given = {"steps": 6, "clip": 0.5, "warmup": 2, "schedule": "cosine"}
@@ -121,7 +121,7 @@ def test_each_is_what_it_becomes_alone_in_float32() -> None:
 
 
 def test_epochs_evaluations_and_early_stopping_of_each() -> None:
-    """They end at steps of their own, with their best weights."""
+    """Each stops at its own step, with its best weights."""
     kind, names = "bert", ("fr", "de", "it")
     held = {name: batches(name, kind, 4) for name in names}
     for batch in held["de"]:  # what it learns makes this worse
@@ -206,7 +206,7 @@ class Breaking(list):
 
 
 def dropping(kind: str) -> mg.Host:
-    """A host with dropout: what is random has to be the same after a resume."""
+    """Make a host with dropout, whose random numbers have to be the same after a resume."""
     host = made(kind, torch.float32)
     for part in host.modules():
         if isinstance(part, nn.Dropout):
@@ -216,7 +216,7 @@ def dropping(kind: str) -> mg.Host:
 
 @pytest.mark.parametrize("lost", [None, "fr", "de"])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Any, lost: str | None) -> None:
-    """Also where it was killed between saving one module and the next."""
+    """It also resumes when it was killed between saving one module and the next."""
     kind, names = "bert", ("fr", "de")
     data = {n: batches(n, kind) for n in names}
     held = {n: data[n][:1] for n in names}
@@ -275,7 +275,7 @@ def test_side_inputs_travel() -> None:
 
 
 class Odd(nn.Module):
-    """A host whose loss is no mean of PyTorch's."""
+    """A host whose loss comes from no loss function of PyTorch."""
 
     def __init__(self) -> None:
         super().__init__()
