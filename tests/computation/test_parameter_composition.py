@@ -124,7 +124,7 @@ def test_what_a_sparse_module_saves_follows_its_mask(tmp_path: Path) -> None:
     fresh = copy.deepcopy(host)
     fresh.remove("m")
     fresh.implant("m", mg.SparseDelta(density=0.01), at=nn.Linear)
-    fresh.load_state_dict(host.state_dict())  # in its first phase until now
+    fresh.load_state_dict(host.state_dict())  # it was in its first phase, without a mask
     assert torch.equal(fresh(x, modules="m"), host(x, modules="m"))
 
     tensors = load_file(folder / "module.safetensors")

@@ -206,11 +206,11 @@ def test_starts() -> None:
 
     assert phi(length=30).abs().max() <= 0.5
     assert phi(length=30, bound=2.0).abs().max() > 1.5
-    assert torch.equal(phi(length=5), phi(length=5))  # torch's own generator decides
+    assert torch.equal(phi(length=5), phi(length=5))  # drawn from torch's seed
     drawn = rows(phi(length=12, init="vocabulary", common=20))
     assert len(set(drawn)) == 12
     assert max(drawn) < 20
-    assert len(rows(phi(length=25, init="vocabulary", common=20))) == 25  # more than there are
+    assert len(rows(phi(length=25, init="vocabulary", common=20))) == 25  # some words twice
     assert rows(phi(length=3, init=IDS)) == list(IDS)
     filled = rows(phi(length=6, init=IDS))
     assert filled[:3] == list(IDS)
@@ -265,7 +265,7 @@ def test_a_prompt_is_looked_up_in_the_host_it_is_in() -> None:
     twin.model.get_input_embeddings().weight[IDS[0]] += 1
     assert torch.equal(host(**case.batch()).logits, before)
     assert not torch.allclose(twin(**case.batch()).logits, before)
-    host.model.resize_token_embeddings(50, mean_resizing=False)  # another table takes its place
+    host.model.resize_token_embeddings(50, mean_resizing=False)  # makes a new table
     torch.testing.assert_close(host(**case.batch()).logits[..., :41], before)
 
 
@@ -470,7 +470,7 @@ def test_an_encoders_output_is_as_long_as_its_text_and_a_decoders_as_its_own() -
 def test_the_last_logits_alone(name: str) -> None:
     host = soft(HOSTS[name].model())
     whole = host(ids()).logits
-    for last in (1, 3, 9):  # of 7
+    for last in (1, 3, 9):  # of 7 positions
         out = host(ids(), logits_to_keep=last).logits
         torch.testing.assert_close(out, whole[:, -last:])
     with pytest.raises(mg.ModgraftError, match="not which"):
@@ -503,7 +503,7 @@ def test_visual_prompts_stay_inside() -> None:
     bare, out = host(pixels, modules=None), host(pixels, output_hidden_states=True)
     assert out.last_hidden_state.shape == bare.last_hidden_state.shape
     assert not torch.allclose(out.pooler_output, bare.pooler_output)
-    assert [h.shape[1] for h in out.hidden_states] == [9, 9, 9]  # what is inside holds them
+    assert [h.shape[1] for h in out.hidden_states] == [9, 9, 9]  # the layers see the tokens
     config.encoder_stride = 4
     assert soft(ViTForMaskedImageModeling(config))(pixels).reconstruction.shape == pixels.shape
     large = torch.randn(BATCH, 3, 16, 16)

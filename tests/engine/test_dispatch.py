@@ -130,7 +130,7 @@ def test_modules_of_several_kinds_are_run_one_by_one(monkeypatch: pytest.MonkeyP
     host = host_with("lora", mg.TopK(2, level="token"), count=3)
     host.implant("other", mg.LoRA(rank=3), "transformer.h.*.attn.c_attn", active=False)
     host.implant("both", mg.Mixture(["m0", "m1", "other"], router=mg.TopK(1, level="token")))
-    monkeypatch.setattr(ExpertBatch, "add", None)  # nobody calls it
+    monkeypatch.setattr(ExpertBatch, "add", None)  # fails if it is called
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         moved = (

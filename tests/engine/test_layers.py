@@ -73,7 +73,7 @@ def test_a_convolution_equals_pefts(name: str, dora: bool) -> None:
             m.add_(place.magnitude.view_as(m))
     x = torch.randn(shape)
     ours, theirs = host(x), peer(x)
-    if name == "dilated":  # which PEFT's A is not, so that only its merge is right
+    if name == "dilated":  # PEFT's A is not dilated: only its merge is right
         merged = peer.merge_and_unload()(x)
         torch.testing.assert_close(ours, merged, rtol=1e-5, atol=1e-5)
         return
@@ -370,7 +370,7 @@ def test_fused_inference_passes_no_module_by(at: str, monkeypatch: pytest.Monkey
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**LAYER), 2)
     bare = copy.deepcopy(encoder).eval()
     kw = {"src_key_padding_mask": UNSEEN}
-    assert fused(bare, monkeypatch, X, **kw) == 2  # what would happen
+    assert fused(bare, monkeypatch, X, **kw) == 2  # fused without modules
     if at == "out":
         host = stirred(encoder, mg.LoRA(rank=2), "layers.*.self_attn.{in_proj_weight,out_proj}")
     else:
@@ -388,7 +388,7 @@ def test_fused_inference_passes_no_module_by(at: str, monkeypatch: pytest.Monkey
     torch.testing.assert_close(host(X, **kw), trained)  # no dropout here: the slow path for sure
     host.model.eval()
     plain = host.merge("m" if at == "out" else None)
-    assert fused(plain, monkeypatch, X, **kw) == 2  # an ordinary model again
+    assert fused(plain, monkeypatch, X, **kw) == 2  # fused again
     assert [vars(m).keys() for m in plain.modules()] == [vars(m).keys() for m in bare.modules()]
     if at == "out":
         with torch.no_grad():
@@ -417,7 +417,7 @@ def test_logits_of_last_tokens_are_one_product(name: str) -> None:
     assert read[0].shape[1] == 1
     assert read[0].is_contiguous()
     mg.Host(model)
-    assert len(model.get_output_embeddings()._forward_pre_hooks) == 2  # that above, and one
+    assert len(model.get_output_embeddings()._forward_pre_hooks) == 2  # one above, one here
     assert len(host.merge(None).get_output_embeddings()._forward_pre_hooks) == 1
 
 

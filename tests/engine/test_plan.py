@@ -132,7 +132,7 @@ def test_what_is_kept_without_gradients_is_no_obstacle_to_them(kind: str) -> Non
     with torch.inference_mode():
         kept = run(host, kind)
     torch.testing.assert_close(run(host, kind), kept)
-    with host.training_only("adapter0"):  # nothing of the kind learns: its tensors may be kept
+    with host.training_only("adapter0"):  # these modules do not train: their tensors may be cached
         tokens = [f"{kind}{i} >> adapter0" for i in range(3)]
         host(input_ids=ids(3), modules=tokens).logits.square().mean().backward()
     host[f"{kind}0"].requires_grad_(True)
@@ -182,7 +182,7 @@ def test_a_step_of_an_optimiser_is_seen(modules: Any, fused: bool) -> None:
         seen = now()
         with torch.no_grad():
             for parameter in host.implants.parameters():
-                parameter.add_(0)  # makes a new version of all: nothing that was kept is read
+                parameter.add_(0)  # a new version of each tensor: no cached one is used
         torch.testing.assert_close(seen, now(), rtol=1e-5, atol=1e-6)
 
 

@@ -99,7 +99,7 @@ def test_another_kind_at_one_of_them(nodes: list[int]) -> None:
     host.use("scale >> m")
     nodes.clear()
     results(host, batch)
-    assert nodes == [2, 2]  # at the key the change comes second: an effect beside the layer
+    assert nodes == [2, 2]  # at the key, Rescale comes first and LoRA is added as an effect
 
 
 def test_sites_that_come_and_go(nodes: list[int]) -> None:
@@ -145,7 +145,7 @@ def test_an_input_written_to_in_between(nodes: list[int]) -> None:
 
     def write(_: nn.Module, args: tuple[Tensor]) -> None:
         with torch.no_grad():
-            args[0].mul_(1.0)  # the same numbers; that it was written to is all that is known
+            args[0].mul_(1.0)  # the same numbers, but a new version of the tensor
 
     for layer in layers:
         layer.register_forward_pre_hook(write)

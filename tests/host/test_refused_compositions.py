@@ -288,7 +288,7 @@ def test_an_unknown_name_suggests_the_nearest(host: mg.Host, other: mg.Host, way
 def test_another_hosts_handle(host: mg.Host, other: mg.Host) -> None:
     before, says = run(host), "is the handle of another host's module"
     for text in ("lora", "0.5*lora", "wide >> lora", "hyper['fr']"):
-        run(host, text)  # what has been read of its own hides nothing
+        run(host, text)  # cached expressions of this host hide no error
     for theirs in (
         other["lora"],
         0.5 * other["lora"],
@@ -302,7 +302,7 @@ def test_another_hosts_handle(host: mg.Host, other: mg.Host) -> None:
             run(host, theirs)
         with pytest.raises(CompositionError, match=says):
             host.use(theirs)
-    assert other["lora"].expression() == host["lora"].expression()  # as they are written
+    assert other["lora"].expression() == host["lora"].expression()  # they are written alike
     works(host, before)
 
 

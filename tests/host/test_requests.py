@@ -166,8 +166,8 @@ def test_another_is_put_in_force_while_requests_run() -> None:
     def one(i: int) -> bool:
         if i % 5 == 0:
             host.use(wanted[i // 5 % 4])
-            host(x)  # whichever is in force by now: it runs
-        # what is in force is merged, which rounds otherwise
+            host(x)  # runs, whichever composition is in force by now
+        # rounding differs, as weights in force are merged
         return torch.allclose(host(x, modules=wanted[i % 4]), alone[i % 4], rtol=1e-10)
 
     with torch.no_grad():

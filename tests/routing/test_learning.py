@@ -90,7 +90,7 @@ def test_balance_losses_prevent_a_collapse_inside_a_host(seed: int) -> None:
         taught(host, batches(1, "example", 150, seed), lr=0.1, train=["m", *names])
         host.eval()
         place: Any = host["m"].places[0]
-        place.tally.reset()  # of what training chose
+        place.tally.reset()  # without the choices made in training
         with torch.no_grad():
             for batch in batches(1, "example", 4, 77):
                 host(**batch)
@@ -150,7 +150,7 @@ def test_sampled_choices_have_the_gradient_of_the_expected_loss(estimator: str, 
     router = mg.Top1(estimator=estimator, epsilon=0.4, level=level)  # type: ignore[arg-type]
     exact, mean, error = gradients(router, level, times=50, chunks=100)
     assert ((mean - exact).abs() <= 4 * error + 1e-12).all()
-    assert error.norm() < 0.1 * exact.norm()  # so that a wrong one would show
+    assert error.norm() < 0.1 * exact.norm()  # small enough for a wrong estimate to show
 
 
 @pytest.mark.parametrize("level", ["example", "token"])

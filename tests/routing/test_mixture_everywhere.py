@@ -123,7 +123,7 @@ def test_the_host_is_untouched_and_gets_rid_of_it(case: HostCase) -> None:
     assert torch.equal(off, bare)
     assert not torch.allclose(run(host, case), bare)
     with pytest.raises(mg.ModgraftError, match="'m'"):
-        host.remove("a")  # the mixture is over it
+        host.remove("a")  # the mixture mixes it
     for name in ("m", *NAMES):
         host.remove(name)
     assert torch.equal(run(host, case), bare)
@@ -148,7 +148,7 @@ def test_saved_loaded_and_copied(case: HostCase, tmp_path: Path) -> None:
         host.save(name, tmp_path / name)
     fresh = mg.Host(case.model()).eval()
     with pytest.raises(mg.ModgraftError, match="'a'"):
-        fresh.load(tmp_path / "m")  # what it is over comes first
+        fresh.load(tmp_path / "m")  # the mixed modules have to be loaded first
     for name in NAMES:
         fresh.load(tmp_path / name)
     fresh.load(tmp_path / "m")

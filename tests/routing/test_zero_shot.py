@@ -66,7 +66,7 @@ def test_unseen_texts_go_to_the_module_of_their_topic(apart: mg.Host, router: mg
     found = shares(host)
     assert len(found) == (1 if router.level == "example" else 2)
     assert min(found.values()) >= 0.9, found
-    # where only one of them has a place, the choice there is that one
+    # a site of a single module always chooses it
     places = dict(zip(host["m"].paths, host["m"].places, strict=True))
     if not isinstance(router, mg.Similarity):
         (down,) = (p for path, p in places.items() if path == "bert.encoder.layer.0.output.dense")
