@@ -1,4 +1,4 @@
-"""What AdapterHub's ``adapters`` computes, written down for ``tests/test_adapterhub.py``.
+"""What AdapterHub's ``adapters`` computes, written down for ``tests/peers/test_adapterhub.py``.
 
 ``adapters`` pins an older ``transformers`` than modgraft runs with, so it has an environment of its
 own, and this file uses nothing of modgraft:

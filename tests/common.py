@@ -1,4 +1,4 @@
-"""What several test files use: the changes of weights, and a compiled host's graphs counted."""
+"""Helpers of several rooms: methods that change weights, compiled graphs counted, a DistilBERT."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DistilBertConfig, DistilBertForMaskedLM
 
 import modgraft as mg
 
@@ -22,8 +23,19 @@ WEIGHTS: dict[str, Callable[[], mg.Computation]] = {
 }
 
 
+def distilbert() -> nn.Module:
+    """A small model of a family whose roles modgraft does not know."""
+    size = {"dim": 16, "n_heads": 2, "hidden_dim": 24, "n_layers": 2, "vocab_size": 41}
+    return DistilBertForMaskedLM(DistilBertConfig(**size))
+
+
+def lines(text: str) -> dict[str, list[str]]:
+    """Split each line of a printed table into cells; the first cell is the key."""
+    return {row.split()[0]: row.split() for row in text.splitlines() if row.strip()}
+
+
 def counted(host: mg.Host) -> tuple[nn.Module, list[Any]]:
-    """``host`` compiled as one graph or not at all, and the graphs that were made of it so far."""
+    """Compile ``host`` as one graph, or fail; also return the list that collects its graphs."""
     torch._dynamo.reset()
     graphs: list[Any] = []
 

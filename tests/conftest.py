@@ -1,4 +1,4 @@
-"""What holds in every test: one thread, no network, the same random numbers, no deadline."""
+"""Every test runs with one thread, no network, the same random numbers and no deadline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# What a script starts with & ignores Ctrl-C, and so does all that it starts; tests send it.
+# A script's background jobs (&) and their children ignore Ctrl-C, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine is slow for seconds at a time: a deadline would fail tests that are right.

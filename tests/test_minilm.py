@@ -1,4 +1,4 @@
-"""The benchmarks' pretrained host and task: what is said of them holds, and nothing leaks."""
+"""The benchmarks' pretrained host and task are as documented, and no test example leaks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_text_of_two_classes_is_of_none() -> None:
 
 
 def test_the_host_is_the_published_model() -> None:
-    """Its sentence vectors put a paraphrase nearer than another subject."""
+    """A paraphrase is nearer to a sentence than a sentence on another subject."""
     needs_the_package()
     model, tokenise = minilm.classifier(), minilm.tokenizer()
     texts = ["open a file for reading", "read from a document on disk", "the cosine of an angle"]

@@ -1,4 +1,4 @@
-"""The pages that list the methods cannot fall behind the methods."""
+"""docs/survey.md and docs/hosts.md name every method, and docs/survey.md runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routers by themselves: their equations, the gradients of hard choices, and balance."""
+"""Routers without a host: their equations, gradients of hard choices, and balance losses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def built(router, width: int = WIDTH):
 
 
 def written_out(router, z: list[float]) -> list[float]:
-    """α of one query without noise, number by number."""
+    """Compute α of one query without noise, number by number."""
     match router:
         case Soft(temperature=t):
             total = sum(math.exp(v / t) for v in z)
@@ -128,7 +128,7 @@ LOSSES = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64)
 
 
 def exact_gradient(logits: Tensor) -> Tensor:
-    """∇_z Σ_j softmax(z)_j L_j, enumerated."""
+    """Compute ∇_z Σ_j softmax(z)_j L_j in closed form."""
     p = logits.softmax(-1)
     return p * (LOSSES - (p * LOSSES).sum())
 
@@ -214,7 +214,7 @@ def test_balance_losses_are_shazeers() -> None:
 
 
 def test_balance_losses_prevent_the_collapse_that_happens_without_them() -> None:
-    """Modules that are all alike, the first a little ahead: the rich get richer, or do not."""
+    """Of equal modules the first starts ahead; without a balance loss it takes everything."""
     shares = {}
     for weight in (0.0, 1.0):
         torch.manual_seed(0)

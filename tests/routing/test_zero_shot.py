@@ -1,4 +1,4 @@
-"""Routing over modules trained apart: the formulas, what each finds, what is refused."""
+"""Zero-shot routers over separately trained modules: equations, accuracy, bad input."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 import modgraft as mg
 from common import counted
-from hosts import HOSTS
-from kinds import routings
+from contract.hosts import HOSTS
 from modgraft.routing.zero_shot import first_direction
-from topics import TOPICS, bert, texts, trained
+from routing.kinds import routings
+from routing.topics import TOPICS, bert, texts, trained
 
 # unequal ranks, sites and kinds: "up" is where all three are
 MODULES: dict[str, tuple[mg.Computation, Any]] = {
@@ -45,8 +45,11 @@ def mixed(apart: mg.Host, router: mg.Router) -> mg.Host:
 
 
 def shares(host: mg.Host) -> dict[str, float]:
-    """The share of unseen texts' tokens (texts) that go to the right module, by site of all three;
-    one number under ``""`` where one choice holds for the network."""
+    """Return the share of unseen tokens (texts) that go to the right module, by site.
+
+    Only sites of all three modules count. A router that chooses once for the whole network has a
+    single share, under ``""``.
+    """
     paths = host["m"].paths if len(host["m"].stats()) > 1 else ("",)
     found = dict.fromkeys(paths, 0.0)
     for topic in range(TOPICS):
@@ -63,7 +66,7 @@ def test_unseen_texts_go_to_the_module_of_their_topic(apart: mg.Host, router: mg
     found = shares(host)
     assert len(found) == (1 if router.level == "example" else 2)
     assert min(found.values()) >= 0.9, found
-    # where only one of them has a place, the choice there is that one
+    # a site of a single module always chooses it
     places = dict(zip(host["m"].paths, host["m"].places, strict=True))
     if not isinstance(router, mg.Similarity):
         (down,) = (p for path, p in places.items() if path == "bert.encoder.layer.0.output.dense")
@@ -71,12 +74,12 @@ def test_unseen_texts_go_to_the_module_of_their_topic(apart: mg.Host, router: mg
 
 
 def test_what_arrow_cannot_find() -> None:
-    """A module's first direction need not be what tells its inputs from others.
+    """Arrow fails where a module's first direction does not tell its inputs from others.
 
     After 60 steps the modules' first direction is that of their topic, and Arrow finds 96 to 100 %
     of the tokens. After 120 they are better at their task (losses of 2.5, 1.5 and 2.4 against 3.0,
     2.5 and 3.1) and spend their first direction on the words within a topic: Arrow falls to 80 and
-    50 %, where gates find 98 % or more and embeddings all. What it promises is the next test's.
+    50 %, where gates find 98 % or more and embeddings all. The next test is of what Arrow promises.
     """
     host = bert()
     trained(host, MODULES, steps=120)
@@ -118,7 +121,7 @@ def test_the_first_direction_is_that_of_the_full_matrix() -> None:
 
 
 def softmax_of_two(z: Tensor) -> Tensor:
-    """Written out for one query: ``[N]`` → ``[N]``."""
+    """Take the softmax of the two largest of N scores; the others get 0."""
     best = sorted(range(len(z)), key=lambda j: -float(z[j]))[:2]
     total = sum(float(z[j].exp()) for j in best)
     return torch.tensor([float(z[j].exp()) / total if j in best else 0.0 for j in range(len(z))])

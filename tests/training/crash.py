@@ -1,4 +1,4 @@
-"""Trains, is killed again and again by SIGKILL, and resumes; run by test_resume in a process.
+"""Trains, is killed again and again by SIGKILL, and resumes; run by test_checkpoint in a process.
 
 `python crash.py FOLDER` trains three times: in FOLDER/whole uninterrupted; in FOLDER/timed with
 attempts that are killed at random moments; in FOLDER/inside with attempts that kill themselves at
@@ -57,7 +57,7 @@ def die_at(count: int) -> None:
 
 
 def attempt(folder: str, how: str, when: float | None) -> bool:
-    """Whether the child came to its end."""
+    """Run the child; return whether it finished."""
     child = os.fork()
     if child == 0:
         if how == "inside" and when is not None:

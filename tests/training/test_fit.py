@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import Line, loader, points, t5
 from torch import nn
 
 import modgraft.training.progress as progress
 from modgraft.core.errors import ModgraftError
 from modgraft.training.fit import fit
 from modgraft.training.stream import label_tokens
+from training.tiny import Line, loader, points, t5
 
 QUIET = {"progress": False}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import loader, t5
 
 import modgraft as mg
 from modgraft.training.fit import fit
+from training.tiny import loader, t5
 
 
 def fused() -> mg.Host:

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tiny import Line, t5
 from torch import nn
 
 from modgraft.core.errors import ModgraftError
@@ -18,6 +17,7 @@ from modgraft.training.optim import (
     undecayed,
     warmup_steps,
 )
+from training.tiny import Line, t5
 
 
 def rates(**given) -> list[float]:

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import loader, t5
 
 from modgraft.core.errors import ModgraftError
 from modgraft.training.fit import fit
 from modgraft.training.processes import check_world
 from modgraft.training.stream import label_tokens
+from training.tiny import loader, t5
 
 SCRIPT = """
 import sys
 import torch
 from safetensors.torch import save_file
-from tiny import loader, t5
+from training.tiny import loader, t5
 from modgraft.training.fit import fit
 from modgraft.training.stream import label_tokens
 import torch.distributed as dist
@@ -50,7 +50,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path):
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "script.py", str(tmp_path)]
@@ -84,7 +84,7 @@ def test_the_world_is_asserted(monkeypatch):
 
 
 def test_accelerate_launch_that_started_one_process_is_caught(tmp_path):
-    """The launcher itself, as it was seen to behave: two asked for, one run, no word."""
+    """The launcher has been seen to run one process of two without a word."""
     (tmp_path / "script.py").write_text(
         "from modgraft.training.processes import accelerator_for, check_world\n"
         "check_world(accelerator_for().num_processes)\n"

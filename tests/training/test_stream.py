@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
-from tiny import Pairs, collate, loader
 from torch.utils.data import DataLoader, IterableDataset
 
 from modgraft.core.errors import ModgraftError
 from modgraft.training.stream import Stream, ids_of, label_tokens, next_tokens, to_device
+from training.tiny import Pairs, collate, loader
 
 
 def ids(batches) -> list[str]:
@@ -16,7 +16,7 @@ def ids(batches) -> list[str]:
 
 
 class Endless(IterableDataset):
-    """Rows in an order drawn while it is read, from the global generator."""
+    """Yield rows in an order that the global generator draws while they are read."""
 
     def __iter__(self):
         rows = [{"ids": f"r{i}"} for i in range(12)]

@@ -69,7 +69,7 @@ def loader(n: int = 22, batch: int = 4, noisy: bool = True, **more: object) -> D
 
 
 class Line(nn.Module):
-    """y = xW + b with a mean squared error over the entries that are not NaN: easy to reckon."""
+    """y = xW + b with a mean squared error over the entries that are not NaN: easy by hand."""
 
     def __init__(self, dim: int = 3, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()

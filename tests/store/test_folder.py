@@ -1,0 +1,63 @@
+"""Folders of saved modules: every method can be loaded, and damaged folders are refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import modgraft as mg
+from contract.hosts import HOSTS, QV
+
+
+def test_a_process_that_has_only_a_host_can_load_every_method() -> None:
+    """A folder names its method as text, which is found although names are imported lazily."""
+    public = {name: getattr(mg, name) for name in mg.__all__}
+    methods = {
+        k for k, v in public.items() if isinstance(v, type) and issubclass(v, mg.Computation)
+    } - {"Computation"}
+    code = (
+        "import sys, modgraft; modgraft.Host\n"
+        "from modgraft.core.config import Configured, resolve\n"
+        "print(*[resolve(name, Configured).__name__ for name in sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", code, *sorted(methods)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == sorted(methods)
+
+
+def test_damaged_module_folders(tmp_path: Path) -> None:
+    case = HOSTS["t5"]
+    host = mg.Host(case.model())
+    host.implant("qa", mg.LoRA(rank=2), at=QV)
+    host.save("qa", tmp_path / "qa")
+    weights = tmp_path / "qa" / "module.safetensors"
+    whole = weights.read_bytes()
+    fresh = mg.Host(case.model())
+    for broken in (whole[:-40], b"", whole.replace(b'"F32"', b'"F3"', 1)):
+        weights.write_bytes(broken)
+        with pytest.raises(mg.ModgraftError, match="missing or cut"):
+            fresh.load(tmp_path / "qa")
+    with torch.no_grad():
+        host["qa"].places[0].A[0, 0] = float("nan")
+    host.save("qa", tmp_path / "qa")
+    with pytest.raises(mg.ModgraftError, match="NaN or infinity"):
+        fresh.load(tmp_path / "qa")
+    (tmp_path / "qa" / "module.json").write_text("{")
+    with pytest.raises(mg.ModgraftError, match="not a module's card"):
+        fresh.load(tmp_path / "qa")
+    (tmp_path / "qa" / "module.json").write_text('{"format": 2, "modules": []}')
+    with pytest.raises(mg.ModgraftError, match="format 2, this version reads 1"):
+        fresh.load(tmp_path / "qa")
+    with pytest.raises(mg.ModgraftError, match="no module in"):
+        fresh.load(tmp_path / "nowhere")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("keep me")
+    with pytest.raises(mg.ModgraftError, match="holds no module"):
+        host.save("qa", tmp_path / "other")
+    assert (tmp_path / "other" / "mine.txt").read_text() == "keep me"
+    assert not list(fresh.implants)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
