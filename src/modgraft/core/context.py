@@ -276,18 +276,38 @@ class Context:
     Attributes:
         composition: the one in force; None is the bare host.
         token_modules: the implanted modules that put tokens before the input.
+        side_sources: for each implanted module that reads a side input, the name of that input.
+        routed: the implanted modules that are over others, as mixtures are.
         compiled: what code under ``torch.compile`` reads instead.
     """
 
     def __init__(self) -> None:
         self.composition: Expression | None = None
         self.token_modules: set[str] = set()
+        self.side_sources: dict[str, str] = {}
+        self.routed: set[str] = set()
         self.compiled = Compiled()
 
     @property
     def names(self) -> Mapping[str, object]:
         """The names that a composition may use: a module's, or one for each of its tasks."""
         return self.compiled.weights
+
+    def add(
+        self, name: str, device: torch.device, additive: bool, source: str | None, routed: bool
+    ) -> None:
+        """Register a module: whether it only changes weights, its side input, what it is over."""
+        self.compiled.add(name, device, additive)
+        if source is not None:
+            self.side_sources[name] = source
+        if routed:
+            self.routed.add(name)
+
+    def remove(self, name: str) -> None:
+        """Forget a module."""
+        self.compiled.remove(name)
+        self.side_sources.pop(name, None)
+        self.routed.discard(name)
 
     def now(self) -> Call:
         """The call under way, in compiled code or not."""

@@ -18,8 +18,8 @@ from modgraft.core.context import EXAMPLE
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
 from modgraft.core.tensors import replaced, tensor_input
-from modgraft.engine.entry import Entry
 from modgraft.engine.kernels.batched import Batched
+from modgraft.engine.plan import Entry
 from modgraft.engine.state import SiteCall, State
 from modgraft.routing.base import Member
 from modgraft.routing.mixture import Routed

@@ -19,8 +19,8 @@ from modgraft.computation.base import Computation
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
 from modgraft.core.tensors import replaced
-from modgraft.engine.entry import Entry
 from modgraft.engine.kernels.batched import Batched, batch_key
+from modgraft.engine.plan import Entry
 
 FEW = 4
 """With more picks of each low-rank module than this, on average, a copy of it for every block pays.

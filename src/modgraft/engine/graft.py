@@ -8,20 +8,44 @@ registered children.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any
 
+import torch
 from torch import nn
 
-from modgraft.computation.base import Computation, TokenComposition
+from modgraft.computation.base import Computation, ParameterComposition, TokenComposition
 from modgraft.core.context import Context
 from modgraft.core.layers import feature_axis
 from modgraft.core.sites import Site, one_input
-from modgraft.engine.entry import Entry
 from modgraft.engine.inputs.tokens import generate_with_tokens, inner_sites
+from modgraft.engine.plan import Entry
 from modgraft.engine.run import run
 from modgraft.engine.state import STATE, State
+
+
+def graft_everywhere(
+    name: str,
+    method: Computation,
+    places: Sequence[tuple[Site, Computation]],
+    device: torch.device,
+    context: Context,
+) -> None:
+    """Let a module act under ``name``: graft it at its sites, and register it with the host.
+
+    Args:
+        name: what compositions call it.
+        method: the computation as the user wrote it.
+        places: each site, and the computation built for it.
+        device: the host's.
+        context: the host's.
+    """
+    for site, place in places:
+        graft(site, name, place, context)
+    inner = method.inner
+    additive = isinstance(inner, ParameterComposition)
+    context.add(name, device, additive, inner.side_source, bool(inner.members))
 
 
 def graft(site: Site, name: str, module: Computation, context: Context) -> None:

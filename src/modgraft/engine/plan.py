@@ -25,7 +25,6 @@ from modgraft.computation.base import (
 )
 from modgraft.core.expression import Chain, Expression, Name, chain
 from modgraft.core.per_example import Each
-from modgraft.engine.entry import Entry
 from modgraft.engine.kernels.batched import Batched, batch_key
 from modgraft.engine.kernels.linear import Change, MergedWeight
 from modgraft.engine.kernels.tensor_cache import TensorCache
@@ -33,6 +32,39 @@ from modgraft.routing.mixture import Routed
 
 _training = attrgetter("training")
 Rows = list[int]
+
+
+@dataclass
+class Entry:
+    """One module at one site.
+
+    Attributes:
+        name: what compositions call it.
+        module: the computation built for the site, several batched as one, or a routed mixture.
+        part: ``(i, n)``, the i-th of n equal parts of a fused projection; None: the whole output.
+        residual: whether it acts on the layer's residual input.
+        parameter: which of the layer's weights it changes, where the layer has several.
+        axis: the axis of the output's features.
+    """
+
+    name: str
+    module: Computation | Batched | Routed
+    part: tuple[int, int] | None
+    residual: bool = False
+    parameter: str | None = None
+    axis: int = -1
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether it computes f at θ + Δ."""
+        return isinstance(self.module, ParameterComposition) or (
+            isinstance(self.module, Batched) and self.module.is_weight_change
+        )
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether it acts on the layer's output, not inside the layer or before its input."""
+        return self.parameter is None and not isinstance(self.module, InputComposition)
 
 
 @dataclass
@@ -79,7 +111,7 @@ class Group:
             if weight != 0.0
             for entry in self.entries[name]
         ]
-        if self.rows is None:
+        if self.changes and self.rows is None:
             self.merged = MergedWeight()
 
     def index(self, like: Tensor, times: int) -> Tensor:
@@ -129,7 +161,7 @@ def make_plan(entries: Mapping[str, list[Entry]], composition: Expression) -> Pl
         make_groups(entries, composition, batches=True),
         watched,
         list(map(_training, watched)),
-        TensorCache(keys_values) if fixed else None,
+        TensorCache(keys_values) if keys_values and fixed else None,
     )
 
 

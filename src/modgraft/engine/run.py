@@ -26,11 +26,10 @@ from modgraft.core.per_example import Each
 from modgraft.core.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
 from modgraft.engine import shared_input
 from modgraft.engine.apply import Applier, pick
-from modgraft.engine.entry import Entry
 from modgraft.engine.inputs.tokens import call_with_tokens
 from modgraft.engine.kernels import functional_call
 from modgraft.engine.kernels.linear import Change, one_product
-from modgraft.engine.plan import Group, make_groups
+from modgraft.engine.plan import Entry, Group, make_groups
 from modgraft.engine.residual import Step, shifted
 from modgraft.engine.state import STATE, SiteCall, State
 
@@ -101,7 +100,10 @@ def _run_layer(
         if y is not None:
             return y, whole.rest
     changes = _inside(site, groups, composition)
-    out = functional_call.run(site.layer, site.forward, changes, args, kwargs)
+    if changes:
+        out = functional_call.run(site.layer, site.forward, changes, args, kwargs)
+    else:
+        out = site.forward(site.layer, *args, **kwargs)
     return out, None if whole is None else whole.expression
 
 

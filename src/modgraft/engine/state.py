@@ -16,9 +16,8 @@ from modgraft.core.errors import CompositionError
 from modgraft.core.expression import Expression, Weight
 from modgraft.core.per_example import Each
 from modgraft.engine.dispatch import ExpertBatch
-from modgraft.engine.entry import Entry
 from modgraft.engine.kernels.linear import MergedWeight
-from modgraft.engine.plan import Group, Plan, make_groups, make_plan
+from modgraft.engine.plan import Entry, Group, Plan, make_groups, make_plan
 from modgraft.routing.mixture import Routed
 
 STATE = "_modgraft_state"

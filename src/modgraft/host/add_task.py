@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from modgraft.computation.base import ParameterComposition
 from modgraft.computation.hypernetwork import HyperNetwork
 from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.core.sites import find
 from modgraft.core.tensors import device_of
-from modgraft.engine.graft import graft
+from modgraft.engine.graft import graft_everywhere
 from modgraft.host.host import Host
 
 
@@ -60,9 +59,9 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     new = grown.extend(list(implant.places), sites, start)  # type: ignore[arg-type]
     implant.describe(grown)
     own, context = implant.names[-1], host._context
-    for site, (_, place) in zip(sites, implant.at_sites(own), strict=True):
-        graft(site, own, place, context)
+    places = [place for _, place in implant.at_sites(own)]
+    sited = list(zip(sites, places, strict=True))
+    graft_everywhere(own, grown, sited, device_of(host.model), context)
     host._reader.forget()
-    context.compiled.add(own, device_of(host.model), isinstance(grown.inner, ParameterComposition))
     context.switch(context.composition)
     return new

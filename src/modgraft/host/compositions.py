@@ -152,9 +152,14 @@ def check_one(composition: ex.Expression | None) -> None:
 
 
 def check_sides(
-    composition: ex.Expression | None, given: Mapping[str, Side], implants: Implants
+    composition: ex.Expression | None, given: Mapping[str, Side], sources: Mapping[str, str]
 ) -> None:
     """Refuse a call without a side input that a module in it needs.
+
+    Args:
+        composition: what is in force.
+        given: the call's side inputs.
+        sources: for each module that reads one, its name.
 
     Raises:
         SideError: with the module's name.
@@ -162,12 +167,12 @@ def check_sides(
     if composition is None:
         return
     for name in composition.names():
-        needs = implants.computation(name).side_source
-        if needs in (None, EXAMPLE) or needs in given:
+        source = sources.get(name)
+        if source in (None, EXAMPLE) or source in given:
             continue
         weight = composition.weights()[name]
         if isinstance(weight, Tensor) or weight != 0.0:
-            raise missing_side(name, needs)
+            raise missing_side(name, source)
 
 
 def check_batch(composition: ex.Expression | None, args: tuple, kwargs: dict[str, Any]) -> None:

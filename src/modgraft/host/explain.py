@@ -17,10 +17,9 @@ from modgraft.computation.base import (
 from modgraft.core.expression import Expression
 from modgraft.core.layers import weight_matrix
 from modgraft.core.per_example import Each
-from modgraft.engine.entry import Entry
 from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.kernels.linear import PLAIN
-from modgraft.engine.plan import Group, Plan
+from modgraft.engine.plan import Entry, Group, Plan
 from modgraft.engine.state import STATE, State
 from modgraft.host.describe import plain, rows_of, table
 from modgraft.routing.mixture import Routed

@@ -27,7 +27,13 @@ from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
 from modgraft.engine.fast_paths import leave_fast_paths, take_fast_paths
 from modgraft.engine.gradient_checkpointing import unwrap_checkpoints, wrap_checkpoints
-from modgraft.engine.graft import graft, grafted_by_others, link_shared_inputs, ungraft, ungraft_all
+from modgraft.engine.graft import (
+    graft_everywhere,
+    grafted_by_others,
+    link_shared_inputs,
+    ungraft,
+    ungraft_all,
+)
 from modgraft.engine.implant import (
     Implant,
     Implants,
@@ -158,10 +164,9 @@ class Host(nn.Module):
         join_prompts(self.implants, implant)
         hook_attention(module.inner)
         for own in implant.names:
-            for site, (_, place) in zip(sites, implant.at_sites(own), strict=True):
-                graft(site, own, place, self._context)
-            additive = isinstance(module.inner, ParameterComposition)
-            self._context.compiled.add(own, device_of(self.model), additive)
+            places = [place for _, place in implant.at_sites(own)]
+            sited = list(zip(sites, places, strict=True))
+            graft_everywhere(own, module, sited, device_of(self.model), self._context)
         link_shared_inputs(self.model)
         implant.train(self.training)
         self.implants[name] = implant
@@ -177,7 +182,7 @@ class Host(nn.Module):
         for own in names:
             for module in self.model.modules():
                 ungraft(module, own)
-            self._context.compiled.remove(own)
+            self._context.remove(own)
         link_shared_inputs(self.model)
         del self.implants[name]
         self._reader.forget()
@@ -245,7 +250,8 @@ class Host(nn.Module):
             ModgraftError: if an active module's side input is missing.
         """
         call = self._call(side, modules)
-        call = routed(self.model, self.implants, call, args, kwargs)
+        if self._context.routed:
+            call = routed(self.model, self.implants, call, args, kwargs)
         if torch.compiler.is_compiling():
             compiled = self._context.compiled
             before, compiled.call = compiled.call, call
@@ -267,7 +273,8 @@ class Host(nn.Module):
     ) -> Any:
         """The model's ``generate``: greedy, sampled or beam; side inputs follow the beams."""
         call = self._call(side, modules, generating=True)
-        call = routed(self.model, self.implants, call, args, kwargs)
+        if self._context.routed:
+            call = routed(self.model, self.implants, call, args, kwargs)
         check_batch(call.composition, args, kwargs)
         with self._context.call(call):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
@@ -289,7 +296,7 @@ class Host(nn.Module):
         now = self._context.current()
         composition = now.composition if modules is ... else self.read(modules)
         given = {**now.side, **self._placed({} if side is None else side)}
-        check_sides(composition, given, self.implants)
+        check_sides(composition, given, self._context.side_sources)
         return Call(composition, given, generating)
 
     def _placed(self, sides: Mapping[str, Side]) -> dict[str, Side]:

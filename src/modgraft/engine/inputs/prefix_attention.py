@@ -25,9 +25,9 @@ from modgraft.core.context import switched
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression, weighted
 from modgraft.core.per_example import Each
-from modgraft.engine.entry import Entry
 from modgraft.engine.inputs.expressions import fold
 from modgraft.engine.kernels import decode_attention
+from modgraft.engine.plan import Entry
 from modgraft.engine.state import STATE, State
 from modgraft.routing.mixture import Routed
 

@@ -21,9 +21,9 @@ from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression
 from modgraft.core.per_example import Each
 from modgraft.core.sites import Site
-from modgraft.engine.entry import Entry
 from modgraft.engine.inputs.expressions import fold
 from modgraft.engine.inputs.splice import Source, Tokens, splice
+from modgraft.engine.plan import Entry
 from modgraft.engine.state import State
 
 

@@ -75,8 +75,6 @@ def run(
     kwargs: dict,
 ) -> Any:
     """Run ``forward`` of ``layer`` with changed weights."""
-    if not changes:
-        return forward(layer, *args, **kwargs)
     changed = with_tensors(layer, new_weights(layer, changes))
     before = dict(changed.__dict__)
     out = forward(changed, *args, **kwargs)
