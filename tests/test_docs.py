@@ -78,6 +78,29 @@ PAGES = {
 }
 
 
+def links(page: Path) -> list[str]:
+    """List the relative links of a page; what stands in code is none."""
+    text = re.sub(r"```.*?```|``.*?``|`[^`]*`", "`x`", page.read_text("utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target for target in targets if "://" not in target]
+
+
+def anchors(page: Path) -> set[str]:
+    """Name the headings of a page as GitHub's links do."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    here = ROOT / page
+    for target in links(here):
+        path, _, anchor = target.partition("#")
+        there = here.parent / path if path else here
+        assert there.exists(), f"{page} leads to {target}, which is not there"
+        assert not anchor or anchor in anchors(there), f"{page}: no heading {target}"
+
+
 @pytest.mark.parametrize("page", [name for name, blocks in PAGES.items() if blocks])
 def test_every_python_block_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
