@@ -1,4 +1,6 @@
-"""Every ```python block of README, CONTRIBUTING and docs/ runs; each page shares one namespace.
+"""Every ```python block of the pages runs, in one namespace a page, and every link leads somewhere.
+
+The pages are README, CONTRIBUTING, docs/ and the READMEs of rooms.
 
 A block that cannot run says so in its own fence, with the reason, and the reason is reported:
 
@@ -74,13 +76,16 @@ PAGES = {
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         *sorted((ROOT / "docs").glob("**/*.md")),
+        *sorted((ROOT / "src").glob("**/README.md")),
     ]
 }
 
 
 def links(page: Path) -> list[str]:
     """List the relative links of a page; what stands in code is none."""
-    text = re.sub(r"```.*?```|``.*?``|`[^`]*`", "`x`", page.read_text("utf-8"), flags=re.DOTALL)
+    text = page.read_text("utf-8")
+    text = re.sub(r"^ *```[^`\n]*$.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "code", text, flags=re.DOTALL)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     return [target for target in targets if "://" not in target]
 
