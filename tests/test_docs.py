@@ -1,4 +1,6 @@
-"""Every ```python block of README, CONTRIBUTING and docs/ runs; each page shares one namespace.
+"""Every ```python block of the pages runs, in one namespace a page, and every link leads somewhere.
+
+The pages are README, CONTRIBUTING, docs/ and the READMEs of rooms.
 
 A block that cannot run says so in its own fence, with the reason, and the reason is reported:
 
@@ -74,8 +76,34 @@ PAGES = {
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         *sorted((ROOT / "docs").glob("**/*.md")),
+        *sorted((ROOT / "src").glob("**/README.md")),
     ]
 }
+
+
+def links(page: Path) -> list[str]:
+    """List the relative links of a page; what stands in code is none."""
+    text = page.read_text("utf-8")
+    text = re.sub(r"^ *```[^`\n]*$.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "code", text, flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target for target in targets if "://" not in target]
+
+
+def anchors(page: Path) -> set[str]:
+    """Name the headings of a page as GitHub's links do."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    here = ROOT / page
+    for target in links(here):
+        path, _, anchor = target.partition("#")
+        there = here.parent / path if path else here
+        assert there.exists(), f"{page} leads to {target}, which is not there"
+        assert not anchor or anchor in anchors(there), f"{page}: no heading {target}"
 
 
 @pytest.mark.parametrize("page", [name for name, blocks in PAGES.items() if blocks])
