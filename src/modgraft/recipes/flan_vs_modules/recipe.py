@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 
 import modgraft as mg
 from modgraft.data.families import FAMILIES, Example
-from modgraft.recipes.flan_vs_modules.lab import Arm, Lab, batches, size
+from modgraft.recipes.flan_vs_modules.experiment import Arm, Experiment, batches, size
+from modgraft.recipes.flan_vs_modules.settings import Settings
 from modgraft.recipes.trials import Recipe
 from modgraft.report.figures import Scheme
 
@@ -58,88 +59,54 @@ SITES = ["query", "key", "value", "output", "up", "down"]
 EMBEDDED = 500  # examples of a family whose mean a module's embedding is
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides a run.
-
-    Attributes:
-        train, val, test: examples of a family.
-        shots: examples of the new family, where there are few.
-        vocabulary: pieces of words.
-        d_model, d_ff, heads, layers: T5's shape.
-        steps_pretrain, lr_pretrain: of T5, on texts without answers.
-        steps: optimiser steps for each family; a net of all families takes as many for each.
-        steps_few: steps on the few examples.
-        lr, lr_module: peak learning rates of T5's own weights, and of modules.
-        batch: examples a step.
-        longest: tokens of an answer.
-        rank: of a LoRA, at every linear layer of attention and feed-forward.
-    """
-
-    train: int = 3200
-    val: int = 60
-    test: int = 100
-    shots: int = 32
-    vocabulary: int = 1000
-    d_model: int = 96
-    d_ff: int = 192
-    heads: int = 4
-    layers: int = 2
-    steps_pretrain: int = 300
-    lr_pretrain: float = 2e-3
-    steps: int = 120
-    steps_few: int = 40
-    lr: float = 2e-3
-    lr_module: float = 1e-2
-    batch: int = 32
-    longest: int = 18
-    rank: int = 16
-
-
 # -- the arms ----------------------------------------------------------------------------------
 
 
-def one_t5(lab: Lab) -> Arm:
+def one_t5(experiment: Experiment) -> Arm:
     """All of T5's weights, on all families."""
-    host, s = lab.host(), lab.settings
+    host, s = experiment.host(), experiment.settings
     steps = s.steps * len(TRAINED)
-    seconds = lab.fit(host, "one", lab.train(*TRAINED), train="host", steps=steps, lr=s.lr)
+    seconds = experiment.fit(
+        host, "one", experiment.train(*TRAINED), train="host", steps=steps, lr=s.lr
+    )
     return Arm(host, size(host.model), steps, seconds)
 
 
-def one_lora(lab: Lab) -> Arm:
+def one_lora(experiment: Experiment) -> Arm:
     """One LoRA under all families: the module without modularity."""
-    host, s = lab.host(), lab.settings
-    steps, rows = s.steps * len(TRAINED), lab.train(*TRAINED)
+    host, s = experiment.host(), experiment.settings
+    steps, rows = s.steps * len(TRAINED), experiment.train(*TRAINED)
     host.implant("all", mg.LoRA(rank=s.rank), at=SITES)
-    seconds = lab.fit(host, "lora", rows, train="all", steps=steps, lr=s.lr_module)
+    seconds = experiment.fit(host, "lora", rows, train="all", steps=steps, lr=s.lr_module)
     return Arm(host, host["all"].size, steps, seconds, "all")
 
 
-def alone(lab: Lab) -> dict[str, Arm]:
+def alone(experiment: Experiment) -> dict[str, Arm]:
     """All of T5's weights, on one family, for each family."""
-    made, s = {}, lab.settings
+    made, s = {}, experiment.settings
     for family in TRAINED:
-        host, rows = lab.host(), lab.train(family)
-        seconds = lab.fit(host, f"alone/{family}", rows, train="host", steps=s.steps, lr=s.lr)
+        host, rows = experiment.host(), experiment.train(family)
+        seconds = experiment.fit(
+            host, f"alone/{family}", rows, train="host", steps=s.steps, lr=s.lr
+        )
         made[family] = Arm(host, size(host.model), s.steps, seconds)
     return made
 
 
-def modules(lab: Lab) -> Arm:
+def modules(experiment: Experiment) -> Arm:
     """A LoRA for each family, trained by itself on the frozen T5."""
-    host, s, seconds = lab.host(), lab.settings, 0.0
+    host, s, seconds = experiment.host(), experiment.settings, 0.0
     for family in TRAINED:
-        seconds += learn(lab, host, family, lab.splits[family].train, s.steps)
+        seconds += learn(experiment, host, family, experiment.splits[family].train, s.steps)
     return Arm(host, sum(host[f].size for f in TRAINED), s.steps * len(TRAINED), seconds)
 
 
 def learn(
-    lab: Lab, host: mg.Host, name: str, examples: Sequence[Example], steps: int,
+    experiment: Experiment, host: mg.Host, name: str, examples: Sequence[Example], steps: int,
     begin: str | None = None,
 ) -> float:  # fmt: skip
     """Implant a LoRA and train it, from nothing or from where another one ended."""
-    s = lab.settings
+    s = experiment.settings
     host.implant(name, mg.LoRA(rank=s.rank), at=SITES, active=False)
     if begin is not None:
         own, others = host[name].tensors(), host[begin].tensors()
@@ -147,54 +114,67 @@ def learn(
             for key, tensor in own.items():
                 tensor.copy_(others[key])
     with host.using(name):
-        return lab.fit(
-            host, f"modules/{name}", lab.rows(examples), train=name, steps=steps, lr=s.lr_module
+        return experiment.fit(
+            host,
+            f"modules/{name}",
+            experiment.rows(examples),
+            train=name,
+            steps=steps,
+            lr=s.lr_module,
         )
 
 
-def route(lab: Lab, host: mg.Host, name: str, seen: Mapping[str, Sequence[Example]]) -> None:
+def route(
+    experiment: Experiment, host: mg.Host, name: str, seen: Mapping[str, Sequence[Example]]
+) -> None:
     """A mixture that takes for each example the module whose own examples are most like it.
 
     Nothing is trained. A module's embedding depends on its own examples and the frozen T5 alone:
     a family that comes later leaves those of the others as they are.
     """
     host.implant(name, mg.Mixture(list(seen), router=mg.Similarity(k=1)), active=False)
-    few = {family: lab.rows(examples[:EMBEDDED]) for family, examples in seen.items()}
+    few = {family: experiment.rows(examples[:EMBEDDED]) for family, examples in seen.items()}
     mg.embed_tasks(host, name, {family: batches(rows, 64) for family, rows in few.items()})
 
 
 # -- a family more -----------------------------------------------------------------------------
 
 
-def tuned(lab: Lab, key: str, begin: mg.Host, examples: Sequence[Example], steps: int) -> Arm:
+def tuned(
+    experiment: Experiment, key: str, begin: mg.Host, examples: Sequence[Example], steps: int
+) -> Arm:
     """A copy of ``begin``'s T5, all of its weights trained on ``examples``."""
-    host, s = mg.Host(copy.deepcopy(begin.model)), lab.settings
-    seconds = lab.fit(host, key, lab.rows(examples), train="host", steps=steps, lr=s.lr)
+    host, s = mg.Host(copy.deepcopy(begin.model)), experiment.settings
+    seconds = experiment.fit(
+        host, key, experiment.rows(examples), train="host", steps=steps, lr=s.lr
+    )
     return Arm(host, size(host.model), steps, seconds)
 
 
 def added(
-    lab: Lab, host: mg.Host, name: str, examples: Sequence[Example], steps: int,
+    experiment: Experiment, host: mg.Host, name: str, examples: Sequence[Example], steps: int,
     begin: str | None = None,
 ) -> Arm:  # fmt: skip
     """A module more, and a router that knows of it; the others stay as they are."""
-    seconds = learn(lab, host, name, examples, steps, begin)
-    seen = {family: lab.splits[family].train for family in TRAINED}
-    route(lab, host, f"{name}_router", {**seen, name: examples})
+    seconds = learn(experiment, host, name, examples, steps, begin)
+    seen = {family: experiment.splits[family].train for family in TRAINED}
+    route(experiment, host, f"{name}_router", {**seen, name: examples})
     return Arm(host, host[name].size, steps, seconds, f"{name}_router")
 
 
-def rehearsed(lab: Lab, examples: Sequence[Example]) -> list[Example]:
+def rehearsed(experiment: Experiment, examples: Sequence[Example]) -> list[Example]:
     """Examples of the new family, again and again, and as many of the old ones."""
-    old = [e for f in TRAINED for e in lab.splits[f].train[: len(examples)]]
+    old = [e for f in TRAINED for e in experiment.splits[f].train[: len(examples)]]
     return [*examples] * len(TRAINED) + old
 
 
-def sent(lab: Lab, host: mg.Host, router: str, examples: Sequence[Example]) -> dict[str, float]:
+def sent(
+    experiment: Experiment, host: mg.Host, router: str, examples: Sequence[Example]
+) -> dict[str, float]:
     """The share of examples that a router sends to each module, in percent."""
     before = host[router].stats()[0]
     with torch.no_grad():
-        for batch in batches(lab.rows(examples), 64):
+        for batch in batches(experiment.rows(examples), 64):
             host(**batch, modules=router)
     after = host[router].stats()[0]
     return {
@@ -206,58 +186,63 @@ def sent(lab: Lab, host: mg.Host, router: str, examples: Sequence[Example]) -> d
 # -- a seed ------------------------------------------------------------------------------------
 
 
-def known_families(lab: Lab) -> dict[str, Arm]:
+def known_families(experiment: Experiment) -> dict[str, Arm]:
     """The arms that know all families but the new one."""
-    own = modules(lab)
-    route(lab, own.host, "router", {f: lab.splits[f].train for f in TRAINED})
+    own = modules(experiment)
+    route(experiment, own.host, "router", {f: experiment.splits[f].train for f in TRAINED})
     return {
-        "base": Arm(lab.host(), 0, 0, 0.0),
-        "one": one_t5(lab),
-        "lora": one_lora(lab),
+        "base": Arm(experiment.host(), 0, 0, 0.0),
+        "one": one_t5(experiment),
+        "lora": one_lora(experiment),
         "routed": replace(own, modules="router"),
         "oracle": replace(own, modules={f: f for f in TRAINED}),
     }
 
 
-def a_family_more(lab: Lab, one: mg.Host, host: mg.Host) -> dict[str, Arm]:
+def a_family_more(experiment: Experiment, one: mg.Host, host: mg.Host) -> dict[str, Arm]:
     """Every way to add the new family to the one T5 and to the modules."""
-    s, every = lab.settings, lab.splits[NEW].train
-    few, old = every[: s.shots], [e for f in TRAINED for e in lab.splits[f].train]
-    again, like = s.steps * (len(TRAINED) + 1), sent(lab, host, "router", few)
+    s, every = experiment.settings, experiment.splits[NEW].train
+    few, old = every[: s.shots], [e for f in TRAINED for e in experiment.splits[f].train]
+    again, like = s.steps * (len(TRAINED) + 1), sent(experiment, host, "router", few)
     near = max(like, key=lambda name: like[name])
     return {
-        "few_base": tuned(lab, "few_base", lab.host(), few, s.steps_few),
-        "few_one": tuned(lab, "few_one", one, few, s.steps_few),
-        "few_rehearsed": tuned(lab, "few_rehearsed", one, rehearsed(lab, few), s.steps_few),
-        "few_fresh": added(lab, host, "few_fresh", few, s.steps_few),
-        "few_near": added(lab, host, "few_near", few, s.steps_few, near),
-        "all_one": tuned(lab, "all_one", one, every, s.steps),
-        "all_again": tuned(lab, "all_again", lab.host(), old + every, again),
-        "all_module": added(lab, host, "all_module", every, s.steps),
+        "few_base": tuned(experiment, "few_base", experiment.host(), few, s.steps_few),
+        "few_one": tuned(experiment, "few_one", one, few, s.steps_few),
+        "few_rehearsed": tuned(
+            experiment, "few_rehearsed", one, rehearsed(experiment, few), s.steps_few
+        ),
+        "few_fresh": added(experiment, host, "few_fresh", few, s.steps_few),
+        "few_near": added(experiment, host, "few_near", few, s.steps_few, near),
+        "all_one": tuned(experiment, "all_one", one, every, s.steps),
+        "all_again": tuned(experiment, "all_again", experiment.host(), old + every, again),
+        "all_module": added(experiment, host, "all_module", every, s.steps),
     }
 
 
 def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     """One seed: the arms on four families, then the fifth."""
     torch.manual_seed(seed)
-    lab = Lab(folder, settings, seed, TRAINED, NEW)
-    arms, own = known_families(lab), alone(lab)
+    experiment = Experiment(folder, settings, seed, TRAINED, NEW)
+    arms, own = known_families(experiment), alone(experiment)
     rows = {}
     for key, arm in arms.items():
         known = TRAINED if key == "oracle" else (*TRAINED, NEW)
-        rows[key] = {f: lab.right(arm, f) for f in known} | arm.cost
-        rows[key]["reworded"] = mean(lab.right(arm, f, "reworded") for f in TRAINED)
-    rows["alone"] = {f: lab.right(own[f], f) for f in TRAINED}
-    rows["alone"]["reworded"] = mean(lab.right(own[f], f, "reworded") for f in TRAINED)
+        rows[key] = {f: experiment.right(arm, f) for f in known} | arm.cost
+        rows[key]["reworded"] = mean(experiment.right(arm, f, "reworded") for f in TRAINED)
+    rows["alone"] = {f: experiment.right(own[f], f) for f in TRAINED}
+    rows["alone"]["reworded"] = mean(experiment.right(own[f], f, "reworded") for f in TRAINED)
     rows["alone"] |= {k: sum(arm.cost[k] for arm in own.values()) for k in arms["base"].cost}
     host = arms["routed"].host
-    rows["routed"]["sent"] = mean(sent(lab, host, "router", lab.splits[f].test)[f] for f in TRAINED)
-    for key, arm in a_family_more(lab, arms["one"].host, host).items():
-        rows[key] = {f: lab.right(arm, f) for f in (*TRAINED, NEW)} | arm.cost
+    rows["routed"]["sent"] = mean(
+        sent(experiment, host, "router", experiment.splits[f].test)[f] for f in TRAINED
+    )
+    for key, arm in a_family_more(experiment, arms["one"].host, host).items():
+        rows[key] = {f: experiment.right(arm, f) for f in (*TRAINED, NEW)} | arm.cost
         if isinstance(arm.modules, str):
             names = {f: f for f in TRAINED} | {NEW: key}
             rows[key]["sent"] = mean(
-                sent(lab, host, arm.modules, lab.splits[f].test)[m] for f, m in names.items()
+                sent(experiment, host, arm.modules, experiment.splits[f].test)[m]
+                for f, m in names.items()
             )
     for row in rows.values():
         row["four"] = mean(row[f] for f in TRAINED)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +19,9 @@ from modgraft.data.families import Example, Split, plain_texts, split
 from modgraft.data.pairs import Denoising, Pairs, collate
 from modgraft.data.tokenizer import load_tokenizer, save_tokenizer, train_pieces
 from modgraft.models.t5 import copy_init, small_t5
-
-if TYPE_CHECKING:
-    from modgraft.recipes.flan_vs_modules.recipe import Settings
+from modgraft.recipes.flan_vs_modules.settings import Settings
 
 SENTINELS = 8
-
-
 Rows = Pairs | Denoising
 
 
@@ -54,7 +49,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Lab:
+class Experiment:
     """One seed: families divided, a tokenizer, a pretrained T5; all kept in ``folder``.
 
     Attributes:
