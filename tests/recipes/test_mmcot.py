@@ -25,7 +25,6 @@ from modgraft.models.t5 import small_t5
 from modgraft.recipes.mmcot import nets, recipe
 from modgraft.recipes.mmcot import run as mmcot_run
 from modgraft.recipes.mmcot.data import load_questions, load_run_tokenizer, settings_of
-from modgraft.recipes.mmcot.metrics import read_predictions
 from modgraft.recipes.mmcot.nets import load_net, predict
 from modgraft.recipes.mmcot.recipe import DEMO, NETS, ROWS, Net, Settings, nets_of, smaller, surgery
 from modgraft.report.run import read_run
@@ -301,8 +300,7 @@ def test_asking_about_an_image_of_the_test(run: Path) -> None:
     ask = ["mmcot", "ask", image, record.question, *record.choices, "--run", run]
     result = modgraft(*ask, "--hint", record.hint)
     assert result.code in (0, 2), result  # 2: it read no option from what the net wrote
-    (made,) = [p for p in read_predictions(run / "seed0/fused/predictions.jsonl")
-               if p.id == record.id]  # fmt: skip
+    (made,) = [p for p in read_run(run).predictions["fused"][0] if p.id == record.id]
     rationale, _, answer = result.out.partition("Answer")
     assert rationale.split() == ["Rationale", *(made.rationale or "").split()]
     if made.choice is None:

@@ -247,16 +247,10 @@ class SortedBatches(Sampler[list[int]]):
         return iter([made[i] for i in torch.randperm(len(made)).tolist()])
 
 
-def collate(
-    batch: Sequence[tuple[Record, Tensor | None, str | None]],
-    tokenizer: PreTrainedTokenizerBase,
-    form: Form | str,
-    **options: Any,
-) -> dict[str, Any]:
-    """One batch: `Collate(tokenizer, form, **options)(batch)`. For a loader, make a `Collate`
-    once.
-    """
-    return Collate(tokenizer, form, **options)(batch)
+def padded(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
+    """Token ids as int64 `[B, longest]`, padded on the right with `value`."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
 def _kept(words: list[str], count: int, from_end: bool) -> list[str]:

@@ -13,6 +13,7 @@ options). The family `text` has no image and can be answered from the text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,8 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_digits
 
-from modgraft.data.rationale import POSITIONS
+POSITIONS = ("left", "middle", "right")
+"""The places of a strip, from left to right."""
 
 CUT = {"train": slice(0, 1197), "val": slice(1197, 1497), "test": slice(1497, 1797)}
 """Which of scikit-learn's scans each split may show, in their order."""
@@ -341,3 +343,36 @@ _DRAW: dict[str, Callable[[np.random.Generator], _Drawn]] = {
     "even": _even,
     "text": _text,
 }
+
+
+# -- rationales read back --------------------------------------------------------------------
+
+_STATED = re.compile(rf"\b({'|'.join(POSITIONS)}) (\d+)\b")
+_CONCLUSION = re.compile(r"\bso (\w+)")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rationale states.
+
+    Attributes:
+        digits: place -> digit, from the rationale's first sentence (empty where it states none).
+        used: place -> digit, those the question turns on, which the second sentence repeats.
+        conclusion: the value it ends in (`so 7` gives "7"), or None.
+    """
+
+    digits: Mapping[str, int]
+    used: Mapping[str, int]
+    conclusion: str | None
+
+
+def facts(rationale: str) -> Facts:
+    """Read a rationale such as `left 3, middle 7, right 1. middle 7, row 7 K, so K.`
+
+    It never raises: a model writes anything. A place that is stated twice in one sentence counts as
+    first stated.
+    """
+    first, _, rest = rationale.partition(".")
+    digits, used = ({p: int(d) for p, d in reversed(_STATED.findall(s))} for s in (first, rest))
+    found = _CONCLUSION.findall(rationale)
+    return Facts(digits, used, found[-1] if found else None)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -218,10 +217,3 @@ FAMILIES: dict[str, Family] = {
     "signatures": Family("Signatures", _signatures),
     "identifiers": Family("Identifiers", _identifiers),
 }
-
-
-def commonest(examples: Sequence[Example]) -> float:
-    """The share that always writing the commonest target of each task would get right."""
-    tasks = {e.task for e in examples}
-    targets = (Counter(e.target for e in examples if e.task == t) for t in tasks)
-    return sum(max(count.values()) for count in targets) / len(examples)

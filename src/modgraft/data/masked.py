@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from modgraft.data.batches import SortedBatches
-
-
-def padded(rows: Sequence[Sequence[int]], pad: int = 0) -> Tensor:
-    """Ids ``[B, n]`` int64 of ``rows``; n is the longest."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+from modgraft.data.batches import SortedBatches, padded
 
 
 @dataclass(frozen=True)

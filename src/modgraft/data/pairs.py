@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from modgraft.data.batches import IGNORE
+from modgraft.data.batches import IGNORE, padded
 
 SENTINEL = "<extra_id_{}>"
 NOISE, SPAN = 0.15, 3
@@ -108,16 +107,11 @@ def spans_left_out(ids: list[int], sentinels: Sequence[int]) -> tuple[list[int],
 
 def collate(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Padded on the right to the longest of the batch: int64 ``[B, n]``, ``[B, n]``, ``[B, m]``."""
-    inputs = _padded([p.input for p in pairs], 0)
+    inputs = padded([p.input for p in pairs])
     lengths = torch.tensor([len(p.input) for p in pairs])
     mask = (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
     return {
         "input_ids": inputs,
         "attention_mask": mask,
-        "labels": _padded([p.target for p in pairs], IGNORE),
+        "labels": padded([p.target for p in pairs], IGNORE),
     }
-
-
-def _padded(rows: Sequence[list[int]], value: int) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])

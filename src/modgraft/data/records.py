@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, overload
 
 from modgraft.core.errors import DataError, UnknownNameError
+
+if TYPE_CHECKING:  # a report reads records without torch
+    from torch import Tensor
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -82,7 +83,10 @@ class Record:
         for name in _FIELDS:
             if name not in raw:
                 raise DataError(f"the record has no field {name!r}", id=qid, file=file, remedy=_FIX)
-            _check_type(qid, name, raw[name], file)
+            fits, wanted = _TYPES[name]
+            if not fits(raw[name]):
+                reason = f"{name!r} is {raw[name]!r:.60}, not {wanted}"
+                raise DataError(reason, id=qid, file=file, remedy=_FIX)
         values = {name: raw[name] for name in _FIELDS}
         values["choices"] = tuple(raw["choices"])
         try:
@@ -100,23 +104,18 @@ _FIELDS = tuple(f.name for f in dataclasses.fields(Record) if f.name not in ("id
 _FIX = "Correct the entry, or pass skip_bad=True (--skip-bad) to go on without it"
 
 
-def _check_type(qid: str, name: str, value: object, file: str | Path) -> None:
-    if name == "choices":
-        ok, wanted = (
-            isinstance(value, list | tuple) and all(isinstance(v, str) for v in value),
-            "a list of strings",
-        )
-    elif name == "answer":
-        ok, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-    elif name == "image":
-        ok, wanted = (
-            value is None or (isinstance(value, str) and value != ""),
-            "a file name or null",
-        )
-    else:
-        ok, wanted = isinstance(value, str), "a string"
-    if not ok:
-        raise DataError(f"{name!r} is {value!r:.60}, not {wanted}", id=qid, file=file, remedy=_FIX)
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_FIELDS, (_is_text, "a string")),
+    "choices": (lambda v: isinstance(v, list | tuple) and all(map(_is_text, v)),
+                "a list of strings"),
+    "answer": (lambda v: type(v) is int, "a whole number"),
+    "image": (lambda v: v is None or (_is_text(v) and v != ""), "a file name or null"),
+}  # fmt: skip
+"""What the value of each field must be, and how an error calls that."""
 
 
 def _check_record(record: Record) -> None:

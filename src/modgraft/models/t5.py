@@ -21,7 +21,6 @@ def small_t5(
     layers: int = 2,
     decoder_layers: int | None = None,
     dropout: float = 0.0,
-    feed_forward: str = "relu",
     seed: int = 0,
 ) -> T5ForConditionalGeneration:
     """An unchanged `transformers.T5ForConditionalGeneration` of the given shape, with fresh
@@ -34,7 +33,6 @@ def small_t5(
         d_ff: width of the feed-forward layers.
         layers: encoder layers; the decoder has as many unless `decoder_layers` says otherwise.
         dropout: dropout probability, everywhere.
-        feed_forward: "relu" (T5 v1.0) or "gated-gelu" (v1.1).
         seed: decides the weights; the global random state is left as it was.
 
     Raises:
@@ -51,7 +49,6 @@ def small_t5(
         num_decoder_layers=layers if decoder_layers is None else decoder_layers,
         num_heads=heads,
         dropout_rate=dropout,
-        feed_forward_proj=feed_forward,
         pad_token_id=pad_id,
         eos_token_id=eos_id,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -86,13 +85,6 @@ class DigitPatches(nn.Module):
         if not len(strips):
             return torch.zeros(0, PATCHES, FEATURES + POSITION)
         return torch.cat([self(part) for part in strips.split(batch)])
-
-    @torch.no_grad()
-    def read(self, strips: Tensor | np.ndarray) -> Tensor:
-        """Strips [N, 8, 24] -> the digits that the network itself sees, int64 [N, 3]."""
-        strips = torch.as_tensor(strips, dtype=torch.float32)
-        digits = strips.reshape(-1, 8, 3, 8).transpose(1, 2).reshape(-1, 8, 8)
-        return self.logits(digits).mean(1).argmax(-1).reshape(-1, 3)
 
 
 def _layer(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
@@ -242,15 +234,3 @@ def read_strip(path: str | Path) -> Tensor:
     strip = ((strip - low) / (high - low)).float()
     # paper is what there is more of; here ink is to be high
     return 1 - strip if float(strip.mean()) > 0.5 else strip
-
-
-def vision_accuracy(net: DigitPatches, split: str) -> dict[str, Any]:
-    """Share of a split's digits read right, in 0..1: `digit` by four patches' mean, `patch` by
-    each."""
-    images, labels = (torch.from_numpy(a[CUT[split]]) for a in scans())
-    with torch.no_grad():
-        logits = net.logits(images)
-    return {
-        "digit": float((logits.mean(1).argmax(-1) == labels).float().mean()),
-        "patch": float((logits.argmax(-1) == labels[:, None]).float().mean()),
-    }

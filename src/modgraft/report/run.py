@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from modgraft.core.errors import DataError, MissingFileError
+from modgraft.data.records import Skipped
 
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -60,14 +61,6 @@ class Row(_Model):
         if self.leak is None:
             return "teacher" in self.key and "forced" in self.key
         return self.leak
-
-
-class Skipped(_Model):
-    """A question that was left out as bad, and why."""
-
-    id: str
-    file: str
-    reason: str
 
 
 class Results(_Model):

@@ -13,10 +13,9 @@ from modgraft.core.files import read_json
 from modgraft.data.extract import encode_images, open_image
 from modgraft.data.extract import load_vision as load_any_vision
 from modgraft.data.records import LETTERS, Questions, Record
-from modgraft.data.text import FORMS, rationale_of
+from modgraft.data.text import FORMS, extract_answer, rationale_of
 from modgraft.models.vision import load_vision, read_strip
 from modgraft.recipes.mmcot.data import is_file, load_run_tokenizer, settings_of
-from modgraft.recipes.mmcot.metrics import Prediction
 from modgraft.recipes.mmcot.nets import card_of, load_net
 from modgraft.recipes.mmcot.recipe import NETS, Net, Settings, write
 
@@ -64,7 +63,7 @@ def ask(
     thoughts = _told(folder, seed, "stage1", questions, tokenizer, settings, None)
     told = rationale_of(thoughts["asked"], FORMS[settings.rationale])
     answers = _told(folder, seed, "stage2", questions, tokenizer, settings, {"asked": told})
-    return told, answers["asked"], Prediction.of(record, answers["asked"]).choice
+    return told, answers["asked"], extract_answer(answers["asked"], record.choices)
 
 
 def _seed(folder: Path, seed: int | None) -> int:

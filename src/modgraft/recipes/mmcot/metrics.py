@@ -7,147 +7,58 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from modgraft.core.errors import DataError, MissingFileError
+from modgraft.core.errors import DataError
 from modgraft.core.files import write_text
+from modgraft.data.digits import Facts
 from modgraft.data.records import Record
 from modgraft.data.text import extract_answer, squeeze
+from modgraft.report.run import Prediction
 
 ErrorClass = Literal["perception", "reasoning", "option mapping", "format"]
 ERRORS: tuple[ErrorClass, ...] = ("perception", "reasoning", "option mapping", "format")
 """The steps at which an answer can go wrong, in their order."""
 
 
-class Facts(Protocol):
-    """What a rationale states: the digits by place, those that the question turns on, a
-    conclusion.
-    """
-
-    @property
-    def digits(self) -> Mapping[str, int]: ...  # noqa: D102
-    @property
-    def used(self) -> Mapping[str, int]: ...  # noqa: D102
-    @property
-    def conclusion(self) -> str | None: ...  # noqa: D102
-
-
 ReadFacts = Callable[[str], Facts]
+"""Reads what a rationale states, as `modgraft.data.digits.facts` does for DigitsQA."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What a model made of one question: a line of `predictions.jsonl`.
+def grade_answer(
+    record: Record, text: str, *, rationale: str | None = None, gold_rationale: str | None = None,
+    facts: ReadFacts | None = None,
+) -> Prediction:  # fmt: skip
+    """Read the answer from what a model wrote, and grade it.
 
-    `image` says whether the question has one; `text` is what the answering stage wrote, `choice`
-    the option it states (None: none could be read, a wrong answer), `error` the step that failed,
-    where that can be told. `rationale` and `gold_rationale` are None where there is no rationale.
+    Args:
+        record: The question.
+        text: What the answering stage wrote.
+        rationale: The rationale that the answering stage read, or wrote before its answer.
+        gold_rationale: The true rationale in the same text form.
+        facts: Reads a rationale's facts; with it, a wrong answer is classified.
     """
-
-    id: str
-    category: str
-    question: str
-    choices: tuple[str, ...]
-    answer: int
-    image: bool
-    gold_rationale: str | None
-    rationale: str | None
-    text: str
-    choice: int | None
-    correct: bool
-    error: ErrorClass | None
-
-    @classmethod
-    def of(
-        cls,
-        record: Record,
-        text: str,
-        *,
-        rationale: str | None = None,
-        gold_rationale: str | None = None,
-        facts: ReadFacts | None = None,
-    ) -> Prediction:
-        """The prediction that `text`, the answering stage's output, makes for `record`.
-
-        Args:
-            record: The question.
-            text: What was written; the answer is read from it, among the actual choices.
-            rationale: The rationale written before, or read by, the answering stage.
-            gold_rationale: The true one, of the same text form.
-            facts: Reads a rationale's facts; with it a wrong answer is classified.
-        """
-        choice = extract_answer(text, record.choices)
-        return cls(
-            id=record.id,
-            category=record.category,
-            question=record.question,
-            choices=record.choices,
-            answer=record.answer,
-            image=record.image is not None,
-            gold_rationale=gold_rationale,
-            rationale=rationale,
-            text=text,
-            choice=choice,
-            correct=choice == record.answer,
-            error=classify_error(record, gold_rationale, rationale, choice, facts),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The prediction as a JSON object."""
-        return asdict(self) | {"choices": list(self.choices)}
-
-    @classmethod
-    def from_json(
-        cls, raw: Mapping[str, Any], *, file: str | Path = "predictions.jsonl"
-    ) -> Prediction:
-        """The inverse of `to_json`.
-
-        Raises:
-            DataError: fields are missing, or there are others.
-        """
-        names = {f.name for f in fields(cls)}
-        if set(raw) != names:
-            reason = f"its fields are not a prediction's: {sorted(names.symmetric_difference(raw))}"
-            raise DataError(reason, id=str(raw.get("id")), file=file, remedy="Evaluate again")
-        return cls(**{**raw, "choices": tuple(raw["choices"])})
+    choice = extract_answer(text, record.choices)
+    return Prediction(
+        id=record.id, category=record.category, question=record.question,
+        choices=list(record.choices), answer=record.answer, image=record.image is not None,
+        gold_rationale=gold_rationale, rationale=rationale, text=text, choice=choice,
+        correct=choice == record.answer,
+        error=classify_error(record, gold_rationale, rationale, choice, facts),
+    )  # fmt: skip
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
-    """Write `predictions.jsonl`, one JSON object a line, whole or not at all."""
-    lines = [json.dumps(p.to_json(), ensure_ascii=False, allow_nan=False) for p in predictions]
+    """Write `predictions.jsonl`: one JSON object a line, the whole file or nothing."""
+    lines = [json.dumps(p.model_dump(), ensure_ascii=False, allow_nan=False) for p in predictions]
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def read_predictions(path: str | Path) -> list[Prediction]:
-    """Read what `write_predictions` wrote.
-
-    Raises:
-        MissingFileError: no such file.
-        DataError: a line that is not a prediction.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError("there is no such file", file=path, remedy="Evaluate the run first")
-    out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}, line {number}"
-        try:
-            raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            reason = f"not JSON: {error.msg}"
-            raise DataError(reason, file=where, remedy="Evaluate again") from error
-        if not isinstance(raw, dict):
-            raise DataError("not a JSON object", file=where, remedy="Evaluate again")
-        out.append(Prediction.from_json(raw, file=where))
-    return out
-
-
-def _grade(record: Record) -> int | None:
+def _school_grade(record: Record) -> int | None:
     found = re.fullmatch(r"grade\s?(\d+)", record.grade)
     return int(found[1]) if found else None
 
@@ -159,8 +70,8 @@ COLUMNS: dict[str, Callable[[Record], bool]] = {
     "TXT": lambda r: bool(r.hint),
     "IMG": lambda r: r.image is not None,
     "NO": lambda r: not r.hint and r.image is None,
-    "G1-6": lambda r: (_grade(r) or 0) in range(1, 7),
-    "G7-12": lambda r: (_grade(r) or 0) in range(7, 13),
+    "G1-6": lambda r: (_school_grade(r) or 0) in range(1, 7),
+    "G7-12": lambda r: (_school_grade(r) or 0) in range(7, 13),
     "Avg": lambda r: True,
 }
 """Column to the questions it is over (Lu et al. 2022): TXT has a hint, IMG an image, NO neither."""
@@ -180,13 +91,11 @@ def accuracy_by_column(
     """
     for record in records:
         if record.id not in correct:
-            raise DataError("the question has no prediction", id=record.id, remedy=_ALL)
+            remedy = "Predict every question: the accuracy over a part is not the accuracy"
+            raise DataError("the question has no prediction", id=record.id, remedy=remedy)
     return {
         name: percent(correct[r.id] for r in records if has(r)) for name, has in COLUMNS.items()
     }
-
-
-_ALL = "Predict every question: the accuracy over a part is not the accuracy"
 
 
 def percent(hits: Iterable[bool | float]) -> float | None:
@@ -302,16 +211,8 @@ def evaluate_predictions(
     Raises:
         DataError: a question without a prediction, a prediction without a question, or two for one.
     """
-    made = {p.id: p for p in predictions}
-    if len(made) != len(predictions):
-        twice = next(i for i, n in Counter(p.id for p in predictions).items() if n > 1)
-        raise DataError("the question has several predictions", id=twice, remedy="Keep one")
-    known = {record.id for record in records}
-    for qid in made:
-        if qid not in known:
-            remedy = "Evaluate with the questions that were predicted"
-            raise DataError("a prediction for an unknown question", id=qid, remedy=remedy)
-    columns = accuracy_by_column(records, {qid: p.correct for qid, p in made.items()})
+    _check_complete(predictions, records)
+    columns = accuracy_by_column(records, {p.id: p.correct for p in predictions})
     families = dict.fromkeys(record.category for record in records)
     wrong = [p for p in predictions if not p.correct]
     return {
@@ -330,6 +231,18 @@ def evaluate_predictions(
         "seconds": seconds,
         "n": len(records),
     }
+
+
+def _check_complete(predictions: Sequence[Prediction], records: Sequence[Record]) -> None:
+    """Refuse predictions that are not exactly one for each question."""
+    counts = Counter(p.id for p in predictions)
+    known = {record.id for record in records}
+    for qid, count in counts.items():
+        if count > 1:
+            raise DataError("the question has several predictions", id=qid, remedy="Keep one")
+        if qid not in known:
+            remedy = "Evaluate with the questions that were predicted"
+            raise DataError("a prediction for an unknown question", id=qid, remedy=remedy)
 
 
 def _closed(text: str) -> str:

@@ -16,9 +16,9 @@ from transformers import T5ForConditionalGeneration
 import modgraft as mg
 from modgraft.core.errors import CheckpointError
 from modgraft.core.files import read_json, write_json
-from modgraft.data.rationale import facts
+from modgraft.data.digits import facts
 from modgraft.data.records import Questions
-from modgraft.data.text import find_form, rationale_of
+from modgraft.data.text import find_form, gold_rationale, rationale_of
 from modgraft.recipes.mmcot.data import (
     load_questions,
     load_run_tokenizer,
@@ -26,7 +26,7 @@ from modgraft.recipes.mmcot.data import (
     reads_features,
     settings_of,
 )
-from modgraft.recipes.mmcot.metrics import Prediction
+from modgraft.recipes.mmcot.metrics import grade_answer
 from modgraft.recipes.mmcot.recipe import (
     NETS,
     Row,
@@ -38,6 +38,7 @@ from modgraft.recipes.mmcot.recipe import (
     train,
     write,
 )
+from modgraft.report.run import Prediction
 from modgraft.store.fingerprint import fingerprint
 
 GATES = 6
@@ -131,9 +132,9 @@ def predict(
     form = find_form(getattr(settings, answering.reads))
     if answering.reads == "explain":
         thoughts = {qid: rationale_of(text, form) for qid, text in texts.items()}
-        gold = {r.id: rationale_of(form.target(r), form) for r in questions}
+        gold = {r.id: gold_rationale(r, form) for r in questions}
     return [
-        Prediction.of(
+        grade_answer(
             record, texts[record.id],
             rationale=None if thoughts is None else thoughts[record.id],
             gold_rationale=None if thoughts is None else gold[record.id],

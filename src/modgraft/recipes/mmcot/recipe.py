@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
 import modgraft as mg
 from modgraft.data.batches import Collate, QADataset, SortedBatches
 from modgraft.data.records import Questions
-from modgraft.data.text import find_form, rationale_of
+from modgraft.data.text import find_form, gold_rationale, rationale_of
 from modgraft.models.t5 import copy_init, small_t5
 
 
@@ -240,7 +240,7 @@ def train(
 def gold_rationales(questions: Questions, settings: Settings) -> dict[str, str]:
     """Id → the true rationale in the very form that stage 1 learns to write."""
     form = find_form(settings.rationale)
-    return {record.id: rationale_of(form.target(record), form) for record in questions}
+    return {record.id: gold_rationale(record, form) for record in questions}
 
 
 def _seen(questions: Questions, net: Net) -> Questions:

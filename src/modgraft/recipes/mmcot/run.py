@@ -22,7 +22,7 @@ from rich.console import Console
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, UnknownNameError
 from modgraft.core.files import read_json, write_json
-from modgraft.data.rationale import facts
+from modgraft.data.digits import facts
 from modgraft.recipes.mmcot.data import (
     check,
     images_made,
@@ -87,7 +87,7 @@ def run(
     for before, seed in zip([None, *seeds], seeds, strict=False):
         if not evaluate_only:
             todo += _training(folder, settings, rows, seed, before)
-        todo += _testing(folder, settings, rows, seed, again=evaluate_only)
+        todo += _testing(folder, rows, seed, again=evaluate_only)
     path, done = folder / "results.json", all(job.done for job in todo)
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     shown = {"rows": [r["key"] for r in results.get("rows", [])], "seeds": results.get("seeds")}
@@ -171,9 +171,7 @@ def _training(
     return made
 
 
-def _testing(
-    folder: Path, settings: Settings, rows: Sequence[str], seed: int, *, again: bool
-) -> list[Job]:
+def _testing(folder: Path, rows: Sequence[str], seed: int, *, again: bool) -> list[Job]:
     home = folder / f"seed{seed}"
     return [
         Job(
