@@ -181,9 +181,9 @@ def _path(name: str | None) -> str | None:
 
 def _show(run: Path, console: Console) -> None:
     from modgraft.core.files import read_json
-    from modgraft.report.terminal import show
+    from modgraft.report.table import print_results
 
-    show(run, console)
+    print_results(run, console)
     results = read_json(run / "results.json", what="results", remedy="modgraft mmcot train")
     lines, skipped = list(results.get("notes", [])), results.get("skipped", [])
     if skipped:

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure as Canvas
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from modgraft.core.errors import ModgraftError
-from modgraft.report.figures import Picture, Scheme, draw
+from modgraft.report.figures import Picture, Scheme, draw, heat_map
 
 if TYPE_CHECKING:  # a page needs no torch
     from modgraft.training.procedures.continual import Continual
@@ -64,24 +63,14 @@ def continual_figure(records: Mapping[str, Continual]) -> Picture:
     tasks = every[0].tasks
 
     def paint(canvas: Canvas, scheme: Scheme) -> None:
-        ramp = LinearSegmentedColormap.from_list(
-            "accuracy", [to_rgb(scheme.paper), to_rgb(scheme.series[0])]
-        )
         grid = canvas.subplots(1, len(every), sharey=True, squeeze=False)[0]
         for axes, (name, record) in zip(grid, records.items(), strict=True):
             values = np.array([record.start, *record.matrix])
-            axes.imshow(values, cmap=ramp, vmin=0, vmax=1, aspect="auto")
-            for (row, column), value in np.ndenumerate(values):
-                ink = scheme.paper if value > 0.7 else scheme.ink
-                axes.text(
-                    column, row, f"{100 * value:.0f}", ha="center", va="center", color=ink,
-                    fontsize=8.5,
-                )  # fmt: skip
+            texts = [[f"{100 * value:.0f}" for value in row] for row in values]
+            heat_map(axes, scheme, values, texts)
             axes.set_xticks(range(len(tasks)), tasks)
             axes.set_yticks(range(len(tasks) + 1), [START, *(f"after {task}" for task in tasks)])
             axes.set_title(f"{name}: forgetting {100 * record.forgetting:.1f}")
-            axes.grid(visible=False)
-            axes.tick_params(length=0)
 
     lost = "; ".join(f"{name} forgets {100 * r.forgetting:.1f}" for name, r in records.items())
     alt = f"Accuracy on {', '.join(tasks)} after each: {lost}"

@@ -14,12 +14,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from modgraft.report.numbers import Figure, Read, figure
 from modgraft.report.run import Metrics, Point, Row
+from modgraft.report.statistics import Figure, Read, figure
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,23 @@ def _style(scheme: Scheme) -> dict[Any, Any]:
     }
 
 
+def heat_map(
+    axes: Axes, scheme: Scheme, shares: np.ndarray, texts: Sequence[Sequence[str]]
+) -> None:
+    """Paint shares [rows, columns] in 0..1, each with its text; a row of NaN stays empty."""
+    ramp = LinearSegmentedColormap.from_list(
+        "share", [to_rgb(scheme.paper), to_rgb(scheme.series[0])]
+    )
+    axes.imshow(shares, cmap=ramp, vmin=0, vmax=1, aspect="auto")
+    for y, (row, words) in enumerate(zip(shares, texts, strict=True)):
+        for x, (share, word) in enumerate(zip(row, words, strict=False)):
+            if not math.isnan(share):
+                ink = scheme.paper if share > 0.7 else scheme.ink
+                axes.text(x, y, word, ha="center", va="center", color=ink, fontsize=8.5)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+
+
 def overview(rows: Sequence[Row], read: Read, level: float | None, what: str) -> Picture | None:
     """One line a row: every seed a dot, the mean a bar, chance a dashed line. None without data."""
     found = [(row, value) for row in rows if (value := figure(row, read)) is not None]
@@ -182,17 +200,8 @@ def bars(
         for index, (_, found) in enumerate(values):
             for group, value in enumerate(found):
                 at = group - 0.4 + width * (index + 0.5)
-                if value is None:
-                    axes.text(at, 1, "–", ha="center", color=scheme.faint)
-                    continue
-                axes.bar(at, value.mean, width * 0.86, color=shades[index])
-                low, high = max(0.0, value.mean - (value.spread or 0)), value.mean
-                if value.spread:
-                    high = value.mean + value.spread
-                    axes.plot([at, at], [low, high], color=scheme.ink, lw=1)
-                if len(values) * len(names) <= 24:
-                    axes.text(at, high + 1, f"{value.mean:.0f}", ha="center", va="bottom",
-                              fontsize=8)  # fmt: skip
+                labelled = len(values) * len(names) <= 24
+                _bar(axes, scheme, value, at, width * 0.86, shades[index], labelled)
         for group, name in enumerate(names):
             if name in level:
                 axes.hlines(level[name], group - 0.46, group + 0.46, color=scheme.ink, lw=1.2,
@@ -223,6 +232,25 @@ def bars(
         for row, found in values
     )
     return draw((7.8, 3.1), f"Accuracy by {what}, in percent. " + "; ".join(spoken), paint)
+
+
+def _bar(
+    axes: Axes, scheme: Scheme, value: Figure | None, at: float, width: float, shade: str,
+    labelled: bool,
+) -> None:  # fmt: skip
+    """Draw one bar with its whisker and, if ``labelled``, its mean; a dash where there is none."""
+    if value is None:
+        axes.text(at, 1, "–", ha="center", color=scheme.faint)
+        return
+    axes.bar(at, value.mean, width, color=shade)
+    spread = value.spread or 0.0
+    if spread:
+        ends = [max(0.0, value.mean - spread), value.mean + spread]
+        axes.plot([at, at], ends, color=scheme.ink, lw=1)
+    if labelled:
+        axes.text(
+            at, value.mean + spread + 1, f"{value.mean:.0f}", ha="center", va="bottom", fontsize=8
+        )
 
 
 MOST_BARS = len(LIGHT.series)

@@ -14,10 +14,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from modgraft.report import figures, looks, mistakes
+from modgraft.report import attention, figures, wrong_answers
 from modgraft.report.figures import Picture
-from modgraft.report.numbers import Chance, chance_of, figure, first_row
 from modgraft.report.run import Metrics, Results, Row, Run, read_run
+from modgraft.report.statistics import Chance, chance_of, figure
 from modgraft.report.table import build
 
 MOST_QUESTIONS = 6
@@ -71,7 +71,7 @@ def _render(run: Run, pictures: dict[str, Picture]) -> str:
         content |= _results(run, results, chance, pictures)
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                       lstrip_blocks=True)  # fmt: skip
-    env.filters |= {"png": looks.data_uri, "compact": _compact, "moment": _moment}
+    env.filters |= {"png": attention.data_uri, "compact": _compact, "moment": _moment}
     source = files("modgraft.report")
     # The style sheet is the package's own text; it is the only thing that is not escaped.
     style = Markup((source / "page.css").read_text("utf-8"))  # noqa: S704
@@ -94,7 +94,7 @@ def _results(
     levels = {"Avg": chance.all} if chance else {}
     if chance and chance.image is not None:
         levels["IMG"] = chance.image
-    main = first_row(results)
+    main = next((row for row in results.rows if row.group == "main" and row.seeds), None)
     seed, predictions = min(run.predictions.get(main.key, {}).items(), default=(None, [])) if (
         main is not None
     ) else (None, [])  # fmt: skip
@@ -110,8 +110,8 @@ def _results(
         ],
         "main": main,
         "tiles": _tiles(main, chance) if main is not None else [],
-        "counts": mistakes.counts(run, results),
-        "classes": mistakes.examples(run, predictions),
+        "counts": wrong_answers.counts(run, results),
+        "classes": wrong_answers.examples(run, predictions),
         "examples_seed": seed,
         "answered": len(predictions),
     }
@@ -172,8 +172,8 @@ def _curves(run: Run, pictures: dict[str, Picture]) -> list[tuple[str, Picture |
     return curves
 
 
-def _gates(run: Run, pictures: dict[str, Picture]) -> list[looks.Question]:
-    shown = [looks.question(seed, gate) for seed, gate in run.gates[:MOST_QUESTIONS]]
+def _gates(run: Run, pictures: dict[str, Picture]) -> list[attention.QuestionView]:
+    shown = [attention.view(seed, gate) for seed, gate in run.gates[:MOST_QUESTIONS]]
     for each in shown:
         pictures[f"gate-{each.seed}-{_safe(each.gate.id)}"] = each.picture
     return shown

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from modgraft.core.errors import DataError
-from modgraft.report.numbers import Chance, Read, best, chance_of, count, figure, seconds
-from modgraft.report.run import Results, Row, check, read_run
+from modgraft.report.run import Results, Row, check, read_results, read_run
+from modgraft.report.statistics import Chance, Read, best, chance_of, figure
 
 GROUPS = {
     "main": "Models",
@@ -23,19 +28,23 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, what it reads, and whether it is an accuracy, where a row can win."""
+    """A column: its title on the page and in the terminal, what it reads, and whether rows compete.
+
+    Rows compete for the highest accuracy; no other figure makes one the best.
+    """
 
     title: str
+    short: str
     read: Read
     wins: bool = False
 
 
 PERCENT = (
-    Column("Image questions", lambda m: m.image, wins=True),
-    Column("All questions", lambda m: m.accuracy, wins=True),
-    Column("ROUGE-L", lambda m: m.rouge_l),
-    Column("Exact rationale", lambda m: m.exact),
-    Column("Facts", lambda m: m.facts),
+    Column("Image questions", "Image", lambda m: m.image, wins=True),
+    Column("All questions", "All", lambda m: m.accuracy, wins=True),
+    Column("ROUGE-L", "ROUGE-L", lambda m: m.rouge_l),
+    Column("Exact rationale", "Exact", lambda m: m.exact),
+    Column("Facts", "Facts", lambda m: m.facts),
 )
 
 
@@ -57,7 +66,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     """Lines by group, in `GROUPS`' order; `dropped` are columns that no row has."""
 
     columns: list[str]
@@ -67,7 +76,7 @@ class Table:
     remarks: list[str]
 
 
-def build(results: Results, chance: Chance | None = None) -> Table:
+def build(results: Results, chance: Chance | None = None) -> ResultTable:
     """Lay out results: percent as mean ± spread over seeds, then trained parameters and time."""
     kept = [c for c in PERCENT if any(figure(row, c.read) for row in results.rows)]
     winners = {c.title: best(results.rows, c.read) for c in kept if c.wins}
@@ -81,7 +90,7 @@ def build(results: Results, chance: Chance | None = None) -> Table:
         known = {"Image questions": chance.image, "All questions": chance.all}
         row = [known.get(column.title) for column in kept]
         guess = [NONE if value is None else f"{value:.1f}" for value in row] + [NONE, NONE]
-    return Table(
+    return ResultTable(
         [c.title for c in kept] + ["Trained parameters", "Time"],
         groups,
         guess,
@@ -188,15 +197,20 @@ def table(results: Results | Mapping[str, Any] | Path | str) -> str:
 
 def families(results: Results) -> str:
     """Accuracy by family as Markdown, mean ± spread over seeds, a row a line."""
-    names = list(
-        dict.fromkeys(f for row in results.rows for m in row.seeds.values() for f in m.families)
-    )
+    names = _family_names(results)
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for row in results.rows:
         cells = [figure(row, lambda m, name=name: m.families.get(name)) for name in names]
         shown = " | ".join(NONE if cell is None else str(cell) for cell in cells)
         lines.append(f"| {_plain(row.title)}{' (leak)' if row.leaks else ''} | {shown} |")
     return "\n".join(lines)
+
+
+def _family_names(results: Results) -> list[str]:
+    """The families that any row has an accuracy of, each once, in order."""
+    return list(
+        dict.fromkeys(f for row in results.rows for m in row.seeds.values() for f in m.families)
+    )
 
 
 def _plain(text: str) -> str:
@@ -225,3 +239,52 @@ def insert(page: Path, name: str, text: str) -> None:
     draft = page.with_name(page.name + ".new")
     draft.write_text(new, "utf-8")
     draft.replace(page)
+
+
+def count(number: float | None) -> str:
+    """A number of parameters for reading: 1.04 M, 37 k, 512."""
+    if number is None:
+        return "–"
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            value = number / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return f"{number:.0f}"
+
+
+def seconds(number: float | None) -> str:
+    """A duration for reading: 48 s, 8.6 min, 2.1 h."""
+    if number is None:
+        return "–"
+    if number < 90:
+        return f"{number:.0f} s"
+    return f"{number / 60:.1f} min" if number < 5400 else f"{number / 3600:.1f} h"
+
+
+# -- in the terminal ---------------------------------------------------------------------------
+
+
+def print_results(run: Path, console: Console) -> None:
+    """Print every row's figures, mean over seeds, then its accuracy by family."""
+    results = read_results(run / "results.json")
+    families: dict[str, Read] = {
+        f: lambda m, f=f: m.families.get(f) for f in _family_names(results)
+    }
+    seeds = ", ".join(map(str, results.seeds))
+    title = f"Test questions, decoded freely, percent; seed {seeds}"
+    console.print(_printed(title, results, {c.short: c.read for c in PERCENT}))
+    console.print(_printed("Accuracy by family", results, families))
+
+
+def _printed(title: str, results: Results, columns: dict[str, Read]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in results.rows:
+        leak = " [red](leak)[/red]" if row.leaks else ""
+        found = [figure(row, read) for read in columns.values()]
+        cells = [NONE if value is None else f"{value.mean:.1f}" for value in found]
+        style = "bold" if row.group == "main" else None
+        table.add_row(escape(row.title) + leak, *cells, style=style)
+    return table

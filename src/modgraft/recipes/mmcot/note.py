@@ -12,8 +12,8 @@ from modgraft.core.files import read_json
 from modgraft.log.record.runs import RunNote, code, listed, plain, recorded, settings_row
 from modgraft.recipes.mmcot.data import load_questions
 from modgraft.recipes.mmcot.recipe import ROWS, Settings, nets_of
-from modgraft.report.numbers import chance_of, figure
 from modgraft.report.run import Results, check, read_run
+from modgraft.report.statistics import chance_of, figure
 from modgraft.report.table import Line, build
 
 MARK = {"main": "", "ablation": " (ablation)", "control": " (control)"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from modgraft.report.run import Metrics, Prediction, Results, Row, Run
+from modgraft.report.run import Metrics, Prediction, Row, Run
 
 Read = Callable[[Metrics], float | None]
 
@@ -118,28 +118,3 @@ def chance_of(run: Run) -> Chance | None:
             if predictions:
                 return Chance.of(predictions)
     return None
-
-
-def first_row(results: Results) -> Row | None:
-    """The row that the run is about: the first of group "main" that was run."""
-    return next((row for row in results.rows if row.group == "main" and row.seeds), None)
-
-
-def count(number: float | None) -> str:
-    """A number of parameters for reading: 1.04 M, 37 k, 512."""
-    if number is None:
-        return "–"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            value = number / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-    return f"{number:.0f}"
-
-
-def seconds(number: float | None) -> str:
-    """A duration for reading: 48 s, 8.6 min, 2.1 h."""
-    if number is None:
-        return "–"
-    if number < 90:
-        return f"{number:.0f} s"
-    return f"{number / 60:.1f} min" if number < 5400 else f"{number / 3600:.1f} h"

@@ -37,7 +37,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Look:
+class AttentionImage:
     """One token's attention over the patches, as an image."""
 
     token: Token
@@ -46,13 +46,13 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Question:
+class QuestionView:
     """One question with all that is shown of it; `picture` is the same on one sheet."""
 
     seed: int
     gate: Gate
     strip: str
-    looks: list[Look]
+    images: list[AttentionImage]
     tokens: list[Token]
     peak: float
     even: float
@@ -94,7 +94,7 @@ def overlay(gate: Gate, token: int, peak: float) -> np.ndarray:
     return _paper(ink) * (1 - strength * (1 - TINT / 255))
 
 
-def question(seed: int, gate: Gate) -> Question:
+def view(seed: int, gate: Gate) -> QuestionView:
     """Lay one question out: the tokens whose gates open widest, and where they looked."""
     plain = [_plain(token) for token in gate.tokens]
     chosen = _choose(gate, [text for text, _ in plain])
@@ -111,11 +111,12 @@ def question(seed: int, gate: Gate) -> Question:
         strength = LOWEST + (HIGHEST - LOWEST) * share
         return Token(text, gate.gate[i], strength, spaced or not marked, i in chosen)
 
-    looks = [
-        Look(token(i), enlarged(overlay(gate, i, peak)), max(gate.attention[i])) for i in chosen
+    images = [
+        AttentionImage(token(i), enlarged(overlay(gate, i, peak)), max(gate.attention[i]))
+        for i in chosen
     ]
-    return Question(
-        seed, gate, enlarged(gate.image), looks, [token(i) for i in shown], peak,
+    return QuestionView(
+        seed, gate, enlarged(gate.image), images, [token(i) for i in shown], peak,
         1 / len(gate.attention[0]), lowest, highest, _sheet(gate, chosen, plain, peak),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from modgraft.report.looks import enlarged
+from modgraft.report.attention import enlarged
 from modgraft.report.run import Prediction, Results, Row, Run
 
 MEANINGS = {
@@ -41,7 +41,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Class:
+class ErrorClass:
     """One class of error with its first examples, out of `total` in the predictions shown."""
 
     name: str
@@ -86,7 +86,7 @@ def _per_seed(run: Run, row: Row) -> Sequence[Mapping[str, int]]:
     ]
 
 
-def examples(run: Run, predictions: Iterable[Prediction]) -> list[Class]:
+def examples(run: Run, predictions: Iterable[Prediction]) -> list[ErrorClass]:
     """Group wrong answers by class, the most frequent first, and lay the first of each out."""
     grouped: dict[str, list[Prediction]] = {}
     for each in predictions:
@@ -95,7 +95,7 @@ def examples(run: Run, predictions: Iterable[Prediction]) -> list[Class]:
     classes = []
     for name, members in sorted(grouped.items(), key=lambda item: -len(item[1])):
         shown = [_example(run, each) for each in _varied(members)]
-        classes.append(Class(name, MEANINGS.get(name, ""), len(members), shown))
+        classes.append(ErrorClass(name, MEANINGS.get(name, ""), len(members), shown))
     return classes
 
 
