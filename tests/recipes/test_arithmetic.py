@@ -33,7 +33,6 @@ from modgraft.recipes.arithmetic.recipe import (
     CURVES,
     HABITS,
     ROWS,
-    Settings,
     choose,
     compositions,
     implant_all,
@@ -47,7 +46,7 @@ from modgraft.recipes.arithmetic.recipe import (
 from modgraft.report.figures import draw
 
 TINY = replace(
-    recipe.smaller(Settings(), 0.02),
+    recipe.RECIPE.smaller(0.02),
     vocabulary=400, width=48, layers=2, length=48, steps=60, lr=6e-3, module_steps=25,
     ascent_steps=8, weights="0.5 1", prompt=8, written=12, tried=8, tested=8, tried_windows=8,
     tested_windows=8, questions=8,

@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     folder = tmp_path_factory.mktemp("run")
     asked = {"recipe": "flan_vs_modules", "settings": asdict(TINY), "seeds": [0]}
     write_json(folder / "run.json", asked)
-    trials.one("flan_vs_modules", folder, 0)
+    trials.run_seed("flan_vs_modules", folder, 0)
     return folder, trials.run(trials.recipe("flan_vs_modules"), folder, TINY, [0], jobs=1)
 
 

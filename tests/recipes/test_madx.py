@@ -23,14 +23,13 @@ from modgraft.recipes.madx.recipe import (
     Settings,
     corpus_of,
     pretrained,
-    smaller,
     stacked,
     trial,
 )  # fmt: skip
 from modgraft.report.figures import LIGHT
 
 TINY = replace(
-    smaller(Settings(), 0.005), known="en de", targets="eu hu", width=32, layers=1, vocab=900,
+    RECIPE.smaller(0.005), known="en de", targets="eu hu", width=32, layers=1, vocab=900,
     names=20,
 )  # fmt: skip
 
@@ -123,6 +122,6 @@ def test_the_frame_knows_it_and_it_draws(run: dict[str, Any]) -> None:
 
 
 def test_a_quick_look_is_a_share_of_the_steps() -> None:
-    quick = smaller(Settings(), 0.1)
+    quick = RECIPE.smaller(0.1)
     assert quick.steps_host == round(0.1 * Settings().steps_host)
     assert quick.targets == Settings().targets

@@ -55,7 +55,7 @@ def recipe(
             console.print(f"[bold]{known}[/bold]  {trials.recipe(known).title}", highlight=False)
         return
     what = trials.recipe(name)
-    settings = what.settings if quick == 1 else what.smaller(what.settings, quick)
+    settings = what.settings if quick == 1 else what.smaller(quick)
     settings = replace(settings, **changes(settings, change or []))
     folder = run or Path("runs") / name
     if fresh:

@@ -153,10 +153,10 @@ def digits_qa(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """One drawn question, before it is written as a record."""
+    """One drawn question; a record's rationale first states all three digits, if there are any."""
 
     question: str
-    choices: list[str]
+    choices: list[Any]
     answer: int
     rationale: str
     hint: str = ""
@@ -164,10 +164,13 @@ class _Drawn:
 
 
 def _record(family: str, split: str, drawn: _Drawn) -> dict[str, Any]:
-    kind = KINDS[family]
+    kind, stated = KINDS[family], ""
+    if drawn.digits is not None:
+        places = zip(POSITIONS, drawn.digits, strict=True)
+        stated = ", ".join(f"{place} {digit}" for place, digit in places) + ". "
     return {
         "question": drawn.question,
-        "choices": drawn.choices,
+        "choices": [str(choice) for choice in drawn.choices],
         "answer": drawn.answer,
         "hint": drawn.hint,
         "image": "image.png" if drawn.digits is not None else None,
@@ -178,7 +181,7 @@ def _record(family: str, split: str, drawn: _Drawn) -> dict[str, Any]:
         "category": family,
         "skill": kind.skill,
         "lecture": kind.lecture,
-        "solution": drawn.rationale,
+        "solution": stated + drawn.rationale,
         "split": split,
     }
 
@@ -212,19 +215,15 @@ def _strip(rng: np.random.Generator, known: Mapping[int, int]) -> tuple[int, int
     return left, middle, right
 
 
-def _stated(digits: tuple[int, int, int]) -> str:
-    return ", ".join(f"{place} {digit}" for place, digit in zip(POSITIONS, digits, strict=True))
-
-
 def _read(rng: np.random.Generator) -> _Drawn:
     (place,) = _places(rng, 1)
     options, answer = _options(rng, range(10))
     digits = _strip(rng, {place: options[answer]})
     return _Drawn(
         f"What is the {POSITIONS[place]} digit?",
-        [str(o) for o in options],
+        options,
         answer,
-        f"{_stated(digits)}. {POSITIONS[place]} {digits[place]}, so {digits[place]}.",
+        f"{POSITIONS[place]} {digits[place]}, so {digits[place]}.",
         digits=digits,
     )
 
@@ -240,9 +239,9 @@ def _compare(rng: np.random.Generator) -> _Drawn:
     a, b = POSITIONS[first], POSITIONS[second]
     return _Drawn(
         f"Which digit is {word}, {a} or {b}?",
-        [str(o) for o in options],
+        options,
         answer,
-        f"{_stated(digits)}. {a} {digits[first]}, {b} {digits[second]}, {word} {best}, so {best}.",
+        f"{a} {digits[first]}, {b} {digits[second]}, {word} {best}, so {best}.",
         digits=digits,
     )
 
@@ -258,9 +257,9 @@ def _add(rng: np.random.Generator) -> _Drawn:
     a, b = POSITIONS[first], POSITIONS[second]
     return _Drawn(
         f"What is {a} plus {b}?",
-        [str(o) for o in options],
+        options,
         answer,
-        f"{_stated(digits)}. {a} {one} plus {b} {total - one} is {total}, so {total}.",
+        f"{a} {one} plus {b} {total - one} is {total}, so {total}.",
         digits=digits,
     )
 
@@ -278,9 +277,9 @@ def _even(rng: np.random.Generator) -> _Drawn:
     )
     return _Drawn(
         "How many digits are even?",
-        [str(o) for o in options],
+        options,
         answer,
-        f"{_stated(digits)}. {parity}, so {options[answer]}.",
+        f"{parity}, so {options[answer]}.",
         digits=digits,
     )
 
@@ -302,7 +301,7 @@ def _lookup(rng: np.random.Generator) -> _Drawn:
         f"Which code has the {POSITIONS[place]} digit?",
         options,
         answer,
-        f"{_stated(digits)}. {POSITIONS[place]} {digit}, row {digit} {code}, so {code}.",
+        f"{POSITIONS[place]} {digit}, row {digit} {code}, so {code}.",
         hint,
         digits,
     )
@@ -332,7 +331,7 @@ def _text(rng: np.random.Generator) -> _Drawn:
     if right in options:
         answer = options.index(right)
     options[answer] = right
-    return _Drawn(question, [str(o) for o in options], answer, rationale)
+    return _Drawn(question, options, answer, rationale)
 
 
 _DRAW: dict[str, Callable[[np.random.Generator], _Drawn]] = {

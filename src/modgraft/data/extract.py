@@ -22,10 +22,9 @@ from transformers.utils import logging as hf_logging
 from modgraft.core.errors import DataError, MissingFileError
 from modgraft.core.files import whole
 from modgraft.data.features import check_features
-from modgraft.data.records import Questions, Record, Skips
+from modgraft.data.records import OR_SKIP, Questions, Record, Skips
 
 Processor = Callable[..., Mapping[str, Any]]
-_SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"
 _BATCHES = 50  # the cache is written every so many batches, so that an interrupted run loses few
 
 
@@ -167,13 +166,13 @@ def open_image(path: str | Path, *, id: str | None = None) -> Image.Image:
     """
     path = Path(path)
     if not path.is_file():
-        remedy = f"Put it there (images are at <split>/<id>/image.png), {_SKIP}"
+        remedy = f"Put it there (images are at <split>/<id>/image.png), {OR_SKIP}"
         raise MissingFileError("the image is missing", id=id, file=path, remedy=remedy)
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        remedy = f"Fetch the file again, {_SKIP}"
+        remedy = f"Fetch the file again, {OR_SKIP}"
         reason = f"the image is truncated or not an image ({error})"
         raise DataError(reason, id=id, file=path, remedy=remedy) from error
 

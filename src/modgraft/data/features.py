@@ -14,9 +14,8 @@ from torch import Tensor
 
 from modgraft.core.errors import DataError, MissingFileError
 from modgraft.core.files import read_json
-from modgraft.data.records import Record, Skips
+from modgraft.data.records import OR_SKIP, Record, Skips
 
-_SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"
 _AGAIN = "Extract the features again (modgraft.data.extract_features)"
 
 
@@ -87,7 +86,7 @@ def check_features(
     ids = {record.id for record in records} | skips.ids
     for qid in table:
         if qid not in ids:
-            remedy = f"Load the questions they belong to, {_SKIP}"
+            remedy = f"Load the questions they belong to, {OR_SKIP}"
             skips(DataError("features for an unknown question", id=qid, file=file, remedy=remedy))
     out: dict[str, Tensor] = {}
     for record in records:
@@ -95,7 +94,7 @@ def check_features(
             continue
         try:
             if record.id not in table:
-                remedy = f"{_AGAIN}, {_SKIP}"
+                remedy = f"{_AGAIN}, {OR_SKIP}"
                 reason = "the question has an image, but no features"
                 raise DataError(reason, id=record.id, file=file, remedy=remedy)
             out[record.id] = _check_map(table[record.id], record.id, file, width)
@@ -108,7 +107,7 @@ def check_features(
 
 def _check_map(value: np.ndarray | Tensor, qid: str, file: str | Path, width: int | None) -> Tensor:
     given = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    shape, remedy = list(given.shape), f"{_AGAIN}, {_SKIP}"
+    shape, remedy = list(given.shape), f"{_AGAIN}, {OR_SKIP}"
     if not given.is_floating_point():
         reason = f"the features are {given.dtype}, not floating point"
         raise DataError(reason, id=qid, file=file, remedy=remedy)
@@ -119,7 +118,7 @@ def _check_map(value: np.ndarray | Tensor, qid: str, file: str | Path, width: in
         raise DataError(reason, id=qid, file=file, remedy=remedy)
     if width is not None and map_.shape[1] != width:
         reason = f"the features are {map_.shape[1]} wide, expected {width}"
-        remedy = f"Use the features of the one model that the module was made for, {_SKIP}"
+        remedy = f"Use the features of the one model that the module was made for, {OR_SKIP}"
         raise DataError(reason, id=qid, file=file, remedy=remedy)
     if not torch.isfinite(map_).all():
         raise DataError("the features hold NaN or infinity", id=qid, file=file, remedy=remedy)

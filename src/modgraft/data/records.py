@@ -101,7 +101,9 @@ class Record:
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(Record) if f.name not in ("id", "caption"))
-_FIX = "Correct the entry, or pass skip_bad=True (--skip-bad) to go on without it"
+OR_SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"
+"""The other remedy for one bad question."""
+_FIX = f"Correct the entry, {OR_SKIP}"
 
 
 def _is_text(value: object) -> bool:

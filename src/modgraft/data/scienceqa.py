@@ -12,12 +12,9 @@ from torch import Tensor
 from modgraft.core.errors import DataError
 from modgraft.core.files import read_json
 from modgraft.data.features import check_features, load_features
-from modgraft.data.records import LETTERS, Questions, Record, Skipped, Skips
-
-__all__ = ["LETTERS", "Questions", "Record", "Skipped", "load_scienceqa"]
+from modgraft.data.records import OR_SKIP, Questions, Record, Skips
 
 _log = logging.getLogger(__name__)
-_SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"
 _GET = "Take the folder data/scienceqa of the published data set (github.com/lupantech/ScienceQA)"
 
 
@@ -120,10 +117,10 @@ def _check_captions(
     for qid in texts:
         if qid not in problems:
             reason = "a caption for a question that problems.json does not have"
-            skips(DataError(reason, id=qid, file=file, remedy=f"Remove it, {_SKIP}"))
+            skips(DataError(reason, id=qid, file=file, remedy=f"Remove it, {OR_SKIP}"))
     for qid, record in records.items():
         if record.image is not None and qid not in texts:
-            remedy = f"Add it, pass captions=False, {_SKIP}"
+            remedy = f"Add it, pass captions=False, {OR_SKIP}"
             skips(DataError("the image has no caption", id=qid, file=file, remedy=remedy))
 
 
@@ -146,12 +143,14 @@ def _splits(
     for qid, where in home.items():
         if qid not in problems:
             reason = f"listed in {where[0]!r}, but problems.json does not have it"
-            skips(DataError(reason, id=qid, file=file, remedy=f"Remove it, {_SKIP}"))
+            skips(DataError(reason, id=qid, file=file, remedy=f"Remove it, {OR_SKIP}"))
     for qid, record in records.items():
         where = home.get(qid, [])
         if record.split not in where or len({"train", "val", "test"}.intersection(where)) > 1:
             there = f"here in {', '.join(map(repr, where))}" if where else "here in no list"
             reason = f"its record says split {record.split!r}, but it is {there}"
-            skips(DataError(reason, id=qid, file=file, remedy=f"Make the two files agree, {_SKIP}"))
+            skips(
+                DataError(reason, id=qid, file=file, remedy=f"Make the two files agree, {OR_SKIP}")
+            )
     out = skips.ids
     return {name: tuple(q for q in ids if q not in out) for name, ids in lists.items()}

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -45,7 +45,7 @@ class Recipe:
         rows: key → what a reader sees, in the table's order.
         columns: key → header of the table.
         settings: a frozen dataclass of plain values, as they are when nothing else is said.
-        smaller: the settings for a share of the data and the steps, of ``--quick``.
+        scaled: the settings that ``--quick`` takes a share of → the least value of each.
         trial: ``(folder, settings, seed)`` → ``{"rows": {row: {column: figure}}, "series": …}``;
             runs in a process of one torch thread, and keeps in ``folder`` what it resumes from.
         paint: draws what ``results.json`` holds on a figure, in a scheme's colours.
@@ -59,12 +59,20 @@ class Recipe:
     rows: Mapping[str, str]
     columns: Mapping[str, str]
     settings: Any
-    smaller: Callable[[Any, float], Any]
+    scaled: Mapping[str, int]
     trial: Callable[[Path, Any, int], dict[str, Any]]
     paint: Callable[[Figure, Scheme, dict[str, Any]], None]
     size: tuple[float, float] = (7.2, 3.6)
     formats: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+    def smaller(self, share: float) -> Any:
+        """The settings with a share of the data and of the steps, for a quick look."""
+        values = {
+            name: max(least, round(share * getattr(self.settings, name)))
+            for name, least in self.scaled.items()
+        }
+        return replace(self.settings, **values)
 
 
 def recipe(name: str) -> Recipe:
@@ -114,7 +122,7 @@ def run(
     write_json(folder / "run.json", asked)
     work = [
         Job(
-            str(seed), f"{what.name}: seed {seed}", one, (what.name, folder, seed),
+            str(seed), f"{what.name}: seed {seed}", run_seed, (what.name, folder, seed),
             folder / f"seed{seed}", made=folder / f"seed{seed}" / "figures.json",
         )
         for seed in seeds
@@ -150,14 +158,14 @@ def _noted(
         first = next(iter(what.columns.values()))
         said.headline = f"{first}: " + ", ".join(f"{title} {cells[0]}" for title, cells in lines)
         said.done["Seeds"] = f"{len(asked['seeds'])} trained and tested, [table.md](table.md)"
-        said.learned["How to read"] = " ".join(plain(line) for line in _remarks(what, results))
+        said.learned["How to read"] = plain(_remarks(what, results))
         said.figures[folder / "plot.png"] = what.title
         said.seconds = results["wall_seconds"]
 
     return recorded(folder, what.name, about, result, wanted=wanted)
 
 
-def one(name: str, folder: Path, seed: int) -> None:
+def run_seed(name: str, folder: Path, seed: int) -> None:
     """One seed's trial; its figures go into its folder."""
     what = recipe(name)
     asked = read_json(folder / "run.json", what="a run", remedy=f"modgraft recipe {name}")
@@ -241,7 +249,7 @@ def markdown(results: dict[str, Any]) -> str:
         "|---" * len(what.columns) + "|---|",
     ]
     lines += [f"| {title} | " + " | ".join(cells) + " |" for title, cells in _lines(what, results)]
-    return "\n".join([*lines, "", *_remarks(what, results)])
+    return "\n".join([*lines, "", _remarks(what, results)])
 
 
 def show(folder: Path, console: Console) -> None:
@@ -255,8 +263,7 @@ def show(folder: Path, console: Console) -> None:
     for title, cells in _lines(what, results):
         table.add_row(escape(title), *cells)
     console.print(table)
-    for line in _remarks(what, results):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(_remarks(what, results), highlight=False, markup=False, soft_wrap=True)
 
 
 def _lines(what: Recipe, results: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
@@ -264,30 +271,24 @@ def _lines(what: Recipe, results: dict[str, Any]) -> Iterator[tuple[str, list[st
         seeds = results["rows"].get(row, {}).values()
         yield (
             title,
-            [_cell([s[c] for s in seeds if c in s], _format(what, c)) for c in what.columns],
+            [
+                _cell([s[c] for s in seeds if c in s], what.formats.get(c, ".1f"))
+                for c in what.columns
+            ],
         )
-
-
-def _format(what: Recipe, column: str) -> str:
-    return what.formats.get(column, ".1f")
 
 
 def _cell(values: list[float], form: str) -> str:
     if not values:
         return "–"
-    spread = (
-        f" ± {stdev(values):{form}}"
-        if len(values) > 1 and any(v != values[0] for v in values)
-        else ""
-    )
-    return f"{mean(values):{form}}{spread}"
+    text = f"{mean(values):{form}}"
+    differ = any(value != values[0] for value in values)
+    return f"{text} ± {stdev(values):{form}}" if differ else text
 
 
-def _remarks(what: Recipe, results: dict[str, Any]) -> list[str]:
+def _remarks(what: Recipe, results: dict[str, Any]) -> str:
     seeds = results["seeds"]
-    head = (
-        f"Mean ± sample standard deviation over {len(seeds)} seeds."
-        if len(seeds) > 1
-        else (f"One seed, {seeds[0]}.")
-    )
-    return [" ".join([head, *what.notes])]
+    head = f"Mean ± sample standard deviation over {len(seeds)} seeds."
+    if len(seeds) == 1:
+        head = f"One seed, {seeds[0]}."
+    return " ".join([head, *what.notes])

@@ -11,7 +11,7 @@ those whose perplexity of wanted text is at most ``budget`` above the host's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -284,17 +284,6 @@ def compositions(chosen: Mapping[str, float]) -> dict[str, str | None]:
     return {row: named[row] for row in ROWS}
 
 
-def smaller(settings: Settings, share: float) -> Settings:
-    """The same with a share of the text, of the steps and of what is measured."""
-    names = (
-        *KINDS, "steps", "module_steps", "ascent_steps", "tried", "tested", "tried_windows",
-        "tested_windows", "questions",
-    )  # fmt: skip
-    least = {"wanted": 60_000, "doctest": 40_000, "citation": 20_000, "reference": 10_000}
-    values = asdict(settings)
-    return replace(settings, **{k: max(least.get(k, 8), round(share * values[k])) for k in names})
-
-
 # -- what is shown -----------------------------------------------------------------------------
 
 SHOWN = {
@@ -336,13 +325,19 @@ def _mean(trials: Sequence[Mapping[str, Any]], key: str, column: str) -> list[fl
     ]
 
 
+SCALED = {
+    "wanted": 60_000, "doctest": 40_000, "citation": 20_000, "reference": 10_000,
+    **dict.fromkeys(("steps", "module_steps", "ascent_steps"), 8),
+    **dict.fromkeys(("tried", "tested", "tried_windows", "tested_windows", "questions"), 8),
+}  # fmt: skip
+
 RECIPE = Recipe(
     name="arithmetic",
     title="Module arithmetic: θ₀ + φ_general − λ φ_unwanted",
     rows=ROWS,
     columns=COLUMNS,
     settings=Settings(),
-    smaller=smaller,
+    scaled=SCALED,
     trial=trial,
     paint=paint,
     size=(8.4, 3.7),

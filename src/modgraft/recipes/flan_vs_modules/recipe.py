@@ -253,12 +253,6 @@ def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
 # -- what is shown -----------------------------------------------------------------------------
 
 
-def smaller(settings: Settings, share: float) -> Settings:
-    """The same with a share of the examples and of the steps, for a quick look."""
-    names = ("train", "val", "test", "steps_pretrain", "steps", "steps_few")
-    return replace(settings, **{n: max(2, round(share * getattr(settings, n))) for n in names})
-
-
 def paint(canvas: Figure, scheme: Scheme, results: dict[str, Any]) -> None:
     """Accuracy by family and arm; and what the ways to add a family gain and lose."""
     left, right = canvas.subplots(1, 2, width_ratios=(1, 1))
@@ -316,7 +310,7 @@ RECIPE = Recipe(
         "seconds": "Seconds",
     },
     settings=Settings(),
-    smaller=smaller,
+    scaled=dict.fromkeys(("train", "val", "test", "steps_pretrain", "steps", "steps_few"), 2),
     trial=trial,
     paint=paint,
     size=(9.2, 3.9),

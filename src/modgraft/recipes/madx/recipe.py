@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -262,15 +262,6 @@ def accuracy(
 # -- what is shown -----------------------------------------------------------------------------
 
 
-def smaller(settings: Settings, share: float) -> Settings:
-    """A share of the steps, on the same text."""
-    steps = {
-        name: max(2, round(share * getattr(settings, name)))
-        for name in ("steps_host", "steps_language", "steps_task", "steps_sparse")
-    }
-    return replace(settings, **steps)
-
-
 SHOWN = {
     "task": "task adapter alone",
     "stack_source": "stacked, English's left in",
@@ -305,7 +296,7 @@ RECIPE = Recipe(
     rows=ROWS,
     columns=COLUMNS,
     settings=Settings(),
-    smaller=smaller,
+    scaled=dict.fromkeys(("steps_host", "steps_language", "steps_task", "steps_sparse"), 2),
     trial=trial,
     paint=paint,
     notes=(

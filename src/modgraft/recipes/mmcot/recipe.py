@@ -23,6 +23,7 @@ from modgraft.data.batches import Collate, QADataset, SortedBatches
 from modgraft.data.records import Questions
 from modgraft.data.text import find_form, gold_rationale, rationale_of
 from modgraft.models.t5 import copy_init, small_t5
+from modgraft.training.stream import to_device
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,9 @@ def write(
         tokenizer, form, settings.max_input, width=questions.width, targets=forced
     )  # fmt: skip
     order = sorted(range(len(part)), key=lambda i: len(form.input(part[i], dataset[i].rationale)))
-    written: dict[str, str] = {}
+    written, device = dict[str, str](), next(host.parameters()).device
     for batch in DataLoader(dataset, settings.decode_batch, sampler=order, collate_fn=collate):  # type: ignore[arg-type]
-        ids, batch = batch.pop("ids"), _on(batch, host)
+        ids, batch = batch.pop("ids"), to_device(batch, device)
         if net.fusion is None:
             batch.pop("side", None)
         if forced:
@@ -282,14 +283,6 @@ def write(
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         written |= dict(zip(ids, texts, strict=True))
     return {record.id: written[record.id] for record in questions}
-
-
-def _on(batch: dict, host: mg.Host) -> dict:
-    device = next(host.parameters()).device
-    return {
-        k: {n: s.to(device) for n, s in v.items()} if isinstance(v, dict) else v.to(device)
-        for k, v in batch.items()
-    }
 
 
 def rationales_written(
@@ -311,16 +304,6 @@ def nets_of(rows: Iterable[str]) -> list[Net]:
 
 def smaller(settings: Settings, share: float) -> Settings:
     """The same with a share of the steps and of the questions, for a quick look."""
-    scaled = {
-        name: max(1, round(share * getattr(settings, name)))
-        for name in (
-            "train",
-            "val",
-            "test",
-            "steps_eye",
-            "steps_rationale",
-            "steps_answer",
-            "warmup",
-        )
-    }
+    names = ("train", "val", "test", "steps_eye", "steps_rationale", "steps_answer", "warmup")
+    scaled = {name: max(1, round(share * getattr(settings, name))) for name in names}
     return replace(settings, **scaled)
