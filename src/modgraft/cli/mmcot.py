@@ -33,7 +33,7 @@ Rows = Annotated[
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without bad records; list them.")]
 SHOWN = 20
-"""Skipped questions that the terminal lists; results.json has them all."""
+"""The number of skipped questions that the terminal lists; results.json lists all."""
 
 
 @mmcot.command("train")
@@ -151,7 +151,7 @@ def mmcot_ask(
 
     from modgraft.recipes.mmcot.ask import ask
 
-    disable_progress_bar()  # of loading weights: it is over in a moment
+    disable_progress_bar()  # loading the weights is quick
     path = None if image == "-" else Path(image)
     rationale, text, choice = ask(run, path, question, choices, hint, seed)
     console = Console(highlight=False)
@@ -175,7 +175,7 @@ def _rows(text: str) -> list[str]:
 
 
 def _path(name: str | None) -> str | None:
-    """A local path from the root, so that a run goes on from another folder; other names as is."""
+    """Make a local path absolute, so that a run can resume from another working directory."""
     return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 

@@ -1,4 +1,4 @@
-"""ScienceQA (Lu et al. 2022) as published: problems, splits, captions, images, vision features."""
+"""Load ScienceQA (Lu et al. 2022) from its published files."""
 
 from __future__ import annotations
 
@@ -28,28 +28,25 @@ def load_scienceqa(
     images: str | Path | None = None,
     skip_bad: bool = False,
 ) -> Questions:
-    """ScienceQA's questions from the published files, checked against each other.
+    """Load ScienceQA's questions from the published files, and check these against each other.
 
     `folder` holds `problems.json`, `pid_splits.json` and, unless `captions=False`, `captions.json`.
 
     Args:
         folder: The folder of the published files.
-        features: Vision features, a file (`load_features` describes the formats) or {id: `[m, d]`}.
-            Every question with an image needs some. None: none are read; `extract_features` makes
-            them.
-        names: The JSON file {id: row} of a features file that is one array; by default the one
-            beside it.
+        features: Vision features of every question with an image, as a file (see `load_features`)
+            or {id: `[m, d]`}. None loads none; `extract_features` makes them.
+        names: The JSON file {id: row} of a file of features; by default the one beside it.
         width: The width that the features must have (the fusion's `dim`).
         captions: Whether to read `captions.json`, or the file to read instead; every question with
-            an
-            image needs one.
+            an image needs a caption.
         images: The folder of `<split>/<id>/image.png`; by default `<folder>/images`.
-        skip_bad: Go on without the questions at fault; `.skipped` and `.summary()` list them all.
+        skip_bad: Leave out bad questions; `.skipped` and `.summary()` list them all.
 
     Raises:
-        MissingFileError: a file that is not there.
-        DataError: malformed JSON; a bad record; an id in one file and not in another; bad features.
-            The message names file, id and remedy.
+        MissingFileError: A file does not exist.
+        DataError: JSON is malformed, a record or its features are bad, or an id is in one file
+            and not in another. The message names file, id and remedy.
     """
     folder = Path(folder)
     skips = Skips(skip_bad)
@@ -127,9 +124,7 @@ def _check_captions(
 def _splits(
     file: Path, records: Mapping[str, Record], problems: Mapping[str, Any], skips: Skips
 ) -> dict[str, tuple[str, ...]]:
-    """The split lists; beside train, val and test the published file has parts and unions of
-    them.
-    """
+    """Read the splits; the published file also has parts and unions of train, val and test."""
     lists = read_json(file, what="ScienceQA's splits", remedy=_GET)
     home: dict[str, list[str]] = {}
     for name, ids in lists.items():

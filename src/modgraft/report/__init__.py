@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page, its figures, and the README's table."""
+"""Report a run: a self-contained HTML page, its figures, and tables."""
 
 from __future__ import annotations
 

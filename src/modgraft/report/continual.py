@@ -1,4 +1,4 @@
-"""What continual learning kept and lost, as a table for the terminal and as a figure."""
+"""Show the results of continual learning, as a table in the terminal and as a figure."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from rich.table import Table
 from modgraft.core.errors import ModgraftError
 from modgraft.report.figures import Picture, Scheme, draw, heat_map
 
-if TYPE_CHECKING:  # a page needs no torch
+if TYPE_CHECKING:  # the report is written without torch
     from modgraft.training.procedures.continual import Continual
 
 START = "before any"
 
 
 def continual_table(record: Continual, title: str = "Accuracy in percent") -> Table:
-    """A row after each task, a column for each; the last column is their mean.
+    """Return a table with a row after each task and a column for each task, then their mean.
 
     Args:
-        record: of :func:`modgraft.continual`.
-        title: of the table.
+        record: The result of :func:`modgraft.continual`.
+        title: The table's title.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("after", no_wrap=True)
@@ -43,16 +43,18 @@ def continual_table(record: Continual, title: str = "Accuracy in percent") -> Ta
 
 
 def continual_figure(records: Mapping[str, Continual]) -> Picture:
-    """R of each record as a heat map, beside one another: rows after each task, columns of each.
+    """Draw the accuracy matrix R of each record as a heat map, side by side.
+
+    Rows are the moments after each task, columns the tasks.
 
     Args:
-        records: by what each of them is called, of the same tasks.
+        records: Title → record; all are of the same tasks.
 
     Returns:
         PNG bytes for light and dark pages.
 
     Raises:
-        ModgraftError: for no record, or records of other tasks.
+        ModgraftError: There is no record, or the records are of different tasks.
     """
     every = list(records.values())
     if not every or any(record.tasks != every[0].tasks for record in every):

@@ -1,4 +1,4 @@
-"""What routers have chosen, as a table for the terminal and as a figure."""
+"""Show what routers have chosen, as a table in the terminal and as a figure."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from rich.table import Table
 from modgraft.core.errors import ModgraftError
 from modgraft.report.figures import Picture, Scheme, draw, heat_map
 
-if TYPE_CHECKING:  # the page of a run needs no torch
+if TYPE_CHECKING:  # the report is written without torch
     from modgraft.routing.stats import Use
 
 NETWORK = "the network"  # where one choice holds for all of it
 
 
 def routing_table(uses: Sequence[Use]) -> Table:
-    """A row for each router: share of the weight by module, entropy and spread, what is wrong.
+    """Return a table with a row for each router: each module's share, entropy, spread, problems.
 
     Args:
         uses: ``host["skills"].stats()``.
 
     Raises:
-        ModgraftError: where nothing has been counted.
+        ModgraftError: Nothing has been routed yet.
     """
     names = _names(uses)
     title = f"Use of {len(names)} modules, share of the weight in percent"
@@ -56,9 +56,9 @@ def routing_table(uses: Sequence[Use]) -> Table:
 
 
 def routing_figure(uses: Sequence[Use]) -> Picture:
-    """Use by site as a heat map; beside it the entropy of a choice and the spread of all.
+    """Draw each module's share at each site as a heat map, beside the entropies of the choices.
 
-    A cross marks a module that no choice picked, a red name a site that has collapsed.
+    A cross marks a module that was never chosen, a red name a site that has collapsed.
 
     Args:
         uses: ``host["skills"].stats()``.
@@ -67,7 +67,7 @@ def routing_figure(uses: Sequence[Use]) -> Picture:
         PNG bytes for light and dark pages.
 
     Raises:
-        ModgraftError: where nothing has been counted.
+        ModgraftError: Nothing has been routed yet.
     """
     names = _names(uses)
     labels = _short([use.path for use in uses])
@@ -91,7 +91,7 @@ def routing_figure(uses: Sequence[Use]) -> Picture:
 
 
 def _paint_shares(axes: Axes, scheme: Scheme, uses: Sequence[Use]) -> None:
-    """Each module's share of the weight, a row a site."""
+    """Draw each module's share of the weight, with a row for each site."""
     count = len(uses[0].names)
     shares = np.array([use.share if use.choices else [np.nan] * count for use in uses])
     texts = [
@@ -110,7 +110,7 @@ def _paint_shares(axes: Axes, scheme: Scheme, uses: Sequence[Use]) -> None:
 
 
 def _paint_entropy(axes: Axes, scheme: Scheme, uses: Sequence[Use]) -> None:
-    """The entropy of one choice beside that of all choices, a row a site."""
+    """Draw the entropy of one choice and that of all choices, with a row for each site."""
     count = len(uses[0].names)
     most = math.log2(count) if count > 1 else 1.0
     rows = [row for row, use in enumerate(uses) if use.choices]
@@ -135,7 +135,7 @@ def _names(uses: Sequence[Use]) -> tuple[str, ...]:
 
 
 def _short(paths: Sequence[str]) -> list[str]:
-    """Paths without the words that all of them begin with."""
+    """Return the paths without the parts that all of them begin with."""
     if len(paths) == 1:
         return [paths[0] or NETWORK]
     words = [path.split(".") for path in paths]

@@ -1,4 +1,4 @@
-"""The table of results: its columns and cells, once, for the page and for the README."""
+"""Lay out the table of results, for the page, for Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PERCENT = (
 
 @dataclass(frozen=True)
 class Cell:
-    """What one cell says, and whether its row shares first place in this column."""
+    """The text of a cell, and whether its row is among the best in this column."""
 
     text: str
     best: bool = False
@@ -58,7 +58,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One row, ready to print; `cells` is empty where the row was not run."""
+    """One row of the table; `cells` is empty if the row was not run."""
 
     row: Row
     cells: list[Cell]
@@ -67,7 +67,7 @@ class Line:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Lines by group, in `GROUPS`' order; `dropped` are columns that no row has."""
+    """Lines by group, in the order of `GROUPS`; `dropped` are columns that no row has."""
 
     columns: list[str]
     groups: list[tuple[str, list[Line]]]
@@ -77,7 +77,7 @@ class ResultTable:
 
 
 def build(results: Results, chance: Chance | None = None) -> ResultTable:
-    """Lay out results: percent as mean ± spread over seeds, then trained parameters and time."""
+    """Lay out results: percentages as mean ± spread, then trained parameters and time."""
     kept = [c for c in PERCENT if any(figure(row, c.read) for row in results.rows)]
     winners = {c.title: best(results.rows, c.read) for c in kept if c.wins}
     groups = []
@@ -154,14 +154,14 @@ def _remarks(results: Results, chance: Chance | None, winners: dict[str, set[str
 
 
 def table(results: Results | Mapping[str, Any] | Path | str) -> str:
-    """The table of results as Markdown.
+    """Return the table of results as Markdown.
 
     Args:
-        results: a run folder (chance is then worked out from its predictions), or the content of
+        results: A run's folder (chance is then computed from its predictions), or the content of
             a `results.json`.
 
     Raises:
-        DataError: the results do not have the schema, or there are none yet.
+        DataError: The results do not have the right schema, or there are none yet.
     """
     chance = None
     if isinstance(results, (Path, str)):
@@ -186,23 +186,23 @@ def table(results: Results | Mapping[str, Any] | Path | str) -> str:
         for line in members:
             marks = "".join(f" ({mark})" for mark in line.marks)
             cells = [f"**{c.text}**" if c.best else c.text for c in line.cells] or [""] * width
-            lines.append(f"| {_plain(line.row.title)}{marks} | " + " | ".join(cells) + " |")
+            lines.append(f"| {_escaped(line.row.title)}{marks} | " + " | ".join(cells) + " |")
     if laid.chance is not None:
         lines.append("| *Chance* | " + " | ".join(laid.chance) + " |")
-    notes = [f"{_plain(row.title)}: {_plain(row.note)}" for row in results.rows if row.note]
+    notes = [f"{_escaped(row.title)}: {_escaped(row.note)}" for row in results.rows if row.note]
     return "\n".join(
         [*lines, "", " ".join(laid.remarks), *(["", "; ".join(notes) + "."] if notes else [])]
     )
 
 
 def families(results: Results) -> str:
-    """Accuracy by family as Markdown, mean ± spread over seeds, a row a line."""
+    """Return accuracy by family as Markdown, mean ± spread over seeds."""
     names = _family_names(results)
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for row in results.rows:
         cells = [figure(row, lambda m, name=name: m.families.get(name)) for name in names]
         shown = " | ".join(NONE if cell is None else str(cell) for cell in cells)
-        lines.append(f"| {_plain(row.title)}{' (leak)' if row.leaks else ''} | {shown} |")
+        lines.append(f"| {_escaped(row.title)}{' (leak)' if row.leaks else ''} | {shown} |")
     return "\n".join(lines)
 
 
@@ -213,15 +213,16 @@ def _family_names(results: Results) -> list[str]:
     )
 
 
-def _plain(text: str) -> str:
-    """Keep a title from being read as Markdown or HTML."""
+def _escaped(text: str) -> str:
+    """Escape a text for Markdown and HTML."""
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def insert(page: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- results:name -->` and `<!-- /results -->` in a page.
+    """Replace the text between `<!-- results:name -->` and `<!-- /results -->` in a page.
 
-    Raises DataError where the page has not exactly one such pair of markers.
+    Raises:
+        DataError: The page does not have exactly one such pair of markers.
     """
     page = Path(page)
     old = page.read_text("utf-8")
@@ -242,7 +243,7 @@ def insert(page: Path, name: str, text: str) -> None:
 
 
 def count(number: float | None) -> str:
-    """A number of parameters for reading: 1.04 M, 37 k, 512."""
+    """Format a number of parameters for people: 1.04 M, 37 k, 512."""
     if number is None:
         return "–"
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -253,7 +254,7 @@ def count(number: float | None) -> str:
 
 
 def seconds(number: float | None) -> str:
-    """A duration for reading: 48 s, 8.6 min, 2.1 h."""
+    """Format a duration for people: 48 s, 8.6 min, 2.1 h."""
     if number is None:
         return "–"
     if number < 90:
@@ -272,11 +273,11 @@ def print_results(run: Path, console: Console) -> None:
     }
     seeds = ", ".join(map(str, results.seeds))
     title = f"Test questions, decoded freely, percent; seed {seeds}"
-    console.print(_printed(title, results, {c.short: c.read for c in PERCENT}))
-    console.print(_printed("Accuracy by family", results, families))
+    console.print(_terminal_table(title, results, {c.short: c.read for c in PERCENT}))
+    console.print(_terminal_table("Accuracy by family", results, families))
 
 
-def _printed(title: str, results: Results, columns: dict[str, Read]) -> Table:
+def _terminal_table(title: str, results: Results, columns: dict[str, Read]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for name in columns:

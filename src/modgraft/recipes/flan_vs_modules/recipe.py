@@ -1,10 +1,10 @@
 """One model for everything, or a module for each: FLAN against modules and a router.
 
 Wei et al. 2022 (FLAN, arXiv:2109.01652) fine-tune one model on families of tasks, each worded in
-several ways. Here one pretrained T5 is fine-tuned so on four families, and beside it the same T5
-stays frozen under a LoRA for each family and a router that is not told the family (Jang et al.
-2023, arXiv:2302.03202, who retrieve experts by their examples). Both take equally many steps over
-the same examples. Then a fifth family comes: with 32 examples, and with all of its examples.
+several ways. Here one pretrained T5 is fine-tuned in that way on four families. For comparison, the
+same T5 stays frozen, with a LoRA for each family and a router that is not told the family (like
+Jang et al. 2023, arXiv:2302.03202, who retrieve experts by their examples). Both take equally many
+steps over the same examples. Then a fifth family is added, with 32 examples or with all of them.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ MORE = {
 TRAINED = ("dates", "words", "names", "signatures")
 NEW = "identifiers"
 SITES = ["query", "key", "value", "output", "up", "down"]
-EMBEDDED = 500  # examples of a family whose mean a module's embedding is
+EMBEDDED = 500  # a module's embedding is the mean over this many examples of its family
 
 
 # -- the arms ----------------------------------------------------------------------------------
 
 
 def one_t5(experiment: Experiment) -> Arm:
-    """All of T5's weights, on all families."""
+    """Fine-tune T5 on all families."""
     host, s = experiment.host(), experiment.settings
     steps = s.steps * len(TRAINED)
     seconds = experiment.fit(
@@ -73,7 +73,7 @@ def one_t5(experiment: Experiment) -> Arm:
 
 
 def one_lora(experiment: Experiment) -> Arm:
-    """One LoRA under all families: the module without modularity."""
+    """Train one LoRA on all families: a module, but no modularity."""
     host, s = experiment.host(), experiment.settings
     steps, rows = s.steps * len(TRAINED), experiment.train(*TRAINED)
     host.implant("all", mg.LoRA(rank=s.rank), at=SITES)
@@ -81,8 +81,8 @@ def one_lora(experiment: Experiment) -> Arm:
     return Arm(host, host["all"].size, steps, seconds, "all")
 
 
-def alone(experiment: Experiment) -> dict[str, Arm]:
-    """All of T5's weights, on one family, for each family."""
+def t5_per_family(experiment: Experiment) -> dict[str, Arm]:
+    """Fine-tune a separate T5 on each family."""
     made, s = {}, experiment.settings
     for family in TRAINED:
         host, rows = experiment.host(), experiment.train(family)
@@ -93,19 +93,19 @@ def alone(experiment: Experiment) -> dict[str, Arm]:
     return made
 
 
-def modules(experiment: Experiment) -> Arm:
-    """A LoRA for each family, trained by itself on the frozen T5."""
+def lora_per_family(experiment: Experiment) -> Arm:
+    """Train a LoRA for each family, each alone on the frozen T5."""
     host, s, seconds = experiment.host(), experiment.settings, 0.0
     for family in TRAINED:
-        seconds += learn(experiment, host, family, experiment.splits[family].train, s.steps)
+        seconds += train_lora(experiment, host, family, experiment.splits[family].train, s.steps)
     return Arm(host, sum(host[f].size for f in TRAINED), s.steps * len(TRAINED), seconds)
 
 
-def learn(
+def train_lora(
     experiment: Experiment, host: mg.Host, name: str, examples: Sequence[Example], steps: int,
     begin: str | None = None,
 ) -> float:  # fmt: skip
-    """Implant a LoRA and train it, from nothing or from where another one ended."""
+    """Implant a LoRA and train it; ``begin`` names a LoRA whose weights it starts from."""
     s = experiment.settings
     host.implant(name, mg.LoRA(rank=s.rank), at=SITES, active=False)
     if begin is not None:
@@ -124,26 +124,26 @@ def learn(
         )
 
 
-def route(
+def implant_router(
     experiment: Experiment, host: mg.Host, name: str, seen: Mapping[str, Sequence[Example]]
 ) -> None:
-    """A mixture that takes for each example the module whose own examples are most like it.
+    """Implant a mixture that sends each example to the module with the most similar examples.
 
-    Nothing is trained. A module's embedding depends on its own examples and the frozen T5 alone:
-    a family that comes later leaves those of the others as they are.
+    Nothing is trained. A module's embedding depends only on its own examples and on the frozen T5,
+    so a family that is added later does not change the embeddings of the others.
     """
     host.implant(name, mg.Mixture(list(seen), router=mg.Similarity(k=1)), active=False)
     few = {family: experiment.rows(examples[:EMBEDDED]) for family, examples in seen.items()}
     mg.embed_tasks(host, name, {family: batches(rows, 64) for family, rows in few.items()})
 
 
-# -- a family more -----------------------------------------------------------------------------
+# -- adding a family ---------------------------------------------------------------------------
 
 
-def tuned(
+def fine_tune(
     experiment: Experiment, key: str, begin: mg.Host, examples: Sequence[Example], steps: int
 ) -> Arm:
-    """A copy of ``begin``'s T5, all of its weights trained on ``examples``."""
+    """Fine-tune a copy of ``begin``'s T5 on ``examples``."""
     host, s = mg.Host(copy.deepcopy(begin.model)), experiment.settings
     seconds = experiment.fit(
         host, key, experiment.rows(examples), train="host", steps=steps, lr=s.lr
@@ -151,27 +151,27 @@ def tuned(
     return Arm(host, size(host.model), steps, seconds)
 
 
-def added(
+def add_module(
     experiment: Experiment, host: mg.Host, name: str, examples: Sequence[Example], steps: int,
     begin: str | None = None,
 ) -> Arm:  # fmt: skip
-    """A module more, and a router that knows of it; the others stay as they are."""
-    seconds = learn(experiment, host, name, examples, steps, begin)
+    """Add a module, and a router over all modules; the other modules do not change."""
+    seconds = train_lora(experiment, host, name, examples, steps, begin)
     seen = {family: experiment.splits[family].train for family in TRAINED}
-    route(experiment, host, f"{name}_router", {**seen, name: examples})
+    implant_router(experiment, host, f"{name}_router", {**seen, name: examples})
     return Arm(host, host[name].size, steps, seconds, f"{name}_router")
 
 
-def rehearsed(experiment: Experiment, examples: Sequence[Example]) -> list[Example]:
-    """Examples of the new family, again and again, and as many of the old ones."""
+def with_rehearsal(experiment: Experiment, examples: Sequence[Example]) -> list[Example]:
+    """Mix repeated examples of the new family with equally many of the old families."""
     old = [e for f in TRAINED for e in experiment.splits[f].train[: len(examples)]]
     return [*examples] * len(TRAINED) + old
 
 
-def sent(
+def routed_shares(
     experiment: Experiment, host: mg.Host, router: str, examples: Sequence[Example]
 ) -> dict[str, float]:
-    """The share of examples that a router sends to each module, in percent."""
+    """Return the percentage of examples that a router sends to each module."""
     before = host[router].stats()[0]
     with torch.no_grad():
         for batch in batches(experiment.rows(examples), 64):
@@ -187,9 +187,9 @@ def sent(
 
 
 def known_families(experiment: Experiment) -> dict[str, Arm]:
-    """The arms that know all families but the new one."""
-    own = modules(experiment)
-    route(experiment, own.host, "router", {f: experiment.splits[f].train for f in TRAINED})
+    """Train the arms on all families but the new one."""
+    own = lora_per_family(experiment)
+    implant_router(experiment, own.host, "router", {f: experiment.splits[f].train for f in TRAINED})
     return {
         "base": Arm(experiment.host(), 0, 0, 0.0),
         "one": one_t5(experiment),
@@ -199,49 +199,49 @@ def known_families(experiment: Experiment) -> dict[str, Arm]:
     }
 
 
-def a_family_more(experiment: Experiment, one: mg.Host, host: mg.Host) -> dict[str, Arm]:
-    """Every way to add the new family to the one T5 and to the modules."""
+def add_new_family(experiment: Experiment, one: mg.Host, host: mg.Host) -> dict[str, Arm]:
+    """Add the new family in every way, to the fine-tuned T5 and to the modules."""
     s, every = experiment.settings, experiment.splits[NEW].train
     few, old = every[: s.shots], [e for f in TRAINED for e in experiment.splits[f].train]
-    again, like = s.steps * (len(TRAINED) + 1), sent(experiment, host, "router", few)
+    again, like = s.steps * (len(TRAINED) + 1), routed_shares(experiment, host, "router", few)
     near = max(like, key=lambda name: like[name])
     return {
-        "few_base": tuned(experiment, "few_base", experiment.host(), few, s.steps_few),
-        "few_one": tuned(experiment, "few_one", one, few, s.steps_few),
-        "few_rehearsed": tuned(
-            experiment, "few_rehearsed", one, rehearsed(experiment, few), s.steps_few
+        "few_base": fine_tune(experiment, "few_base", experiment.host(), few, s.steps_few),
+        "few_one": fine_tune(experiment, "few_one", one, few, s.steps_few),
+        "few_rehearsed": fine_tune(
+            experiment, "few_rehearsed", one, with_rehearsal(experiment, few), s.steps_few
         ),
-        "few_fresh": added(experiment, host, "few_fresh", few, s.steps_few),
-        "few_near": added(experiment, host, "few_near", few, s.steps_few, near),
-        "all_one": tuned(experiment, "all_one", one, every, s.steps),
-        "all_again": tuned(experiment, "all_again", experiment.host(), old + every, again),
-        "all_module": added(experiment, host, "all_module", every, s.steps),
+        "few_fresh": add_module(experiment, host, "few_fresh", few, s.steps_few),
+        "few_near": add_module(experiment, host, "few_near", few, s.steps_few, near),
+        "all_one": fine_tune(experiment, "all_one", one, every, s.steps),
+        "all_again": fine_tune(experiment, "all_again", experiment.host(), old + every, again),
+        "all_module": add_module(experiment, host, "all_module", every, s.steps),
     }
 
 
 def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
-    """One seed: the arms on four families, then the fifth."""
+    """Run one seed: all arms on four families, then on the fifth."""
     torch.manual_seed(seed)
     experiment = Experiment(folder, settings, seed, TRAINED, NEW)
-    arms, own = known_families(experiment), alone(experiment)
+    arms, own = known_families(experiment), t5_per_family(experiment)
     rows = {}
     for key, arm in arms.items():
         known = TRAINED if key == "oracle" else (*TRAINED, NEW)
-        rows[key] = {f: experiment.right(arm, f) for f in known} | arm.cost
-        rows[key]["reworded"] = mean(experiment.right(arm, f, "reworded") for f in TRAINED)
-    rows["alone"] = {f: experiment.right(own[f], f) for f in TRAINED}
-    rows["alone"]["reworded"] = mean(experiment.right(own[f], f, "reworded") for f in TRAINED)
+        rows[key] = {f: experiment.accuracy(arm, f) for f in known} | arm.cost
+        rows[key]["reworded"] = mean(experiment.accuracy(arm, f, "reworded") for f in TRAINED)
+    rows["alone"] = {f: experiment.accuracy(own[f], f) for f in TRAINED}
+    rows["alone"]["reworded"] = mean(experiment.accuracy(own[f], f, "reworded") for f in TRAINED)
     rows["alone"] |= {k: sum(arm.cost[k] for arm in own.values()) for k in arms["base"].cost}
     host = arms["routed"].host
     rows["routed"]["sent"] = mean(
-        sent(experiment, host, "router", experiment.splits[f].test)[f] for f in TRAINED
+        routed_shares(experiment, host, "router", experiment.splits[f].test)[f] for f in TRAINED
     )
-    for key, arm in a_family_more(experiment, arms["one"].host, host).items():
-        rows[key] = {f: experiment.right(arm, f) for f in (*TRAINED, NEW)} | arm.cost
+    for key, arm in add_new_family(experiment, arms["one"].host, host).items():
+        rows[key] = {f: experiment.accuracy(arm, f) for f in (*TRAINED, NEW)} | arm.cost
         if isinstance(arm.modules, str):
             names = {f: f for f in TRAINED} | {NEW: key}
             rows[key]["sent"] = mean(
-                sent(experiment, host, arm.modules, experiment.splits[f].test)[m]
+                routed_shares(experiment, host, arm.modules, experiment.splits[f].test)[m]
                 for f, m in names.items()
             )
     for row in rows.values():
@@ -250,18 +250,18 @@ def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     return {"rows": rows, "series": None}
 
 
-# -- what is shown -----------------------------------------------------------------------------
+# -- table and picture -------------------------------------------------------------------------
 
 
 def paint(canvas: Figure, scheme: Scheme, results: dict[str, Any]) -> None:
-    """Accuracy by family and arm; and what the ways to add a family gain and lose."""
+    """Draw accuracy by family and arm, and what each way to add a family gains and loses."""
     left, right = canvas.subplots(1, 2, width_ratios=(1, 1))
-    _by_family(left, scheme, results["rows"])
-    _a_family_more(right, scheme, results["rows"])
+    _paint_families(left, scheme, results["rows"])
+    _paint_new_family(right, scheme, results["rows"])
     canvas.legend(loc="outside lower center", ncols=5, handletextpad=0.2, columnspacing=1.2)
 
 
-def _by_family(axes: Axes, scheme: Scheme, rows: dict[str, Any]) -> None:
+def _paint_families(axes: Axes, scheme: Scheme, rows: dict[str, Any]) -> None:
     shown = ("one", "lora", "routed", "oracle", "alone")
     for place, (key, colour) in enumerate(zip(shown, scheme.series, strict=True)):
         for x, family in enumerate(TRAINED):
@@ -275,8 +275,8 @@ def _by_family(axes: Axes, scheme: Scheme, rows: dict[str, Any]) -> None:
     axes.grid(visible=False, axis="x")
 
 
-def _a_family_more(axes: Axes, scheme: Scheme, rows: dict[str, Any]) -> None:
-    """The new family over the old ones, a mark for each way; in brackets the steps it took."""
+def _paint_new_family(axes: Axes, scheme: Scheme, rows: dict[str, Any]) -> None:
+    """Plot accuracy on the new family over the old ones, with training steps in brackets."""
     for key, label in MORE.items():
         found = rows[key].values()
         x, y, steps = (mean(seed[c] for seed in found) for c in ("four", NEW, "steps"))

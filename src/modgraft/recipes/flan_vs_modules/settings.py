@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a run.
+    """The settings of a run.
 
     Attributes:
-        train, val, test: examples of a family.
-        shots: examples of the new family, where there are few.
-        vocabulary: pieces of words.
+        train, val, test: The number of examples of each family.
+        shots: The number of examples of the new family in the few-shot arms.
+        vocabulary: The number of word pieces.
         d_model, d_ff, heads, layers: T5's shape.
-        steps_pretrain, lr_pretrain: of T5, on texts without answers.
-        steps: optimiser steps for each family; a net of all families takes as many for each.
-        steps_few: steps on the few examples.
-        lr, lr_module: peak learning rates of T5's own weights, and of modules.
-        batch: examples a step.
-        longest: tokens of an answer.
-        rank: of a LoRA, at every linear layer of attention and feed-forward.
+        steps_pretrain, lr_pretrain: Steps and learning rate of T5's pretraining, without answers.
+        steps: Optimiser steps for each family; a model of all families takes as many for each.
+        steps_few: Optimiser steps of the few-shot arms.
+        lr, lr_module: The peak learning rates of T5's weights and of modules.
+        batch: Examples in a batch.
+        longest: The most tokens of an answer.
+        rank: The rank of a LoRA, at every linear layer of attention and feed-forward.
     """
 
     train: int = 3200

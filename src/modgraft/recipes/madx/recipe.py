@@ -1,10 +1,10 @@
-"""MAD-X: a task module learned in one language works in another, whose module takes its place.
+"""MAD-X: train a task module in one language, and swap the language module to use it in another.
 
 Pfeiffer et al. 2020, arXiv:2005.00052. A multilingual host is frozen. Each language has a module,
-here at the embeddings, that learned to fill in masked words of that language; the task's module, in
-the layers, learns in English with English's module in force. At test another language's takes its
-place. Ansell et al. 2022, arXiv:2110.07560, make both sparse changes of the weights, which are
-added. The task: what is this the name of?
+here at the embeddings, trained to fill in masked words of that language. The task module, in the
+layers, is trained in English while English's module is active; at test, the module of another
+language takes its place. In Ansell et al. 2022, arXiv:2110.07560, both modules are sparse changes
+of the weights, and are added. The task: what is this the name of?
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from modgraft.report.figures import Scheme
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a run.
+    """The settings of a run.
 
     Attributes:
-        known: languages that the host is pretrained on; the first is the task's.
-        targets: languages that neither the host nor the task's module has seen.
-        vocab: tokens.
-        width, layers: the host's shape.
-        batch: lines, or names, in a batch.
-        steps_host, lr_host: of its pretraining.
-        reduction_language, reduction_task: of the adapters; MAD-X's are 2 and 16.
-        steps_language, lr_language: of a language's adapters.
-        steps_task, lr_task: of the task's adapters.
-        density: share of the weights that a sparse change has.
-        steps_sparse, lr_sparse: of each of the two phases of a sparse change.
-        lr_full: of fine-tuning the whole host, which takes ``steps_task``.
-        names: English names of a kind, at most, that the task learns from.
+        known: The languages that the host is pretrained on; the task is trained in the first.
+        targets: The languages that neither the host nor the task module has seen.
+        vocab: The number of tokens.
+        width, layers: The host's shape.
+        batch: Lines, or names, in a batch.
+        steps_host, lr_host: Steps and learning rate of the host's pretraining.
+        reduction_language, reduction_task: Reductions of the adapters; MAD-X takes 2 and 16.
+        steps_language, lr_language: Steps and learning rate of a language's adapters.
+        steps_task, lr_task: Steps and learning rate of the task's adapters.
+        density: The share of the weights that a sparse module changes.
+        steps_sparse, lr_sparse: Steps and learning rate of each of its two training phases.
+        lr_full: The learning rate of fine-tuning the whole host, which takes ``steps_task``.
+        names: The most English names of each kind that the task is trained on.
     """
 
     known: str = "en de fr it es sv pl cs"
@@ -97,25 +97,25 @@ WORDS, LAYERS = "table", "blocks.*.norm"
 WEIGHTS = ["blocks.*.up", "blocks.*.down"]
 
 Composed = Callable[[str | None], str]
-"""From a language, None for no module of one, to the composition with the task's module."""
+"""Language, or None for no language module → its composition with the task module."""
 
 
 def pretrained(folder: Path, corpus: Corpus, settings: Settings, seed: int) -> Bag:
-    """The host: it has learned to fill in masked pieces of words of the known languages."""
+    """Pretrain the host to fill in masked word pieces of the known languages."""
     torch.manual_seed(seed)
     model = Bag(settings.vocab, settings.width, settings.layers, len(KINDS))
     host = mg.Host(model, freeze=False)
     host.fit(
-        corpus.masked(), train="host", steps=settings.steps_host, lr=settings.lr_host, warmup=0.1,
-        seed=seed, folder=folder / "host", progress=False,
+        corpus.masked_loader(), train="host", steps=settings.steps_host, lr=settings.lr_host,
+        warmup=0.1, seed=seed, folder=folder / "host", progress=False,
     )  # fmt: skip
     return model.requires_grad_(False).eval()
 
 
-def stacked(
+def train_stacked(
     folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
 ) -> tuple[mg.Host, Composed]:
-    """Language modules and, on top of English's, the task's: ``fi_words >> fi >> kind``."""
+    """Train language modules, and the task module on English's: ``fi_words >> fi >> kind``."""
     host = mg.Host(copy.deepcopy(model))
     for code in (corpus.source, *corpus.targets):
         host.implant(
@@ -124,51 +124,51 @@ def stacked(
         host.implant(f"{code}_words", mg.InvertibleAdapter(), at=WORDS, expect=1, active=False)
         with host.using(f"{code}_words >> {code}"):
             host.fit(
-                corpus.masked(code), train=[code, f"{code}_words"], steps=settings.steps_language,
-                lr=settings.lr_language, warmup=0.1, seed=seed, folder=folder / code,
-                progress=False,
+                corpus.masked_loader(code), train=[code, f"{code}_words"],
+                steps=settings.steps_language, lr=settings.lr_language, warmup=0.1, seed=seed,
+                folder=folder / code, progress=False,
             )  # fmt: skip
 
     def composed(code: str | None) -> str:
         return "kind" if code is None else f"{code}_words >> {code} >> kind"
 
-    learn(host, folder / "kind", corpus, settings, seed, composed(corpus.source))
+    train_task(host, folder / "kind", corpus, settings, seed, composed(corpus.source))
     return host, composed
 
 
-def learn(
+def train_task(
     host: mg.Host, folder: Path, corpus: Corpus, settings: Settings, seed: int, composition: str
 ) -> None:
-    """Train the task's adapters, and the head on them, in English."""
+    """Train the task adapters and the classification head in English."""
     host.implant("kind", mg.Adapter(reduction=settings.reduction_task), at=LAYERS, active=False)
     with host.using(composition):
         host.fit(
-            corpus.lessons(), train=["kind", "host.head"], steps=settings.steps_task,
+            corpus.task_loader(), train=["kind", "host.head"], steps=settings.steps_task,
             lr=settings.lr_task, warmup=0.1, seed=seed, folder=folder, progress=False,
         )  # fmt: skip
 
 
-def added(
+def train_sum(
     folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
 ) -> tuple[mg.Host, Composed]:
-    """The same with sparse changes of the weights: ``fi + kind``."""
+    """Train language and task modules as sparse changes of the weights: ``fi + kind``."""
     host = mg.Host(copy.deepcopy(model))
     for code in (corpus.source, *corpus.targets):
-        sparse(host, code, folder, corpus.masked(code), settings, seed, code, WORDS)
+        train_sparse(host, code, folder, corpus.masked_loader(code), settings, seed, code, WORDS)
 
     def composed(code: str | None) -> str:
         return "kind" if code is None else f"{code} + kind"
 
-    lessons, english = corpus.lessons(), composed(corpus.source)
-    sparse(host, "kind", folder, lessons, settings, seed, english, WEIGHTS, ["host.head"])
+    lessons, english = corpus.task_loader(), composed(corpus.source)
+    train_sparse(host, "kind", folder, lessons, settings, seed, english, WEIGHTS, ["host.head"])
     return host, composed
 
 
-def sparse(
+def train_sparse(
     host: mg.Host, name: str, folder: Path, loader: Any, settings: Settings, seed: int,
     composition: str, at: Any, also: list[str] | None = None,
 ) -> None:  # fmt: skip
-    """Implant a sparse change and train it in two phases, under a composition."""
+    """Implant a sparse module, and train it in its two phases under a composition."""
     host.implant(name, mg.SparseDelta(density=settings.density), at=at, active=False)
     with host.using(composition):
         mg.sparse_finetuning(
@@ -183,11 +183,11 @@ def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     corpus = corpus_of(settings, seed, folder)
     model = pretrained(folder, corpus, settings, seed)
     rest = (corpus, model, settings, seed)
-    rows = swapped("stack", corpus, *stacked(folder / "stacked", *rest))
-    rows |= swapped("sum", corpus, *added(folder / "sparse", *rest))
+    rows = score_swaps("stack", corpus, *train_stacked(folder / "stacked", *rest))
+    rows |= score_swaps("sum", corpus, *train_sum(folder / "sparse", *rest))
     rows["task"] = accuracy(corpus, task_alone(folder / "task", *rest), lambda _: "kind")
     rows["sum_task"] = accuracy(corpus, sparse_alone(folder / "few", *rest), lambda _: "kind")
-    rows["full"] = accuracy(corpus, tuned(folder / "full", *rest), lambda _: None)
+    rows["full"] = accuracy(corpus, fine_tune(folder / "full", *rest), lambda _: None)
     rows["chance"] = dict.fromkeys([*rows["full"]], 100 / len(KINDS))
     return {
         "rows": {row: {c: n for c, n in rows[row].items() if c in COLUMNS} for row in ROWS},
@@ -199,7 +199,7 @@ def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
 
 
 def corpus_of(settings: Settings, seed: int, folder: Path | None = None) -> Corpus:
-    """The text, the names and the tokenizer of a trial; the tokenizer is kept in the folder."""
+    """Create the corpus of a trial; its tokenizer is saved in the folder."""
     return Corpus(
         settings.known.split(), settings.targets.split(), vocab=settings.vocab,
         batch=settings.batch, names=settings.names, seed=seed,
@@ -208,35 +208,37 @@ def corpus_of(settings: Settings, seed: int, folder: Path | None = None) -> Corp
 
 
 def task_alone(folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int) -> mg.Host:
-    """The task's adapters, trained without any language's."""
+    """Train the task adapters without language modules."""
     host = mg.Host(copy.deepcopy(model))
-    learn(host, folder, corpus, settings, seed, "kind")
+    train_task(host, folder, corpus, settings, seed, "kind")
     return host
 
 
 def sparse_alone(
     folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
 ) -> mg.Host:
-    """The task's sparse change, trained without any language's."""
+    """Train the sparse task module without language modules."""
     host = mg.Host(copy.deepcopy(model))
-    sparse(host, "kind", folder, corpus.lessons(), settings, seed, "kind", WEIGHTS, ["host.head"])
+    train_sparse(
+        host, "kind", folder, corpus.task_loader(), settings, seed, "kind", WEIGHTS, ["host.head"]
+    )
     return host
 
 
-def tuned(folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int) -> mg.Host:
-    """The baseline: all weights of the host learn the task."""
+def fine_tune(folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int) -> mg.Host:
+    """Train the baseline: all weights of the host are fine-tuned on the task."""
     host = mg.Host(copy.deepcopy(model).requires_grad_(), freeze=False)
     host.fit(
-        corpus.lessons(), train="host", steps=settings.steps_task, lr=settings.lr_full, warmup=0.1,
-        seed=seed, folder=folder, progress=False,
+        corpus.task_loader(), train="host", steps=settings.steps_task, lr=settings.lr_full,
+        warmup=0.1, seed=seed, folder=folder, progress=False,
     )  # fmt: skip
     return host
 
 
-def swapped(
+def score_swaps(
     form: str, corpus: Corpus, host: mg.Host, composed: Composed
 ) -> dict[str, dict[str, float]]:
-    """The rows of one form: the right language's module, English's, another's, none."""
+    """Score one form with the right language's module, English's, a wrong one, and none."""
     other = dict(zip(corpus.targets, corpus.targets[1:] + corpus.targets[:1], strict=True))
     other[corpus.source] = corpus.targets[0]
     ways: dict[str, Callable[[str], str]] = {
@@ -251,7 +253,7 @@ def swapped(
 def accuracy(
     corpus: Corpus, host: mg.Host, composed: Callable[[str], str | None]
 ) -> dict[str, float]:
-    """A row of the table: each language under the composition for it."""
+    """Return a row of the table: the accuracy in each language under its composition."""
     scores = {code: corpus.score(host, composed(code), code) for code in corpus.targets}
     row = {code: score.all for code, score in scores.items()}
     for column, part in (("unseen", "all"), ("named", "named"), ("hidden", "hidden")):
@@ -259,7 +261,7 @@ def accuracy(
     return {"en": corpus.score(host, composed(corpus.source), corpus.source).all, **row}
 
 
-# -- what is shown -----------------------------------------------------------------------------
+# -- table and picture -------------------------------------------------------------------------
 
 
 SHOWN = {
@@ -271,7 +273,7 @@ SHOWN = {
 
 
 def paint(canvas: Figure, scheme: Scheme, results: dict[str, Any]) -> None:
-    """Accuracy in each unseen language: a point a seed, a bar at the mean."""
+    """Draw the accuracy in each unseen language: a point for each seed, a bar for the mean."""
     seeds = [made["languages"] for made in results["series"].values()]
     languages: list[str] = list(seeds[0]["stack"])
     axes = canvas.subplots()

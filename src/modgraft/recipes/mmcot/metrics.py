@@ -1,4 +1,4 @@
-"""What a run scored: accuracy by column, rationales, facts, and where wrong answers went wrong."""
+"""Score predictions: accuracy, rationales, facts, and the classes of wrong answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modgraft.report.run import Prediction
 
 ErrorClass = Literal["perception", "reasoning", "option mapping", "format"]
 ERRORS: tuple[ErrorClass, ...] = ("perception", "reasoning", "option mapping", "format")
-"""The steps at which an answer can go wrong, in their order."""
+"""The steps at which an answer can go wrong, in order."""
 
 
 ReadFacts = Callable[[str], Facts]
@@ -74,20 +74,20 @@ COLUMNS: dict[str, Callable[[Record], bool]] = {
     "G7-12": lambda r: (_school_grade(r) or 0) in range(7, 13),
     "Avg": lambda r: True,
 }
-"""Column to the questions it is over (Lu et al. 2022): TXT has a hint, IMG an image, NO neither."""
+"""Column → its questions (Lu et al. 2022). TXT: with a hint, NO: with neither hint nor image."""
 
 
 def accuracy_by_column(
     records: Sequence[Record], correct: Mapping[str, bool]
 ) -> dict[str, float | None]:
-    """ScienceQA's table: percent of right answers by column, None for one without questions.
+    """Return ScienceQA's columns: the percentage of right answers, None without questions.
 
     Args:
         records: The questions.
-        correct: Id to whether it was answered right.
+        correct: Id → whether the question was answered correctly.
 
     Raises:
-        DataError: a question without an answer.
+        DataError: A question has no prediction.
     """
     for record in records:
         if record.id not in correct:
@@ -99,7 +99,7 @@ def accuracy_by_column(
 
 
 def percent(hits: Iterable[bool | float]) -> float | None:
-    """The mean, times 100; None of nothing, which has none."""
+    """Return the mean times 100; None if there are no values."""
     values = [float(hit) for hit in hits]
     return 100 * math.fsum(values) / len(values) if values else None
 
@@ -112,19 +112,18 @@ def _scorer() -> RougeScorer:
 def rouge_l(gold: str, written: str) -> float:
     """ROUGE-L, the F-measure of the longest common subsequence of words, 0..1 (Lin 2004).
 
-    Of `rouge-score` without stemming: lower case, letters and digits only. mm-cot averages the
-    `rouge` package's figure, which splits at blanks and so counts punctuation and case; the two
+    This is the one of `rouge-score` without stemming: lower case, letters and digits only. mm-cot
+    uses the package `rouge`, which splits at blanks and so counts punctuation and case; the two
     differ a little.
     """
     return _scorer().score(gold, written)["rougeL"].fmeasure
 
 
 def bleu(gold: str, written: str, n: int) -> float:
-    """BLEU-n = min(1, e^(1 − r/c)) · (Π_k≤n p_k)^(1/n), 0..1, of one sentence (Papineni et al.
-    2002).
+    """BLEU-n = min(1, e^(1 − r/c)) · (Π_k≤n p_k)^(1/n), 0..1 (Papineni et al. 2002).
 
-    p_k is the clipped k-gram precision, r and c the lengths. As mm-cot reports it: words split at
-    blanks and full stops, no smoothing, averaged over questions.
+    p_k is the clipped k-gram precision, r and c are the lengths. As in mm-cot, it is computed for
+    one text without smoothing, with words split at blanks and full stops.
     """
     reference, words = ([w for w in re.split(r"[\s.]", text) if w] for text in (gold, written))
     logs = 0.0
@@ -142,8 +141,7 @@ def _grams(words: list[str], k: int) -> Counter[tuple[str, ...]]:
 
 
 def facts_right(gold: Facts, written: Facts) -> tuple[int, int]:
-    """Of the facts that the gold rationale states, how many the written one states too: (right,
-    all).
+    """Count the gold rationale's facts: (those that the written one states too, all).
 
     A fact is a digit at its place, or the conclusion.
     """
@@ -161,12 +159,12 @@ def classify_error(
     choice: int | None,
     facts: ReadFacts | None,
 ) -> ErrorClass | None:
-    """The first step that failed on the way to a wrong answer; None for a right one.
+    """Return the first step that failed on the way to a wrong answer; None for a right answer.
 
     `format`: no option can be read from the answer, or no conclusion from the rationale.
-    `perception`: a digit that the question turns on is misread. `reasoning`: the digits are right,
-    the conclusion is not. `option mapping`: the conclusion is right, the option is not its own.
-    Without rationales, or a reader of their facts, only `format` can be told, and the rest is None.
+    `perception`: a digit that the question needs is misread. `reasoning`: the digits are right, but
+    not the conclusion. `option mapping`: the conclusion is right, but the option is another one.
+    Without rationales or `facts`, only `format` can be detected; other errors give None.
     """
     if choice == record.answer:
         return None
@@ -192,24 +190,24 @@ def evaluate_predictions(
     trained: int | None = None,
     seconds: float | None = None,
 ) -> dict[str, Any]:
-    """All figures of one model on these questions; what cannot be measured is None, never 0.
+    """Compute all figures of one model; a figure that cannot be measured is None, never 0.
 
     Args:
         predictions: One for each question, in any order.
         records: The questions.
-        facts: Reads a rationale's facts, for the accuracy of facts.
-        parameters: The model's parameters.
-        trained: How many of them were trained.
-        seconds: What training took.
+        facts: Reads a rationale's facts; None leaves the accuracy of facts out.
+        parameters: The number of the model's parameters.
+        trained: The number of parameters that were trained.
+        seconds: The duration of training.
 
     Returns:
-        accuracy (all), image and text (questions with and without an image), columns, families (by
-        category), all in percent; rouge_l, bleu_1, bleu_4 (0..100), exact and facts (percent) over
-        questions with both rationales; errors {class: count}; unclassified, the wrong answers of no
-        class; parameters, trained, seconds; n questions.
+        accuracy (all questions), image and text (questions with and without an image), columns and
+        families (by category), in percent; rouge_l, bleu_1, bleu_4 (0..100), exact and facts
+        (percent) over questions with both rationales; errors {class: count}; unclassified (wrong
+        answers without a class); parameters, trained, seconds; n (the number of questions).
 
     Raises:
-        DataError: a question without a prediction, a prediction without a question, or two for one.
+        DataError: A question has no prediction or several, or a prediction has no question.
     """
     _check_complete(predictions, records)
     columns = accuracy_by_column(records, {p.id: p.correct for p in predictions})
@@ -223,7 +221,7 @@ def evaluate_predictions(
         "families": {
             name: percent(p.correct for p in predictions if p.category == name) for name in families
         },
-        **_rationales(predictions, facts),
+        **_rationale_scores(predictions, facts),
         "errors": {name: sum(p.error == name for p in wrong) for name in ERRORS},
         "unclassified": sum(p.error is None for p in wrong),
         "parameters": parameters,
@@ -245,19 +243,19 @@ def _check_complete(predictions: Sequence[Prediction], records: Sequence[Record]
             raise DataError("a prediction for an unknown question", id=qid, remedy=remedy)
 
 
-def _closed(text: str) -> str:
-    """`text` without white space."""
+def _without_blanks(text: str) -> str:
+    """Remove all white space."""
     return "".join(text.split())
 
 
-def _rationales(
+def _rationale_scores(
     predictions: Sequence[Prediction], facts: ReadFacts | None
 ) -> dict[str, float | None]:
     pairs = [
         (squeeze(p.gold_rationale), squeeze(p.rationale))
         for p in predictions
-        # as published, a question without a gold rationale is left out; one for which nothing was
-        # written is not: it scores nothing
+        # as published: a question without a gold rationale is left out, but an empty written
+        # rationale counts, and scores 0
         if p.gold_rationale is not None and p.rationale is not None and p.gold_rationale.strip()
     ]
     counts = [] if facts is None else [facts_right(facts(a), facts(b)) for a, b in pairs]
@@ -266,7 +264,7 @@ def _rationales(
         "rouge_l": percent(rouge_l(a, b) for a, b in pairs),
         "bleu_1": percent(bleu(a, b, 1) for a, b in pairs),
         "bleu_4": percent(bleu(a, b, 4) for a, b in pairs),
-        # up to white space: a tokenizer of words puts none before a full stop, a template may
-        "exact": percent(_closed(a) == _closed(b) for a, b in pairs),
+        # up to white space, which the tokenizer does not preserve around punctuation
+        "exact": percent(_without_blanks(a) == _without_blanks(b) for a, b in pairs),
         "facts": 100 * sum(right for right, _ in counts) / total if total else None,
     }
