@@ -20,9 +20,8 @@ from modgraft.recipes.madx.recipe import (
     COLUMNS,
     RECIPE,
     ROWS,
+    Experiment,
     Settings,
-    corpus_of,
-    pretrained,
     train_stacked,
     trial,
 )  # fmt: skip
@@ -35,8 +34,8 @@ TINY = replace(
 
 
 @pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    return corpus_of(TINY, 0)
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return Experiment(tmp_path_factory.mktemp("corpus"), TINY, 0).corpus
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_the_task_and_its_test_share_no_thing(corpus: Corpus) -> None:
 
 
 def test_a_trial_keeps_its_tokenizer(tmp_path: Path) -> None:
-    one, other = (corpus_of(TINY, 0, tmp_path) for _ in range(2))
+    one, other = (Experiment(tmp_path, TINY, 0).corpus for _ in range(2))
     assert one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
     assert one.text == other.text
 
@@ -85,9 +84,10 @@ def test_accuracy_is_the_mean_over_the_kinds(corpus: Corpus) -> None:
     assert score.all == score.named == score.hidden == pytest.approx(20)
 
 
-def test_only_the_modules_learn(corpus: Corpus, tmp_path: Path) -> None:
-    model = pretrained(tmp_path, corpus, TINY, 0)
-    host, composed = train_stacked(tmp_path, corpus, model, TINY, 0)
+def test_only_the_modules_learn(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, TINY, 0)
+    model, corpus = experiment.pretrained, experiment.corpus
+    host, composed = train_stacked(experiment)
     theirs, ours = model.state_dict(), host.model.state_dict()
     changed = {key for key in theirs if not torch.equal(theirs[key], ours[key])}
     assert changed == {"head.weight", "head.bias"}
@@ -96,7 +96,7 @@ def test_only_the_modules_learn(corpus: Corpus, tmp_path: Path) -> None:
     with torch.no_grad():
         first, *others = (host(**batch, modules=composed(c)).logits for c in ("en", "eu", None))
     assert not [other for other in others if torch.equal(first, other)]
-    again, _ = train_stacked(tmp_path, corpus, model, TINY, 0)  # reads what was trained
+    again, _ = train_stacked(experiment)  # reads what was trained
     for key, own in host.state_dict().items():
         assert torch.equal(own, again.state_dict()[key])
 

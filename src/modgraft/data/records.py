@@ -306,10 +306,8 @@ class Questions(Sequence[Record]):
         """
         splits = self.splits
         if splits is None:
-            splits = {}
-            for record in self.records:
-                splits.setdefault(record.split, ())
-            splits = {key: tuple(r.id for r in self.records if r.split == key) for key in splits}
+            names = dict.fromkeys(record.split for record in self.records)
+            splits = {key: tuple(r.id for r in self.records if r.split == key) for key in names}
         if name not in splits:
             raise UnknownNameError.among("split", name, splits)
         return self.subset(splits[name])

@@ -52,9 +52,11 @@ def load_scienceqa(
     skips = Skips(skip_bad)
     problems_file = folder / "problems.json"
     problems = read_json(problems_file, what="ScienceQA's questions", remedy=_GET)
-    texts = _captions(folder, captions)
+    captions_file = folder / "captions.json" if captions is True else Path(captions or "")
+    texts = {} if captions is False else _captions(captions_file)
     records = _records(problems, texts, problems_file, skips)
-    _check_captions(records, problems, texts, captions, folder, skips)
+    if captions is not False:
+        _check_captions(records, problems, texts, captions_file, skips)
     splits = _splits(folder / "pid_splits.json", records, problems, skips)
     if isinstance(features, Mapping):
         maps = check_features(features, records.values(), width=width, skips=skips)
@@ -86,10 +88,7 @@ def _records(
     return records
 
 
-def _captions(folder: Path, captions: bool | str | Path) -> dict[str, str]:
-    if captions is False:
-        return {}
-    file = folder / "captions.json" if captions is True else Path(captions)
+def _captions(file: Path) -> dict[str, str]:
     remedy = f"{_GET}, or pass captions=False to go on without captions"
     texts = read_json(file, what="the images' captions", remedy=remedy).get("captions")
     if not isinstance(texts, dict):
@@ -104,13 +103,9 @@ def _check_captions(
     records: Mapping[str, Record],
     problems: Mapping[str, Any],
     texts: Mapping[str, str],
-    captions: bool | str | Path,
-    folder: Path,
+    file: Path,
     skips: Skips,
 ) -> None:
-    if captions is False:
-        return
-    file = folder / "captions.json" if captions is True else Path(captions)
     for qid in texts:
         if qid not in problems:
             reason = "a caption for a question that problems.json does not have"

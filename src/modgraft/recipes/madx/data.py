@@ -71,7 +71,7 @@ class Corpus:
 
     def __init__(
         self, known: Sequence[str], targets: Sequence[str], *, vocab: int, batch: int, names: int,
-        seed: int, folder: Path | None = None,
+        seed: int, folder: Path,
     ) -> None:  # fmt: skip
         self.source, self.known, self.targets = known[0], tuple(known), tuple(targets)
         self.vocab, self.batch, self.seed, self.most_names = vocab, batch, seed, names
@@ -84,14 +84,10 @@ class Corpus:
         letters = {
             c for code in targets for name in self.names[code].values() for c in normalised(name)
         }
-        kept = None if folder is None else folder / "tokenizer.json"
-        if kept is not None and kept.is_file():
-            self.tokenizer = Tokenizer.from_file(str(kept))
-        else:
-            self.tokenizer = train_wordpiece([*text, *sorted(letters)], vocab)
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_text(kept, self.tokenizer.to_str())
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            write_text(file, train_wordpiece([*text, *sorted(letters)], vocab).to_str())
+        self.tokenizer = Tokenizer.from_file(str(file))
         self.text = self.ids(text)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:

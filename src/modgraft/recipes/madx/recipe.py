@@ -10,14 +10,16 @@ of the weights, and are added. The task: what is this the name of?
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
 
 import modgraft as mg
 from modgraft.data.cldr import KINDS
@@ -100,94 +102,134 @@ Composed = Callable[[str | None], str]
 """Language, or None for no language module → its composition with the task module."""
 
 
-def pretrained(folder: Path, corpus: Corpus, settings: Settings, seed: int) -> Bag:
-    """Pretrain the host to fill in masked word pieces of the known languages."""
-    torch.manual_seed(seed)
-    model = Bag(settings.vocab, settings.width, settings.layers, len(KINDS))
-    host = mg.Host(model, freeze=False)
-    host.fit(
-        corpus.masked_loader(), train="host", steps=settings.steps_host, lr=settings.lr_host,
-        warmup=0.1, seed=seed, folder=folder / "host", progress=False,
-    )  # fmt: skip
-    return model.requires_grad_(False).eval()
+@dataclass(frozen=True)
+class Experiment:
+    """The corpus and the pretrained host of one seed, and how its modules are trained.
+
+    Attributes:
+        folder: The seed's folder; every training resumes in a folder inside it.
+        settings: The run's settings.
+        seed: The seed of everything that is random.
+    """
+
+    folder: Path
+    settings: Settings
+    seed: int
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text, the names and the tokenizer."""
+        s = self.settings
+        return Corpus(
+            s.known.split(), s.targets.split(), vocab=s.vocab, batch=s.batch, names=s.names,
+            seed=self.seed, folder=self.folder,
+        )  # fmt: skip
+
+    @cached_property
+    def pretrained(self) -> Bag:
+        """The host, pretrained to fill in masked word pieces of the known languages."""
+        s, loader = self.settings, self.corpus.masked_loader()
+        torch.manual_seed(self.seed)
+        model = Bag(s.vocab, s.width, s.layers, len(KINDS))
+        host = mg.Host(model, freeze=False)
+        self.fit(host, "host", loader, train="host", steps=s.steps_host, lr=s.lr_host)
+        return model.requires_grad_(False).eval()
+
+    def host(self) -> mg.Host:
+        """Return a host around a copy of the pretrained model."""
+        return mg.Host(copy.deepcopy(self.pretrained))
+
+    def fit(
+        self, host: mg.Host, key: str, loader: DataLoader, *, train: Any, steps: int, lr: float
+    ) -> None:
+        """Train on ``loader``, resumably in the folder ``key``."""
+        host.fit(
+            loader, train=train, steps=steps, lr=lr, warmup=0.1, seed=self.seed,
+            folder=self.folder / key, progress=False,
+        )  # fmt: skip
+
+    def train_task(self, host: mg.Host, key: str, composition: str) -> None:
+        """Train task adapters and the classification head in English, under a composition."""
+        s = self.settings
+        host.implant("kind", mg.Adapter(reduction=s.reduction_task), at=LAYERS, active=False)
+        with host.using(composition):
+            self.fit(
+                host, key, self.corpus.task_loader(), train=["kind", "host.head"],
+                steps=s.steps_task, lr=s.lr_task,
+            )  # fmt: skip
+
+    def train_sparse(
+        self, host: mg.Host, name: str, key: str, loader: DataLoader, composition: str, at: Any,
+        also: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """Implant a sparse module, and train it in its two phases under a composition."""
+        s = self.settings
+        host.implant(name, mg.SparseDelta(density=s.density), at=at, active=False)
+        with host.using(composition):
+            mg.sparse_finetuning(
+                host, name, loader, also=also, steps=s.steps_sparse, lr=s.lr_sparse, warmup=0.1,
+                weight_decay=0.0, seed=self.seed, folder=self.folder / key, progress=False,
+            )  # fmt: skip
+
+    def train_sparse_task(self, host: mg.Host, key: str, composition: str) -> None:
+        """Train a sparse task module and the classification head in English."""
+        loader = self.corpus.task_loader()
+        self.train_sparse(host, "kind", key, loader, composition, WEIGHTS, ["host.head"])
 
 
-def train_stacked(
-    folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
-) -> tuple[mg.Host, Composed]:
+def train_stacked(experiment: Experiment) -> tuple[mg.Host, Composed]:
     """Train language modules, and the task module on English's: ``fi_words >> fi >> kind``."""
-    host = mg.Host(copy.deepcopy(model))
+    host, corpus, s = experiment.host(), experiment.corpus, experiment.settings
     for code in (corpus.source, *corpus.targets):
-        host.implant(
-            code, mg.Adapter(reduction=settings.reduction_language), at=WORDS, active=False
-        )
-        host.implant(f"{code}_words", mg.InvertibleAdapter(), at=WORDS, expect=1, active=False)
-        with host.using(f"{code}_words >> {code}"):
-            host.fit(
-                corpus.masked_loader(code), train=[code, f"{code}_words"],
-                steps=settings.steps_language, lr=settings.lr_language, warmup=0.1, seed=seed,
-                folder=folder / code, progress=False,
+        words = f"{code}_words"
+        host.implant(code, mg.Adapter(reduction=s.reduction_language), at=WORDS, active=False)
+        host.implant(words, mg.InvertibleAdapter(), at=WORDS, expect=1, active=False)
+        with host.using(f"{words} >> {code}"):
+            experiment.fit(
+                host, f"stacked/{code}", corpus.masked_loader(code), train=[code, words],
+                steps=s.steps_language, lr=s.lr_language,
             )  # fmt: skip
 
     def composed(code: str | None) -> str:
         return "kind" if code is None else f"{code}_words >> {code} >> kind"
 
-    train_task(host, folder / "kind", corpus, settings, seed, composed(corpus.source))
+    experiment.train_task(host, "stacked/kind", composed(corpus.source))
     return host, composed
 
 
-def train_task(
-    host: mg.Host, folder: Path, corpus: Corpus, settings: Settings, seed: int, composition: str
-) -> None:
-    """Train the task adapters and the classification head in English."""
-    host.implant("kind", mg.Adapter(reduction=settings.reduction_task), at=LAYERS, active=False)
-    with host.using(composition):
-        host.fit(
-            corpus.task_loader(), train=["kind", "host.head"], steps=settings.steps_task,
-            lr=settings.lr_task, warmup=0.1, seed=seed, folder=folder, progress=False,
-        )  # fmt: skip
-
-
-def train_sum(
-    folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
-) -> tuple[mg.Host, Composed]:
+def train_sum(experiment: Experiment) -> tuple[mg.Host, Composed]:
     """Train language and task modules as sparse changes of the weights: ``fi + kind``."""
-    host = mg.Host(copy.deepcopy(model))
+    host, corpus = experiment.host(), experiment.corpus
     for code in (corpus.source, *corpus.targets):
-        train_sparse(host, code, folder, corpus.masked_loader(code), settings, seed, code, WORDS)
+        loader = corpus.masked_loader(code)
+        experiment.train_sparse(host, code, f"sparse/{code}", loader, code, WORDS)
 
     def composed(code: str | None) -> str:
         return "kind" if code is None else f"{code} + kind"
 
-    lessons, english = corpus.task_loader(), composed(corpus.source)
-    train_sparse(host, "kind", folder, lessons, settings, seed, english, WEIGHTS, ["host.head"])
+    experiment.train_sparse_task(host, "sparse/kind", composed(corpus.source))
     return host, composed
 
 
-def train_sparse(
-    host: mg.Host, name: str, folder: Path, loader: Any, settings: Settings, seed: int,
-    composition: str, at: Any, also: list[str] | None = None,
-) -> None:  # fmt: skip
-    """Implant a sparse module, and train it in its two phases under a composition."""
-    host.implant(name, mg.SparseDelta(density=settings.density), at=at, active=False)
-    with host.using(composition):
-        mg.sparse_finetuning(
-            host, name, loader, also=also or (), steps=settings.steps_sparse,
-            lr=settings.lr_sparse, warmup=0.1, weight_decay=0.0, seed=seed, folder=folder / name,
-            progress=False,
-        )  # fmt: skip
+def fine_tune(experiment: Experiment) -> mg.Host:
+    """Train the baseline: all weights of the host are fine-tuned on the task."""
+    s, loader = experiment.settings, experiment.corpus.task_loader()
+    host = mg.Host(copy.deepcopy(experiment.pretrained).requires_grad_(), freeze=False)
+    experiment.fit(host, "full", loader, train="host", steps=s.steps_task, lr=s.lr_full)
+    return host
 
 
 def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     """Pretrain a host, train every module, and test the unseen languages once."""
-    corpus = corpus_of(settings, seed, folder)
-    model = pretrained(folder, corpus, settings, seed)
-    rest = (corpus, model, settings, seed)
-    rows = score_swaps("stack", corpus, *train_stacked(folder / "stacked", *rest))
-    rows |= score_swaps("sum", corpus, *train_sum(folder / "sparse", *rest))
-    rows["task"] = accuracy(corpus, task_alone(folder / "task", *rest), lambda _: "kind")
-    rows["sum_task"] = accuracy(corpus, sparse_alone(folder / "few", *rest), lambda _: "kind")
-    rows["full"] = accuracy(corpus, fine_tune(folder / "full", *rest), lambda _: None)
+    experiment = Experiment(folder, settings, seed)
+    corpus, task, sparse_task = experiment.corpus, experiment.host(), experiment.host()
+    rows = score_swaps("stack", corpus, *train_stacked(experiment))
+    rows |= score_swaps("sum", corpus, *train_sum(experiment))
+    experiment.train_task(task, "task", "kind")
+    rows["task"] = accuracy(corpus, task, lambda _: "kind")
+    experiment.train_sparse_task(sparse_task, "few/kind", "kind")
+    rows["sum_task"] = accuracy(corpus, sparse_task, lambda _: "kind")
+    rows["full"] = accuracy(corpus, fine_tune(experiment), lambda _: None)
     rows["chance"] = dict.fromkeys([*rows["full"]], 100 / len(KINDS))
     return {
         "rows": {row: {c: n for c, n in rows[row].items() if c in COLUMNS} for row in ROWS},
@@ -196,43 +238,6 @@ def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
             "languages": {row: {c: rows[row][c] for c in corpus.targets} for row in ROWS},
         },
     }
-
-
-def corpus_of(settings: Settings, seed: int, folder: Path | None = None) -> Corpus:
-    """Create the corpus of a trial; its tokenizer is saved in the folder."""
-    return Corpus(
-        settings.known.split(), settings.targets.split(), vocab=settings.vocab,
-        batch=settings.batch, names=settings.names, seed=seed,
-        folder=folder,
-    )  # fmt: skip
-
-
-def task_alone(folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int) -> mg.Host:
-    """Train the task adapters without language modules."""
-    host = mg.Host(copy.deepcopy(model))
-    train_task(host, folder, corpus, settings, seed, "kind")
-    return host
-
-
-def sparse_alone(
-    folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
-) -> mg.Host:
-    """Train the sparse task module without language modules."""
-    host = mg.Host(copy.deepcopy(model))
-    train_sparse(
-        host, "kind", folder, corpus.task_loader(), settings, seed, "kind", WEIGHTS, ["host.head"]
-    )
-    return host
-
-
-def fine_tune(folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int) -> mg.Host:
-    """Train the baseline: all weights of the host are fine-tuned on the task."""
-    host = mg.Host(copy.deepcopy(model).requires_grad_(), freeze=False)
-    host.fit(
-        corpus.task_loader(), train="host", steps=settings.steps_task, lr=settings.lr_full,
-        warmup=0.1, seed=seed, folder=folder, progress=False,
-    )  # fmt: skip
-    return host
 
 
 def score_swaps(
