@@ -98,9 +98,8 @@ def _results(
     if chance and chance.image is not None:
         levels["IMG"] = chance.image
     main = next((row for row in results.rows if row.group == "main" and row.seeds), None)
-    seed, predictions = min(run.predictions.get(main.key, {}).items(), default=(None, [])) if (
-        main is not None
-    ) else (None, [])  # fmt: skip
+    by_seed = {} if main is None else run.predictions.get(main.key, {})
+    seed, predictions = min(by_seed.items(), default=(None, []))
     return {
         "table": build(results, chance),
         "overview": overview,
