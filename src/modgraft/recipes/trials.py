@@ -29,7 +29,7 @@ from modgraft.core.errors import CheckpointError, UnknownNameError
 from modgraft.core.files import read_json, write_json, write_text
 from modgraft.log.record.runs import RunNote, listed, plain, recorded, settings_row
 from modgraft.recipes.workers import Job, side_by_side
-from modgraft.report.figures import DARK, LIGHT, Scheme, draw
+from modgraft.report.figures import Scheme, draw
 
 NAMES: tuple[str, ...] = ("arithmetic", "flan_vs_modules", "madx")
 """Recipes that this module runs: each defines ``RECIPE`` in ``modgraft/recipes/NAME/recipe.py``."""
@@ -227,11 +227,8 @@ def write_report(folder: Path) -> None:
     results = read_results(folder)
     recipe = find_recipe(results["recipe"])
     write_text(folder / "table.md", markdown(results) + "\n")
-    picture = draw(
-        recipe.size, recipe.title, lambda canvas, scheme: recipe.paint(canvas, scheme, results),
-        schemes=(LIGHT, DARK),
-    )  # fmt: skip
-    assert picture.dark is not None  # noqa: S101  (both schemes were asked for)
+    picture = draw(recipe.size, recipe.title, lambda *canvas: recipe.paint(*canvas, results))
+    assert picture.dark is not None  # noqa: S101  (by default, both schemes are drawn)
     (folder / "plot.png").write_bytes(picture.light)
     (folder / "plot-dark.png").write_bytes(picture.dark)
 
