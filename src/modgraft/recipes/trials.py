@@ -227,7 +227,9 @@ def write_report(folder: Path) -> None:
     results = read_results(folder)
     recipe = find_recipe(results["recipe"])
     write_text(folder / "table.md", markdown(results) + "\n")
-    picture = draw(recipe.size, recipe.title, lambda *canvas: recipe.paint(*canvas, results))
+    picture = draw(
+        recipe.size, recipe.title, lambda canvas, scheme: recipe.paint(canvas, scheme, results)
+    )
     assert picture.dark is not None  # noqa: S101  (by default, both schemes are drawn)
     (folder / "plot.png").write_bytes(picture.light)
     (folder / "plot-dark.png").write_bytes(picture.dark)
