@@ -26,7 +26,7 @@ from modgraft.data.digits import digits_qa
 from modgraft.data.records import Questions
 from modgraft.data.tokenizer import train_tokenizer
 from modgraft.models.t5 import small_t5
-from modgraft.recipes.mmcot.recipe import NETS, Settings, surgery
+from modgraft.recipes.mmcot.recipe import NETS, Settings, build_host
 
 WIDTH, PATCHES, TOKENS = 80, 12, 64
 
@@ -39,7 +39,7 @@ def t5_small(vocabulary: int) -> T5ForConditionalGeneration:
 
 def fused(t5: T5ForConditionalGeneration) -> mg.Host:
     """The recipe's stage-1 net."""
-    return surgery(t5, NETS["stage1"], WIDTH, Settings())
+    return build_host(t5, NETS["stage1"], WIDTH, Settings())
 
 
 def batches(rows: int) -> tuple[dict[str, Any], dict[str, Any], int]:

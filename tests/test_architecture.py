@@ -1,4 +1,4 @@
-"""docs/architecture.md is walked: the files it names are those that a path enters, in that order."""
+"""docs/architecture.md is walked: it names the files that a path enters, in their order."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modgraft.core.context import Side
 from modgraft.core.errors import DataError
-from modgraft.data.batches import IGNORE, Collate, Example, QADataset, collate
+from modgraft.data.batches import IGNORE, Collate, Example, QADataset
 from modgraft.data.records import Questions
 from modgraft.data.text import FORMS
 from questions import record
@@ -28,7 +28,7 @@ TEXTS = [
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; the end is put by `collate`, as this one puts none."""
+    """One token a word; the end is put by `Collate`, as this one puts none."""
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = ["<pad>", "</s>", "<unk>"]
@@ -36,6 +36,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def collate(batch: list[Example], *arguments: Any, **options: Any) -> dict[str, Any]:
+    return Collate(*arguments, **options)(batch)
 
 
 def example(n: int = 3, features: torch.Tensor | None = None, **changes: Any) -> Example:

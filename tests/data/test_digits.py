@@ -8,8 +8,7 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from modgraft.data.digits import CODES, CUT, FAMILIES, DigitsQA, digits_qa, scans
-from modgraft.data.rationale import POSITIONS, facts
+from modgraft.data.digits import CODES, CUT, FAMILIES, POSITIONS, DigitsQA, digits_qa, facts, scans
 from modgraft.data.records import Record
 from modgraft.recipes.mmcot.metrics import classify_error
 

@@ -22,22 +22,21 @@ from modgraft.data.docstrings import (
 from modgraft.recipes.arithmetic import recipe
 from modgraft.recipes.arithmetic.language_model import (
     Corpus,
-    knows,
+    continuation_accuracy,
+    habit_rates,
     new_model,
     perplexity,
-    rates,
-    write,
+    sample,
 )
 from modgraft.recipes.arithmetic.recipe import (
     COLUMNS,
     CURVES,
     HABITS,
     ROWS,
-    Settings,
     choose,
     compositions,
+    evaluator,
     implant_all,
-    judge,
     paint,
     pretrained,
     randomise,
@@ -47,7 +46,7 @@ from modgraft.recipes.arithmetic.recipe import (
 from modgraft.report.figures import draw
 
 TINY = replace(
-    recipe.smaller(Settings(), 0.02),
+    recipe.RECIPE.smaller(0.02),
     vocabulary=400, width=48, layers=2, length=48, steps=60, lr=6e-3, module_steps=25,
     ascent_steps=8, weights="0.5 1", prompt=8, written=12, tried=8, tested=8, tried_windows=8,
     tested_windows=8, questions=8,
@@ -140,7 +139,7 @@ def test_tokens_and_windows(corpus: Corpus) -> None:
 
 
 def test_what_is_counted() -> None:
-    found = rates(
+    found = habit_rates(
         ["word<end>>>> f(1)", "words zzz", "See\n.. [2] A. Word"], frozenset(["word", "see"])
     )
     assert found["doctest"] == found["citation"] == pytest.approx(100 / 3)
@@ -161,7 +160,7 @@ def test_measures_beside_their_definitions(corpus: Corpus) -> None:
     for start, offered in zip(begin, options, strict=True):
         own = [_likelihood(model, start, option) for option in offered]
         right += own.index(max(own)) == 0
-    assert knows(model, (begin, options)) == pytest.approx(100 * right / 6)
+    assert continuation_accuracy(model, (begin, options)) == pytest.approx(100 * right / 6)
 
 
 @torch.no_grad()
@@ -187,11 +186,11 @@ def test_composing_at_inference_equals_the_merged_weights(host: mg.Host, corpus:
             merged = host.merge(composition)(input_ids=ids).logits
         torch.testing.assert_close(composed, merged, rtol=1e-10, atol=1e-10)
         assert composition is None or not torch.allclose(merged, bare, atol=1e-3)
-    assert write(host, corpus, ids[:, :8], 6, 0) == write(host.model, corpus, ids[:, :8], 6, 0)
+    assert sample(host, corpus, ids[:, :8], 6, 0) == sample(host.model, corpus, ids[:, :8], 6, 0)
     with host.using("general - 0.75*doctest"):
-        composed = write(host, corpus, ids[:, :8], 6, 0)
+        composed = sample(host, corpus, ids[:, :8], 6, 0)
     merged = host.merge("general - 0.75*doctest")
-    assert composed == write(merged, corpus, ids[:, :8], 6, 0)
+    assert composed == sample(merged, corpus, ids[:, :8], 6, 0)
 
 
 def test_subtracting_forgets_what_adding_learns(host: mg.Host, corpus: Corpus) -> None:
@@ -251,7 +250,7 @@ def test_a_trial_measures_every_row_and_goes_on_where_it_stopped(
     assert all({p["weight"] for p in c} == weights for c in found["series"]["curves"].values())
     chosen = found["series"]["chosen"]
     assert set(chosen.values()) <= weights
-    again = judge(corpus, TINY, "test", 1)
+    again = evaluator(corpus, TINY, "test", 1)
     for row in ("host", "plus_doctest", "general_minus_both"):
         assert again(host, compositions(chosen)[row]) == found["rows"][row]
 

@@ -25,9 +25,17 @@ from modgraft.models.t5 import small_t5
 from modgraft.recipes.mmcot import nets, recipe
 from modgraft.recipes.mmcot import run as mmcot_run
 from modgraft.recipes.mmcot.data import load_questions, load_run_tokenizer, settings_of
-from modgraft.recipes.mmcot.metrics import read_predictions
 from modgraft.recipes.mmcot.nets import load_net, predict
-from modgraft.recipes.mmcot.recipe import DEMO, NETS, ROWS, Net, Settings, nets_of, smaller, surgery
+from modgraft.recipes.mmcot.recipe import (
+    DEMO,
+    NETS,
+    ROWS,
+    Net,
+    Settings,
+    build_host,
+    nets_of,
+    smaller,
+)
 from modgraft.report.run import read_run
 
 QUICK = ("--quick", "0.02", *SMALL)
@@ -70,7 +78,7 @@ def code_lines(function: object) -> list[str]:
 
 
 def test_the_surgery_is_at_most_ten_lines_and_no_class_is_a_t5() -> None:
-    assert len(code_lines(surgery)) <= 10
+    assert len(code_lines(build_host)) <= 10
     classes = [c for _, c in inspect.getmembers(recipe, inspect.isclass)]
     own = [c for c in classes if c.__module__ == recipe.__name__]
     assert own
@@ -81,7 +89,7 @@ def test_the_surgery_is_at_most_ten_lines_and_no_class_is_a_t5() -> None:
 @pytest.mark.parametrize("key", ["stage1-modular", "stage2-modular"])
 def test_the_modular_variant_trains_at_most_15_percent(key: str) -> None:
     settings = Settings()
-    host = surgery(recipe.text_t5(settings, 110, 0), NETS[key], 80, settings)
+    host = build_host(recipe.text_t5(settings, 110, 0), NETS[key], 80, settings)
     trained = sum(p.numel() for p in host.parameters() if p.requires_grad)
     share = trained / sum(p.numel() for p in host.parameters())
     assert 0.02 < share <= 0.15
@@ -118,7 +126,9 @@ def test_every_row_is_there_and_the_report_reads_it(run: Path) -> None:
         assert measured.n == 18
         assert measured.image is not None
         assert row.leaks == ("forced" in row.key)
-        assert (measured.rouge_l is None) == (ROWS[row.key].thinks is None and row.key == "direct")
+        assert (measured.rouge_l is None) == (
+            ROWS[row.key].rationale_net is None and row.key == "direct"
+        )
         assert len(read.predictions[row.key][0]) == 18
     assert set(read.curves) == set(NETS)
     assert len(read.gates) == 6
@@ -145,7 +155,7 @@ def test_rationales_are_handed_over_by_id(run: Path, monkeypatch: pytest.MonkeyP
 
     real = nets.load_net
     monkeypatch.setattr(nets, "load_net", lambda *args: Echo(real(*args)))
-    monkeypatch.setattr(nets, "rationales_written", lambda *_: dict(reversed(list(gold.items()))))
+    monkeypatch.setattr(nets, "write_rationales", lambda *_: dict(reversed(list(gold.items()))))
     made = {p.id: p for p in predict(run, 0, ROWS["fused"], questions, settings)}
     form = find_form(settings.answer)
     for record in questions:
@@ -159,7 +169,7 @@ def test_without_images_logits_are_bit_equal_to_the_text_models(run: Path, key: 
     host = load_net(run, 0, key)
     questions, tokenizer = load_questions(run, 0).split("test"), load_run_tokenizer(run, 0)
     rationales = recipe.gold_rationales(questions, settings_of(run))
-    form = find_form(getattr(settings_of(run), NETS[key].reads))
+    form = find_form(getattr(settings_of(run), NETS[key].form))
     texts = [form.input(r, rationales[r.id] if form.reads_rationale else None) for r in questions]
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
     batch["decoder_input_ids"] = torch.arange(12).expand(len(texts), 12)
@@ -301,8 +311,7 @@ def test_asking_about_an_image_of_the_test(run: Path) -> None:
     ask = ["mmcot", "ask", image, record.question, *record.choices, "--run", run]
     result = modgraft(*ask, "--hint", record.hint)
     assert result.code in (0, 2), result  # 2: it read no option from what the net wrote
-    (made,) = [p for p in read_predictions(run / "seed0/fused/predictions.jsonl")
-               if p.id == record.id]  # fmt: skip
+    (made,) = [p for p in read_run(run).predictions["fused"][0] if p.id == record.id]
     rationale, _, answer = result.out.partition("Answer")
     assert rationale.split() == ["Rationale", *(made.rationale or "").split()]
     if made.choice is None:

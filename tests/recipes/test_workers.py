@@ -34,7 +34,7 @@ def quiet() -> Console:
 
 def job(folder: Path, key: str, *after: str, seconds: float = 0.0) -> Job:
     args = (folder, key, seconds)
-    return Job(key, f"Job {key}", note, args, folder / "log", after=after, made=folder / key)
+    return Job(key, f"Job {key}", note, args, folder / "log", after=after, last_file=folder / key)
 
 
 def events(folder: Path) -> list[str]:

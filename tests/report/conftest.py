@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modgraft.data.digits import digits_qa
-from modgraft.data.rationale import facts
+from modgraft.data.digits import digits_qa, facts
 from modgraft.data.records import Record
 from modgraft.recipes.mmcot.metrics import classify_error
 

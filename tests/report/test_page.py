@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from modgraft.report import write
-from modgraft.report.looks import overlay, question
-from modgraft.report.mistakes import Piece, differences
+from modgraft.report.attention import overlay, view
 from modgraft.report.run import Gate
+from modgraft.report.wrong_answers import Piece, differences
 
 VOID = {"meta", "link", "img", "source", "br"}
 EVIL = "<script>alert('x')</script> & \"q\" {{ 7 * 7 }} $x_1$ 漢"
@@ -129,16 +129,16 @@ def test_attention_tints_its_patch_alone() -> None:
     expected = np.zeros((8, 24), dtype=bool)
     expected[4:, 4:8] = True  # patch 7 of two rows of six: second row, second column
     assert (tinted == expected).all()
-    shown = question(0, gate)
-    assert [look.token.text for look in shown.looks] == ["a", "left"]  # no special token
+    shown = view(0, gate)
+    assert [each.token.text for each in shown.images] == ["a", "left"]  # no special token
     assert (shown.lowest, shown.highest) == (0.1, 0.9)
 
 
 def test_equal_gates_and_no_attention_are_drawn() -> None:
     gate = Gate(id="q", question="?", image=[[1.0]], tokens=["<pad>"], attention=[[0.0]], gate=[0])
-    assert question(0, gate).looks == []
+    assert view(0, gate).images == []
     gate = Gate(id="q", question="?", image=[[1.0]], tokens=["a"], attention=[[0.0]], gate=[0])
-    assert question(0, gate).peak == 0
+    assert view(0, gate).peak == 0
 
 
 def test_differences_mark_what_was_written_wrongly() -> None:

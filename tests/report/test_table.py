@@ -9,8 +9,9 @@ import pytest
 
 from modgraft.core.errors import DataError
 from modgraft.report import insert, table
-from modgraft.report.numbers import Chance, Figure, apart, best, count, seconds
 from modgraft.report.run import Metrics, Prediction, Results, Row
+from modgraft.report.statistics import Chance, Figure, apart, best
+from modgraft.report.table import count, seconds
 
 
 def row(key: str, *values: float | None, group: str = "main") -> Row:

@@ -1,4 +1,4 @@
-"""``modgraft inspect``: a model's sites, what a selection matches, which saved modules fit it."""
+"""``modgraft inspect``: list a model's sites, what a selection matches, which modules fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SHOWN = 8
-"""Sites of a selection that are listed; --json has them all."""
+"""The number of a selection's sites that are listed; --json lists all."""
 
 
 def inspect(
@@ -59,11 +59,11 @@ def inspect(
 
 
 def read_model(name: str, weights: bool = False) -> nn.Module:
-    """The model of a folder or of a hub name, without its weights unless they are asked for.
+    """Create the model of a folder or hub name, without its weights unless ``weights`` is set.
 
     Raises:
-        DataError: for a folder without a config, a config that cannot be read, or a name that
-            cannot be fetched.
+        DataError: The folder has no config, the config cannot be read, or the name cannot be
+            fetched.
     """
     import torch
     import transformers
@@ -90,7 +90,7 @@ def read_model(name: str, weights: bool = False) -> nn.Module:
         kind = _class_of(config)
         if weights:
             return kind.from_pretrained(name)
-        with torch.device("meta"):  # shapes alone: no memory, whatever the size
+        with torch.device("meta"):  # only shapes, so that size does not matter
             return kind(config)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -104,7 +104,7 @@ def read_model(name: str, weights: bool = False) -> nn.Module:
 
 
 def _class_of(config: Any) -> Any:
-    """The class that ``config.architectures`` names, else the bare model of its type."""
+    """Return the class that ``config.architectures`` names, else the base model of its type."""
     import transformers
 
     for name in config.architectures or ():
@@ -150,7 +150,7 @@ def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]
 
 
 def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
-    """A saved module's card, its size, and whether it is of this host."""
+    """Describe a saved module: its card, its size, and whether it fits this model."""
     from modgraft.computation.base import Computation
     from modgraft.core.errors import SiteError, UnknownNameError
     from modgraft.core.sites import find
@@ -169,7 +169,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
     try:
         said = {"type": card.type, "config": card.config}
         method = from_json(said, folder, Computation).brief()
-    except UnknownNameError:  # the user's own: it is known where its file has been imported
+    except UnknownNameError:  # a class of the user's, which is not imported here
         method = f"{card.type}(…)"
     return {
         "folder": str(folder),
@@ -239,7 +239,7 @@ def _print_modules(console: Console, cards: Sequence[dict[str, Any]], own: int) 
 
 
 def _show(console: Console, made: Table) -> None:
-    """A table as wide as the terminal, or as wide as it is where the output goes elsewhere."""
+    """Print a table, fitted to the terminal or, in other outputs, at its full width."""
     from modgraft.host.describe import plain
 
     console.print(made if console.is_terminal else plain(made), soft_wrap=not console.is_terminal)

@@ -1,4 +1,4 @@
-"""What the commands share: options, and how their texts are read."""
+"""Options that several commands share, and how their values are read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Delete the run's folder fi
 
 
 def seeds_of(text: str) -> list[int]:
-    """The seeds of ``0,1,2``, each once, in order."""
+    """Parse seeds such as ``0,1,2``; the result is sorted, without repetitions."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise typer.BadParameter(f"{text!r}: write seeds as 0 or 0,1,2")
@@ -34,7 +34,7 @@ def seeds_of(text: str) -> list[int]:
 
 
 def changes(settings: Any, pairs: list[str]) -> dict[str, Any]:
-    """The settings that ``--set`` names, each read as what it was before."""
+    """Parse the settings of ``--set``, each with the type of its default."""
     made: dict[str, Any] = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
@@ -50,7 +50,7 @@ def changes(settings: Any, pairs: list[str]) -> dict[str, Any]:
 
 
 def delete(run: Path) -> None:
-    """Delete a run's folder, and no other."""
+    """Delete a run's folder; other folders are refused."""
     import shutil
 
     from modgraft.core.errors import DataError
@@ -65,7 +65,7 @@ def delete(run: Path) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Ctrl-C ends with a word on how to go on, and status 130."""
+    """On Ctrl-C, print how to resume, and exit with status 130."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""``modgraft recipe``: a question asked over seeds, answered by a table and a picture."""
+"""``modgraft recipe``: run an experiment over several seeds, and show its results."""
 
 from __future__ import annotations
 
@@ -52,15 +52,17 @@ def recipe(
     console = Console()
     if name is None:
         for known in trials.NAMES:
-            console.print(f"[bold]{known}[/bold]  {trials.recipe(known).title}", highlight=False)
+            console.print(
+                f"[bold]{known}[/bold]  {trials.find_recipe(known).title}", highlight=False
+            )
         return
-    what = trials.recipe(name)
-    settings = what.settings if quick == 1 else what.smaller(what.settings, quick)
+    found = trials.find_recipe(name)
+    settings = found.settings if quick == 1 else found.smaller(quick)
     settings = replace(settings, **changes(settings, change or []))
     folder = run or Path("runs") / name
     if fresh:
         delete(folder)
     with stoppable():
-        trials.run(what, folder, settings, seeds_of(seeds), jobs=jobs, console=console, note=note)
+        trials.run(found, folder, settings, seeds_of(seeds), jobs=jobs, console=console, note=note)
     trials.show(folder, console)
     console.print(f"\nPicture: {folder / 'plot.png'}", highlight=False, soft_wrap=True)

@@ -1,1 +1,1 @@
-"""Data: DigitsQA, ScienceQA, text forms, batches, tokenizers."""
+"""Data: DigitsQA, ScienceQA and other data sets, text forms, batches, tokenizers."""

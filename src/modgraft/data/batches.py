@@ -1,4 +1,4 @@
-"""From questions to batches of tensors: one data set and one collate for ScienceQA and DigitsQA."""
+"""Turn questions into batches of tensors, for ScienceQA and DigitsQA alike."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from modgraft.data.text import Form, find_form
 
 _log = logging.getLogger(__name__)
 IGNORE = -100
-"""The label that the loss leaves out."""
-_MEMORY = 1 << 16  # texts; tokenizing costs more than all the rest of a batch
+"""The label that the loss ignores."""
+_MEMORY = 1 << 16  # texts to remember, because tokenizing takes most of a batch's time
 
 
 class Example(NamedTuple):
-    """One question with what goes with it: features float32 `[m, d]`, and the rationale to read."""
+    """One question with its image features, float32 `[m, d]`, and the rationale to read."""
 
     record: Record
     features: Tensor | None = None
@@ -32,15 +32,14 @@ class Example(NamedTuple):
 
 
 class QADataset(Dataset[Example]):
-    """Questions with their features and, for a second stage, the rationales to read.
+    """A data set of questions with their features and, for a second stage, rationales.
 
     Args:
-        questions: The questions; one without features is one without an image.
-        rationales: Id to rationale, gold or written by a first stage; handed over by id, never by
-            position. More ids than questions is fine.
+        questions: The questions; one without features has no image.
+        rationales: Id to rationale, gold or written by a first stage; it may have more ids.
 
     Raises:
-        DataError: a question whose id `rationales` does not have.
+        DataError: `rationales` lacks a question's id.
     """
 
     def __init__(self, questions: Questions, rationales: Mapping[str, str] | None = None) -> None:
@@ -63,7 +62,7 @@ class QADataset(Dataset[Example]):
 
 @dataclass
 class Collate:
-    """A `collate_fn`: examples to one batch of tensors.
+    """A `collate_fn` that turns examples into one batch of tensors.
 
     The batch is a dict: `input_ids` and `attention_mask` int64 `[B, n]`, padded to its longest;
     `labels` int64 `[B, t]`, padded with -100; `side` = {source: Side(features float32 `[B, m, d]`,
@@ -122,7 +121,7 @@ class Collate:
             raise DataError(reason, remedy=f"Pass max_target={self.pad_labels_to}")
 
     def __call__(self, batch: Sequence[tuple[Record, Tensor | None, str | None]]) -> dict[str, Any]:
-        """The batch of these examples: (record, features or None, rationale or None)."""
+        """Make the batch of these examples: (record, features or None, rationale or None)."""
         form, examples = find_form(self.form), [Example._make(item) for item in batch]
         texts = [form.input(e.record, e.rationale) for e in examples]
         inputs = self._encode(texts)
@@ -147,7 +146,7 @@ class Collate:
         return out
 
     def _encode(self, texts: list[str]) -> list[Tensor]:
-        """Each text's tokens, int32 `[n]`; those of an epoch ago are remembered."""
+        """Tokenize texts, each to int32 `[n]`; the results are remembered for the next epoch."""
         if len(self._known) > _MEMORY:
             self._known.clear()
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
@@ -168,15 +167,15 @@ class Collate:
 
         for name, from_end in (("context", True), ("rationale", False), ("question", True)):
             words = fields.get(name, "").split()
-            keep = _most(
+            keep = _largest_fitting(
                 len(words),
                 lambda n, name=name, words=words, from_end=from_end: (
-                    len(encode(name, _kept(words, n, from_end))) <= self.max_input
+                    len(encode(name, _cut_words(words, n, from_end))) <= self.max_input
                 ),
             )
             if keep is not None:
                 self._note("input", example.record.id, long, self.max_input)
-                return encode(name, _kept(words, keep, from_end))
+                return encode(name, _cut_words(words, keep, from_end))
             if name in fields:
                 fields[name] = ""
         reason = f"its options alone are longer than max_input={self.max_input} tokens"
@@ -191,7 +190,7 @@ class Collate:
     def _pad(
         self, rows: list[Tensor], value: int, length: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Rows and their mask, int64 `[B, longest]`, padded on the right."""
+        """Pad rows on the right: the ids and their mask, int64 `[B, longest]`."""
         length = length or max(len(row) for row in rows)
         ids = torch.full((len(rows), length), value, dtype=torch.long)
         mask = torch.zeros(len(rows), length, dtype=torch.long)
@@ -221,15 +220,15 @@ class Collate:
 
 
 class SortedBatches(Sampler[list[int]]):
-    """Random batches of examples of like length, so that little is padded.
+    """Random batches of examples of similar length, so that there is little padding.
 
-    Each epoch is a random order, cut into pools of `pool` batches; a pool is sorted by length and
-    cut into batches; the batches come in random order. All draws are torch's global generator's.
+    Each epoch, the shuffled examples are cut into pools of `pool` batches, each pool is sorted by
+    length and cut into batches, and the batches are shuffled, all by torch's global generator.
 
     Args:
         lengths: Each example's length, in any unit.
-        batch: Examples in a batch; the last one may hold fewer.
-        pool: Batches in a pool: 1 is plain shuffling.
+        batch: The number of examples in a batch; the last one may be smaller.
+        pool: The number of batches in a pool; with 1, examples are simply shuffled.
     """
 
     def __init__(self, lengths: Sequence[float], batch: int, pool: int = 16) -> None:
@@ -247,25 +246,19 @@ class SortedBatches(Sampler[list[int]]):
         return iter([made[i] for i in torch.randperm(len(made)).tolist()])
 
 
-def collate(
-    batch: Sequence[tuple[Record, Tensor | None, str | None]],
-    tokenizer: PreTrainedTokenizerBase,
-    form: Form | str,
-    **options: Any,
-) -> dict[str, Any]:
-    """One batch: `Collate(tokenizer, form, **options)(batch)`. For a loader, make a `Collate`
-    once.
-    """
-    return Collate(tokenizer, form, **options)(batch)
+def padded(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
+    """Pad token ids on the right with `value`, to int64 `[B, longest]`."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
-def _kept(words: list[str], count: int, from_end: bool) -> list[str]:
-    """`count` of the words, the others cut from the end, or from the start."""
+def _cut_words(words: list[str], count: int, from_end: bool) -> list[str]:
+    """Keep `count` words, and cut the others from the end or from the start."""
     return words[:count] if from_end else words[len(words) - count :]
 
 
-def _most(limit: int, fits: Callable[[int], bool]) -> int | None:
-    """The greatest n in 0..limit that fits, where smaller ones do too; None if not even 0 does."""
+def _largest_fitting(limit: int, fits: Callable[[int], bool]) -> int | None:
+    """Find the largest n in 0..limit that fits, if all smaller ones fit; None if 0 does not."""
     if not fits(0):
         return None
     low, high = 0, limit

@@ -1,7 +1,7 @@
 """Names and lines of text in many languages, from the Unicode CLDR as Babel ships it.
 
-A **name** is what CLDR calls a thing in a language: "Švýcarsko", "švýcarský frank". A **line** is
-what CLDR's patterns and supplementary data make of names, dates and numbers, and is not labelled:
+A **name** is the word for a thing in a language: "Švýcarsko", "švýcarský frank". A **line** is
+unlabelled text, which CLDR's patterns and supplementary data compose of names, dates and numbers:
 "1 234,50 švýcarských franků", "uzbečtina (cyrilice, Uzbekistán)". Nothing is downloaded.
 """
 
@@ -20,25 +20,25 @@ from typing import Any
 from modgraft.core.errors import ModgraftError, UnknownNameError
 
 KINDS = ("territory", "language", "currency", "unit", "zone")
-"""What a name is asked to be the name of. Scripts have names too, most of them a language's."""
+"""The kinds of things to tell apart, without scripts, which mostly share a language's name."""
 
 Thing = tuple[str, str]
-"""A kind and CLDR's code in it: ``("territory", "CH")``."""
+"""A kind, or ``"script"``, and CLDR's code of the thing: ``("territory", "CH")``."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of text, and the things that it names."""
+    """A line of text, and the things that it mentions."""
 
     text: str
     things: frozenset[Thing]
 
 
 def babel(part: str) -> Any:
-    """Babel's module of that name.
+    """Import a module of Babel.
 
     Raises:
-        ModgraftError: Babel is not installed; with the remedy.
+        ModgraftError: Babel is not installed.
     """
     try:
         return import_module(f"babel.{part}")
@@ -50,13 +50,11 @@ def babel(part: str) -> Any:
 
 
 def names(language: str, shared: bool = False) -> dict[Thing, str]:
-    """What CLDR calls each thing in a language, where it says so in that language.
-
-    What CLDR has no word for, and gives as a code, is left out.
+    """Return the name of each thing in a language, without those that CLDR does not translate.
 
     Args:
-        language: CLDR's code of it, ``"cs"``.
-        shared: also the names that two kinds share, which say nothing of either.
+        language: The language's code in CLDR, such as ``"cs"``.
+        shared: Whether to include names that things of two kinds share.
 
     Raises:
         UnknownNameError: CLDR has no such language.
@@ -106,13 +104,13 @@ def _locale(language: str) -> Any:
 
 @cache
 def languages() -> tuple[str, ...]:
-    """The codes of CLDR's languages."""
+    """Return the codes of CLDR's languages."""
     codes = babel("localedata").locale_identifiers()
     return tuple(sorted(code for code in codes if "_" not in code and code != "root"))
 
 
 def _clean(text: str) -> str:
-    """One line: no invisible marks of direction, every blank a plain one."""
+    """Remove invisible marks of direction, and make all white space single blanks."""
     return " ".join(re.sub(r"[\u200e\u200f\u061c\ufeff]", "", text).split())
 
 
@@ -120,16 +118,16 @@ def _clean(text: str) -> str:
 
 
 def lines(language: str, without: Collection[Thing] = (), seed: int = 0) -> list[Line]:
-    """The unlabelled text of a language, each line once.
+    """Return the unlabelled text of a language, without repeated lines.
 
-    Locales by name, countries with the languages spoken there, cities with their countries, amounts
-    of money and of units, times of day with their zones, dates, spans of time. Amounts and dates
-    are drawn from ``seed``.
+    The lines are about locales, countries with the languages spoken there, cities with their
+    countries, amounts of money and of units, times of day with their zones, dates and spans of
+    time.
 
     Args:
-        language: CLDR's code of it.
-        without: things that no line names: neither by what it was made of, nor in letters.
-        seed: of the numbers.
+        language: The language's code in CLDR.
+        without: Things to leave out: no line is composed of them, or contains their names.
+        seed: The seed of random amounts and dates.
 
     Raises:
         UnknownNameError: CLDR has no such language.
@@ -237,6 +235,6 @@ def _days(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
 
 
 def counts(things: Iterable[Thing]) -> dict[str, int]:
-    """How many things there are of each of :data:`KINDS`."""
+    """Count the things of each of :data:`KINDS`."""
     found = Counter(kind for kind, _ in things)
     return {kind: found[kind] for kind in KINDS}

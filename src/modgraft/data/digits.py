@@ -1,18 +1,19 @@
-"""DigitsQA: real scanned digits, questions in ScienceQA's format, nothing to download.
+"""DigitsQA: questions about real scanned digits, in ScienceQA's format, with nothing to download.
 
-The images are scikit-learn's 1,797 real 8 x 8 scans (`sklearn.datasets.load_digits`), cut
-1197 / 300 / 300 in their order: neighbours share a writer, so a shuffled cut would leak hands from
-training into the test. A question shows a strip of three digits, left, middle and right, drawn from
-its own split alone.
+The images are scikit-learn's 1,797 real 8 x 8 scans (`sklearn.datasets.load_digits`), split
+1197 / 300 / 300 in their order: neighbours share a writer, so shuffling would put the handwriting
+of one person into training and test. A question shows a strip of three digits, left, middle and
+right, from its own split.
 
-The text of a question, options and table included, is drawn first; then which option is right,
-uniformly; then the digits, among those that make it right. So given the text alone every option is
-equally likely, by construction: a model that does not look at the image cannot beat 1 / (number of
-options). The family `text` has no image and can be answered from the text.
+The text of a question, with its options and table, is drawn first; then which option is right,
+uniformly; then digits that make it right. So every option is equally likely given the text: a model
+that does not look at the image cannot beat 1 / (number of options). The family `text` has no image
+and can be answered from the text.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,21 +22,22 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_digits
 
-from modgraft.data.rationale import POSITIONS
+POSITIONS = ("left", "middle", "right")
+"""The places of a strip, from left to right."""
 
 CUT = {"train": slice(0, 1197), "val": slice(1197, 1497), "test": slice(1497, 1797)}
-"""Which of scikit-learn's scans each split may show, in their order."""
+"""Split -> its part of scikit-learn's scans."""
 
 FAMILIES = ("read", "compare", "add", "lookup", "even", "text")
-"""The kinds of question; a record's `category`. All but the last show an image."""
+"""The kinds of questions, a record's `category`. All but the last show an image."""
 
 CODES = "FGHJKLMNPQRSTVWXYZ"
-"""The letters of a code table. None is an option's letter (A to E), I or O."""
+"""The letters of code tables, without the letters of options (A to E), I and O."""
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What all records of one family share: ScienceQA's descriptive fields."""
+    """ScienceQA's descriptive fields, which all records of one family share."""
 
     subject: str
     topic: str
@@ -45,7 +47,7 @@ class _Kind:
 
 
 WEIGHTS = {"read": 0.5, "compare": 1.0, "add": 2.0, "lookup": 1.5, "even": 1.5, "text": 1.5}
-"""How often each family is drawn for training: those that take more steps of thought more often."""
+"""How often each family is drawn for training: families with more reasoning steps more often."""
 
 KINDS = {
     "read": _Kind(
@@ -92,7 +94,7 @@ class DigitsQA:
 
 @cache
 def scans() -> tuple[np.ndarray, np.ndarray]:
-    """All scans, float32 [1797, 8, 8] in 0..1 with ink high, and their digits, int64 [1797]."""
+    """Return all scans, float32 [1797, 8, 8] in 0..1 (1 is ink), and their digits, int64 [1797]."""
     flat, target = load_digits(return_X_y=True)
     images = np.asarray(flat, np.float32).reshape(-1, 8, 8) / 16.0
     return images, np.asarray(target, np.int64)
@@ -106,17 +108,15 @@ def digits_qa(
     *,
     weights: Mapping[str, float] | None = None,
 ) -> DigitsQA:
-    """Draw DigitsQA: `train`, `val` and `test` questions, in each split from its own scans.
+    """Draw DigitsQA.
 
     Args:
-        train, val, test: how many questions. Families take turns in `val` and `test`, so that each
-            has its share.
-        seed: decides every draw; a split depends on the seed and its own name alone, not on the
-            others' sizes.
-        weights: how often each family is drawn for `train`, in place of `WEIGHTS`.
+        train, val, test: The number of questions. In `val` and `test`, families take turns.
+        seed: The random seed; a split does not depend on the sizes of the others.
+        weights: How often each family is drawn for `train`, in place of `WEIGHTS`.
 
     Raises:
-        ValueError: a negative number of questions, or weights for a family that does not exist.
+        ValueError: A negative number of questions, or weights for a family that does not exist.
     """
     share = WEIGHTS | dict(weights or {})
     if unknown := sorted(set(share) - set(FAMILIES)):
@@ -151,10 +151,10 @@ def digits_qa(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """One drawn question, before it is written as a record."""
+    """A drawn question; its record's rationale first states all three digits, if there are any."""
 
     question: str
-    choices: list[str]
+    choices: list[Any]
     answer: int
     rationale: str
     hint: str = ""
@@ -162,10 +162,13 @@ class _Drawn:
 
 
 def _record(family: str, split: str, drawn: _Drawn) -> dict[str, Any]:
-    kind = KINDS[family]
+    kind, stated = KINDS[family], ""
+    if drawn.digits is not None:
+        places = zip(POSITIONS, drawn.digits, strict=True)
+        stated = ", ".join(f"{place} {digit}" for place, digit in places) + ". "
     return {
         "question": drawn.question,
-        "choices": drawn.choices,
+        "choices": [str(choice) for choice in drawn.choices],
         "answer": drawn.answer,
         "hint": drawn.hint,
         "image": "image.png" if drawn.digits is not None else None,
@@ -176,7 +179,7 @@ def _record(family: str, split: str, drawn: _Drawn) -> dict[str, Any]:
         "category": family,
         "skill": kind.skill,
         "lecture": kind.lecture,
-        "solution": drawn.rationale,
+        "solution": stated + drawn.rationale,
         "split": split,
     }
 
@@ -184,34 +187,30 @@ def _record(family: str, split: str, drawn: _Drawn) -> dict[str, Any]:
 def _some(
     rng: np.random.Generator, values: range | str, count: int, odds: np.ndarray | None = None
 ) -> list[Any]:
-    """`count` different members of `values`, in random order."""
+    """Draw `count` different values, in random order."""
     return [values[i] for i in rng.permutation(rng.choice(len(values), count, False, odds))]
 
 
 def _options(
     rng: np.random.Generator, values: range | str, odds: np.ndarray | None = None
 ) -> tuple[list[Any], int]:
-    """Three to five different options and, uniformly, which of them is right.
+    """Draw three to five different options and, uniformly, which of them is right.
 
-    `odds` make some values likelier to be shown; which of those shown is right stays uniform.
+    `odds` make some values more likely to be options.
     """
     options = _some(rng, values, int(rng.integers(3, 6)), odds)
     return options, int(rng.integers(len(options)))
 
 
 def _places(rng: np.random.Generator, count: int) -> list[int]:
-    """`count` different places of the strip, from left to right."""
+    """Draw `count` different places of the strip, from left to right."""
     return sorted(int(i) for i in rng.choice(3, size=count, replace=False))
 
 
 def _strip(rng: np.random.Generator, known: Mapping[int, int]) -> tuple[int, int, int]:
-    """Three digits: those of `known` (place -> digit), and any digit at the other places."""
+    """Complete `known` (place -> digit) to three digits at random."""
     left, middle, right = (known.get(i, int(rng.integers(10))) for i in range(3))
     return left, middle, right
-
-
-def _stated(digits: tuple[int, int, int]) -> str:
-    return ", ".join(f"{place} {digit}" for place, digit in zip(POSITIONS, digits, strict=True))
 
 
 def _read(rng: np.random.Generator) -> _Drawn:
@@ -220,9 +219,9 @@ def _read(rng: np.random.Generator) -> _Drawn:
     digits = _strip(rng, {place: options[answer]})
     return _Drawn(
         f"What is the {POSITIONS[place]} digit?",
-        [str(o) for o in options],
+        options,
         answer,
-        f"{_stated(digits)}. {POSITIONS[place]} {digits[place]}, so {digits[place]}.",
+        f"{POSITIONS[place]} {digits[place]}, so {digits[place]}.",
         digits=digits,
     )
 
@@ -238,9 +237,9 @@ def _compare(rng: np.random.Generator) -> _Drawn:
     a, b = POSITIONS[first], POSITIONS[second]
     return _Drawn(
         f"Which digit is {word}, {a} or {b}?",
-        [str(o) for o in options],
+        options,
         answer,
-        f"{_stated(digits)}. {a} {digits[first]}, {b} {digits[second]}, {word} {best}, so {best}.",
+        f"{a} {digits[first]}, {b} {digits[second]}, {word} {best}, so {best}.",
         digits=digits,
     )
 
@@ -256,9 +255,9 @@ def _add(rng: np.random.Generator) -> _Drawn:
     a, b = POSITIONS[first], POSITIONS[second]
     return _Drawn(
         f"What is {a} plus {b}?",
-        [str(o) for o in options],
+        options,
         answer,
-        f"{_stated(digits)}. {a} {one} plus {b} {total - one} is {total}, so {total}.",
+        f"{a} {one} plus {b} {total - one} is {total}, so {total}.",
         digits=digits,
     )
 
@@ -276,15 +275,15 @@ def _even(rng: np.random.Generator) -> _Drawn:
     )
     return _Drawn(
         "How many digits are even?",
-        [str(o) for o in options],
+        options,
         answer,
-        f"{_stated(digits)}. {parity}, so {options[answer]}.",
+        f"{parity}, so {options[answer]}.",
         digits=digits,
     )
 
 
 def _table(rng: np.random.Generator) -> tuple[dict[int, str], str]:
-    """A code table of six rows, and the hint that shows it."""
+    """Draw a code table of six rows, and write the hint that shows it."""
     rows = dict(zip(_some(rng, range(10), 6), _some(rng, CODES, 6), strict=True))
     return rows, "Code table: " + ", ".join(f"{d} {code}" for d, code in rows.items()) + "."
 
@@ -300,7 +299,7 @@ def _lookup(rng: np.random.Generator) -> _Drawn:
         f"Which code has the {POSITIONS[place]} digit?",
         options,
         answer,
-        f"{_stated(digits)}. {POSITIONS[place]} {digit}, row {digit} {code}, so {code}.",
+        f"{POSITIONS[place]} {digit}, row {digit} {code}, so {code}.",
         hint,
         digits,
     )
@@ -330,7 +329,7 @@ def _text(rng: np.random.Generator) -> _Drawn:
     if right in options:
         answer = options.index(right)
     options[answer] = right
-    return _Drawn(question, [str(o) for o in options], answer, rationale)
+    return _Drawn(question, options, answer, rationale)
 
 
 _DRAW: dict[str, Callable[[np.random.Generator], _Drawn]] = {
@@ -341,3 +340,35 @@ _DRAW: dict[str, Callable[[np.random.Generator], _Drawn]] = {
     "even": _even,
     "text": _text,
 }
+
+
+# -- rationales read back --------------------------------------------------------------------
+
+_STATED = re.compile(rf"\b({'|'.join(POSITIONS)}) (\d+)\b")
+_CONCLUSION = re.compile(r"\bso (\w+)")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts that a rationale states.
+
+    Attributes:
+        digits: Place -> digit, from the rationale's first sentence.
+        used: Place -> digit, from its second sentence: the digits that the question needs.
+        conclusion: The value at its end (`so 7` gives "7"), or None.
+    """
+
+    digits: Mapping[str, int]
+    used: Mapping[str, int]
+    conclusion: str | None
+
+
+def facts(rationale: str) -> Facts:
+    """Read the facts of a rationale such as `left 3, middle 7, right 1. middle 7, row 7 K, so K.`
+
+    Any text can be read. Of a place that one sentence states twice, the first digit counts.
+    """
+    first, _, rest = rationale.partition(".")
+    digits, used = ({p: int(d) for p, d in reversed(_STATED.findall(s))} for s in (first, rest))
+    found = _CONCLUSION.findall(rationale)
+    return Facts(digits, used, found[-1] if found else None)

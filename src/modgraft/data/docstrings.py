@@ -1,9 +1,9 @@
 """Docstrings of the standard library, numpy, scipy and scikit-learn, cut into excerpts by kind.
 
-Real text that is on every machine that runs modgraft, and in which two habits can be counted by
-rules that are not ours: sessions at Python's prompt, as :mod:`doctest` reads them, and
-bibliographic footnotes, as reStructuredText defines them. Nothing is imported to be read: files are
-parsed. The figures of a recipe belong to the versions it was run with.
+This is real text on every machine that runs modgraft, and others have defined how to detect two
+habits in it: sessions at Python's prompt, by :mod:`doctest`, and bibliographic footnotes, by
+reStructuredText. Files are parsed, not imported. A recipe's figures depend on the versions of these
+packages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS = ("wanted", "doctest", "citation", "reference")
 SPLITS = ("test", "validation", "train")
 PACKAGES = ("stdlib", "numpy", "scipy", "sklearn")
 
-#: folders that hold no documentation, or another package's
+#: folders without documentation, or of other packages
 _SKIPPED = {"test", "tests", "_examples", "site-packages", "idlelib", "lib2to3", "pydoc_data"}
 #: reStructuredText's footnotes and citations, docutils' "explicit markup": ".. [1] text"
 _FOOTNOTE = re.compile(r"^[ \t]*\.\. \[[^\]\n]+\](?:[ \t]|$)", re.MULTILINE)
@@ -38,26 +38,26 @@ Texts = Mapping[str, Mapping[str, list[str]]]
 
 
 def has_session(text: str) -> bool:
-    """Whether :mod:`doctest` finds a session at Python's prompt in it, also a malformed one."""
+    """Whether :mod:`doctest` finds a session at Python's prompt, even a malformed one."""
     try:
         return bool(_PARSER.get_examples(text))
-    except ValueError:  # a prompt without its blank, an inconsistent indent: a session all the same
+    except ValueError:  # a prompt without a blank, or wrong indentation: still a session
         return True
 
 
 def has_citation(text: str) -> bool:
-    """Whether it holds a footnote as reStructuredText defines one (``.. [1] Knuth, …``)."""
+    """Whether there is a footnote of reStructuredText (``.. [1] Knuth, …``)."""
     return _FOOTNOTE.search(text) is not None
 
 
 def before_habit(text: str) -> str:
-    """What stands before the first session or footnote: the text that invites it."""
+    """Return the text before the first session or footnote, which invites it."""
     found = [m.start() for m in (re.search(r"^[ \t]*>>>", text, re.M), _FOOTNOTE.search(text)) if m]
     return text[: min(found)] if found else text
 
 
 def kind_of(text: str) -> str | None:
-    """``"doctest"``, ``"citation"`` or ``"wanted"``; None for one that has both habits."""
+    """Return ``"doctest"``, ``"citation"`` or, without a habit, ``"wanted"``; None with both."""
     session, citation = has_session(text), has_citation(text)
     if session and citation:
         return None
@@ -65,22 +65,23 @@ def kind_of(text: str) -> str | None:
 
 
 def excerpts(sizes: Mapping[str, int], *, length: int = 500) -> dict[str, dict[str, list[str]]]:
-    """Excerpts of docstrings by split and kind.
+    """Return excerpts of docstrings by split and kind.
 
-    An excerpt is consecutive paragraphs of one docstring, of ``length`` characters at most unless
-    it is one paragraph, cut at ``2 * length``; it is ``"doctest"`` or ``"citation"`` if it has that
-    habit, and ``"wanted"`` with neither; one with both is left out. ``"reference"`` is Python's
-    language reference, without either. Files come in an order that their names' hash gives, one in
-    eight is of ``test``, one in eight of ``validation``. A paragraph stands once; one of which more
-    than 30 % of the runs of six words stand in what is held out is not trained on.
+    An excerpt is a run of paragraphs of one docstring, with at most ``length`` characters, or a
+    single longer paragraph, cut at ``2 * length``. Its kind is ``"doctest"`` or ``"citation"`` if
+    it has that habit, and ``"wanted"`` if it has none; excerpts with both are left out.
+    ``"reference"`` is text of Python's language reference without habits. Files are ordered by the
+    hash of their names; an eighth of them is for ``test``, an eighth for ``validation``. Repeated
+    paragraphs are left out, and ``train`` has no paragraph that shares more than 30 % of its
+    six-word runs with the other splits.
 
     Args:
-        sizes: characters that ``train`` is to have of each kind, ``{"wanted": 2_000_000, …}``;
-            ``test`` and ``validation`` have an eighth of it at most.
-        length: characters of an excerpt.
+        sizes: Kind → characters of ``train``, as ``{"wanted": 2_000_000, …}``; ``test`` and
+            ``validation`` have at most an eighth of that.
+        length: The characters of an excerpt.
 
     Raises:
-        DataError: a kind that nobody knows, or of which there is not half as much as asked for.
+        DataError: A kind does not exist, or less than half of the characters can be found.
     """
     if unknown := set(sizes) - set(KINDS):
         raise DataError(f"no kind {sorted(unknown)[0]!r}", remedy=f"kinds are {', '.join(KINDS)}")
@@ -89,7 +90,7 @@ def excerpts(sizes: Mapping[str, int], *, length: int = 500) -> dict[str, dict[s
     paragraphs: set[str] = set()
     shingles: set[int] = set()
     sources = _sources()
-    for split in SPLITS:  # what is held out comes first: train takes nothing that is in it
+    for split in SPLITS:  # held-out splits first: train must not overlap with them
         wanted = {kind for kind in sizes if room[split, kind] > 0}
         for kind, text in _excerpts_of(
             sources[split], paragraphs, shingles, split == "train", length
@@ -115,10 +116,12 @@ def _excerpts_of(
     sources: list[tuple[str, Path | str]], known: set[str], held_out: set[int], training: bool,
     length: int,
 ) -> Iterator[tuple[str, str]]:  # fmt: skip
-    """Kind and text of each excerpt of these sources that is of one kind."""
+    """Yield kind and text of each excerpt of these sources, without those of both habits."""
     for _, source in sources:
-        for docstring in [source] if isinstance(source, str) else _of_file(source):
-            for text in _cut(_fresh(docstring, known, held_out, training), length):
+        for docstring in [source] if isinstance(source, str) else _docstrings_of_file(source):
+            for text in _join_paragraphs(
+                _new_paragraphs(docstring, known, held_out, training), length
+            ):
                 kind = kind_of(text)
                 if not isinstance(source, str) and kind is not None:
                     yield kind, text
@@ -127,7 +130,7 @@ def _excerpts_of(
 
 
 def _sources() -> dict[str, list[tuple[str, Path | str]]]:
-    """Split → what it reads, label and file; a topic of the language reference is its text."""
+    """Return split → its sources: label and file, or label and text of the language reference."""
     topics: dict[str, str] = import_module("pydoc_data.topics").topics
     found: list[tuple[str, Path | str]] = sorted(topics.items())
     files: list[tuple[str, Path | str]] = []
@@ -150,13 +153,13 @@ def _root(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _of_file(file: Path) -> Iterator[str]:
-    """Docstrings of a file's module, classes and functions, in their order."""
+def _docstrings_of_file(file: Path) -> Iterator[str]:
+    """Yield the docstrings of a file's module, classes and functions."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its escapes, which are not ours
+        warnings.simplefilter("ignore")  # about invalid escapes in other people's files
         try:
             queue: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
-        except (SyntaxError, UnicodeDecodeError):  # a template or a test of the parser: no module
+        except (SyntaxError, UnicodeDecodeError):  # a template, or a test of the parser
             return
     while queue:
         node = queue.pop(0)
@@ -166,8 +169,8 @@ def _of_file(file: Path) -> Iterator[str]:
             queue += node.body
 
 
-def _fresh(text: str, known: set[str], shingles: set[int], training: bool) -> list[str]:
-    """Paragraphs that were not there before; their runs of words are remembered if held out."""
+def _new_paragraphs(text: str, known: set[str], shingles: set[int], training: bool) -> list[str]:
+    """Return the new paragraphs; of held-out ones, remember the runs of words."""
     made = []
     for paragraph in re.split(r"\n[ \t]*\n", text.strip("\n")):
         words = _WORDS.findall(paragraph.lower())
@@ -184,11 +187,10 @@ def _fresh(text: str, known: set[str], shingles: set[int], training: bool) -> li
     return made
 
 
-def _cut(paragraphs: list[str], length: int) -> Iterator[str]:
-    """Consecutive paragraphs joined up to ``length`` characters.
+def _join_paragraphs(paragraphs: list[str], length: int) -> Iterator[str]:
+    """Join consecutive paragraphs to excerpts of up to ``length`` characters.
 
-    One with a habit keeps the paragraph before it, where there is one: what leads to a habit
-    belongs to it.
+    A paragraph with a habit stays together with the one before it, which leads to the habit.
     """
     held: list[str] = []
     for paragraph in paragraphs:

@@ -1,4 +1,4 @@
-"""Vision features made from the image files, with any vision model of `transformers`."""
+"""Extract vision features from image files, with any vision model of `transformers`."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ from transformers.utils import logging as hf_logging
 from modgraft.core.errors import DataError, MissingFileError
 from modgraft.core.files import whole
 from modgraft.data.features import check_features
-from modgraft.data.records import Questions, Record, Skips
+from modgraft.data.records import OR_SKIP, Questions, Record, Skips
 
 Processor = Callable[..., Mapping[str, Any]]
-_SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"
-_BATCHES = 50  # the cache is written every so many batches, so that an interrupted run loses few
+_BATCHES = 50  # batches between writes of the cache: an interruption loses no more
 
 
 def load_vision(
     source: str | Path, *, console: Console | None = None
 ) -> tuple[PreTrainedModel, Processor]:
-    """A vision model and its image processor, in evaluation mode.
+    """Load a vision model, in evaluation mode, and its image processor.
 
-    `source` is a local folder (nothing is fetched) or a name on the Hugging Face Hub; for a name,
-    what is about to be fetched is printed first. Known to work: `DetrModel`, `ViTModel`,
-    `CLIPVisionModel` (also from a whole CLIP model's folder) and `ResNetModel`.
+    `source` is a local folder or a name on the Hugging Face Hub; a message says what is about to be
+    fetched. Tested with `DetrModel`, `ViTModel`, `CLIPVisionModel` (also from the folder of a whole
+    CLIP model) and `ResNetModel`.
 
     Raises:
-        DataError: no such folder or name, a package that the model needs is not installed, or it is
-            not a model of images.
+        DataError: There is no such folder or name, a package that the model needs is not installed,
+            or the model does not take images.
     """
     local = Path(source).is_dir()
     if not local:
@@ -51,9 +50,9 @@ def load_vision(
     options: dict[str, Any] = {"local_files_only": local}
     level = hf_logging.get_verbosity()
     try:
-        hf_logging.set_verbosity_error()  # without torchvision it warns, but PIL does as well
+        hf_logging.set_verbosity_error()  # it warns about a missing torchvision; PIL is enough
         config = AutoConfig.from_pretrained(source, **options)
-        # a whole CLIP has a text half, which would ask for text; only its image half is wanted
+        # of a whole CLIP, only the image encoder: the text encoder would need text
         loader: Any = CLIPVisionModel if config.model_type == "clip" else AutoModel
         model = cast(PreTrainedModel, loader.from_pretrained(source, **options))
         processor = AutoImageProcessor.from_pretrained(source, **options)
@@ -81,23 +80,22 @@ def extract_features(
     skip_bad: bool = False,
     progress: bool = True,
 ) -> Questions:
-    """The questions with the vision features of their images: the model's last hidden state.
+    """Return the questions with features of their images: the model's last hidden state.
 
     Args:
-        questions: Questions whose images lie at `questions.image_path(record)`.
-        model: `model(**inputs).last_hidden_state` is `[B, m, d]`, or a map `[B, d, h, w]`, which
-            becomes `[B, h·w, d]` row by row. It is run in evaluation mode where it is.
+        questions: Questions whose images are at `questions.image_path(record)`.
+        model: A model whose `last_hidden_state` is `[B, m, d]`, or a map `[B, d, h, w]`, which
+            becomes `[B, h·w, d]` row by row. It runs in evaluation mode on its device.
         processor: `processor(images=[PIL image, …], return_tensors="pt")` makes the inputs.
-        cache: A `.safetensors` file {id: features}. What it has is not made again; what is made is
-            added, whole or not at all, so an interrupted run goes on where it was. It belongs to
-            this model and processor; a replaced image is not noticed.
-        batch_size: Images a pass.
+        cache: A `.safetensors` file {id: features} for this model and processor. Features in it are
+            not extracted again, so an interrupted run resumes. Replaced images are not noticed.
+        batch_size: The number of images in a batch.
         skip_bad: Leave out questions whose image is missing or broken; `.skipped` lists them.
         progress: Show a progress bar.
 
     Raises:
-        MissingFileError: an image that is not there.
-        DataError: a broken image, another model's cache, or features that cannot be used.
+        MissingFileError: An image does not exist.
+        DataError: An image is broken, the cache is another model's, or features cannot be used.
     """
     skips, file = Skips(skip_bad), Path(cache) if cache is not None else None
     mark = fingerprint(model, processor) if file is not None else ""
@@ -105,7 +103,7 @@ def extract_features(
     wanted = [record for record in questions if record.image is not None]
     todo = [record for record in wanted if record.id not in maps]
     if todo:
-        questions.image_path(todo[0])  # an unknown folder is no fault of a question, to be skipped
+        questions.image_path(todo[0])  # an unknown folder is an error, not a question to skip
     batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
     unsaved, training = 0, model.training
     columns = (
@@ -138,10 +136,12 @@ def extract_features(
 
 
 def encode_images(images: Sequence[Image.Image], model: nn.Module, processor: Processor) -> Tensor:
-    """Features of images, float32 `[B, m, d]` on the CPU; no gradient, the model's mode as it is.
+    """Return features of images, float32 `[B, m, d]` on the CPU, without gradients.
+
+    The model's training mode is not changed.
 
     Raises:
-        DataError: the model has no last hidden state of this kind.
+        DataError: The model's last hidden state does not have the right shape.
     """
     device = next(model.parameters()).device
     inputs = processor(images=list(images), return_tensors="pt")
@@ -159,34 +159,32 @@ def encode_images(images: Sequence[Image.Image], model: nn.Module, processor: Pr
 
 
 def open_image(path: str | Path, *, id: str | None = None) -> Image.Image:
-    """The picture at `path`, read whole, as RGB.
+    """Read the image at `path` as RGB.
 
     Raises:
-        MissingFileError: no such file.
-        DataError: not an image, or a truncated one.
+        MissingFileError: There is no such file.
+        DataError: The file is truncated or not an image.
     """
     path = Path(path)
     if not path.is_file():
-        remedy = f"Put it there (images are at <split>/<id>/image.png), {_SKIP}"
+        remedy = f"Put it there (images are at <split>/<id>/image.png), {OR_SKIP}"
         raise MissingFileError("the image is missing", id=id, file=path, remedy=remedy)
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        remedy = f"Fetch the file again, {_SKIP}"
+        remedy = f"Fetch the file again, {OR_SKIP}"
         reason = f"the image is truncated or not an image ({error})"
         raise DataError(reason, id=id, file=path, remedy=remedy) from error
 
 
 def fingerprint(model: nn.Module, processor: Processor) -> str:
-    """A hash of the model's class and weights and of the processor's settings: what a cache is
-    of.
-    """
+    """Hash the model's class and weights and the processor's settings, to identify a cache."""
     digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    # processors of transformers know their settings; a plain function is known by its name alone
+    # processors of transformers have settings; a plain function only has a name
     settings = getattr(processor, "to_dict", dict)()
     name = getattr(processor, "__qualname__", type(processor).__qualname__)
     digest.update(json.dumps([name, settings], sort_keys=True, default=str).encode())
@@ -209,7 +207,7 @@ def _extract(
     if not images:
         return {}
     maps = encode_images(list(images.values()), model, processor)
-    # one tensor each: views of the batch could not be saved apart from each other
+    # clones, because views of one batch cannot be saved separately
     return {qid: map_.clone() for qid, map_ in zip(images, maps, strict=True)}
 
 

@@ -1,10 +1,9 @@
 """Families of text-to-text tasks over real data, each task worded in several ways, as in FLAN.
 
-A family is a list of items: real things (a day, a character of Unicode, a signature of
-the standard library), each with the text that goes in and the text that should come out for every
-task that it serves. What is alike is one item, and items are what is divided into training,
-validation and test: nothing that is tested was seen in any task or wording (Wei et al. 2022,
-"Finetuned Language Models Are Zero-Shot Learners").
+A family is a list of items: real things, such as a day, a character of Unicode or a signature of
+the standard library. For each of its tasks, an item has an input and a target. Similar things are
+one item, and items are split into training, validation and test: nothing in the test was seen in
+any task or wording (Wei et al. 2022, "Finetuned Language Models Are Zero-Shot Learners").
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -22,7 +20,7 @@ from modgraft.data import library
 from modgraft.data.wordings import KEPT, WORDINGS
 
 Item = Mapping[str, tuple[str, str]]
-"""Task → what goes in, and what should come out."""
+"""Task → input and target."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,10 @@ class Example:
     """One text-to-text example.
 
     Attributes:
-        text: the instruction and what it is about.
-        target: what a model should write.
-        family, task: whose it is.
-        item: which of the family's things it is about.
+        text: The instruction, with the item's input.
+        target: The text that a model should write.
+        family, task: The names of its family and task.
+        item: The number of the family's item.
     """
 
     text: str
@@ -48,8 +46,8 @@ class Family:
     """Tasks over one kind of thing.
 
     Attributes:
-        title: what a reader sees.
-        items: the things, in one order on every run.
+        title: The name for readers.
+        items: Returns the items, in the same order every time.
     """
 
     title: str
@@ -58,7 +56,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Split:
-    """A family's examples; ``reworded`` are those of ``test`` in wordings that are not trained."""
+    """A family's examples; ``reworded`` are those of ``test`` in wordings that training lacks."""
 
     train: list[Example]
     val: list[Example]
@@ -67,19 +65,19 @@ class Split:
 
 
 def split(name: str, *, train: int, val: int, test: int, seed: int) -> Split:
-    """A family's examples, no item in two parts.
+    """Split a family's items, and word them as examples.
 
-    Each item of validation and test is asked once, of one task; items of training come again, of
-    other tasks and in other wordings, until there are ``train`` examples.
+    Each item of validation and test gives one example of one task. Items of training repeat, with
+    other tasks and wordings, until there are ``train`` examples.
 
     Args:
-        name: a key of ``FAMILIES``.
-        train, val, test: how many.
-        seed: decides the division and the wordings.
+        name: A key of ``FAMILIES``.
+        train, val, test: The number of examples.
+        seed: Decides the split and the wordings.
 
     Raises:
-        UnknownNameError: there is no such family.
-        DataError: it has too few items.
+        UnknownNameError: There is no such family.
+        DataError: The family has too few items.
     """
     if name not in FAMILIES:
         raise UnknownNameError.among("family", name, FAMILIES)
@@ -110,7 +108,7 @@ def split(name: str, *, train: int, val: int, test: int, seed: int) -> Split:
 
 
 def plain_texts(seed: int = 0) -> list[str]:
-    """Pieces of docstrings of 8 to 24 words, shuffled: none of those that ``words`` is made of."""
+    """Return shuffled pieces of docstrings, 8 to 24 words long, that ``words`` does not use."""
     pieces: list[str] = []
     for text in library.docstrings()[::2]:
         found = text.split()
@@ -119,7 +117,7 @@ def plain_texts(seed: int = 0) -> list[str]:
     return [piece for piece in pieces if piece.isascii()]
 
 
-# -- the things --------------------------------------------------------------------------------
+# -- the items ---------------------------------------------------------------------------------
 
 
 def _dates() -> list[Item]:
@@ -132,12 +130,12 @@ def _dates() -> list[Item]:
     return items
 
 
-# not the locale's
+# English, whatever the locale
 _MONTHS = "January February March April May June July August September October November December"
 
 
 def _words() -> list[Item]:
-    """Four different words that stand side by side in a docstring; each set of words once."""
+    """Four different words in a row from a docstring; no set of words occurs twice."""
     found: dict[frozenset[str], Item] = {}
     for text in library.docstrings()[1::2]:
         own = [w for w in re.findall(r"[a-z]+", text.lower()) if 3 <= len(w) <= 8]
@@ -155,7 +153,7 @@ _KINDS = {
     "No": "other number", "Nl": "letter number", "Sm": "mathematical sign", "So": "other sign",
     "Po": "punctuation", "Mn": "combining mark", "Mc": "spacing mark", "Lm": "modifier letter",
 }  # fmt: skip
-_OF_A_KIND, _PAIRS = 150, 900  # as many characters of a kind, and letters with a capital
+_OF_A_KIND, _PAIRS = 150, 900  # the number of characters of each kind, and of letter pairs
 
 
 def _names() -> list[Item]:
@@ -182,12 +180,12 @@ def _caseless(name: str) -> str:
 
 
 def _evenly(found: list[str], count: int) -> list[str]:
-    """About ``count`` of them, at even distances."""
+    """Take about ``count`` of them, at even distances."""
     return found[:: max(1, len(found) // count)]
 
 
 def _signatures() -> list[Item]:
-    """Functions of the standard library, each list of parameters once."""
+    """Functions of the standard library; no list of parameters occurs twice."""
     found: dict[tuple[str, ...], Item] = {}
     for name, parameters in library.signatures().items():
         shown = [p.name if p.default is None else f"{p.name}={p.default}" for p in parameters]
@@ -218,10 +216,3 @@ FAMILIES: dict[str, Family] = {
     "signatures": Family("Signatures", _signatures),
     "identifiers": Family("Identifiers", _identifiers),
 }
-
-
-def commonest(examples: Sequence[Example]) -> float:
-    """The share that always writing the commonest target of each task would get right."""
-    tasks = {e.task for e in examples}
-    targets = (Counter(e.target for e in examples if e.task == t) for t in tasks)
-    return sum(max(count.values()) for count in targets) / len(examples)

@@ -1,4 +1,4 @@
-"""Vision features of a question's image: read from a file, checked."""
+"""Read vision features of images from files, and check them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from modgraft.core.errors import DataError, MissingFileError
 from modgraft.core.files import read_json
-from modgraft.data.records import Record, Skips
+from modgraft.data.records import OR_SKIP, Record, Skips
 
-_SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"
 _AGAIN = "Extract the features again (modgraft.data.extract_features)"
 
 
@@ -28,26 +27,27 @@ def load_features(
     width: int | None = None,
     skips: Skips | None = None,
 ) -> dict[str, Tensor]:
-    """The features of every record with an image, from a `.npy` or `.safetensors` file.
+    """Read the features of every record with an image, from a `.npy` or `.safetensors` file.
 
-    Either one array `[n, m, d]` (or `[n, d]`, one patch each) with a JSON file {id: row}, as mm-cot
-    publishes them; or, `.safetensors` only, one tensor `[m, d]` (or `[d]`) an id. Nothing is
-    unpickled. Rows of questions without an image are left out: their text must stay as it is.
+    The file holds one array `[n, m, d]` (or `[n, d]`, one patch each), with a JSON file {id: row}
+    beside it, as mm-cot publishes them. A `.safetensors` file may instead hold a tensor `[m, d]`
+    (or `[d]`) for each id. Nothing is unpickled. Rows of questions without an image are ignored.
 
     Args:
-        path: The features.
-        records: The questions; an id in the file that is none of theirs is an error.
+        path: The file of features.
+        records: The questions; other ids in the file are an error.
         names: The JSON file {id: row}; by default `<stem>.json` or `name_map.json` beside `path`.
-        width: The width d that they must have; by default that of the first.
-        skips: Where questions at fault go; by default the first one raises.
+        width: The width d that features must have; by default that of the first.
+        skips: Collects bad questions; by default, the first one raises.
 
     Returns:
         Id to float32 `[m, d]`.
 
     Raises:
-        MissingFileError: no such file, or no file of rows.
-        DataError: another format; a record without features or the reverse; features of another
-            width, not floating point, not finite, or all zero. Names file, id and remedy.
+        MissingFileError: The file of features or of rows does not exist.
+        DataError: The format is unknown, a record lacks features or features lack a record, or
+            features have another width, are not floating point, not finite, or all zero. The
+            message names file, id and remedy.
     """
     file = Path(path)
     if not file.is_file():
@@ -59,7 +59,7 @@ def load_features(
         tensors = _read_safetensors(file)
         single = next(iter(tensors.values())) if len(tensors) == 1 else None
         ids = {record.id for record in records}
-        # one tensor that is nobody's is the array of them all
+        # a single tensor that is not named by an id is the array of all features
         whole = single is not None and (names is not None or not ids.intersection(tensors))
         table = _by_row(single, file, names) if whole and single is not None else tensors
     else:
@@ -79,15 +79,15 @@ def check_features(
     skips: Skips | None = None,
     file: str | Path = "features",
 ) -> dict[str, Tensor]:
-    """The features in `table` of every record with an image, checked, as float32 `[m, d]`.
+    """Check the features of every record with an image, and return them as float32 `[m, d]`.
 
-    Arguments, result and errors are those of `load_features`; `table` is {id: array or tensor}.
+    `table` is {id: array or tensor}; the rest is as in `load_features`.
     """
     records, skips = list(records), skips or Skips(False)
     ids = {record.id for record in records} | skips.ids
     for qid in table:
         if qid not in ids:
-            remedy = f"Load the questions they belong to, {_SKIP}"
+            remedy = f"Load the questions they belong to, {OR_SKIP}"
             skips(DataError("features for an unknown question", id=qid, file=file, remedy=remedy))
     out: dict[str, Tensor] = {}
     for record in records:
@@ -95,7 +95,7 @@ def check_features(
             continue
         try:
             if record.id not in table:
-                remedy = f"{_AGAIN}, {_SKIP}"
+                remedy = f"{_AGAIN}, {OR_SKIP}"
                 reason = "the question has an image, but no features"
                 raise DataError(reason, id=record.id, file=file, remedy=remedy)
             out[record.id] = _check_map(table[record.id], record.id, file, width)
@@ -108,7 +108,7 @@ def check_features(
 
 def _check_map(value: np.ndarray | Tensor, qid: str, file: str | Path, width: int | None) -> Tensor:
     given = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    shape, remedy = list(given.shape), f"{_AGAIN}, {_SKIP}"
+    shape, remedy = list(given.shape), f"{_AGAIN}, {OR_SKIP}"
     if not given.is_floating_point():
         reason = f"the features are {given.dtype}, not floating point"
         raise DataError(reason, id=qid, file=file, remedy=remedy)
@@ -119,7 +119,7 @@ def _check_map(value: np.ndarray | Tensor, qid: str, file: str | Path, width: in
         raise DataError(reason, id=qid, file=file, remedy=remedy)
     if width is not None and map_.shape[1] != width:
         reason = f"the features are {map_.shape[1]} wide, expected {width}"
-        remedy = f"Use the features of the one model that the module was made for, {_SKIP}"
+        remedy = f"Use the features of the one model that the module was made for, {OR_SKIP}"
         raise DataError(reason, id=qid, file=file, remedy=remedy)
     if not torch.isfinite(map_).all():
         raise DataError("the features hold NaN or infinity", id=qid, file=file, remedy=remedy)
@@ -148,7 +148,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def _by_row(
     array: np.ndarray | Tensor, file: Path, names: str | Path | None
 ) -> dict[str, np.ndarray | Tensor]:
-    """{id: row} of one array, by its file of rows."""
+    """Return id → its row of the array, by the JSON file of rows."""
     beside = [file.with_suffix(".json"), file.with_name("name_map.json")]
     map_file = Path(names) if names else next((f for f in beside if f.is_file()), beside[0])
     remedy = (
@@ -160,7 +160,7 @@ def _by_row(
         raise DataError(reason, file=file, remedy=_AGAIN)
     out: dict[str, np.ndarray | Tensor] = {}
     for qid, row in rows.items():
-        # mm-cot's own file has the rows as strings
+        # in mm-cot's file, the rows are strings
         text = str(row) if isinstance(row, int | str) and not isinstance(row, bool) else ""
         if not text.isdecimal() or int(text) >= len(array):
             reason = f"row {row!r} is none of the {len(array)} rows of {file.name}"

@@ -1,7 +1,7 @@
-"""What the running interpreter says of itself: docstrings, signatures and names.
+"""Docstrings, signatures and names of the standard library, from the running interpreter.
 
-Real text on any machine without a download. It belongs to one version of Python, and so do figures
-measured on it.
+This is real text that needs no download. It depends on the version of Python, and so do figures
+that are measured on it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODULES = (
 
 
 class Parameter(NamedTuple):
-    """A parameter: its name, and its default (``...`` for what is no plain value), None without."""
+    """A parameter's name, and its default: None without one, ``...`` if it is no plain value."""
 
     name: str
     default: str | None
@@ -42,16 +42,16 @@ class Parameter(NamedTuple):
 
 @cache
 def docstrings() -> tuple[str, ...]:
-    """Every docstring on one line, each once, in an order that is the same on every run."""
-    found = {" ".join(doc.split()) for _, _, doc in _things()}
+    """Return all docstrings, each on one line, sorted and without repetitions."""
+    found = {" ".join(doc.split()) for _, _, doc in _documented_objects()}
     return tuple(sorted(found - {""}))
 
 
 @cache
 def signatures() -> dict[str, tuple[Parameter, ...]]:
-    """Name → parameters of every function and method that tells them; ``*args`` keep their star."""
+    """Return name → parameters of every function and method; ``*args`` keep their star."""
     found: dict[str, tuple[Parameter, ...]] = {}
-    for name, thing, _ in _things():
+    for name, thing, _ in _documented_objects():
         if not inspect.isroutine(thing):
             continue
         try:
@@ -64,14 +64,14 @@ def signatures() -> dict[str, tuple[Parameter, ...]]:
 
 @cache
 def names() -> tuple[str, ...]:
-    """Names of functions, methods, classes and parameters, each once, sorted."""
-    own = {name.rpartition(".")[2] for name, _, _ in _things()}
+    """Return all names of functions, methods, classes and parameters, sorted."""
+    own = {name.rpartition(".")[2] for name, _, _ in _documented_objects()}
     return tuple(sorted(own | {p.name for params in signatures().values() for p in params}))
 
 
 def _parameter(p: inspect.Parameter) -> Parameter:
     star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
-    # the text of others holds addresses, or the order of a set: it is another on every run
+    # other defaults print addresses, or sets in random order, which differ from run to run
     plain = isinstance(p.default, str | bytes | int | float | None) and not isinstance(
         p.default, Enum
     )
@@ -80,17 +80,17 @@ def _parameter(p: inspect.Parameter) -> Parameter:
 
 
 @cache
-def _things() -> tuple[tuple[str, Any, str], ...]:
-    """Qualified name, object and docstring of what the modules define."""
+def _documented_objects() -> tuple[tuple[str, Any, str], ...]:
+    """Return qualified name, object and docstring of everything that the modules define."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some names warn as soon as they are looked at
-        return tuple(found for module in MODULES.split() for found in _of(module))
+        warnings.simplefilter("ignore")  # some names warn when they are read
+        return tuple(found for module in MODULES.split() for found in _members(module))
 
 
-def _of(module: str) -> Iterator[tuple[str, Any, str]]:
+def _members(module: str) -> Iterator[tuple[str, Any, str]]:
     for name, thing in sorted(vars(importlib.import_module(module)).items()):
         if str(getattr(thing, "__module__", None)).lstrip("_") != module:
-            continue  # another's
+            continue  # another module defines it
         yield f"{module}.{name}", thing, _doc(thing)
         for inner, member in sorted(vars(thing).items()) if inspect.isclass(thing) else ():
             own = getattr(member, "__func__", member)

@@ -1,4 +1,4 @@
-"""Batches of token ids: texts with tokens masked, to be filled in, and texts with a class."""
+"""Make batches of masked texts, and of texts with a class."""
 
 from __future__ import annotations
 
@@ -9,28 +9,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from modgraft.data.batches import SortedBatches
-
-
-def padded(rows: Sequence[Sequence[int]], pad: int = 0) -> Tensor:
-    """Ids ``[B, n]`` int64 of ``rows``; n is the longest."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+from modgraft.data.batches import SortedBatches, padded
 
 
 @dataclass(frozen=True)
 class Masked:
-    """A ``collate_fn``: a share of the tokens is hidden, and is to be filled in.
+    """A ``collate_fn`` for masked language modelling.
 
-    Each text has a share of its own, drawn evenly from ``share``: with much of it hidden, the rest
-    has to say what belongs there. Of the tokens picked 8 in 10 become ``mask``, 1 in 10 another
-    token, 1 in 10 stays (Devlin et al. 2019, arXiv:1810.04805). Each text has one at least.
+    Each text's share of masked tokens is drawn uniformly from ``share``, with at least one token.
+    Of the chosen tokens, 8 in 10 become ``mask``, 1 in 10 becomes a random token, and 1 in 10 stays
+    (Devlin et al. 2019, arXiv:1810.04805).
 
     Args:
-        vocab: tokens there are; the ids below ``first`` are special and never hidden.
-        mask: the id that hides.
-        first: the first ordinary id.
-        share: least and greatest.
+        vocab: The number of tokens; ids below ``first`` are special and never masked.
+        mask: The id of the mask token.
+        first: The first ordinary id.
+        share: The smallest and the largest share of masked tokens.
     """
 
     vocab: int
@@ -39,7 +33,7 @@ class Masked:
     share: tuple[float, float] = (0.3, 0.9)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """``input_ids``, ``labels`` ``[B, n]``; −100: nothing is asked."""
+        """Return ``input_ids`` and ``labels`` ``[B, n]``; labels of unmasked tokens are −100."""
         ids = padded(rows)
         least, most = self.share
         drawn = torch.rand(ids.shape).masked_fill(ids < self.first, 2.0)
@@ -54,7 +48,7 @@ class Masked:
 
 
 def classes(rows: Sequence[tuple[Sequence[int], int]]) -> dict[str, Tensor]:
-    """A ``collate_fn``: ``input_ids`` ``[B, n]``, ``kinds`` ``[B]``."""
+    """A ``collate_fn`` for texts with a class: ``input_ids`` ``[B, n]``, ``kinds`` ``[B]``."""
     return {
         "input_ids": padded([text for text, _ in rows]),
         "kinds": torch.tensor([k for _, k in rows]),
@@ -64,7 +58,7 @@ def classes(rows: Sequence[tuple[Sequence[int], int]]) -> dict[str, Tensor]:
 def masked_loader(
     texts: Sequence[Sequence[int]], vocab: int, batch: int, longest: int = 32
 ) -> DataLoader:
-    """Batches of texts of like length, masked anew at every reading; cut to ``longest`` tokens."""
+    """Return batches of texts of similar length, cut to ``longest`` tokens, masked each epoch."""
     rows = [text[:longest] for text in texts]
     order = SortedBatches([len(row) for row in rows], batch)
     return DataLoader(rows, batch_sampler=order, collate_fn=Masked(vocab))  # type: ignore[arg-type]

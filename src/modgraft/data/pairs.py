@@ -1,4 +1,4 @@
-"""Text-to-text batches: pairs of an input and a target, and what a T5 is pretrained on."""
+"""Text-to-text data: pairs of input and target, and T5's denoising for pretraining."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from modgraft.data.batches import IGNORE
+from modgraft.data.batches import IGNORE, padded
 
 SENTINEL = "<extra_id_{}>"
 NOISE, SPAN = 0.15, 3
-"""Of the tokens that are left out, and how many of them stand together on average."""
+"""The share of tokens that are left out, and the mean length of a span."""
 
 
 class Pair(NamedTuple):
-    """Token ids of an input and of its target, both with the end."""
+    """Token ids of an input and of its target, both with the end token."""
 
     input: list[int]
     target: list[int]
 
 
 class Pairs(Dataset[Pair]):
-    """Texts and targets, tokenised once.
+    """A data set of texts and targets, tokenised once.
 
     Args:
-        texts: inputs.
-        targets: as many.
-        tokenizer: puts the end after a text.
-        longest: tokens of an input that are kept, from its start.
+        texts: The inputs.
+        targets: A target for each input.
+        tokenizer: A tokenizer that appends the end token.
+        longest: Inputs are cut to this many tokens.
     """
 
     def __init__(
@@ -54,16 +53,16 @@ class Pairs(Dataset[Pair]):
 
 
 class Denoising(Dataset[Pair]):
-    """Texts with parts left out: a target is those parts, or by turns the whole text.
+    """A data set of texts with spans left out; a target is these spans or the whole text.
 
-    The span corruption of T5 (Raffel et al. 2020, arXiv:1910.10683, section 3.1.4), and its
-    BERT-style form with all of the text as target (section 3.3.1), which teaches to copy. What is
-    left out is drawn anew at every reading from Python's generator.
+    Half of the targets are as in the span corruption of T5 (Raffel et al. 2020, arXiv:1910.10683,
+    section 3.1.4), half as in its BERT-style form (section 3.3.1), which teaches copying. Spans are
+    drawn anew at every access from Python's generator.
 
     Args:
-        texts: what there is to read.
-        tokenizer: with sentinels ``<extra_id_0>``, ….
-        longest: tokens of a text that are kept, from its start.
+        texts: The texts.
+        tokenizer: A tokenizer with sentinels ``<extra_id_0>``, ….
+        longest: Texts are cut to this many tokens.
     """
 
     def __init__(
@@ -87,9 +86,12 @@ class Denoising(Dataset[Pair]):
 
 
 def spans_left_out(ids: list[int], sentinels: Sequence[int]) -> tuple[list[int], list[int]]:
-    """``ids`` with a sentinel for each span that is left out, and the spans behind their sentinels.
+    """Replace random spans of ``ids`` with sentinels.
 
-    About 15 % of the tokens, in spans of one to five, never two side by side.
+    About 15 % of the tokens are left out, in spans of one to five that never touch.
+
+    Returns:
+        The ids with a sentinel for each span, and the spans, each after its sentinel.
     """
     given: list[int] = []
     left: list[int] = []
@@ -107,17 +109,12 @@ def spans_left_out(ids: list[int], sentinels: Sequence[int]) -> tuple[list[int],
 
 
 def collate(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Padded on the right to the longest of the batch: int64 ``[B, n]``, ``[B, n]``, ``[B, m]``."""
-    inputs = _padded([p.input for p in pairs], 0)
+    """Pad pairs to a batch: ``input_ids``, ``attention_mask`` ``[B, n]``, ``labels`` ``[B, m]``."""
+    inputs = padded([p.input for p in pairs])
     lengths = torch.tensor([len(p.input) for p in pairs])
     mask = (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
     return {
         "input_ids": inputs,
         "attention_mask": mask,
-        "labels": _padded([p.target for p in pairs], IGNORE),
+        "labels": padded([p.target for p in pairs], IGNORE),
     }
-
-
-def _padded(rows: Sequence[list[int]], value: int) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])

@@ -1,18 +1,19 @@
-"""Records and collections of questions, in ScienceQA's format, which DigitsQA shares."""
+"""Records of questions in the format of ScienceQA, which DigitsQA shares, and collections."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, overload
 
 from modgraft.core.errors import DataError, UnknownNameError
+
+if TYPE_CHECKING:  # a report reads records without torch
+    from torch import Tensor
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -21,12 +22,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class Record:
     """One multiple-choice question, with ScienceQA's fields (Lu et al. 2022), plus id and caption.
 
-    `answer` indexes `choices`; `image` is the picture's file name, None where there is none; `hint`
-    and `caption` are the text context. DigitsQA keeps its family ("read", "compare", ...) in
-    `category`.
+    `answer` is an index of `choices`; `image` is the image's file name, or None; `hint` and
+    `caption` are the text context. In DigitsQA, `category` is the family ("read", "compare", ...).
 
     Raises:
-        DataError: fewer than two choices, more than 26, or an answer that is none of them.
+        DataError: There are fewer than two or more than 26 choices, or the answer is none of them.
     """
 
     id: str
@@ -63,17 +63,17 @@ class Record:
         file: str | Path = "problems.json",
         caption: str = "",
     ) -> Record:
-        """The record from one entry of `problems.json`; other fields are ignored.
+        """Read the record from an entry of `problems.json`; unknown fields are ignored.
 
         Args:
             qid: The question's id, the entry's key.
             raw: The entry.
-            file: Where it stands, for the messages.
+            file: The entry's file, for error messages.
             caption: The image's caption, from `captions.json`.
 
         Raises:
-            DataError: a missing field, one of the wrong type, or an invalid record; names file, id,
-                remedy.
+            DataError: A field is missing or has the wrong type, or the record is invalid; the
+                message names file, id and remedy.
         """
         if not isinstance(raw, Mapping):
             raise DataError(
@@ -82,7 +82,10 @@ class Record:
         for name in _FIELDS:
             if name not in raw:
                 raise DataError(f"the record has no field {name!r}", id=qid, file=file, remedy=_FIX)
-            _check_type(qid, name, raw[name], file)
+            fits, wanted = _TYPES[name]
+            if not fits(raw[name]):
+                reason = f"{name!r} is {raw[name]!r:.60}, not {wanted}"
+                raise DataError(reason, id=qid, file=file, remedy=_FIX)
         values = {name: raw[name] for name in _FIELDS}
         values["choices"] = tuple(raw["choices"])
         try:
@@ -91,32 +94,29 @@ class Record:
             raise DataError(error.reason, id=qid, file=file, remedy=error.remedy) from None
 
     def to_json(self) -> dict[str, Any]:
-        """The record as `problems.json` has it (no id, no caption): inverse of `from_json`."""
+        """Return the record as an entry of `problems.json`, without id and caption."""
         values = {name: getattr(self, name) for name in _FIELDS}
         return values | {"choices": list(self.choices)}
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(Record) if f.name not in ("id", "caption"))
-_FIX = "Correct the entry, or pass skip_bad=True (--skip-bad) to go on without it"
+OR_SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"
+"""The other remedy for one bad question."""
+_FIX = f"Correct the entry, {OR_SKIP}"
 
 
-def _check_type(qid: str, name: str, value: object, file: str | Path) -> None:
-    if name == "choices":
-        ok, wanted = (
-            isinstance(value, list | tuple) and all(isinstance(v, str) for v in value),
-            "a list of strings",
-        )
-    elif name == "answer":
-        ok, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-    elif name == "image":
-        ok, wanted = (
-            value is None or (isinstance(value, str) and value != ""),
-            "a file name or null",
-        )
-    else:
-        ok, wanted = isinstance(value, str), "a string"
-    if not ok:
-        raise DataError(f"{name!r} is {value!r:.60}, not {wanted}", id=qid, file=file, remedy=_FIX)
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_FIELDS, (_is_text, "a string")),
+    "choices": (lambda v: isinstance(v, list | tuple) and all(map(_is_text, v)),
+                "a list of strings"),
+    "answer": (lambda v: type(v) is int, "a whole number"),
+    "image": (lambda v: v is None or (_is_text(v) and v != ""), "a file name or null"),
+}  # fmt: skip
+"""Field → whether a value has the right type, and that type's name in errors."""
 
 
 def _check_record(record: Record) -> None:
@@ -139,7 +139,7 @@ def _check_record(record: Record) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """One question that was left out under `skip_bad`, and why."""
+    """A question that was left out under `skip_bad`, and why."""
 
     id: str
     file: str
@@ -147,23 +147,21 @@ class Skipped:
 
 
 class Skips:
-    """Where bad questions go: `skips(error)` raises it, or under `skip_bad` lists it and
-    returns.
-    """
+    """Handles bad questions: `skips(error)` raises the error or, under `skip_bad`, lists it."""
 
     def __init__(self, skip_bad: bool) -> None:
         self.skip_bad = skip_bad
         self.entries: list[Skipped] = []
 
     def __call__(self, error: DataError) -> None:
-        """Raise `error`, or list the question it names."""
+        """Raise `error`, or list the question that it names."""
         if not self.skip_bad or error.id is None:
             raise error
         self.entries.append(Skipped(error.id, str(error.file or ""), error.reason))
 
     @property
     def ids(self) -> set[str]:
-        """The ids that are out."""
+        """The ids of the questions to leave out."""
         return {entry.id for entry in self.entries}
 
 
@@ -173,15 +171,14 @@ class Questions(Sequence[Record]):
 
     Args:
         records: The questions; ids are unique.
-        features: Id to float32 `[m, d]` (m patches of width d); an absent id is a question without
-            an image.
-        splits: Name to ids; ScienceQA's `pid_splits.json`. None: grouped by `record.split`.
-        images: The folder of `<split>/<id>/<image>`, where the image files are known.
-        skipped: What was left out in loading.
+        features: Id to float32 `[m, d]` (m patches of width d); a question without features has no
+            image.
+        splits: Name to ids, as in ScienceQA's `pid_splits.json`; None groups by `record.split`.
+        images: The folder of image files `<split>/<id>/<image>`, if known.
+        skipped: Questions that were left out in loading.
 
     Raises:
-        DataError: an id that occurs twice, features for an id that is not there, or of unequal
-            widths.
+        DataError: An id occurs twice, features have no question, or their widths differ.
     """
 
     records: tuple[Record, ...]
@@ -243,7 +240,7 @@ class Questions(Sequence[Record]):
 
     @property
     def width(self) -> int | None:
-        """The features' width d; None where no question has any."""
+        """The features' width d; None if no question has any."""
         return next((map_.shape[1] for map_ in self.features.values()), None)
 
     @classmethod
@@ -255,20 +252,20 @@ class Questions(Sequence[Record]):
         splits: Mapping[str, Sequence[str]] | None = None,
         file: str | Path = "problems.json",
     ) -> Questions:
-        """Questions from raw records {id: record}, as `problems.json` and DigitsQA have them.
+        """Read questions from raw records {id: record}, as in `problems.json` and DigitsQA.
 
         Raises:
-            DataError: as `Record.from_json` and the constructor do.
+            DataError: As `Record.from_json` and the constructor.
         """
         records = tuple(Record.from_json(qid, raw, file=file) for qid, raw in problems.items())
         lists = None if splits is None else {name: tuple(ids) for name, ids in splits.items()}
         return cls(records, features or {}, lists)
 
     def image_path(self, record: Record) -> Path:
-        """Where the record's picture lies: `<images>/<split>/<id>/<image>`, ScienceQA's layout.
+        """Return the path of the record's image, `<images>/<split>/<id>/<image>`, as in ScienceQA.
 
         Raises:
-            DataError: the record has no image, or the folder is not known.
+            DataError: The record has no image, or the folder is not known.
         """
         if record.image is None:
             raise DataError("the question has no image", id=record.id)
@@ -278,10 +275,10 @@ class Questions(Sequence[Record]):
         return self.images / record.split / record.id / record.image
 
     def without(self, skips: Skips) -> Questions:
-        """The questions that were not skipped, with the list of those that were.
+        """Leave out the skipped questions, and list them in `skipped`.
 
         Raises:
-            DataError: none is left.
+            DataError: No question is left.
         """
         out = skips.ids
         kept = self.subset(qid for qid in self.ids if qid not in out)
@@ -292,36 +289,34 @@ class Questions(Sequence[Record]):
         return dataclasses.replace(kept, skipped=(*self.skipped, *skips.entries))
 
     def record(self, qid: str) -> Record:
-        """The record with this id.
+        """Return the record with this id.
 
         Raises:
-            UnknownNameError: there is none.
+            UnknownNameError: There is none.
         """
         if qid not in self._index:
             raise UnknownNameError.among("question", qid, self._index)
         return self._index[qid]
 
     def split(self, name: str) -> Questions:
-        """The questions of one split, in the order `splits` lists them.
+        """Return the questions of one split, in the order of `splits`.
 
         Raises:
-            UnknownNameError: no split has this name.
+            UnknownNameError: No split has this name.
         """
         splits = self.splits
         if splits is None:
-            splits = {}
-            for record in self.records:
-                splits.setdefault(record.split, ())
-            splits = {key: tuple(r.id for r in self.records if r.split == key) for key in splits}
+            names = dict.fromkeys(record.split for record in self.records)
+            splits = {key: tuple(r.id for r in self.records if r.split == key) for key in names}
         if name not in splits:
             raise UnknownNameError.among("split", name, splits)
         return self.subset(splits[name])
 
     def subset(self, ids: Iterable[str]) -> Questions:
-        """The questions with these ids, in this order, with their features.
+        """Return the questions with these ids, in this order, with their features.
 
         Raises:
-            UnknownNameError: an id that is not there.
+            UnknownNameError: An id does not exist.
         """
         records = tuple(self.record(qid) for qid in ids)
         keep = {record.id for record in records}
@@ -332,21 +327,21 @@ class Questions(Sequence[Record]):
         return dataclasses.replace(self, records=records, features=features, splits=splits)
 
     def with_features(self, features: Mapping[str, Tensor]) -> Questions:
-        """The same questions with other image features (id to `[m, d]`)."""
+        """Return the same questions with other image features (id to `[m, d]`)."""
         return dataclasses.replace(self, features=dict(features))
 
     def without_images(self) -> Questions:
-        """The text-only control: no features; the records, captions among them, stay."""
+        """Return the text-only control: the same records, captions included, without features."""
         return self.with_features({})
 
     def shuffle_images(self, seed: int) -> Questions:
-        """The shuffled-images control: each question with features gets another question's.
+        """Return the shuffled-images control: each question gets another question's features.
 
-        One random cycle through the questions of each split (Sattolo 1986), so features never cross
-        splits; two questions may still show equal pictures, if the data holds the same one twice.
+        Features are permuted along one random cycle in each split (Sattolo 1986). A question may
+        still get an equal image, if the data holds the same one twice.
 
         Raises:
-            DataError: a split with a single image, which has nowhere to go.
+            DataError: A split has a single image, so there is none to swap it with.
         """
         groups: dict[str, list[str]] = {}
         for record in self.records:
@@ -359,13 +354,13 @@ class Questions(Sequence[Record]):
                 raise DataError(reason, id=ids[0], remedy="Shuffle over more questions")
             source = list(ids)
             for i in range(len(ids) - 1, 0, -1):
-                j = rng.randrange(i)  # below i, never i itself: this makes it one cycle
+                j = rng.randrange(i)  # never i itself, which makes it one cycle
                 source[i], source[j] = source[j], source[i]
             features |= {qid: self.features[other] for qid, other in zip(ids, source, strict=True)}
         return self.with_features(features)
 
     def summary(self) -> str:
-        """What is here, and what was skipped: one line, and one more for each skipped question."""
+        """Summarise in one line what there is, with one more line for each skipped question."""
         text = f"{len(self)} questions, {len(self.features)} with image features"
         if self.width is not None:
             text += f" of width {self.width}"

@@ -1,4 +1,4 @@
-"""ScienceQA (Lu et al. 2022) as published: problems, splits, captions, images, vision features."""
+"""Load ScienceQA (Lu et al. 2022) from its published files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from torch import Tensor
 from modgraft.core.errors import DataError
 from modgraft.core.files import read_json
 from modgraft.data.features import check_features, load_features
-from modgraft.data.records import LETTERS, Questions, Record, Skipped, Skips
-
-__all__ = ["LETTERS", "Questions", "Record", "Skipped", "load_scienceqa"]
+from modgraft.data.records import OR_SKIP, Questions, Record, Skips
 
 _log = logging.getLogger(__name__)
-_SKIP = "or pass skip_bad=True (--skip-bad) to go on without it"
 _GET = "Take the folder data/scienceqa of the published data set (github.com/lupantech/ScienceQA)"
 
 
@@ -31,36 +28,35 @@ def load_scienceqa(
     images: str | Path | None = None,
     skip_bad: bool = False,
 ) -> Questions:
-    """ScienceQA's questions from the published files, checked against each other.
+    """Load ScienceQA's questions from the published files, and check these against each other.
 
     `folder` holds `problems.json`, `pid_splits.json` and, unless `captions=False`, `captions.json`.
 
     Args:
         folder: The folder of the published files.
-        features: Vision features, a file (`load_features` describes the formats) or {id: `[m, d]`}.
-            Every question with an image needs some. None: none are read; `extract_features` makes
-            them.
-        names: The JSON file {id: row} of a features file that is one array; by default the one
-            beside it.
+        features: Vision features of every question with an image, as a file (see `load_features`)
+            or {id: `[m, d]`}. None loads none; `extract_features` makes them.
+        names: The JSON file {id: row} of a file of features; by default the one beside it.
         width: The width that the features must have (the fusion's `dim`).
         captions: Whether to read `captions.json`, or the file to read instead; every question with
-            an
-            image needs one.
+            an image needs a caption.
         images: The folder of `<split>/<id>/image.png`; by default `<folder>/images`.
-        skip_bad: Go on without the questions at fault; `.skipped` and `.summary()` list them all.
+        skip_bad: Leave out bad questions; `.skipped` and `.summary()` list them all.
 
     Raises:
-        MissingFileError: a file that is not there.
-        DataError: malformed JSON; a bad record; an id in one file and not in another; bad features.
-            The message names file, id and remedy.
+        MissingFileError: A file does not exist.
+        DataError: JSON is malformed, a record or its features are bad, or an id is in one file
+            and not in another. The message names file, id and remedy.
     """
     folder = Path(folder)
     skips = Skips(skip_bad)
     problems_file = folder / "problems.json"
     problems = read_json(problems_file, what="ScienceQA's questions", remedy=_GET)
-    texts = _captions(folder, captions)
+    captions_file = folder / "captions.json" if captions is True else Path(captions or "")
+    texts = {} if captions is False else _captions(captions_file)
     records = _records(problems, texts, problems_file, skips)
-    _check_captions(records, problems, texts, captions, folder, skips)
+    if captions is not False:
+        _check_captions(records, problems, texts, captions_file, skips)
     splits = _splits(folder / "pid_splits.json", records, problems, skips)
     if isinstance(features, Mapping):
         maps = check_features(features, records.values(), width=width, skips=skips)
@@ -92,10 +88,7 @@ def _records(
     return records
 
 
-def _captions(folder: Path, captions: bool | str | Path) -> dict[str, str]:
-    if captions is False:
-        return {}
-    file = folder / "captions.json" if captions is True else Path(captions)
+def _captions(file: Path) -> dict[str, str]:
     remedy = f"{_GET}, or pass captions=False to go on without captions"
     texts = read_json(file, what="the images' captions", remedy=remedy).get("captions")
     if not isinstance(texts, dict):
@@ -110,29 +103,23 @@ def _check_captions(
     records: Mapping[str, Record],
     problems: Mapping[str, Any],
     texts: Mapping[str, str],
-    captions: bool | str | Path,
-    folder: Path,
+    file: Path,
     skips: Skips,
 ) -> None:
-    if captions is False:
-        return
-    file = folder / "captions.json" if captions is True else Path(captions)
     for qid in texts:
         if qid not in problems:
             reason = "a caption for a question that problems.json does not have"
-            skips(DataError(reason, id=qid, file=file, remedy=f"Remove it, {_SKIP}"))
+            skips(DataError(reason, id=qid, file=file, remedy=f"Remove it, {OR_SKIP}"))
     for qid, record in records.items():
         if record.image is not None and qid not in texts:
-            remedy = f"Add it, pass captions=False, {_SKIP}"
+            remedy = f"Add it, pass captions=False, {OR_SKIP}"
             skips(DataError("the image has no caption", id=qid, file=file, remedy=remedy))
 
 
 def _splits(
     file: Path, records: Mapping[str, Record], problems: Mapping[str, Any], skips: Skips
 ) -> dict[str, tuple[str, ...]]:
-    """The split lists; beside train, val and test the published file has parts and unions of
-    them.
-    """
+    """Read the splits; the published file also has parts and unions of train, val and test."""
     lists = read_json(file, what="ScienceQA's splits", remedy=_GET)
     home: dict[str, list[str]] = {}
     for name, ids in lists.items():
@@ -146,12 +133,14 @@ def _splits(
     for qid, where in home.items():
         if qid not in problems:
             reason = f"listed in {where[0]!r}, but problems.json does not have it"
-            skips(DataError(reason, id=qid, file=file, remedy=f"Remove it, {_SKIP}"))
+            skips(DataError(reason, id=qid, file=file, remedy=f"Remove it, {OR_SKIP}"))
     for qid, record in records.items():
         where = home.get(qid, [])
         if record.split not in where or len({"train", "val", "test"}.intersection(where)) > 1:
             there = f"here in {', '.join(map(repr, where))}" if where else "here in no list"
             reason = f"its record says split {record.split!r}, but it is {there}"
-            skips(DataError(reason, id=qid, file=file, remedy=f"Make the two files agree, {_SKIP}"))
+            skips(
+                DataError(reason, id=qid, file=file, remedy=f"Make the two files agree, {OR_SKIP}")
+            )
     out = skips.ids
     return {name: tuple(q for q in ids if q not in out) for name, ids in lists.items()}

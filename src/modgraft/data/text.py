@@ -1,9 +1,9 @@
-"""Text forms: how a record becomes an input and a target string, and how an answer is read back.
+"""Text forms: turn a record into an input and a target text, and read an answer back.
 
-A form is named as in Lu et al. 2022 and Zhang et al. 2023: what goes in, a dash, what comes out.
-Q question, C context, M options ("multiple choice"), G generated rationale, A answer, L lecture, E
-solution ("explanation"), V the answer's value. Runs of white space become one blank, after the
-fields are filled in.
+Names of forms are as in Lu et al. 2022 and Zhang et al. 2023: input, dash, output. Q is the
+question, C the context, M the options ("multiple choice"), G a generated rationale, A the answer, L
+the lecture, E the solution ("explanation"), V the answer's value. After the fields are filled in,
+white space becomes single blanks.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SOLUTION = "Solution:"
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One pair of templates: a row of `FORMS`.
+    """A template of the input and one of the target: a row of `FORMS`.
 
-    Fields of a template: question, context (hint and caption, or N/A), options ("(A) x (B) y"),
-    rationale, lecture, solution, letter and choice (the right answer's).
+    The fields of a template are question, context (hint and caption, or N/A), options
+    ("(A) x (B) y"), rationale, lecture, solution, and letter and choice of the right answer.
     """
 
     name: str
@@ -33,28 +33,28 @@ class Form:
 
     @property
     def reads_rationale(self) -> bool:
-        """Whether the input holds a rationale, that is, whether this is a second stage."""
+        """Whether the input contains a rationale, as in a second stage."""
         return "{rationale}" in self.input_template
 
     @property
     def writes_answer(self) -> bool:
-        """Whether the target holds the answer, so that one can be read from what a model writes."""
+        """Whether the target contains the answer."""
         return "{letter}" in self.target_template
 
     def input(self, record: Record, rationale: str | None = None) -> str:
-        """The model's input for `record`, and for a rationale where the form reads one.
+        """Return the model's input for `record` and, if the form reads one, a rationale.
 
         Raises:
-            DataError: a form that reads a rationale got none, or one that reads none got one.
+            DataError: The rationale is missing, or the form does not read one.
         """
         return self.render_input(self.input_fields(record, rationale))
 
     def target(self, record: Record) -> str:
-        """What the model should write for `record`."""
+        """Return what the model should write for `record`."""
         return squeeze(self.target_template.format_map(_fields(record)))
 
     def input_fields(self, record: Record, rationale: str | None = None) -> dict[str, str]:
-        """The input template's fields; `render_input` fills them in. Raises as `input` does."""
+        """Return the fields for `render_input`. Raises the errors of `input`."""
         if self.reads_rationale and rationale is None:
             remedy = "Hand one over, by id: QADataset(questions, rationales={id: text})"
             raise DataError(
@@ -69,7 +69,7 @@ class Form:
         return {name: fields[name] for name in _names(self.input_template)}
 
     def render_input(self, fields: dict[str, str]) -> str:
-        """The input from its fields, white space squeezed."""
+        """Fill fields into the input template, and squeeze white space."""
         return squeeze(self.input_template.format_map(fields))
 
 
@@ -86,8 +86,8 @@ FORMS: dict[str, Form] = _rows(
     ("QCM-LEA", _HEAD + "Solution:", "{lecture} {solution} The answer is ({letter})."),
     ("QCM-EA", _HEAD + "Solution:", "{solution} The answer is ({letter})."),
     ("QCM-ALE", _HEAD + "Solution:", "The answer is ({letter}). BECAUSE: {lecture} {solution}"),
-    # the recipe's own, for small models: the value before its letter, so that finding what the
-    # answer is and finding where it stands among the options are two steps
+    # for small models, of this library: the value comes before its letter, so that finding the
+    # answer and finding its place among the options are two steps
     ("QCM-VA", _HEAD + "Answer:", "{choice} . The answer is ({letter}) ."),
     ("QCMG-VA", _HEAD + "Solution: {rationale}\nAnswer:", "{choice} . The answer is ({letter}) ."),
     ("QCM-EVA", _HEAD + "Solution:", "{solution} {choice} . The answer is ({letter}) ."),
@@ -95,10 +95,10 @@ FORMS: dict[str, Form] = _rows(
 
 
 def find_form(name: str | Form) -> Form:
-    """The form of this name; a `Form` is itself.
+    """Return the form of this name; a `Form` is returned as it is.
 
     Raises:
-        UnknownNameError: there is none; the message lists those there are.
+        UnknownNameError: There is none; the message lists all forms.
     """
     if isinstance(name, Form):
         return name
@@ -108,34 +108,32 @@ def find_form(name: str | Form) -> Form:
 
 
 def squeeze(text: str) -> str:
-    """`text` with every run of white space, line ends included, made one blank, and none at the
-    ends.
-    """
+    """Make every run of white space, line ends included, one blank, and strip both ends."""
     return " ".join(text.split())
 
 
 def context_text(record: Record) -> str:
-    """Hint and caption, or "N/A" where there is neither."""
+    """Join hint and caption, or return "N/A" if there is neither."""
     return squeeze(f"{record.hint} {record.caption}") or "N/A"
 
 
 def options_text(choices: tuple[str, ...]) -> str:
-    """The options as a form shows them: "(A) x (B) y"."""
+    """Join the options as "(A) x (B) y"."""
     return " ".join(
         f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
     )
 
 
 def rationale_text(text: str) -> str:
-    """A rationale without its leading cue "Solution:", which a second stage adds itself."""
+    """Remove the leading cue "Solution:", which the template of a second stage adds."""
     text = squeeze(text)
     return text.removeprefix(SOLUTION).removeprefix("Solution :").strip()
 
 
 def rationale_of(text: str, form: Form) -> str:
-    """The rationale in a text of this form, gold or written by a model, as a second stage reads it.
+    """Return the rationale in a text of this form, gold or generated, as a second stage reads it.
 
-    Of a one-stage form it is what stands beside the stated answer.
+    In a one-stage form, that is the text without the stated answer.
     """
     if form.writes_answer:
         _, because, after = text.partition(_BECAUSE)
@@ -145,16 +143,15 @@ def rationale_of(text: str, form: Form) -> str:
 
 
 def gold_rationale(record: Record, form: Form) -> str:
-    """The rationale that a model of this form learns to write, as a second stage reads it."""
+    """Return the rationale that a model learns to write, as a second stage reads it."""
     return rationale_of(form.target(record), form)
 
 
 def extract_answer(text: str, choices: tuple[str, ...] | list[str]) -> int | None:
-    """The choice that `text` states ("The answer is (B)"), or None where it states none.
+    """Return the choice that `text` states ("The answer is (B)"), or None if it states none.
 
-    None is an answer in the wrong format, and so a wrong answer: it never becomes a guess. Blanks
-    around the letter are let through, as tokenizers of whole words put them. A text that states
-    several answers states one only if they agree.
+    None counts as a wrong answer, and never becomes a guess. Blanks around the letter are allowed,
+    because tokenizers of whole words write them. Several stated answers must agree.
     """
     letters = set(_ANSWER.findall(text))
     if len(letters) != 1:

@@ -1,4 +1,4 @@
-"""Small tokenizers trained on one's own texts, for hosts trained from scratch."""
+"""Train small tokenizers, for models that are trained from scratch."""
 
 from __future__ import annotations
 
@@ -23,29 +23,28 @@ from modgraft.core.errors import ModgraftError
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 
-# An option's mark "(A)" and a heading "Options:" are one token each: the value stands right beside
-# its mark, one step away for an attention head that looks at its neighbour, and the sequences are a
-# third shorter.
+# An option's mark "(A)" and a heading "Options:" are one token each. So an option is the neighbour
+# of its mark, where a simple attention head finds it, and sequences are a third shorter.
 _WORDS = Regex(r"\([A-Z]\)|N/A|\w+:|\w+|[^\w\s]")
 _SIGNS = r"[^\W\d_]+|\d|_|[^\w\s]"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 8000) -> PreTrainedTokenizerFast:
-    """One token a word, number, punctuation mark, option mark `(A)` or heading `Options:`.
+    """Train a tokenizer of words, numbers, punctuation, option marks `(A)` and headings `Options:`.
 
     Ids 0, 1 and 2 are `<pad>`, `</s>` (put after every text) and `<unk>`, as T5 expects pad and
-    end; the most frequent words of `texts` follow, `vocab_size` tokens in all, the rest become
-    `<unk>`. Decoding joins words by blanks and puts `.`, `,` and `?` back on the word before them,
-    so that the templates of DigitsQA survive the round trip exactly.
+    end. The most frequent words of `texts` follow, up to `vocab_size` tokens; other words become
+    `<unk>`. Decoding puts blanks between words, but none before `.`, `,` and `?`, so that decoding
+    restores the texts of DigitsQA exactly.
 
     Raises:
-        ModgraftError: `texts` holds no word at all.
+        ModgraftError: `texts` holds no word.
     """
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(_WORDS, behavior="isolated"),
-            # what is left between words is white space, and goes
+            # removes the white space between words
             pre_tokenizers.WhitespaceSplit(),
         ]
     )
@@ -56,23 +55,23 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 8000) -> PreTrain
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() == 3:
         raise ModgraftError("train_tokenizer: the texts hold no word; pass the training texts")
-    return _ending(tokenizer)
+    return _append_end_token(tokenizer)
 
 
 def train_pieces(
     texts: Iterable[str], *, vocab_size: int = 1000, sentinels: int = 0
 ) -> PreTrainedTokenizerFast:
-    """Pieces of words in small letters (WordPiece); digits and other signs are one token each.
+    """Train a lower-case WordPiece tokenizer; digits and other signs are one token each.
 
-    Ids 0, 1 and 2 are as in `train_tokenizer`; the `sentinels` that stand for what was left out of
-    a text follow, `<extra_id_0>` and so on, then every sign of `texts`, at a word's start and
-    inside of one. Half of what is left are whole words, the others pieces of two to four letters of
-    all other words: those that save the most tokens. The same texts give the same tokens, which the
-    trainers of `tokenizers` do not promise. White space is not kept: a decoded text has a blank
-    between all words, digits and signs.
+    Ids 0, 1 and 2 are as in `train_tokenizer`; the `sentinels` `<extra_id_0>`, … for spans that are
+    left out follow, then every character of `texts`, at a word's start and inside a word. Half of
+    the remaining tokens are whole words, the other half pieces of two to four letters of other
+    words, chosen by how many tokens they save. The same texts always give the same tokens, unlike
+    with the trainers of `tokenizers`. White space is not preserved: decoding puts a blank between
+    all words, digits and signs.
 
     Raises:
-        ModgraftError: `texts` holds no word at all, or more signs than `vocab_size` has places for.
+        ModgraftError: `texts` holds no word, or more characters than fit into `vocab_size`.
     """
     words = Counter(word for text in texts for word in re.findall(_SIGNS, text.lower()))
     known = [PAD, EOS, UNK, *(f"<extra_id_{i}>" for i in range(sentinels))]
@@ -98,20 +97,20 @@ def train_pieces(
         [pre_tokenizers.Split(Regex(_SIGNS), "isolated"), pre_tokenizers.WhitespaceSplit()]
     )
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    return _ending(tokenizer)
+    return _append_end_token(tokenizer)
 
 
 def _best(saves: Mapping[str, int], count: int) -> list[str]:
-    """The ``count`` that save the most; those that save nothing are none of them."""
+    """Return up to ``count`` pieces that save the most tokens."""
     order = sorted(saves, key=lambda piece: (-saves[piece], piece))
     return [piece for piece in order if saves[piece] > 0][:count]
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved at `path`: a `tokenizer.json`, or the folder that holds it.
+    """Load the tokenizer at `path`: a `tokenizer.json`, or the folder that holds it.
 
     Raises:
-        ModgraftError: there is no such file, or it is not a tokenizer's.
+        ModgraftError: The file does not exist, or is not a tokenizer's.
     """
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
@@ -135,8 +134,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> Pa
     return file
 
 
-def _ending(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """With the end after every text."""
+def _append_end_token(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Let the tokenizer append the end token to every text."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
     )

@@ -1,13 +1,12 @@
-"""How the tasks of the families are worded: instructions, ``{x}`` where the thing stands.
+"""The instructions of the families' tasks, with ``{x}`` for an item's input.
 
-Ten templates a task are FLAN's; here there are eight, and the last two of each are kept from
-training.
+FLAN has ten templates for each task; here there are eight, and training lacks the last two.
 """
 
 from __future__ import annotations
 
 KEPT = 2
-"""Wordings of a task that are never trained."""
+"""The number of wordings of each task that training lacks."""
 
 WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "dates": {

@@ -96,9 +96,9 @@ class Applier:
         source, call = entry.module.side_source, self.site.call
         if source is None:
             return None
-        if source not in call.side and torch.compiler.is_compiling():
-            if not _in_force(self.site.state, entry.name):
-                return None
+        absent = source not in call.side
+        if absent and torch.compiler.is_compiling() and not _in_force(self.site.state, entry.name):
+            return None
         return call.resolve(source, entry.name, self.batch or rows, self.rows)
 
     def _changed_weight(self, entry: Entry, total: Tensor, weight: Weight) -> Tensor:

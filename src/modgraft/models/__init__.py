@@ -1,1 +1,1 @@
-"""Small models to start from: a T5 that can copy, an eye for digits."""
+"""Small models for recipes: a T5 that can copy, a vision model for digits, a bag of words."""

@@ -1,4 +1,4 @@
-"""A bag of word pieces: a small model that fills in masked pieces from all that is seen."""
+"""A bag of word pieces: a small masked language model without word order."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ class Block(nn.Module):
 
 
 class Bag(nn.Module):
-    """h = blocks(mean of E over what is seen) ``[B, d]``, under two heads.
+    """h = blocks(Σ E over the ordinary tokens / √count) ``[B, d]``, with two heads.
 
-    The continuous bag of words of Mikolov et al. 2013 (arXiv:1301.3781) with residual layers. Word
-    pieces: E·LN(gelu(W h)) + b, E ``[vocab, d]`` the input embeddings. Class: V·h + c.
+    The continuous bag of words of Mikolov et al. 2013 (arXiv:1301.3781) with residual layers. The
+    head of word pieces is E·LN(gelu(W h)) + b, where E ``[vocab, d]`` are the input embeddings; the
+    head of classes is V·h + c.
 
     Args:
-        vocab: word pieces; those of :data:`SPECIAL` are not part of what is seen.
-        d: width.
-        layers: blocks.
-        classes: of the second head.
+        vocab: The number of word pieces; those of :data:`SPECIAL` are not read.
+        d: The width.
+        layers: The number of blocks.
+        classes: The number of classes of the second head.
     """
 
     def __init__(self, vocab: int, d: int, layers: int, classes: int) -> None:
@@ -49,13 +50,13 @@ class Bag(nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, kinds: Tensor | None = None
     ) -> MaskedLMOutput | SequenceClassifierOutput:
-        """Logits of word pieces if there are ``labels``, else of classes.
+        """Predict word pieces if there are ``labels``, else classes.
 
         Args:
-            input_ids: ``[B, n]``.
-            labels: ``[B, n]``, the piece at a masked position, elsewhere −100; the logits are
-                ``[B, vocab]``: a bag has no positions.
-            kinds: ``[B]``, the class; the logits are ``[B, classes]``.
+            input_ids: Int64 ``[B, n]``.
+            labels: Int64 ``[B, n]``: the piece at a masked position, elsewhere −100. The logits are
+                ``[B, vocab]``, the same for all positions.
+            kinds: Int64 ``[B]``: the class. The logits are ``[B, classes]``.
         """
         seen = (input_ids >= len(SPECIAL))[..., None].to(self.table.weight.dtype)  # [B, n, 1]
         h = (self.table(input_ids) * seen).sum(1) / seen.sum(1).clamp(min=1).sqrt()  # [B, d]
@@ -72,9 +73,9 @@ class Bag(nn.Module):
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A WordPiece tokenizer that reads lower case without accents, and every number as 0.
+    """Train a WordPiece tokenizer that ignores case and accents, and reads every number as 0.
 
-    ``[CLS]`` stands before a text and ``[SEP]`` after it.
+    It puts ``[CLS]`` before a text and ``[SEP]`` after it.
     """
     made = Tokenizer(models.WordPiece(unk_token=UNK, max_input_chars_per_word=100))  # pyright: ignore[reportCallIssue]
     made.normalizer = normalizers.Sequence(

@@ -21,21 +21,19 @@ def small_t5(
     layers: int = 2,
     decoder_layers: int | None = None,
     dropout: float = 0.0,
-    feed_forward: str = "relu",
     seed: int = 0,
 ) -> T5ForConditionalGeneration:
-    """An unchanged `transformers.T5ForConditionalGeneration` of the given shape, with fresh
-    weights.
+    """Create a `transformers.T5ForConditionalGeneration` with random weights.
 
     Args:
-        vocab_size: number of tokens.
-        pad_id: padding, also what the decoder starts from. eos_id: the end.
-        d_model: width; each of the `heads` heads is `d_model / heads` wide.
-        d_ff: width of the feed-forward layers.
-        layers: encoder layers; the decoder has as many unless `decoder_layers` says otherwise.
-        dropout: dropout probability, everywhere.
-        feed_forward: "relu" (T5 v1.0) or "gated-gelu" (v1.1).
-        seed: decides the weights; the global random state is left as it was.
+        vocab_size: The number of tokens.
+        pad_id: The id of padding, which is also the decoder's start.
+        eos_id: The id of the end token.
+        d_model: The width; each of the `heads` heads is `d_model / heads` wide.
+        d_ff: The width of the feed-forward layers.
+        layers: The number of encoder layers, and of decoder layers unless `decoder_layers` is set.
+        dropout: The dropout probability.
+        seed: The seed of the weights; the global random state does not change.
 
     Raises:
         ValueError: `d_model` is not a multiple of `heads`.
@@ -51,7 +49,6 @@ def small_t5(
         num_decoder_layers=layers if decoder_layers is None else decoder_layers,
         num_heads=heads,
         dropout_rate=dropout,
-        feed_forward_proj=feed_forward,
         pad_token_id=pad_id,
         eos_token_id=eos_id,
     )
@@ -72,28 +69,30 @@ def copy_init(
 ) -> T5ForConditionalGeneration:
     """W_q = W_k = sqrt(match / d_kv) P,  W_v = U,  W_o = Uᵀ;  P, U random with orthonormal rows.
 
-    Every attention of the model starts out as a soft copy: a position attends to the positions that
-    hold what it holds itself (a token, normalised to length sqrt(d_model), scores `match` with
-    itself and about 0 with any other) and adds to itself what it found there (Uᵀ U of head h is
-    the projection on a subspace of its own). The first heads of the self-attentions look at a
-    neighbour instead: head i's relative position bias is `strength` at `offsets[i]` and 0
-    elsewhere, and its W_q and W_k are made small. An offset and a match one after the other are
-    an induction head: "7 K" in a table and a 7 just written give K. Without this start a small
-    T5 takes long to find the first copy.
+    Every attention starts as a soft copy. A position attends to positions with the same token: a
+    token, normalised to length sqrt(d_model), scores `match` with itself and about 0 with any
+    other. It then adds what it finds there (Uᵀ U of each head is the projection on a different
+    subspace). The first heads of each self-attention attend to a neighbour instead: head i's
+    relative position bias is `strength` at `offsets[i]` and 0 elsewhere, and its W_q and W_k are
+    small. A neighbour head followed by a copying head is an induction head: after "7 K" in a table,
+    a 7 that was just written gives K. Without this start, a small T5 takes long to learn to copy.
 
-    Everything stays trainable; only the starting point is set, in place; returns `model`.
+    The weights are set in place and stay trainable.
 
     Args:
-        model: any T5ForConditionalGeneration, usually from `small_t5`.
-        match: score (before the softmax) of a token with itself.
-        offsets, decoder_offsets: relative positions of the offset heads (-1: the token before; the
-            decoder sees no later ones).
-        strength: bias at the offset.
-        seed: decides P and U.
+        model: Any T5ForConditionalGeneration, usually from `small_t5`.
+        match: The score, before the softmax, of a token with itself.
+        offsets, decoder_offsets: The relative positions of the neighbour heads. -1 is the token
+            before; the decoder sees no later ones.
+        strength: The bias at the offset.
+        seed: The seed of P and U.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: more offsets than heads, a decoder offset that is not negative, or an offset too
-            far to have a bucket of its own in T5's relative position bias.
+        ValueError: There are more offsets than heads, a decoder offset is positive, or an offset is
+            too large to have a separate bucket in T5's relative position bias.
 
     Mimetic initialisation is Trockman & Kolter 2023, "Mimetic Initialization of Self-Attention
     Layers"; induction heads are Olsson et al. 2022, "In-context Learning and Induction Heads".
@@ -104,11 +103,12 @@ def copy_init(
         for stack, shifts in ((model.encoder, offsets), (model.decoder, decoder_offsets)):
             own = [m for n, m in _attentions(stack) if n.endswith("SelfAttention")]
             for _, attention in _attentions(stack):
-                _copying(attention, match, generator)
+                _set_copy_weights(attention, match, generator)
             for attention in own:
                 attention.q.weight[: d_kv * len(shifts)] *= 0.1
                 attention.k.weight[: d_kv * len(shifts)] *= 0.3
-            bias = own[0].relative_attention_bias.weight  # the first block's serves them all
+            # the first block's bias is used in all blocks
+            bias = own[0].relative_attention_bias.weight
             for head, offset in enumerate(shifts):
                 bucket = _bucket(offset, bias.shape, head, two_sided=stack is model.encoder)
                 bias[:, head] = 0.0
@@ -120,8 +120,8 @@ def _attentions(stack: nn.Module) -> list[tuple[str, T5Attention]]:
     return [(name, m) for name, m in stack.named_modules() if isinstance(m, T5Attention)]
 
 
-def _copying(attention: T5Attention, match: float, generator: torch.Generator) -> None:
-    """Set one T5Attention's four projections, each [heads * d_kv, d_model] or its transpose."""
+def _set_copy_weights(attention: T5Attention, match: float, generator: torch.Generator) -> None:
+    """Set the projections of a T5Attention, each [heads * d_kv, d_model] or its transpose."""
     rows = torch.empty_like(attention.q.weight)
     nn.init.orthogonal_(rows, generator=generator)
     # |P_h x|² is d_kv where |x|² is d_model, for each head h
@@ -134,7 +134,7 @@ def _copying(attention: T5Attention, match: float, generator: torch.Generator) -
 
 
 def _bucket(offset: int, shape: torch.Size, head: int, *, two_sided: bool) -> int:
-    """The row of T5's relative position bias [buckets, heads] that stands for exactly `offset`."""
+    """Return the row of T5's relative position bias [buckets, heads] for exactly `offset`."""
     buckets, heads = shape
     side = buckets // 2 if two_sided else buckets
     if head >= heads:

@@ -1,10 +1,9 @@
-"""An eye for DigitsQA: a small convolutional network, a strip of three digits in, patches out."""
+"""The vision model of DigitsQA: a small CNN that turns strips of three digits into patches."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +17,17 @@ from modgraft.core.errors import ModgraftError
 from modgraft.data.digits import CUT, scans
 
 PATCHES, FEATURES, POSITION = 12, 64, 16
-"""Patches of a strip; features of a patch; numbers that say where the patch is."""
+"""The number of patches of a strip, of features of a patch, and of values for its position."""
 
 
 class DigitPatches(nn.Module):
-    """strips [B, 8, 24] -> patches [B, 12, 80]: 64 features and 16 numbers of position a patch.
+    """strips [B, 8, 24] -> patches [B, 12, 80]: 64 features and 16 values of position each.
 
-    Each of the three 8 x 8 digits goes through the same convolutions by itself, down to a 2 x 2
+    Each of the three 8 x 8 digits goes through the same convolutions separately, down to a 2 x 2
     map. Patches are in reading order over the strip, two rows of six (`patches.reshape(B, 2, 6,
-    80)`), each over 4 x 4 pixels, and every patch has seen its whole digit: one look tells which
-    digit it is. Position: which of the three digits (one-hot, 3), which of the twelve patches
-    (one-hot, 12), and a constant 1.
+    80)`), each over 4 x 4 pixels. The receptive field of every patch is its whole digit, so one
+    patch is enough to recognise it. The position is the digit (one-hot, 3), the patch (one-hot,
+    12), and a constant 1.
     """
 
     mean: Tensor
@@ -52,20 +51,20 @@ class DigitPatches(nn.Module):
         self.register_buffer("where", _positions(), persistent=False)
 
     def maps(self, digits: Tensor) -> Tensor:
-        """Digits [N, 8, 8] in 0..1 -> their raw 2 x 2 maps as rows [N, 4, 64]."""
+        """Map digits [N, 8, 8] in 0..1 to their raw 2 x 2 maps, as rows [N, 4, 64]."""
         h = self.body(digits[:, None])
         h = h + F.relu(self.mix(h))
         return h.flatten(2).transpose(1, 2)  # [N, 64, 2, 2] -> [N, 4, 64]
 
     def logits(self, digits: Tensor) -> Tensor:
-        """Digits [N, 8, 8] -> every patch's opinion [N, 4, 10]; their mean is the network's."""
+        """Classify digits [N, 8, 8] from every patch, [N, 4, 10]; the mean is the prediction."""
         return self.head(self.maps(digits))
 
     def forward(self, strips: Tensor) -> Tensor:
-        """Strips [B, 8, 24] float in 0..1, ink high -> [B, 12, 80] float.
+        """Map strips [B, 8, 24] in 0..1, where 1 is ink, to patches [B, 12, 80].
 
         Raises:
-            ModgraftError: the strips are not [B, 8, 24].
+            ModgraftError: The strips are not [B, 8, 24].
         """
         if strips.dim() != 3 or strips.shape[1:] != (8, 24):
             raise ModgraftError(
@@ -81,18 +80,11 @@ class DigitPatches(nn.Module):
 
     @torch.no_grad()
     def features(self, strips: Tensor | np.ndarray, batch: int = 512) -> Tensor:
-        """Strips [N, 8, 24] -> [N, 12, 80] float32, in batches, without gradients."""
+        """Map strips [N, 8, 24] to patches [N, 12, 80] float32, in batches, without gradients."""
         strips = torch.as_tensor(strips, dtype=torch.float32)
         if not len(strips):
             return torch.zeros(0, PATCHES, FEATURES + POSITION)
         return torch.cat([self(part) for part in strips.split(batch)])
-
-    @torch.no_grad()
-    def read(self, strips: Tensor | np.ndarray) -> Tensor:
-        """Strips [N, 8, 24] -> the digits that the network itself sees, int64 [N, 3]."""
-        strips = torch.as_tensor(strips, dtype=torch.float32)
-        digits = strips.reshape(-1, 8, 3, 8).transpose(1, 2).reshape(-1, 8, 8)
-        return self.logits(digits).mean(1).argmax(-1).reshape(-1, 3)
 
 
 def _layer(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
@@ -104,7 +96,7 @@ def _layer(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
 
 
 def _positions() -> Tensor:
-    """[12, 16]: which digit (3), which patch (12), and 1."""
+    """Return positions [12, 16]: one-hot digit (3), one-hot patch (12), and 1."""
     digit = F.one_hot(torch.arange(6) // 2, 3).repeat(2, 1)
     return torch.cat([digit, torch.eye(PATCHES), torch.ones(PATCHES, 1)], dim=1).float()
 
@@ -112,16 +104,18 @@ def _positions() -> Tensor:
 def train_vision(
     seed: int = 0, *, steps: int = 1500, batch: int = 96, lr: float = 3e-3
 ) -> DigitPatches:
-    """Train `DigitPatches` on the 1,197 training digits alone; returns it frozen, for evaluation.
+    """Train `DigitPatches` on the 1,197 training digits, with random distortions.
 
-    Every digit is seen turned, stretched, sheared, shifted, bent, thicker or thinner and with
-    noise, never twice the same. The loss asks the mean of the four patches, and each patch by
-    itself, for the digit (smoothed labels). What is returned is the running average of the weights.
+    The loss is the cross-entropy, with smoothed labels, of the mean of the four patches plus that
+    of each patch alone.
 
     Args:
-        seed: decides weights, batches and distortions; the global random state is left as it was.
-        steps, batch, lr: AdamW with one cycle of the learning rate. 1,500 steps take about 25 s on
-            one thread.
+        seed: The seed of weights, batches and distortions; the global random state does not change.
+        steps, batch, lr: Of AdamW with a one-cycle schedule. 1,500 steps take about 25 s on one
+            thread.
+
+    Returns:
+        The running average of the weights, frozen and in evaluation mode.
     """
     images, labels = (torch.from_numpy(a[CUT["train"]]) for a in scans())
     generator = torch.Generator().manual_seed(seed)
@@ -143,7 +137,7 @@ def train_vision(
         (loss + 0.5 * each).backward()
         optimizer.step()
         schedule.step()
-        keep = min(0.99, (step + 1) / (step + 10))  # the first averages are over few steps
+        keep = min(0.99, (step + 1) / (step + 10))  # the average starts over few steps
         for key, value in net.state_dict().items():
             if value.is_floating_point():
                 average[key].lerp_(value, 1 - keep)
@@ -151,17 +145,17 @@ def train_vision(
     net.eval().requires_grad_(False)
     rows = net.maps(images).flatten(0, 1)  # [4 * 1197, 64]
     net.mean.copy_(rows.mean(0))
-    # a channel that hardly varies is not blown up
+    # a lower bound, so that a nearly constant channel is not amplified
     deviation = rows.std(0)
     net.scale.copy_(deviation.clamp_min(0.25 * float(deviation.mean())))
     return net
 
 
 def distort(digits: Tensor, generator: torch.Generator) -> Tensor:
-    """Digits [N, 8, 8] in 0..1 as other hands might have written them, [N, 8, 8] in 0..1.
+    """Distort digits [N, 8, 8] in 0..1, as if other people had written them.
 
-    A random affine map (turn, stretch, shear, shift by about half a pixel), a smooth random bend,
-    another stroke weight, and noise.
+    The distortions are a random affine map (rotation, scale, shear, shift by about half a pixel), a
+    smooth random bend, another stroke weight, and noise.
     """
     N = len(digits)
 
@@ -186,16 +180,16 @@ def distort(digits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def save_vision(net: DigitPatches, path: str | Path) -> None:
-    """Write the network's weights as safetensors."""
+    """Save the network's weights as safetensors."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, path)
 
 
 def load_vision(path: str | Path) -> DigitPatches:
-    """The network that `save_vision` wrote, frozen, in evaluation mode.
+    """Load a network of `save_vision`, frozen, in evaluation mode.
 
     Raises:
-        ModgraftError: no such file, not safetensors, or not this network's weights.
+        ModgraftError: The file does not exist, or does not hold this network's weights.
     """
     if not Path(path).is_file():
         raise ModgraftError(f"{path}: no such file; write one with save_vision(net, path)")
@@ -208,20 +202,19 @@ def load_vision(path: str | Path) -> DigitPatches:
 
 
 def save_strip(strip: np.ndarray | Tensor, path: str | Path, *, zoom: int = 1) -> None:
-    """Write a strip [8, 24] in 0..1, ink high, as an image file, black on white, magnified."""
+    """Save a strip [8, 24] in 0..1, where 1 is ink, as an image file, black on white, enlarged."""
     grey = np.rint(255 * (1 - np.asarray(strip))).clip(0, 255).astype(np.uint8)
     Image.fromarray(np.kron(grey, np.ones((zoom, zoom), np.uint8))).save(path)
 
 
 def read_strip(path: str | Path) -> Tensor:
-    """Any image file of three digits side by side as a strip, float32 [8, 24] in 0..1, ink high.
+    """Read an image of three digits side by side as a strip, float32 [8, 24] in 0..1, 1 is ink.
 
-    The image is put on white where it is transparent, made grey, averaged down to 8 x 24 and
-    stretched to the full range; if most of it is dark after that, it is taken for
-    black ink on white, and inverted.
+    Transparency becomes white; the image is then converted to grey, averaged to 8 x 24 pixels and
+    stretched to the full range. The less frequent of dark and light is taken for ink.
 
     Raises:
-        ModgraftError: the file is missing, is no image, is cut short, or is blank.
+        ModgraftError: The file is missing, damaged, not an image, or blank.
     """
     if not Path(path).is_file():
         raise ModgraftError(f"{path}: no such file; pass an image of three digits side by side")
@@ -240,17 +233,5 @@ def read_strip(path: str | Path) -> Tensor:
     if math.isclose(low, high, abs_tol=0.02):
         raise ModgraftError(f"{path}: the image is blank; pass an image of three digits")
     strip = ((strip - low) / (high - low)).float()
-    # paper is what there is more of; here ink is to be high
+    # there is more paper than ink
     return 1 - strip if float(strip.mean()) > 0.5 else strip
-
-
-def vision_accuracy(net: DigitPatches, split: str) -> dict[str, Any]:
-    """Share of a split's digits read right, in 0..1: `digit` by four patches' mean, `patch` by
-    each."""
-    images, labels = (torch.from_numpy(a[CUT[split]]) for a in scans())
-    with torch.no_grad():
-        logits = net.logits(images)
-    return {
-        "digit": float((logits.mean(1).argmax(-1) == labels).float().mean()),
-        "patch": float((logits.argmax(-1) == labels[:, None]).float().mean()),
-    }

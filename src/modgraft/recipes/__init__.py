@@ -1,1 +1,1 @@
-"""Recipes: each a page, the idea and nothing else, on top of the library."""
+"""Recipes: experiments from papers, each written on top of the library."""

@@ -1,9 +1,9 @@
-"""The frame of a recipe that asks a question over seeds: jobs on disk, a table, a picture.
+"""Run a recipe over several seeds, and write its results as a table and a picture.
 
-A page under ``recipes/`` holds the idea and ends in a :class:`Recipe`. This runs it: one job a
-seed, side by side, each going on where it was interrupted; the run's folder then holds
-``run.json`` (what was asked for), ``results.json``, ``table.md``, ``plot.png``, ``plot-dark.png``
-and a folder a seed with whatever the recipe's trainings keep.
+Each recipe's module holds its idea and ends in a :class:`Recipe`. Each seed is a job in a process
+of its own, and an interrupted job resumes. The run's folder then holds ``run.json`` (the settings,
+seeds and recipe), ``results.json``, ``table.md``, ``plot.png``, ``plot-dark.png`` and, for each
+seed, a folder with the files of its trainings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -29,29 +29,29 @@ from modgraft.core.errors import CheckpointError, UnknownNameError
 from modgraft.core.files import read_json, write_json, write_text
 from modgraft.log.record.runs import RunNote, listed, plain, recorded, settings_row
 from modgraft.recipes.workers import Job, side_by_side
-from modgraft.report.figures import DARK, LIGHT, Scheme, draw
+from modgraft.report.figures import Scheme, draw
 
 NAMES: tuple[str, ...] = ("arithmetic", "flan_vs_modules", "madx")
-"""Pages under ``modgraft/recipes`` that end in a ``RECIPE``."""
+"""Recipes that this module runs: each defines ``RECIPE`` in ``modgraft/recipes/NAME/recipe.py``."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A question asked over seeds.
+    """An experiment that is repeated over seeds.
 
     Attributes:
-        name: of its page, its command and its run's folder.
-        title: one line.
-        rows: key → what a reader sees, in the table's order.
-        columns: key → header of the table.
-        settings: a frozen dataclass of plain values, as they are when nothing else is said.
-        smaller: the settings for a share of the data and the steps, of ``--quick``.
-        trial: ``(folder, settings, seed)`` → ``{"rows": {row: {column: figure}}, "series": …}``;
-            runs in a process of one torch thread, and keeps in ``folder`` what it resumes from.
-        paint: draws what ``results.json`` holds on a figure, in a scheme's colours.
-        size: of the picture, in inches.
-        formats: of a column's figures, where it is not ``.1f``.
-        notes: lines under the table: what is measured, on how much, and what chance gives.
+        name: The name of its package, its command and, by default, its run's folder.
+        title: One line that describes it.
+        rows: Row key → the row's title, in the table's order.
+        columns: Column key → the column's header.
+        settings: The default settings, a frozen dataclass of plain values.
+        scaled: The settings that ``--quick`` scales down → the smallest value of each.
+        trial: ``(folder, settings, seed)`` → ``{"rows": {row: {column: number}}, "series": …}``;
+            runs in a process with one torch thread, and resumes from what it saved in ``folder``.
+        paint: Draws the contents of ``results.json`` on a figure, in a scheme's colours.
+        size: The picture's size in inches.
+        formats: Column key → format of its numbers, where it is not ``.1f``.
+        notes: Sentences under the table: what is measured, on how many examples, what chance gives.
     """
 
     name: str
@@ -59,19 +59,27 @@ class Recipe:
     rows: Mapping[str, str]
     columns: Mapping[str, str]
     settings: Any
-    smaller: Callable[[Any, float], Any]
+    scaled: Mapping[str, int]
     trial: Callable[[Path, Any, int], dict[str, Any]]
     paint: Callable[[Figure, Scheme, dict[str, Any]], None]
     size: tuple[float, float] = (7.2, 3.6)
     formats: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
+    def smaller(self, share: float) -> Any:
+        """Scale data and steps of the default settings down to ``share``, for a quick look."""
+        values = {
+            name: max(least, round(share * getattr(self.settings, name)))
+            for name, least in self.scaled.items()
+        }
+        return replace(self.settings, **values)
 
-def recipe(name: str) -> Recipe:
-    """The recipe of that name.
+
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe of that name.
 
     Raises:
-        UnknownNameError: if there is none.
+        UnknownNameError: There is none.
     """
     if name not in NAMES:
         raise UnknownNameError.among("recipe", name, NAMES)
@@ -79,7 +87,7 @@ def recipe(name: str) -> Recipe:
 
 
 def run(
-    what: Recipe,
+    recipe: Recipe,
     folder: Path,
     settings: Any,
     seeds: Sequence[int],
@@ -90,39 +98,39 @@ def run(
 ) -> dict[str, Any]:
     """Run the seeds that are not done, then write results, table and pictures.
 
-    The same command goes on where an interrupted one stopped; more seeds may be added to a run.
+    Calling it again resumes an interrupted run; more seeds may be added to a finished one.
 
     Args:
-        what: the recipe.
-        folder: the run's.
-        settings: an instance of the recipe's settings.
-        seeds: one trial each.
-        jobs: processes side by side, of one thread each.
-        console: where progress is shown.
-        note: write what was run and what came out into ``note.md``, for the research log.
+        recipe: The recipe.
+        folder: The run's folder.
+        settings: An instance of the recipe's settings.
+        seeds: The seeds; each is one trial.
+        jobs: The number of processes at a time, with one thread each.
+        console: Where to show progress.
+        note: Whether to describe the run and its results in ``note.md``, for the research log.
 
     Returns:
-        What ``results.json`` holds.
+        The contents of ``results.json``.
 
     Raises:
-        CheckpointError: the folder holds another recipe's run, or one of other settings.
-        ModgraftError: a seed failed; what is done is kept.
+        CheckpointError: The folder holds a run of another recipe or with other settings.
+        ModgraftError: A seed failed; finished seeds are kept.
     """
-    began, before = time.monotonic(), _asked(what, folder, settings)
+    began, before = time.monotonic(), _read_run_card(recipe, folder, settings)
     seeds = sorted({*before.get("seeds", ()), *seeds})
-    asked = {"recipe": what.name, "settings": asdict(settings), "seeds": seeds}
+    asked = {"recipe": recipe.name, "settings": asdict(settings), "seeds": seeds}
     write_json(folder / "run.json", asked)
     work = [
         Job(
-            str(seed), f"{what.name}: seed {seed}", one, (what.name, folder, seed),
-            folder / f"seed{seed}", made=folder / f"seed{seed}" / "figures.json",
+            str(seed), f"{recipe.name}: seed {seed}", run_seed, (recipe.name, folder, seed),
+            folder / f"seed{seed}", last_file=folder / f"seed{seed}" / "figures.json",
         )
         for seed in seeds
     ]  # fmt: skip
     done = all(job.done for job in work)
-    with _noted(what, folder, asked, wanted=note and not done):
+    with _recorded_run(recipe, folder, asked, wanted=note and not done):
         side_by_side(work, jobs, console)
-        results = _gather(what, folder, asked)
+        results = _gather(recipe, folder, asked)
         if not done:
             results["wall_seconds"] += round(time.monotonic() - began, 1)
         write_json(folder / "results.json", results)
@@ -130,57 +138,57 @@ def run(
     return results
 
 
-def _noted(
-    what: Recipe, folder: Path, asked: Mapping[str, Any], *, wanted: bool
+def _recorded_run(
+    recipe: Recipe, folder: Path, asked: Mapping[str, Any], *, wanted: bool
 ) -> AbstractContextManager[None]:
-    """The run, recorded in its folder's note."""
+    """Record the run in ``note.md`` of its folder; see `modgraft.log.record.runs`."""
 
     def about(said: RunNote) -> None:
-        said.context["Recipe"] = f"{plain(what.title)} ({what.name})"
-        said.context["Rows"] = listed([plain(title) for title in what.rows.values()])
+        said.context["Recipe"] = f"{plain(recipe.title)} ({recipe.name})"
+        said.context["Rows"] = listed([plain(title) for title in recipe.rows.values()])
         said.context["Seeds"] = listed([str(seed) for seed in asked["seeds"]])
         said.context["Settings"] = settings_row(asked["settings"])
 
     def result(said: RunNote) -> None:
         results = read_results(folder)
-        lines = list(_lines(what, results))
+        lines = list(_table_lines(recipe, results))
         for title, cells in lines:
-            pairs = zip(what.columns.values(), cells, strict=True)
+            pairs = zip(recipe.columns.values(), cells, strict=True)
             said.learned[title] = ", ".join(f"{plain(c)} {cell}" for c, cell in pairs)
-        first = next(iter(what.columns.values()))
+        first = next(iter(recipe.columns.values()))
         said.headline = f"{first}: " + ", ".join(f"{title} {cells[0]}" for title, cells in lines)
         said.done["Seeds"] = f"{len(asked['seeds'])} trained and tested, [table.md](table.md)"
-        said.learned["How to read"] = " ".join(plain(line) for line in _remarks(what, results))
-        said.figures[folder / "plot.png"] = what.title
+        said.learned["How to read"] = plain(_remarks(recipe, results))
+        said.figures[folder / "plot.png"] = recipe.title
         said.seconds = results["wall_seconds"]
 
-    return recorded(folder, what.name, about, result, wanted=wanted)
+    return recorded(folder, recipe.name, about, result, wanted=wanted)
 
 
-def one(name: str, folder: Path, seed: int) -> None:
-    """One seed's trial; its figures go into its folder."""
-    what = recipe(name)
+def run_seed(name: str, folder: Path, seed: int) -> None:
+    """Run the trial of one seed, and write its figures into the seed's folder."""
+    recipe = find_recipe(name)
     asked = read_json(folder / "run.json", what="a run", remedy=f"modgraft recipe {name}")
     home = folder / f"seed{seed}"
-    figures = what.trial(home, type(what.settings)(**asked["settings"]), seed)
+    figures = recipe.trial(home, type(recipe.settings)(**asked["settings"]), seed)
     for row, found in figures["rows"].items():
-        if row not in what.rows:
-            raise UnknownNameError.among("row", row, what.rows)
+        if row not in recipe.rows:
+            raise UnknownNameError.among("row", row, recipe.rows)
         for column in found:
-            if column not in what.columns:
-                raise UnknownNameError.among("column", column, what.columns)
+            if column not in recipe.columns:
+                raise UnknownNameError.among("column", column, recipe.columns)
     write_json(home / "figures.json", figures)
 
 
-def _asked(what: Recipe, folder: Path, settings: Any) -> dict[str, Any]:
-    """What the folder was asked for before, if anything."""
+def _read_run_card(recipe: Recipe, folder: Path, settings: Any) -> dict[str, Any]:
+    """Read the folder's ``run.json``, if there is one, and refuse another recipe or settings."""
     path = folder / "run.json"
     if not path.is_file():
         return {}
     before = read_json(path, what="a run", remedy="take another --run")
-    if before.get("recipe") != what.name:
+    if before.get("recipe") != recipe.name:
         raise CheckpointError(
-            f"{folder} holds a run of {before.get('recipe', 'mmcot')}, not of {what.name}; take "
+            f"{folder} holds a run of {before.get('recipe', 'mmcot')}, not of {recipe.name}; take "
             f"another --run, or --fresh"
         )
     then, now = before["settings"], json.loads(json.dumps(asdict(settings)))
@@ -192,7 +200,7 @@ def _asked(what: Recipe, folder: Path, settings: Any) -> dict[str, Any]:
     return before
 
 
-def _gather(what: Recipe, folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+def _gather(recipe: Recipe, folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     path, trials = folder / "results.json", {}
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for seed in asked["seeds"]:
@@ -200,94 +208,88 @@ def _gather(what: Recipe, folder: Path, asked: dict[str, Any]) -> dict[str, Any]
         trials[str(seed)] = read_json(home, what="a seed's figures", remedy="run it again")
     return {
         **asked,
-        "title": what.title,
+        "title": recipe.title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "wall_seconds": before.get("wall_seconds", 0.0),
         "rows": {
             row: {seed: made["rows"][row] for seed, made in trials.items() if row in made["rows"]}
-            for row in what.rows
+            for row in recipe.rows
         },
         "series": {seed: made.get("series") for seed, made in trials.items()},
     }
 
 
-# -- what is shown -----------------------------------------------------------------------------
+# -- table and picture -------------------------------------------------------------------------
 
 
 def write_report(folder: Path) -> None:
     """Write ``table.md`` and the pictures of a run again."""
     results = read_results(folder)
-    what = recipe(results["recipe"])
+    recipe = find_recipe(results["recipe"])
     write_text(folder / "table.md", markdown(results) + "\n")
     picture = draw(
-        what.size, what.title, lambda canvas, scheme: what.paint(canvas, scheme, results),
-        schemes=(LIGHT, DARK),
-    )  # fmt: skip
-    assert picture.dark is not None  # noqa: S101  (both schemes were asked for)
+        recipe.size, recipe.title, lambda canvas, scheme: recipe.paint(canvas, scheme, results)
+    )
+    assert picture.dark is not None  # noqa: S101  (by default, both schemes are drawn)
     (folder / "plot.png").write_bytes(picture.light)
     (folder / "plot-dark.png").write_bytes(picture.dark)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """What a run's ``results.json`` holds."""
+    """Read a run's ``results.json``."""
     return read_json(folder / "results.json", what="results", remedy="modgraft recipe NAME")
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table, and under it what it was measured on."""
-    what = recipe(results["recipe"])
+    """Return the table of results as Markdown, with the notes under it."""
+    recipe = find_recipe(results["recipe"])
     lines = [
-        "| | " + " | ".join(what.columns.values()) + " |",
-        "|---" * len(what.columns) + "|---|",
+        "| | " + " | ".join(recipe.columns.values()) + " |",
+        "|---" * len(recipe.columns) + "|---|",
     ]
-    lines += [f"| {title} | " + " | ".join(cells) + " |" for title, cells in _lines(what, results)]
-    return "\n".join([*lines, "", *_remarks(what, results)])
+    lines += [
+        f"| {title} | " + " | ".join(cells) + " |" for title, cells in _table_lines(recipe, results)
+    ]
+    return "\n".join([*lines, "", _remarks(recipe, results)])
 
 
 def show(folder: Path, console: Console) -> None:
     """Print a run's table."""
     results = read_results(folder)
-    what = recipe(results["recipe"])
-    table = Table(title=what.title, title_justify="left", box=box.SIMPLE_HEAD)
+    recipe = find_recipe(results["recipe"])
+    table = Table(title=recipe.title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
-    for header in what.columns.values():
+    for header in recipe.columns.values():
         table.add_column(header, justify="right")
-    for title, cells in _lines(what, results):
+    for title, cells in _table_lines(recipe, results):
         table.add_row(escape(title), *cells)
     console.print(table)
-    for line in _remarks(what, results):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(_remarks(recipe, results), highlight=False, markup=False, soft_wrap=True)
 
 
-def _lines(what: Recipe, results: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    for row, title in what.rows.items():
+def _table_lines(recipe: Recipe, results: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    for row, title in recipe.rows.items():
         seeds = results["rows"].get(row, {}).values()
         yield (
             title,
-            [_cell([s[c] for s in seeds if c in s], _format(what, c)) for c in what.columns],
+            [
+                _cell([s[c] for s in seeds if c in s], recipe.formats.get(c, ".1f"))
+                for c in recipe.columns
+            ],
         )
-
-
-def _format(what: Recipe, column: str) -> str:
-    return what.formats.get(column, ".1f")
 
 
 def _cell(values: list[float], form: str) -> str:
     if not values:
         return "–"
-    spread = (
-        f" ± {stdev(values):{form}}"
-        if len(values) > 1 and any(v != values[0] for v in values)
-        else ""
-    )
-    return f"{mean(values):{form}}{spread}"
+    text = f"{mean(values):{form}}"
+    differ = any(value != values[0] for value in values)
+    return f"{text} ± {stdev(values):{form}}" if differ else text
 
 
-def _remarks(what: Recipe, results: dict[str, Any]) -> list[str]:
+def _remarks(recipe: Recipe, results: dict[str, Any]) -> str:
     seeds = results["seeds"]
-    head = (
-        f"Mean ± sample standard deviation over {len(seeds)} seeds."
-        if len(seeds) > 1
-        else (f"One seed, {seeds[0]}.")
-    )
-    return [" ".join([head, *what.notes])]
+    head = f"Mean ± sample standard deviation over {len(seeds)} seeds."
+    if len(seeds) == 1:
+        head = f"One seed, {seeds[0]}."
+    return " ".join([head, *recipe.notes])

@@ -1,4 +1,4 @@
-"""Jobs side by side: each a process of one torch thread, its progress seen throughout."""
+"""Run jobs in parallel processes with one torch thread each, and show their progress."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from modgraft.core.errors import ModgraftError
 from modgraft.log.record.runs import part_of_a_run
 
 PATIENCE = 30.0
-"""Seconds that a stopped job has to end its step and save, before it is killed."""
+"""Seconds that a stopped job has to finish its step and save, before it is killed."""
 
 EVERY = 10.0
-"""Seconds between lines of progress where there is no terminal."""
+"""Seconds between lines of progress where the output is no terminal."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A function to run in a process of its own.
+    """A function to run in a separate process.
 
     Attributes:
-        key: its name among the jobs.
-        title: what a person reads.
-        function: a module-level function.
-        args: picklable arguments.
-        folder: where its log goes, and where a ``metrics.jsonl`` tells how far it is.
-        steps: the last step in that file; None for a job that counts no steps.
-        after: keys of jobs that must have ended before; a key of no job here counts as done.
-        made: the last file that the job writes: where it is there, the job is done already.
+        key: Its name among the jobs.
+        title: Its description for people.
+        function: A module-level function.
+        args: Its arguments, which must be picklable.
+        folder: The folder of its log, and of a ``metrics.jsonl`` that shows its progress.
+        steps: The number of the last step in that file; None for a job without steps.
+        after: Keys of the jobs that must end first; a key that no job has counts as done.
+        last_file: The file that the job writes last: once it exists, the job is done.
     """
 
     key: str
@@ -54,30 +54,30 @@ class Job:
     folder: Path
     steps: int | None = None
     after: tuple[str, ...] = ()
-    made: Path | None = None
+    last_file: Path | None = None
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.made is not None and self.made.exists()
+        """Whether the job has already run to its end."""
+        return self.last_file is not None and self.last_file.exists()
 
 
 def side_by_side(jobs: Sequence[Job], workers: int, console: Console | None = None) -> None:
-    """Run the jobs that are not done, at most ``workers`` at once, and show how far each is.
+    """Run the jobs that are not done, at most ``workers`` at a time, and show their progress.
 
-    Jobs start in their order, as soon as those they come after have ended.
+    Jobs start in order, each as soon as the jobs that it depends on have ended.
 
     Raises:
-        ModgraftError: if a job fails, or waits for one that waits for it; the others are stopped,
-            and what they have is kept.
-        KeyboardInterrupt: after every job has saved what it has; a second Ctrl-C does not wait.
+        ModgraftError: A job failed, or jobs wait for each other; the others are stopped after they
+            have saved.
+        KeyboardInterrupt: After every job has saved; a second Ctrl-C does not wait for that.
     """
     console = console or Console()
     waiting = [job for job in jobs if not job.done]
     missing = {job.key for job in waiting}
     running: dict[str, tuple[Job, BaseProcess]] = {}
     context = _context(waiting)
-    with _Board(console) as board:
+    with _ProgressBoard(console) as board:
         try:
             while waiting or running:
                 ready = [job for job in waiting if missing.isdisjoint(job.after)]
@@ -108,18 +108,19 @@ def side_by_side(jobs: Sequence[Job], workers: int, console: Console | None = No
 
 
 def _context(jobs: Sequence[Job]) -> Any:
-    """How to start processes: with torch imported once for all of them, where that is safe.
+    """Return the context that starts processes, with torch imported once for all, where possible.
 
-    A server that has done nothing but import the jobs' modules forks itself for every job. (A fork
-    of this very process might hang in torch's thread pools; other systems than Linux have libraries
-    that bear no fork at all, and each job imports everything anew.)
+    On Linux, a server process imports the jobs' modules and then forks for every job. Forking this
+    process itself might hang in torch's thread pools. On other systems, whose libraries may not
+    survive a fork at all, every job imports everything again.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(sorted({job.function.__module__ for job in jobs}))
-    # A terminal's Ctrl-C goes to every process. Only this one is to hear it, and to stop the others
-    # each at its best moment; they inherit the block. (The tracker's start would lift it.)
+    # A terminal sends Ctrl-C to every process. Only this one should receive it, and then stop the
+    # jobs after their current step: they inherit the blocked signal. The resource tracker is
+    # started first because its start would unblock the signal.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -142,7 +143,7 @@ def _child(function: Callable[..., None], args: tuple[Any, ...], folder: Path) -
     log = (folder / "log.txt").open("a", encoding="utf-8")
     with log, redirect_stdout(log), redirect_stderr(log):
         try:
-            with part_of_a_run():  # whose note is the one: a job's trainings write none
+            with part_of_a_run():  # the run writes the note; trainings inside a job write none
                 function(*args)
         except KeyboardInterrupt:
             sys.exit(130)
@@ -154,16 +155,16 @@ def _child(function: Callable[..., None], args: tuple[Any, ...], folder: Path) -
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """A stop is a Ctrl-C to whoever handles those: ``fit`` ends its step and saves."""
+    """Handle SIGTERM as Ctrl-C, on which ``fit`` finishes its step and saves."""
     handler = signal.getsignal(signal.SIGINT)
     if callable(handler):
         handler(number, frame)
 
 
 def end_with_parent() -> None:
-    """Send this process a SIGTERM once its parent is gone: it would work on unseen.
+    """Send this process a SIGTERM once its parent has ended, so that it does not run on alone.
 
-    Nothing happens in a process that ``multiprocessing`` has not started.
+    Does nothing in a process that ``multiprocessing`` did not start.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -200,8 +201,8 @@ def _stop(processes: list[BaseProcess]) -> None:
             process.join()
 
 
-class _Board:
-    """Bars on a terminal, a line now and then elsewhere."""
+class _ProgressBoard:
+    """Shows progress: bars on a terminal, otherwise a line every few seconds."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -218,7 +219,7 @@ class _Board:
             disable=not console.is_terminal,
         )
 
-    def __enter__(self) -> _Board:
+    def __enter__(self) -> _ProgressBoard:
         self.bars.start()
         return self
 
@@ -268,7 +269,7 @@ class _Board:
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:
-    """The last whole training record of a metrics file; None where there is none yet."""
+    """Read the last complete training record of a metrics file; None if there is none yet."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

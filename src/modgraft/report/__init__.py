@@ -1,21 +1,9 @@
-"""The report of a run: one self-contained HTML page, its figures, and the README's table."""
+"""Report a run: a self-contained HTML page, its figures, and tables.
 
-from __future__ import annotations
+The public names and their homes stand in ``__init__.pyi``; each is imported when it is first used,
+so that reading a run's predictions waits for no plots.
+"""
 
-from modgraft.report.continual import continual_figure, continual_table
-from modgraft.report.page import write
-from modgraft.report.routing import routing_figure, routing_table
-from modgraft.report.run import read_results
-from modgraft.report.table import families, insert, table
+import lazy_loader
 
-__all__ = [
-    "continual_figure",
-    "continual_table",
-    "families",
-    "insert",
-    "read_results",
-    "routing_figure",
-    "routing_table",
-    "table",
-    "write",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

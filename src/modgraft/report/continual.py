@@ -1,4 +1,4 @@
-"""What continual learning kept and lost, as a table for the terminal and as a figure."""
+"""Show the results of continual learning, as a table in the terminal and as a figure."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure as Canvas
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from modgraft.core.errors import ModgraftError
-from modgraft.report.figures import Picture, Scheme, draw
+from modgraft.report.figures import Picture, Scheme, draw, heat_map
 
-if TYPE_CHECKING:  # a page needs no torch
+if TYPE_CHECKING:  # the report is written without torch
     from modgraft.training.procedures.continual import Continual
 
 START = "before any"
 
 
 def continual_table(record: Continual, title: str = "Accuracy in percent") -> Table:
-    """A row after each task, a column for each; the last column is their mean.
+    """Return a table with a row after each task and a column for each task, then their mean.
 
     Args:
-        record: of :func:`modgraft.continual`.
-        title: of the table.
+        record: The result of :func:`modgraft.continual`.
+        title: The table's title.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("after", no_wrap=True)
@@ -44,16 +43,18 @@ def continual_table(record: Continual, title: str = "Accuracy in percent") -> Ta
 
 
 def continual_figure(records: Mapping[str, Continual]) -> Picture:
-    """R of each record as a heat map, beside one another: rows after each task, columns of each.
+    """Draw the accuracy matrix R of each record as a heat map, side by side.
+
+    Rows are the moments after each task, columns the tasks.
 
     Args:
-        records: by what each of them is called, of the same tasks.
+        records: Title → record; all are of the same tasks.
 
     Returns:
         PNG bytes for light and dark pages.
 
     Raises:
-        ModgraftError: for no record, or records of other tasks.
+        ModgraftError: There is no record, or the records are of different tasks.
     """
     every = list(records.values())
     if not every or any(record.tasks != every[0].tasks for record in every):
@@ -64,24 +65,14 @@ def continual_figure(records: Mapping[str, Continual]) -> Picture:
     tasks = every[0].tasks
 
     def paint(canvas: Canvas, scheme: Scheme) -> None:
-        ramp = LinearSegmentedColormap.from_list(
-            "accuracy", [to_rgb(scheme.paper), to_rgb(scheme.series[0])]
-        )
         grid = canvas.subplots(1, len(every), sharey=True, squeeze=False)[0]
         for axes, (name, record) in zip(grid, records.items(), strict=True):
             values = np.array([record.start, *record.matrix])
-            axes.imshow(values, cmap=ramp, vmin=0, vmax=1, aspect="auto")
-            for (row, column), value in np.ndenumerate(values):
-                ink = scheme.paper if value > 0.7 else scheme.ink
-                axes.text(
-                    column, row, f"{100 * value:.0f}", ha="center", va="center", color=ink,
-                    fontsize=8.5,
-                )  # fmt: skip
+            texts = [[f"{100 * value:.0f}" for value in row] for row in values]
+            heat_map(axes, scheme, values, texts)
             axes.set_xticks(range(len(tasks)), tasks)
             axes.set_yticks(range(len(tasks) + 1), [START, *(f"after {task}" for task in tasks)])
             axes.set_title(f"{name}: forgetting {100 * record.forgetting:.1f}")
-            axes.grid(visible=False)
-            axes.tick_params(length=0)
 
     lost = "; ".join(f"{name} forgets {100 * r.forgetting:.1f}" for name, r in records.items())
     alt = f"Accuracy on {', '.join(tasks)} after each: {lost}"

@@ -1,4 +1,4 @@
-"""The report's figures, drawn by matplotlib without a display, for light and for dark pages."""
+"""Draw figures with matplotlib, without a display, for light and for dark pages."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from modgraft.report.numbers import Figure, Read, figure
 from modgraft.report.run import Metrics, Point, Row
+from modgraft.report.statistics import Figure, Read, figure
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Colours of a page; `series` stay apart for colour-blind readers (after Okabe and Ito)."""
+    """The colours of a page; colour-blind readers can tell `series` apart (after Okabe and Ito)."""
 
     name: str
     paper: str
@@ -45,12 +46,12 @@ DARK = Scheme(
 )  # fmt: skip
 
 SCALE = 180
-"""Pixels an inch of a saved figure."""
+"""Pixels per inch of a saved figure."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure: PNG bytes for both schemes, its size in CSS pixels, and what it shows."""
+    """A drawn figure: PNG bytes for both schemes, its size in CSS pixels, its alternative text."""
 
     light: bytes
     dark: bytes | None
@@ -66,11 +67,11 @@ def draw(
     *,
     schemes: Sequence[Scheme] = (LIGHT, DARK),
 ) -> Picture:
-    """Paint a figure of `size` inches once for each scheme, light first."""
+    """Draw a figure of `size` inches once for each scheme, light first."""
     drawn = []
     for scheme in schemes:
         with mpl.rc_context(_style(scheme)), warnings.catch_warnings():
-            # A title in a script the font lacks is drawn as boxes; the page itself has the text.
+            # Letters that the font lacks are drawn as boxes; the page has the text as well.
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             canvas = Canvas(figsize=size, layout="constrained")
             FigureCanvasAgg(canvas)
@@ -107,8 +108,28 @@ def _style(scheme: Scheme) -> dict[Any, Any]:
     }
 
 
+def heat_map(
+    axes: Axes, scheme: Scheme, shares: np.ndarray, texts: Sequence[Sequence[str]]
+) -> None:
+    """Draw shares [rows, columns] in 0..1 as a heat map with texts; NaN leaves a cell empty."""
+    ramp = LinearSegmentedColormap.from_list(
+        "share", [to_rgb(scheme.paper), to_rgb(scheme.series[0])]
+    )
+    axes.imshow(shares, cmap=ramp, vmin=0, vmax=1, aspect="auto")
+    for y, (row, words) in enumerate(zip(shares, texts, strict=True)):
+        for x, (share, word) in enumerate(zip(row, words, strict=False)):
+            if not math.isnan(share):
+                ink = scheme.paper if share > 0.7 else scheme.ink
+                axes.text(x, y, word, ha="center", va="center", color=ink, fontsize=8.5)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+
+
 def overview(rows: Sequence[Row], read: Read, level: float | None, what: str) -> Picture | None:
-    """One line a row: every seed a dot, the mean a bar, chance a dashed line. None without data."""
+    """Draw a line for each row: a dot for every seed, a bar for the mean, a dashed line for chance.
+
+    Returns None if no row has the figure.
+    """
     found = [(row, value) for row in rows if (value := figure(row, read)) is not None]
     if not found:
         return None
@@ -166,7 +187,10 @@ def bars(
     level: Mapping[str, float],
     what: str,
 ) -> Picture | None:
-    """Grouped bars: one group a name, one bar a row, whiskers the spread, a tick for chance."""
+    """Draw a group of bars for each name, with a bar for each row; whiskers show the spread.
+
+    A dashed line in each group shows chance. Returns None if no row has a figure.
+    """
     values: list[tuple[Row, list[Figure | None]]] = [
         (row, [figure(row, lambda m, name=name: read(m).get(name)) for name in names])
         for row in rows
@@ -182,17 +206,8 @@ def bars(
         for index, (_, found) in enumerate(values):
             for group, value in enumerate(found):
                 at = group - 0.4 + width * (index + 0.5)
-                if value is None:
-                    axes.text(at, 1, "–", ha="center", color=scheme.faint)
-                    continue
-                axes.bar(at, value.mean, width * 0.86, color=shades[index])
-                low, high = max(0.0, value.mean - (value.spread or 0)), value.mean
-                if value.spread:
-                    high = value.mean + value.spread
-                    axes.plot([at, at], [low, high], color=scheme.ink, lw=1)
-                if len(values) * len(names) <= 24:
-                    axes.text(at, high + 1, f"{value.mean:.0f}", ha="center", va="bottom",
-                              fontsize=8)  # fmt: skip
+                labelled = len(values) * len(names) <= 24
+                _bar(axes, scheme, value, at, width * 0.86, shades[index], labelled)
         for group, name in enumerate(names):
             if name in level:
                 axes.hlines(level[name], group - 0.46, group + 0.46, color=scheme.ink, lw=1.2,
@@ -225,11 +240,30 @@ def bars(
     return draw((7.8, 3.1), f"Accuracy by {what}, in percent. " + "; ".join(spoken), paint)
 
 
+def _bar(
+    axes: Axes, scheme: Scheme, value: Figure | None, at: float, width: float, shade: str,
+    labelled: bool,
+) -> None:  # fmt: skip
+    """Draw one bar with its whisker and, if `labelled`, its mean; a dash without a value."""
+    if value is None:
+        axes.text(at, 1, "–", ha="center", color=scheme.faint)
+        return
+    axes.bar(at, value.mean, width, color=shade)
+    spread = value.spread or 0.0
+    if spread:
+        ends = [max(0.0, value.mean - spread), value.mean + spread]
+        axes.plot([at, at], ends, color=scheme.ink, lw=1)
+    if labelled:
+        axes.text(
+            at, value.mean + spread + 1, f"{value.mean:.0f}", ha="center", va="bottom", fontsize=8
+        )
+
+
 MOST_BARS = len(LIGHT.series)
 
 
 def loss(title: str, seeds: Mapping[int, Sequence[Point]]) -> Picture | None:
-    """Training and evaluation loss over steps, one line a seed. None where no loss is finite."""
+    """Draw training and evaluation loss over steps, a line a seed; None if none is finite."""
     kept = {
         (seed, split): [(p.step, p.loss) for p in points if p.split == split and _finite(p.loss)]
         for seed, points in sorted(seeds.items())
@@ -279,7 +313,7 @@ def _finite(value: float | None) -> bool:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred mean over about a fortieth of the curve; the window shrinks at both ends."""
+    """Return the centred moving average over a fortieth of the curve, with less at both ends."""
     half = len(values) // 80
     total = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
@@ -288,7 +322,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def short(text: str, most: int) -> str:
-    """At most `most` characters of a text: a long label would leave a figure no room."""
+    """Cut a label to at most `most` characters."""
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 

@@ -1,4 +1,4 @@
-"""One HTML page for a run: no script, no request, light and dark, everything escaped."""
+"""Write the HTML page of a run: one file without scripts or requests, for light and dark."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from modgraft.report import figures, looks, mistakes
+from modgraft.report import attention, figures, wrong_answers
 from modgraft.report.figures import Picture
-from modgraft.report.numbers import Chance, chance_of, figure, first_row
 from modgraft.report.run import Metrics, Results, Row, Run, read_run
+from modgraft.report.statistics import Chance, chance_of, figure
 from modgraft.report.table import build
 
 MOST_QUESTIONS = 6
-"""Questions whose gates the page shows; the rest stay in gates.json."""
+"""The number of questions whose gates the page shows; gates.json has all."""
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Accuracy by something: a figure of the main rows, all rows as numbers, what has none."""
+    """Accuracy by column or family: a figure of the main rows, and all rows as numbers.
+
+    `empty` are names without a measurement, `left_out` are rows without a bar in the figure.
+    """
 
     title: str
     picture: Picture | None
@@ -39,12 +42,12 @@ class Breakdown:
 def write(folder: Path | str) -> Path:
     """Write `report.html` and its PNGs into a run folder, and return the page's path.
 
-    What the run does not hold is said on the page. Nothing is written until everything was read
-    and drawn, and a page that is there already is replaced in one step.
+    The page says what the run does not hold. Nothing is written until everything is read and
+    drawn, and an older page is replaced in one step.
 
     Raises:
-        MissingFileError: no such folder, or nothing of a run in it.
-        DataError: a file of the run cannot be read; file, line and field are named.
+        MissingFileError: The folder does not exist, or holds no run.
+        DataError: A file of the run cannot be read; the message names file, line and field.
     """
     folder = Path(folder)
     run = read_run(folder)
@@ -71,9 +74,9 @@ def _render(run: Run, pictures: dict[str, Picture]) -> str:
         content |= _results(run, results, chance, pictures)
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                       lstrip_blocks=True)  # fmt: skip
-    env.filters |= {"png": looks.data_uri, "compact": _compact, "moment": _moment}
+    env.filters |= {"png": attention.data_uri, "compact": _compact, "moment": _to_the_minute}
     source = files("modgraft.report")
-    # The style sheet is the package's own text; it is the only thing that is not escaped.
+    # Only the package's style sheet is not escaped.
     style = Markup((source / "page.css").read_text("utf-8"))  # noqa: S704
     return env.from_string((source / "page.html").read_text("utf-8")).render(content, style=style)
 
@@ -94,10 +97,9 @@ def _results(
     levels = {"Avg": chance.all} if chance else {}
     if chance and chance.image is not None:
         levels["IMG"] = chance.image
-    main = first_row(results)
-    seed, predictions = min(run.predictions.get(main.key, {}).items(), default=(None, [])) if (
-        main is not None
-    ) else (None, [])  # fmt: skip
+    main = next((row for row in results.rows if row.group == "main" and row.seeds), None)
+    by_seed = {} if main is None else run.predictions.get(main.key, {})
+    seed, predictions = min(by_seed.items(), default=(None, []))
     return {
         "table": build(results, chance),
         "overview": overview,
@@ -110,8 +112,8 @@ def _results(
         ],
         "main": main,
         "tiles": _tiles(main, chance) if main is not None else [],
-        "counts": mistakes.counts(run, results),
-        "classes": mistakes.examples(run, predictions),
+        "counts": wrong_answers.counts(run, results),
+        "classes": wrong_answers.examples(run, predictions),
         "examples_seed": seed,
         "answered": len(predictions),
     }
@@ -167,20 +169,20 @@ def _curves(run: Run, pictures: dict[str, Picture]) -> list[tuple[str, Picture |
         )
         picture = figures.loss(title, seeds)
         if picture is not None:
-            pictures[f"loss-{_safe(key)}"] = picture
+            pictures[f"loss-{_file_name(key)}"] = picture
         curves.append((title, picture, bad))
     return curves
 
 
-def _gates(run: Run, pictures: dict[str, Picture]) -> list[looks.Question]:
-    shown = [looks.question(seed, gate) for seed, gate in run.gates[:MOST_QUESTIONS]]
+def _gates(run: Run, pictures: dict[str, Picture]) -> list[attention.QuestionView]:
+    shown = [attention.view(seed, gate) for seed, gate in run.gates[:MOST_QUESTIONS]]
     for each in shown:
-        pictures[f"gate-{each.seed}-{_safe(each.gate.id)}"] = each.picture
+        pictures[f"gate-{each.seed}-{_file_name(each.gate.id)}"] = each.picture
     return shown
 
 
-def _safe(name: str) -> str:
-    """A name that is a file name everywhere and cannot leave the folder."""
+def _file_name(name: str) -> str:
+    """Turn a name into a portable file name that cannot leave the folder."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".") or "_"
 
 
@@ -188,8 +190,8 @@ def _compact(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _moment(written: str) -> str:
-    """A time stamp to the minute; one that is not ISO 8601 stays as it was written."""
+def _to_the_minute(written: str) -> str:
+    """Shorten a time stamp to the minute; one that is not ISO 8601 stays as it is."""
     try:
         moment = datetime.fromisoformat(written)
     except ValueError:

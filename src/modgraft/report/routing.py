@@ -1,4 +1,4 @@
-"""What routers have chosen, as a table for the terminal and as a figure."""
+"""Show what routers have chosen, as a table in the terminal and as a figure."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from modgraft.core.errors import ModgraftError
-from modgraft.report.figures import Picture, Scheme, draw
+from modgraft.report.figures import Picture, Scheme, draw, heat_map
 
-if TYPE_CHECKING:  # the page of a run needs no torch
+if TYPE_CHECKING:  # the report is written without torch
     from modgraft.routing.stats import Use
 
 NETWORK = "the network"  # where one choice holds for all of it
 
 
 def routing_table(uses: Sequence[Use]) -> Table:
-    """A row for each router: share of the weight by module, entropy and spread, what is wrong.
+    """Return a table with a row for each router: each module's share, entropy, spread, problems.
 
     Args:
         uses: ``host["skills"].stats()``.
 
     Raises:
-        ModgraftError: where nothing has been counted.
+        ModgraftError: Nothing has been routed yet.
     """
     names = _names(uses)
     title = f"Use of {len(names)} modules, share of the weight in percent"
@@ -56,9 +56,9 @@ def routing_table(uses: Sequence[Use]) -> Table:
 
 
 def routing_figure(uses: Sequence[Use]) -> Picture:
-    """Use by site as a heat map; beside it the entropy of a choice and the spread of all.
+    """Draw each module's share at each site as a heat map, beside the entropies of the choices.
 
-    A cross marks a module that no choice picked, a red name a site that has collapsed.
+    A cross marks a module that was never chosen, a red name a site that has collapsed.
 
     Args:
         uses: ``host["skills"].stats()``.
@@ -67,55 +67,62 @@ def routing_figure(uses: Sequence[Use]) -> Picture:
         PNG bytes for light and dark pages.
 
     Raises:
-        ModgraftError: where nothing has been counted.
+        ModgraftError: Nothing has been routed yet.
     """
     names = _names(uses)
-    most = math.log2(len(names)) if len(names) > 1 else 1.0
     labels = _short([use.path for use in uses])
 
     def paint(canvas: Canvas, scheme: Scheme) -> None:
         heat, bits = canvas.subplots(
             1, 2, sharey=True, width_ratios=[max(2.2, 0.62 * len(names)), 2.2]
         )
-        shares = np.array([u.share if u.choices else [np.nan] * len(names) for u in uses])
-        ramp = LinearSegmentedColormap.from_list(
-            "use", [to_rgb(scheme.paper), to_rgb(scheme.series[0])]
-        )
-        heat.imshow(shares, cmap=ramp, vmin=0, vmax=1, aspect="auto")
-        for row, use in enumerate(uses):
-            if not use.choices:
-                middle = (len(names) - 1) / 2
-                heat.text(middle, row, "no choices", ha="center", va="center", color=scheme.faint)
-                continue
-            for column, share in enumerate(use.share):
-                ink = scheme.paper if share > 0.7 else scheme.ink
-                text = "×" if use.picked[column] == 0 else f"{100 * share:.0f}"
-                heat.text(column, row, text, ha="center", va="center", color=ink, fontsize=8.5)
+        _paint_shares(heat, scheme, uses)
         heat.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 6 else 0)
         heat.set_yticks(range(len(uses)), labels)
         for tick, use in zip(heat.get_yticklabels(), uses, strict=True):
             tick.set_color(scheme.warn if use.choices and use.collapsed else scheme.ink)
-        heat.set_title("Share of the weight, % (×: never picked)")
-        heat.grid(visible=False)
-        heat.tick_params(length=0)
-        known = [(row, use) for row, use in enumerate(uses) if use.choices]
-        rows = [row for row, _ in known]
-        for row, use in known:
-            bits.plot([use.entropy, use.spread], [row, row], color=scheme.grid, lw=2, zorder=1)
-        own, both = [u.entropy for _, u in known], [u.spread for _, u in known]
-        bits.plot(own, rows, "o", color=scheme.series[1], label="of one choice")
-        bits.plot(both, rows, "s", color=scheme.series[0], label="of all choices")
-        bits.axvline(most, color=scheme.faint, lw=1, ls="--")
-        bits.set_xlim(-0.04 * most, 1.06 * most)
-        bits.set_title("Entropy, bits (dashed: even use)")
-        bits.grid(visible=False, axis="y")
-        bits.tick_params(axis="y", length=0)
+        _paint_entropy(bits, scheme, uses)
         canvas.legend(loc="outside lower right", ncols=2)
 
     collapsed = sum(use.collapsed for use in uses if use.choices)
     alt = f"Use of {', '.join(names)} at {len(uses)} sites; {collapsed} collapsed"
     width = 3.4 + max(2.2, 0.62 * len(names)) + 0.07 * max(map(len, labels))
     return draw((width, 1.25 + 0.3 * len(uses)), alt, paint)
+
+
+def _paint_shares(axes: Axes, scheme: Scheme, uses: Sequence[Use]) -> None:
+    """Draw each module's share of the weight, with a row for each site."""
+    count = len(uses[0].names)
+    shares = np.array([use.share if use.choices else [np.nan] * count for use in uses])
+    texts = [
+        [
+            "×" if times == 0 else f"{100 * share:.0f}"
+            for share, times in zip(use.share, use.picked, strict=True)
+        ]
+        for use in uses
+    ]
+    heat_map(axes, scheme, shares, texts)
+    for row, use in enumerate(uses):
+        if not use.choices:
+            middle = (count - 1) / 2
+            axes.text(middle, row, "no choices", ha="center", va="center", color=scheme.faint)
+    axes.set_title("Share of the weight, % (×: never picked)")
+
+
+def _paint_entropy(axes: Axes, scheme: Scheme, uses: Sequence[Use]) -> None:
+    """Draw the entropy of one choice and that of all choices, with a row for each site."""
+    count = len(uses[0].names)
+    most = math.log2(count) if count > 1 else 1.0
+    rows = [row for row, use in enumerate(uses) if use.choices]
+    of_one, of_all = [uses[row].entropy for row in rows], [uses[row].spread for row in rows]
+    axes.hlines(rows, of_one, of_all, color=scheme.grid, lw=2, zorder=1)
+    axes.plot(of_one, rows, "o", color=scheme.series[1], label="of one choice")
+    axes.plot(of_all, rows, "s", color=scheme.series[0], label="of all choices")
+    axes.axvline(most, color=scheme.faint, lw=1, ls="--")
+    axes.set_xlim(-0.04 * most, 1.06 * most)
+    axes.set_title("Entropy, bits (dashed: even use)")
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
 
 
 def _names(uses: Sequence[Use]) -> tuple[str, ...]:
@@ -128,7 +135,7 @@ def _names(uses: Sequence[Use]) -> tuple[str, ...]:
 
 
 def _short(paths: Sequence[str]) -> list[str]:
-    """Paths without the words that all of them begin with."""
+    """Return the paths without the parts that all of them begin with."""
     if len(paths) == 1:
         return [paths[0] or NETWORK]
     words = [path.split(".") for path in paths]

@@ -1,4 +1,4 @@
-"""A run folder read and checked: results, predictions, loss curves, gates, images."""
+"""Read and check a run's folder: results, predictions, loss curves, gates, images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from modgraft.core.errors import DataError, MissingFileError
+from modgraft.data.records import Skipped
 
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -23,12 +24,12 @@ REMEDY = "Write the run again, or move this file away to leave it out of the rep
 
 
 class _Model(BaseModel):
-    # A later recipe may write more than this report shows: unknown fields are no error.
+    # Recipes may write more than the report shows: unknown fields are no error.
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class Metrics(_Model):
-    """One row of results under one seed. Percentages are 0..100; None was not measured."""
+    """The results of one row with one seed. Percentages are in 0..100; None is not measured."""
 
     accuracy: Percent | None = None
     image: Percent | None = None
@@ -45,7 +46,7 @@ class Metrics(_Model):
 
 
 class Row(_Model):
-    """One line of the result table: a model or a control, measured under some of the seeds."""
+    """One row of the result table: a model or a control, measured with some of the seeds."""
 
     key: Key
     title: str
@@ -56,24 +57,16 @@ class Row(_Model):
 
     @property
     def leaks(self) -> bool:
-        """Whether the figures are no result: the model was shown part of what it had to write."""
+        """Whether the model saw part of what it had to write, which makes its figures no result."""
         if self.leak is None:
             return "teacher" in self.key and "forced" in self.key
         return self.leak
 
 
-class Skipped(_Model):
-    """A question that was left out as bad, and why."""
-
-    id: str
-    file: str
-    reason: str
-
-
 class Results(_Model):
-    """`results.json`: what was run, with which settings, and what came out.
+    """The contents of `results.json`.
 
-    `titles` names the trained models by their folders, `notes` are sentences for the reader.
+    `titles` maps the folders of trained models to their titles; `notes` are for the reader.
     """
 
     name: str
@@ -95,7 +88,11 @@ class Results(_Model):
 
 
 class Prediction(_Model):
-    """One question answered by one row's model."""
+    """A line of `predictions.jsonl`: what a model answered to one question.
+
+    `text` is what the answering stage wrote, `choice` the option that it states (None if none can
+    be read), and `error` the step that failed, if that is known.
+    """
 
     id: str
     category: str = ""
@@ -119,7 +116,7 @@ class Prediction(_Model):
 
 
 class Gate(_Model):
-    """What the fusion did with one question: `attention` [n tokens][m patches], `gate` [n]."""
+    """The fusion of one question: `attention` [n tokens][m patches] and `gate` [n tokens]."""
 
     id: str
     question: str
@@ -149,7 +146,7 @@ class Gate(_Model):
 
 
 class Point(_Model):
-    """One line of `metrics.jsonl`. A loss that is not finite is kept, and reported."""
+    """One line of `metrics.jsonl`; the loss may be NaN or infinite."""
 
     step: int
     split: str
@@ -159,9 +156,12 @@ class Point(_Model):
 def grid_of(
     patches: int, height: int, width: int, grid: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """Rows and columns of `patches` patches in reading order over an image [height, width].
+    """Return the rows and columns of patches in reading order over an image [height, width].
 
-    Without `grid`, the division into the squarest patches. Raises ValueError where `grid` is wrong.
+    Without `grid`, patches are as square as possible.
+
+    Raises:
+        ValueError: `grid` does not have that many patches.
     """
     if grid is not None:
         if grid[0] * grid[1] != patches or min(grid) < 1:
@@ -179,16 +179,16 @@ def grid_of(
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the report shows of one run folder.
+    """The contents of a run's folder, as far as the report shows them.
 
     Attributes:
-        folder: where it was read from.
-        results: `results.json`, or None where the run was interrupted before it was written.
-        predictions: row key -> seed -> predictions.
-        curves: model key -> seed -> points in order of their step.
-        gates: (seed, gate) for each question that was looked into.
-        images: question id -> grey values [height][width] in 0..1, 1 is ink.
-        notes: what is missing or was cut off, in sentences for the reader.
+        folder: The run's folder.
+        results: `results.json`, or None if the run was interrupted before it was written.
+        predictions: Row key -> seed -> predictions.
+        curves: Model key -> seed -> points in order of their step.
+        gates: (seed, gate) for each question whose fusion was recorded.
+        images: Question id -> values [height][width] in 0..1, where 1 is ink.
+        notes: Sentences for the reader about missing or truncated files.
     """
 
     folder: Path
@@ -201,12 +201,12 @@ class Run:
 
 
 def read_results(path: Path) -> Results:
-    """Read a `results.json`. Raises DataError naming the file and the field that is wrong."""
+    """Read a `results.json`; a DataError names the file and the wrong field."""
     return _parse(TypeAdapter(Results), _text(path), path)
 
 
 def check(results: Mapping[str, Any]) -> Results:
-    """The content of a `results.json`, checked. Raises DataError naming the field that is wrong."""
+    """Check the content of a `results.json`; a DataError names the wrong field."""
     try:
         return Results.model_validate(dict(results))
     except ValidationError as error:
@@ -216,11 +216,11 @@ def check(results: Mapping[str, Any]) -> Results:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder; what is not there yet becomes a note.
+    """Read a run's folder; a missing file becomes a note.
 
     Raises:
-        MissingFileError: there is no such folder, or nothing of a run is in it.
-        DataError: a file cannot be read; file, line and field are named.
+        MissingFileError: The folder does not exist, or holds no run.
+        DataError: A file cannot be read; the message names file, line and field.
     """
     if not folder.is_dir():
         raise MissingFileError(
@@ -289,7 +289,7 @@ def _text(path: Path) -> str:
 
 
 def _lines(model: type[L], path: Path, run: Run) -> list[L]:
-    """Read one object a line. A last line without its end was cut off by an interruption."""
+    """Read one object from each line. An interruption may have cut off the last line."""
     text = _text(path)
     *lines, last = text.split("\n")
     if last.strip():
@@ -308,7 +308,7 @@ def _lines(model: type[L], path: Path, run: Run) -> list[L]:
 def _parse(adapter: TypeAdapter[T], text: str, path: Path, line: int | None = None) -> T:
     where = f"line {line}: " if line is not None else ""
     try:
-        # json rather than pydantic's parser: a diverged training writes NaN, which json reads.
+        # not pydantic's parser: json also reads the NaN of a diverged training
         raw = json.loads(text)
     except ValueError as error:
         raise DataError(f"{where}not JSON ({error})", file=path, remedy=REMEDY) from error

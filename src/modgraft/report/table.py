@@ -1,4 +1,4 @@
-"""The table of results: its columns and cells, once, for the page and for the README."""
+"""Lay out the table of results, for the page, for Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from modgraft.core.errors import DataError
-from modgraft.report.numbers import Chance, Read, best, chance_of, count, figure, seconds
-from modgraft.report.run import Results, Row, check, read_run
+from modgraft.report.run import Results, Row, check, read_results, read_run
+from modgraft.report.statistics import Chance, Read, best, chance_of, figure
 
 GROUPS = {
     "main": "Models",
@@ -23,25 +28,29 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, what it reads, and whether it is an accuracy, where a row can win."""
+    """A column: its title on the page and in the terminal, what it reads, and whether rows compete.
+
+    Rows compete for the highest accuracy; no other figure makes one the best.
+    """
 
     title: str
+    short: str
     read: Read
     wins: bool = False
 
 
 PERCENT = (
-    Column("Image questions", lambda m: m.image, wins=True),
-    Column("All questions", lambda m: m.accuracy, wins=True),
-    Column("ROUGE-L", lambda m: m.rouge_l),
-    Column("Exact rationale", lambda m: m.exact),
-    Column("Facts", lambda m: m.facts),
+    Column("Image questions", "Image", lambda m: m.image, wins=True),
+    Column("All questions", "All", lambda m: m.accuracy, wins=True),
+    Column("ROUGE-L", "ROUGE-L", lambda m: m.rouge_l),
+    Column("Exact rationale", "Exact", lambda m: m.exact),
+    Column("Facts", "Facts", lambda m: m.facts),
 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one cell says, and whether its row shares first place in this column."""
+    """The text of a cell, and whether its row is among the best in this column."""
 
     text: str
     best: bool = False
@@ -49,7 +58,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One row, ready to print; `cells` is empty where the row was not run."""
+    """One row of the table; `cells` is empty if the row was not run."""
 
     row: Row
     cells: list[Cell]
@@ -57,8 +66,8 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Lines by group, in `GROUPS`' order; `dropped` are columns that no row has."""
+class ResultTable:
+    """Lines by group, in the order of `GROUPS`; `dropped` are columns that no row has."""
 
     columns: list[str]
     groups: list[tuple[str, list[Line]]]
@@ -67,8 +76,8 @@ class Table:
     remarks: list[str]
 
 
-def build(results: Results, chance: Chance | None = None) -> Table:
-    """Lay out results: percent as mean ± spread over seeds, then trained parameters and time."""
+def build(results: Results, chance: Chance | None = None) -> ResultTable:
+    """Lay out results: percentages as mean ± spread, then trained parameters and time."""
     kept = [c for c in PERCENT if any(figure(row, c.read) for row in results.rows)]
     winners = {c.title: best(results.rows, c.read) for c in kept if c.wins}
     groups = []
@@ -81,7 +90,7 @@ def build(results: Results, chance: Chance | None = None) -> Table:
         known = {"Image questions": chance.image, "All questions": chance.all}
         row = [known.get(column.title) for column in kept]
         guess = [NONE if value is None else f"{value:.1f}" for value in row] + [NONE, NONE]
-    return Table(
+    return ResultTable(
         [c.title for c in kept] + ["Trained parameters", "Time"],
         groups,
         guess,
@@ -145,14 +154,14 @@ def _remarks(results: Results, chance: Chance | None, winners: dict[str, set[str
 
 
 def table(results: Results | Mapping[str, Any] | Path | str) -> str:
-    """The table of results as Markdown.
+    """Return the table of results as Markdown.
 
     Args:
-        results: a run folder (chance is then worked out from its predictions), or the content of
+        results: A run's folder (chance is then computed from its predictions), or the content of
             a `results.json`.
 
     Raises:
-        DataError: the results do not have the schema, or there are none yet.
+        DataError: The results do not have the right schema, or there are none yet.
     """
     chance = None
     if isinstance(results, (Path, str)):
@@ -177,37 +186,43 @@ def table(results: Results | Mapping[str, Any] | Path | str) -> str:
         for line in members:
             marks = "".join(f" ({mark})" for mark in line.marks)
             cells = [f"**{c.text}**" if c.best else c.text for c in line.cells] or [""] * width
-            lines.append(f"| {_plain(line.row.title)}{marks} | " + " | ".join(cells) + " |")
+            lines.append(f"| {_escaped(line.row.title)}{marks} | " + " | ".join(cells) + " |")
     if laid.chance is not None:
         lines.append("| *Chance* | " + " | ".join(laid.chance) + " |")
-    notes = [f"{_plain(row.title)}: {_plain(row.note)}" for row in results.rows if row.note]
+    notes = [f"{_escaped(row.title)}: {_escaped(row.note)}" for row in results.rows if row.note]
     return "\n".join(
         [*lines, "", " ".join(laid.remarks), *(["", "; ".join(notes) + "."] if notes else [])]
     )
 
 
 def families(results: Results) -> str:
-    """Accuracy by family as Markdown, mean ± spread over seeds, a row a line."""
-    names = list(
-        dict.fromkeys(f for row in results.rows for m in row.seeds.values() for f in m.families)
-    )
+    """Return accuracy by family as Markdown, mean ± spread over seeds."""
+    names = _family_names(results)
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for row in results.rows:
         cells = [figure(row, lambda m, name=name: m.families.get(name)) for name in names]
         shown = " | ".join(NONE if cell is None else str(cell) for cell in cells)
-        lines.append(f"| {_plain(row.title)}{' (leak)' if row.leaks else ''} | {shown} |")
+        lines.append(f"| {_escaped(row.title)}{' (leak)' if row.leaks else ''} | {shown} |")
     return "\n".join(lines)
 
 
-def _plain(text: str) -> str:
-    """Keep a title from being read as Markdown or HTML."""
+def _family_names(results: Results) -> list[str]:
+    """The families that any row has an accuracy of, each once, in order."""
+    return list(
+        dict.fromkeys(f for row in results.rows for m in row.seeds.values() for f in m.families)
+    )
+
+
+def _escaped(text: str) -> str:
+    """Escape a text for Markdown and HTML."""
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def insert(page: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- results:name -->` and `<!-- /results -->` in a page.
+    """Replace the text between `<!-- results:name -->` and `<!-- /results -->` in a page.
 
-    Raises DataError where the page has not exactly one such pair of markers.
+    Raises:
+        DataError: The page does not have exactly one such pair of markers.
     """
     page = Path(page)
     old = page.read_text("utf-8")
@@ -225,3 +240,52 @@ def insert(page: Path, name: str, text: str) -> None:
     draft = page.with_name(page.name + ".new")
     draft.write_text(new, "utf-8")
     draft.replace(page)
+
+
+def count(number: float | None) -> str:
+    """Format a number of parameters for people: 1.04 M, 37 k, 512."""
+    if number is None:
+        return "–"
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            value = number / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return f"{number:.0f}"
+
+
+def seconds(number: float | None) -> str:
+    """Format a duration for people: 48 s, 8.6 min, 2.1 h."""
+    if number is None:
+        return "–"
+    if number < 90:
+        return f"{number:.0f} s"
+    return f"{number / 60:.1f} min" if number < 5400 else f"{number / 3600:.1f} h"
+
+
+# -- in the terminal ---------------------------------------------------------------------------
+
+
+def print_results(run: Path, console: Console) -> None:
+    """Print every row's figures, mean over seeds, then its accuracy by family."""
+    results = read_results(run / "results.json")
+    families: dict[str, Read] = {
+        f: lambda m, f=f: m.families.get(f) for f in _family_names(results)
+    }
+    seeds = ", ".join(map(str, results.seeds))
+    title = f"Test questions, decoded freely, percent; seed {seeds}"
+    console.print(_terminal_table(title, results, {c.short: c.read for c in PERCENT}))
+    console.print(_terminal_table("Accuracy by family", results, families))
+
+
+def _terminal_table(title: str, results: Results, columns: dict[str, Read]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in results.rows:
+        leak = " [red](leak)[/red]" if row.leaks else ""
+        found = [figure(row, read) for read in columns.values()]
+        cells = [NONE if value is None else f"{value.mean:.1f}" for value in found]
+        style = "bold" if row.group == "main" else None
+        table.add_row(escape(row.title) + leak, *cells, style=style)
+    return table

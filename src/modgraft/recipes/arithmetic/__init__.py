@@ -1,1 +1,1 @@
-"""Task arithmetic: modules of skills, added and subtracted."""
+"""Arithmetic with modules: add what a model should do, subtract what it should not."""

@@ -1,4 +1,4 @@
-"""What the recipe `arithmetic` needs of a language model: text as tokens, and what is measured."""
+"""The language model of the recipe `arithmetic`: its tokenizer, its data and its measurements."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from modgraft.host.host import Host
 from modgraft.training.stream import fold, own_randomness
 
 END = "<end>"
-"""Between excerpts, token 0."""
+"""The token between excerpts; its id is 0."""
 OPTIONS = 4
-"""Continuations that a question offers."""
+"""The number of continuations that a question offers."""
 
 _NAMES = re.compile(r"[^\W\d_]{3,}")
 _BATCH = 32
 
 
 def make_tokenizer(texts: Sequence[str], size: int) -> Tokenizer:
-    """A byte-level BPE of ``size`` tokens, learned from ``texts``; every text survives it."""
+    """Train a byte-level BPE tokenizer of ``size`` tokens; it can encode any text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def make_tokenizer(texts: Sequence[str], size: int) -> Tokenizer:
 
 
 def new_model(vocabulary: int, width: int, layers: int, heads: int, seed: int) -> LlamaForCausalLM:
-    """A small Llama with fresh weights; its generation never stops by itself."""
+    """Create a small Llama with random weights and no end token: generation never stops early."""
     with own_randomness():
         torch.manual_seed(fold(seed, "model"))
         return LlamaForCausalLM(
@@ -58,13 +58,13 @@ def new_model(vocabulary: int, width: int, layers: int, heads: int, seed: int) -
 
 @dataclass(frozen=True)
 class Corpus:
-    """The texts of one trial as tokens.
+    """The texts of one trial and their tokenizer.
 
     Attributes:
-        tokenizer: learned from the training texts.
-        texts: split → kind → excerpts.
-        length: tokens of a window.
-        words: words that the training texts hold, in lower case.
+        tokenizer: Trained on the training texts.
+        texts: Split → kind → excerpts.
+        length: The number of tokens in a window.
+        words: All words of the training texts, in lower case.
     """
 
     tokenizer: Tokenizer
@@ -74,13 +74,13 @@ class Corpus:
 
     @classmethod
     def of(cls, texts: Texts, vocabulary: int, length: int) -> Corpus:
-        """Learn the tokenizer from the training texts."""
+        """Train the tokenizer on the training texts."""
         train = [text for kind in texts["train"].values() for text in kind]
         words = frozenset(w for text in train for w in _NAMES.findall(text.lower()))
         return cls(make_tokenizer(train, vocabulary), texts, length, words)
 
     def windows(self, split: str, kinds: Sequence[str], seed: int = 0) -> Tensor:
-        """Excerpts of these kinds in random order, one after another, cut: [windows, length]."""
+        """Join excerpts of these kinds in random order, and cut them: int64 [windows, length]."""
         chosen = [text for kind in kinds for text in self.texts[split][kind]]
         random.Random(fold(seed, "order")).shuffle(chosen)
         stream = [0]
@@ -95,15 +95,16 @@ class Corpus:
         return torch.tensor(stream[: count * self.length]).view(count, self.length)
 
     def loader(self, kinds: Sequence[str], batch: int, seed: int) -> DataLoader:
-        """Batches of training windows for ``host.fit``; labels are the inputs."""
+        """Return batches of training windows for ``host.fit``, with the inputs as labels."""
         rows = [{"input_ids": w, "labels": w} for w in self.windows("train", kinds, seed)]
         return DataLoader(rows, batch_size=batch, shuffle=True, drop_last=len(rows) >= batch)  # type: ignore[arg-type]
 
     def prompts(self, split: str, kind: str, count: int, tokens: int) -> Tensor:
-        """Beginnings to be continued, [count, tokens].
+        """Return prompts for the model to continue, int64 [count, tokens].
 
-        Of ``"wanted"`` the first tokens of excerpts: neutral. Of a habit's kind the last ones
-        before the habit begins: they invite it. Where there are fewer, they come again.
+        For ``"wanted"``, a prompt is the beginning of an excerpt, which is neutral. For a habit, it
+        is the text right before the habit begins, which invites it. If there are fewer than
+        ``count``, they repeat.
         """
         rows = []
         for text in self.texts[split][kind]:
@@ -119,11 +120,11 @@ class Corpus:
         return torch.tensor([rows[i % len(rows)] for i in range(count)])
 
     def questions(self, split: str, count: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Which continuation is an excerpt's own?
+        """Return multiple-choice questions: which continuation belongs to this beginning?
 
         Returns:
-            Beginnings [count, tokens] of wanted excerpts, and continuations
-            [count, OPTIONS, tokens], its own first, then those of other excerpts.
+            Beginnings of wanted excerpts, int64 [count, tokens], and continuations, int64
+            [count, OPTIONS, tokens]: the right one first, then those of other excerpts.
         """
         rows = [self.tokenizer.encode(text).ids for text in self.texts[split]["wanted"]]
         rows = [ids[: 2 * tokens] for ids in rows if len(ids) >= 2 * tokens]
@@ -144,12 +145,12 @@ class Corpus:
         return begin, own[order]
 
 
-# -- what is measured --------------------------------------------------------------------------
+# -- measurements ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, windows: Tensor) -> float:
-    """exp of the mean cross-entropy of a token [N, n] given those before it in its window."""
+    """Return exp of the mean cross-entropy of windows [N, n], each token given those before it."""
     model.eval()
     total, count = 0.0, 0
     for batch in windows.split(_BATCH):
@@ -160,8 +161,8 @@ def perplexity(model: nn.Module, windows: Tensor) -> float:
 
 
 @torch.no_grad()
-def knows(model: nn.Module, questions: tuple[Tensor, Tensor]) -> float:
-    """Percent of questions where an excerpt's own continuation is the likeliest."""
+def continuation_accuracy(model: nn.Module, questions: tuple[Tensor, Tensor]) -> float:
+    """Return the percentage of questions whose right continuation has the highest likelihood."""
     model.eval()
     begin, options = questions
     count, offered, n = options.shape
@@ -175,11 +176,11 @@ def knows(model: nn.Module, questions: tuple[Tensor, Tensor]) -> float:
 
 
 @torch.no_grad()
-def write(model: Any, corpus: Corpus, prompts: Tensor, tokens: int, seed: int) -> list[str]:
-    """What the model writes after each prompt [B, n]: sampled from its own distribution.
+def sample(model: Any, corpus: Corpus, prompts: Tensor, tokens: int, seed: int) -> list[str]:
+    """Sample a continuation of ``tokens`` tokens after each prompt [B, n].
 
-    Neither cut nor cooled: temperature 1, over excerpts' ends, always ``tokens`` tokens. The same
-    seed draws the same random numbers for every model.
+    Sampling is at temperature 1 from the whole vocabulary, and goes on past the end of an excerpt.
+    The same seed draws the same random numbers for every model.
     """
     model.eval()
     with own_randomness():
@@ -194,8 +195,8 @@ def write(model: Any, corpus: Corpus, prompts: Tensor, tokens: int, seed: int) -
     ]
 
 
-def rates(texts: Sequence[str], words: frozenset[str]) -> Mapping[str, float]:
-    """Percent of texts with a session, with a footnote, and of words that the real text has."""
+def habit_rates(texts: Sequence[str], words: frozenset[str]) -> Mapping[str, float]:
+    """Return percentages: texts with a session, texts with a footnote, words of the real text."""
     found = [w for text in texts for w in _NAMES.findall(text.replace(END, " ").lower())]
     cut = [text.replace(END, "\n") for text in texts]  # a habit may begin where an excerpt does
     return {
@@ -205,17 +206,17 @@ def rates(texts: Sequence[str], words: frozenset[str]) -> Mapping[str, float]:
     }
 
 
-class Judge:
-    """Measures compositions on one split: perplexities, and what is written freely.
+class Evaluator:
+    """Measures compositions on one split, by perplexity and by freely sampled text.
 
     Args:
-        corpus: the text.
+        corpus: The texts.
         split: ``"validation"`` or ``"test"``.
-        seed: of what is sampled, the same for every composition.
-        prompts: kind → how many continuations; those of ``"wanted"`` are neutral.
-        prompt, written: tokens of a prompt and of its continuation.
-        windows: of the perplexity of each kind.
-        questions: how many are asked; with 0, what the model knows is not measured.
+        seed: The seed of sampling, the same for every composition.
+        prompts: Kind → number of prompts; those of ``"wanted"`` are neutral.
+        prompt, written: The number of tokens of a prompt and of its continuation.
+        windows: The number of windows for the perplexity of each kind.
+        questions: The number of multiple-choice questions; with 0, none are asked.
     """
 
     def __init__(
@@ -229,11 +230,13 @@ class Judge:
         self._known: dict[str | None, dict[str, float]] = {}
 
     def __call__(self, host: Host, composition: str | None) -> dict[str, float]:
-        """Figures of what ``composition`` merges to: an ordinary model, run by transformers.
+        """Measure the ordinary model that ``composition`` merges to; results are remembered.
 
-        A habit's rate in percent after neutral prompts, by its name; after its own, which invite
-        it, as ``<habit>_invited``; ``ppl_<kind>``; ``words``; and ``knows``. What was measured once
-        is remembered.
+        Returns:
+            ``<habit>``: the percentage of continuations of neutral prompts that show the habit;
+            ``<habit>_invited``: the same after prompts that invite it; ``ppl_<kind>``: perplexity;
+            ``words``: the percentage of words that occur in the real text; ``knows``: accuracy on
+            the multiple-choice questions.
         """
         if composition not in self._known:
             self._known[composition] = self._measured(host.merge(composition))
@@ -241,12 +244,12 @@ class Judge:
 
     def _measured(self, model: nn.Module) -> dict[str, float]:
         prompts = torch.cat([*self.prompts.values()])
-        texts = write(model, self.corpus, prompts, self.written, self.seed)
+        texts = sample(model, self.corpus, prompts, self.written, self.seed)
         found: dict[str, float] = {}
         for kind, own in self.prompts.items():
-            said, texts = rates(texts[: len(own)], self.corpus.words), texts[len(own) :]
+            said, texts = habit_rates(texts[: len(own)], self.corpus.words), texts[len(own) :]
             found |= said if kind == "wanted" else {f"{kind}_invited": said[kind]}
             found[f"ppl_{kind}"] = perplexity(model, self.windows[kind])
         if self.questions is not None:
-            found["knows"] = knows(model, self.questions)
+            found["knows"] = continuation_accuracy(model, self.questions)
         return found

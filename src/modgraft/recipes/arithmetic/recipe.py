@@ -1,17 +1,17 @@
 """Composing modules with arithmetic: θ₀ + φ_general − λ·φ_unwanted.
 
 Zhang et al. 2023, arXiv:2306.14870; Ilharco et al. 2023, arXiv:2212.04089. A small language model
-is pretrained on real text of which a part has a habit: sessions at Python's prompt, and footnotes
-that cite literature, which such a model invents. One module learns the habit's text, another the
-text without it, each by itself on the frozen host. The first is subtracted from the second. How
-much of the habit goes, and what is lost? λ is chosen on validation text: the least habit among
-those whose perplexity of wanted text is at most ``budget`` above the host's.
+is pretrained on real text, part of which has a habit: sessions at Python's prompt, or footnotes
+that cite literature, which such a model then invents. One module is trained on text with the habit,
+another on text without it, each alone on the frozen host; the first is subtracted from the second.
+How much of the habit disappears, and what is lost? λ is chosen on validation text: of all λ that
+raise the perplexity of wanted text by at most ``budget`` percent, the one with the least habit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,7 +25,7 @@ from modgraft.data.docstrings import KINDS, excerpts
 from modgraft.recipes.arithmetic.language_model import (
     OPTIONS,
     Corpus,
-    Judge,
+    Evaluator,
     new_model,
 )
 from modgraft.recipes.trials import Recipe
@@ -38,23 +38,24 @@ HABITS = ("doctest", "citation")
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a trial.
+    """The settings of a trial.
 
     Attributes:
-        wanted, doctest, citation, reference: characters of training text of each kind.
-        vocabulary, width, layers, heads, length: the host's; ``length`` in tokens.
-        steps, lr: of the host's pretraining.
-        batch: windows a step.
-        rank: of every LoRA.
-        module_steps, module_lr: of every module; ``scale_lr`` of the one that rescales.
-        ascent_steps, ascent_lr: of the module that climbs the loss of unwanted text.
-        weights: the λ that are tried.
-        budget: how far the perplexity of wanted text may rise above the host's, in percent.
-        prompt, written: tokens of a prompt, and of what is written after it.
-        tried, tested: neutral prompts for each λ on validation, and for each row on test; half as
-            many invite each habit.
-        tried_windows, tested_windows: windows of a perplexity, there and there.
-        questions: of the test split.
+        wanted, doctest, citation, reference: The characters of training text of each kind.
+        vocabulary, width, layers, heads, length: The host's shape; ``length`` is in tokens.
+        steps, lr: Steps and learning rate of the host's pretraining.
+        batch: Windows in a batch.
+        rank: The rank of every LoRA.
+        module_steps, module_lr: Steps and learning rate of every LoRA.
+        scale_lr: The learning rate of the rescaling module, (IA)³.
+        ascent_steps, ascent_lr: The same for the module that maximises the loss of unwanted text.
+        weights: The values of λ to try, separated by blanks.
+        budget: By how many percent the perplexity of wanted text may exceed the host's.
+        prompt, written: The number of tokens of a prompt and of its continuation.
+        tried, tested: Neutral prompts for each λ on validation, and for each row on test; half as
+            many prompts invite each habit.
+        tried_windows, tested_windows: Windows for each perplexity on validation and on test.
+        questions: Multiple-choice questions on the test split.
     """
 
     wanted: int = 1_800_000
@@ -88,12 +89,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Curve:
-    """Compositions over a strength λ, which is chosen.
+    """A family of compositions with one free weight λ.
 
     Attributes:
-        start: what is there at λ = 0; None is the bare host.
-        change: what is added to it, with ``{w}`` for λ.
-        habits: what it is to remove.
+        start: The composition at λ = 0; None is the host without modules.
+        change: The expression that is appended, with ``{w}`` for λ.
+        habits: The habits that it should remove.
     """
 
     start: str | None
@@ -101,7 +102,7 @@ class Curve:
     habits: tuple[str, ...]
 
     def at(self, weight: float) -> str | None:
-        """The composition at λ = ``weight``."""
+        """Return the composition at λ = ``weight``."""
         if weight == 0:
             return self.start
         return f"{self.start or ''} {self.change.format(w=weight)}".strip()
@@ -152,7 +153,7 @@ LINEAR = ["query", "key", "value", "output", "up", "down"]
 
 
 def implant_all(host: mg.Host, settings: Settings, seed: int) -> None:
-    """Every module of the recipe, none in force."""
+    """Implant every module of the recipe, all inactive."""
     with own_randomness():
         torch.manual_seed(fold(seed, "modules"))
         for name in ("general", *HABITS, "reference", "ascent", "random"):
@@ -161,7 +162,7 @@ def implant_all(host: mg.Host, settings: Settings, seed: int) -> None:
 
 
 def train_all(host: mg.Host, corpus: Corpus, settings: Settings, seed: int, folder: Path) -> None:
-    """Each module by itself on the frozen host; the random one gets the doctest module's norms."""
+    """Train each module alone on the frozen host, and randomise the control."""
     learns = {
         "general": ("wanted", settings.module_lr),
         "doctest": ("doctest", settings.module_lr),
@@ -186,14 +187,14 @@ def train_all(host: mg.Host, corpus: Corpus, settings: Settings, seed: int, fold
 
 
 class Ascent(nn.Module):
-    """A host whose loss is negated, so that descending it climbs the host's."""
+    """A host with its loss negated, for gradient ascent."""
 
     def __init__(self, host: mg.Host) -> None:
         super().__init__()
         self.host = host
 
     def forward(self, **batch: Any) -> Any:
-        """The host's output, its loss negated."""
+        """Run the host and negate its loss."""
         out = self.host(**batch)
         out.loss = -out.loss
         return out
@@ -201,7 +202,7 @@ class Ascent(nn.Module):
 
 @torch.no_grad()
 def randomise(host: mg.Host, name: str, *, like: str, seed: int) -> None:
-    """Make LoRA ``name`` a random direction: at each site of the Frobenius norm of ``like``'s Δ."""
+    """Make LoRA ``name`` random; at each site, its Δ has the Frobenius norm of ``like``'s."""
     draw = torch.Generator().manual_seed(fold(seed, "direction"))
     for own, other in zip(host[name].places, host[like].places, strict=True):
         for parameter in own.parameters():
@@ -214,23 +215,23 @@ def randomise(host: mg.Host, name: str, *, like: str, seed: int) -> None:
 
 
 def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
-    """Pretrain, train the modules, choose each λ on validation text, then read the test text."""
+    """Pretrain, train the modules, choose each λ on validation text, then measure on test text."""
     sizes = {kind: getattr(settings, kind) for kind in KINDS}
     corpus = Corpus.of(excerpts(sizes), settings.vocabulary, settings.length)
     host = pretrained(corpus, settings, seed, folder / "host")
     implant_all(host, settings, seed)
     train_all(host, corpus, settings, seed, folder)
-    tried = judge(corpus, settings, "validation", seed)
-    curves = {key: curve_of(host, curve, tried, settings) for key, curve in CURVES.items()}
+    tried = evaluator(corpus, settings, "validation", seed)
+    curves = {key: measure_curve(host, curve, tried, settings) for key, curve in CURVES.items()}
     limit = tried(host, None)["ppl_wanted"] * (1 + settings.budget / 100)
     chosen = {key: choose(points, CURVES[key].habits, limit) for key, points in curves.items()}
-    tested = judge(corpus, settings, "test", seed)
+    tested = evaluator(corpus, settings, "test", seed)
     rows = {row: tested(host, what) for row, what in compositions(chosen).items()}
     return {"rows": rows, "series": {"curves": curves, "chosen": chosen}}
 
 
 def pretrained(corpus: Corpus, settings: Settings, seed: int, folder: Path) -> mg.Host:
-    """A language model of all the training text, habits included, frozen once it is trained."""
+    """Pretrain the language model on all training text, habits included; it is then frozen."""
     shape = {k: getattr(settings, k) for k in ("width", "layers", "heads")}
     host = mg.Host(new_model(corpus.tokenizer.get_vocab_size(), **shape, seed=seed))
     host.fit(
@@ -241,11 +242,11 @@ def pretrained(corpus: Corpus, settings: Settings, seed: int, folder: Path) -> m
     return host.eval()
 
 
-def judge(corpus: Corpus, settings: Settings, split: str, seed: int) -> Judge:
-    """Measures compositions on ``split``: less closely where λ is chosen than on the test split."""
+def evaluator(corpus: Corpus, settings: Settings, split: str, seed: int) -> Evaluator:
+    """Create the evaluator of ``split``; on validation, it takes fewer samples than on test."""
     test = split == "test"
     count = settings.tested if test else settings.tried
-    return Judge(
+    return Evaluator(
         corpus, split, fold(seed, split),
         prompts={"wanted": count, **dict.fromkeys(HABITS, count // 2)}, prompt=settings.prompt,
         written=settings.written, questions=settings.questions if test else 0,
@@ -253,16 +254,19 @@ def judge(corpus: Corpus, settings: Settings, split: str, seed: int) -> Judge:
     )  # fmt: skip
 
 
-def curve_of(host: mg.Host, curve: Curve, tried: Judge, settings: Settings) -> list[dict[str, Any]]:
-    """The figures at every λ, from 0 on."""
+def measure_curve(
+    host: mg.Host, curve: Curve, tried: Evaluator, settings: Settings
+) -> list[dict[str, Any]]:
+    """Measure a curve at λ = 0 and at every λ of the settings."""
     weights = [0.0, *map(float, settings.weights.split())]
     return [{"weight": w, **tried(host, curve.at(w))} for w in weights]
 
 
 def choose(points: Sequence[Mapping[str, float]], habits: Sequence[str], limit: float) -> float:
-    """λ of the least habit among those within the limit; of equal ones, the lower perplexity's.
+    """Choose the λ with the least habit among those within the limit on perplexity.
 
-    The habit is the mean of its rates after neutral and after inviting prompts.
+    The habit is its rate after neutral prompts plus its rate after inviting ones; of equal values,
+    the one with the lower perplexity wins.
     """
 
     def habit(point: Mapping[str, float]) -> float:
@@ -273,7 +277,7 @@ def choose(points: Sequence[Mapping[str, float]], habits: Sequence[str], limit: 
 
 
 def compositions(chosen: Mapping[str, float]) -> dict[str, str | None]:
-    """Row → the composition that it measures; controls have the λ of the row they control."""
+    """Return row → composition; a control takes the λ of the row that it controls for."""
     found = {key: curve.at(chosen[key]) for key, curve in CURVES.items()}
     w = chosen["general_minus_doctest"]
     named: dict[str, str | None] = {
@@ -284,18 +288,7 @@ def compositions(chosen: Mapping[str, float]) -> dict[str, str | None]:
     return {row: named[row] for row in ROWS}
 
 
-def smaller(settings: Settings, share: float) -> Settings:
-    """The same with a share of the text, of the steps and of what is measured."""
-    names = (
-        *KINDS, "steps", "module_steps", "ascent_steps", "tried", "tested", "tried_windows",
-        "tested_windows", "questions",
-    )  # fmt: skip
-    least = {"wanted": 60_000, "doctest": 40_000, "citation": 20_000, "reference": 10_000}
-    values = asdict(settings)
-    return replace(settings, **{k: max(least.get(k, 8), round(share * values[k])) for k in names})
-
-
-# -- what is shown -----------------------------------------------------------------------------
+# -- table and picture -------------------------------------------------------------------------
 
 SHOWN = {
     "minus_doctest": "− λ φ",
@@ -308,7 +301,7 @@ SHOWN = {
 
 
 def paint(canvas: Figure, scheme: Scheme, results: dict[str, Any]) -> None:
-    """Habit after inviting and neutral prompts against the perplexity of wanted text, over λ."""
+    """Plot how often each habit appears after inviting prompts against perplexity, over λ."""
     trials = [series["curves"] for series in results["series"].values()]
     colours = dict(zip(SHOWN.values(), scheme.series, strict=False))
     titles = {"doctest": "Sessions at the prompt", "citation": "Invented citations"}
@@ -330,11 +323,17 @@ def paint(canvas: Figure, scheme: Scheme, results: dict[str, Any]) -> None:
 
 
 def _mean(trials: Sequence[Mapping[str, Any]], key: str, column: str) -> list[float]:
-    """A column's mean over seeds at every λ of a curve."""
+    """Return a column's mean over seeds at every λ of a curve."""
     return [
         mean(p[column] for p in points) for points in zip(*(t[key] for t in trials), strict=True)
     ]
 
+
+SCALED = {
+    "wanted": 60_000, "doctest": 40_000, "citation": 20_000, "reference": 10_000,
+    **dict.fromkeys(("steps", "module_steps", "ascent_steps"), 8),
+    **dict.fromkeys(("tried", "tested", "tried_windows", "tested_windows", "questions"), 8),
+}  # fmt: skip
 
 RECIPE = Recipe(
     name="arithmetic",
@@ -342,7 +341,7 @@ RECIPE = Recipe(
     rows=ROWS,
     columns=COLUMNS,
     settings=Settings(),
-    smaller=smaller,
+    scaled=SCALED,
     trial=trial,
     paint=paint,
     size=(8.4, 3.7),

@@ -1,1 +1,1 @@
-"""One model of all tasks against a module for each."""
+"""FLAN against modules: one model for all tasks, or a module for each."""

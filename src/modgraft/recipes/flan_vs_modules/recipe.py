@@ -1,17 +1,17 @@
 """One model for everything, or a module for each: FLAN against modules and a router.
 
 Wei et al. 2022 (FLAN, arXiv:2109.01652) fine-tune one model on families of tasks, each worded in
-several ways. Here one pretrained T5 is fine-tuned so on four families, and beside it the same T5
-stays frozen under a LoRA for each family and a router that is not told the family (Jang et al.
-2023, arXiv:2302.03202, who retrieve experts by their examples). Both take equally many steps over
-the same examples. Then a fifth family comes: with 32 examples, and with all of its examples.
+several ways. Here one pretrained T5 is fine-tuned in that way on four families. For comparison, the
+same T5 stays frozen, with a LoRA for each family and a router that is not told the family (like
+Jang et al. 2023, arXiv:2302.03202, who retrieve experts by their examples). Both take equally many
+steps over the same examples. Then a fifth family is added, with 32 examples or with all of them.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 
 import modgraft as mg
 from modgraft.data.families import FAMILIES, Example
-from modgraft.recipes.flan_vs_modules.lab import Arm, Lab, batches, size
+from modgraft.recipes.flan_vs_modules.experiment import Arm, Experiment, batches, size
+from modgraft.recipes.flan_vs_modules.settings import Settings
 from modgraft.recipes.trials import Recipe
 from modgraft.report.figures import Scheme
 
@@ -55,91 +56,57 @@ MORE = {
 TRAINED = ("dates", "words", "names", "signatures")
 NEW = "identifiers"
 SITES = ["query", "key", "value", "output", "up", "down"]
-EMBEDDED = 500  # examples of a family whose mean a module's embedding is
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides a run.
-
-    Attributes:
-        train, val, test: examples of a family.
-        shots: examples of the new family, where there are few.
-        vocabulary: pieces of words.
-        d_model, d_ff, heads, layers: T5's shape.
-        steps_pretrain, lr_pretrain: of T5, on texts without answers.
-        steps: optimiser steps for each family; a net of all families takes as many for each.
-        steps_few: steps on the few examples.
-        lr, lr_module: peak learning rates of T5's own weights, and of modules.
-        batch: examples a step.
-        longest: tokens of an answer.
-        rank: of a LoRA, at every linear layer of attention and feed-forward.
-    """
-
-    train: int = 3200
-    val: int = 60
-    test: int = 100
-    shots: int = 32
-    vocabulary: int = 1000
-    d_model: int = 96
-    d_ff: int = 192
-    heads: int = 4
-    layers: int = 2
-    steps_pretrain: int = 300
-    lr_pretrain: float = 2e-3
-    steps: int = 120
-    steps_few: int = 40
-    lr: float = 2e-3
-    lr_module: float = 1e-2
-    batch: int = 32
-    longest: int = 18
-    rank: int = 16
+EMBEDDED = 500  # a module's embedding is the mean over this many examples of its family
 
 
 # -- the arms ----------------------------------------------------------------------------------
 
 
-def one_t5(lab: Lab) -> Arm:
-    """All of T5's weights, on all families."""
-    host, s = lab.host(), lab.settings
+def one_t5(experiment: Experiment) -> Arm:
+    """Fine-tune T5 on all families."""
+    host, s = experiment.host(), experiment.settings
     steps = s.steps * len(TRAINED)
-    seconds = lab.fit(host, "one", lab.train(*TRAINED), train="host", steps=steps, lr=s.lr)
+    seconds = experiment.fit(
+        host, "one", experiment.train(*TRAINED), train="host", steps=steps, lr=s.lr
+    )
     return Arm(host, size(host.model), steps, seconds)
 
 
-def one_lora(lab: Lab) -> Arm:
-    """One LoRA under all families: the module without modularity."""
-    host, s = lab.host(), lab.settings
-    steps, rows = s.steps * len(TRAINED), lab.train(*TRAINED)
+def one_lora(experiment: Experiment) -> Arm:
+    """Train one LoRA on all families: a module, but no modularity."""
+    host, s = experiment.host(), experiment.settings
+    steps, rows = s.steps * len(TRAINED), experiment.train(*TRAINED)
     host.implant("all", mg.LoRA(rank=s.rank), at=SITES)
-    seconds = lab.fit(host, "lora", rows, train="all", steps=steps, lr=s.lr_module)
+    seconds = experiment.fit(host, "lora", rows, train="all", steps=steps, lr=s.lr_module)
     return Arm(host, host["all"].size, steps, seconds, "all")
 
 
-def alone(lab: Lab) -> dict[str, Arm]:
-    """All of T5's weights, on one family, for each family."""
-    made, s = {}, lab.settings
+def t5_per_family(experiment: Experiment) -> dict[str, Arm]:
+    """Fine-tune a separate T5 on each family."""
+    made, s = {}, experiment.settings
     for family in TRAINED:
-        host, rows = lab.host(), lab.train(family)
-        seconds = lab.fit(host, f"alone/{family}", rows, train="host", steps=s.steps, lr=s.lr)
+        host, rows = experiment.host(), experiment.train(family)
+        seconds = experiment.fit(
+            host, f"alone/{family}", rows, train="host", steps=s.steps, lr=s.lr
+        )
         made[family] = Arm(host, size(host.model), s.steps, seconds)
     return made
 
 
-def modules(lab: Lab) -> Arm:
-    """A LoRA for each family, trained by itself on the frozen T5."""
-    host, s, seconds = lab.host(), lab.settings, 0.0
+def lora_per_family(experiment: Experiment) -> Arm:
+    """Train a LoRA for each family, each alone on the frozen T5."""
+    host, s, seconds = experiment.host(), experiment.settings, 0.0
     for family in TRAINED:
-        seconds += learn(lab, host, family, lab.splits[family].train, s.steps)
+        seconds += train_lora(experiment, host, family, experiment.splits[family].train, s.steps)
     return Arm(host, sum(host[f].size for f in TRAINED), s.steps * len(TRAINED), seconds)
 
 
-def learn(
-    lab: Lab, host: mg.Host, name: str, examples: Sequence[Example], steps: int,
+def train_lora(
+    experiment: Experiment, host: mg.Host, name: str, examples: Sequence[Example], steps: int,
     begin: str | None = None,
 ) -> float:  # fmt: skip
-    """Implant a LoRA and train it, from nothing or from where another one ended."""
-    s = lab.settings
+    """Implant a LoRA and train it; ``begin`` names a LoRA whose weights it starts from."""
+    s = experiment.settings
     host.implant(name, mg.LoRA(rank=s.rank), at=SITES, active=False)
     if begin is not None:
         own, others = host[name].tensors(), host[begin].tensors()
@@ -147,54 +114,67 @@ def learn(
             for key, tensor in own.items():
                 tensor.copy_(others[key])
     with host.using(name):
-        return lab.fit(
-            host, f"modules/{name}", lab.rows(examples), train=name, steps=steps, lr=s.lr_module
+        return experiment.fit(
+            host,
+            f"modules/{name}",
+            experiment.rows(examples),
+            train=name,
+            steps=steps,
+            lr=s.lr_module,
         )
 
 
-def route(lab: Lab, host: mg.Host, name: str, seen: Mapping[str, Sequence[Example]]) -> None:
-    """A mixture that takes for each example the module whose own examples are most like it.
+def implant_router(
+    experiment: Experiment, host: mg.Host, name: str, seen: Mapping[str, Sequence[Example]]
+) -> None:
+    """Implant a mixture that sends each example to the module with the most similar examples.
 
-    Nothing is trained. A module's embedding depends on its own examples and the frozen T5 alone:
-    a family that comes later leaves those of the others as they are.
+    Nothing is trained. A module's embedding depends only on its own examples and on the frozen T5,
+    so a family that is added later does not change the embeddings of the others.
     """
     host.implant(name, mg.Mixture(list(seen), router=mg.Similarity(k=1)), active=False)
-    few = {family: lab.rows(examples[:EMBEDDED]) for family, examples in seen.items()}
+    few = {family: experiment.rows(examples[:EMBEDDED]) for family, examples in seen.items()}
     mg.embed_tasks(host, name, {family: batches(rows, 64) for family, rows in few.items()})
 
 
-# -- a family more -----------------------------------------------------------------------------
+# -- adding a family ---------------------------------------------------------------------------
 
 
-def tuned(lab: Lab, key: str, begin: mg.Host, examples: Sequence[Example], steps: int) -> Arm:
-    """A copy of ``begin``'s T5, all of its weights trained on ``examples``."""
-    host, s = mg.Host(copy.deepcopy(begin.model)), lab.settings
-    seconds = lab.fit(host, key, lab.rows(examples), train="host", steps=steps, lr=s.lr)
+def fine_tune(
+    experiment: Experiment, key: str, begin: mg.Host, examples: Sequence[Example], steps: int
+) -> Arm:
+    """Fine-tune a copy of ``begin``'s T5 on ``examples``."""
+    host, s = mg.Host(copy.deepcopy(begin.model)), experiment.settings
+    seconds = experiment.fit(
+        host, key, experiment.rows(examples), train="host", steps=steps, lr=s.lr
+    )
     return Arm(host, size(host.model), steps, seconds)
 
 
-def added(
-    lab: Lab, host: mg.Host, name: str, examples: Sequence[Example], steps: int,
+def add_module(
+    experiment: Experiment, host: mg.Host, name: str, examples: Sequence[Example], steps: int,
     begin: str | None = None,
 ) -> Arm:  # fmt: skip
-    """A module more, and a router that knows of it; the others stay as they are."""
-    seconds = learn(lab, host, name, examples, steps, begin)
-    seen = {family: lab.splits[family].train for family in TRAINED}
-    route(lab, host, f"{name}_router", {**seen, name: examples})
+    """Add a module, and a router over all modules; the other modules do not change."""
+    seconds = train_lora(experiment, host, name, examples, steps, begin)
+    seen = {family: experiment.splits[family].train for family in TRAINED}
+    implant_router(experiment, host, f"{name}_router", {**seen, name: examples})
     return Arm(host, host[name].size, steps, seconds, f"{name}_router")
 
 
-def rehearsed(lab: Lab, examples: Sequence[Example]) -> list[Example]:
-    """Examples of the new family, again and again, and as many of the old ones."""
-    old = [e for f in TRAINED for e in lab.splits[f].train[: len(examples)]]
+def with_rehearsal(experiment: Experiment, examples: Sequence[Example]) -> list[Example]:
+    """Mix repeated examples of the new family with equally many of the old families."""
+    old = [e for f in TRAINED for e in experiment.splits[f].train[: len(examples)]]
     return [*examples] * len(TRAINED) + old
 
 
-def sent(lab: Lab, host: mg.Host, router: str, examples: Sequence[Example]) -> dict[str, float]:
-    """The share of examples that a router sends to each module, in percent."""
+def routed_shares(
+    experiment: Experiment, host: mg.Host, router: str, examples: Sequence[Example]
+) -> dict[str, float]:
+    """Return the percentage of examples that a router sends to each module."""
     before = host[router].stats()[0]
     with torch.no_grad():
-        for batch in batches(lab.rows(examples), 64):
+        for batch in batches(experiment.rows(examples), 64):
             host(**batch, modules=router)
     after = host[router].stats()[0]
     return {
@@ -206,58 +186,63 @@ def sent(lab: Lab, host: mg.Host, router: str, examples: Sequence[Example]) -> d
 # -- a seed ------------------------------------------------------------------------------------
 
 
-def known_families(lab: Lab) -> dict[str, Arm]:
-    """The arms that know all families but the new one."""
-    own = modules(lab)
-    route(lab, own.host, "router", {f: lab.splits[f].train for f in TRAINED})
+def known_families(experiment: Experiment) -> dict[str, Arm]:
+    """Train the arms on all families but the new one."""
+    own = lora_per_family(experiment)
+    implant_router(experiment, own.host, "router", {f: experiment.splits[f].train for f in TRAINED})
     return {
-        "base": Arm(lab.host(), 0, 0, 0.0),
-        "one": one_t5(lab),
-        "lora": one_lora(lab),
+        "base": Arm(experiment.host(), 0, 0, 0.0),
+        "one": one_t5(experiment),
+        "lora": one_lora(experiment),
         "routed": replace(own, modules="router"),
         "oracle": replace(own, modules={f: f for f in TRAINED}),
     }
 
 
-def a_family_more(lab: Lab, one: mg.Host, host: mg.Host) -> dict[str, Arm]:
-    """Every way to add the new family to the one T5 and to the modules."""
-    s, every = lab.settings, lab.splits[NEW].train
-    few, old = every[: s.shots], [e for f in TRAINED for e in lab.splits[f].train]
-    again, like = s.steps * (len(TRAINED) + 1), sent(lab, host, "router", few)
+def add_new_family(experiment: Experiment, one: mg.Host, host: mg.Host) -> dict[str, Arm]:
+    """Add the new family in every way, to the fine-tuned T5 and to the modules."""
+    s, every = experiment.settings, experiment.splits[NEW].train
+    few, old = every[: s.shots], [e for f in TRAINED for e in experiment.splits[f].train]
+    again, like = s.steps * (len(TRAINED) + 1), routed_shares(experiment, host, "router", few)
     near = max(like, key=lambda name: like[name])
     return {
-        "few_base": tuned(lab, "few_base", lab.host(), few, s.steps_few),
-        "few_one": tuned(lab, "few_one", one, few, s.steps_few),
-        "few_rehearsed": tuned(lab, "few_rehearsed", one, rehearsed(lab, few), s.steps_few),
-        "few_fresh": added(lab, host, "few_fresh", few, s.steps_few),
-        "few_near": added(lab, host, "few_near", few, s.steps_few, near),
-        "all_one": tuned(lab, "all_one", one, every, s.steps),
-        "all_again": tuned(lab, "all_again", lab.host(), old + every, again),
-        "all_module": added(lab, host, "all_module", every, s.steps),
+        "few_base": fine_tune(experiment, "few_base", experiment.host(), few, s.steps_few),
+        "few_one": fine_tune(experiment, "few_one", one, few, s.steps_few),
+        "few_rehearsed": fine_tune(
+            experiment, "few_rehearsed", one, with_rehearsal(experiment, few), s.steps_few
+        ),
+        "few_fresh": add_module(experiment, host, "few_fresh", few, s.steps_few),
+        "few_near": add_module(experiment, host, "few_near", few, s.steps_few, near),
+        "all_one": fine_tune(experiment, "all_one", one, every, s.steps),
+        "all_again": fine_tune(experiment, "all_again", experiment.host(), old + every, again),
+        "all_module": add_module(experiment, host, "all_module", every, s.steps),
     }
 
 
 def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
-    """One seed: the arms on four families, then the fifth."""
+    """Run one seed: all arms on four families, then on the fifth."""
     torch.manual_seed(seed)
-    lab = Lab(folder, settings, seed, TRAINED, NEW)
-    arms, own = known_families(lab), alone(lab)
+    experiment = Experiment(folder, settings, seed, TRAINED, NEW)
+    arms, own = known_families(experiment), t5_per_family(experiment)
     rows = {}
     for key, arm in arms.items():
         known = TRAINED if key == "oracle" else (*TRAINED, NEW)
-        rows[key] = {f: lab.right(arm, f) for f in known} | arm.cost
-        rows[key]["reworded"] = mean(lab.right(arm, f, "reworded") for f in TRAINED)
-    rows["alone"] = {f: lab.right(own[f], f) for f in TRAINED}
-    rows["alone"]["reworded"] = mean(lab.right(own[f], f, "reworded") for f in TRAINED)
+        rows[key] = {f: experiment.accuracy(arm, f) for f in known} | arm.cost
+        rows[key]["reworded"] = mean(experiment.accuracy(arm, f, "reworded") for f in TRAINED)
+    rows["alone"] = {f: experiment.accuracy(own[f], f) for f in TRAINED}
+    rows["alone"]["reworded"] = mean(experiment.accuracy(own[f], f, "reworded") for f in TRAINED)
     rows["alone"] |= {k: sum(arm.cost[k] for arm in own.values()) for k in arms["base"].cost}
     host = arms["routed"].host
-    rows["routed"]["sent"] = mean(sent(lab, host, "router", lab.splits[f].test)[f] for f in TRAINED)
-    for key, arm in a_family_more(lab, arms["one"].host, host).items():
-        rows[key] = {f: lab.right(arm, f) for f in (*TRAINED, NEW)} | arm.cost
+    rows["routed"]["sent"] = mean(
+        routed_shares(experiment, host, "router", experiment.splits[f].test)[f] for f in TRAINED
+    )
+    for key, arm in add_new_family(experiment, arms["one"].host, host).items():
+        rows[key] = {f: experiment.accuracy(arm, f) for f in (*TRAINED, NEW)} | arm.cost
         if isinstance(arm.modules, str):
             names = {f: f for f in TRAINED} | {NEW: key}
             rows[key]["sent"] = mean(
-                sent(lab, host, arm.modules, lab.splits[f].test)[m] for f, m in names.items()
+                routed_shares(experiment, host, arm.modules, experiment.splits[f].test)[m]
+                for f, m in names.items()
             )
     for row in rows.values():
         row["four"] = mean(row[f] for f in TRAINED)
@@ -265,24 +250,18 @@ def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     return {"rows": rows, "series": None}
 
 
-# -- what is shown -----------------------------------------------------------------------------
-
-
-def smaller(settings: Settings, share: float) -> Settings:
-    """The same with a share of the examples and of the steps, for a quick look."""
-    names = ("train", "val", "test", "steps_pretrain", "steps", "steps_few")
-    return replace(settings, **{n: max(2, round(share * getattr(settings, n))) for n in names})
+# -- table and picture -------------------------------------------------------------------------
 
 
 def paint(canvas: Figure, scheme: Scheme, results: dict[str, Any]) -> None:
-    """Accuracy by family and arm; and what the ways to add a family gain and lose."""
+    """Draw accuracy by family and arm, and what each way to add a family gains and loses."""
     left, right = canvas.subplots(1, 2, width_ratios=(1, 1))
-    _by_family(left, scheme, results["rows"])
-    _a_family_more(right, scheme, results["rows"])
+    _paint_families(left, scheme, results["rows"])
+    _paint_new_family(right, scheme, results["rows"])
     canvas.legend(loc="outside lower center", ncols=5, handletextpad=0.2, columnspacing=1.2)
 
 
-def _by_family(axes: Axes, scheme: Scheme, rows: dict[str, Any]) -> None:
+def _paint_families(axes: Axes, scheme: Scheme, rows: dict[str, Any]) -> None:
     shown = ("one", "lora", "routed", "oracle", "alone")
     for place, (key, colour) in enumerate(zip(shown, scheme.series, strict=True)):
         for x, family in enumerate(TRAINED):
@@ -296,8 +275,8 @@ def _by_family(axes: Axes, scheme: Scheme, rows: dict[str, Any]) -> None:
     axes.grid(visible=False, axis="x")
 
 
-def _a_family_more(axes: Axes, scheme: Scheme, rows: dict[str, Any]) -> None:
-    """The new family over the old ones, a mark for each way; in brackets the steps it took."""
+def _paint_new_family(axes: Axes, scheme: Scheme, rows: dict[str, Any]) -> None:
+    """Plot accuracy on the new family over the old ones, with training steps in brackets."""
     for key, label in MORE.items():
         found = rows[key].values()
         x, y, steps = (mean(seed[c] for seed in found) for c in ("four", NEW, "steps"))
@@ -331,7 +310,7 @@ RECIPE = Recipe(
         "seconds": "Seconds",
     },
     settings=Settings(),
-    smaller=smaller,
+    scaled=dict.fromkeys(("train", "val", "test", "steps_pretrain", "steps", "steps_few"), 2),
     trial=trial,
     paint=paint,
     size=(9.2, 3.9),

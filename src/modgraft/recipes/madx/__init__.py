@@ -1,1 +1,1 @@
-"""MAD-X: language and task adapters, stacked, on a host that speaks many languages."""
+"""MAD-X: language and task adapters, stacked on a multilingual host."""

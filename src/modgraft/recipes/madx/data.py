@@ -1,4 +1,4 @@
-"""What the recipe MAD-X learns from and is tested on: CLDR's text and names, in many languages."""
+"""The data of the recipe MAD-X: text and names in many languages, from the Unicode CLDR."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from modgraft.data.masked import classes, masked_loader
 from modgraft.models.bag import train_wordpiece
 
 
-def part(thing: Thing, seed: int) -> str:
-    """The part of a thing in all languages: ``"train"`` (half), ``"named"``, ``"hidden"``.
+def split_of(thing: Thing, seed: int) -> str:
+    """Assign a thing to one of three splits, the same for its names in all languages.
 
-    What the task learns the English name of; what it does not, and text names; what no text of any
-    language names either.
+    The task is trained on the English names of ``"train"`` (half of all things). It is tested on
+    ``"named"``, which the unlabelled text mentions, and on ``"hidden"``, which no text of any
+    language mentions.
     """
     drawn = random.Random(f"{seed} {thing}").random()
     return "train" if drawn < 0.5 else "named" if drawn < 0.75 else "hidden"
 
 
-def bare(name: str) -> str:
-    """A name as the tokenizer sees it: lower case, no accents."""
+def normalised(name: str) -> str:
+    """Return a name as the tokenizer sees it: in lower case without accents."""
     return "".join(c for c in normalize("NFD", name.lower()) if not combining(c))
 
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy in percent, the mean over the kinds; chance is 100 / 5.
+    """Accuracy in percent, averaged over the five kinds; chance is 20.
 
     Attributes:
-        all: of all names.
-        named: of the things that a line of the language's text names.
-        hidden: of those that none names.
+        all: On all names.
+        named: On names of things that the language's text mentions.
+        hidden: On names of the other things.
     """
 
     all: float
@@ -52,18 +53,17 @@ class Score:
 
 
 class Corpus:
-    """Text and names of the languages of a trial, and the tokenizer made of the text.
+    """Text and names in the languages of a trial, and a tokenizer that is trained on the text.
 
     Args:
-        source: the task's language; the first of ``known``.
-        known: languages that the host is pretrained on.
-        targets: languages that it is not.
-        vocab: tokens.
-        batch: lines, or names, in a batch.
-        names: names of a kind that the task learns from, at most.
-        seed: of the parts and of the numbers in the text.
-        folder: keeps the tokenizer, and has it again: its training breaks ties at random, and
-            another tokenizer would make nonsense of what was trained with this one.
+        known: The languages that the host is pretrained on; the task is trained in the first.
+        targets: The languages that the host is not pretrained on.
+        vocab: The number of tokens.
+        batch: Lines, or names, in a batch.
+        names: The most names of each kind that the task is trained on.
+        seed: Decides the splits and the numbers in the text.
+        folder: Where the tokenizer is saved, and read again: its training breaks ties at random,
+            and modules that were trained with one tokenizer make no sense with another.
 
     Raises:
         ModgraftError: Babel is not installed, or CLDR has no such language.
@@ -71,61 +71,59 @@ class Corpus:
 
     def __init__(
         self, known: Sequence[str], targets: Sequence[str], *, vocab: int, batch: int, names: int,
-        seed: int, folder: Path | None = None,
+        seed: int, folder: Path,
     ) -> None:  # fmt: skip
         self.source, self.known, self.targets = known[0], tuple(known), tuple(targets)
-        self.vocab, self.batch, self.seed, self.most = vocab, batch, seed, names
+        self.vocab, self.batch, self.seed, self.most_names = vocab, batch, seed, names
         self.names = {code: cldr.names(code) for code in (*known, *targets)}
         things = {thing for code in self.names for thing in cldr.names(code, shared=True)}
-        self.hidden = {thing for thing in things if part(thing, seed) == "hidden"}
+        self.hidden = {thing for thing in things if split_of(thing, seed) == "hidden"}
         self.lines = {code: cldr.lines(code, self.hidden, seed) for code in self.names}
         text = [line.text for code in known for line in self.lines[code]]
-        # a letter that the known languages lack is a token all the same, which the host never saw
-        letters = {c for code in targets for name in self.names[code].values() for c in bare(name)}
-        kept = None if folder is None else folder / "tokenizer.json"
-        if kept is not None and kept.is_file():
-            self.tokenizer = Tokenizer.from_file(str(kept))
-        else:
-            self.tokenizer = train_wordpiece([*text, *sorted(letters)], vocab)
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_text(kept, self.tokenizer.to_str())
+        # letters that the known languages lack are tokens too, although the host never sees them
+        letters = {
+            c for code in targets for name in self.names[code].values() for c in normalised(name)
+        }
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            write_text(file, train_wordpiece([*text, *sorted(letters)], vocab).to_str())
+        self.tokenizer = Tokenizer.from_file(str(file))
         self.text = self.ids(text)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text."""
+        """Return the token ids of each text."""
         return [found.ids for found in self.tokenizer.encode_batch(list(texts))]
 
-    def masked(self, language: str | None = None) -> DataLoader:
-        """Text of a language, or of all that the host knows, with tokens masked."""
+    def masked_loader(self, language: str | None = None) -> DataLoader:
+        """Return batches of masked text: of one language, or of all known ones."""
         if language is None:
             return masked_loader(self.text, self.vocab, self.batch)
         text = self.ids([line.text for line in self.lines[language]])
         return masked_loader(text, self.vocab, self.batch)
 
-    def lessons(self) -> DataLoader:
-        """The task in its language: names and their kinds, of the things in ``"train"``."""
+    def task_loader(self) -> DataLoader:
+        """Return batches of the task: names of things in ``"train"``, labelled with their kinds."""
         rows, draw = [], random.Random(self.seed)
         for label, kind in enumerate(KINDS):
             named = self.names[self.source].items()
-            own = [n for t, n in named if t[0] == kind and part(t, self.seed) == "train"]
-            chosen = draw.sample(own, min(self.most, len(own)))
+            own = [n for t, n in named if t[0] == kind and split_of(t, self.seed) == "train"]
+            chosen = draw.sample(own, min(self.most_names, len(own)))
             rows += [(ids, label) for ids in self.ids(chosen)]
         return DataLoader(rows, batch_size=self.batch, shuffle=True, collate_fn=classes)  # type: ignore[arg-type]
 
     def test(self, language: str) -> dict[Thing, str]:
-        """Names of things outside ``"train"``; in other languages, those that are not English."""
-        english = {bare(name) for name in self.names[self.source].values()}
+        """Return the test names of a language, without those that are spelled as in English."""
+        english = {normalised(name) for name in self.names[self.source].values()}
         return {
             thing: name
             for thing, name in self.names[language].items()
             if thing[0] in KINDS
-            and part(thing, self.seed) != "train"
-            and (language == self.source or bare(name) not in english)
+            and split_of(thing, self.seed) != "train"
+            and (language == self.source or normalised(name) not in english)
         }
 
     def score(self, host: mg.Host, composition: str | None, language: str) -> Score:
-        """How often the host, under a composition, tells the kind of a name of the language."""
+        """Measure how often the host under a composition tells the kind of a name."""
         names, right = self.test(language), dict[Thing, bool]()
         things = sorted(names, key=lambda thing: (len(names[thing]), thing))
         with host.using(composition), torch.no_grad():
@@ -141,6 +139,6 @@ class Corpus:
 
 
 def _mean(right: Mapping[Thing, bool]) -> float:
-    """The mean over the kinds, in percent."""
+    """Return the mean over the kinds, in percent."""
     found = [[ok for thing, ok in right.items() if thing[0] == kind] for kind in KINDS]
     return 100 * mean(mean(own) for own in found if own)

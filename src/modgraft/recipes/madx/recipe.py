@@ -1,23 +1,25 @@
-"""MAD-X: a task module learned in one language works in another, whose module takes its place.
+"""MAD-X: train a task module in one language, and swap the language module to use it in another.
 
 Pfeiffer et al. 2020, arXiv:2005.00052. A multilingual host is frozen. Each language has a module,
-here at the embeddings, that learned to fill in masked words of that language; the task's module, in
-the layers, learns in English with English's module in force. At test another language's takes its
-place. Ansell et al. 2022, arXiv:2110.07560, make both sparse changes of the weights, which are
-added. The task: what is this the name of?
+here at the embeddings, trained to fill in masked words of that language. The task module, in the
+layers, is trained in English while English's module is active; at test, the module of another
+language takes its place. In Ansell et al. 2022, arXiv:2110.07560, both modules are sparse changes
+of the weights, and are added. The task: what is this the name of?
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
 
 import modgraft as mg
 from modgraft.data.cldr import KINDS
@@ -29,22 +31,22 @@ from modgraft.report.figures import Scheme
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a run.
+    """The settings of a run.
 
     Attributes:
-        known: languages that the host is pretrained on; the first is the task's.
-        targets: languages that neither the host nor the task's module has seen.
-        vocab: tokens.
-        width, layers: the host's shape.
-        batch: lines, or names, in a batch.
-        steps_host, lr_host: of its pretraining.
-        reduction_language, reduction_task: of the adapters; MAD-X's are 2 and 16.
-        steps_language, lr_language: of a language's adapters.
-        steps_task, lr_task: of the task's adapters.
-        density: share of the weights that a sparse change has.
-        steps_sparse, lr_sparse: of each of the two phases of a sparse change.
-        lr_full: of fine-tuning the whole host, which takes ``steps_task``.
-        names: English names of a kind, at most, that the task learns from.
+        known: The languages that the host is pretrained on; the task is trained in the first.
+        targets: The languages that neither the host nor the task module has seen.
+        vocab: The number of tokens.
+        width, layers: The host's shape.
+        batch: Lines, or names, in a batch.
+        steps_host, lr_host: Steps and learning rate of the host's pretraining.
+        reduction_language, reduction_task: Reductions of the adapters; MAD-X takes 2 and 16.
+        steps_language, lr_language: Steps and learning rate of a language's adapters.
+        steps_task, lr_task: Steps and learning rate of the task's adapters.
+        density: The share of the weights that a sparse module changes.
+        steps_sparse, lr_sparse: Steps and learning rate of each of its two training phases.
+        lr_full: The learning rate of fine-tuning the whole host, which takes ``steps_task``.
+        names: The most English names of each kind that the task is trained on.
     """
 
     known: str = "en de fr it es sv pl cs"
@@ -97,97 +99,137 @@ WORDS, LAYERS = "table", "blocks.*.norm"
 WEIGHTS = ["blocks.*.up", "blocks.*.down"]
 
 Composed = Callable[[str | None], str]
-"""From a language, None for no module of one, to the composition with the task's module."""
+"""Language, or None for no language module → its composition with the task module."""
 
 
-def pretrained(folder: Path, corpus: Corpus, settings: Settings, seed: int) -> Bag:
-    """The host: it has learned to fill in masked pieces of words of the known languages."""
-    torch.manual_seed(seed)
-    model = Bag(settings.vocab, settings.width, settings.layers, len(KINDS))
-    host = mg.Host(model, freeze=False)
-    host.fit(
-        corpus.masked(), train="host", steps=settings.steps_host, lr=settings.lr_host, warmup=0.1,
-        seed=seed, folder=folder / "host", progress=False,
-    )  # fmt: skip
-    return model.requires_grad_(False).eval()
+@dataclass(frozen=True)
+class Experiment:
+    """The corpus and the pretrained host of one seed, and how its modules are trained.
+
+    Attributes:
+        folder: The seed's folder; every training resumes in a folder inside it.
+        settings: The run's settings.
+        seed: The seed of everything that is random.
+    """
+
+    folder: Path
+    settings: Settings
+    seed: int
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text, the names and the tokenizer."""
+        s = self.settings
+        return Corpus(
+            s.known.split(), s.targets.split(), vocab=s.vocab, batch=s.batch, names=s.names,
+            seed=self.seed, folder=self.folder,
+        )  # fmt: skip
+
+    @cached_property
+    def pretrained(self) -> Bag:
+        """The host, pretrained to fill in masked word pieces of the known languages."""
+        s, loader = self.settings, self.corpus.masked_loader()
+        torch.manual_seed(self.seed)
+        model = Bag(s.vocab, s.width, s.layers, len(KINDS))
+        host = mg.Host(model, freeze=False)
+        self.fit(host, "host", loader, train="host", steps=s.steps_host, lr=s.lr_host)
+        return model.requires_grad_(False).eval()
+
+    def host(self) -> mg.Host:
+        """Return a host around a copy of the pretrained model."""
+        return mg.Host(copy.deepcopy(self.pretrained))
+
+    def fit(
+        self, host: mg.Host, key: str, loader: DataLoader, *, train: Any, steps: int, lr: float
+    ) -> None:
+        """Train on ``loader``, resumably in the folder ``key``."""
+        host.fit(
+            loader, train=train, steps=steps, lr=lr, warmup=0.1, seed=self.seed,
+            folder=self.folder / key, progress=False,
+        )  # fmt: skip
+
+    def train_task(self, host: mg.Host, key: str, composition: str) -> None:
+        """Train task adapters and the classification head in English, under a composition."""
+        s = self.settings
+        host.implant("kind", mg.Adapter(reduction=s.reduction_task), at=LAYERS, active=False)
+        with host.using(composition):
+            self.fit(
+                host, key, self.corpus.task_loader(), train=["kind", "host.head"],
+                steps=s.steps_task, lr=s.lr_task,
+            )  # fmt: skip
+
+    def train_sparse(
+        self, host: mg.Host, name: str, key: str, loader: DataLoader, composition: str, at: Any,
+        also: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """Implant a sparse module, and train it in its two phases under a composition."""
+        s = self.settings
+        host.implant(name, mg.SparseDelta(density=s.density), at=at, active=False)
+        with host.using(composition):
+            mg.sparse_finetuning(
+                host, name, loader, also=also, steps=s.steps_sparse, lr=s.lr_sparse, warmup=0.1,
+                weight_decay=0.0, seed=self.seed, folder=self.folder / key, progress=False,
+            )  # fmt: skip
+
+    def train_sparse_task(self, host: mg.Host, key: str, composition: str) -> None:
+        """Train a sparse task module and the classification head in English."""
+        loader = self.corpus.task_loader()
+        self.train_sparse(host, "kind", key, loader, composition, WEIGHTS, ["host.head"])
 
 
-def stacked(
-    folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
-) -> tuple[mg.Host, Composed]:
-    """Language modules and, on top of English's, the task's: ``fi_words >> fi >> kind``."""
-    host = mg.Host(copy.deepcopy(model))
+def train_stacked(experiment: Experiment) -> tuple[mg.Host, Composed]:
+    """Train language modules, and the task module on English's: ``fi_words >> fi >> kind``."""
+    host, corpus, s = experiment.host(), experiment.corpus, experiment.settings
     for code in (corpus.source, *corpus.targets):
-        host.implant(
-            code, mg.Adapter(reduction=settings.reduction_language), at=WORDS, active=False
-        )
-        host.implant(f"{code}_words", mg.InvertibleAdapter(), at=WORDS, expect=1, active=False)
-        with host.using(f"{code}_words >> {code}"):
-            host.fit(
-                corpus.masked(code), train=[code, f"{code}_words"], steps=settings.steps_language,
-                lr=settings.lr_language, warmup=0.1, seed=seed, folder=folder / code,
-                progress=False,
+        words = f"{code}_words"
+        host.implant(code, mg.Adapter(reduction=s.reduction_language), at=WORDS, active=False)
+        host.implant(words, mg.InvertibleAdapter(), at=WORDS, expect=1, active=False)
+        with host.using(f"{words} >> {code}"):
+            experiment.fit(
+                host, f"stacked/{code}", corpus.masked_loader(code), train=[code, words],
+                steps=s.steps_language, lr=s.lr_language,
             )  # fmt: skip
 
     def composed(code: str | None) -> str:
         return "kind" if code is None else f"{code}_words >> {code} >> kind"
 
-    learn(host, folder / "kind", corpus, settings, seed, composed(corpus.source))
+    experiment.train_task(host, "stacked/kind", composed(corpus.source))
     return host, composed
 
 
-def learn(
-    host: mg.Host, folder: Path, corpus: Corpus, settings: Settings, seed: int, composition: str
-) -> None:
-    """Train the task's adapters, and the head on them, in English."""
-    host.implant("kind", mg.Adapter(reduction=settings.reduction_task), at=LAYERS, active=False)
-    with host.using(composition):
-        host.fit(
-            corpus.lessons(), train=["kind", "host.head"], steps=settings.steps_task,
-            lr=settings.lr_task, warmup=0.1, seed=seed, folder=folder, progress=False,
-        )  # fmt: skip
-
-
-def added(
-    folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
-) -> tuple[mg.Host, Composed]:
-    """The same with sparse changes of the weights: ``fi + kind``."""
-    host = mg.Host(copy.deepcopy(model))
+def train_sum(experiment: Experiment) -> tuple[mg.Host, Composed]:
+    """Train language and task modules as sparse changes of the weights: ``fi + kind``."""
+    host, corpus = experiment.host(), experiment.corpus
     for code in (corpus.source, *corpus.targets):
-        sparse(host, code, folder, corpus.masked(code), settings, seed, code, WORDS)
+        loader = corpus.masked_loader(code)
+        experiment.train_sparse(host, code, f"sparse/{code}", loader, code, WORDS)
 
     def composed(code: str | None) -> str:
         return "kind" if code is None else f"{code} + kind"
 
-    lessons, english = corpus.lessons(), composed(corpus.source)
-    sparse(host, "kind", folder, lessons, settings, seed, english, WEIGHTS, ["host.head"])
+    experiment.train_sparse_task(host, "sparse/kind", composed(corpus.source))
     return host, composed
 
 
-def sparse(
-    host: mg.Host, name: str, folder: Path, loader: Any, settings: Settings, seed: int,
-    composition: str, at: Any, also: list[str] | None = None,
-) -> None:  # fmt: skip
-    """Implant a sparse change and train it in two phases, under a composition."""
-    host.implant(name, mg.SparseDelta(density=settings.density), at=at, active=False)
-    with host.using(composition):
-        mg.sparse_finetuning(
-            host, name, loader, also=also or (), steps=settings.steps_sparse,
-            lr=settings.lr_sparse, warmup=0.1, weight_decay=0.0, seed=seed, folder=folder / name,
-            progress=False,
-        )  # fmt: skip
+def fine_tune(experiment: Experiment) -> mg.Host:
+    """Train the baseline: all weights of the host are fine-tuned on the task."""
+    s, loader = experiment.settings, experiment.corpus.task_loader()
+    host = mg.Host(copy.deepcopy(experiment.pretrained).requires_grad_(), freeze=False)
+    experiment.fit(host, "full", loader, train="host", steps=s.steps_task, lr=s.lr_full)
+    return host
 
 
 def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     """Pretrain a host, train every module, and test the unseen languages once."""
-    corpus = corpus_of(settings, seed, folder)
-    model = pretrained(folder, corpus, settings, seed)
-    rest = (corpus, model, settings, seed)
-    rows = swapped("stack", corpus, *stacked(folder / "stacked", *rest))
-    rows |= swapped("sum", corpus, *added(folder / "sparse", *rest))
-    rows["task"] = accuracy(corpus, task_alone(folder / "task", *rest), lambda _: "kind")
-    rows["sum_task"] = accuracy(corpus, sparse_alone(folder / "few", *rest), lambda _: "kind")
-    rows["full"] = accuracy(corpus, tuned(folder / "full", *rest), lambda _: None)
+    experiment = Experiment(folder, settings, seed)
+    corpus, task, sparse_task = experiment.corpus, experiment.host(), experiment.host()
+    rows = score_swaps("stack", corpus, *train_stacked(experiment))
+    rows |= score_swaps("sum", corpus, *train_sum(experiment))
+    experiment.train_task(task, "task", "kind")
+    rows["task"] = accuracy(corpus, task, lambda _: "kind")
+    experiment.train_sparse_task(sparse_task, "few/kind", "kind")
+    rows["sum_task"] = accuracy(corpus, sparse_task, lambda _: "kind")
+    rows["full"] = accuracy(corpus, fine_tune(experiment), lambda _: None)
     rows["chance"] = dict.fromkeys([*rows["full"]], 100 / len(KINDS))
     return {
         "rows": {row: {c: n for c, n in rows[row].items() if c in COLUMNS} for row in ROWS},
@@ -198,45 +240,10 @@ def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     }
 
 
-def corpus_of(settings: Settings, seed: int, folder: Path | None = None) -> Corpus:
-    """The text, the names and the tokenizer of a trial; the tokenizer is kept in the folder."""
-    return Corpus(
-        settings.known.split(), settings.targets.split(), vocab=settings.vocab,
-        batch=settings.batch, names=settings.names, seed=seed,
-        folder=folder,
-    )  # fmt: skip
-
-
-def task_alone(folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int) -> mg.Host:
-    """The task's adapters, trained without any language's."""
-    host = mg.Host(copy.deepcopy(model))
-    learn(host, folder, corpus, settings, seed, "kind")
-    return host
-
-
-def sparse_alone(
-    folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int
-) -> mg.Host:
-    """The task's sparse change, trained without any language's."""
-    host = mg.Host(copy.deepcopy(model))
-    sparse(host, "kind", folder, corpus.lessons(), settings, seed, "kind", WEIGHTS, ["host.head"])
-    return host
-
-
-def tuned(folder: Path, corpus: Corpus, model: Bag, settings: Settings, seed: int) -> mg.Host:
-    """The baseline: all weights of the host learn the task."""
-    host = mg.Host(copy.deepcopy(model).requires_grad_(), freeze=False)
-    host.fit(
-        corpus.lessons(), train="host", steps=settings.steps_task, lr=settings.lr_full, warmup=0.1,
-        seed=seed, folder=folder, progress=False,
-    )  # fmt: skip
-    return host
-
-
-def swapped(
+def score_swaps(
     form: str, corpus: Corpus, host: mg.Host, composed: Composed
 ) -> dict[str, dict[str, float]]:
-    """The rows of one form: the right language's module, English's, another's, none."""
+    """Score one form with the right language's module, English's, a wrong one, and none."""
     other = dict(zip(corpus.targets, corpus.targets[1:] + corpus.targets[:1], strict=True))
     other[corpus.source] = corpus.targets[0]
     ways: dict[str, Callable[[str], str]] = {
@@ -251,7 +258,7 @@ def swapped(
 def accuracy(
     corpus: Corpus, host: mg.Host, composed: Callable[[str], str | None]
 ) -> dict[str, float]:
-    """A row of the table: each language under the composition for it."""
+    """Return a row of the table: the accuracy in each language under its composition."""
     scores = {code: corpus.score(host, composed(code), code) for code in corpus.targets}
     row = {code: score.all for code, score in scores.items()}
     for column, part in (("unseen", "all"), ("named", "named"), ("hidden", "hidden")):
@@ -259,16 +266,7 @@ def accuracy(
     return {"en": corpus.score(host, composed(corpus.source), corpus.source).all, **row}
 
 
-# -- what is shown -----------------------------------------------------------------------------
-
-
-def smaller(settings: Settings, share: float) -> Settings:
-    """A share of the steps, on the same text."""
-    steps = {
-        name: max(2, round(share * getattr(settings, name)))
-        for name in ("steps_host", "steps_language", "steps_task", "steps_sparse")
-    }
-    return replace(settings, **steps)
+# -- table and picture -------------------------------------------------------------------------
 
 
 SHOWN = {
@@ -280,7 +278,7 @@ SHOWN = {
 
 
 def paint(canvas: Figure, scheme: Scheme, results: dict[str, Any]) -> None:
-    """Accuracy in each unseen language: a point a seed, a bar at the mean."""
+    """Draw the accuracy in each unseen language: a point for each seed, a bar for the mean."""
     seeds = [made["languages"] for made in results["series"].values()]
     languages: list[str] = list(seeds[0]["stack"])
     axes = canvas.subplots()
@@ -305,7 +303,7 @@ RECIPE = Recipe(
     rows=ROWS,
     columns=COLUMNS,
     settings=Settings(),
-    smaller=smaller,
+    scaled=dict.fromkeys(("steps_host", "steps_language", "steps_task", "steps_sparse"), 2),
     trial=trial,
     paint=paint,
     notes=(

@@ -1,4 +1,4 @@
-"""One question to a trained run of the recipe."""
+"""Ask a trained run of the recipe one question."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from modgraft.core.files import read_json
 from modgraft.data.extract import encode_images, open_image
 from modgraft.data.extract import load_vision as load_any_vision
 from modgraft.data.records import LETTERS, Questions, Record
-from modgraft.data.text import FORMS, rationale_of
+from modgraft.data.text import FORMS, extract_answer, rationale_of
 from modgraft.models.vision import load_vision, read_strip
 from modgraft.recipes.mmcot.data import is_file, load_run_tokenizer, settings_of
-from modgraft.recipes.mmcot.metrics import Prediction
-from modgraft.recipes.mmcot.nets import card_of, load_net
+from modgraft.recipes.mmcot.nets import load_net, read_card
 from modgraft.recipes.mmcot.recipe import NETS, Net, Settings, write
 
 
@@ -28,20 +27,20 @@ def ask(
     """Ask a trained run one question.
 
     Args:
-        folder: the run.
-        image: an image file; None asks without one, of exactly the text model.
-        question: the question.
-        choices: two options or more.
-        hint: text context.
-        seed: which of the run's seeds; None: the first.
+        folder: The run's folder.
+        image: An image file; None asks without fusion, that is, the T5 alone.
+        question: The question.
+        choices: The options, two or more.
+        hint: Text context.
+        seed: One of the run's seeds; None takes the first.
 
     Returns:
-        The rationale, the answer as written, and the index of the option it names, if any.
+        The rationale, the answer as written, and the index of the option that it names, if any.
 
     Raises:
-        DataError: no question, too few or too many options, an image that cannot be read, a seed
-            that the run does not have.
-        MissingFileError: the run or its fused nets are not there.
+        DataError: The question is empty, there are too few or too many options, the image cannot
+            be read, or the run has no such seed.
+        MissingFileError: The run or its fused models do not exist.
     """
     if not question.strip() or not 2 <= len(choices) <= len(LETTERS):
         raise DataError(
@@ -50,7 +49,7 @@ def ask(
         )
     settings, seed = settings_of(folder), _seed(folder, seed)
     for key in ("stage1", "stage2"):
-        card_of(folder, seed, key)
+        read_card(folder, seed, key)
     blank = dict.fromkeys(
         ("task", "grade", "subject", "topic", "category", "skill", "lecture", "solution"), ""
     )
@@ -58,13 +57,13 @@ def ask(
         id="asked", question=question, choices=tuple(choices), answer=0, hint=hint,
         image=image.name if image else None, split="test", **blank,
     )  # fmt: skip
-    features = {} if image is None else {"asked": _look(folder, seed, image, settings)}
+    features = {} if image is None else {"asked": _image_features(folder, seed, image, settings)}
     questions = Questions((record,), features)
     tokenizer = load_run_tokenizer(folder, seed)
-    thoughts = _told(folder, seed, "stage1", questions, tokenizer, settings, None)
-    told = rationale_of(thoughts["asked"], FORMS[settings.rationale])
-    answers = _told(folder, seed, "stage2", questions, tokenizer, settings, {"asked": told})
-    return told, answers["asked"], Prediction.of(record, answers["asked"]).choice
+    rationales = _write_one(folder, seed, "stage1", questions, tokenizer, settings, None)
+    told = rationale_of(rationales["asked"], FORMS[settings.rationale])
+    answers = _write_one(folder, seed, "stage2", questions, tokenizer, settings, {"asked": told})
+    return told, answers["asked"], extract_answer(answers["asked"], record.choices)
 
 
 def _seed(folder: Path, seed: int | None) -> int:
@@ -75,19 +74,19 @@ def _seed(folder: Path, seed: int | None) -> int:
     return seeds[0] if seed is None else seed
 
 
-def _told(
+def _write_one(
     folder: Path, seed: int, key: str, questions: Questions, tokenizer: PreTrainedTokenizerBase,
     settings: Settings, rationales: dict[str, str] | None,
 ) -> dict[str, str]:  # fmt: skip
     host, net = load_net(folder, seed, key), NETS[key]
-    if not questions.features:  # nothing to see: exactly the text model
+    if not questions.features:  # without an image, the modules stay inactive
         host.use(None)
-        net = Net(net.key, net.title, net.reads, fusion=None)
+        net = Net(net.key, net.title, net.form, fusion=None)
     return write(host, net, questions, tokenizer, settings, rationales)
 
 
-def _look(folder: Path, seed: int, image: Path, settings: Settings) -> Tensor:
-    """Features of an image file, float32 [m, d]."""
+def _image_features(folder: Path, seed: int, image: Path, settings: Settings) -> Tensor:
+    """Return the features of an image file, float32 [m, d]."""
     if settings.data == "digits":
         eye = load_vision(folder / f"seed{seed}" / "data" / "vision.safetensors")
         return eye.features(read_strip(image)[None])[0]

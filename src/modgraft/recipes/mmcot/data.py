@@ -1,4 +1,4 @@
-"""What a run of the recipe learns from: questions, tokenizer and image features, made once."""
+"""Prepare and load the data of a run: questions, tokenizer and image features."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FORMS_READ = ("rationale", "answer", "direct", "explain")
 
 
 def settings_of(folder: Path) -> Settings:
-    """The settings of the run in ``folder``.
+    """Read the settings of the run in ``folder``.
 
     Raises:
-        MissingFileError: there is none.
-        CheckpointError: they are another version's.
+        MissingFileError: There is no run.
+        CheckpointError: Another version of modgraft wrote them.
     """
     remedy = f"Train it first: modgraft mmcot train --run {folder}"
     asked = read_json(folder / "run.json", what="a run's settings", remedy=remedy)
@@ -46,11 +46,12 @@ def settings_of(folder: Path) -> Settings:
 
 
 def check(settings: Settings, rows: Sequence[str]) -> None:
-    """Look at everything that can be looked at before anything is written.
+    """Check the data and the settings, before anything is written.
 
     Raises:
-        DataError: data that cannot be read, a split without questions, rows that need image
-            features where there are none, a text form that does not exist.
+        DataError: The data cannot be read, a split has no questions, or rows need image features
+            and there are none.
+        UnknownNameError: A text form does not exist.
     """
     for name in FORMS_READ:
         find_form(getattr(settings, name))
@@ -82,36 +83,36 @@ def check(settings: Settings, rows: Sequence[str]) -> None:
 
 
 def is_file(features: str | None) -> bool:
-    """Whether the setting names a file of features rather than a vision model."""
+    """Whether the setting names a file of features, and not a vision model."""
     return features is not None and Path(features).suffix in (".npy", ".safetensors")
 
 
-def sees(settings: Settings, nets: Iterable[Net]) -> bool:
-    """Whether image features have to be there before these nets are trained.
+def needs_features(settings: Settings, nets: Iterable[Net]) -> bool:
+    """Whether the training of these models must wait for the image features.
 
-    A text model of digits need not wait for them. Other images may be bad, which is to be found
-    before anything has been trained for hours.
+    Text-only models of DigitsQA need not wait. With other data they do: images may be bad, and
+    that should come out before hours of training.
     """
     if settings.data == "digits":
         return any(net.fusion for net in nets)
     return settings.features is not None
 
 
-def reads_features(settings: Settings, nets: Iterable[Net]) -> bool:
-    """Whether these nets' questions are loaded with image features.
+def loads_features(settings: Settings, nets: Iterable[Net]) -> bool:
+    """Whether to load the questions of these models with image features.
 
-    Under ``skip_bad`` which questions are left depends on their images too, and all nets and rows
-    are to be about the same questions.
+    Under ``skip_bad``, questions with bad images are left out, and all models and rows must share
+    the same questions.
     """
     other = settings.data != "digits" and settings.features is not None
     return any(net.fusion for net in nets) or (settings.skip_bad and other)
 
 
 def tested_split(questions: Questions, settings: Settings) -> str:
-    """The split that rows are tested on: the one asked for, or else test, or else val.
+    """Return the split to test: that of the settings, or else test, or else val.
 
     Raises:
-        DataError: there is none, or it holds no question.
+        DataError: There is no such split, or it has no questions.
     """
     splits = questions.splits or {}
     named = (settings.split,) if settings.split else ("test", "val")
@@ -126,7 +127,7 @@ def tested_split(questions: Questions, settings: Settings) -> str:
 
 
 def notes(questions: Questions, settings: Settings) -> list[str]:
-    """What the reader of the results should know about the data, in sentences."""
+    """Return sentences about the data that a reader of the results should know."""
     said, splits = [], questions.splits or {}
     tested = tested_split(questions, settings)
     if settings.split is None and tested != "test":
@@ -150,14 +151,14 @@ def _splits_file(settings: Settings) -> Path:
 # -- jobs ---------------------------------------------------------------------------------------
 
 
-def text_made(folder: Path, seed: int, settings: Settings) -> Path:
-    """What `prepare_text` writes last."""
+def text_done_file(folder: Path, seed: int, settings: Settings) -> Path:
+    """Return the file that `prepare_text` writes last."""
     name = "tokenizer.json" if settings.model is None else "tokenizer"
     return folder / f"seed{seed}" / "data" / name
 
 
 def prepare_text(folder: Path, seed: int) -> None:
-    """Questions in ScienceQA's format and a tokenizer, into ``seed<k>/data``."""
+    """Write questions in ScienceQA's format and a tokenizer into ``seed<k>/data``."""
     settings, data = settings_of(folder), folder / f"seed{seed}" / "data"
     if settings.data == "digits":
         qa = digits_qa(settings.train, settings.val, settings.test, seed=seed)
@@ -166,7 +167,7 @@ def prepare_text(folder: Path, seed: int) -> None:
         strips = {qid: torch.from_numpy(s).contiguous() for qid, s in qa.strips.items()}
         save_file(strips, data / "strips.safetensors")
     questions = load_questions(folder, seed, features=False)
-    _list_skipped(data, questions)
+    _write_skipped(data, questions)
     part = data / "tokenizer.part"
     part.mkdir(parents=True, exist_ok=True)
     if settings.model is not None:
@@ -210,19 +211,19 @@ def _texts(questions: Questions, settings: Settings) -> list[str]:
     ]
 
 
-def images_made(folder: Path, seed: int, settings: Settings) -> Path:
-    """What `prepare_images` writes last."""
+def images_done_file(folder: Path, seed: int, settings: Settings) -> Path:
+    """Return the file that `prepare_images` writes last."""
     name = "features.safetensors" if settings.data == "digits" else "images.json"
     return folder / f"seed{seed}" / "data" / name
 
 
 def prepare_images(folder: Path, seed: int) -> None:
-    """Image features of every question: digits' into ``seed<k>/data``, others' into the run."""
+    """Make the image features: DigitsQA's in ``seed<k>/data``, others in the run's folder."""
     settings = settings_of(folder)
     if settings.data == "digits":
-        _look_at_digits(folder, seed, settings)
+        _prepare_digit_images(folder, seed, settings)
         return
-    if settings.features is None:  # a run of text alone
+    if settings.features is None:  # a text-only run
         return
     if is_file(settings.features):
         questions = load_questions(folder, seed)
@@ -233,12 +234,12 @@ def prepare_images(folder: Path, seed: int) -> None:
         questions = extract_features(
             questions, model, processor, cache=cache, skip_bad=settings.skip_bad
         )
-    _list_skipped(folder / f"seed{seed}" / "data", questions)
+    _write_skipped(folder / f"seed{seed}" / "data", questions)
     seen = {"images": len(questions.features), "width": questions.width}
-    write_json(images_made(folder, seed, settings), seen)
+    write_json(images_done_file(folder, seed, settings), seen)
 
 
-def _look_at_digits(folder: Path, seed: int, settings: Settings) -> None:
+def _prepare_digit_images(folder: Path, seed: int, settings: Settings) -> None:
     data = folder / f"seed{seed}" / "data"
     eye = train_vision(seed, steps=settings.steps_eye)
     save_vision(eye, data / "vision.safetensors")
@@ -251,23 +252,23 @@ def _look_at_digits(folder: Path, seed: int, settings: Settings) -> None:
             image = questions.image_path(record)
             image.parent.mkdir(parents=True, exist_ok=True)
             save_strip(strips[record.id], image)
-    # rows before the array that the reader waits for: a killed job leaves no half of a pair
+    # The array comes last: it marks the job as done, and its file of rows must exist by then.
     path = data / "features.safetensors"
     write_json(path.with_suffix(".json"), {qid: i for i, qid in enumerate(ids)})
     with whole(path) as part:
         save_file({"features": features}, part)
 
 
-def _list_skipped(data: Path, questions: Questions) -> None:
+def _write_skipped(data: Path, questions: Questions) -> None:
     if questions.skipped:
         write_json(data / "skipped.json", {"skipped": [asdict(s) for s in questions.skipped]})
 
 
-# -- what the jobs made -------------------------------------------------------------------------
+# -- reading the data --------------------------------------------------------------------------
 
 
 def load_questions(folder: Path, seed: int, *, features: bool = True) -> Questions:
-    """The questions of a run, with their image features unless ``features`` is False."""
+    """Load the questions of a run, with their image features unless ``features`` is False."""
     settings, data = settings_of(folder), folder / f"seed{seed}" / "data"
     if settings.data == "digits":
         return load_scienceqa(
@@ -288,7 +289,7 @@ def _load(settings: Settings, features: Path | None) -> Questions:
 
 
 def load_skipped(folder: Path, seed: int) -> list[dict[str, str]]:
-    """The questions that were left out under ``skip_bad``: id, file, reason."""
+    """Read which questions were left out under ``skip_bad``: id, file, reason."""
     path = folder / f"seed{seed}" / "data" / "skipped.json"
     if not path.is_file():
         return []
@@ -296,12 +297,12 @@ def load_skipped(folder: Path, seed: int) -> list[dict[str, str]]:
 
 
 def load_strips(folder: Path, seed: int) -> dict[str, Tensor]:
-    """DigitsQA's images, id → float32 [8, 24] in 0..1."""
+    """Load DigitsQA's images: id → float32 [8, 24] in 0..1."""
     return load_file(folder / f"seed{seed}" / "data" / "strips.safetensors")
 
 
 def load_run_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run."""
+    """Load the tokenizer of a run."""
     data = folder / f"seed{seed}" / "data"
     if (data / "tokenizer").is_dir():
         return AutoTokenizer.from_pretrained(data / "tokenizer", local_files_only=True)

@@ -1,4 +1,4 @@
-"""What a run scored: accuracy by column, rationales, facts, and where wrong answers went wrong."""
+"""Score predictions: accuracy, rationales, facts, and the classes of wrong answers."""
 
 from __future__ import annotations
 
@@ -7,147 +7,58 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from modgraft.core.errors import DataError, MissingFileError
+from modgraft.core.errors import DataError
 from modgraft.core.files import write_text
+from modgraft.data.digits import Facts
 from modgraft.data.records import Record
 from modgraft.data.text import extract_answer, squeeze
+from modgraft.report.run import Prediction
 
 ErrorClass = Literal["perception", "reasoning", "option mapping", "format"]
 ERRORS: tuple[ErrorClass, ...] = ("perception", "reasoning", "option mapping", "format")
-"""The steps at which an answer can go wrong, in their order."""
-
-
-class Facts(Protocol):
-    """What a rationale states: the digits by place, those that the question turns on, a
-    conclusion.
-    """
-
-    @property
-    def digits(self) -> Mapping[str, int]: ...  # noqa: D102
-    @property
-    def used(self) -> Mapping[str, int]: ...  # noqa: D102
-    @property
-    def conclusion(self) -> str | None: ...  # noqa: D102
+"""The steps at which an answer can go wrong, in order."""
 
 
 ReadFacts = Callable[[str], Facts]
+"""Reads what a rationale states, as `modgraft.data.digits.facts` does for DigitsQA."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What a model made of one question: a line of `predictions.jsonl`.
+def grade_answer(
+    record: Record, text: str, *, rationale: str | None = None, gold_rationale: str | None = None,
+    facts: ReadFacts | None = None,
+) -> Prediction:  # fmt: skip
+    """Read the answer from what a model wrote, and grade it.
 
-    `image` says whether the question has one; `text` is what the answering stage wrote, `choice`
-    the option it states (None: none could be read, a wrong answer), `error` the step that failed,
-    where that can be told. `rationale` and `gold_rationale` are None where there is no rationale.
+    Args:
+        record: The question.
+        text: What the answering stage wrote.
+        rationale: The rationale that the answering stage read, or wrote before its answer.
+        gold_rationale: The true rationale in the same text form.
+        facts: Reads a rationale's facts; with it, a wrong answer is classified.
     """
-
-    id: str
-    category: str
-    question: str
-    choices: tuple[str, ...]
-    answer: int
-    image: bool
-    gold_rationale: str | None
-    rationale: str | None
-    text: str
-    choice: int | None
-    correct: bool
-    error: ErrorClass | None
-
-    @classmethod
-    def of(
-        cls,
-        record: Record,
-        text: str,
-        *,
-        rationale: str | None = None,
-        gold_rationale: str | None = None,
-        facts: ReadFacts | None = None,
-    ) -> Prediction:
-        """The prediction that `text`, the answering stage's output, makes for `record`.
-
-        Args:
-            record: The question.
-            text: What was written; the answer is read from it, among the actual choices.
-            rationale: The rationale written before, or read by, the answering stage.
-            gold_rationale: The true one, of the same text form.
-            facts: Reads a rationale's facts; with it a wrong answer is classified.
-        """
-        choice = extract_answer(text, record.choices)
-        return cls(
-            id=record.id,
-            category=record.category,
-            question=record.question,
-            choices=record.choices,
-            answer=record.answer,
-            image=record.image is not None,
-            gold_rationale=gold_rationale,
-            rationale=rationale,
-            text=text,
-            choice=choice,
-            correct=choice == record.answer,
-            error=classify_error(record, gold_rationale, rationale, choice, facts),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The prediction as a JSON object."""
-        return asdict(self) | {"choices": list(self.choices)}
-
-    @classmethod
-    def from_json(
-        cls, raw: Mapping[str, Any], *, file: str | Path = "predictions.jsonl"
-    ) -> Prediction:
-        """The inverse of `to_json`.
-
-        Raises:
-            DataError: fields are missing, or there are others.
-        """
-        names = {f.name for f in fields(cls)}
-        if set(raw) != names:
-            reason = f"its fields are not a prediction's: {sorted(names.symmetric_difference(raw))}"
-            raise DataError(reason, id=str(raw.get("id")), file=file, remedy="Evaluate again")
-        return cls(**{**raw, "choices": tuple(raw["choices"])})
+    choice = extract_answer(text, record.choices)
+    return Prediction(
+        id=record.id, category=record.category, question=record.question,
+        choices=list(record.choices), answer=record.answer, image=record.image is not None,
+        gold_rationale=gold_rationale, rationale=rationale, text=text, choice=choice,
+        correct=choice == record.answer,
+        error=classify_error(record, gold_rationale, rationale, choice, facts),
+    )  # fmt: skip
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
-    """Write `predictions.jsonl`, one JSON object a line, whole or not at all."""
-    lines = [json.dumps(p.to_json(), ensure_ascii=False, allow_nan=False) for p in predictions]
+    """Write `predictions.jsonl`: one JSON object a line, the whole file or nothing."""
+    lines = [json.dumps(p.model_dump(), ensure_ascii=False, allow_nan=False) for p in predictions]
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def read_predictions(path: str | Path) -> list[Prediction]:
-    """Read what `write_predictions` wrote.
-
-    Raises:
-        MissingFileError: no such file.
-        DataError: a line that is not a prediction.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError("there is no such file", file=path, remedy="Evaluate the run first")
-    out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}, line {number}"
-        try:
-            raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            reason = f"not JSON: {error.msg}"
-            raise DataError(reason, file=where, remedy="Evaluate again") from error
-        if not isinstance(raw, dict):
-            raise DataError("not a JSON object", file=where, remedy="Evaluate again")
-        out.append(Prediction.from_json(raw, file=where))
-    return out
-
-
-def _grade(record: Record) -> int | None:
+def _school_grade(record: Record) -> int | None:
     found = re.fullmatch(r"grade\s?(\d+)", record.grade)
     return int(found[1]) if found else None
 
@@ -159,38 +70,36 @@ COLUMNS: dict[str, Callable[[Record], bool]] = {
     "TXT": lambda r: bool(r.hint),
     "IMG": lambda r: r.image is not None,
     "NO": lambda r: not r.hint and r.image is None,
-    "G1-6": lambda r: (_grade(r) or 0) in range(1, 7),
-    "G7-12": lambda r: (_grade(r) or 0) in range(7, 13),
+    "G1-6": lambda r: (_school_grade(r) or 0) in range(1, 7),
+    "G7-12": lambda r: (_school_grade(r) or 0) in range(7, 13),
     "Avg": lambda r: True,
 }
-"""Column to the questions it is over (Lu et al. 2022): TXT has a hint, IMG an image, NO neither."""
+"""Column → its questions (Lu et al. 2022). TXT: with a hint, NO: with neither hint nor image."""
 
 
 def accuracy_by_column(
     records: Sequence[Record], correct: Mapping[str, bool]
 ) -> dict[str, float | None]:
-    """ScienceQA's table: percent of right answers by column, None for one without questions.
+    """Return ScienceQA's columns: the percentage of right answers, None without questions.
 
     Args:
         records: The questions.
-        correct: Id to whether it was answered right.
+        correct: Id → whether the question was answered correctly.
 
     Raises:
-        DataError: a question without an answer.
+        DataError: A question has no prediction.
     """
     for record in records:
         if record.id not in correct:
-            raise DataError("the question has no prediction", id=record.id, remedy=_ALL)
+            remedy = "Predict every question: the accuracy over a part is not the accuracy"
+            raise DataError("the question has no prediction", id=record.id, remedy=remedy)
     return {
         name: percent(correct[r.id] for r in records if has(r)) for name, has in COLUMNS.items()
     }
 
 
-_ALL = "Predict every question: the accuracy over a part is not the accuracy"
-
-
 def percent(hits: Iterable[bool | float]) -> float | None:
-    """The mean, times 100; None of nothing, which has none."""
+    """Return the mean times 100; None if there are no values."""
     values = [float(hit) for hit in hits]
     return 100 * math.fsum(values) / len(values) if values else None
 
@@ -203,19 +112,18 @@ def _scorer() -> RougeScorer:
 def rouge_l(gold: str, written: str) -> float:
     """ROUGE-L, the F-measure of the longest common subsequence of words, 0..1 (Lin 2004).
 
-    Of `rouge-score` without stemming: lower case, letters and digits only. mm-cot averages the
-    `rouge` package's figure, which splits at blanks and so counts punctuation and case; the two
+    This is the one of `rouge-score` without stemming: lower case, letters and digits only. mm-cot
+    uses the package `rouge`, which splits at blanks and so counts punctuation and case; the two
     differ a little.
     """
     return _scorer().score(gold, written)["rougeL"].fmeasure
 
 
 def bleu(gold: str, written: str, n: int) -> float:
-    """BLEU-n = min(1, e^(1 − r/c)) · (Π_k≤n p_k)^(1/n), 0..1, of one sentence (Papineni et al.
-    2002).
+    """BLEU-n = min(1, e^(1 − r/c)) · (Π_k≤n p_k)^(1/n), 0..1 (Papineni et al. 2002).
 
-    p_k is the clipped k-gram precision, r and c the lengths. As mm-cot reports it: words split at
-    blanks and full stops, no smoothing, averaged over questions.
+    p_k is the clipped k-gram precision, r and c are the lengths. As in mm-cot, it is computed for
+    one text without smoothing, with words split at blanks and full stops.
     """
     reference, words = ([w for w in re.split(r"[\s.]", text) if w] for text in (gold, written))
     logs = 0.0
@@ -233,8 +141,7 @@ def _grams(words: list[str], k: int) -> Counter[tuple[str, ...]]:
 
 
 def facts_right(gold: Facts, written: Facts) -> tuple[int, int]:
-    """Of the facts that the gold rationale states, how many the written one states too: (right,
-    all).
+    """Count the gold rationale's facts: (those that the written one states too, all).
 
     A fact is a digit at its place, or the conclusion.
     """
@@ -252,12 +159,12 @@ def classify_error(
     choice: int | None,
     facts: ReadFacts | None,
 ) -> ErrorClass | None:
-    """The first step that failed on the way to a wrong answer; None for a right one.
+    """Return the first step that failed on the way to a wrong answer; None for a right answer.
 
     `format`: no option can be read from the answer, or no conclusion from the rationale.
-    `perception`: a digit that the question turns on is misread. `reasoning`: the digits are right,
-    the conclusion is not. `option mapping`: the conclusion is right, the option is not its own.
-    Without rationales, or a reader of their facts, only `format` can be told, and the rest is None.
+    `perception`: a digit that the question needs is misread. `reasoning`: the digits are right, but
+    not the conclusion. `option mapping`: the conclusion is right, but the option is another one.
+    Without rationales or `facts`, only `format` can be detected; other errors give None.
     """
     if choice == record.answer:
         return None
@@ -283,35 +190,27 @@ def evaluate_predictions(
     trained: int | None = None,
     seconds: float | None = None,
 ) -> dict[str, Any]:
-    """All figures of one model on these questions; what cannot be measured is None, never 0.
+    """Compute all figures of one model; a figure that cannot be measured is None, never 0.
 
     Args:
         predictions: One for each question, in any order.
         records: The questions.
-        facts: Reads a rationale's facts, for the accuracy of facts.
-        parameters: The model's parameters.
-        trained: How many of them were trained.
-        seconds: What training took.
+        facts: Reads a rationale's facts; None leaves the accuracy of facts out.
+        parameters: The number of the model's parameters.
+        trained: The number of parameters that were trained.
+        seconds: The duration of training.
 
     Returns:
-        accuracy (all), image and text (questions with and without an image), columns, families (by
-        category), all in percent; rouge_l, bleu_1, bleu_4 (0..100), exact and facts (percent) over
-        questions with both rationales; errors {class: count}; unclassified, the wrong answers of no
-        class; parameters, trained, seconds; n questions.
+        accuracy (all questions), image and text (questions with and without an image), columns and
+        families (by category), in percent; rouge_l, bleu_1, bleu_4 (0..100), exact and facts
+        (percent) over questions with both rationales; errors {class: count}; unclassified (wrong
+        answers without a class); parameters, trained, seconds; n (the number of questions).
 
     Raises:
-        DataError: a question without a prediction, a prediction without a question, or two for one.
+        DataError: A question has no prediction or several, or a prediction has no question.
     """
-    made = {p.id: p for p in predictions}
-    if len(made) != len(predictions):
-        twice = next(i for i, n in Counter(p.id for p in predictions).items() if n > 1)
-        raise DataError("the question has several predictions", id=twice, remedy="Keep one")
-    known = {record.id for record in records}
-    for qid in made:
-        if qid not in known:
-            remedy = "Evaluate with the questions that were predicted"
-            raise DataError("a prediction for an unknown question", id=qid, remedy=remedy)
-    columns = accuracy_by_column(records, {qid: p.correct for qid, p in made.items()})
+    _check_complete(predictions, records)
+    columns = accuracy_by_column(records, {p.id: p.correct for p in predictions})
     families = dict.fromkeys(record.category for record in records)
     wrong = [p for p in predictions if not p.correct]
     return {
@@ -322,7 +221,7 @@ def evaluate_predictions(
         "families": {
             name: percent(p.correct for p in predictions if p.category == name) for name in families
         },
-        **_rationales(predictions, facts),
+        **_rationale_scores(predictions, facts),
         "errors": {name: sum(p.error == name for p in wrong) for name in ERRORS},
         "unclassified": sum(p.error is None for p in wrong),
         "parameters": parameters,
@@ -332,19 +231,31 @@ def evaluate_predictions(
     }
 
 
-def _closed(text: str) -> str:
-    """`text` without white space."""
+def _check_complete(predictions: Sequence[Prediction], records: Sequence[Record]) -> None:
+    """Refuse predictions that are not exactly one for each question."""
+    counts = Counter(p.id for p in predictions)
+    known = {record.id for record in records}
+    for qid, count in counts.items():
+        if count > 1:
+            raise DataError("the question has several predictions", id=qid, remedy="Keep one")
+        if qid not in known:
+            remedy = "Evaluate with the questions that were predicted"
+            raise DataError("a prediction for an unknown question", id=qid, remedy=remedy)
+
+
+def _without_blanks(text: str) -> str:
+    """Remove all white space."""
     return "".join(text.split())
 
 
-def _rationales(
+def _rationale_scores(
     predictions: Sequence[Prediction], facts: ReadFacts | None
 ) -> dict[str, float | None]:
     pairs = [
         (squeeze(p.gold_rationale), squeeze(p.rationale))
         for p in predictions
-        # as published, a question without a gold rationale is left out; one for which nothing was
-        # written is not: it scores nothing
+        # as published: a question without a gold rationale is left out, but an empty written
+        # rationale counts, and scores 0
         if p.gold_rationale is not None and p.rationale is not None and p.gold_rationale.strip()
     ]
     counts = [] if facts is None else [facts_right(facts(a), facts(b)) for a, b in pairs]
@@ -353,7 +264,7 @@ def _rationales(
         "rouge_l": percent(rouge_l(a, b) for a, b in pairs),
         "bleu_1": percent(bleu(a, b, 1) for a, b in pairs),
         "bleu_4": percent(bleu(a, b, 4) for a, b in pairs),
-        # up to white space: a tokenizer of words puts none before a full stop, a template may
-        "exact": percent(_closed(a) == _closed(b) for a, b in pairs),
+        # up to white space, which the tokenizer does not preserve around punctuation
+        "exact": percent(_without_blanks(a) == _without_blanks(b) for a, b in pairs),
         "facts": 100 * sum(right for right, _ in counts) / total if total else None,
     }

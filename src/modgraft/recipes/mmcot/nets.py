@@ -1,4 +1,4 @@
-"""The nets of a run of the recipe: trained, saved, loaded, and asked."""
+"""Train, save, load and test the models of a run of the recipe."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ from transformers import T5ForConditionalGeneration
 import modgraft as mg
 from modgraft.core.errors import CheckpointError
 from modgraft.core.files import read_json, write_json
-from modgraft.data.rationale import facts
+from modgraft.data.digits import facts
 from modgraft.data.records import Questions
-from modgraft.data.text import find_form, rationale_of
+from modgraft.data.text import find_form, gold_rationale, rationale_of
 from modgraft.recipes.mmcot.data import (
     load_questions,
     load_run_tokenizer,
     load_strips,
-    reads_features,
+    loads_features,
     settings_of,
 )
-from modgraft.recipes.mmcot.metrics import Prediction
+from modgraft.recipes.mmcot.metrics import grade_answer
 from modgraft.recipes.mmcot.recipe import (
     NETS,
     Row,
     Settings,
+    build_host,
     gold_rationales,
-    rationales_written,
-    surgery,
     text_t5,
     train,
     write,
+    write_rationales,
 )
+from modgraft.report.run import Prediction
 from modgraft.store.fingerprint import fingerprint
 
 GATES = 6
-"""How many questions the report looks into."""
+"""The number of questions whose gates the report shows."""
 
 
 def train_net(folder: Path, seed: int, key: str) -> None:
-    """Train one net and save it: the T5 as transformers does, each module as modgraft does."""
+    """Train one model; save the T5 with transformers, and each module with modgraft."""
     settings, net, home = settings_of(folder), NETS[key], folder / f"seed{seed}"
-    questions = load_questions(folder, seed, features=reads_features(settings, [net]))
+    questions = load_questions(folder, seed, features=loads_features(settings, [net]))
     if net.fusion is None:
         questions = questions.without_images()
     tokenizer = load_run_tokenizer(folder, seed)
@@ -57,7 +58,7 @@ def train_net(folder: Path, seed: int, key: str) -> None:
     else:
         with _reading(settings.model, "give --model a whole T5, or fetch it again"):
             t5 = text_t5(settings, len(tokenizer), seed)
-    host = surgery(t5, net, questions.width or 1, settings)  # type: ignore[arg-type]
+    host = build_host(t5, net, questions.width or 1, settings)  # type: ignore[arg-type]
     trained = sum(p.numel() for p in host.parameters() if p.requires_grad)
     seconds = train(host, net, questions, tokenizer, settings, seed, str(home / key))
     if net.base is None:
@@ -72,14 +73,14 @@ def train_net(folder: Path, seed: int, key: str) -> None:
 
 
 def load_net(folder: Path, seed: int, key: str) -> mg.Host:
-    """A trained net, in evaluation mode, on the CPU.
+    """Load a trained model, in evaluation mode, on the CPU.
 
     Raises:
-        MissingFileError: it is not trained.
-        CheckpointError: its T5 or its modules are damaged, or another net's.
+        MissingFileError: It is not trained.
+        CheckpointError: Its T5 or its modules are damaged, or belong to another model.
     """
     home = folder / f"seed{seed}"
-    card, model = card_of(folder, seed, key), home / (NETS[key].base or key) / "model"
+    card, model = read_card(folder, seed, key), home / (NETS[key].base or key) / "model"
     again = f"delete {home / key} and train again: modgraft mmcot train --run {folder}"
     with _reading(model, again):
         t5 = T5ForConditionalGeneration.from_pretrained(model, local_files_only=True)
@@ -103,11 +104,11 @@ def _reading(model: Path | str | None, remedy: str) -> Iterator[None]:
         raise CheckpointError(f"{model} cannot be read ({why}); {remedy}") from error
 
 
-def card_of(folder: Path, seed: int, key: str) -> dict[str, Any]:
-    """``net.json`` of a trained net: modules, parameters, trained, seconds, host.
+def read_card(folder: Path, seed: int, key: str) -> dict[str, Any]:
+    """Read ``net.json`` of a trained model: modules, parameters, trained, seconds, host.
 
     Raises:
-        MissingFileError: it is not trained.
+        MissingFileError: It is not trained.
     """
     path = folder / f"seed{seed}" / key / "net.json"
     remedy = f"Train it: modgraft mmcot train --run {folder}, with a row that needs it"
@@ -117,26 +118,26 @@ def card_of(folder: Path, seed: int, key: str) -> dict[str, Any]:
 def predict(
     folder: Path, seed: int, row: Row, questions: Questions, settings: Settings
 ) -> list[Prediction]:
-    """What the row's nets make of these questions."""
+    """Answer these questions with the models of a row, and grade the answers."""
     tokenizer = load_run_tokenizer(folder, seed)
     shown = questions.shuffle_images(seed) if row.shuffled else questions
-    answering, gold = NETS[row.answers], gold_rationales(questions, settings)
-    thoughts: dict[str, str] | None = gold if row.thinks == "gold" else None
-    if row.thinks not in (None, "gold"):
-        thinking = NETS[row.thinks]
+    answering, gold = NETS[row.answer_net], gold_rationales(questions, settings)
+    rationales: dict[str, str] | None = gold if row.rationale_net == "gold" else None
+    if row.rationale_net not in (None, "gold"):
+        thinking = NETS[row.rationale_net]
         host = _on_device(load_net(folder, seed, thinking.key))
-        thoughts = rationales_written(host, thinking, shown, tokenizer, settings, row.forced)
+        rationales = write_rationales(host, thinking, shown, tokenizer, settings, row.forced)
     host = _on_device(load_net(folder, seed, answering.key))
-    texts = write(host, answering, shown, tokenizer, settings, thoughts)
-    form = find_form(getattr(settings, answering.reads))
-    if answering.reads == "explain":
-        thoughts = {qid: rationale_of(text, form) for qid, text in texts.items()}
-        gold = {r.id: rationale_of(form.target(r), form) for r in questions}
+    texts = write(host, answering, shown, tokenizer, settings, rationales)
+    form = find_form(getattr(settings, answering.form))
+    if answering.form == "explain":
+        rationales = {qid: rationale_of(text, form) for qid, text in texts.items()}
+        gold = {r.id: gold_rationale(r, form) for r in questions}
     return [
-        Prediction.of(
+        grade_answer(
             record, texts[record.id],
-            rationale=None if thoughts is None else thoughts[record.id],
-            gold_rationale=None if thoughts is None else gold[record.id],
+            rationale=None if rationales is None else rationales[record.id],
+            gold_rationale=None if rationales is None else gold[record.id],
             facts=facts if settings.data == "digits" else None,
         )
         for record in questions
@@ -152,9 +153,9 @@ def gates(
     folder: Path, seed: int, questions: Questions, settings: Settings,
     predictions: Sequence[Prediction],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """What stage 1's fusion looked at, for a few questions, the families in turn."""
+    """Return attention and gates of stage 1's fusion for a few questions."""
     if settings.data != "digits":
-        return []  # a real image is no small grid of greys; its page comes with its own figure
+        return []  # the report draws only small grey images
     host, tokenizer = load_net(folder, seed, "stage1"), load_run_tokenizer(folder, seed)
     strips, shown = load_strips(folder, seed), {p.id: p for p in predictions}
     form, made = find_form(settings.rationale), []

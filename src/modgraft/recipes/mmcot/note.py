@@ -1,4 +1,4 @@
-"""What a run of the recipe says of itself in its folder's note; see `modgraft.log.record.runs`."""
+"""The note that describes a run in the research log; see `modgraft.log.record.runs`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from modgraft.core.files import read_json
 from modgraft.log.record.runs import RunNote, code, listed, plain, recorded, settings_row
 from modgraft.recipes.mmcot.data import load_questions
 from modgraft.recipes.mmcot.recipe import ROWS, Settings, nets_of
-from modgraft.report.numbers import chance_of, figure
 from modgraft.report.run import Results, check, read_run
+from modgraft.report.statistics import chance_of, figure
 from modgraft.report.table import Line, build
 
-MARK = {"main": "", "ablation": " (ablation)", "control": " (control)"}
-"""What a row's group adds to its label."""
+GROUP_LABELS = {"main": "", "ablation": " (ablation)", "control": " (control)"}
+"""Group of a row → what is added to its label."""
 
-OF_THE_TABLE = ("Bold", "No row is in bold", "“–”")
-"""Remarks on how the table is set, which a note has not."""
+LAYOUT_REMARKS = ("Bold", "No row is in bold", "“–”")
+"""Beginnings of remarks on the table's layout, which the note leaves out."""
 
-ELSEWHERE = ("data", "features", "model", "train", "val", "test", "split")
-"""Settings that are said in words of their own."""
+TOLD_ELSEWHERE = ("data", "features", "model", "train", "val", "test", "split")
+"""Settings that other lines of the note already tell."""
 
 
-def noted(
+def recorded_run(
     folder: Path, settings: Settings, asked: Mapping[str, Any], *, wanted: bool
 ) -> AbstractContextManager[None]:
-    """The run, recorded in its folder's note."""
+    """Record the run in ``note.md`` of its folder."""
 
     def about(said: RunNote) -> None:
         nets = nets_of(asked["rows"])
@@ -43,7 +43,7 @@ def noted(
             "Data": _data(settings),
             "Rows": "; ".join(ROWS[key].title for key in asked["rows"]),
             "Seeds": listed([str(seed) for seed in asked["seeds"]]),
-            "Settings": settings_row(asdict(settings), ELSEWHERE),
+            "Settings": settings_row(asdict(settings), TOLD_ELSEWHERE),
         }
 
     def result(said: RunNote) -> None:
@@ -56,7 +56,7 @@ def noted(
         if laid.chance is not None:
             pairs = zip(laid.columns, laid.chance, strict=True)
             said.learned["Chance"] = ", ".join(f"{c} {v}" for c, v in pairs if v != "–")
-        remarks = [r for r in laid.remarks if not r.startswith(OF_THE_TABLE)]
+        remarks = [r for r in laid.remarks if not r.startswith(LAYOUT_REMARKS)]
         said.learned["How to read"] = plain(" ".join(remarks), longest=2000)
         nets = "; ".join(net.title for net in nets_of(asked["rows"]))
         said.done["Trained"] = f"under each seed: {nets}"
@@ -90,12 +90,12 @@ def _data(s: Settings) -> str:
 
 
 def _mark(line: Line) -> str:
-    group = MARK[line.row.group]
+    group = GROUP_LABELS[line.row.group]
     return group[:-1] + ", leak)" if group and line.row.leaks else group
 
 
 def _figures(columns: list[str], line: Line) -> str:
-    """A row's cells by their columns; what was not measured is left out."""
+    """Return a row's cells with their columns, without those that were not measured."""
     cells = [f"{name} {cell.text}" for name, cell in zip(columns, line.cells, strict=False)]
     few = [mark for mark in line.marks if mark != "leak"]
     return ", ".join([c for c in cells if not c.endswith(" –")] + few) or "nothing measured"
@@ -107,7 +107,7 @@ def _tested(results: Results) -> str:
 
 
 def _headline(results: Results, split: str) -> str:
-    """The models' accuracy, and beside it that of a control."""
+    """Return the accuracy of the main rows, and of two controls for comparison."""
     rows = [row for row in results.rows if row.seeds and not row.leaks]
     models = [row for row in rows if row.group == "main"] or rows[:1]
     beside = [row for row in rows if row.group == "control" and row not in models][:2]

@@ -1,11 +1,11 @@
 """Multimodal chain of thought: think about the picture first, then answer.
 
-Zhang et al. 2023, arXiv:2302.00923. Two T5s of one shape, each with gated fusion after its encoder.
-The first writes a rationale from question, context, options and image (QCM→R); the second answers
-from the same and the rationale (QCMR→A). Both learn from gold rationales, so they train side by
-side. At test the second reads what the first wrote freely, token by token, never decoded along a
-gold rationale; rationales are handed over by question id; an answer is read among the actual
-options or counts as wrong.
+Zhang et al. 2023, arXiv:2302.00923. There are two T5s of one shape, each with gated fusion after
+its encoder. The first writes a rationale from question, context, options and image (QCM→R); the
+second answers from the same and the rationale (QCMR→A). Both are trained on gold rationales, so
+they can be trained at the same time. At test, the second reads what the first generated freely,
+without teacher forcing. Rationales are passed on by question id. An answer that names none of the
+question's options counts as wrong.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
 import modgraft as mg
 from modgraft.data.batches import Collate, QADataset, SortedBatches
 from modgraft.data.records import Questions
-from modgraft.data.text import find_form, rationale_of
+from modgraft.data.text import find_form, gold_rationale, rationale_of
 from modgraft.models.t5 import copy_init, small_t5
+from modgraft.training.stream import to_device
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a run.
+    """The settings of a run.
 
     Attributes:
         data: ``"digits"`` for DigitsQA, or a folder in ScienceQA's format.
-        features: for a folder: a features file, or a vision model to extract them with.
-        model: a pretrained T5 (folder or hub name); None: a small one from scratch.
-        rationale, answer, direct, explain: the text forms of stage 1, stage 2 and the two one-stage
-            controls.
-        train, val, test: DigitsQA's sizes.
-        split: the split to test; None: test, or val where there is none.
-        steps_eye: steps of DigitsQA's eye.
-        d_model, d_ff, heads, layers: the small T5's shape.
-        steps_rationale, steps_answer: optimiser steps of a model that writes rationales, and of one
+        features: For a folder: a file of features, or a vision model to extract them with.
+        model: A pretrained T5 (folder or hub name); None trains a small one from scratch.
+        rationale, answer, direct, explain: The text forms of stage 1, of stage 2 and of the two
+            one-stage controls.
+        train, val, test: The number of DigitsQA's questions in each split.
+        split: The split to test; None takes test, or val if there is no test.
+        steps_eye: Training steps of DigitsQA's vision model.
+        d_model, d_ff, heads, layers: The small T5's shape.
+        steps_rationale, steps_answer: Optimiser steps of a model that writes rationales, and of one
             that only answers.
-        batch, lr, warmup, weight_decay, beta2: of AdamW, with linear decay.
-        max_input, max_rationale, max_answer: tokens.
-        decode_batch: questions decoded at once.
-        rank: of the modular variant's LoRA.
-        skip_bad: go on without bad records, listing them.
+        batch, lr, warmup, weight_decay, beta2: Of AdamW with linear decay.
+        max_input, max_rationale, max_answer: The most tokens of each text.
+        decode_batch: The number of questions to decode at a time.
+        rank: The rank of the modular variant's LoRA.
+        skip_bad: Whether to list bad records and continue without them.
     """
 
     data: str = "digits"
@@ -92,16 +93,16 @@ class Net:
     """A model to train.
 
     Attributes:
-        key: its folder.
-        title: what the report calls it.
-        reads: which of the settings' text forms it learns.
-        fusion: the form of fusion, None for a model of text alone.
-        base: the text model that is frozen under modules alone (the modular variant).
+        key: The name of its folder.
+        title: Its name in the report.
+        form: The setting that names its text form.
+        fusion: The form of fusion; None for a text-only model.
+        base: For the modular variant: the text-only model that stays frozen under the modules.
     """
 
     key: str
     title: str
-    reads: Literal["rationale", "answer", "direct", "explain"]
+    form: Literal["rationale", "answer", "direct", "explain"]
     fusion: Literal["paper", "released"] | None = "paper"
     base: str | None = None
 
@@ -127,21 +128,22 @@ NETS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result table: which nets, on which images, with which rationales.
+    """One row of the result table: which models are tested, with which images and rationales.
 
     Attributes:
-        key, title, group, note: for the table.
-        answers: the net that answers.
-        thinks: the net that writes the rationales; ``"gold"`` hands over the true ones; None where
-            one stage does all.
-        shuffled: every question with another one's image.
-        forced: rationales decoded along the gold ones, as the released code did. It leaks.
+        key, title, group, note: For the table.
+        answer_net: The model that answers.
+        rationale_net: The model that writes the rationales; ``"gold"`` takes the true ones, and
+            None is for a model of one stage.
+        shuffled: Whether every question gets another question's image.
+        forced: Whether rationales are decoded with teacher forcing, as the released code did,
+            which leaks the gold rationale.
     """
 
     key: str
     title: str
-    answers: str
-    thinks: str | None
+    answer_net: str
+    rationale_net: str | None
     group: Literal["main", "control", "ablation"] = "control"
     shuffled: bool = False
     forced: bool = False
@@ -149,8 +151,10 @@ class Row:
 
     @property
     def nets(self) -> tuple[str, ...]:
-        """The nets it needs."""
-        return tuple(n for n in (self.thinks, self.answers) if n is not None and n != "gold")
+        """The models that the row needs."""
+        return tuple(
+            n for n in (self.rationale_net, self.answer_net) if n is not None and n != "gold"
+        )
 
 
 ROWS = {
@@ -166,7 +170,7 @@ ROWS = {
         Row("forced", "Teacher-forced", "stage2", "stage1", forced=True,
             note="rationales decoded along the gold ones: not a result but its leak"),
         Row("forced-text", "Text only, teacher-forced", "stage2-text", "stage1-text",
-            forced=True, note="the leak alone lifts a model that sees nothing"),
+            forced=True, note="the leak alone lifts a model that needs_features nothing"),
         Row("direct", "One stage, QCM→A", "direct", None, "ablation"),
         Row("explain", "One stage, QCM→EA", "explain", None, "ablation"),
         Row("released", "Two stages, released fusion", "stage2-released", "stage1-released",
@@ -183,7 +187,7 @@ DEMO = ("fused", "shuffled", "text", "gold", "forced")
 
 
 def text_t5(settings: Settings, vocabulary: int, seed: int) -> T5ForConditionalGeneration:
-    """The T5 before surgery: pretrained, or small and new."""
+    """Return the T5 without modules: a pretrained one, or a small new one."""
     if settings.model is not None:
         return T5ForConditionalGeneration.from_pretrained(settings.model)
     shape = {k: getattr(settings, k) for k in ("d_model", "d_ff", "heads", "layers")}
@@ -191,8 +195,8 @@ def text_t5(settings: Settings, vocabulary: int, seed: int) -> T5ForConditionalG
     return copy_init(small_t5(vocabulary, **shape, seed=seed), decoder_offsets=(-1, -4), seed=seed)
 
 
-def surgery(t5: T5ForConditionalGeneration, net: Net, dim: int, settings: Settings) -> mg.Host:
-    """The whole of it: no copy of T5's ``forward``, no subclass."""
+def build_host(t5: T5ForConditionalGeneration, net: Net, dim: int, settings: Settings) -> mg.Host:
+    """Make the T5 multimodal: implant fusion, and LoRA for the modular variant."""
     host = mg.Host(t5, freeze=net.base is not None)
     if net.fusion is not None:
         fusion = mg.GatedFusion(source="image", dim=dim, form=net.fusion)
@@ -210,11 +214,11 @@ def train(
     host: mg.Host, net: Net, questions: Questions, tokenizer: PreTrainedTokenizerBase,
     settings: Settings, seed: int, folder: str,
 ) -> float:  # fmt: skip
-    """Train one net on gold rationales; returns the seconds it took."""
-    form = find_form(getattr(settings, net.reads))
+    """Train one model on gold rationales; return the seconds it took."""
+    form = find_form(getattr(settings, net.form))
 
     def loader(split: str, shuffle: bool) -> DataLoader:
-        part = _seen(questions.split(split), net)
+        part = _visible(questions.split(split), net)
         gold = gold_rationales(part, settings) if form.reads_rationale else None
         collate = Collate(tokenizer, form, settings.max_input, width=questions.width)
         dataset = QADataset(part, gold)
@@ -226,7 +230,7 @@ def train(
             dataset, batch_sampler=SortedBatches(lengths, settings.batch), collate_fn=collate
         )
 
-    steps = settings.steps_answer if net.reads in ("answer", "direct") else settings.steps_rationale
+    steps = settings.steps_answer if net.form in ("answer", "direct") else settings.steps_rationale
     held_out = loader("val", False) if (questions.splits or {}).get("val") else None
     history = host.fit(
         loader("train", True), evaluate=held_out, steps=steps, lr=settings.lr,
@@ -238,12 +242,12 @@ def train(
 
 
 def gold_rationales(questions: Questions, settings: Settings) -> dict[str, str]:
-    """Id → the true rationale in the very form that stage 1 learns to write."""
+    """Return id → the true rationale, in the same form that stage 1 learns to write."""
     form = find_form(settings.rationale)
-    return {record.id: rationale_of(form.target(record), form) for record in questions}
+    return {record.id: gold_rationale(record, form) for record in questions}
 
 
-def _seen(questions: Questions, net: Net) -> Questions:
+def _visible(questions: Questions, net: Net) -> Questions:
     return questions if net.fusion is not None else questions.without_images()
 
 
@@ -255,23 +259,23 @@ def write(
     host: mg.Host, net: Net, questions: Questions, tokenizer: PreTrainedTokenizerBase,
     settings: Settings, rationales: Mapping[str, str] | None = None, forced: bool = False,
 ) -> dict[str, str]:  # fmt: skip
-    """Id → what the net writes, greedily and with the KV cache.
+    """Return id → the text that the model writes, decoded greedily.
 
-    ``forced`` decodes along the gold target instead, each token after the true ones before it: it
-    measures a leak and is never a result.
+    With ``forced``, each token is predicted from the gold tokens before it (teacher forcing). That
+    measures a leak, and is never a result.
     """
     host.eval()
-    form = find_form(getattr(settings, net.reads))
-    length = settings.max_answer if net.reads in ("answer", "direct") else settings.max_rationale
-    part = _seen(questions, net)
+    form = find_form(getattr(settings, net.form))
+    length = settings.max_answer if net.form in ("answer", "direct") else settings.max_rationale
+    part = _visible(questions, net)
     dataset = QADataset(part, rationales if form.reads_rationale else None)
     collate = Collate(
         tokenizer, form, settings.max_input, width=questions.width, targets=forced
     )  # fmt: skip
     order = sorted(range(len(part)), key=lambda i: len(form.input(part[i], dataset[i].rationale)))
-    written: dict[str, str] = {}
+    written, device = dict[str, str](), next(host.parameters()).device
     for batch in DataLoader(dataset, settings.decode_batch, sampler=order, collate_fn=collate):  # type: ignore[arg-type]
-        ids, batch = batch.pop("ids"), _on(batch, host)
+        ids, batch = batch.pop("ids"), to_device(batch, device)
         if net.fusion is None:
             batch.pop("side", None)
         if forced:
@@ -284,43 +288,25 @@ def write(
     return {record.id: written[record.id] for record in questions}
 
 
-def _on(batch: dict, host: mg.Host) -> dict:
-    device = next(host.parameters()).device
-    return {
-        k: {n: s.to(device) for n, s in v.items()} if isinstance(v, dict) else v.to(device)
-        for k, v in batch.items()
-    }
-
-
-def rationales_written(
+def write_rationales(
     host: mg.Host, net: Net, questions: Questions, tokenizer: PreTrainedTokenizerBase,
     settings: Settings, forced: bool = False,
 ) -> dict[str, str]:  # fmt: skip
-    """Id → the rationale that a stage-1 net writes, as a stage-2 net reads it."""
+    """Return id → the rationale that a stage-1 model writes, as a stage-2 model reads it."""
     form = find_form(settings.rationale)
     texts = write(host, net, questions, tokenizer, settings, forced=forced)
     return {qid: rationale_of(text, form) for qid, text in texts.items()}
 
 
 def nets_of(rows: Iterable[str]) -> list[Net]:
-    """The nets that these rows need, bases first."""
+    """Return the models that these rows need, base models first."""
     needed = {key for row in rows for key in ROWS[row].nets}
     needed |= {base for key in needed if (base := NETS[key].base) is not None}
     return [net for key, net in NETS.items() if key in needed]
 
 
 def smaller(settings: Settings, share: float) -> Settings:
-    """The same with a share of the steps and of the questions, for a quick look."""
-    scaled = {
-        name: max(1, round(share * getattr(settings, name)))
-        for name in (
-            "train",
-            "val",
-            "test",
-            "steps_eye",
-            "steps_rationale",
-            "steps_answer",
-            "warmup",
-        )
-    }
+    """Scale steps and questions down to ``share``, for a quick look."""
+    names = ("train", "val", "test", "steps_eye", "steps_rationale", "steps_answer", "warmup")
+    scaled = {name: max(1, round(share * getattr(settings, name))) for name in names}
     return replace(settings, **scaled)

@@ -1,8 +1,8 @@
-"""Runs of the recipe: data, nets and rows as jobs on disk, resumable, reported.
+"""Run the recipe: prepare data, train models and test rows as resumable jobs, then report.
 
-A run folder holds ``run.json`` (what was asked for), ``results.json``, the report, and for each
-seed ``data/`` in ScienceQA's own layout, one folder a net, and one folder of predictions a row.
-Whatever the data was, everything after it was prepared reads the same files.
+A run's folder holds ``run.json`` (the settings, rows and seeds), ``results.json``, the report and,
+for each seed, ``data/`` in ScienceQA's layout, a folder for each model, and a folder of predictions
+for each row. Once the data is prepared, all later jobs read the same files whatever its source.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from rich.console import Console
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, UnknownNameError
 from modgraft.core.files import read_json, write_json
-from modgraft.data.rationale import facts
+from modgraft.data.digits import facts
 from modgraft.recipes.mmcot.data import (
     check,
-    images_made,
+    images_done_file,
     load_questions,
     load_skipped,
     load_strips,
+    loads_features,
+    needs_features,
     notes,
     prepare_images,
     prepare_text,
-    reads_features,
-    sees,
     settings_of,
     tested_split,
-    text_made,
+    text_done_file,
 )
 from modgraft.recipes.mmcot.metrics import evaluate_predictions, write_predictions
-from modgraft.recipes.mmcot.nets import card_of, gates, predict, train_net
-from modgraft.recipes.mmcot.note import noted
+from modgraft.recipes.mmcot.nets import gates, predict, read_card, train_net
+from modgraft.recipes.mmcot.note import recorded_run
 from modgraft.recipes.mmcot.recipe import ROWS, Settings, nets_of
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.page import write as write_report
@@ -57,22 +57,22 @@ def run(
     console: Console | None = None,
     note: bool = True,
 ) -> dict[str, Any]:
-    """Train what is not trained yet, evaluate every row, write ``results.json`` and the report.
+    """Train what is not trained yet, test every row, and write ``results.json`` and the report.
 
-    The same command goes on where an interrupted one stopped, and does nothing once all is done.
-    More rows or seeds may be added to a run; other settings are refused once a net has begun to
-    train (``skip_bad`` alone may change at any time).
+    Calling it again resumes an interrupted run, and does nothing once all is done. More rows or
+    seeds may be added to a run. Other settings are refused once a model has begun to train; only
+    ``skip_bad`` may change at any time.
 
-    Unless ``note`` is false, the run writes what was run and what came out into ``note.md``.
+    Unless ``note`` is false, ``note.md`` describes the run and its results.
 
     Returns:
         The results, as in ``results.json``.
 
     Raises:
-        UnknownNameError: a row that there is not.
-        DataError: data that cannot be used; nothing is written.
-        CheckpointError: the folder holds a run of other settings.
-        ModgraftError: a job failed; what is done is kept.
+        UnknownNameError: There is no such row.
+        DataError: The data cannot be used; nothing is written.
+        CheckpointError: The folder holds a run with other settings.
+        ModgraftError: A job failed; finished jobs are kept.
     """
     for row in rows:
         if row not in ROWS:
@@ -81,19 +81,19 @@ def run(
     if evaluate_only:
         for seed in seeds:
             for net in nets_of(rows):
-                card_of(folder, seed, net.key)
-    began, asked = time.monotonic(), _note(folder, settings, rows, seeds)
+                read_card(folder, seed, net.key)
+    began, asked = time.monotonic(), _write_run_card(folder, settings, rows, seeds)
     todo = []
     for before, seed in zip([None, *seeds], seeds, strict=False):
         if not evaluate_only:
             todo += _training(folder, settings, rows, seed, before)
-        todo += _testing(folder, settings, rows, seed, again=evaluate_only)
+        todo += _testing(folder, rows, seed, again=evaluate_only)
     path, done = folder / "results.json", all(job.done for job in todo)
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     shown = {"rows": [r["key"] for r in results.get("rows", [])], "seeds": results.get("seeds")}
     if done and shown == asked:
         return results
-    with noted(folder, settings, asked, wanted=note):
+    with recorded_run(folder, settings, asked, wanted=note):
         side_by_side(todo, jobs, console)
         spent = (time.monotonic() - began) * (not evaluate_only)
         results = _gather(folder, asked, settings, results.get("wall_seconds", 0.0) + spent)
@@ -102,22 +102,22 @@ def run(
     return results
 
 
-def _note(
+def _write_run_card(
     folder: Path, settings: Settings, rows: Sequence[str], seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """Write ``run.json``: what this folder was asked for, all commands together."""
+    """Write ``run.json``: the settings, and the rows and seeds of all commands so far."""
     path, asked = folder / "run.json", {"rows": list(rows), "seeds": list(seeds)}
     before: dict[str, Any] = {}
     if path.is_file():
         then, now = asdict(settings_of(folder)), asdict(settings)
         other = [name for name in now if then[name] != now[name] and name != "skip_bad"]
-        if other and _begun(folder):
+        if other and _training_begun(folder):
             differs = ", ".join(f"{name} {then[name]!r}, now {now[name]!r}" for name in other)
             raise CheckpointError(
                 f"{folder} holds a run of other settings ({differs}); take another folder with "
                 f"--run NAME, or delete this one with --fresh"
             )
-        if other:  # nothing was learned from what was prepared
+        if other:  # no training has used the prepared data: prepare it again
             for home in folder.glob("seed*"):
                 shutil.rmtree(home)
             if {"data", "features"}.intersection(other):
@@ -132,8 +132,8 @@ def _note(
     return asked
 
 
-def _begun(folder: Path) -> bool:
-    """Whether any net has begun to train."""
+def _training_begun(folder: Path) -> bool:
+    """Whether any model has begun to train."""
     return any(folder.glob("seed*/*/metrics.jsonl")) or any(folder.glob("seed*/*/net.json"))
 
 
@@ -142,24 +142,24 @@ def _training(
 ) -> list[Job]:
     home, tag, nets = folder / f"seed{seed}", f"seed {seed}: ", nets_of(rows)
     text, eye = f"{seed}/text", f"{seed}/eye"
-    # all seeds share the features of other data than digits: one makes them, the next finds them
+    # All seeds share the image features of a data folder: the first seed makes them.
     after = (text,) if before is None or settings.data == "digits" else (text, f"{before}/eye")
     made = [
         Job(
             text, f"{tag}questions", prepare_text, (folder, seed), home / "data",
-            made=text_made(folder, seed, settings),
+            last_file=text_done_file(folder, seed, settings),
         )
     ]  # fmt: skip
-    if sees(settings, nets):
+    if needs_features(settings, nets):
         made.append(
             Job(
                 eye, f"{tag}image features", prepare_images, (folder, seed), home / "eye",
-                after=after, made=images_made(folder, seed, settings),
+                after=after, last_file=images_done_file(folder, seed, settings),
             )
         )  # fmt: skip
     for net in nets:
-        answers = net.reads in ("answer", "direct")
-        ready = [eye if sees(settings, [net]) else text]
+        answers = net.form in ("answer", "direct")
+        ready = [eye if needs_features(settings, [net]) else text]
         ready += [f"{seed}/{net.base}"] if net.base else []
         made.append(
             Job(
@@ -171,28 +171,26 @@ def _training(
     return made
 
 
-def _testing(
-    folder: Path, settings: Settings, rows: Sequence[str], seed: int, *, again: bool
-) -> list[Job]:
+def _testing(folder: Path, rows: Sequence[str], seed: int, *, again: bool) -> list[Job]:
     home = folder / f"seed{seed}"
     return [
         Job(
             f"{seed}/row/{row}", f"seed {seed}: test, {ROWS[row].title}", evaluate_row,
             (folder, seed, row), home / row, after=tuple(f"{seed}/{n}" for n in ROWS[row].nets),
-            made=None if again else home / row / "figures.json",
+            last_file=None if again else home / row / "figures.json",
         )
         for row in rows
     ]  # fmt: skip
 
 
 def evaluate_row(folder: Path, seed: int, key: str) -> None:
-    """Test one row; predictions and figures go into its folder."""
+    """Test one row, and write predictions and figures into its folder."""
     settings, row, home = settings_of(folder), ROWS[key], folder / f"seed{seed}"
-    questions = load_questions(folder, seed, features=reads_features(settings, nets_of([key])))
+    questions = load_questions(folder, seed, features=loads_features(settings, nets_of([key])))
     questions = questions.split(tested_split(questions, settings))
     predictions = predict(folder, seed, row, questions, settings)
     reader = facts if settings.data == "digits" else None
-    cards = [card_of(folder, seed, n) for n in dict.fromkeys(row.nets)]
+    cards = [read_card(folder, seed, n) for n in dict.fromkeys(row.nets)]
     figures = evaluate_predictions(
         predictions, questions, facts=reader,
         parameters=sum(c["parameters"] for c in cards), trained=sum(c["trained"] for c in cards),
@@ -218,7 +216,7 @@ def _gather(
         rows.append({**about, "leak": row.forced, "seeds": found})
     questions = load_questions(folder, first, features=False)
     tested = tested_split(questions, settings)
-    if settings.data == "digits":  # of the first seed: its predictions are the report's examples
+    if settings.data == "digits":  # of the first seed, whose predictions the report shows
         for qid, strip in load_strips(folder, first).items():
             if qid.startswith(f"{tested}-"):
                 images[qid] = np.round(strip.numpy(), 3).tolist()

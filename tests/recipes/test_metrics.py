@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
@@ -11,20 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modgraft.core.errors import DataError, MissingFileError
-from modgraft.data.digits import digits_qa
-from modgraft.data.rationale import facts
+from modgraft.data.digits import digits_qa, facts
 from modgraft.data.records import Questions
 from modgraft.recipes.mmcot.metrics import (
-    Prediction,
     accuracy_by_column,
     bleu,
     classify_error,
     evaluate_predictions,
     facts_right,
-    read_predictions,
+    grade_answer,
     rouge_l,
     write_predictions,
 )
+from modgraft.report.run import Prediction, read_run
 from questions import record
 
 # subject, grade, hint, image; which of them is answered right is said in each test
@@ -162,14 +162,14 @@ def test_facts_right_by_hand() -> None:
 def predictions() -> list[Prediction]:
     texts = {"a": "(A)", "b": "The answer is (B).", "c": "The answer is (A)."}
     return [
-        Prediction.of(one, texts[one.id], rationale=r, gold_rationale=GOLD, facts=read)
+        grade_answer(one, texts[one.id], rationale=r, gold_rationale=GOLD, facts=read)
         for one, r in zip(SIX[:3], [GOLD, "left 9 right 4 | left 9 | so 9", GOLD], strict=True)
     ]
 
 
 def test_exact_is_up_to_white_space() -> None:
     """A tokenizer of whole words writes "so 3." where a template has "so 3 ."."""
-    made = [Prediction.of(SIX[0], "", rationale="left 3, so 3.", gold_rationale="left 3 , so  3 .")]
+    made = [grade_answer(SIX[0], "", rationale="left 3, so 3.", gold_rationale="left 3 , so  3 .")]
     assert evaluate_predictions(made, SIX[:1])["exact"] == 100.0
 
 
@@ -191,7 +191,7 @@ def test_evaluate_predictions_by_hand() -> None:
 
 
 def test_what_was_not_measured_is_none() -> None:
-    made = [Prediction.of(one, "The answer is (A).") for one in SIX]
+    made = [grade_answer(one, "The answer is (A).") for one in SIX]
     got = evaluate_predictions(made, SIX)
     assert got["accuracy"] == 100.0
     for name in ("rouge_l", "bleu_1", "bleu_4", "exact", "facts"):
@@ -199,7 +199,7 @@ def test_what_was_not_measured_is_none() -> None:
 
 
 def test_a_rationale_that_was_not_written_scores_nothing() -> None:
-    one = Prediction.of(SIX[0], "", rationale="", gold_rationale="left 3")
+    one = grade_answer(SIX[0], "", rationale="", gold_rationale="left 3")
     got = evaluate_predictions([one], SIX[:1], facts=read)
     assert (got["rouge_l"], got["exact"], got["facts"]) == (0.0, 0.0, 0.0)
 
@@ -215,23 +215,23 @@ def test_predictions_and_questions_must_be_the_same() -> None:
 
 
 def test_predictions_are_written_and_read(tmp_path: Path) -> None:
-    file = tmp_path / "deep" / "predictions.jsonl"
+    file = tmp_path / "seed0" / "fused" / "predictions.jsonl"
     made = predictions()
     write_predictions(file, made)
-    assert read_predictions(file) == made
+    assert read_run(tmp_path).predictions["fused"][0] == made
     assert [p.name for p in file.parent.iterdir()] == ["predictions.jsonl"]
-    assert list(made[0].to_json()) == [
+    assert list(json.loads(file.read_text().partition("\n")[0])) == [
         "id", "category", "question", "choices", "answer", "image", "gold_rationale",
         "rationale", "text", "choice", "correct", "error",
     ]  # fmt: skip
     file.write_text(file.read_text() + '{"id": "z"}\n')
-    with pytest.raises(DataError, match=r"line 4, question 'z': its fields are not a prediction's"):
-        read_predictions(file)
-    file.write_text("{")
+    with pytest.raises(DataError, match=r"line 4: question: Field required .*'id': 'z'"):
+        read_run(tmp_path)
+    file.write_text("{\n")
     with pytest.raises(DataError, match=r"line 1: not JSON"):
-        read_predictions(file)
-    with pytest.raises(MissingFileError, match="Evaluate the run first"):
-        read_predictions(tmp_path / "none.jsonl")
+        read_run(tmp_path)
+    with pytest.raises(MissingFileError, match="Train first"):
+        read_run(tmp_path / "seed0" / "fused")
 
 
 def test_digits_qa_rationales_have_facts_and_classes() -> None:

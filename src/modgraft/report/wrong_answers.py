@@ -1,4 +1,4 @@
-"""Wrong answers by class, and examples of each, with what differs from the true rationale."""
+"""Count wrong answers by class, and show examples with their differences from the truth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from modgraft.report.looks import enlarged
+from modgraft.report.attention import enlarged
 from modgraft.report.run import Prediction, Results, Row, Run
 
 MEANINGS = {
@@ -17,7 +17,7 @@ MEANINGS = {
     "option mapping": "the conclusion is right, the chosen option does not say it",
     "format": "no conclusion, or no option, can be read from what was written",
 }
-"""What each class means. A class that is not here is shown by its name alone."""
+"""Class of error → its meaning; other classes are shown by name only."""
 
 UNSORTED = "unclassified"
 EXAMPLES = 3
@@ -25,7 +25,7 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Piece:
-    """Some words of a written rationale, and whether they differ from the true one."""
+    """Words of a written rationale, and whether they differ from the gold one."""
 
     text: str
     differs: bool
@@ -33,7 +33,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Example:
-    """One wrong answer; `image` is a data URI, or None where the run does not hold the image."""
+    """One wrong answer; `image` is a data URI, or None if the run does not hold the image."""
 
     prediction: Prediction
     image: str | None
@@ -41,8 +41,8 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Class:
-    """One class of error with its first examples, out of `total` in the predictions shown."""
+class ErrorClass:
+    """One class of error with some examples, out of `total` wrong answers."""
 
     name: str
     meaning: str
@@ -52,14 +52,14 @@ class Class:
 
 @dataclass(frozen=True)
 class Counts:
-    """Wrong answers by class, mean over seeds, one line a row; None where a row has no classes."""
+    """Wrong answers by class for each row, mean over seeds; None for a row without classes."""
 
     classes: list[str]
     lines: list[tuple[Row, list[str] | None]]
 
 
 def counts(run: Run, results: Results) -> Counts:
-    """Count from the metrics, and from the predictions where the metrics have no classes."""
+    """Count wrong answers from the metrics or, where they have no classes, from the predictions."""
     per_row = {row.key: _per_seed(run, row) for row in results.rows}
     names = list(MEANINGS)
     found = {name for seeds in per_row.values() for each in seeds for name in each}
@@ -86,21 +86,21 @@ def _per_seed(run: Run, row: Row) -> Sequence[Mapping[str, int]]:
     ]
 
 
-def examples(run: Run, predictions: Iterable[Prediction]) -> list[Class]:
-    """Group wrong answers by class, the most frequent first, and lay the first of each out."""
+def examples(run: Run, predictions: Iterable[Prediction]) -> list[ErrorClass]:
+    """Group wrong answers by class, the most frequent first, and choose examples of each."""
     grouped: dict[str, list[Prediction]] = {}
     for each in predictions:
         if not each.correct:
             grouped.setdefault(each.error or UNSORTED, []).append(each)
     classes = []
     for name, members in sorted(grouped.items(), key=lambda item: -len(item[1])):
-        shown = [_example(run, each) for each in _varied(members)]
-        classes.append(Class(name, MEANINGS.get(name, ""), len(members), shown))
+        shown = [_example(run, each) for each in _diverse(members)]
+        classes.append(ErrorClass(name, MEANINGS.get(name, ""), len(members), shown))
     return classes
 
 
-def _varied(members: list[Prediction]) -> list[Prediction]:
-    """The first of each category before the second of any: examples should not be all alike."""
+def _diverse(members: list[Prediction]) -> list[Prediction]:
+    """Choose examples of different categories, where there are any."""
     seen: Counter[str] = Counter()
     ranked = []
     for place, each in enumerate(members):
@@ -119,7 +119,7 @@ def _example(run: Run, each: Prediction) -> Example:
 
 
 def differences(gold: str, written: str) -> list[Piece]:
-    """`written` in pieces; those that a shortest word-by-word edit of `gold` puts in are marked."""
+    """Split `written` into pieces, and mark those that differ word by word from `gold`."""
     a, b = gold.split(), written.split()
     matcher = difflib.SequenceMatcher(a=a, b=b, autojunk=False)
     return [

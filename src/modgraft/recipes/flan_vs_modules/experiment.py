@@ -1,4 +1,4 @@
-"""What the arms of ``flan_vs_modules`` share: one seed's examples, its T5, training and scoring."""
+"""What all arms of ``flan_vs_modules`` share: data, pretrained T5, training and scoring."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +19,21 @@ from modgraft.data.families import Example, Split, plain_texts, split
 from modgraft.data.pairs import Denoising, Pairs, collate
 from modgraft.data.tokenizer import load_tokenizer, save_tokenizer, train_pieces
 from modgraft.models.t5 import copy_init, small_t5
-
-if TYPE_CHECKING:
-    from modgraft.recipes.flan_vs_modules.recipe import Settings
+from modgraft.recipes.flan_vs_modules.settings import Settings
 
 SENTINELS = 8
-
-
 Rows = Pairs | Denoising
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A trained net and what it cost.
+    """One arm of the comparison: a trained model and the cost of its training.
 
     Attributes:
-        host: the net.
-        trained: how many parameters learned.
-        steps, seconds: of training.
-        modules: the composition in which it is asked: one, or one for each family.
+        host: The model.
+        trained: The number of parameters that were trained.
+        steps, seconds: The length of the training.
+        modules: The composition to test: one for all families, or one for each.
     """
 
     host: mg.Host
@@ -49,20 +44,20 @@ class Arm:
 
     @property
     def cost(self) -> dict[str, float]:
-        """Parameters in thousands, steps and seconds."""
+        """The trained parameters in thousands, the steps and the seconds."""
         return {"trained": self.trained / 1e3, "steps": self.steps, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)
-class Lab:
-    """One seed: families divided, a tokenizer, a pretrained T5; all kept in ``folder``.
+class Experiment:
+    """The data, the tokenizer and the pretrained T5 of one seed, all saved in ``folder``.
 
     Attributes:
-        folder: of the seed.
-        settings: of the run.
-        seed: decides the division, the start of every net, and the order of all training.
-        families: those that are trained.
-        new: the family that comes later.
+        folder: The seed's folder.
+        settings: The run's settings.
+        seed: Decides the splits, the initial weights and the order of the training examples.
+        families: The families that are trained first.
+        new: The family that is added later.
     """
 
     folder: Path
@@ -73,20 +68,20 @@ class Lab:
 
     @cached_property
     def splits(self) -> dict[str, Split]:
-        """Each family's examples; the new one's as well."""
+        """The examples of every family, the new one included."""
         s = self.settings
         sizes = {"train": s.train, "val": s.val, "test": s.test}
         return {f: split(f, **sizes, seed=self.seed) for f in (*self.families, self.new)}
 
     @cached_property
     def unlabelled(self) -> list[str]:
-        """What T5 is pretrained on: docstrings, and inputs of the families that are trained."""
+        """The texts of pretraining: docstrings, and inputs of the families trained first."""
         inputs = [e.text for f in self.families for e in self.splits[f].train]
         return plain_texts(self.seed) + inputs
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Trained on the unlabelled texts and the targets of the families that are trained."""
+        """The tokenizer, trained on the pretraining texts and the targets of the same families."""
         if not (self.folder / "tokenizer.json").is_file():
             targets = [e.target for f in self.families for e in self.splits[f].train]
             made = train_pieces(
@@ -97,7 +92,7 @@ class Lab:
 
     @cached_property
     def pretrained(self) -> T5ForConditionalGeneration:
-        """The T5 that every arm begins with."""
+        """The pretrained T5 that every arm starts from."""
         s = self.settings
         model = small_t5(
             len(self.tokenizer), d_model=s.d_model, d_ff=s.d_ff, heads=s.heads, layers=s.layers,
@@ -111,21 +106,21 @@ class Lab:
         return model.eval()
 
     def host(self) -> mg.Host:
-        """A host of a copy of the pretrained T5."""
+        """Return a host around a copy of the pretrained T5."""
         return mg.Host(copy.deepcopy(self.pretrained))
 
     def rows(self, examples: Sequence[Example]) -> Pairs:
-        """Examples, tokenised."""
+        """Tokenise examples."""
         return Pairs([e.text for e in examples], [e.target for e in examples], self.tokenizer)
 
     def train(self, *families: str) -> Pairs:
-        """The training examples of families, tokenised."""
+        """Return the tokenised training examples of some families."""
         return self.rows([e for f in families for e in self.splits[f].train])
 
     def fit(
         self, host: mg.Host, key: str, rows: Rows, *, train: str, steps: int, lr: float
     ) -> float:
-        """Train on ``rows``; what it can be resumed from is kept under ``key``. Returns seconds."""
+        """Train on ``rows``, resumably in the folder ``key``; return the seconds it took."""
         history = host.fit(
             batches(rows, self.settings.batch), train=train, steps=steps, lr=lr, warmup=0.05,
             betas=(0.9, 0.98), seed=self.seed, folder=self.folder / key, save_every=steps,
@@ -134,11 +129,11 @@ class Lab:
         return history.seconds
 
     @torch.no_grad()
-    def right(self, arm: Arm, family: str, part: str = "test") -> float:
-        """The share of a part's examples whose target the arm writes, in percent.
+    def accuracy(self, arm: Arm, family: str, part: str = "test") -> float:
+        """Return the percentage of a split's examples whose exact target the arm writes.
 
-        It decodes greedily and freely. White space and capitals do not count: the tokenizer keeps
-        neither.
+        Decoding is greedy and free-running. White space and capitals do not count, because the
+        tokenizer drops them.
         """
         chosen = arm.modules[family] if isinstance(arm.modules, Mapping) else arm.modules
         rows, right = self.rows(getattr(self.splits[family], part)), 0
@@ -152,17 +147,17 @@ class Lab:
                 do_sample=False,
                 num_beams=1,
             )
-            right += sum(map(self._same, written, labels))
+            right += sum(map(self._writes, written, labels))
         return 100 * right / len(rows)
 
-    def _same(self, written: Tensor, labels: Tensor) -> bool:
+    def _writes(self, written: Tensor, labels: Tensor) -> bool:
         end = self.tokenizer.eos_token_id
-        tokens = written[1:].tolist()  # behind the start
+        tokens = written[1:].tolist()  # without the start token
         return end in tokens and tokens[: tokens.index(end) + 1] == labels[labels >= 0].tolist()
 
 
 def batches(rows: Rows, size: int) -> DataLoader:
-    """Batches of examples of like length, in random order."""
+    """Return batches of examples of similar length, in random order."""
     lengths = [len(rows[i].input) for i in range(len(rows))]  # type: ignore[arg-type]
     return DataLoader(
         rows, batch_sampler=SortedBatches(lengths, size, pool=8), collate_fn=collate
@@ -170,5 +165,5 @@ def batches(rows: Rows, size: int) -> DataLoader:
 
 
 def size(model: nn.Module) -> int:
-    """How many parameters a model has."""
+    """Return the number of a model's parameters."""
     return sum(p.numel() for p in model.parameters())

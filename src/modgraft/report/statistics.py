@@ -1,4 +1,4 @@
-"""From metrics per seed to a table's figures: mean, spread, chance, what may be called best."""
+"""Summarise metrics over seeds: mean, spread, chance, and which rows are best."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from modgraft.report.run import Metrics, Prediction, Results, Row, Run
+from modgraft.report.run import Metrics, Prediction, Row, Run
 
 Read = Callable[[Metrics], float | None]
 
 LEVEL = 0.05
-"""Two rows are told apart where Welch's test over their seeds has a p below this."""
+"""Two rows differ if Welch's test over their seeds gives a p below this."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Figure:
 
     @property
     def spread(self) -> float | None:
-        """Sample standard deviation over seeds; None of a single seed, which has none."""
+        """The sample standard deviation over seeds; None for a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def __str__(self) -> str:
@@ -39,14 +39,14 @@ class Figure:
 
 
 def figure(row: Row, read: Read) -> Figure | None:
-    """One metric of a row over the seeds that have it; None where none has."""
+    """Collect one metric of a row over the seeds that have it; None if no seed has it."""
     found = (read(metrics) for _, metrics in sorted(row.seeds.items()))
     values = tuple(float(value) for value in found if value is not None)
     return Figure(values) if values else None
 
 
 def apart(a: Figure, b: Figure) -> bool:
-    """Whether the seeds tell two figures apart (Welch's t-test, two-sided, `LEVEL`)."""
+    """Whether two figures differ significantly (Welch's t-test, two-sided, `LEVEL`)."""
     if a.spread is None or b.spread is None:
         return False
     if a.spread == b.spread == 0:
@@ -58,10 +58,10 @@ def apart(a: Figure, b: Figure) -> bool:
 
 
 def best(rows: Iterable[Row], read: Read) -> set[str]:
-    """Keys of the rows that share first place: the highest mean, and all that it is not apart from.
+    """Return the keys of the best rows: the highest mean, and all that do not differ from it.
 
-    Controls and leaks do not compete. Of single seeds nothing can be said, so nothing is best; nor
-    is a field in which every row shares first place.
+    Controls and leaks do not compete. No row is best if a row has a single seed, or if all rows
+    would share first place.
     """
     field = {
         row.key: found
@@ -77,7 +77,7 @@ def best(rows: Iterable[Row], read: Read) -> set[str]:
 
 @dataclass(frozen=True)
 class Chance:
-    """What guessing one of the options gives, in percent, and over how many questions."""
+    """The accuracy of guessing an option, in percent, and the number of questions."""
 
     all: float
     n: int
@@ -87,7 +87,7 @@ class Chance:
 
     @classmethod
     def of(cls, predictions: list[Prediction]) -> Chance | None:
-        """The expectation of a uniform guess over these questions' own options."""
+        """Compute the expected accuracy of a uniform guess among each question's options."""
         if not predictions:
             return None
 
@@ -107,39 +107,14 @@ class Chance:
         )
 
     def sampling_error(self) -> float:
-        """The largest standard error, in points, that this many image questions leave (at 50 %)."""
+        """The standard error in points of an accuracy of 50 % over this many image questions."""
         return 50 / math.sqrt(self.n_image or self.n)
 
 
 def chance_of(run: Run) -> Chance | None:
-    """Chance over the questions of the run, from the first row that has predictions."""
+    """Compute chance over the questions of the run, from the first row that has predictions."""
     for seeds in run.predictions.values():
         for _, predictions in sorted(seeds.items()):
             if predictions:
                 return Chance.of(predictions)
     return None
-
-
-def first_row(results: Results) -> Row | None:
-    """The row that the run is about: the first of group "main" that was run."""
-    return next((row for row in results.rows if row.group == "main" and row.seeds), None)
-
-
-def count(number: float | None) -> str:
-    """A number of parameters for reading: 1.04 M, 37 k, 512."""
-    if number is None:
-        return "–"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            value = number / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-    return f"{number:.0f}"
-
-
-def seconds(number: float | None) -> str:
-    """A duration for reading: 48 s, 8.6 min, 2.1 h."""
-    if number is None:
-        return "–"
-    if number < 90:
-        return f"{number:.0f} s"
-    return f"{number / 60:.1f} min" if number < 5400 else f"{number / 3600:.1f} h"

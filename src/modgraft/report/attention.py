@@ -1,4 +1,4 @@
-"""What the fusion looked at: an image, attention over its patches, the gate of each token."""
+"""Show what the fusion attended to: each token's attention over image patches, and its gate."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from modgraft.report.figures import LIGHT, Picture, Scheme, draw, short
 from modgraft.report.run import Gate, grid_of
 
 TINT = np.array([217, 108, 0], dtype=np.float64)
-"""The colour of attention, RGB: it multiplies the paper, so ink stays visible under it."""
+"""The colour of attention, RGB; it multiplies the image, so that ink stays visible."""
 
 SPECIAL = {"<pad>", "</s>", "<s>", "<unk>", "<bos>", "<eos>", "[PAD]", "[CLS]", "[SEP]", "[UNK]"}
 PADS = {"<pad>", "[PAD]"}
 ENLARGE = 12
 CHOSEN = 4
 LOWEST, HIGHEST = 0.06, 0.9
-"""Strength of the tint of the weakest and the strongest token in the strip of gates."""
+"""How strongly the page tints the tokens with the smallest and the largest gate."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token as the page shows it; `strength` is its tint, `spaced` says a blank precedes it."""
+    """A token on the page; `strength` is its tint, `spaced` whether a blank precedes it."""
 
     text: str
     gate: float
@@ -37,8 +37,8 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Look:
-    """One token's attention over the patches, as an image."""
+class AttentionImage:
+    """One token's attention over the patches, as an image; `peak` is its largest value."""
 
     token: Token
     image: str
@@ -46,13 +46,13 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question with all that is shown of it; `picture` is the same on one sheet."""
+class QuestionView:
+    """All that the page shows of one question; `picture` has the same in a single figure."""
 
     seed: int
     gate: Gate
     strip: str
-    looks: list[Look]
+    images: list[AttentionImage]
     tokens: list[Token]
     peak: float
     even: float
@@ -62,41 +62,41 @@ class Question:
 
 
 def data_uri(png: bytes) -> str:
-    """PNG bytes as a URI that needs no request."""
+    """Return PNG bytes as a data URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def enlarged(image: Sequence[Sequence[float]] | np.ndarray) -> str:
-    """Grey values [h][w] in 0..1 (1 is ink), or RGB [h, w, 3] bytes, as a PNG of sharp squares."""
+    """Return ink [h][w] in 0..1, or RGB [h, w, 3] in 0..255, as the data URI of a large PNG."""
     pixels = np.asarray(image)
     if pixels.ndim == 2:
-        pixels = _paper(pixels)[..., 0]
+        pixels = _ink_to_grey(pixels)[..., 0]
     out = io.BytesIO()
     large = np.kron(pixels, np.ones((ENLARGE, ENLARGE, 1)[: pixels.ndim]))
     Image.fromarray(large.astype(np.uint8)).save(out, format="png", optimize=True)
     return data_uri(out.getvalue())
 
 
-def _paper(ink: np.ndarray) -> np.ndarray:
-    """Ink [h, w] in 0..1 -> grey on white, [h, w, 3] in 0..255."""
+def _ink_to_grey(ink: np.ndarray) -> np.ndarray:
+    """Convert ink [h, w] in 0..1 to grey on white, [h, w, 3] in 0..255."""
     return np.repeat(255 * (1 - np.clip(ink, 0, 1))[..., None], 3, axis=-1)
 
 
 def overlay(gate: Gate, token: int, peak: float) -> np.ndarray:
-    """The image [h, w, 3] in 0..255, tinted by one token's attention; `peak` is the full tint."""
+    """Return the image [h, w, 3] in 0..255, tinted by one token's attention; `peak` tints fully."""
     ink = np.asarray(gate.image, dtype=np.float64)  # [h, w]
     height, width = ink.shape
     rows, columns = grid_of(len(gate.attention[token]), height, width, gate.grid)
     heat = np.asarray(gate.attention[token]).reshape(rows, columns)
-    # Each pixel takes the value of the patch it lies in: a patch is the finest that is known.
+    # Each pixel takes the value of its patch.
     y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
     strength = (heat / peak if peak > 0 else heat)[np.ix_(y, x)][..., None]  # [h, w, 1]
-    return _paper(ink) * (1 - strength * (1 - TINT / 255))
+    return _ink_to_grey(ink) * (1 - strength * (1 - TINT / 255))
 
 
-def question(seed: int, gate: Gate) -> Question:
-    """Lay one question out: the tokens whose gates open widest, and where they looked."""
-    plain = [_plain(token) for token in gate.tokens]
+def view(seed: int, gate: Gate) -> QuestionView:
+    """Prepare one question for the page: tokens with the largest gates, and their attention."""
+    plain = [_readable(token) for token in gate.tokens]
     chosen = _choose(gate, [text for text, _ in plain])
     peak = max((max(gate.attention[i]) for i in chosen), default=0.0)
     shown = [i for i, text in enumerate(gate.tokens) if text not in PADS]
@@ -111,24 +111,25 @@ def question(seed: int, gate: Gate) -> Question:
         strength = LOWEST + (HIGHEST - LOWEST) * share
         return Token(text, gate.gate[i], strength, spaced or not marked, i in chosen)
 
-    looks = [
-        Look(token(i), enlarged(overlay(gate, i, peak)), max(gate.attention[i])) for i in chosen
+    images = [
+        AttentionImage(token(i), enlarged(overlay(gate, i, peak)), max(gate.attention[i]))
+        for i in chosen
     ]
-    return Question(
-        seed, gate, enlarged(gate.image), looks, [token(i) for i in shown], peak,
-        1 / len(gate.attention[0]), lowest, highest, _sheet(gate, chosen, plain, peak),
+    return QuestionView(
+        seed, gate, enlarged(gate.image), images, [token(i) for i in shown], peak,
+        1 / len(gate.attention[0]), lowest, highest, _draw_sheet(gate, chosen, plain, peak),
     )  # fmt: skip
 
 
-def _plain(token: str) -> tuple[str, bool]:
-    """A token's text, and whether a blank precedes it (SentencePiece and byte-level marks)."""
+def _readable(token: str) -> tuple[str, bool]:
+    """Return a token's text, and whether a blank precedes it, without the tokenizer's marks."""
     spaced = token.startswith(("▁", "Ġ"))
     text = token.lstrip("▁Ġ").replace("\n", "⏎").replace("Ċ", "⏎")
     return text or "␣", spaced
 
 
 def _choose(gate: Gate, texts: Sequence[str]) -> list[int]:
-    """The `CHOSEN` tokens of different text with the largest gates, in reading order."""
+    """Choose the `CHOSEN` different tokens with the largest gates, in reading order."""
     chosen: dict[str, int] = {}
     for i in sorted(range(len(texts)), key=lambda i: -gate.gate[i]):
         if gate.tokens[i] not in SPECIAL and texts[i] not in chosen and len(chosen) < CHOSEN:
@@ -136,10 +137,10 @@ def _choose(gate: Gate, texts: Sequence[str]) -> list[int]:
     return sorted(chosen.values())
 
 
-def _sheet(
+def _draw_sheet(
     gate: Gate, chosen: Sequence[int], plain: Sequence[tuple[str, bool]], peak: float
 ) -> Picture:
-    images = [("the image", _paper(np.asarray(gate.image, dtype=np.float64)))]
+    images = [("the image", _ink_to_grey(np.asarray(gate.image, dtype=np.float64)))]
     images += [
         (f"“{short(plain[i][0], 12)}”, gate {gate.gate[i]:.2f}", overlay(gate, i, peak))
         for i in chosen
