@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation._borrow import Owner, borrow
-from modgraft.computation.base import Computation
-from modgraft.computation.wrapping import Wrapping
+from modgraft.computation.base import Computation, Wrapper
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site
 
@@ -72,7 +71,7 @@ class Generated:
 
 
 @final
-class HyperNetwork(Wrapping):
+class HyperNetwork(Wrapper):
     """φ_s = h([t; s]), the tensors of any module at site s for task t; as its module at birth.
 
     A task embedding t ``[e]`` and a site embedding s ``[e]``, both learned, generate each tensor of
@@ -117,7 +116,7 @@ class HyperNetwork(Wrapping):
                 f"HyperNetwork(embedding={self.embedding}, hidden={self.hidden}): both are at "
                 f"least 1, or hidden=None"
             )
-        if isinstance(self.module, Wrapping):
+        if isinstance(self.module, Wrapper):
             raise ModgraftError(
                 f"HyperNetwork({self.module!r}, …): one generator serves all sites already; write "
                 f"HyperNetwork({self.module.inner!r}, tasks={self.tasks!r})"

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import final
 
 from modgraft.computation._borrow import Owner, borrow
-from modgraft.computation.base import Computation
-from modgraft.computation.wrapping import Wrapping
+from modgraft.computation.base import Computation, Wrapper
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site, matches
 
@@ -15,7 +14,7 @@ Shapes = dict[str, list[int]]  # of a site's tensors, by name
 
 
 @final
-class Shared(Wrapping):
+class Shared(Wrapper):
     """f'_s(x) = f_s(x; φ_g), one φ_g for all sites s of a group g; as its module at birth.
 
     Hard parameter sharing (Ruder 2017, arXiv:1706.05098) over the sites of any other module; the
