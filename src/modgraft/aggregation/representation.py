@@ -19,10 +19,10 @@ class Average(Aggregation):
     """
 
     @property
-    def adds(self) -> bool:  # noqa: D102
+    def adds(self) -> bool:
         return True
 
-    def forward(self, member: Member, weights: list[Tensor], y: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, member: Member, weights: list[Tensor], y: Tensor) -> Tensor:
         total = y
         for j, weight in enumerate(weights):
             total = member(j, y, total, weight)
@@ -37,7 +37,7 @@ class Sequential(Aggregation):
     order of the mixture.
     """
 
-    def forward(self, member: Member, weights: list[Tensor], y: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, member: Member, weights: list[Tensor], y: Tensor) -> Tensor:
         for j, weight in enumerate(weights):
             y = member(j, y, y, weight)
         return y
@@ -59,10 +59,10 @@ class Fuse(Aggregation):
     value: bool = True
 
     @property
-    def routed(self) -> bool:  # noqa: D102
+    def routed(self) -> bool:
         return False
 
-    def build(self, count: int, width: int) -> None:  # noqa: D102
+    def build(self, count: int, width: int) -> None:
         self.Q, self.K = nn.Linear(width, width), nn.Linear(width, width)
         if self.value:
             self.V = nn.Linear(width, width, bias=False)
@@ -74,7 +74,7 @@ class Fuse(Aggregation):
         scores = torch.einsum("...d,...nd->...n", self.Q(y), self.K(results))
         return scores.softmax(-1)
 
-    def forward(self, member: Member, weights: list[Tensor], y: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, member: Member, weights: list[Tensor], y: Tensor) -> Tensor:
         results = torch.stack([member(j, y, y, 1.0) for j in range(self.count)], dim=-2)
         a = self.attention(y, results)
         values = self.V(results) if self.value else results

@@ -63,10 +63,10 @@ class Adapter(FunctionComposition):
     def __post_init__(self) -> None:
         check_options("Adapter", self.reduction, self.width, self.nonlinearity, self.scale)
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         self.down, self.up = _maps(self, site)
 
-    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:  # noqa: D102
+    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
         check_output("Adapter", y, self.down.in_features)
         hidden = NONLINEARITIES[self.nonlinearity](self.down(y))  # [B, …, d] → [B, …, m]
         return y + self.scale * self.up(hidden)
@@ -104,11 +104,11 @@ class ParallelAdapter(FunctionComposition):
     def __post_init__(self) -> None:
         check_options("ParallelAdapter", self.reduction, self.width, self.nonlinearity, self.scale)
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         check_parallel("ParallelAdapter", site)
         self.down, self.up = _maps(self, site)
 
-    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:  # noqa: D102
+    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
         check_output("ParallelAdapter", y, self.down.in_features)
         x = check_input("ParallelAdapter", y, x)
         hidden = NONLINEARITIES[self.nonlinearity](self.down(x))  # [B, …, d] → [B, …, m]

@@ -73,11 +73,11 @@ class Attempt(TokenComposition):
         return SoftPrompt(length=self.length, init=self.init, at_start=self.at_start)
 
     @property
-    def side_source(self) -> str:  # noqa: D102
+    def side_source(self) -> str:
         return EXAMPLE
 
     @property
-    def members(self) -> tuple[str, ...]:  # noqa: D102
+    def members(self) -> tuple[str, ...]:
         return tuple(self.over)
 
     def check(self, members: Sequence[tuple[str, Computation]]) -> None:
@@ -110,7 +110,7 @@ class Attempt(TokenComposition):
             )
         self._members = tuple(members.values())  # in a tuple: they are the host's own, not children
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         width = token_width(site.module)
         target = self._fresh()
         target.build(site)
@@ -145,11 +145,11 @@ class Attempt(TokenComposition):
         heat = self.temperature or math.e * keys.shape[-1]
         return (query @ keys.T / heat).softmax(-1)
 
-    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         assert side is not None  # noqa: S101
         a = self.attention(side)
         mixed = self.phi + torch.einsum("bn,nkd->bkd", a, self.prompts())  # [B, length, d]
         return mixed, mixed.new_ones(mixed.shape[:2], dtype=torch.bool)
 
-    def after(self, first: int) -> int:  # noqa: D102
+    def after(self, first: int) -> int:
         return 0 if self.at_start else first

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modgraft.computation._borrow import Owner, borrow
 from modgraft.computation._bottleneck import (
     NONLINEARITIES,
     bottleneck,
     check_options,
     check_output,
 )
+from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.adapter import Nonlinearity
 from modgraft.computation.base import Computation, FunctionComposition
 from modgraft.core.context import Side
@@ -62,7 +62,7 @@ class Compacter(FunctionComposition):
             if getattr(self, key) < 1:
                 raise ModgraftError(f"Compacter({key}={getattr(self, key)}): {key} is at least 1")
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         n, r = self.n, self.rank
         d, m = bottleneck("Compacter", site, self.reduction, self.width)
         if d % n or m % n:
@@ -97,13 +97,13 @@ class Compacter(FunctionComposition):
     def share_with(self, first: Computation) -> None:
         """Use the A of the first site."""
         if self.shared:
-            borrow(self, ["A"], Owner(first))
+            redirect(self, ["A"], ModuleTensors(first))
 
     def _rules(self) -> tuple[Tensor, Tensor]:
         """The A ``[n, n, n]`` of W_d and of W_u."""
         return (self.A, self.A) if self.shared else (self.A_down, self.A_up)
 
-    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:  # noqa: D102
+    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
         check_output("Compacter", y, self.b_up.numel())
         A_down, A_up = self._rules()
         down = _kronecker_sum(A_down, self.S_down, self.T_down)  # [m, d]

@@ -54,7 +54,7 @@ class ConvAdapter(FunctionComposition):
                 f"use kernel={max(1, self.kernel - 1)} or kernel={max(1, self.kernel + 1)}"
             )
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         image = self.over == "map"
         kind = type(site.module).__name__
         if isinstance(site.module, nn.Conv1d | nn.Conv3d):
@@ -92,10 +92,10 @@ class ConvAdapter(FunctionComposition):
         self.F = nn.Parameter(torch.zeros(d, 1 if self.depthwise else d, *[self.kernel] * axes))
 
     @property
-    def by_token(self) -> bool:  # noqa: D102
+    def by_token(self) -> bool:
         return False
 
-    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:  # noqa: D102
+    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
         image, d = self.over == "map", self.F.shape[0]
         if y.dim() != (4 if image else 3) or y.shape[1 if image else 2] != d:
             wanted = f"[B, {d}, H, W]" if image else f"[B, n, {d}]"

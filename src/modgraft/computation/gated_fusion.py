@@ -60,10 +60,10 @@ class GatedFusion(FunctionComposition):
             raise ModgraftError(f"GatedFusion(dim={self.dim}): the features have a positive width")
 
     @property
-    def side_source(self) -> str:  # noqa: D102
+    def side_source(self) -> str:
         return self.source
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         if site.channels_first:
             raise ModgraftError(
                 f"GatedFusion at {site.label}: it attends from each of the tokens [B, n, d], and a "
@@ -101,7 +101,7 @@ class GatedFusion(FunctionComposition):
             gate = torch.sigmoid(self.W_l(h) + self.W_v(attended))
         return Maps(attention, attended, gate)
 
-    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:  # noqa: D102
+    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
         if side is None:
             raise ModgraftError(f"a fusion needs the side input {self.source!r}")
         if y.dim() != 3:

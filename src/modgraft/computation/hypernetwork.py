@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from modgraft.computation._borrow import Owner, borrow
+from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.base import Computation, Wrapper
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site
@@ -122,10 +122,10 @@ class HyperNetwork(Wrapper):
                 f"HyperNetwork({self.module.inner!r}, tasks={self.tasks!r})"
             )
 
-    def task_names(self, name: str) -> list[str]:  # noqa: D102
+    def task_names(self, name: str) -> list[str]:
         return [f"{name}[{task!r}]" for task in self.tasks]
 
-    def per_task(self) -> list[Computation]:  # noqa: D102
+    def per_task(self) -> list[Computation]:
         return list(self.views)  # type: ignore[arg-type]
 
     def and_task(self, task: str) -> HyperNetwork:
@@ -161,12 +161,12 @@ class HyperNetwork(Wrapper):
         """Let ``view`` act here for the next task, with tensors that ``generator`` makes."""
         views: Any = self.views
         if len(views):  # what is not generated is one for all tasks
-            borrow(view, [key for key, _ in view.named_buffers()], Owner(views[0]))
+            redirect(view, [key for key, _ in view.named_buffers()], ModuleTensors(views[0]))
         shapes = {key: tensor.shape for key, tensor in view.named_parameters()}
-        borrow(view, shapes, Generated(generator, self, len(views), shapes))
+        redirect(view, shapes, Generated(generator, self, len(views), shapes))
         views.append(view)
 
-    def build_all(self, sites: Sequence[Site]) -> list[Computation]:  # noqa: D102
+    def build_all(self, sites: Sequence[Site]) -> list[Computation]:
         built = self.module.build_all(sites)
         start: dict[str, Tensor] = {}
         for view in built:

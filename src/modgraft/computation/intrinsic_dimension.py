@@ -48,7 +48,7 @@ class IntrinsicDimension(ParameterComposition):
                 f"least 0"
             )
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         shape = weight_matrix(site.module, site.part, site.parameter).shape
         if self.dim > shape.numel():
             raise ModgraftError(
@@ -66,7 +66,7 @@ class IntrinsicDimension(ParameterComposition):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("gauss", gauss, persistent=False)
 
-    def delta(self, weight: Tensor) -> Tensor:  # noqa: D102
+    def delta(self, weight: Tensor) -> Tensor:
         padded = nn.functional.pad(self.phi, (0, self._width - self.dim))  # [L]
         mixed = hadamard(self.get_buffer("signs") * padded)  # [blocks, L]
         mixed = mixed.flatten()[self.get_buffer("order")]  # [blocks, L]: Π within each block

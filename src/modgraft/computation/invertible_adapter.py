@@ -7,8 +7,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from modgraft.computation._borrow import Owner, borrow
 from modgraft.computation._bottleneck import NONLINEARITIES, check_options, check_output
+from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.adapter import Nonlinearity
 from modgraft.computation.base import Computation, FunctionComposition
 from modgraft.core.context import Side
@@ -45,7 +45,7 @@ class InvertibleAdapter(FunctionComposition):
     def __post_init__(self) -> None:
         check_options("InvertibleAdapter", self.reduction, None, self.nonlinearity, 1.0)
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         d = site.width
         if site.channels_first or d % 2:
             what = "a map [B, C, …]" if site.channels_first else f"{d} wide, which is odd"
@@ -73,13 +73,13 @@ class InvertibleAdapter(FunctionComposition):
                 f"InvertibleAdapter: {first._label} is {first._width} wide and {self._label} "
                 f"{self._width}, and the one is to undo the other; implant it at sites of one width"
             )
-        borrow(self, [key for key, _ in self.named_parameters()], Owner(first))
+        redirect(self, [key for key, _ in self.named_parameters()], ModuleTensors(first))
 
     def _mix(self, down: nn.Linear, up: nn.Linear, v: Tensor) -> Tensor:
         """U σ(D v): [B, …, d/2] → [B, …, d/2r] → [B, …, d/2]."""
         return up(NONLINEARITIES[self.nonlinearity](down(v)))
 
-    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:  # noqa: D102
+    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
         check_output("InvertibleAdapter", y, self._width)
         one, two = y.chunk(2, dim=-1)  # [B, …, d] → two of [B, …, d/2]
         if self._inverse:

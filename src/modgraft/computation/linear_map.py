@@ -42,14 +42,14 @@ class LinearMap(TokenComposition):
             )
 
     @property
-    def side_source(self) -> str:  # noqa: D102
+    def side_source(self) -> str:
         return self.source
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         self.width = token_width(site.module)
         self.map = nn.Linear(self.dim, self.tokens_each * self.width)
 
-    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         if side is None:
             raise ModgraftError(f"a linear map needs the side input {self.source!r}")
         if side.tensor.shape[-1] != self.dim:

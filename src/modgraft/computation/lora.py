@@ -71,7 +71,7 @@ class LoRA(ParameterComposition):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
         if self.rank > min(rows, columns):
             raise ModgraftError(
@@ -100,7 +100,7 @@ class LoRA(ParameterComposition):
                 )
             self.b = nn.Parameter(torch.zeros(vector.shape))
 
-    def delta(self, weight: Tensor) -> Tensor:  # noqa: D102
+    def delta(self, weight: Tensor) -> Tensor:
         low_rank = self.scale * (self.B @ self.A)
         if not self.dora:
             return low_rank
@@ -114,18 +114,18 @@ class LoRA(ParameterComposition):
         # of the same layout always, so that equal weights have equal norms to the last bit
         return weight.detach().contiguous().norm(dim=self._summed, keepdim=True)
 
-    def bias_delta(self, bias: Tensor | None) -> Tensor | None:  # noqa: D102
+    def bias_delta(self, bias: Tensor | None) -> Tensor | None:
         return self.b if self.bias else None
 
     @property
-    def is_weight_change(self) -> bool:  # noqa: D102
+    def is_weight_change(self) -> bool:
         return not (self.dropout and self.training)
 
-    def factors(self) -> tuple[Tensor, Tensor, float] | None:  # noqa: D102
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
         return None if self.dora else (self.B, self.A, self.scale)
 
     @property
-    def can_batch(self) -> bool:  # noqa: D102
+    def can_batch(self) -> bool:
         return not self.dora and not (self.dropout and self.training)
 
     def effect(

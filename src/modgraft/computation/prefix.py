@@ -7,8 +7,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from modgraft.computation._borrow import Owner, borrow
 from modgraft.computation._heads import key_value_shape
+from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.base import Computation, KeyValueComposition
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
@@ -52,7 +52,7 @@ class Prefix(KeyValueComposition):
                 f"1; for a prefix without one leave it out, Prefix(length={self.length})"
             )
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         self.heads, self.width = key_value_shape("Prefix", site)
         if self.reparametrise is None:
             self.keys = nn.Parameter(torch.empty(self.length, self.heads, self.width))
@@ -67,7 +67,7 @@ class Prefix(KeyValueComposition):
     def share_with(self, first: Computation) -> None:
         """Use the embedding and the first layer of the first site's MLP."""
         if self.reparametrise is not None:
-            borrow(self, ["embedding", "hidden.weight", "hidden.bias"], Owner(first))
+            redirect(self, ["embedding", "hidden.weight", "hidden.bias"], ModuleTensors(first))
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """P_k and P_v as they are now, each ``[k, heads, d]``."""
@@ -77,6 +77,6 @@ class Prefix(KeyValueComposition):
         keys, values = made.reshape(self.length, 2, self.heads, self.width).unbind(1)
         return keys, values
 
-    def keys_values(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def keys_values(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         keys, values = (t.transpose(0, 1).expand(batch, -1, -1, -1) for t in self.plain())
         return keys, values  # [B, heads, k, d]

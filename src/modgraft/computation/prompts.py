@@ -77,7 +77,7 @@ class SoftPrompt(TokenComposition):
                 f"one"
             )
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         host = site.module
         _check_start(self.at_start, host)
         width = token_width(host)
@@ -100,11 +100,11 @@ class SoftPrompt(TokenComposition):
         rows = [table(torch.tensor(group, device=device)).mean(0, keepdim=True) for group in groups]
         return torch.cat([*rows, table(drawn.to(device))]).clone()
 
-    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         seen = torch.ones(batch, self.length, dtype=torch.bool, device=self.phi.device)
         return self.phi.expand(batch, -1, -1), seen  # [length, d] → [B, length, d]
 
-    def after(self, first: int) -> int:  # noqa: D102
+    def after(self, first: int) -> int:
         return 0 if self.at_start else first
 
 
@@ -148,7 +148,7 @@ class Prompt(TokenComposition):
                 f"tokenizer=tokenizer), with the host's tokenizer, or Prompt(text, ids=(…))"
             )
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         host = site.module
         _check_start(self.at_start, host)
         _check_ids(self.ids, token_table(host).num_embeddings)
@@ -156,12 +156,12 @@ class Prompt(TokenComposition):
         self._host = (host,)  # in a tuple: the table is the host's, and may be another one later
         self.register_buffer("_ids", torch.tensor(self.ids), persistent=False)
 
-    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         ids = self.get_buffer("_ids").expand(batch, -1)  # [k] → [B, k]
         table = self._host[0].get_input_embeddings()  # type: ignore[operator]
         return table(ids), torch.ones_like(ids, dtype=torch.bool)  # [B, k, d], [B, k]
 
-    def after(self, first: int) -> int:  # noqa: D102
+    def after(self, first: int) -> int:
         return 0 if self.at_start else first
 
 

@@ -49,7 +49,7 @@ class Rescale(ParameterComposition):
         if self.where not in ("output", "input"):
             raise ModgraftError(f"Rescale(where={self.where!r}): 'output' or 'input'")
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         layer = site.module
         rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
         looked_up = isinstance(layer, nn.Embedding)
@@ -67,7 +67,7 @@ class Rescale(ParameterComposition):
         channels = columns // self._taps * self._groups if self._along_columns else rows
         self.phi = nn.Parameter(torch.ones(channels))
 
-    def delta(self, weight: Tensor) -> Tensor:  # noqa: D102
+    def delta(self, weight: Tensor) -> Tensor:
         change = self.phi - 1
         if not self._along_columns:
             return weight * change[:, None]
@@ -75,17 +75,17 @@ class Rescale(ParameterComposition):
         grouped = weight.unflatten(0, (self._groups, -1))  # [g, out/g, in/g · k…]
         return (grouped * columns[:, None]).flatten(0, 1)
 
-    def bias_delta(self, bias: Tensor | None) -> Tensor | None:  # noqa: D102
+    def bias_delta(self, bias: Tensor | None) -> Tensor | None:
         return None if bias is None or self.where == "input" else bias * (self.phi - 1)
 
-    def fused_forward(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:  # noqa: D102
+    def fused_forward(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.where == "input":
             return f((x * self.phi).to(x.dtype))
         y = f(x)
         return (y * self.phi).to(y.dtype)  # under autocast y is in half precision, φ is not
 
     @property
-    def can_batch(self) -> bool:  # noqa: D102
+    def can_batch(self) -> bool:
         return True
 
     def effect(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-from modgraft.computation._borrow import Owner, borrow
+from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.base import Computation, Wrapper
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site, matches
@@ -54,7 +54,7 @@ class Shared(Wrapper):
                 f"already; leave Shared out"
             )
 
-    def build_all(self, sites: Sequence[Site]) -> list[Computation]:  # noqa: D102
+    def build_all(self, sites: Sequence[Site]) -> list[Computation]:
         places = self.module.build_all(sites)
         shapes = [{k: list(t.shape) for k, t in place.state_dict().items()} for place in places]
         self._check_names(shapes)
@@ -63,7 +63,7 @@ class Shared(Wrapper):
                 if self._unequal(first, other, shapes):
                     raise self._refusal(sites, first, other, shapes)
                 own = [key for key in shapes[other] if key in self.only or not self.only]
-                borrow(places[other], own, Owner(places[first]))
+                redirect(places[other], own, ModuleTensors(places[first]))
         return places
 
     def _groups(self, sites: Sequence[Site]) -> list[list[int]]:

@@ -31,7 +31,7 @@ class SparseSubnetwork(ParameterComposition):
 
     identity: ClassVar[bool] = True
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         shape = weight_matrix(site.module, site.part, site.parameter).shape
         self.phi = nn.Parameter(torch.zeros(shape))
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
@@ -76,7 +76,7 @@ class Supermask(ParameterComposition):
     def __post_init__(self) -> None:
         _check_density(self, self.density)
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         self.scores = nn.Parameter(
             torch.empty(weight_matrix(site.module, site.part, site.parameter).shape)
         )
@@ -118,12 +118,12 @@ class SparseDelta(ParameterComposition):
     def __post_init__(self) -> None:
         _check_density(self, self.density)
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         self._shape = weight_matrix(site.module, site.part, site.parameter).shape
         self.values = nn.Parameter(torch.zeros(self._shape.numel()))
         self.register_buffer("indices", torch.zeros(0, dtype=torch.int32))
 
-    def delta(self, weight: Tensor) -> Tensor:  # noqa: D102
+    def delta(self, weight: Tensor) -> Tensor:
         indices = self.get_buffer("indices")
         if self.values.numel() != indices.numel():  # the first phase
             return self.values.view(self._shape)

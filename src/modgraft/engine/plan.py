@@ -16,7 +16,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from modgraft.computation._borrow import borrows
+from modgraft.computation._redirect import is_redirected
 from modgraft.computation.base import (
     Computation,
     InputComposition,
@@ -122,7 +122,7 @@ def make_plan(entries: Mapping[str, list[Entry]], composition: Expression) -> Pl
     modules = [module for module in used if isinstance(module, Computation)]
     keys_values = [module for module in modules if isinstance(module, KeyValueComposition)]
     mixed = any(isinstance(module, Routed) for module in used)
-    fixed = all(m.side_source is None and not borrows(m) for m in keys_values) and not mixed
+    fixed = all(m.side_source is None and not is_redirected(m) for m in keys_values) and not mixed
     watched = modules if isinstance(composition, Each) else []
     return Plan(
         composition,

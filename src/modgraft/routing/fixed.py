@@ -41,10 +41,10 @@ class Fixed(Router):
             )
 
     @property
-    def sparse(self) -> bool:  # noqa: D102
+    def sparse(self) -> bool:
         return True
 
-    def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
+    def build(self, names: tuple[str, ...], width: int) -> None:
         self.names = names
         among = self.among
         sets = [*among.values()] if isinstance(among, dict) else [names if among is None else among]
@@ -64,8 +64,8 @@ class Fixed(Router):
                 row[names.index(name)] = 1 / len(chosen)
         self.register_buffer("rows", rows, persistent=False)
 
-    def logits(self, query: Tensor) -> Tensor:  # noqa: D102
+    def logits(self, query: Tensor) -> Tensor:
         return self.get_buffer("rows")[query]
 
-    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:
         return Routing(logits, logits)

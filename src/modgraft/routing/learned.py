@@ -46,7 +46,7 @@ class Soft(Router):
         self.check()
         check_positive(self, temperature=self.temperature)
 
-    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:
         chances = (logits / self.temperature).softmax(-1)
         return Routing(chances, chances)
 
@@ -85,10 +85,10 @@ class Top1(Router):
             raise ModgraftError(f"Top1(epsilon={self.epsilon}): a chance in (0, 1]")
 
     @property
-    def sparse(self) -> bool:  # noqa: D102
+    def sparse(self) -> bool:
         return self.estimator != "gumbel" or super().sparse
 
-    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:
         chances = logits.softmax(-1)
         if not self.training:
             return Routing(one_hot_like(logits, logits.argmax(-1)), chances)
@@ -123,11 +123,11 @@ class TopK(Router):
         self.check()
         check_k(self, self.k)
 
-    def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
+    def build(self, names: tuple[str, ...], width: int) -> None:
         check_k(self, self.k, names)
         super().build(names, width)
 
-    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:
         chances = logits.softmax(-1)
         hard = one_hot_like(logits, logits.topk(self.k, dim=-1).indices) / self.k
         return Routing(straight_through(hard, chances), chances)
@@ -153,7 +153,7 @@ class Threshold(Router):
         if not 0 <= self.threshold < 1:
             raise ModgraftError(f"Threshold(threshold={self.threshold}): t is in [0, 1)")
 
-    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:
         chances = logits.sigmoid()
         chosen = (chances > self.threshold).to(logits.dtype)
         size = chosen.sum(-1, keepdim=True).clamp_min(1)
@@ -184,7 +184,7 @@ class SkillMatrix(Router):
                 f"leave the level out"
             )
 
-    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:
         chances = logits.sigmoid()
         noise = _gumbel(logits) - _gumbel(logits) if self.training else 0.0  # logistic
         skills = ((logits + noise) / self.temperature).sigmoid()
@@ -219,10 +219,10 @@ class NoisyTopK(Router):
                 raise ModgraftError(f"NoisyTopK({name}={value}): finite and at least 0")
 
     @property
-    def sparse(self) -> bool:  # noqa: D102
+    def sparse(self) -> bool:
         return True
 
-    def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
+    def build(self, names: tuple[str, ...], width: int) -> None:
         check_k(self, self.k, names)
         super().build(names, width)
         if self.level == "task":
@@ -232,7 +232,7 @@ class NoisyTopK(Router):
             nn.init.zeros_(self.noise.weight)
             nn.init.zeros_(self.noise.bias)
 
-    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:
         if not self.training:
             return Routing(softmax_of_best(logits, self.k), logits.softmax(-1))
         by_task = self.level == "task"

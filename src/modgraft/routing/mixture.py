@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.aggregation.base import Aggregation
 from modgraft.aggregation.representation import Average
-from modgraft.computation._borrow import Owner, borrow
+from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
 from modgraft.core.context import EXAMPLE, Call
 from modgraft.core.embeddings import token_width
@@ -79,22 +79,22 @@ class Mixture(Computation):
         return "token" if self.router is None else self.router.level
 
     @property
-    def side_source(self) -> str | None:  # noqa: D102
+    def side_source(self) -> str | None:
         return EXAMPLE if self.level == "example" else None
 
     @property
-    def by_token(self) -> bool:  # noqa: D102
+    def by_token(self) -> bool:
         return self.level != "example"
 
     @property
-    def members(self) -> tuple[str, ...]:  # noqa: D102
+    def members(self) -> tuple[str, ...]:
         return tuple(self.over)
 
-    def task_names(self, name: str) -> list[str]:  # noqa: D102
+    def task_names(self, name: str) -> list[str]:
         tasks = () if self.router is None else self.router.tasks
         return [f"{name}[{task!r}]" for task in tasks] or [name]
 
-    def per_task(self) -> list[Computation]:  # noqa: D102
+    def per_task(self) -> list[Computation]:
         tasks = () if self.router is None else self.router.tasks
         return [Routed(self, task) for task in range(max(1, len(tasks)))]  # type: ignore[misc]
 
@@ -126,7 +126,7 @@ class Mixture(Computation):
                     f"examples, router=Soft(level='example')"
                 )
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         reads = isinstance(site.module, nn.Linear | Conv1D)
         if self.level == "token" and (site.channels_first or site.time_first):
             raise SiteError(
@@ -154,9 +154,9 @@ class Mixture(Computation):
         assert isinstance(first, Mixture)  # noqa: S101
         if self.router is not None and self.level != "token":
             self._first = (first,)
-            borrow(self.route, self.route.state_dict(), Owner(first.route))
+            redirect(self.route, self.route.state_dict(), ModuleTensors(first.route))
 
-    def at(self, site: Site) -> Self:  # noqa: D102
+    def at(self, site: Site) -> Self:
         if site.residual or site.parameter is not None:
             raise SiteError(
                 f"Mixture at {site.label}: its modules there change weights inside the layer or "

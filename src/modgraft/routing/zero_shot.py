@@ -107,22 +107,22 @@ class Arrow(Router):
         _only(self, ("token",), "a prototype is a direction of what one layer reads")
 
     @property
-    def sparse(self) -> bool:  # noqa: D102
+    def sparse(self) -> bool:
         return True
 
-    def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
+    def build(self, names: tuple[str, ...], width: int) -> None:
         check_k(self, self.k, names)
         self.names = names
         self._stamp: object = None
         self._prototypes = torch.zeros(len(names), width)
         self._absent = torch.zeros(len(names), dtype=torch.bool)
 
-    def admits(self, member: Member, layer: nn.Module) -> str | None:  # noqa: D102
+    def admits(self, member: Member, layer: nn.Module) -> str | None:
         found = linear_part(member, layer)
         return found if isinstance(found, str) else None
 
     @torch.no_grad()
-    def prepare(self, members: Sequence[Sequence[Member]], layer: nn.Module) -> None:  # noqa: D102
+    def prepare(self, members: Sequence[Sequence[Member]], layer: nn.Module) -> None:
         seen = [p for some in members for m in some for p in m.module.parameters()]
         seen += layer.parameters() if isinstance(layer, nn.Linear | Conv1D) else []
         stamp = None if torch.compiler.is_compiling() else _stamp(seen)
@@ -144,11 +144,11 @@ class Arrow(Router):
         self._stamp, self._prototypes = stamp, rows
         self._absent = torch.tensor([not some for some in members], device=rows.device)
 
-    def logits(self, query: Tensor) -> Tensor:  # noqa: D102
+    def logits(self, query: Tensor) -> Tensor:
         z = (query @ self._prototypes.to(query.dtype).T).abs() / self.temperature
         return z.masked_fill(self._absent, -torch.inf)
 
-    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:
         return Routing(softmax_of_best(logits, self.k), logits.softmax(-1))
 
 
@@ -180,10 +180,10 @@ class Phatgoose(Router):
         _only(self, ("token",), "a gate is trained at one layer")
 
     @property
-    def sparse(self) -> bool:  # noqa: D102
+    def sparse(self) -> bool:
         return True
 
-    def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
+    def build(self, names: tuple[str, ...], width: int) -> None:
         check_k(self, self.k, names)
         self.names = names
         self.gates = nn.ParameterList([torch.zeros(width) for _ in names])
@@ -191,7 +191,7 @@ class Phatgoose(Router):
         self._checked: object = None
         self._there = (True,) * len(names)
 
-    def prepare(self, members: Sequence[Sequence[Member]], layer: nn.Module) -> None:  # noqa: D102
+    def prepare(self, members: Sequence[Sequence[Member]], layer: nn.Module) -> None:
         self._there = tuple(bool(some) for some in members)
         if self.learning is not None or torch.compiler.is_compiling():
             return
@@ -210,7 +210,7 @@ class Phatgoose(Router):
                 )
             self._checked = stamp
 
-    def forward(self, query: Tensor) -> Routing:  # noqa: D102
+    def forward(self, query: Tensor) -> Routing:
         if self.learning is None:
             return super().forward(query)
         gate = (query @ self.gates[self.learning]).sigmoid()[..., None]  # […, 1]
@@ -218,13 +218,13 @@ class Phatgoose(Router):
         weights = gate.new_zeros(*gate.shape[:-1], len(self.names)).scatter(-1, here, gate)
         return Routing(weights, weights.detach())
 
-    def logits(self, query: Tensor) -> Tensor:  # noqa: D102
+    def logits(self, query: Tensor) -> Tensor:
         gates = standardised(torch.stack([*self.gates]))  # [N, d]
         z = standardised(query) @ gates.T / query.shape[-1] ** 0.5
         absent = torch.tensor([not there for there in self._there], device=z.device)
         return z.masked_fill(absent, -torch.inf)
 
-    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:
         return Routing(softmax_of_best(logits, self.k), logits.softmax(-1))
 
 
@@ -256,10 +256,10 @@ class Similarity(Router):
         _only(self, ("example", "token"), "an embedding is of what is read")
 
     @property
-    def sparse(self) -> bool:  # noqa: D102
+    def sparse(self) -> bool:
         return True
 
-    def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
+    def build(self, names: tuple[str, ...], width: int) -> None:
         check_k(self, self.k, names)
         self.names = names
         self.register_buffer("embeddings", torch.zeros(len(names), width))
@@ -267,7 +267,7 @@ class Similarity(Router):
         self.total, self.count = torch.zeros(width, dtype=torch.float64), 0
         self._checked: object = None
 
-    def forward(self, query: Tensor) -> Routing:  # noqa: D102
+    def forward(self, query: Tensor) -> Routing:
         if self.learning is None:
             return super().forward(query)
         read = query.detach().reshape(-1, query.shape[-1])
@@ -277,7 +277,7 @@ class Similarity(Router):
         weights = one_hot_like(query.new_zeros(*query.shape[:-1], len(self.names)), here)
         return Routing(weights, weights)
 
-    def logits(self, query: Tensor) -> Tensor:  # noqa: D102
+    def logits(self, query: Tensor) -> Tensor:
         embeddings = self.get_buffer("embeddings")  # [N, d]
         if not torch.compiler.is_compiling() and (stamp := _stamp([embeddings])) != self._checked:
             if len(blank := (~embeddings.any(1)).nonzero()):
@@ -291,7 +291,7 @@ class Similarity(Router):
         directions = F.normalize(embeddings, dim=-1)
         return F.normalize(query, dim=-1) @ directions.T / self.temperature
 
-    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:
         return Routing(softmax_of_best(logits, self.k), logits.softmax(-1))
 
 
