@@ -72,7 +72,7 @@ class GeneratedTensors:
 
 @final
 class HyperNetwork(Wrapper):
-    """φ_s = h([t; s]), the parameters of any module at site s for task t; at first as it draws them.
+    """φ_s = h([t; s]), the parameters of any module at site s for task t.
 
     A task embedding t ``[e]`` and a site embedding s ``[e]``, both learned, generate each parameter
     of the module by a linear map H and an offset b, as in Platanios et al. 2018 (arXiv:1808.08493):
