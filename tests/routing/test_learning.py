@@ -1,4 +1,4 @@
-"""Routers trained inside a host find the right modules; balance losses prevent collapse."""
+"""Routers that learn inside a host: they recover what is right, and balance prevents collapse."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import CONTENT, Tagger, batches, host_of, routings
 from torch import Tensor
 
 import modgraft as mg
-from routing.kinds import CONTENT, Tagger, batches, host_of, routings
 
 KINDS = 3
 
@@ -36,7 +36,7 @@ CASES = [
 
 
 def taught(host: mg.Host, loader: list[dict[str, Any]], lr: float, train: Any = "m") -> None:
-    """Train only the router, one step a batch."""
+    """Train the router alone, a step a batch."""
     host.train()
     with host.training_only(train):
         optimiser = torch.optim.Adam([p for p in host.parameters() if p.requires_grad], lr=lr)
@@ -47,7 +47,7 @@ def taught(host: mg.Host, loader: list[dict[str, Any]], lr: float, train: Any = 
 
 
 def recovered(host: mg.Host, level: str, each: int) -> float:
-    """Return the share of new examples (tokens, tasks) for which exactly the right modules act."""
+    """The share of new examples (tokens, tasks) whose right modules act, and no others."""
     right = total = 0
     for batch in batches(KINDS, level, KINDS, seed=99, rows=64):
         (routing,) = routings(host, batch)
@@ -75,7 +75,7 @@ def test_the_right_modules_are_found(name: str, level: str, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_balance_losses_prevent_a_collapse_inside_a_host(seed: int) -> None:
-    """One of four equal modules starts ahead and takes everything, unless a loss balances them."""
+    """Four modules that could all do the same, one a little ahead: it takes everything, or not."""
     names = [f"m{j}" for j in range(4)]
     found = {}
     for balanced in (False, True):
@@ -90,7 +90,7 @@ def test_balance_losses_prevent_a_collapse_inside_a_host(seed: int) -> None:
         taught(host, batches(1, "example", 150, seed), lr=0.1, train=["m", *names])
         host.eval()
         place: Any = host["m"].places[0]
-        place.tally.reset()  # without the choices made in training
+        place.counter.reset()  # of what training chose
         with torch.no_grad():
             for batch in batches(1, "example", 4, 77):
                 host(**batch)
@@ -105,7 +105,7 @@ def test_balance_losses_prevent_a_collapse_inside_a_host(seed: int) -> None:
 
 
 def gradients(router: Any, level: str, times: int, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of E[L], flat: exact, the mean of sampled ones, and its standard error.
+    """Of E[L] in a host: enumerated; the mean of sampled ones; and its standard error; flat.
 
     ``times`` copies of six examples a call, ``chunks`` calls, the baseline running along.
     """
@@ -150,12 +150,12 @@ def test_sampled_choices_have_the_gradient_of_the_expected_loss(estimator: str, 
     router = mg.Top1(estimator=estimator, epsilon=0.4, level=level)  # type: ignore[arg-type]
     exact, mean, error = gradients(router, level, times=50, chunks=100)
     assert ((mean - exact).abs() <= 4 * error + 1e-12).all()
-    assert error.norm() < 0.1 * exact.norm()  # small enough for a wrong estimate to show
+    assert error.norm() < 0.1 * exact.norm()  # so that a wrong one would show
 
 
 @pytest.mark.parametrize("level", ["example", "token"])
 def test_straight_through_gumbel_is_biased_and_how_much(level: str) -> None:
-    """The error relative to the exact gradient's norm is 0.29 and 0.36 (by example, by token) at
+    """Its error, as a share of the exact gradient's norm: 0.29 and 0.36 (by example, by token) at
     τ = 1, 0.07 and 0.10 at τ = 0.2, where the noise of this test is 0.03.
     """
     far = {}

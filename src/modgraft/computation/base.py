@@ -1,7 +1,18 @@
-"""The computation function f'(x; θ, φ): what a module does at a site, apart from where.
+"""The computation function f'(x; θ, φ): what a module does at a site.
 
-A computation is written once, by hyper-parameters alone (``LoRA(rank=8)``); implanting makes a
-fresh copy for each site and calls its ``build``. It never sees the host's tree.
+A computation is given by its hyper-parameters alone (``LoRA(rank=8)``). Implanting makes a copy
+for each selected site and calls the copy's ``build``; the method never sees the host's tree.
+
+To add a method, subclass the kind that fits and override its abstract hooks:
+
+- :class:`ParameterComposition`, a change of the layer's weight: ``build`` and ``delta``;
+- :class:`FunctionComposition`, a function of the layer's output: ``build`` and ``forward``;
+- :class:`TokenComposition`, tokens before the host's input: ``build`` and ``tokens``;
+- :class:`KeyValueComposition`, keys and values before an attention layer's: ``build`` and
+  ``keys_values``;
+- :class:`Wrapper`, a method over any other method: ``build_all``.
+
+All other hooks have a default; each says in which case to override it.
 """
 
 from __future__ import annotations
@@ -15,7 +26,7 @@ from torch import Tensor, nn
 from modgraft.core.config import Configured
 from modgraft.core.context import Side
 from modgraft.core.embeddings import token_width
-from modgraft.core.errors import SiteError
+from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.layers import check_features, check_weight, linear_map
 from modgraft.core.sites import Site
 
@@ -24,58 +35,60 @@ class Computation(Configured):
     """One way for a module to change what a site computes.
 
     A subclass declares its hyper-parameters as annotated fields: the constructor's signature is
-    the configuration, and what is saved is derived from it.
+    the configuration, and the saved configuration is derived from it.
     """
 
+    # -- what the method declares about itself
+
     identity: ClassVar[bool] = False
-    """Whether the method leaves the host's output exactly equal at birth."""
+    """Whether a newly built module leaves the host's output exactly as it was."""
 
     by_row: ClassVar[bool] = False
-    """Whether it computes as written where each example of ``[g, n, d]`` has tensors of its own: a
-    vector stands as ``[g, 1, d]``, and an ``nn.Linear`` of each is called and not looked into."""
+    """Whether ``forward`` (or ``fused_forward``) also works with different parameters for each
+    example of ``[g, n, d]``: a vector parameter is then ``[g, 1, d]``, and an ``nn.Linear`` child
+    is replaced by a batched one, which may be called but has no weight to read."""
 
     default_at: ClassVar[str | None] = None
-    """The selection of sites that is meant when none is given; None: one has to be given."""
+    """The selection of sites used when ``at=`` is left out; None makes ``at=`` required."""
 
     @property
     def side_source(self) -> str | None:
-        """The name of the side input it reads, None if it reads none."""
+        """Return the name of the side input that the method reads, None if it reads none."""
         return None
 
     @property
     def by_token(self) -> bool:
-        """Whether what it does to one token depends on that token alone: tokens can be routed."""
+        """Return whether each token's result depends on that token alone.
+
+        Only such modules can be routed token by token.
+        """
         return self.side_source is None
 
     @property
     def can_batch(self) -> bool:
-        """Whether many of one shape run as one over stacked tensors, one for each example of a
-        batch, and each still costs what it is: a dense Δ for each would be a weight for each."""
+        """Return whether several modules of equal shape can run as one, on stacked parameters.
+
+        Leave it False where that would make a dense Δ for every example of the batch.
+        """
         return False
 
-    @property
-    def members(self) -> tuple[str, ...]:
-        """The names of other modules that it is over; most are over none."""
-        return ()
+    # -- what is built
 
-    @property
-    def inner(self) -> Computation:
-        """The computation that acts at the sites: itself, or what a method over others wraps."""
-        return self
-
-    def task_names(self, name: str) -> list[str]:
-        """What compositions call it under ``name``: that, or ``"name['task']"`` for each task."""
-        return [name]
-
-    def per_task(self) -> list[Computation]:
-        """Of a built place: what acts there under each of the :meth:`named`."""
-        return [self]
-
-    def at(self, site: Site) -> Self:
-        """A fresh copy built for ``site``, on its device and in its floating type.
+    @abstractmethod
+    def build(self, site: Site) -> None:
+        """Create the parameters for ``site``.
 
         Raises:
-            ModgraftError: where the method is not defined at such a site.
+            ModgraftError: if the method is not defined at such a site.
+        """
+
+    def at(self, site: Site) -> Self:
+        """Return a copy built for ``site``, on its device and in its floating type.
+
+        Override it to refuse a site before anything is built.
+
+        Raises:
+            ModgraftError: if the method is not defined at such a site.
         """
         if site.residual and isinstance(site.module, nn.MultiheadAttention):
             raise SiteError(
@@ -94,75 +107,103 @@ class Computation(Configured):
             like = next((p for p in site.root.parameters() if p.is_floating_point()), None)
         return built if like is None else built.to(device=like.device, dtype=like.dtype)
 
-    @abstractmethod
-    def build(self, site: Site) -> None:
-        """Make the parameters for ``site``.
-
-        Raises:
-            ModgraftError: where the method is not defined at such a site.
-        """
-
     def build_all(self, sites: Sequence[Site]) -> list[Computation]:
-        """The module built over all its sites: a place for each."""
+        """Return the module built for all its sites, one computation for each.
+
+        Override it where one site cannot be built without the others.
+        """
         places: list[Computation] = [self.at(site) for site in sites]
         for place in places[1:]:
             place.share_with(places[0])
         return places
 
     def share_with(self, first: Computation) -> None:
-        """Use the parameters of ``first``, built for the module's first site, where the method
-        shares some over all its sites; ``first`` alone owns them. Most share none.
+        """Read the parameters that all sites share from ``first``, built for the first site.
+
+        ``first`` alone holds and saves them. Override it where the method shares any.
         """
 
     def resize_to(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the sizes that stored ``tensors`` (by name) have, where training decided them.
+        """Give the parameters the sizes of the stored ``tensors`` (by name) before they are loaded.
 
-        Most methods' sizes follow from the configuration and the site, and nothing is done.
+        Override it where training decides a size; elsewhere sizes follow from configuration and
+        site.
 
         Raises:
-            ModgraftError: where they are not tensors of this method at this site.
+            ModgraftError: if they are not tensors of this method at this site.
         """
+
+    # -- what a method over other modules, or with several tasks, declares too
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Return the names of the host's modules that this one combines; most combine none."""
+        return ()
+
+    @property
+    def inner(self) -> Computation:
+        """Return the computation that acts at the sites: itself, or the one that it wraps."""
+        return self
+
+    def task_names(self, name: str) -> list[str]:
+        """Return the names that compositions use: ``name``, or ``"name['task']"`` for each task."""
+        return [name]
+
+    def per_task(self) -> list[Computation]:
+        """Return what acts at this site under each name of :meth:`task_names`, in their order."""
+        return [self]
 
 
 class ParameterComposition(Computation):
     """f'(x) = f(x; θ + Δ(θ)): the module is a change of the site's weight."""
 
-    def at(self, site: Site) -> Self:  # noqa: D102
+    def at(self, site: Site) -> Self:
+        """Return a copy built for ``site``; refuse a site without a weight matrix."""
         check_weight(type(self).__name__, site)
         return super().at(site)
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
-        """Δ for ``weight`` ``[out, in]`` (an embedding: ``[entries, width]``), of its shape."""
+        """Return Δ for ``weight`` ``[out, in]`` (an embedding's: ``[entries, width]``)."""
 
     def bias_delta(self, bias: Tensor | None) -> Tensor | None:
-        """The change ``[out]`` of the site's ``bias`` (None: it has none, or the change does not
-        depend on it), None where there is no change."""
+        """Return the change ``[out]`` of the layer's bias, None if there is no change.
+
+        Args:
+            bias: the layer's ``[out]``; None if it has none, or if the caller asks only for a
+                change that does not depend on it.
+        """
         return None
 
     @property
     def is_weight_change(self) -> bool:
-        """Whether it is f at θ + Δ now; False while it treats the input in a way of its own."""
+        """Return whether the module now computes f(x; θ + Δ) exactly.
+
+        It does not while it also changes the input, as dropout on a branch does while training.
+        """
         return True
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """B ``[out, r]``, A ``[r, in]`` and s with Δ = s·BA for a Δ of low rank, else None."""
+        """Return B ``[out, r]``, A ``[r, in]`` and s with Δ = s·BA; None if Δ has no low rank."""
         return None
 
     def fused_forward(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
-        """f(x; θ + Δ) by the layer's own f, where that is all it takes; None where it is not."""
+        """Return f(x; θ + Δ) from one call of the layer's own ``f``, None if one is not enough."""
         return None
 
     def effect(
         self, x: Tensor, layer: nn.Module, weight: Tensor, y: Tensor | None = None
     ) -> Tensor:
-        """f(x; θ + Δ) − f(x; θ): for a layer linear in its weight, f at Δ and the bias's Δ.
+        """Return f(x; θ + Δ) − f(x; θ).
+
+        The default applies Δ to ``x``, since f is linear in its weight; override it where the same
+        can be had without a dense Δ.
 
         Args:
             x: ``[B, …, in]``, the layer's input.
-            layer: the site.
-            weight: its own, or the rows of one part of it.
-            y: f(x; θ) ``[B, …, out]``, where it is known.
+            layer: the layer that is changed.
+            weight: the layer's weight, or the rows of one part of a fused projection.
+            y: f(x; θ) ``[B, …, out]`` if it has been computed already.
         """
         return linear_map(layer, x, self.delta(weight), self.bias_delta(None))
 
@@ -170,7 +211,8 @@ class ParameterComposition(Computation):
 class FunctionComposition(Computation):
     """f'(x) = g(f(x; θ), x; φ): the module is a function of the site's output (and input)."""
 
-    def at(self, site: Site) -> Self:  # noqa: D102
+    def at(self, site: Site) -> Self:
+        """Return a copy built for ``site``; refuse a site whose output has no feature axis."""
         check_features(type(self).__name__, site)
         if self.side_source is not None and site.time_first:
             raise SiteError(
@@ -181,33 +223,31 @@ class FunctionComposition(Computation):
         return super().at(site)
 
     @property
-    def by_token(self) -> bool:
-        """Whether what it does to one token depends on that token alone: tokens can be routed."""
-        return self.side_source is None
-
-    @property
-    def can_batch(self) -> bool:  # noqa: D102
+    def can_batch(self) -> bool:
+        """Return whether several modules of equal shape can run as one, on stacked parameters."""
         return self.side_source is None
 
     @abstractmethod
     def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
-        """The new output.
+        """Return the new output, of the shape of ``y``.
 
         Args:
-            y: ``[B, …, d]``, the site's output (the part's, for a part of a fused projection).
-            x: the site's input, None where it has no tensor input.
-            side: the side input it needs, with the batch of ``y``.
+            y: ``[B, …, d]``, the layer's output, or one part of a fused projection's.
+            x: the layer's first tensor input, None if it has none.
+            side: the side input named by ``side_source``, of the batch of ``y``; None if the method
+                reads none.
         """
 
 
 class InputComposition(Computation):
     """f'(x) = f([φ, x]): the module puts vectors before what the host reads.
 
-    What one module puts there can follow another's (``a >> b``) and cannot be added or scaled.
+    The vectors of several modules can follow each other (``a >> b``) but not be added or scaled.
     """
 
     @property
-    def by_token(self) -> bool:  # noqa: D102
+    def by_token(self) -> bool:
+        """Return False: every later token attends to the vectors."""
         return False
 
 
@@ -217,29 +257,63 @@ class TokenComposition(InputComposition):
     default_at: ClassVar[str | None] = ""
 
     def at(self, site: Site) -> Self:
-        """A fresh copy built for the host at ``site``.
+        """Return a copy built for the host at ``site``.
 
         Raises:
-            ModgraftError: for a host that reads no tokens.
+            ModgraftError: if the host reads no tokens.
         """
         token_width(site.module)
         return super().at(site)
 
     @abstractmethod
     def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
-        """``[batch, k, d]`` embeddings and ``[batch, k]`` bool, True where a token is seen."""
+        """Return ``[batch, k, d]`` embeddings and a ``[batch, k]`` bool mask, False at padding."""
 
     def after(self, first: int) -> int:
-        """How many of the input's positions stay before the tokens; the host keeps ``first``
-        there, 1 where it reads a class token."""
+        """Return how many of the input's positions stay before the tokens.
+
+        Args:
+            first: how many the host expects at the start: 1 if it reads a class token there.
+        """
         return first
 
 
 class KeyValueComposition(InputComposition):
-    """softmax(Q [P_k; K]ᵀ) [P_v; V] at an attention layer: keys and values before its own."""
+    """softmax(Q [P_k; K]ᵀ) [P_v; V]: keys and values before those of an attention layer."""
 
     default_at: ClassVar[str | None] = "self_attention"
 
     @abstractmethod
     def keys_values(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
-        """P_k and P_v, each ``[batch, kv_heads, k, head_dim]``; every query sees them."""
+        """Return P_k and P_v, each ``[batch, kv_heads, k, head_dim]``; every query sees them."""
+
+
+class Wrapper(Computation):
+    """A method over any other method: it decides where the parameters of ``module`` come from."""
+
+    module: Computation
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, Computation):
+            raise ModgraftError(
+                f"{type(self).__name__}({self.module!r}): it takes a computation by its "
+                f"hyper-parameters, as {type(self).__name__}(mg.LoRA(rank=8), …)"
+            )
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        """Return whether the wrapped method, newly built, leaves the host's output as it was."""
+        return self.module.identity
+
+    @property
+    def side_source(self) -> str | None:
+        """Return the side input that the wrapped method reads."""
+        return self.module.side_source
+
+    @property
+    def inner(self) -> Computation:
+        """Return the wrapped method, out of all its wrappers."""
+        return self.module.inner
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"

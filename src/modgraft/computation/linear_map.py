@@ -1,4 +1,4 @@
-"""Input composition: f'(x) = f([φ, x])."""
+"""A linear map of features into the host's input: f'(x) = f([φ, x])."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import final
 
 from torch import Tensor, nn
 
+from modgraft.computation._checks import check_at_least_one
 from modgraft.computation.base import TokenComposition
 from modgraft.core.context import Side
 from modgraft.core.embeddings import token_width
@@ -18,14 +19,14 @@ class LinearMap(TokenComposition):
     """[P, x] with P = reshape(V W + b): feature vectors become soft prompt tokens.
 
     V ``[B, m, dim]`` is the side input, W ``[dim, k·d]``, P ``[B, m·k, d]``, k = ``tokens_each``.
-    From an image encoder into a frozen language model's embeddings: one token a patch as LiMBeR
-    (Merullo et al. 2023, arXiv:2209.15162), several from one pooled vector as FROMAGe (Koh et al.
-    2023, arXiv:2301.13823).
+    It maps an image encoder's features into a frozen language model's embeddings: a patch to one
+    token as in LiMBeR (Merullo et al. 2023, arXiv:2209.15162), or one pooled vector to several
+    tokens as in FROMAGe (Koh et al. 2023, arXiv:2301.13823).
 
     Args:
         source: the name of the side input.
-        dim: width of its features.
-        tokens_each: tokens for each feature vector.
+        dim: the width of its features.
+        tokens_each: how many tokens each feature vector becomes.
 
     Raises:
         ModgraftError: for features that are not ``dim`` wide, or a call without them.
@@ -36,20 +37,17 @@ class LinearMap(TokenComposition):
     tokens_each: int = 1
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.tokens_each < 1:
-            raise ModgraftError(
-                f"LinearMap(dim={self.dim}, tokens_each={self.tokens_each}): both are at least 1"
-            )
+        check_at_least_one("LinearMap", dim=self.dim, tokens_each=self.tokens_each)
 
     @property
-    def side_source(self) -> str:  # noqa: D102
+    def side_source(self) -> str:
         return self.source
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         self.width = token_width(site.module)
         self.map = nn.Linear(self.dim, self.tokens_each * self.width)
 
-    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         if side is None:
             raise ModgraftError(f"a linear map needs the side input {self.source!r}")
         if side.tensor.shape[-1] != self.dim:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from inspect import isfunction, unwrap
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from modgraft.computation._borrow import Owner, borrow
-from modgraft.computation._heads import key_value_shape
+from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.base import Computation, KeyValueComposition
 from modgraft.core.context import Side
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.sites import Site
+
+# the names that models give to the width of a head, the number of heads, and the key projection
+_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_COUNTS = ("num_key_value_heads", "num_heads", "n_heads", "num_attention_heads")
+_KEYS = ("k_proj", "key", "k")
 
 
 @final
@@ -20,18 +25,19 @@ class Prefix(KeyValueComposition):
     """softmax(Q [P_k; K]ᵀ·s) [P_v; V] with φ = (P_k, P_v) at every attention layer.
 
     Prefix tuning (Li & Liang 2021, arXiv:2101.00190): P_k and P_v ``[k, heads, d]`` go before the
-    keys and values of a layer, s is the layer's own scale, and every query sees them. The text
-    keeps its own positions: the first token stays at position 0, prefix keys are not rotated, and
-    T5's relative bias is zero for them; so the length of a prefix takes none of the host's
-    positions. (In PEFT a prefix is a KV cache: the text's positions begin after it.) The layer's
-    scores come back with k more columns.
+    keys and values of a layer, s is the layer's scale, and every query sees them. The text keeps
+    its positions: the first token stays at position 0, prefix keys are not rotated, and T5's
+    relative bias is zero for them; so a prefix uses up none of the host's positions. (In PEFT a
+    prefix is a KV cache: the text's positions begin after it.) The attention weights that the layer
+    returns have k more columns.
 
     Args:
         length: k.
         reparametrise: the hidden width h of the paper's section 4.3: P is then an MLP's output,
-            (P_k, P_v) = W_2 tanh(W_1 E + b_1) + b_2, with E ``[k, e]`` (e the host's width) and
-            W_1 ``[h, e]`` shared by all sites, the first of which owns them, and W_2 of the site.
-            It is saved as it is, so that training resumes; ``mg.fold_prefix`` makes the plain one.
+            (P_k, P_v) = W_2 tanh(W_1 E + b_1) + b_2. E ``[k, e]`` (e the host's width) and W_1
+            ``[h, e]`` are shared by all sites and stored at the first; each site has a separate
+            W_2. The MLP is saved, so that training can resume; ``mg.fold_prefix`` replaces it by
+            the prefix it computes.
 
     Raises:
         ModgraftError: for a length or a width below 1, or a site that is no attention layer of
@@ -52,7 +58,7 @@ class Prefix(KeyValueComposition):
                 f"1; for a prefix without one leave it out, Prefix(length={self.length})"
             )
 
-    def build(self, site: Site) -> None:  # noqa: D102
+    def build(self, site: Site) -> None:
         self.heads, self.width = key_value_shape("Prefix", site)
         if self.reparametrise is None:
             self.keys = nn.Parameter(torch.empty(self.length, self.heads, self.width))
@@ -65,18 +71,79 @@ class Prefix(KeyValueComposition):
             self.out = nn.Linear(self.reparametrise, 2 * self.heads * self.width)
 
     def share_with(self, first: Computation) -> None:
-        """Use the embedding and the first layer of the first site's MLP."""
+        """Read E and W_1 of the MLP from the first site."""
         if self.reparametrise is not None:
-            borrow(self, ["embedding", "hidden.weight", "hidden.bias"], Owner(first))
+            redirect(self, ["embedding", "hidden.weight", "hidden.bias"], ModuleTensors(first))
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        """P_k and P_v as they are now, each ``[k, heads, d]``."""
+        """Return P_k and P_v, each ``[k, heads, d]``, computed by the MLP if there is one."""
         if self.reparametrise is None:
             return self.keys, self.values
-        made = self.out(torch.tanh(self.hidden(self.embedding)))  # [k, 2·heads·d]
-        keys, values = made.reshape(self.length, 2, self.heads, self.width).unbind(1)
+        both = self.out(torch.tanh(self.hidden(self.embedding)))  # [k, 2·heads·d]
+        keys, values = both.reshape(self.length, 2, self.heads, self.width).unbind(1)
         return keys, values
 
-    def keys_values(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def keys_values(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         keys, values = (t.transpose(0, 1).expand(batch, -1, -1, -1) for t in self.plain())
         return keys, values  # [B, heads, k, d]
+
+
+def _attends(module: nn.Module) -> bool:
+    """Return whether ``module`` asks transformers' registry for its attention function."""
+    functions = [f for cls in type(module).__mro__ for f in vars(cls).values() if isfunction(f)]
+    return any("get_interface" in unwrap(f).__code__.co_names for f in functions)
+
+
+def key_value_shape(method: str, site: Site) -> tuple[int, int]:
+    """Return how many heads the keys of an attention layer have, and how wide each is.
+
+    Raises:
+        SiteError: if the site is no attention layer that accepts more keys and values.
+    """
+    module = site.module
+    if not _attends(module):
+        raise SiteError(_refusal(method, site))
+    if site.part is not None:
+        raise SiteError(
+            f"{method} at {site.label}: an attention layer is taken as a whole, at={site.path!r}"
+        )
+    width = next((w for name in _WIDTHS if isinstance(w := getattr(module, name, None), int)), None)
+    width = width or _config_width(module)
+    if not width:
+        raise SiteError(f"{method} at {site.label}: {type(module).__name__} has no head width")
+    children = dict(module.named_children())
+    layer = next((children[name] for name in _KEYS if name in children), None)
+    if isinstance(total := getattr(layer, "out_features", None), int):
+        if total % width:
+            raise SiteError(
+                f"{method} at {site.label}: {total} key features are not heads of {width} features "
+                f"each; {type(module).__name__} keeps its keys in a way that it cannot follow"
+            )
+        return total // width, width
+    for source in (module, getattr(module, "config", None)):
+        for name in _COUNTS:
+            if isinstance(count := getattr(source, name, None), int):
+                return count, width
+    raise SiteError(f"{method} at {site.label}: {type(module).__name__} has no number of heads")
+
+
+def _config_width(module: nn.Module) -> int | None:
+    config = getattr(module, "config", None)
+    hidden = getattr(config, "hidden_size", None)
+    heads = getattr(config, "num_attention_heads", None)
+    return hidden // heads if hidden and heads else None
+
+
+def _refusal(method: str, site: Site) -> str:
+    """Say why ``site`` is refused, and name an attention layer in it, around it, or anywhere."""
+    what = (
+        f"{method} acts on attention layers that ask transformers' registry for their function, "
+        f"and {site.label or 'the host'} ({type(site.module).__name__}) does not"
+    )
+    paths = [p for p, m in (site.root or site.module).named_modules() if _attends(m)]
+    near = [p for p in paths if p.startswith(f"{site.path}.") or site.path.startswith(f"{p}.")]
+    if near or paths:
+        return f"{what}; at={(near or paths)[0]!r}, for instance"
+    if isinstance(site.module, nn.MultiheadAttention):
+        return f"{what}: it computes its attention by itself; use LoRA or Adapter there"
+    return f"{what}, nor does any other layer of this host; use LoRA or Adapter there"

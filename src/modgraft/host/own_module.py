@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from modgraft.computation._borrow import Owner
+from modgraft.computation._redirect import ModuleTensors
 from modgraft.core import expression as ex
 from modgraft.core.errors import ModgraftError
 from modgraft.core.parse import parse
@@ -38,9 +38,9 @@ def own_module(host: Host, name: str, into: str) -> Implant:
     at = None if labels == [""] else labels
     made = host.implant(into, implant.method.inner, at, active=False)
     for (_, view), place in zip(host.implants.at_sites(read.name), made.places, strict=True):
-        lender = Owner(view)
+        tensors = ModuleTensors(view)
         with torch.no_grad():
-            if stored := {key: lender.read(key) for key in place.state_dict()}:
+            if stored := {key: tensors.read(key) for key in place.state_dict()}:
                 place.resize_to(stored)  # type: ignore[operator]
             for key, tensor in place.state_dict().items():
                 tensor.copy_(stored[key])

@@ -17,12 +17,12 @@ from modgraft.core.errors import ModgraftError
 from modgraft.report.figures import Picture, Scheme, draw, heat_map
 
 if TYPE_CHECKING:  # the report is written without torch
-    from modgraft.routing.stats import Use
+    from modgraft.routing.stats import Usage
 
 NETWORK = "the network"  # where one choice holds for all of it
 
 
-def routing_table(uses: Sequence[Use]) -> Table:
+def routing_table(uses: Sequence[Usage]) -> Table:
     """Return a table with a row for each router: each module's share, entropy, spread, problems.
 
     Args:
@@ -55,7 +55,7 @@ def routing_table(uses: Sequence[Use]) -> Table:
     return table
 
 
-def routing_figure(uses: Sequence[Use]) -> Picture:
+def routing_figure(uses: Sequence[Usage]) -> Picture:
     """Draw each module's share at each site as a heat map, beside the entropies of the choices.
 
     A cross marks a module that was never chosen, a red name a site that has collapsed.
@@ -90,7 +90,7 @@ def routing_figure(uses: Sequence[Use]) -> Picture:
     return draw((width, 1.25 + 0.3 * len(uses)), alt, paint)
 
 
-def _paint_shares(axes: Axes, scheme: Scheme, uses: Sequence[Use]) -> None:
+def _paint_shares(axes: Axes, scheme: Scheme, uses: Sequence[Usage]) -> None:
     """Draw each module's share of the weight, with a row for each site."""
     count = len(uses[0].names)
     shares = np.array([use.share if use.choices else [np.nan] * count for use in uses])
@@ -109,7 +109,7 @@ def _paint_shares(axes: Axes, scheme: Scheme, uses: Sequence[Use]) -> None:
     axes.set_title("Share of the weight, % (×: never picked)")
 
 
-def _paint_entropy(axes: Axes, scheme: Scheme, uses: Sequence[Use]) -> None:
+def _paint_entropy(axes: Axes, scheme: Scheme, uses: Sequence[Usage]) -> None:
     """Draw the entropy of one choice and that of all choices, with a row for each site."""
     count = len(uses[0].names)
     most = math.log2(count) if count > 1 else 1.0
@@ -125,7 +125,7 @@ def _paint_entropy(axes: Axes, scheme: Scheme, uses: Sequence[Use]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _names(uses: Sequence[Use]) -> tuple[str, ...]:
+def _names(uses: Sequence[Usage]) -> tuple[str, ...]:
     if not any(use.choices for use in uses):
         raise ModgraftError(
             "nothing has been routed yet, so there is no use to show; run the host first, as "

@@ -1,9 +1,9 @@
-"""Routing that is given, not learned."""
+"""Routing that is fixed, not learned."""
 
 from __future__ import annotations
 
 from dataclasses import field
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -16,16 +16,19 @@ from modgraft.routing.base import Level, Router, Routing
 class Fixed(Router):
     """α_j = 1/|K| for j in the given set K, else 0.
 
-    Expert knowledge as in Multitask adapters or hard parameter sharing (the survey's section 4.1):
-    a set for everything, or one for each task.
+    Expert knowledge, as in multitask adapters or hard parameter sharing (the survey's section 4.1):
+    one set of modules for all inputs, or one for each task.
 
     Args:
-        among: the names that act; None: all of the mixture's. ``{"qa": ("math", "law"), …}`` gives
-            each task its own.
+        among: the names of the modules that act; None: all of the mixture's. A dictionary
+            ``{"qa": ("math", "law"), …}`` gives a set for each task.
 
     Raises:
-        ModgraftError: for an empty set, or a name that is none of the mixture's.
+        ModgraftError: for an empty set, or a name that is not in the mixture.
     """
+
+    levels: ClassVar[tuple[Level, ...]] = ("task",)
+    only_levels: ClassVar[str] = "a given set is the same for every example and token"
 
     level: Level = field(default="task", kw_only=True)
     among: tuple[str, ...] | dict[str, tuple[str, ...]] | None = None
@@ -34,17 +37,12 @@ class Fixed(Router):
         if isinstance(self.among, dict):
             self.tasks = tuple(self.among)
         self.check()
-        if self.level != "task":
-            raise ModgraftError(
-                f"Fixed(level={self.level!r}): a given set does not look at an {self.level}; "
-                f"leave the level out"
-            )
 
     @property
-    def sparse(self) -> bool:  # noqa: D102
+    def sparse(self) -> bool:
         return True
 
-    def build(self, names: tuple[str, ...], width: int) -> None:  # noqa: D102
+    def build(self, names: tuple[str, ...], width: int) -> None:
         self.names = names
         among = self.among
         sets = [*among.values()] if isinstance(among, dict) else [names if among is None else among]
@@ -64,8 +62,8 @@ class Fixed(Router):
                 row[names.index(name)] = 1 / len(chosen)
         self.register_buffer("rows", rows, persistent=False)
 
-    def logits(self, query: Tensor) -> Tensor:  # noqa: D102
+    def logits(self, query: Tensor) -> Tensor:
         return self.get_buffer("rows")[query]
 
-    def choose(self, logits: Tensor, query: Tensor) -> Routing:  # noqa: D102
+    def choose(self, logits: Tensor, query: Tensor) -> Routing:
         return Routing(logits, logits)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modgraft.computation._borrow import borrows
+from modgraft.computation._redirect import is_redirected
 from modgraft.computation.base import Computation, ParameterComposition
 from modgraft.core.layers import feature_axis
 from modgraft.engine.kernels.functional_call import with_tensors
@@ -24,7 +24,7 @@ from modgraft.engine.kernels.tensor_cache import TensorCache
 
 def batch_key(module: Computation) -> object:
     """Return a key that is equal for modules that can be batched, None for one that cannot be."""
-    if not module.can_batch or borrows(module):
+    if not module.can_batch or is_redirected(module):
         return None
     shapes = tuple((k, tuple(t.shape), t.dtype) for k, t in _tensors(module).items())
     return type(module), str(module.config()), shapes

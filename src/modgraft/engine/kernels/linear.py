@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from modgraft.computation._borrow import borrows
+from modgraft.computation._redirect import is_redirected
 from modgraft.computation.base import ParameterComposition
 from modgraft.core.layers import bias_vector, weight_matrix
 from modgraft.engine.kernels.low_rank import LowRank
@@ -71,7 +71,7 @@ class MergedWeight:
         for change in changes:
             some += [*change.module._parameters.values(), *change.module._buffers.values()]
         tensors = [t for t in some if t is not None]
-        if any(borrows(c.module) for c in changes) or any(map(Tensor.is_inference, tensors)):
+        if any(is_redirected(c.module) for c in changes) or any(map(Tensor.is_inference, tensors)):
             new = _laid_out_as(weight, _changed_weight(layer, weight, changes))
             return F.linear(x, new, _changed_bias(layer, bias, changes))
         of = [(id(t), t._version, t.data_ptr()) for t in tensors]
