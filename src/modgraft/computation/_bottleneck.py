@@ -1,4 +1,4 @@
-"""What the bottleneck methods share: a non-linearity by name, and the checks of their arguments."""
+"""Shared by the bottleneck methods: non-linearities by name, and checks of arguments and inputs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
 def check_options(
     name: str, reduction: int | None, width: int | None, nonlinearity: str, scale: float
 ) -> None:
-    """Refuse what makes no bottleneck.
+    """Check the options of a bottleneck.
 
     Raises:
-        ModgraftError: for both of reduction and width, one below 1, an unknown non-linearity, or a
-            scale with which nothing would be learned.
+        ModgraftError: if both reduction and width are given or one is below 1, for an unknown
+            non-linearity, or for a scale of 0 or infinity.
     """
     if reduction is not None and width is not None:
         raise ModgraftError(
@@ -47,10 +47,10 @@ def check_options(
 
 
 def bottleneck(name: str, site: Site, reduction: int | None, width: int | None) -> tuple[int, int]:
-    """The widths d of the site and m of the bottleneck (a reduction of 16 if none is given).
+    """Return the widths d of the site and m of the bottleneck (by default the reduction is 16).
 
     Raises:
-        ModgraftError: where the site puts out no ``[B, …, d]``, or m would be 0.
+        ModgraftError: if the site's output is not ``[B, …, d]``, or m would be 0.
     """
     if site.channels_first:
         raise ModgraftError(
@@ -70,7 +70,7 @@ def bottleneck(name: str, site: Site, reduction: int | None, width: int | None) 
 
 
 def check_output(name: str, y: Tensor, d: int) -> None:
-    """Refuse an output that is not as wide as the module was built for.
+    """Check that an output is as wide as the module was built for.
 
     Raises:
         ModgraftError: if ``y`` is not ``[B, …, d]``.
@@ -83,30 +83,30 @@ def check_output(name: str, y: Tensor, d: int) -> None:
 
 
 def check_parallel(name: str, site: Site) -> None:
-    """Refuse a site that says of itself that its input cannot be added to its output.
+    """Check, as far as the layer tells, that a site's input has the shape of its output.
 
     Raises:
-        ModgraftError: for token ids, or another width than the output's.
+        ModgraftError: if the input is token ids, or has another width than the output.
     """
-    module, into = site.module, None
+    module, in_width = site.module, None
     if isinstance(module, nn.Embedding):
         raise ModgraftError(
             f"{name} at {site.label}: its input is token ids, and {name} reads [B, n, d]; use "
             f"Adapter there, which reads the output"
         )
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        into = module.in_channels
+        in_width = module.in_channels
     elif hasattr(module, "in_features") or hasattr(module, "nx"):
-        into = site.in_width
-    if into is not None and into != site.width:
+        in_width = site.in_width
+    if in_width is not None and in_width != site.width:
         raise ModgraftError(
-            f"{name} at {site.label}: its input is {into} wide and its output {site.width}; choose "
-            f"a site that keeps its width, at='feedforward' or at='attention' for instance"
+            f"{name} at {site.label}: its input is {in_width} wide and its output {site.width}; "
+            f"choose a site that keeps its width, at='feedforward' or at='attention' for instance"
         )
 
 
 def check_input(name: str, y: Tensor, x: Tensor | None) -> Tensor:
-    """``x`` itself, if it is a floating-point tensor of the shape of ``y``.
+    """Return ``x`` if it is a floating-point tensor of the shape of ``y``.
 
     Raises:
         ModgraftError: if it is not.

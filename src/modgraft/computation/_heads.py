@@ -1,4 +1,4 @@
-"""The attention layers that take keys and values before their own, and the shape of theirs."""
+"""Attention layers that accept more keys and values, and the shape of these."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import nn
 from modgraft.core.errors import SiteError
 from modgraft.core.sites import Site
 
-# what models call the width of a head, their number, and the projection of the keys
+# the names that models give to the width of a head, the number of heads, and the key projection
 _WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 _COUNTS = ("num_key_value_heads", "num_heads", "n_heads", "num_attention_heads")
 _KEYS = ("k_proj", "key", "k")
 
 
 def attends(module: nn.Module) -> bool:
-    """Whether ``module`` asks transformers' registry for its attention function."""
+    """Return whether ``module`` asks transformers' registry for its attention function."""
     functions = [f for cls in type(module).__mro__ for f in vars(cls).values() if isfunction(f)]
     return any("get_interface" in unwrap(f).__code__.co_names for f in functions)
 
 
 def key_value_shape(method: str, site: Site) -> tuple[int, int]:
-    """How many heads the keys of an attention layer have, and how wide each is.
+    """Return how many heads the keys of an attention layer have, and how wide each is.
 
     Raises:
-        SiteError: where the site is no attention layer that keys and values can be put before.
+        SiteError: if the site is no attention layer that accepts more keys and values.
     """
     module = site.module
     if not attends(module):
@@ -62,7 +62,7 @@ def _config_width(module: nn.Module) -> int | None:
 
 
 def _refusal(method: str, site: Site) -> str:
-    """Why ``site`` is refused, and the nearest attention layer: inside it, around it, or any."""
+    """Say why ``site`` is refused, and name an attention layer in it, around it, or anywhere."""
     what = (
         f"{method} acts on attention layers that ask transformers' registry for their function, "
         f"and {site.label or 'the host'} ({type(site.module).__name__}) does not"

@@ -21,35 +21,10 @@ from modgraft.core.sites import Site
 Nonlinearity = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
 
 
-def _maps(method: Adapter | ParallelAdapter, site: Site) -> tuple[nn.Linear, nn.Linear]:
-    """W_d and W_u with their biases: W_d as ``nn.Linear`` draws it, the others zero."""
-    d, m = bottleneck(type(method).__name__, site, method.reduction, method.width)
-    down, up = nn.Linear(d, m), nn.Linear(m, d)
-    for zero in (down.bias, up.weight, up.bias):
-        nn.init.zeros_(zero)
-    return down, up
+class BottleneckAdapter(FunctionComposition):
+    """f'(x) = y + s·(W_u σ(W_d · + b_d) + b_u) with y = f(x), W_u = 0 at the start.
 
-
-@final
-class Adapter(FunctionComposition):
-    """f'(x) = y + s·(W_u σ(W_d y + b_d) + b_u) with y = f(x), W_u = 0 at the start.
-
-    The bottleneck adapter of Houlsby et al. 2019 (arXiv:1902.00751): y ``[B, …, d]``, W_d
-    ``[m, d]``, W_u ``[d, m]``. Where it stands is a selection: ``at=["output", "down"]`` puts one
-    after each attention and each feed-forward, before the residual sum, as Houlsby et al. do;
-    ``at="down"`` after the feed-forward alone; ``at="block"`` one on the residual stream after each
-    block, as Pfeiffer et al. 2021 (arXiv:2005.00247) found to be enough. In BERT, which norms after
-    the sum, theirs is ``at="feedforward[residual]"``: it reads what was normed, and the norm is
-    taken again with what it adds.
-
-    Args:
-        reduction: d / m, rounded so that m is whole; 16 if neither it nor ``width`` is given.
-        width: m itself.
-        nonlinearity: σ: ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``tanh``.
-        scale: s.
-
-    Raises:
-        ModgraftError: for options that make no bottleneck, or an output that is not ``[B, …, d]``.
+    W_d ``[m, d]`` starts as ``nn.Linear`` draws it; W_u ``[d, m]`` and both biases start at zero.
     """
 
     identity: ClassVar[bool] = True
@@ -61,26 +36,32 @@ class Adapter(FunctionComposition):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_options("Adapter", self.reduction, self.width, self.nonlinearity, self.scale)
+        name = type(self).__name__
+        check_options(name, self.reduction, self.width, self.nonlinearity, self.scale)
 
     def build(self, site: Site) -> None:
-        self.down, self.up = _maps(self, site)
+        d, m = bottleneck(type(self).__name__, site, self.reduction, self.width)
+        self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
 
-    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
-        check_output("Adapter", y, self.down.in_features)
-        hidden = NONLINEARITIES[self.nonlinearity](self.down(y))  # [B, …, d] → [B, …, m]
-        return y + self.scale * self.up(hidden)
+    def branch(self, v: Tensor) -> Tensor:
+        """Return s·(W_u σ(W_d v + b_d) + b_u): ``[B, …, d]`` → ``[B, …, m]`` → ``[B, …, d]``."""
+        return self.scale * self.up(NONLINEARITIES[self.nonlinearity](self.down(v)))
 
 
 @final
-class ParallelAdapter(FunctionComposition):
-    """f'(x) = y + s·(W_u σ(W_d x + b_d) + b_u) with y = f(x), W_u = 0 at the start.
+class Adapter(BottleneckAdapter):
+    """f'(x) = y + s·(W_u σ(W_d y + b_d) + b_u) with y = f(x), W_u = 0 at the start.
 
-    The parallel adapter of He et al. 2022 (arXiv:2110.04366), who put it beside the feed-forward
-    with s = 4: x and y ``[B, …, d]``, W_d ``[m, d]``, W_u ``[d, m]``. The site takes x as its first
-    tensor and keeps its shape: ``at="feedforward"`` in T5, GPT-2, Llama-style decoders and ViT, or
-    ``at="attention"``. BERT's ends with the residual sum and the norm, where
-    ``at="feedforward[residual]"`` is beside the feed-forward and inside the norm.
+    The bottleneck adapter of Houlsby et al. 2019 (arXiv:1902.00751): y ``[B, …, d]``, W_d
+    ``[m, d]``, W_u ``[d, m]``. The selection of sites says where adapters stand:
+    ``at=["output", "down"]`` puts one after each attention and each feed-forward, before the
+    residual sum, as Houlsby et al. do; ``at="down"`` one after the feed-forward only;
+    ``at="block"`` one on the residual stream after each block, which Pfeiffer et al. 2021
+    (arXiv:2005.00247) found to be enough. BERT normalises after the sum; the adapter of Pfeiffer et
+    al. is ``at="feedforward[residual]"`` there: it reads the normalised output, and its result is
+    added before the norm is taken again.
 
     Args:
         reduction: d / m, rounded so that m is whole; 16 if neither it nor ``width`` is given.
@@ -89,27 +70,41 @@ class ParallelAdapter(FunctionComposition):
         scale: s.
 
     Raises:
-        ModgraftError: for options that make no bottleneck, or a site whose first tensor input has
-            not the shape of its output.
+        ModgraftError: for options that make no bottleneck, or an output that is not ``[B, …, d]``.
     """
 
-    identity: ClassVar[bool] = True
-    by_row: ClassVar[bool] = True
+    def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
+        check_output("Adapter", y, self.down.in_features)
+        return y + self.branch(y)
 
-    reduction: int | None = None
-    width: int | None = None
-    nonlinearity: Nonlinearity = "relu"
+
+@final
+class ParallelAdapter(BottleneckAdapter):
+    """f'(x) = y + s·(W_u σ(W_d x + b_d) + b_u) with y = f(x), W_u = 0 at the start.
+
+    The parallel adapter of He et al. 2022 (arXiv:2110.04366), who put it beside the feed-forward
+    with s = 4: x and y ``[B, …, d]``, W_d ``[m, d]``, W_u ``[d, m]``. The site's first tensor input
+    is x, and has the shape of its output: ``at="feedforward"`` in T5, GPT-2, Llama-style decoders
+    and ViT, or ``at="attention"``. BERT's feed-forward ends with the residual sum and the norm;
+    ``at="feedforward[residual]"`` acts beside it and before the norm there.
+
+    Args:
+        reduction: d / m, rounded so that m is whole; 16 if neither it nor ``width`` is given.
+        width: m itself.
+        nonlinearity: σ: ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``tanh``.
+        scale: s.
+
+    Raises:
+        ModgraftError: for options that make no bottleneck, or a site whose first tensor input does
+            not have the shape of its output.
+    """
+
     scale: float = 4.0
-
-    def __post_init__(self) -> None:
-        check_options("ParallelAdapter", self.reduction, self.width, self.nonlinearity, self.scale)
 
     def build(self, site: Site) -> None:
         check_parallel("ParallelAdapter", site)
-        self.down, self.up = _maps(self, site)
+        super().build(site)
 
     def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
         check_output("ParallelAdapter", y, self.down.in_features)
-        x = check_input("ParallelAdapter", y, x)
-        hidden = NONLINEARITIES[self.nonlinearity](self.down(x))  # [B, …, d] → [B, …, m]
-        return y + self.scale * self.up(hidden)
+        return y + self.branch(check_input("ParallelAdapter", y, x))

@@ -1,4 +1,4 @@
-"""Attention over trained prompts: each input mixes its own."""
+"""ATTEMPT: attention over trained prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modgraft.computation.base import Computation, TokenComposition
+from modgraft.computation.base import Computation, TokenComposition, distinct_names
 from modgraft.computation.prompts import SoftPrompt
 from modgraft.core.context import EXAMPLE, Side
 from modgraft.core.embeddings import token_width
@@ -22,27 +22,27 @@ from modgraft.core.sites import Site
 class Attempt(TokenComposition):
     """[P(x), x], P(x) = P₀ + Σ_{j=0..N} a_j P_j, a = softmax_j(p̂_jᵀ G(x̂) / τ).
 
-    ATTEMPT (Asai et al. 2022, arXiv:2205.11961): for each input its own mixture of N prompts that
-    were trained before, and of a new one, P₀, which learns with the attention. x̂ and p̂_j ``[d]``
-    are the largest values over the tokens of the input's embeddings and of a prompt, G(x̂) =
+    ATTEMPT (Asai et al. 2022, arXiv:2205.11961) mixes, for each input, N prompts that were trained
+    before and a new one, P₀, which is trained with the attention. x̂ and p̂_j ``[d]`` are the maxima
+    over the tokens of the input's embeddings and of a prompt, and G(x̂) =
     LayerNorm(W_u SiLU(W_d x̂)) with W_d ``[rank, d]`` and W_u ``[d, rank]``. All prompts are
-    ``[length, d]``. The prompts it is over stay as they are unless they are named in ``train=``,
-    and act through it alone; what is saved is P₀ and G.
+    ``[length, d]``. The N prompts stay frozen unless they are named in ``train=``, and act only
+    through this module; P₀ and G are what is saved.
 
-    An input is what a router of examples goes by: an encoder's text, for a decoder what comes
-    before the answer (where ``labels`` are −100); ``side={"example": mg.Side(v)}`` gives another.
+    The input is read as for a router of examples: an encoder's text, or in a decoder the text
+    before the answer (where ``labels`` are −100). ``side={"example": mg.Side(v)}`` replaces it.
 
     Args:
-        over: names of prompts in the host, as many tokens each.
-        length: how many tokens P₀ has, as many as they.
-        rank: of G.
+        over: the names of the N prompts in the host, each of ``length`` tokens.
+        length: the number of tokens of P₀.
+        rank: the rank of G.
         temperature: τ; None: the paper's d·e.
-        init: of P₀, ``"random"`` or ``"vocabulary"``, as a SoftPrompt's.
-        at_start: before a class token too, as a SoftPrompt.
+        init: how P₀ starts, ``"random"`` or ``"vocabulary"``, as in a SoftPrompt.
+        at_start: whether the prompt stands before a class token too, as in a SoftPrompt.
 
     Raises:
-        ModgraftError: for no prompt or one named twice, another length, a module that is no prompt
-            or reads a side input, or a number that means nothing.
+        ModgraftError: for no prompt or one named twice, prompts of another length, a module that
+            is no prompt or reads a side input, or a number out of range.
     """
 
     over: Sequence[str] = ()
@@ -53,12 +53,8 @@ class Attempt(TokenComposition):
     at_start: bool = False
 
     def __post_init__(self) -> None:
-        self.over = () if isinstance(self.over, str) else tuple(self.over)
-        if not self.over or len(set(self.over)) != len(self.over):
-            raise ModgraftError(
-                f"Attempt(over={self.over!r}): one or more different names of prompts, as "
-                f"Attempt(over=['mnli', 'squad'])"
-            )
+        example = " of prompts, as Attempt(over=['mnli', 'squad'])"
+        self.over = distinct_names(self.over, f"Attempt(over={self.over!r})", example)
         if self.length < 1 or self.rank < 1:
             raise ModgraftError(
                 f"Attempt(length={self.length}, rank={self.rank}): both are at least 1"
@@ -67,9 +63,9 @@ class Attempt(TokenComposition):
             raise ModgraftError(
                 f"Attempt(temperature={self.temperature}): it is above 0, or None for d·e"
             )
-        self._fresh()
+        self._new_prompt()  # refuses an unknown init
 
-    def _fresh(self) -> SoftPrompt:
+    def _new_prompt(self) -> SoftPrompt:
         return SoftPrompt(length=self.length, init=self.init, at_start=self.at_start)
 
     @property
@@ -81,10 +77,13 @@ class Attempt(TokenComposition):
         return tuple(self.over)
 
     def check(self, members: Sequence[tuple[str, Computation]]) -> None:
-        """Refuse what it cannot be over.
+        """Refuse modules that are no prompts, or prompts that depend on the input.
 
         Args:
-            members: the method of each, under its name.
+            members: the name and the method of each module in ``over``.
+
+        Raises:
+            ModgraftError: with the remedy.
         """
         for name, method in members:
             what = f"Attempt(over={list(self.over)}): {name!r} is a {type(method).__name__}, which "
@@ -96,10 +95,10 @@ class Attempt(TokenComposition):
                 raise ModgraftError(f"{what}depends on the input itself; name prompts that do not")
 
     def join(self, members: Mapping[str, Computation]) -> None:
-        """Attend to ``members``, built, by name.
+        """Attend to the built prompts ``members``, by name.
 
         Raises:
-            ModgraftError: for one of another length.
+            ModgraftError: for a prompt of another length.
         """
         lengths = {name: self._tokens_of(place).shape[0] for name, place in members.items()}
         if other := [name for name, length in lengths.items() if length != self.length]:
@@ -108,22 +107,22 @@ class Attempt(TokenComposition):
                 f"{lengths[other[0]]} tokens; all prompts are of one length, as length="
                 f"{lengths[other[0]]}"
             )
-        self._members = tuple(members.values())  # in a tuple: they are the host's own, not children
+        self._members = tuple(members.values())  # in a tuple: torch would make children of them
 
     def build(self, site: Site) -> None:
         width = token_width(site.module)
-        target = self._fresh()
-        target.build(site)
-        self.phi = nn.Parameter(target.phi.detach())
+        new = self._new_prompt()
+        new.build(site)
+        self.phi = nn.Parameter(new.phi.detach())
         self.down = nn.Linear(width, self.rank, bias=False)
         self.up = nn.Linear(self.rank, width, bias=False)
         self.norm = nn.LayerNorm(width)
         self._members: tuple[Computation, ...] = ()
 
     def prompts(self) -> Tensor:
-        """P ``[N + 1, length, d]``, P₀ first."""
-        own = [self._tokens_of(place).to(self.phi.dtype) for place in self._members]
-        return torch.stack([self.phi, *own])
+        """Return P ``[N + 1, length, d]``, P₀ first."""
+        trained = [self._tokens_of(place).to(self.phi.dtype) for place in self._members]
+        return torch.stack([self.phi, *trained])
 
     @staticmethod
     def _tokens_of(place: Computation) -> Tensor:
@@ -131,7 +130,7 @@ class Attempt(TokenComposition):
         return place.tokens(1, None)[0][0]
 
     def attention(self, side: Side) -> Tensor:
-        """a ``[B, N + 1]`` of the inputs ``side``: tokens ``[B, n, d]`` and which are seen."""
+        """Return a ``[B, N + 1]`` for ``side``: the inputs' embeddings ``[B, n, d]`` and mask."""
         if side.tensor.shape[-1] != self.phi.shape[-1]:
             raise SideError(
                 f"Attempt goes by vectors that are {self.phi.shape[-1]} wide, as the host's "
@@ -139,11 +138,11 @@ class Attempt(TokenComposition):
             )
         hidden = ~side.seen()[..., None]  # [B, n, 1]
         query = side.tensor.to(self.phi.dtype).masked_fill(hidden, -math.inf).amax(1)  # [B, d]
-        query = query.masked_fill(hidden.all(1), 0.0)  # of a text of nothing but padding
+        query = query.masked_fill(hidden.all(1), 0.0)  # a text that is all padding
         query = self.norm(self.up(F.silu(self.down(query))))
         keys = self.prompts().amax(1)  # [N + 1, d]
-        heat = self.temperature or math.e * keys.shape[-1]
-        return (query @ keys.T / heat).softmax(-1)
+        temperature = self.temperature or math.e * keys.shape[-1]
+        return (query @ keys.T / temperature).softmax(-1)
 
     def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         assert side is not None  # noqa: S101

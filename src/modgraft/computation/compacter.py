@@ -28,16 +28,16 @@ class Compacter(FunctionComposition):
 
     Compacter (Mahabadi et al. 2021, arXiv:2106.04647): y ``[B, …, d]``; each of W_d ``[m, d]`` and
     W_u ``[d, m]`` is a sum of n Kronecker products of A_j ``[n, n]`` and a matrix of rank r, S_j
-    ``[rows/n, r]`` times T_jᵀ ``[r, columns/n]``. ``A`` ``[n, n, n]`` is one for all, in W_d and
-    W_u of every site; the first site owns it.
+    ``[rows/n, r]`` times T_jᵀ ``[r, columns/n]``. ``A`` ``[n, n, n]`` is shared by W_d and W_u of
+    all sites; it is stored at the first site.
 
     Args:
         reduction: d / m, rounded so that m is whole; 16 if neither it nor ``width`` is given.
         width: m itself.
-        n: how many products; it divides d and m.
+        n: the number of products; it divides d and m.
         rank: r.
-        shared: whether A is one for all, as in the paper; else W_d and W_u of each site have
-            their own.
+        shared: whether all share A, as in the paper; if not, W_d and W_u of each site have separate
+            ones.
         nonlinearity: σ: ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``tanh``.
         scale: s.
 
@@ -95,12 +95,12 @@ class Compacter(FunctionComposition):
         self.b_up = nn.Parameter(torch.zeros(d))
 
     def share_with(self, first: Computation) -> None:
-        """Use the A of the first site."""
+        """Read A from the first site."""
         if self.shared:
             redirect(self, ["A"], ModuleTensors(first))
 
     def _rules(self) -> tuple[Tensor, Tensor]:
-        """The A ``[n, n, n]`` of W_d and of W_u."""
+        """Return the A ``[n, n, n]`` of W_d and that of W_u."""
         return (self.A, self.A) if self.shared else (self.A_down, self.A_up)
 
     def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
@@ -113,7 +113,7 @@ class Compacter(FunctionComposition):
 
 
 def _kronecker_sum(A: Tensor, S: Tensor, T: Tensor) -> Tensor:
-    """Σ_j A_j ⊗ S_j T_jᵀ: A ``[n, p, a]``, S ``[n, q, r]``, T ``[n, b, r]`` → ``[pq, ab]``."""
+    """Return Σ_j A_j ⊗ S_j T_jᵀ ``[pq, ab]``: A ``[n, p, a]``, S ``[n, q, r]``, T ``[n, b, r]``."""
     B = S @ T.transpose(1, 2)  # [n, q, b]
     rows, columns = A.shape[1] * B.shape[1], A.shape[2] * B.shape[2]
     return torch.einsum("jpa,jqb->pqab", A, B).reshape(rows, columns)

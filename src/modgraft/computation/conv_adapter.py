@@ -1,4 +1,4 @@
-"""The convolutional adapter, over feature maps and over tokens."""
+"""The convolutional adapter, on feature maps or on tokens."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ class ConvAdapter(FunctionComposition):
 
     The residual adapter of Rebuffi et al. 2017 (arXiv:1705.08045), in series, and 2018
     (arXiv:1803.10082), in parallel. Over a map, y is ``[B, C, H, W]`` and F ``[C, C, k, k]``; over
-    tokens, y is ``[B, n, d]``, convolved along n, and F ``[d, d, k]``. Depthwise, each channel has
-    a filter of its own and F's second axis is 1. The edges are padded with zeros; over tokens with
-    k > 1 the host's padding tokens are neighbours as any other, since a site sees no mask.
+    tokens, y is ``[B, n, d]``, convolved along n, and F ``[d, d, k]``. With ``depthwise`` each
+    channel has one filter, and F's second axis is 1. Edges are padded with zeros. Over tokens with
+    k > 1 the host's padding tokens count as neighbours too, since a site does not see the mask.
 
     Args:
         over: ``"tokens"`` or ``"map"``.
-        kernel: k, odd; 1 is the paper's.
-        depthwise: whether channels stay apart.
+        kernel: k, odd; the papers use 1.
+        depthwise: whether each channel is filtered by itself.
         form: ``"series"`` or ``"parallel"``.
 
     Raises:
         ModgraftError: for an even kernel, an output of another layout, k > 1 over the tokens of a
-            decoder (which come one at a time), or a site whose input cannot be used in parallel.
+            decoder (which come one at a time), or in parallel, a site whose input does not have the
+            shape of its output.
     """
 
     identity: ClassVar[bool] = True
@@ -108,5 +109,4 @@ class ConvAdapter(FunctionComposition):
         if image:
             return y + functional.conv2d(source, self.F, padding=padding, groups=groups)
         source = source.transpose(1, 2)  # [B, n, d] → [B, d, n]
-        made = functional.conv1d(source, self.F, padding=padding, groups=groups)
-        return y + made.transpose(1, 2)
+        return y + functional.conv1d(source, self.F, padding=padding, groups=groups).mT

@@ -15,7 +15,7 @@ from modgraft.core.sites import Site
 
 
 class Maps(NamedTuple):
-    """What a fusion looked at, and how much it took.
+    """The attention and the gate of a fusion, for inspection.
 
     Attributes:
         attention: ``[B, n, m]``, each text token's weights over the side input's vectors.
@@ -32,20 +32,20 @@ class Maps(NamedTuple):
 class GatedFusion(FunctionComposition):
     """H' = (1 − G) ⊙ H + G ⊙ A, with A = softmax(H Vᵀ/√d) V and G = σ(H W_l + A W_v).
 
-    H ``[B, n, d]`` is the site's output, V = features·W_h ``[B, m, d]`` the side input. Multimodal
-    chain of thought (Zhang et al. 2023, arXiv:2302.00923). The paper's equations are above; the
-    code released with it takes for A a whole attention block of one head with four biased
-    projections, and for G one biased linear layer on [H; A].
+    H ``[B, n, d]`` is the site's output, V = features·W_h ``[B, m, d]`` comes from the side input.
+    Multimodal chain of thought (Zhang et al. 2023, arXiv:2302.00923). The paper gives the equations
+    above; in the code released with it, A is the output of a whole attention block of one head with
+    four biased projections, and G one biased linear layer on [H; A].
 
-    An example with nothing to see (its mask all False) is returned exactly as it came.
+    The output stays unchanged for an example whose mask is False everywhere.
 
     Args:
         source: the name of the side input.
-        dim: width of its features.
+        dim: the width of its features.
         form: ``"paper"`` or ``"released"``.
 
     Raises:
-        ModgraftError: for an unknown form, a site that puts out a map, or features that are not
+        ModgraftError: for an unknown form, a site whose output is a map, or features that are not
             ``dim`` wide.
     """
 
@@ -80,7 +80,7 @@ class GatedFusion(FunctionComposition):
             self.W_v = nn.Linear(d, d, bias=False)
 
     def maps(self, h: Tensor, side: Side) -> Maps:
-        """Attention, attended features and gate for H ``[B, n, d]``."""
+        """Return attention, attended features and gate for H ``[B, n, d]``."""
         if side.tensor.shape[-1] != self.dim:
             raise ModgraftError(
                 f"side input {self.source!r} is {side.tensor.shape[-1]} wide where this fusion "
@@ -88,7 +88,7 @@ class GatedFusion(FunctionComposition):
                 f"features it was trained on"
             )
         seen = side.seen()
-        # a row with nothing to see would be softmax of -inf alone; forward() discards what it gets
+        # a row that is all hidden would be NaN, so it sees everything; forward() discards it
         hidden = ~(seen | ~seen.any(dim=1, keepdim=True))  # [B, m]
         v = self.W_h(side.tensor.to(h.dtype))  # [B, m, d]
         if self.form == "released":

@@ -1,4 +1,4 @@
-"""Hypernetworks: the tensors of any other module, generated from a task embedding."""
+"""Hypernetworks: the parameters of any other module, generated from a task embedding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation._redirect import ModuleTensors, redirect
-from modgraft.computation.base import Computation, Wrapper
+from modgraft.computation.base import Computation, Wrapper, distinct_names
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site
 
@@ -20,10 +20,10 @@ class Generator(nn.Module):
     """φ = H z + b for each tensor, z = [t; s], or z = W₂ relu(W₁ [t; s] + b₁) + b₂.
 
     Args:
-        tasks: how many.
+        tasks: the number of tasks.
         embedding: the width e of t and of s.
         hidden: the rows of W₁; None: z = [t; s].
-        start: by head, the tensor that it generates at the start.
+        start: for each head, by name, the tensor that it generates at the start.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class Generator(nn.Module):
             self.heads[head] = linear
 
     def forward(self, task: int, site: Tensor, head: str) -> Tensor:
-        """What ``head`` makes for a task, by its number, and a site's embedding ``[e]``, flat."""
+        """Generate a tensor, flattened, for task number ``task`` and a site's embedding ``[e]``."""
         with torch.autocast(site.device.type, enabled=False):  # parameters are not activations
             z = self.project(torch.cat([self.tasks[task], site]))  # [2e], or [e]
             return self.heads[head](z)
 
 
-class Generated:
-    """Lends the tensors that are generated for one task at one site."""
+class GeneratedTensors:
+    """Reads the tensors that a generator makes for one task at one site."""
 
     def __init__(
         self, generator: Generator, place: nn.Module, task: int, shapes: Mapping[str, torch.Size]
@@ -65,36 +65,36 @@ class Generated:
         self.generator, self.place, self.task, self.shapes = generator, place, task, shapes
 
     def read(self, key: str) -> Tensor:
-        """The tensor called ``key``, as in a ``state_dict``."""
+        """Return the tensor called ``key``, as in a ``state_dict``."""
         shape = self.shapes[key]
         return self.generator(self.task, self.place.site, _head(key, shape)).view(shape)
 
 
 @final
 class HyperNetwork(Wrapper):
-    """φ_s = h([t; s]), the tensors of any module at site s for task t; as its module at birth.
+    """φ_s = h([t; s]), the parameters of any module at site s for task t.
 
-    A task embedding t ``[e]`` and a site embedding s ``[e]``, both learned, generate each tensor of
-    the module by a linear map H and an offset b, that of Platanios et al. 2018 (arXiv:1808.08493):
+    A task embedding t ``[e]`` and a site embedding s ``[e]``, both learned, generate each parameter
+    of the module by a linear map H and an offset b, as in Platanios et al. 2018 (arXiv:1808.08493):
     φ = H [t; s] + b. With ``hidden`` there are two layers before it, as in HyperFormer (Mahabadi et
-    al. 2021, arXiv:2106.04489): φ = H (W₂ relu(W₁ [t; s] + b₁) + b₂) + b. One H serves a tensor of
-    one name and shape at all sites. H = 0 at the start and b is what the module draws for itself,
-    so that each task begins as the module does.
+    al. 2021, arXiv:2106.04489): φ = H (W₂ relu(W₁ [t; s] + b₁) + b₂) + b. One H serves the
+    parameters of one name and shape at all sites. At the start H = 0 and b is the module's usual
+    random start, so every task begins as the module itself would.
 
-    For n numbers to be generated this learns (2e + 1)·n, or (e + 1)·n with ``hidden``, however many
-    the tasks and sites are (n counts a name and shape once), and e for each task and each site; it
-    generates anew at every call. Which task acts is said in the composition:
-    ``host.use("h['fr']")``. After training, :func:`modgraft.add_task` adds one.
+    For n generated numbers (each name and shape counted once) this learns (2e + 1)·n numbers, or
+    (e + 1)·n with ``hidden``, however many tasks and sites there are, and e for each task and each
+    site. The parameters are generated at every call. The composition names the task that acts,
+    ``host.use("h['fr']")``. After training, :func:`modgraft.add_task` adds another.
 
     Args:
         module: any computation with parameters.
-        tasks: their names, one or more.
+        tasks: the names of the tasks, one or more.
         embedding: e.
-        hidden: the rows of W₁.
+        hidden: the rows of W₁; None: no layers before H.
 
     Raises:
-        ModgraftError: for tasks that are no different names, a size below 1, or a module without
-            parameters, or over another.
+        ModgraftError: for no task or one named twice, a size below 1, a module without parameters,
+            or a module that wraps another.
     """
 
     tasks: tuple[str, ...]
@@ -103,14 +103,8 @@ class HyperNetwork(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tasks = () if isinstance(self.tasks, str) else tuple(self.tasks)
-        named = all(isinstance(task, str) and task for task in tasks)
-        if not tasks or not named or len(set(tasks)) != len(tasks):
-            raise ModgraftError(
-                f"HyperNetwork(tasks={self.tasks!r}): one or more different names, as "
-                f"tasks=('fr', 'de')"
-            )
-        self.tasks = tasks
+        call = f"HyperNetwork(tasks={self.tasks!r})"
+        self.tasks = distinct_names(self.tasks, call, ", as tasks=('fr', 'de')")
         if self.embedding < 1 or (self.hidden is not None and self.hidden < 1):
             raise ModgraftError(
                 f"HyperNetwork(embedding={self.embedding}, hidden={self.hidden}): both are at "
@@ -128,24 +122,24 @@ class HyperNetwork(Wrapper):
     def per_task(self) -> list[Computation]:
         return list(self.views)  # type: ignore[arg-type]
 
-    def and_task(self, task: str) -> HyperNetwork:
-        """The same hyper-parameters with one task more, the last."""
+    def with_task(self, task: str) -> HyperNetwork:
+        """Return the same hyper-parameters with ``task`` added as the last task."""
         return type(self)(**{**self.config(), "tasks": (*self.tasks, task)})
 
     def extend(
         self, places: Sequence[HyperNetwork], sites: Sequence[Site], start: int | None
     ) -> nn.Parameter:
-        """Give ``places``, built at ``sites`` without it, the last of these tasks.
+        """Add the last of these tasks to ``places``, which were built without it.
 
-        No tensor of theirs is touched.
+        Their existing parameters stay as they are.
 
         Args:
-            places: in their order.
-            sites: where they are.
-            start: the number of the task whose embedding the new one begins as; None: the mean.
+            places: the network built for each site.
+            sites: the site of each place.
+            start: the number of the task whose embedding the new one copies; None: the mean of all.
 
         Returns:
-            The new embedding ``[e]``.
+            The new task's embedding ``[e]``.
         """
         generator: Any = places[0].generator
         known = torch.stack([t.detach() for t in generator.tasks])  # [tasks, e]
@@ -154,16 +148,16 @@ class HyperNetwork(Wrapper):
         generator.tasks.append(new)
         for place, view in zip(places, views, strict=True):
             place.tasks = self.tasks
-            place.take(view, generator)
+            place._add_view(view, generator)
         return new
 
-    def take(self, view: Computation, generator: Generator) -> None:
-        """Let ``view`` act here for the next task, with tensors that ``generator`` makes."""
+    def _add_view(self, view: Computation, generator: Generator) -> None:
+        """Add ``view``, the module as it acts here for the next task, with generated parameters."""
         views: Any = self.views
-        if len(views):  # what is not generated is one for all tasks
+        if len(views):  # buffers are not generated: all tasks have the first one's
             redirect(view, [key for key, _ in view.named_buffers()], ModuleTensors(views[0]))
         shapes = {key: tensor.shape for key, tensor in view.named_parameters()}
-        redirect(view, shapes, Generated(generator, self, len(views), shapes))
+        redirect(view, shapes, GeneratedTensors(generator, self, len(views), shapes))
         views.append(view)
 
     def build_all(self, sites: Sequence[Site]) -> list[Computation]:
@@ -177,7 +171,7 @@ class HyperNetwork(Wrapper):
                 f"HyperNetwork({self.module!r}, …): it has no parameters that could be generated; "
                 f"implant {self.module!r} itself"
             )
-        # all copies are made while a view still has its tensors, and no lender to copy with it
+        # copy before any view is redirected: a copy would take its tensors' source along
         views = [built, *(copy.deepcopy(built) for _ in self.tasks[1:])]
         generator = Generator(len(self.tasks), self.embedding, self.hidden, start)
         places = [type(self)(**self.config()) for _ in sites]
@@ -187,11 +181,11 @@ class HyperNetwork(Wrapper):
             place.site = nn.Parameter(site / math.sqrt(2 * self.embedding))
             place.views = nn.ModuleList()
             for view in of_site:
-                place.take(view, generator)
+                place._add_view(view, generator)
         places[0].generator = generator  # the first site owns it
         return list(places)
 
 
 def _head(key: str, shape: torch.Size) -> str:
-    """The name of the head for a tensor, ``"down-weight-4x16"``: a module's name has no dots."""
+    """Return the name of a tensor's head, ``"down-weight-4x16"``: torch allows no dots in it."""
     return f"{key.replace('.', '-')}-{'x'.join(str(n) for n in shape)}"

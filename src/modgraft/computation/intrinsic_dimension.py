@@ -1,4 +1,4 @@
-"""A change of all weights that moves in few dimensions."""
+"""Intrinsic dimension: a change of all weights within a random low-dimensional subspace."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class IntrinsicDimension(ParameterComposition):
     transform (Le et al. 2013, arXiv:1408.3060): φ ``[d]`` is padded to L, the next power of two,
     and each block of L numbers of the weight is H G Π H B φ / √(L · out · in), with H the Hadamard
     matrix, B random signs, Π a permutation, G Gaussian, so that |φM| = |φ| on average. It costs
-    n log L for a weight of n numbers, and M is never made or saved: B, Π and G, three numbers a
-    weight in memory, follow from the seed and the site's label. Each site has its own φ; with
-    ``Shared(IntrinsicDimension(…))`` all have one, as in the papers. At an embedding the weight is
-    ``[entries, width]``.
+    n log L for a weight of n numbers, and M is never materialised or saved: B, Π and G, three
+    numbers a weight in memory, follow from the seed and the site's label. Each site has a separate
+    φ; with ``Shared(IntrinsicDimension(…))`` all sites share one, as in the papers. An embedding's
+    weight is ``[entries, width]``.
 
     Args:
         dim: d, at each site; at most the size of its weight.
-        seed: of M.
+        seed: the seed of M.
 
     Raises:
         ModgraftError: for a dim out of range, or a site without a weight matrix.
@@ -75,7 +75,7 @@ class IntrinsicDimension(ParameterComposition):
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """x H for ``x`` ``[…, L]``, L a power of two: log₂ L sums and differences, H never made."""
+    """Return x H for ``x`` ``[…, L]``, L a power of two, in log₂ L steps, without the matrix H."""
     size = 1
     while size < x.shape[-1]:
         a, b = x.unflatten(-1, (-1, 2, size)).unbind(-2)  # […, L / (2·size), size] each
@@ -85,11 +85,11 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def _draw(key: str, blocks: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """B ±1 int8, Π as flat positions and G, each ``[blocks, width]``.
+    """Draw B (±1, int8), Π (as flat positions) and G, each ``[blocks, width]``.
 
     They come from the raw bits of a PCG64, a stream that numpy promises not to change, so that a
-    saved φ means the same on every machine. G is rounded as bfloat16, the coarsest of the floating
-    types, so that it is the same in all of them.
+    saved φ means the same on every machine. G is rounded to bfloat16, the coarsest floating type,
+    so that it is the same number in every type.
     """
     bits = np.random.PCG64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little"))
     raw = [bits.random_raw(blocks * width).reshape(blocks, width) for _ in range(3)]

@@ -23,18 +23,19 @@ class InvertibleAdapter(FunctionComposition):
     MAD-X (Pfeiffer et al. 2020, arXiv:2005.00052), a coupling as in NICE (Dinh et al. 2015,
     arXiv:1410.8516). y = f(x) ``[B, …, d]`` in two halves [y₁; y₂]; F(v) = U_F σ(D_F v) and
     G(v) = U_G σ(D_G v), each with biases, D ``[m, d/2]`` and U ``[d/2, m]``, U = 0 at the start.
-    What turns the input into vectors (``"embedding"``, or an ``nn.Embedding``) is coupled; every
-    other site takes the inverse, o₂ = y₂ − G(y₁) and o₁ = y₁ − F(o₂). The first site owns the
-    tensors of all: ``at=["embedding", "encoder.output"]``, or ``"decoder.output"`` in a decoder.
-    AdapterHub's block has these equations too, but it draws U, so that it is no identity at birth.
+    The site that turns the input into vectors (``"embedding"``, or an ``nn.Embedding``) applies the
+    coupling; every other site applies its inverse, o₂ = y₂ − G(y₁) and o₁ = y₁ − F(o₂), with the
+    same parameters, which are stored at the first site: ``at=["embedding", "encoder.output"]``, or
+    ``"decoder.output"`` in a decoder. AdapterHub's block has these equations too, but draws U at
+    random, so that it changes the output from the start.
 
     Args:
         reduction: r = d / 2m, rounded so that the bottleneck's m is whole; 2 in MAD-X.
         nonlinearity: σ: ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``tanh``.
 
     Raises:
-        ModgraftError: for an odd d, a reduction that leaves nothing, sites of several widths, or an
-            output that is not ``[B, …, d]``.
+        ModgraftError: for an odd d, a reduction above d/2, sites of several widths, or an output
+            that is not ``[B, …, d]``.
     """
 
     identity: ClassVar[bool] = True
@@ -48,10 +49,10 @@ class InvertibleAdapter(FunctionComposition):
     def build(self, site: Site) -> None:
         d = site.width
         if site.channels_first or d % 2:
-            what = "a map [B, C, …]" if site.channels_first else f"{d} wide, which is odd"
+            found = "a map [B, C, …]" if site.channels_first else f"{d} wide, which is odd"
             raise ModgraftError(
                 f"InvertibleAdapter at {site.label}: it couples two halves of [B, …, d], and this "
-                f"output is {what}; choose a site of even width, at='embedding' for instance"
+                f"output is {found}; choose a site of even width, at='embedding' for instance"
             )
         half, m = d // 2, d // 2 // self.reduction
         if m < 1:
@@ -66,7 +67,7 @@ class InvertibleAdapter(FunctionComposition):
             nn.init.zeros_(zero)
 
     def share_with(self, first: Computation) -> None:
-        """Use all tensors of the first site."""
+        """Read all parameters from the first site."""
         assert isinstance(first, InvertibleAdapter)  # noqa: S101
         if first._width != self._width:
             raise ModgraftError(

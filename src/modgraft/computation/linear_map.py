@@ -1,4 +1,4 @@
-"""Input composition: f'(x) = f([φ, x])."""
+"""A linear map of features into the host's input: f'(x) = f([φ, x])."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class LinearMap(TokenComposition):
     """[P, x] with P = reshape(V W + b): feature vectors become soft prompt tokens.
 
     V ``[B, m, dim]`` is the side input, W ``[dim, k·d]``, P ``[B, m·k, d]``, k = ``tokens_each``.
-    From an image encoder into a frozen language model's embeddings: one token a patch as LiMBeR
-    (Merullo et al. 2023, arXiv:2209.15162), several from one pooled vector as FROMAGe (Koh et al.
-    2023, arXiv:2301.13823).
+    It maps an image encoder's features into a frozen language model's embeddings: a patch to one
+    token as in LiMBeR (Merullo et al. 2023, arXiv:2209.15162), or one pooled vector to several
+    tokens as in FROMAGe (Koh et al. 2023, arXiv:2301.13823).
 
     Args:
         source: the name of the side input.
-        dim: width of its features.
-        tokens_each: tokens for each feature vector.
+        dim: the width of its features.
+        tokens_each: how many tokens each feature vector becomes.
 
     Raises:
         ModgraftError: for features that are not ``dim`` wide, or a call without them.

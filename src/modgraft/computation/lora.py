@@ -1,4 +1,4 @@
-"""Parameter composition: f'(x) = f(x; θ + Δ)."""
+"""LoRA: a change of a weight that has low rank, f'(x) = f(x; θ + s·BA)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ from torch.nn import functional as F
 
 from modgraft.computation.base import ParameterComposition
 from modgraft.core.errors import ModgraftError
-from modgraft.core.layers import (
-    bias_vector,
-    low_rank_map,
-    over_output,
-    weight_matrix,
-)
+from modgraft.core.layers import bias_vector, low_rank_map, over_output, weight_matrix
 from modgraft.core.sites import Site
 
 
@@ -26,24 +21,24 @@ class LoRA(ParameterComposition):
 
     Low-rank adaptation (Hu et al. 2022, arXiv:2106.09685). A ``[r, in]`` is drawn uniformly as
     ``nn.Linear`` draws its weight, B ``[out, r]`` is zero. At an embedding, A is ``[r, width]`` and
-    B ``[entries, r]``. At a convolution they are of its weight as a matrix
-    [out, in/groups · k · k], which is a convolution by A and then a 1×1 one by B; all groups have
-    the same A (in PEFT each has r / groups rows of its own).
+    B ``[entries, r]``. At a convolution they change its weight as a matrix
+    [out, in/groups · k · k]: a convolution by A, followed by a 1×1 convolution by B. All groups
+    share A (in PEFT each group has r / groups separate rows).
 
-    ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732) makes s = α / √r. ``dora`` (Liu et al. 2024,
-    arXiv:2402.09353) makes θ' = m ⊙ V / ‖V‖ with V = θ + s·BA, the norm over each output's weights
-    and without a gradient, as in the paper's section 4.3; m = ‖θ‖ + ``magnitude`` ``[out]``, where
-    magnitude = 0 at the start, so that m / ‖V‖ is then exactly 1. ``bias`` trains a change b
-    ``[out]`` of the layer's bias too, 0 at the start.
+    ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732) sets s = α / √r. ``dora`` (Liu et al. 2024,
+    arXiv:2402.09353) sets θ' = m ⊙ V / ‖V‖ with V = θ + s·BA; the norm is taken over each output's
+    weights and has no gradient, as in the paper's section 4.3. m = ‖θ‖ + ``magnitude`` ``[out]``
+    with magnitude = 0 at the start, so that m / ‖V‖ is then exactly 1. ``bias`` also trains a
+    change b ``[out]`` of the layer's bias, 0 at the start.
 
     Args:
         rank: r, at most the smaller side of the weight.
         alpha: α; None means α = r, so that s = 1 (with ``rslora``: √r).
         dropout: probability in [0, 1) of dropping an input of the branch while training; 0 at a
             single weight of attention or an RNN, where there is no branch.
-        rslora: whether s falls with √r.
-        dora: whether magnitude and direction are taken apart.
-        bias: whether the bias changes as well.
+        rslora: whether s is α / √r.
+        dora: whether magnitude and direction are trained separately.
+        bias: whether the bias is changed too.
 
     Raises:
         ModgraftError: for a rank or dropout out of range, a site without a weight matrix, or
@@ -67,7 +62,7 @@ class LoRA(ParameterComposition):
 
     @property
     def scale(self) -> float:
-        """s = α / r, or α / √r."""
+        """Return s = α / r, or α / √r."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
@@ -87,7 +82,7 @@ class LoRA(ParameterComposition):
         self.A = nn.Parameter(torch.empty(self.rank, columns))
         self.B = nn.Parameter(torch.zeros(rows, self.rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        # the axis of a weight that is summed over for one output
+        # the axis of the weight that one output sums over
         self._summed = 0 if isinstance(site.module, nn.Embedding) else 1
         if self.dora:
             self.magnitude = nn.Parameter(torch.zeros(columns if self._summed == 0 else rows))
@@ -105,13 +100,13 @@ class LoRA(ParameterComposition):
         if not self.dora:
             return low_rank
         changed = weight + low_rank  # V [out, in]
-        norm, born = self._norm(changed), self._norm(weight)  # [out, 1] each
-        magnitude = born + self.magnitude.view_as(born)  # m
-        # an output without weights has no direction: it stays 0
+        norm, host_norm = self._norm(changed), self._norm(weight)  # [out, 1] each
+        magnitude = host_norm + self.magnitude.view_as(host_norm)  # m
+        # an output whose weights are all 0 has no direction: it stays 0
         return magnitude / norm.where(norm > 0, 1.0) * changed - weight
 
     def _norm(self, weight: Tensor) -> Tensor:
-        # of the same layout always, so that equal weights have equal norms to the last bit
+        # contiguous, so that equal weights have equal norms to the last bit in any layout
         return weight.detach().contiguous().norm(dim=self._summed, keepdim=True)
 
     def bias_delta(self, bias: Tensor | None) -> Tensor | None:
@@ -131,8 +126,8 @@ class LoRA(ParameterComposition):
     def effect(
         self, x: Tensor, layer: nn.Module, weight: Tensor, y: Tensor | None = None
     ) -> Tensor:
-        """s·B(Ax) (+ b), in factors: [B, n, in] → [B, n, r] → [B, n, out]; DoRA: f at Δ."""
-        if not isinstance(layer, nn.Embedding):  # there x is ids
+        """Return s·B(Ax) (+ b), by factors: [B, n, in] → [B, n, r] → [B, n, out]; DoRA: by Δ."""
+        if not isinstance(layer, nn.Embedding):  # whose x is ids
             x = F.dropout(x, self.dropout, self.training)
         if self.dora:
             return super().effect(x, layer, weight)

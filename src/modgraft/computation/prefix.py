@@ -20,18 +20,19 @@ class Prefix(KeyValueComposition):
     """softmax(Q [P_k; K]ᵀ·s) [P_v; V] with φ = (P_k, P_v) at every attention layer.
 
     Prefix tuning (Li & Liang 2021, arXiv:2101.00190): P_k and P_v ``[k, heads, d]`` go before the
-    keys and values of a layer, s is the layer's own scale, and every query sees them. The text
-    keeps its own positions: the first token stays at position 0, prefix keys are not rotated, and
-    T5's relative bias is zero for them; so the length of a prefix takes none of the host's
-    positions. (In PEFT a prefix is a KV cache: the text's positions begin after it.) The layer's
-    scores come back with k more columns.
+    keys and values of a layer, s is the layer's scale, and every query sees them. The text keeps
+    its positions: the first token stays at position 0, prefix keys are not rotated, and T5's
+    relative bias is zero for them; so a prefix uses up none of the host's positions. (In PEFT a
+    prefix is a KV cache: the text's positions begin after it.) The attention weights that the layer
+    returns have k more columns.
 
     Args:
         length: k.
         reparametrise: the hidden width h of the paper's section 4.3: P is then an MLP's output,
-            (P_k, P_v) = W_2 tanh(W_1 E + b_1) + b_2, with E ``[k, e]`` (e the host's width) and
-            W_1 ``[h, e]`` shared by all sites, the first of which owns them, and W_2 of the site.
-            It is saved as it is, so that training resumes; ``mg.fold_prefix`` makes the plain one.
+            (P_k, P_v) = W_2 tanh(W_1 E + b_1) + b_2. E ``[k, e]`` (e the host's width) and W_1
+            ``[h, e]`` are shared by all sites and stored at the first; each site has a separate
+            W_2. The MLP is saved, so that training can resume; ``mg.fold_prefix`` replaces it by
+            the prefix it computes.
 
     Raises:
         ModgraftError: for a length or a width below 1, or a site that is no attention layer of
@@ -65,16 +66,16 @@ class Prefix(KeyValueComposition):
             self.out = nn.Linear(self.reparametrise, 2 * self.heads * self.width)
 
     def share_with(self, first: Computation) -> None:
-        """Use the embedding and the first layer of the first site's MLP."""
+        """Read E and W_1 of the MLP from the first site."""
         if self.reparametrise is not None:
             redirect(self, ["embedding", "hidden.weight", "hidden.bias"], ModuleTensors(first))
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        """P_k and P_v as they are now, each ``[k, heads, d]``."""
+        """Return P_k and P_v, each ``[k, heads, d]``, computed by the MLP if there is one."""
         if self.reparametrise is None:
             return self.keys, self.values
-        made = self.out(torch.tanh(self.hidden(self.embedding)))  # [k, 2·heads·d]
-        keys, values = made.reshape(self.length, 2, self.heads, self.width).unbind(1)
+        both = self.out(torch.tanh(self.hidden(self.embedding)))  # [k, 2·heads·d]
+        keys, values = both.reshape(self.length, 2, self.heads, self.width).unbind(1)
         return keys, values
 
     def keys_values(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:

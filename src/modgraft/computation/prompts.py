@@ -21,29 +21,29 @@ from modgraft.core.sites import Site
 class SoftPrompt(TokenComposition):
     """f([φ, x]), φ ``[length, d]`` trained embeddings before the input.
 
-    Prompt tuning (Lester et al. 2021, arXiv:2104.08691): on an encoder-decoder before the encoder's
-    input alone, as in the paper and in PEFT. On a vision transformer, after the class token, it is
-    the shallow visual prompt of Jia et al. (2022, arXiv:2203.12119), whose bound is
+    Prompt tuning (Lester et al. 2021, arXiv:2104.08691). In an encoder-decoder φ stands before the
+    encoder's input only, as in the paper and in PEFT. In a vision transformer, after the class
+    token, it is the shallow visual prompt of Jia et al. (2022, arXiv:2203.12119), whose bound is
     √(6 / (3·patch² + d)).
 
     Args:
-        length: how many tokens.
-        init: what φ begins as: ``"random"``, uniform in ±``bound``; ``"vocabulary"``, the
-            embeddings of tokens drawn among the ``common`` first, without repetition; a text or a
-            sequence of class labels, with ``tokenizer``; or what these become and what is saved:
-            for each token the id of its embedding, or several ids to take the mean of, as of a
-            label in more than one piece. Where there are fewer than ``length``, the rest is drawn
-            as for ``"vocabulary"``, as in the paper.
-        common: how many ids count as common; T5's vocabulary has the most common first.
-        bound: of the random start.
-        at_start: before a class token too, as PEFT has it; else after it, where the host expects
-            one first (BERT). Without a class token there is no difference. Padding on the left
-            stays before the tokens in any case, where PEFT has it between them and the text.
-        tokenizer: makes ids of a text or labels; it is not kept.
+        length: the number of tokens.
+        init: how φ starts: ``"random"``, uniform in ±``bound``; ``"vocabulary"``, the embeddings of
+            tokens drawn from the first ``common`` ids, without repetition; or a text or a sequence
+            of class labels, with ``tokenizer``. The last two are turned into, and saved as, one
+            entry a token: an id, or several ids whose embeddings are averaged (a label of several
+            pieces); such entries can be given too. If there are fewer than ``length``, the rest is
+            drawn as for ``"vocabulary"``, as in the paper.
+        common: how many ids count as common; T5's vocabulary begins with the most common.
+        bound: the bound of the random start.
+        at_start: whether φ stands before a class token too, as in PEFT; if not, it stands after
+            the class token of a host that expects one first (BERT). Padding on the left stays
+            before φ in either case; PEFT has it between φ and the text.
+        tokenizer: turns a text or labels into ids; it is not saved.
 
     Raises:
-        ModgraftError: for more ids than ``length`` or ids the host has no embedding for, a host
-            that reads no tokens, or more tokens than it has positions.
+        ModgraftError: for more ids than ``length``, ids outside the host's vocabulary, a host that
+            reads no tokens, or more tokens than it has positions.
     """
 
     length: int = 20
@@ -69,7 +69,7 @@ class SoftPrompt(TokenComposition):
                 )
             return
         else:
-            self.init = tuple(_checked(own) for own in self.init)
+            self.init = tuple(_one_token(entry) for entry in self.init)
         if not 0 < len(self.init) <= self.length:
             raise ModgraftError(
                 f"init has {len(self.init)} tokens where length={self.length}; write "
@@ -90,13 +90,13 @@ class SoftPrompt(TokenComposition):
     @torch.no_grad()
     def _from_vocabulary(self, table: nn.Embedding) -> Tensor:
         size, device = table.num_embeddings, table.weight.device
-        own = () if isinstance(self.init, str) else self.init
-        groups = [(i,) if isinstance(i, int) else i for i in own]
+        given = () if isinstance(self.init, str) else self.init
+        groups = [(i,) if isinstance(i, int) else i for i in given]
         _check_ids([i for group in groups for i in group], size)
-        among, left = min(self.common, size), self.length - len(groups)
-        drawn = torch.randperm(among)[:left]
-        if left > among:
-            drawn = torch.randint(among, (left,))
+        common, missing = min(self.common, size), self.length - len(groups)
+        drawn = torch.randperm(common)[:missing]
+        if missing > common:
+            drawn = torch.randint(common, (missing,))
         rows = [table(torch.tensor(group, device=device)).mean(0, keepdim=True) for group in groups]
         return torch.cat([*rows, table(drawn.to(device))]).clone()
 
@@ -112,19 +112,19 @@ class SoftPrompt(TokenComposition):
 class Prompt(TokenComposition):
     """f([φ, x]), φ = Emb(p), p a text.
 
-    The same as the text's tokens put before the input's, after a class token where the host expects
-    one first. It has no parameters: φ is looked up in the host's embeddings at every call.
+    The text's tokens are put before the input's, after a class token if the host expects one first.
+    There are no parameters: φ is looked up in the host's embeddings at every call.
 
     Args:
         text: p, without special tokens.
-        ids: its token ids, made by ``tokenizer`` where they are not given; both are saved, so that
+        ids: the text's token ids; if left out, ``tokenizer`` computes them. Both are saved, so that
             loading needs no tokenizer.
-        at_start: before a class token too.
-        tokenizer: makes ids of the text; it is not kept.
+        at_start: whether φ stands before a class token too.
+        tokenizer: turns the text into ids; it is not saved.
 
     Raises:
-        ModgraftError: for a text without a tokenizer, an empty one, ids that the host has no
-            embedding for, a host that reads no text, or more tokens than it has positions.
+        ModgraftError: for a text without a tokenizer, an empty text, ids outside the host's
+            vocabulary, a host that reads no text, or more tokens than it has positions.
     """
 
     text: str = ""
@@ -135,13 +135,13 @@ class Prompt(TokenComposition):
     def __post_init__(self, tokenizer: Any) -> None:
         self.ids = tuple(int(i) for i in self.ids)
         if tokenizer is not None:
-            made = _encoded(self.text, tokenizer)
-            if self.ids and self.ids != made:
+            encoded = _encode(self.text, tokenizer)
+            if self.ids and self.ids != encoded:
                 raise ModgraftError(
-                    f"Prompt({self.text!r}): this tokenizer gives {list(made)}, not "
+                    f"Prompt({self.text!r}): this tokenizer gives {list(encoded)}, not "
                     f"ids={list(self.ids)}; give one of the two"
                 )
-            self.ids = made
+            self.ids = encoded
         if not self.ids:
             raise ModgraftError(
                 f"Prompt({self.text!r}) has no tokens; write Prompt('You are …', "
@@ -153,7 +153,7 @@ class Prompt(TokenComposition):
         _check_start(self.at_start, host)
         _check_ids(self.ids, token_table(host).num_embeddings)
         check_room(host, len(self.ids))
-        self._host = (host,)  # in a tuple: the table is the host's, and may be another one later
+        self._host = (host,)  # not its table, which may be replaced; in a tuple, not as a child
         self.register_buffer("_ids", torch.tensor(self.ids), persistent=False)
 
     def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
@@ -165,30 +165,30 @@ class Prompt(TokenComposition):
         return 0 if self.at_start else first
 
 
-def _encoded(text: str, tokenizer: Any) -> tuple[int, ...]:
-    made = tokenizer.encode(text, add_special_tokens=False)
-    return tuple(getattr(made, "ids", made))  # of transformers a list, of tokenizers an Encoding
+def _encode(text: str, tokenizer: Any) -> tuple[int, ...]:
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    return tuple(getattr(encoded, "ids", encoded))  # transformers: a list; tokenizers: an Encoding
 
 
 def _ids_of(init: str | Sequence[Any], tokenizer: Any) -> tuple[Any, ...]:
-    """A text token by token, labels each as the mean of its own."""
+    """Return a text's ids, one a token, or for each label all its ids, to be averaged."""
     if isinstance(init, str):
-        return _encoded(init, tokenizer)
+        return _encode(init, tokenizer)
     if not all(isinstance(label, str) for label in init):
         raise ModgraftError(f"with a tokenizer, init is a text or class labels, not {init!r}")
-    return tuple(_checked(_encoded(label, tokenizer)) for label in init)
+    return tuple(_one_token(_encode(label, tokenizer)) for label in init)
 
 
-def _checked(own: Any) -> int | tuple[int, ...]:
-    """An id, or several in a tuple, of one token."""
-    if isinstance(own, int) and not isinstance(own, bool):
-        return own
-    if isinstance(own, Sequence) and own and all(isinstance(i, int) for i in own):
-        return tuple(own)
+def _one_token(entry: Any) -> int | tuple[int, ...]:
+    """Check an entry of ``init``: an id, or several in a tuple."""
+    if isinstance(entry, int) and not isinstance(entry, bool):
+        return entry
+    if isinstance(entry, Sequence) and entry and all(isinstance(i, int) for i in entry):
+        return tuple(entry)
     hint = "; for labels, write SoftPrompt(init=labels, tokenizer=tokenizer)"
     raise ModgraftError(
-        f"init holds {own!r}, which is neither a token's id nor several ids"
-        f"{hint if isinstance(own, str) else ''}"
+        f"init holds {entry!r}, which is neither a token's id nor several ids"
+        f"{hint if isinstance(entry, str) else ''}"
     )
 
 

@@ -11,26 +11,21 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import ParameterComposition
 from modgraft.core.errors import ModgraftError
-from modgraft.core.layers import (
-    bias_vector,
-    linear_map,
-    over_output,
-    weight_matrix,
-)
+from modgraft.core.layers import bias_vector, linear_map, over_output, weight_matrix
 from modgraft.core.sites import Site
 
 
 @final
 class Rescale(ParameterComposition):
-    """f'(x) = φ ⊙ f(x), or f(φ ⊙ x): Δ = (diag φ − I)·[W, b], or W·(diag φ − I); φ = 1 at birth.
+    """f'(x) = φ ⊙ f(x), or f(φ ⊙ x): Δ = (diag φ − I)·[W, b], or W·(diag φ − I); φ = 1 at first.
 
     IA³ (Liu et al. 2022, arXiv:2205.05638). At a layer linear in its weight W ``[out, in]`` both
-    are changes of weights, so they add as such and merge exactly: φ ``[out]`` scales the output,
-    bias and all, φ ``[in]`` the input. PEFT's IA³ is ``Rescale()`` at ``["key", "value"]`` and
-    ``Rescale(where="input")`` at ``"down"``, after the activation; that of adapters scales before
-    it, ``Rescale()`` at ``"up"``. An embedding ``[entries, width]`` has an output to scale only. At
-    a convolution φ is of channels, at a single weight of attention or an RNN of its own rows or
-    columns.
+    are changes of the weight, so they can be added and merged exactly: φ ``[out]`` scales the
+    output with its bias, φ ``[in]`` the input. PEFT's IA³ is ``Rescale()`` at ``["key", "value"]``
+    and ``Rescale(where="input")`` at ``"down"``, after the activation; that of the ``adapters``
+    library scales before it, ``Rescale()`` at ``"up"``. At an embedding ``[entries, width]`` only
+    the output can be scaled. At a convolution φ scales channels, at a single weight of attention or
+    an RNN the rows or columns of that weight.
 
     Args:
         where: ``"output"`` or ``"input"``.
@@ -60,7 +55,7 @@ class Rescale(ParameterComposition):
             )
         self._part = site.part
         self._along_columns = looked_up or self.where == "input"
-        # a convolution's columns are in/groups · k…: a channel has k… of them, in its group's rows
+        # of a convolution's in/groups · k… columns, an input channel scales k…, in its group's rows
         self._groups, self._taps = 1, 1
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             self._groups, self._taps = layer.groups, math.prod(layer.kernel_size)
@@ -91,12 +86,12 @@ class Rescale(ParameterComposition):
     def effect(
         self, x: Tensor, layer: nn.Module, weight: Tensor, y: Tensor | None = None
     ) -> Tensor:
-        """(φ − 1) ⊙ f(x), or W((φ − 1) ⊙ x): one product with W, and no second W is made."""
+        """Return (φ − 1) ⊙ f(x), or W((φ − 1) ⊙ x), without a dense Δ."""
         change = self.phi - 1
         if self.where == "input":
             return linear_map(layer, x * over_output(layer, change), weight)
         if y is None:
             y, bias = linear_map(layer, x, weight), bias_vector(layer, self._part)
             y = y if bias is None else y + over_output(layer, bias)
-        made = over_output(layer, change) * y
-        return made.to(y.dtype)  # under autocast y is in half precision, φ is not
+        # under autocast y is in half precision, φ is not
+        return (over_output(layer, change) * y).to(y.dtype)

@@ -15,22 +15,23 @@ Shapes = dict[str, list[int]]  # of a site's tensors, by name
 
 @final
 class Shared(Wrapper):
-    """f'_s(x) = f_s(x; φ_g), one φ_g for all sites s of a group g; as its module at birth.
+    """f'_s(x) = f_s(x; φ_g), one φ_g for all sites s of a group g.
 
-    Hard parameter sharing (Ruder 2017, arXiv:1706.05098) over the sites of any other module; the
-    first site of a group owns its tensors. With ``only=("A",)`` the layers of a LoRA share A and
-    keep their own B. What a method draws for each site and does not learn stays the site's own, so
-    that ``Shared(IntrinsicDimension(dim=100))`` is the papers' one φ for a whole model.
+    Hard parameter sharing (Ruder 2017, arXiv:1706.05098) over the sites of any other module, whose
+    parameters start as they would without it and are stored at the first site of each group. With
+    ``only=("A",)`` the layers of a LoRA share A, and each has a separate B. Random numbers that a
+    method draws for a site but does not train are not shared, so that
+    ``Shared(IntrinsicDimension(dim=100))`` is the papers' one φ for a whole model.
 
     Args:
         module: any computation.
-        group: ``"all"`` sites together; ``"name"``, those whose paths end alike (all queries, all
-            values); or a tuple of path patterns, each a group, which cover all sites.
-        only: the names of the tensors that are shared; none named: all are.
+        group: ``"all"``, all sites together; ``"name"``, the sites whose paths end alike (all
+            queries, all values); or a tuple of path patterns, one a group, that cover all sites.
+        only: the names of the tensors that are shared; empty: all are.
 
     Raises:
-        ModgraftError: for sites of a group whose tensors differ in shape, a site in no group, a
-            pattern without a site, or a name that is no tensor of the module.
+        ModgraftError: if tensors of one group differ in shape, a site is in no group, a pattern
+            matches no site, or a name is no tensor of the module.
     """
 
     group: str | tuple[str, ...] = "all"
@@ -62,12 +63,12 @@ class Shared(Wrapper):
             for other in others:
                 if self._unequal(first, other, shapes):
                     raise self._refusal(sites, first, other, shapes)
-                own = [key for key in shapes[other] if key in self.only or not self.only]
-                redirect(places[other], own, ModuleTensors(places[first]))
+                keys = [key for key in shapes[other] if key in self.only or not self.only]
+                redirect(places[other], keys, ModuleTensors(places[first]))
         return places
 
     def _groups(self, sites: Sequence[Site]) -> list[list[int]]:
-        """The positions of the sites of each group."""
+        """Return the sites of each group, as positions in ``sites``."""
         groups: dict[str, list[int]] = {}
         for i, site in enumerate(sites):
             if self.group == "all":
@@ -91,7 +92,7 @@ class Shared(Wrapper):
         return list(groups.values())
 
     def _check_names(self, shapes: Sequence[Shapes]) -> None:
-        names = list(dict.fromkeys(key for own in shapes for key in own))
+        names = list(dict.fromkeys(key for of_site in shapes for key in of_site))
         if not names:
             raise ModgraftError(
                 f"Shared({self.module!r}): it has no tensors that could be shared; leave Shared out"
@@ -103,22 +104,26 @@ class Shared(Wrapper):
             )
 
     def _unequal(self, first: int, other: int, shapes: Sequence[Shapes]) -> list[str]:
-        """The tensors to be shared whose shapes at two sites differ."""
-        pairs = [(key, shapes[first].get(key, own), own) for key, own in shapes[other].items()]
-        return [k for k, a, b in pairs if a != b and (k in self.only or not self.only)]
+        """Return the names of the tensors to be shared whose shapes at two sites differ."""
+        return [
+            key
+            for key, shape in shapes[other].items()
+            if shapes[first].get(key, shape) != shape and (key in self.only or not self.only)
+        ]
 
     def _refusal(
         self, sites: Sequence[Site], first: int, other: int, shapes: Sequence[Shapes]
     ) -> ModgraftError:
+        """Return the error for two sites whose tensors differ, with what would work instead."""
         key = self._unequal(first, other, shapes)[0]
         by_name = Shared(self.module, group="name", only=self.only)
         groups = by_name._groups(sites)
         ways = []
         if not any(self._unequal(members[0], i, shapes) for members in groups for i in members):
             ways.append(repr(by_name))
-        same = [k for k in shapes[first] if all(shapes[first][k] == own.get(k) for own in shapes)]
-        if same:
-            ways.append(repr(Shared(self.module, group=self.group, only=tuple(same))))
+        equal = tuple(k for k, n in shapes[first].items() if all(n == s.get(k) for s in shapes))
+        if equal:
+            ways.append(repr(Shared(self.module, group=self.group, only=equal)))
         return ModgraftError(
             f"{sites[first].label} and {sites[other].label} are to share {key}, which is "
             f"{shapes[first][key]} at the one and {shapes[other][key]} at the other; use "

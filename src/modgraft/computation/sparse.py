@@ -1,4 +1,4 @@
-"""Sparse parameter composition: a binary mask b says which weights stay, or which change."""
+"""Sparse changes of a weight: a binary mask b says which entries stay, or which change."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class SparseSubnetwork(ParameterComposition):
     """f'(x) = f(x; b ⊙ (θ + φ)), b = 1 and φ = 0 at the start.
 
     A lottery ticket (Frankle & Carbin 2019, arXiv:1803.03635). The paper trains θ itself; here the
-    host stays frozen, and φ ``[out, in]`` is how far training has taken a weight from it, so that
-    the module holds the whole ticket and rewinding to θ is φ = 0. b ``[out, in]`` bool has no
-    gradient: it comes from :func:`modgraft.magnitude_pruning`, or is set by :meth:`prune`. What b
-    takes out no longer learns. At an embedding both are ``[entries, width]``.
+    host stays frozen, and φ ``[out, in]`` is the trained difference from θ, so that the module
+    holds the whole ticket, and φ = 0 rewinds it. b ``[out, in]`` bool has no gradient:
+    :func:`modgraft.magnitude_pruning` or :meth:`prune` sets it. A pruned weight is no longer
+    trained. At an embedding both are ``[entries, width]``.
 
     Raises:
         ModgraftError: for a site without a weight matrix.
@@ -37,35 +37,35 @@ class SparseSubnetwork(ParameterComposition):
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
 
     def delta(self, weight: Tensor) -> Tensor:
-        """b ⊙ (θ + φ) − θ: φ where a weight stays, −θ where it goes."""
+        """Return b ⊙ (θ + φ) − θ: φ where a weight stays, −θ where it is pruned."""
         return torch.where(self.get_buffer("mask"), self.phi, -weight)
 
     def prune(self, mask: Tensor) -> None:
-        """Keep the weights where ``mask`` ``[out, in]`` bool is True, of those still there.
+        """Prune the weights where ``mask`` ``[out, in]`` bool is False; pruned ones stay pruned.
 
         Raises:
             ModgraftError: for another shape or type.
         """
-        own = self.get_buffer("mask")
-        if mask.shape != own.shape or mask.dtype != torch.bool:
+        kept = self.get_buffer("mask")
+        if mask.shape != kept.shape or mask.dtype != torch.bool:
             raise ModgraftError(
-                f"a mask here is torch.bool {list(own.shape)} (True where a weight stays), "
+                f"a mask here is torch.bool {list(kept.shape)} (True where a weight stays), "
                 f"got {mask.dtype} {list(mask.shape)}"
             )
-        own.logical_and_(mask.to(own.device))
+        kept.logical_and_(mask.to(kept.device))
 
 
 @final
 class Supermask(ParameterComposition):
     """f'(x) = f(x; θ₀ ⊙ b), b = 1 at the k largest scores s of the weight, else 0.
 
-    Edge-popup (Ramanujan et al. 2020, arXiv:1911.13299): θ₀ never learns, the scores s
-    ``[out, in]`` do, straight through the choice: ∂L/∂s = ∂L/∂b = ∂L/∂(θ₀ ⊙ b) ⊙ θ₀, for all of
-    them. They are drawn as ``nn.Linear`` draws its weight, uniformly in ±1/√in. The paper's
-    rescaling of θ₀ belongs to random weights and is left out.
+    Edge-popup (Ramanujan et al. 2020, arXiv:1911.13299): θ₀ stays frozen and the scores s
+    ``[out, in]`` are trained by a straight-through gradient, ∂L/∂s = ∂L/∂b = ∂L/∂(θ₀ ⊙ b) ⊙ θ₀, for
+    all scores. They are drawn as ``nn.Linear`` draws its weight, uniformly in ±1/√in. The paper
+    rescales θ₀, which is random there; that is left out.
 
     Args:
-        density: the share of the weights that stay, k = ⌈density · out · in⌉.
+        density: the share of the weights that stay; k = ⌈density · out · in⌉.
 
     Raises:
         ModgraftError: for a density outside (0, 1), or a site without a weight matrix.
@@ -83,13 +83,13 @@ class Supermask(ParameterComposition):
         nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))
 
     def kept(self) -> Tensor:
-        """b ``[out, in]`` bool."""
+        """Return b ``[out, in]`` bool."""
         flat = self.scores.detach().flatten()
         best = flat.topk(math.ceil(self.density * flat.numel())).indices
         return torch.zeros_like(flat, dtype=torch.bool).scatter(0, best, True).view_as(self.scores)
 
     def delta(self, weight: Tensor) -> Tensor:
-        """(b − 1) ⊙ θ₀, with ∂b/∂s = 1."""
+        """Return (b − 1) ⊙ θ₀, with ∂b/∂s = 1."""
         through = self.scores - self.scores.detach()  # 0, with the gradient of s
         return (self.kept().to(weight.dtype) + through - 1) * weight
 
@@ -99,13 +99,14 @@ class SparseDelta(ParameterComposition):
     """f'(x) = f(x; θ + b ⊙ φ), φ = 0 at the start.
 
     Lottery-ticket sparse fine-tuning (Ansell et al. 2022, arXiv:2110.07560), in two phases that
-    :func:`modgraft.sparse_finetuning` runs: all of φ is trained, b becomes 1 at the largest |φ|
-    over all sites, φ goes back to 0, and what b kept is trained. Until :meth:`keep` has been called
-    ``values`` ``[out · in]`` is all of φ and ``indices`` is empty; from then on the module is
-    ``values`` ``[k]`` at the flat positions ``indices`` ``[k]``, and so is what is saved.
+    :func:`modgraft.sparse_finetuning` runs: first all of φ is trained; then b becomes 1 at the
+    largest |φ| over all sites, φ is reset to 0, and only φ where b = 1 is trained. In the first
+    phase ``values`` ``[out · in]`` is all of φ and ``indices`` is empty; :meth:`keep` begins the
+    second, in which the module consists of, and is saved as, ``values`` ``[k]`` at the flat
+    positions ``indices`` ``[k]``.
 
     Args:
-        density: the share of all the weights of all sites that the second phase trains.
+        density: the share of the weights, counted over all sites, that the second phase trains.
 
     Raises:
         ModgraftError: for a density outside (0, 1), or a site without a weight matrix.
@@ -131,13 +132,13 @@ class SparseDelta(ParameterComposition):
         return flat.scatter(0, indices.long(), self.values).view(self._shape)
 
     def keep(self, indices: Tensor) -> None:
-        """Begin the second phase: φ is 0 again, and learns at these places only.
+        """Begin the second phase: reset φ to 0, and train it at these positions only.
 
         Args:
-            indices: ``[k]`` flat positions in the weight ``[out, in]``, each once.
+            indices: ``[k]`` different flat positions in the weight ``[out, in]``.
 
         Raises:
-            ModgraftError: for a position twice, or outside the weight.
+            ModgraftError: for a position that is given twice or is outside the weight.
         """
         size = self._shape.numel()
         indices = indices.flatten().to(self.values.device, torch.int64)
@@ -148,13 +149,13 @@ class SparseDelta(ParameterComposition):
                 f"SparseDelta keeps different positions 0 … {size - 1} of its {list(self._shape)} "
                 f"weight, as in keep(values.abs().topk(k).indices); {found}"
             )
-        kind = torch.int32 if size < 2**31 else torch.int64
-        self.register_buffer("indices", indices.to(kind))
-        fresh = self.values.detach().new_zeros(indices.numel())
-        self.values = nn.Parameter(fresh, requires_grad=self.values.requires_grad)
+        dtype = torch.int32 if size < 2**31 else torch.int64
+        self.register_buffer("indices", indices.to(dtype))
+        zeros = self.values.detach().new_zeros(indices.numel())
+        self.values = nn.Parameter(zeros, requires_grad=self.values.requires_grad)
 
     def resize_to(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the mask of a stored module, which its configuration does not say."""
+        """Take over the positions of a stored module, which training has chosen."""
         indices, values = tensors["indices"], tensors["values"]
         if indices.shape == values.shape:
             self.keep(indices)
@@ -165,7 +166,7 @@ class SparseDelta(ParameterComposition):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
         stored = {k: state_dict[prefix + k] for k in self.state_dict() if prefix + k in state_dict}
-        if any(own.shape != stored.get(k, own).shape for k, own in self.state_dict().items()):
+        if any(t.shape != stored.get(k, t).shape for k, t in self.state_dict().items()):
             self.resize_to({**self.state_dict(), **stored})
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 

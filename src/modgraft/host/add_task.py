@@ -55,7 +55,7 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
         )
     sites = [find(host.model, label)[0] for label in implant.paths]
     start = None if like is None else method.tasks.index(like)
-    grown = method.and_task(task)
+    grown = method.with_task(task)
     new = grown.extend(list(implant.places), sites, start)  # type: ignore[arg-type]
     implant.describe(grown)
     own, context = implant.names[-1], host._context

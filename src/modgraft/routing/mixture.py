@@ -13,7 +13,12 @@ from transformers.pytorch_utils import Conv1D
 from modgraft.aggregation.base import Aggregation
 from modgraft.aggregation.representation import Average
 from modgraft.computation._redirect import ModuleTensors, redirect
-from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
+from modgraft.computation.base import (
+    Computation,
+    KeyValueComposition,
+    TokenComposition,
+    distinct_names,
+)
 from modgraft.core.context import EXAMPLE, Call
 from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SiteError
@@ -60,11 +65,8 @@ class Mixture(Computation):
     width: int | None = None
 
     def __post_init__(self) -> None:
-        self.over = () if isinstance(self.over, str) else tuple(self.over)
-        if not self.over or len(set(self.over)) != len(self.over):
-            raise ModgraftError(
-                f"Mixture({self.over!r}): one or more different names, as Mixture(['math', 'code'])"
-            )
+        example = ", as Mixture(['math', 'code'])"
+        self.over = distinct_names(self.over, f"Mixture({self.over!r})", example)
         if self.router is None and self.aggregate.routed:
             self.router = Soft()
         if self.router is not None and not self.aggregate.routed:
