@@ -11,15 +11,15 @@ from rich.console import Console
 
 from modgraft.core.errors import ModgraftError
 from modgraft.report import routing_figure, routing_table
-from modgraft.routing.stats import Use
+from modgraft.routing.stats import Usage
 
 PATH = "bert.encoder.layer.{}.intermediate.dense"
 NAMES = ("math", "code", "law", "poetry")
 USES = [
-    Use(PATH.format(0), NAMES, 1920, (0.3, 0.28, 0.24, 0.18), (0.6, 0.5, 0.5, 0.4), 0.6, 1.97),
-    Use(PATH.format(1), NAMES, 1920, (0.62, 0.05, 0.33, 0.0), (0.9, 0.2, 0.9, 0.0), 0.9, 1.2),
-    Use(PATH.format(2), NAMES, 1920, (0.0, 0.97, 0.03, 0.0), (0.0, 1.0, 0.1, 0.0), 0.05, 0.2),
-    Use(PATH.format(3), NAMES, 0, (0.0,) * 4, (0.0,) * 4, 0.0, 0.0),
+    Usage(PATH.format(0), NAMES, 1920, (0.3, 0.28, 0.24, 0.18), (0.6, 0.5, 0.5, 0.4), 0.6, 1.97),
+    Usage(PATH.format(1), NAMES, 1920, (0.62, 0.05, 0.33, 0.0), (0.9, 0.2, 0.9, 0.0), 0.9, 1.2),
+    Usage(PATH.format(2), NAMES, 1920, (0.0, 0.97, 0.03, 0.0), (0.0, 1.0, 0.1, 0.0), 0.05, 0.2),
+    Usage(PATH.format(3), NAMES, 0, (0.0,) * 4, (0.0,) * 4, 0.0, 0.0),
 ]
 
 

@@ -90,7 +90,7 @@ def test_balance_losses_prevent_a_collapse_inside_a_host(seed: int) -> None:
         taught(host, batches(1, "example", 150, seed), lr=0.1, train=["m", *names])
         host.eval()
         place: Any = host["m"].places[0]
-        place.tally.reset()  # of what training chose
+        place.counter.reset()  # of what training chose
         with torch.no_grad():
             for batch in batches(1, "example", 4, 77):
                 host(**batch)

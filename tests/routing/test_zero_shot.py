@@ -67,7 +67,7 @@ def test_unseen_texts_go_to_the_module_of_their_topic(apart: mg.Host, router: mg
     places = dict(zip(host["m"].paths, host["m"].places, strict=True))
     if not isinstance(router, mg.Similarity):
         (down,) = (p for path, p in places.items() if path == "bert.encoder.layer.0.output.dense")
-        assert down.tally.use("", host["m"].method.over).dead == ("a", "c")  # type: ignore
+        assert down.counter.usage("", host["m"].method.over).dead == ("a", "c")  # type: ignore
 
 
 def test_what_arrow_cannot_find() -> None:
@@ -200,10 +200,10 @@ def test_a_gate_learns_alone_with_its_module_behind_it(apart: mg.Host) -> None:
     assert host["m"].stats()[0].choices == 0  # training is no use
     # with a gate of 0 the module acts at σ(0) = 1/2
     place: Any = host["m"].places[0]
-    place.route.learning = 0
+    place.route.only_module = 0
     made = place.route(torch.randn(2, 3, 32))
     assert torch.equal(made.weights, torch.tensor([0.5, 0, 0]).expand(2, 3, 3))
-    place.route.learning = None
+    place.route.only_module = None
     with pytest.raises(mg.ModgraftError, match=r"gate of 'a' has not been trained; mg.train_gates"):
         host(**texts(0, 1, 1)[0], modules="m")
     host(**texts(0, 1, 1)[0], modules="b")  # the host still works
@@ -213,11 +213,11 @@ def test_a_gate_learns_alone_with_its_module_behind_it(apart: mg.Host) -> None:
 def test_prototypes_follow_the_modules(apart: mg.Host) -> None:
     host = mixed(apart, mg.Arrow(k=1))
     batch = {**texts(0, 1, seed=7)[0], "modules": "m"}
-    before = next(routings(host, batch)).chances
-    assert torch.equal(next(routings(host, batch)).chances, before)
+    before = next(routings(host, batch)).probabilities
+    assert torch.equal(next(routings(host, batch)).probabilities, before)
     a, b = host["a"].places[0], host["b"].places[0]
     a.A.copy_(b.A[:2])  # type: ignore
-    assert not torch.equal(next(routings(host, batch)).chances, before)
+    assert not torch.equal(next(routings(host, batch)).probabilities, before)
     assert host.double()(**batch).logits.dtype == torch.float64
 
 

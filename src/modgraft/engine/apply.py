@@ -22,7 +22,7 @@ from modgraft.engine.entry import Entry
 from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.state import SiteCall, State
 from modgraft.routing.base import Member
-from modgraft.routing.mixture import Routed
+from modgraft.routing.mixture import RoutedMixture
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Applier:
             if entry.residual or entry.parameter is not None:
                 continue
             module = entry.module
-            if isinstance(module, Routed):
+            if isinstance(module, RoutedMixture):
                 total = _mix(self, module, y, total, weight)
             elif entry.changes_weight:
                 total = self._changed_weight(entry, total, weight)
@@ -151,7 +151,7 @@ def _in_force(state: State, name: str) -> bool:
 # -- mixtures -------------------------------------------------------------------------------------
 
 
-def _mix(at: Applier, routed: Routed, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
+def _mix(at: Applier, routed: RoutedMixture, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
     """Return ``total`` + weight · (g(α, {h_j(y)}) − y), a mixture's effect."""
     mixture = routed.mixture
     if mixture.side_source == EXAMPLE and EXAMPLE not in at.site.call.side:
@@ -162,7 +162,7 @@ def _mix(at: Applier, routed: Routed, y: Tensor, total: Tensor, weight: Weight) 
     else:
         sparse = mixture.route.sparse and not torch.compiler.is_compiling()
         chosen = _choose(at, routed, members, y)
-        if sparse and chosen.dim() > 1 and mixture.aggregate.adds and _few(chosen):
+        if sparse and chosen.dim() > 1 and mixture.aggregate.is_weighted_sum and _few(chosen):
             batch = at.site.state.expert_batch(routed, members)
             if batch is not None and batch.takes(at.site.layer, chosen, at.x, y):
                 return batch.add(at.site.layer, chosen, at.x, at.bare, y, total, weight)
@@ -192,12 +192,14 @@ def _member_of(at: Applier, names: Sequence[str], sparse: bool) -> Any:
     return member
 
 
-def _choose(at: Applier, routed: Routed, members: Sequence[Sequence[Entry]], y: Tensor) -> Tensor:
+def _choose(
+    at: Applier, routed: RoutedMixture, members: Sequence[Sequence[Entry]], y: Tensor
+) -> Tensor:
     """Return the router's weights ``[N]``, ``[B, N]`` or ``[B, n, N]`` for the rows of ``y``."""
     mixture = routed.mixture
-    if mixture.route.looks:
+    if mixture.route.inspects:
         found = [[Member(e.module, e.part) for e in some] for some in members]  # type: ignore[arg-type]
-        mixture.route.prepare(found, at.site.layer)
+        mixture.route.inspect(found, at.site.layer)
     weights = mixture.choose(at.site.call, at.x, y, routed.task).weights
     if weights.dim() != 2:
         return weights

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from modgraft.computation.base import Computation, InputComposition, ParameterComposition
 from modgraft.engine.kernels.batched import Batched
-from modgraft.routing.mixture import Routed
+from modgraft.routing.mixture import RoutedMixture
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Entry:
     """
 
     name: str
-    module: Computation | Batched | Routed
+    module: Computation | Batched | RoutedMixture
     part: tuple[int, int] | None
     residual: bool = False
     parameter: str | None = None

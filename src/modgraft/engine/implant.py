@@ -12,7 +12,7 @@ from modgraft.core import expression as ex
 from modgraft.core.errors import CompositionError, ModgraftError, UnknownNameError
 from modgraft.core.sites import Site
 from modgraft.routing.mixture import Mixture
-from modgraft.routing.stats import Use
+from modgraft.routing.stats import Usage
 
 
 class Implant(nn.Module, ex.Composable):
@@ -69,7 +69,7 @@ class Implant(nn.Module, ex.Composable):
             )
         return ex.Name(name, of=self)
 
-    def stats(self, *, reset: bool = False) -> list[Use]:
+    def stats(self, *, reset: bool = False) -> list[Usage]:
         """What the routers of a mixture have chosen, a row for each of them.
 
         Args:
@@ -84,9 +84,9 @@ class Implant(nn.Module, ex.Composable):
         paths = [""] if self.method.level != "token" else self.paths
         found = []
         for path, place in zip(paths, own, strict=True):
-            found.append(place.tally.use(path, tuple(self.method.over)))  # type: ignore[union-attr]
+            found.append(place.counter.usage(path, tuple(self.method.over)))  # type: ignore[union-attr]
             if reset:
-                place.tally.reset()  # type: ignore[union-attr]
+                place.counter.reset()  # type: ignore[union-attr]
         return found
 
     def at_sites(self, name: str) -> list[tuple[str, Computation]]:

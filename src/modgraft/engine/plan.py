@@ -29,7 +29,7 @@ from modgraft.engine.entry import Entry
 from modgraft.engine.kernels.batched import Batched, batch_key
 from modgraft.engine.kernels.linear import Change, MergedWeight
 from modgraft.engine.kernels.tensor_cache import TensorCache
-from modgraft.routing.mixture import Routed
+from modgraft.routing.mixture import RoutedMixture
 
 _training = attrgetter("training")
 Rows = list[int]
@@ -121,7 +121,7 @@ def make_plan(entries: Mapping[str, list[Entry]], composition: Expression) -> Pl
     used = [e.module for name in composition.names() for e in entries.get(name, ())]
     modules = [module for module in used if isinstance(module, Computation)]
     keys_values = [module for module in modules if isinstance(module, KeyValueComposition)]
-    mixed = any(isinstance(module, Routed) for module in used)
+    mixed = any(isinstance(module, RoutedMixture) for module in used)
     fixed = all(m.side_source is None and not is_redirected(m) for m in keys_values) and not mixed
     watched = modules if isinstance(composition, Each) else []
     return Plan(
@@ -187,7 +187,7 @@ def _with_members(
 ) -> None:
     """Add to ``used`` the modules that mixtures are over, and those that these are over."""
     for entry in some:
-        if isinstance(entry.module, Routed):
+        if isinstance(entry.module, RoutedMixture):
             for member in entry.module.members:
                 if member in entries and member not in used:
                     used[member] = entries[member]
@@ -200,7 +200,11 @@ def _shape(expression: Expression, entries: Mapping[str, list[Entry]]) -> object
     kinds = []
     for name in slots:
         for entry in entries[name]:
-            if entry.residual or entry.parameter or isinstance(entry.module, Routed | Batched):
+            if (
+                entry.residual
+                or entry.parameter
+                or isinstance(entry.module, RoutedMixture | Batched)
+            ):
                 return None
             kind = batch_key(entry.module)
             if kind is None:

@@ -19,7 +19,7 @@ from modgraft.engine.dispatch import ExpertBatch
 from modgraft.engine.entry import Entry
 from modgraft.engine.kernels.linear import MergedWeight
 from modgraft.engine.plan import Group, Plan, make_groups, make_plan
-from modgraft.routing.mixture import Routed
+from modgraft.routing.mixture import RoutedMixture
 
 STATE = "_modgraft_state"
 """The attribute of a grafted layer that holds its :class:`State`; it is no child of the layer."""
@@ -54,7 +54,7 @@ class State:
     attended: int = 0
     plans: dict[int, Plan] = field(default_factory=dict)
     merged: MergedWeight | None = None
-    experts: dict[Routed, tuple[Any, ExpertBatch | None]] = field(default_factory=dict)
+    experts: dict[RoutedMixture, tuple[Any, ExpertBatch | None]] = field(default_factory=dict)
     same_input: tuple[nn.Module, ...] = ()
 
     def add(self, entry: Entry) -> None:
@@ -104,7 +104,7 @@ class State:
         return plan
 
     def expert_batch(
-        self, routed: Routed, members: Sequence[Sequence[Entry]]
+        self, routed: RoutedMixture, members: Sequence[Sequence[Entry]]
     ) -> ExpertBatch | None:
         """Return a mixture's modules as one batch, made anew once they are others, or train.
 

@@ -23,7 +23,7 @@ from modgraft.engine.kernels.linear import PLAIN
 from modgraft.engine.plan import Group, Plan
 from modgraft.engine.state import STATE, State
 from modgraft.host.describe import plain, rows_of, table
-from modgraft.routing.mixture import Routed
+from modgraft.routing.mixture import RoutedMixture
 
 if TYPE_CHECKING:
     from modgraft.host.host import Host
@@ -117,13 +117,13 @@ def _changed(layer: nn.Module, group: Group) -> Way | None:
 def _routed(entry: Entry, state: State, group: Group) -> Way:
     """What a mixture computes: of few picks a batch over stacked tensors, else module by module."""
     routed = entry.module
-    assert isinstance(routed, Routed)  # noqa: S101
+    assert isinstance(routed, RoutedMixture)  # noqa: S101
     mixture, members = routed.mixture, [group.entries.get(n, ()) for n in routed.members]
     here = sum(map(bool, members))
     text = f"{entry.name}: routed over {here} modules"
     if mixture.router is None or mixture.router.level == "task":
         return _same(f"{text}, one after another")
-    stacked = mixture.aggregate.adds and state.expert_batch(routed, members) is not None
+    stacked = mixture.aggregate.is_weighted_sum and state.expert_batch(routed, members) is not None
     batch = "picked by few, in one batch over stacked tensors; by more than half, one after another"
     picked = batch if stacked else "those picked, one after another"
     with torch.enable_grad():
@@ -140,7 +140,7 @@ def _step(entry: Entry, state: State, plan: Plan, group: Group) -> Way:
         kind = "effects" if module.is_weight_change else "functions"
         batched = f"{kind} of {len(module.different)} modules, one batch over stacked tensors"
         return Way(f"{batched}, kept", batched)
-    if isinstance(module, Routed):
+    if isinstance(module, RoutedMixture):
         return _routed(entry, state, group)
     if isinstance(module, TokenComposition):
         return _same("tokens before the input")

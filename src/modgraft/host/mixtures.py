@@ -21,8 +21,8 @@ from modgraft.core.sites import Site, find
 from modgraft.engine.implant import Implant
 from modgraft.engine.inputs.splice import IGNORED
 from modgraft.routing.base import Member, Router
+from modgraft.routing.losses import example_losses
 from modgraft.routing.mixture import ROUTINGS, Mixture
-from modgraft.routing.objective import example_losses, routing_loss
 
 if TYPE_CHECKING:
     from modgraft.host.host import Host
@@ -64,7 +64,7 @@ def _check_admitted(
 ) -> None:
     for label, place in places:
         site = find(host.model, label)[0]
-        why = router.admits(Member(place, site.part), site.module)
+        why = router.objection(Member(place, site.part), site.module)
         if why is not None:
             raise ModgraftError(
                 f"Mixture(router={router!r}): {name!r}, a {type(place).__name__} at {label}, "
@@ -190,6 +190,6 @@ def with_routing_losses(out: Any, call: Call, kwargs: dict[str, Any]) -> Any:
         return out
     each = example_losses(getattr(out, "logits", None), kwargs.get("labels"), loss)
     for mixture, routing in call.memo[ROUTINGS]:
-        loss = loss + routing_loss(mixture, routing, each)
+        loss = loss + mixture.routing_loss(routing, each)
     out.loss = loss
     return out

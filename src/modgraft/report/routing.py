@@ -17,12 +17,12 @@ from modgraft.core.errors import ModgraftError
 from modgraft.report.figures import Picture, Scheme, draw
 
 if TYPE_CHECKING:  # the page of a run needs no torch
-    from modgraft.routing.stats import Use
+    from modgraft.routing.stats import Usage
 
 NETWORK = "the network"  # where one choice holds for all of it
 
 
-def routing_table(uses: Sequence[Use]) -> Table:
+def routing_table(uses: Sequence[Usage]) -> Table:
     """A row for each router: share of the weight by module, entropy and spread, what is wrong.
 
     Args:
@@ -55,7 +55,7 @@ def routing_table(uses: Sequence[Use]) -> Table:
     return table
 
 
-def routing_figure(uses: Sequence[Use]) -> Picture:
+def routing_figure(uses: Sequence[Usage]) -> Picture:
     """Use by site as a heat map; beside it the entropy of a choice and the spread of all.
 
     A cross marks a module that no choice picked, a red name a site that has collapsed.
@@ -118,7 +118,7 @@ def routing_figure(uses: Sequence[Use]) -> Picture:
     return draw((width, 1.25 + 0.3 * len(uses)), alt, paint)
 
 
-def _names(uses: Sequence[Use]) -> tuple[str, ...]:
+def _names(uses: Sequence[Usage]) -> tuple[str, ...]:
     if not any(use.choices for use in uses):
         raise ModgraftError(
             "nothing has been routed yet, so there is no use to show; run the host first, as "

@@ -1,7 +1,8 @@
-"""The routing function α = r(x, t): a weight for each of the modules, 0 for those that do not act.
+"""The routing function α = r(x, t): a weight for each module, 0 for those that do not act.
 
-A router is written once, by hyper-parameters alone; a mixture makes a fresh copy for each of its
-sites and calls ``build``. It never sees the host.
+A router is given by its hyper-parameters alone; a mixture makes a copy for each of its sites and
+calls the copy's ``build``. It never sees the host. To add one, subclass :class:`Router`, call
+``self.check()`` in ``__post_init__``, and override ``choose``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.config import Configured
-from modgraft.core.errors import ModgraftError, UnknownNameError
+from modgraft.core.errors import ModgraftError
 
 Level = Literal["task", "example", "token"]
 LEVELS: tuple[Level, ...] = ("task", "example", "token")
@@ -23,25 +24,25 @@ LEVELS: tuple[Level, ...] = ("task", "example", "token")
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router chose.
+    """A router's choice.
 
     Attributes:
         weights: ``[…, N]``, exactly 0 where a module does not act.
-        chances: ``[…, N]``, the distribution (or, for independent choices, the probabilities) that
-            the choice was made from.
-        score: ``[…]``, what a score-function estimator differentiates: log-probability of a sampled
-            choice (times its importance); None where the weights carry the gradient themselves.
-        balance: the router's own balance loss, a scalar, None if it has none.
+        probabilities: ``[…, N]``, from which the choice was made: a distribution, or independent
+            probabilities.
+        score: ``[…]``, the log-probability of a sampled choice (times its importance weight), for a
+            score-function estimator; None if the weights carry the gradient.
+        balance: the router's load-balancing loss, a scalar; None if it has none.
     """
 
     weights: Tensor
-    chances: Tensor
+    probabilities: Tensor
     score: Tensor | None = None
     balance: Tensor | None = None
 
 
 class Member(NamedTuple):
-    """A module at one site: what was built there, and the part of a fused projection it acts on."""
+    """A module built for one site, and the part of a fused projection that it acts on."""
 
     module: nn.Module
     part: tuple[int, int] | None
@@ -50,8 +51,8 @@ class Member(NamedTuple):
 class Router(Configured):
     """One way to choose among N modules.
 
-    ``level`` says what is routed: a task (a trained row of logits for each of ``tasks``), an
-    example or a token (logits are linear in the query: W_r q + b_r).
+    ``level`` says what is routed: a task (by a trained row of logits for each of ``tasks``), or an
+    example or a token (by logits that are linear in its query, W_r q + b_r).
     """
 
     level: Level = field(default="example", kw_only=True)
@@ -59,16 +60,16 @@ class Router(Configured):
 
     @property
     def sparse(self) -> bool:
-        """Whether a module of weight 0 need not run: no gradient reaches its weight."""
+        """Return whether a module of weight 0 need not run, since its weight has no gradient."""
         return not (self.training and torch.is_grad_enabled())
 
     @property
-    def looks(self) -> bool:
-        """Whether it goes by what its modules are."""
-        return type(self).prepare is not Router.prepare
+    def inspects(self) -> bool:
+        """Return whether the choice depends on the modules themselves, by :meth:`inspect`."""
+        return type(self).inspect is not Router.inspect
 
     def check(self) -> None:
-        """Refuse a level or tasks that mean nothing; for ``__post_init__``.
+        """Check ``level`` and ``tasks``; every ``__post_init__`` calls it.
 
         Raises:
             ModgraftError: for an unknown level, or tasks named twice or at another level.
@@ -86,15 +87,16 @@ class Router(Configured):
             raise ModgraftError(f"{name}(tasks={self.tasks!r}): a task is named twice")
 
     def fresh(self, names: tuple[str, ...], width: int) -> Self:
-        """A copy built for a choice among ``names``, by queries ``[…, width]``."""
+        """Return a copy built for a choice among ``names``, by queries ``[…, width]``."""
         built = type(self)(**self.config())
         built.build(names, width)
         return built
 
     def build(self, names: tuple[str, ...], width: int) -> None:
-        """Make the parameters: a table ``[T, N]``, or W_r ``[N, width]`` and b_r ``[N]``.
+        """Create the parameters: a table ``[T, N]``, or W_r ``[N, width]`` and b_r ``[N]``.
 
-        They start near zero: nearly equal weights, and no ties that always fall to the first.
+        They start near zero, so that weights are nearly equal, but not at zero, where every tie
+        would go to the first module.
         """
         self.names = names
         if self.level == "task":
@@ -104,79 +106,65 @@ class Router(Configured):
             nn.init.normal_(self.map.weight, std=1e-3)
             nn.init.zeros_(self.map.bias)
 
-    def admits(self, member: Member, layer: nn.Module) -> str | None:
-        """Why a module at ``layer`` cannot be among those it chooses from; None: it can.
+    def objection(self, member: Member, layer: nn.Module) -> str | None:
+        """Return why ``member`` cannot be chosen at ``layer``, None if it can.
 
-        A router that goes by what its modules are says so here, and sees them in :meth:`prepare`.
+        Override it where :meth:`inspect` does not work for every module.
         """
         return None
 
-    def prepare(self, members: Sequence[Sequence[Member]], layer: nn.Module) -> None:
-        """See what is chosen from, before every choice at a site; most routers do not look.
+    def inspect(self, members: Sequence[Sequence[Member]], layer: nn.Module) -> None:
+        """Look at the modules themselves, before every choice at a site.
+
+        Override it where the choice depends on them.
 
         Args:
-            members: of each of the modules what it has there: nothing where it does not act,
+            members: for each module, what is built at the site: nothing if it does not act there,
                 several at the parts of a fused projection.
-            layer: what they act on.
+            layer: the layer that they act on.
         """
 
     def logits(self, query: Tensor) -> Tensor:
-        """``[…, N]`` from queries ``[…, width]``, or from task numbers ``[…]`` (int64)."""
+        """Return ``[…, N]`` for queries ``[…, width]``, or for task numbers ``[…]`` (int64)."""
         if self.level == "task":
             return self.table[query]
         return self.map(query)
 
     def forward(self, query: Tensor) -> Routing:
-        """Choose for queries ``[…, width]``, or task numbers ``[…]`` at level ``task``."""
+        """Choose for queries ``[…, width]``, or for task numbers ``[…]`` at level ``task``."""
         return self.choose(self.logits(query), query)
 
     @abstractmethod
     def choose(self, logits: Tensor, query: Tensor) -> Routing:
-        """Choose by ``logits`` ``[…, N]``."""
-
-    def task_number(self, task: str | None) -> int:
-        """The row of ``task``; None means the only one.
-
-        Raises:
-            ModgraftError: for a task that is not one of ``tasks``, or none where there are several.
-        """
-        if task is None and len(self.tasks) <= 1:
-            return 0
-        if task not in self.tasks:
-            raise UnknownNameError(
-                f"this {type(self).__name__} routes the tasks "
-                f"{', '.join(self.tasks) or '(one without a name)'}, not {task!r}; write the "
-                f"mixture's name with one of them, as skills[{(self.tasks or ('…',))[0]!r}]"
-            )
-        return self.tasks.index(task)
+        """Choose by ``logits`` ``[…, N]``; ``query`` is what they were computed from."""
 
 
 def one_hot_like(logits: Tensor, index: Tensor) -> Tensor:
-    """Zeros like ``logits`` ``[…, N]`` with 1 at ``index`` ``[…]`` or ``[…, k]``."""
+    """Return zeros like ``logits`` ``[…, N]`` with 1 at ``index`` ``[…]`` or ``[…, k]``."""
     index = index if index.dim() == logits.dim() else index.unsqueeze(-1)
     return torch.zeros_like(logits).scatter(-1, index, 1.0)
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """``hard`` in value, with the gradient of ``soft``."""
+    """Return the value of ``hard`` with the gradient of ``soft``."""
     return hard.detach() + (soft - soft.detach())
 
 
 def softmax_of_best(logits: Tensor, k: int) -> Tensor:
-    """The softmax of the ``k`` largest of ``logits`` ``[…, N]``, exactly 0 elsewhere."""
+    """Return the softmax of the ``k`` largest of ``logits`` ``[…, N]``, exactly 0 elsewhere."""
     best = logits.topk(k, dim=-1)
     return torch.zeros_like(logits).scatter(-1, best.indices, best.values.softmax(-1))
 
 
 def check_positive(router: Router, **values: float) -> None:
-    """Refuse options that are not finite and above 0."""
+    """Check that options are finite and above 0."""
     for name, value in values.items():
         if not 0 < value < float("inf"):
             raise ModgraftError(f"{type(router).__name__}({name}={value}): finite and above 0")
 
 
 def check_k(router: Router, k: int, names: tuple[str, ...] | None = None) -> None:
-    """Refuse a choice of fewer than one module, or of more than there are."""
+    """Check that at least one module is chosen, and not more than there are."""
     if k < 1:
         raise ModgraftError(f"{type(router).__name__}(k={k}): k is at least 1")
     if names is not None and k > len(names):

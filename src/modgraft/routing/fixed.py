@@ -1,4 +1,4 @@
-"""Routing that is given, not learned."""
+"""Routing that is fixed, not learned."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from modgraft.routing.base import Level, Router, Routing
 class Fixed(Router):
     """α_j = 1/|K| for j in the given set K, else 0.
 
-    Expert knowledge as in Multitask adapters or hard parameter sharing (the survey's section 4.1):
-    a set for everything, or one for each task.
+    Expert knowledge, as in multitask adapters or hard parameter sharing (the survey's section 4.1):
+    one set of modules for all inputs, or one for each task.
 
     Args:
-        among: the names that act; None: all of the mixture's. ``{"qa": ("math", "law"), …}`` gives
-            each task its own.
+        among: the names of the modules that act; None: all of the mixture's. A dictionary
+            ``{"qa": ("math", "law"), …}`` gives a set for each task.
 
     Raises:
-        ModgraftError: for an empty set, or a name that is none of the mixture's.
+        ModgraftError: for an empty set, or a name that is not in the mixture.
     """
 
     level: Level = field(default="task", kw_only=True)

@@ -1,4 +1,4 @@
-"""Routing that is learned: soft, hard, and between."""
+"""Learned routing: soft, hard, and sparse."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from modgraft.routing.base import (
 
 
 def _gumbel(like: Tensor) -> Tensor:
-    """Standard Gumbel noise of the shape of ``like``."""
+    """Draw standard Gumbel noise of the shape of ``like``."""
     return -torch.empty_like(like).exponential_().log()
 
 
@@ -47,20 +47,21 @@ class Soft(Router):
         check_positive(self, temperature=self.temperature)
 
     def choose(self, logits: Tensor, query: Tensor) -> Routing:
-        chances = (logits / self.temperature).softmax(-1)
-        return Routing(chances, chances)
+        probabilities = (logits / self.temperature).softmax(-1)
+        return Routing(probabilities, probabilities)
 
 
 @final
 class Top1(Router):
     """α = one-hot(argmax z); while training, a sampled choice and an estimator of its gradient.
 
-    ``"gumbel"``: j = argmax(z + g) with Gumbel noise g, forwards one-hot, backwards the gradient of
-    softmax((z + g)/τ) (Jang et al. 2017, arXiv:1611.01144): biased, less so for small τ.
-    ``"reinforce"``: j is drawn from p = softmax(z), and log p_j · (L − baseline) is the loss of the
-    choice (Williams 1992): unbiased. ``"epsilon"``: j is argmax z, or with chance ε any module; the
-    same loss weighted by p_j over the chance μ_j with which j was drawn, which keeps it unbiased.
-    The last two need what came of a choice: :func:`modgraft.routing.losses.score_function`.
+    ``"gumbel"``: j = argmax(z + g) with Gumbel noise g; forward one-hot, backward the gradient of
+    softmax((z + g)/τ) (Jang et al. 2017, arXiv:1611.01144). It is biased, less so for small τ.
+    ``"reinforce"``: j is drawn from p = softmax(z), and log p_j · (L − baseline) is added to the
+    loss (Williams 1992). It is unbiased. ``"epsilon"``: j is argmax z, or with probability ε a
+    uniformly drawn module; the same loss is weighted by p_j / μ_j, μ_j the probability with which j
+    was drawn, which keeps it unbiased. The last two need the loss L of each example:
+    :func:`modgraft.routing.losses.score_function`.
 
     Args:
         level: ``task``, ``example`` or ``token``.
@@ -89,27 +90,29 @@ class Top1(Router):
         return self.estimator != "gumbel" or super().sparse
 
     def choose(self, logits: Tensor, query: Tensor) -> Routing:
-        chances = logits.softmax(-1)
+        probabilities = logits.softmax(-1)
         if not self.training:
-            return Routing(one_hot_like(logits, logits.argmax(-1)), chances)
+            return Routing(one_hot_like(logits, logits.argmax(-1)), probabilities)
         if self.estimator == "gumbel":
             noisy = logits + _gumbel(logits)
             hard = one_hot_like(noisy, noisy.argmax(-1))
-            return Routing(straight_through(hard, (noisy / self.temperature).softmax(-1)), chances)
-        drawn_from = chances.detach()
+            return Routing(
+                straight_through(hard, (noisy / self.temperature).softmax(-1)), probabilities
+            )
+        drawn_from = probabilities.detach()
         if self.estimator == "epsilon":
             greedy = one_hot_like(logits, logits.argmax(-1))
             drawn_from = (1 - self.epsilon) * greedy + self.epsilon / logits.shape[-1]
         index = torch.distributions.Categorical(probs=drawn_from).sample()[..., None]  # […, 1]
         score = logits.log_softmax(-1).gather(-1, index)[..., 0]
         if self.estimator == "epsilon":
-            score = score * (chances.detach() / drawn_from).gather(-1, index)[..., 0]
-        return Routing(one_hot_like(logits, index), chances, score=score)
+            score = score * (probabilities.detach() / drawn_from).gather(-1, index)[..., 0]
+        return Routing(one_hot_like(logits, index), probabilities, score=score)
 
 
 @final
 class TopK(Router):
-    """α_j = 1/k for the k largest z, else 0; backwards the gradient of softmax(z).
+    """α_j = 1/k for the k largest z, else 0; backward the gradient of softmax(z).
 
     Args:
         k: how many modules act.
@@ -128,17 +131,17 @@ class TopK(Router):
         super().build(names, width)
 
     def choose(self, logits: Tensor, query: Tensor) -> Routing:
-        chances = logits.softmax(-1)
+        probabilities = logits.softmax(-1)
         hard = one_hot_like(logits, logits.topk(self.k, dim=-1).indices) / self.k
-        return Routing(straight_through(hard, chances), chances)
+        return Routing(straight_through(hard, probabilities), probabilities)
 
 
 @final
 class Threshold(Router):
-    """α_j = 1/|K| for K = {j : σ(z_j) > t}, else 0; backwards the gradient of σ(z_j)/|K|.
+    """α_j = 1/|K| for K = {j : σ(z_j) > t}, else 0; backward the gradient of σ(z_j)/|K|.
 
-    Every j has that gradient, also outside of K: it can come back. Where none is above t, none
-    acts. Zero logits give σ = 1/2, so that below t = 1/2 all modules begin in K.
+    Modules outside K have that gradient too, so they can return to K. If no σ(z_j) is above t, no
+    module acts. Logits start near 0, where σ = 1/2, so that for t below 1/2 all modules start in K.
 
     Args:
         threshold: t in [0, 1).
@@ -154,10 +157,10 @@ class Threshold(Router):
             raise ModgraftError(f"Threshold(threshold={self.threshold}): t is in [0, 1)")
 
     def choose(self, logits: Tensor, query: Tensor) -> Routing:
-        chances = logits.sigmoid()
-        chosen = (chances > self.threshold).to(logits.dtype)
+        probabilities = logits.sigmoid()
+        chosen = (probabilities > self.threshold).to(logits.dtype)
         size = chosen.sum(-1, keepdim=True).clamp_min(1)
-        return Routing(straight_through(chosen, chances) / size, chances)
+        return Routing(straight_through(chosen, probabilities) / size, probabilities)
 
 
 @final
@@ -165,10 +168,10 @@ class SkillMatrix(Router):
     """α = Ẑ_t / Σ Ẑ_t, Ẑ a soft binary task–skill matrix: Ẑ_tj = σ((z_tj + logit u) / τ).
 
     Polytropon (Ponti et al. 2022, arXiv:2202.13914): u is uniform while training (a Gumbel-sigmoid
-    sample); without noise otherwise.
+    sample); otherwise there is no noise.
 
     Args:
-        tasks: names of the tasks, a row each; none: one task.
+        tasks: names of the tasks, one for each row; empty: one task.
         temperature: τ.
     """
 
@@ -185,10 +188,10 @@ class SkillMatrix(Router):
             )
 
     def choose(self, logits: Tensor, query: Tensor) -> Routing:
-        chances = logits.sigmoid()
+        probabilities = logits.sigmoid()
         noise = _gumbel(logits) - _gumbel(logits) if self.training else 0.0  # logistic
         skills = ((logits + noise) / self.temperature).sigmoid()
-        return Routing(skills / skills.sum(-1, keepdim=True), chances)
+        return Routing(skills / skills.sum(-1, keepdim=True), probabilities)
 
 
 @final
@@ -196,8 +199,8 @@ class NoisyTopK(Router):
     """α = softmax of the k largest of h = z + ε ⊙ softplus(W_n q + b_n), 0 elsewhere; ε ~ N(0, 1).
 
     The sparsely gated mixture of experts (Shazeer et al. 2017, arXiv:1701.06538), with its
-    importance and load losses as ``balance``. Noise acts while training. At level ``task`` balance
-    is among the tasks: a single one may take what it needs.
+    importance and load losses as ``balance``. There is noise only while training. At level ``task``
+    the balance is taken over the tasks, and a single task has no balance loss.
 
     Args:
         k: how many modules act.
@@ -236,7 +239,7 @@ class NoisyTopK(Router):
         if not self.training:
             return Routing(softmax_of_best(logits, self.k), logits.softmax(-1))
         by_task = self.level == "task"
-        clean = self.table if by_task else logits  # a task is one choice: balance is over all
+        clean = self.table if by_task else logits  # of all tasks: the balance is taken over them
         spread = F.softplus(self.noise_table if by_task else self.noise(query))
         noisy = clean + torch.randn_like(clean) * spread
         weights = softmax_of_best(noisy, self.k)

@@ -1,4 +1,4 @@
-"""Mixtures: a router and an aggregation over named modules, itself a module."""
+"""Mixtures: a module that combines named modules by a router and an aggregation."""
 
 from __future__ import annotations
 
@@ -25,41 +25,44 @@ from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.sites import Site
 from modgraft.routing.base import Router, Routing
 from modgraft.routing.learned import Soft
-from modgraft.routing.stats import Tally
+from modgraft.routing.losses import score_function
+from modgraft.routing.stats import UsageCounter
 
 ROUTINGS = "routings"
-"""Where a call remembers what routers chose in it, for their losses."""
+"""The key under which a call's memo keeps the routers' choices, for their losses."""
+
+BASELINE_DECAY = 0.9  # for each step, of the running mean of losses
 
 
 @final
 class Mixture(Computation):
-    """y = g(α, {h_j}), α = r(x): a router chooses among modules, an aggregation makes one of them.
+    """y = g(α, {h_j}), α = r(x): a router weighs modules, an aggregation combines them.
 
-    Its sites are those of its modules; at each the modules that are there act as they would by
-    themselves, weighted. Routed by ``"task"`` (a row of weights for each of the router's tasks,
-    said in the composition as ``skills['qa']``) or by ``"example"``, one choice holds for the whole
-    network; by ``"token"`` each site has a router of its own and chooses for each position.
+    A mixture acts at all sites of its modules. At a site the modules that are there act as they
+    would by themselves, weighted. With ``level="task"`` (a row of weights for each of the router's
+    tasks, named in the composition as ``skills['qa']``) or ``"example"``, one choice holds for the
+    whole network; with ``"token"`` each site has a separate router, which chooses at each position.
 
-    A token is routed by what its layer reads: x at a linear layer, elsewhere the output y that the
-    modules act on. An example is routed by the mean of its input embeddings: an encoder's text, for
-    a decoder the prompt (where ``labels`` are −100, so that no answer chooses its own module;
-    everything, in ``generate``). ``side={"example": mg.Side(v[:, None])}`` gives another query.
+    A token's query is the input x at a linear layer, elsewhere the output y that the modules act
+    on. An example's query is the mean of its input embeddings: an encoder's text; in a decoder the
+    prompt (where ``labels`` are −100, so that no answer chooses the module that writes it), or the
+    whole input in ``generate``. ``side={"example": mg.Side(v[:, None])}`` gives another query.
 
     Args:
-        over: the modules' names, or tasks as ``"h['fr']"``; mixtures among them.
-        router: Soft over examples if none is given.
-        aggregate: Average if none is given; one that finds its own weights, as Fuse, takes no
-            router.
-        width: of the query that examples are routed by; None: the host's embeddings'.
+        over: the names of modules, mixtures among them, or of tasks as ``"h['fr']"``.
+        router: a router; None: Soft over examples.
+        aggregate: an aggregation, by default Average; one that computes weights itself, such as
+            Fuse, has no router.
+        width: the width of an example's query; None: that of the host's embeddings.
 
     Raises:
-        ModgraftError: for fewer than one module or one named twice, a router with an aggregation
-            that takes none, modules of attention weights, of a residual or of the input, or a
-            token's choice where the output is no ``[B, n, d]`` or a module looks at other tokens.
+        ModgraftError: for no module or one named twice, a router with an aggregation that takes
+            none, modules of attention weights, of a residual or of the input; at level ``token``
+            also for an output that is not ``[B, n, d]``, or a module that reads other tokens.
     """
 
     over: Sequence[str]
-    # a default in the class would stand before what nn.Module keeps apart as a child
+    # a class attribute None would hide the router, which nn.Module keeps among its children
     router: Router | None = field(default_factory=lambda: None)
     aggregate: Aggregation = field(default_factory=Average)
     width: int | None = None
@@ -67,9 +70,9 @@ class Mixture(Computation):
     def __post_init__(self) -> None:
         example = ", as Mixture(['math', 'code'])"
         self.over = distinct_names(self.over, f"Mixture({self.over!r})", example)
-        if self.router is None and self.aggregate.routed:
+        if self.router is None and self.aggregate.takes_weights:
             self.router = Soft()
-        if self.router is not None and not self.aggregate.routed:
+        if self.router is not None and not self.aggregate.takes_weights:
             raise ModgraftError(
                 f"Mixture(…, router={self.router!r}, aggregate={self.aggregate!r}): "
                 f"{type(self.aggregate).__name__} finds its own weights; leave the router out"
@@ -77,7 +80,7 @@ class Mixture(Computation):
 
     @property
     def level(self) -> str:
-        """What is routed: ``task``, ``example`` or ``token``, without a router each token."""
+        """Return what is routed: ``task``, ``example`` or ``token`` (also without a router)."""
         return "token" if self.router is None else self.router.level
 
     @property
@@ -97,17 +100,17 @@ class Mixture(Computation):
         return [f"{name}[{task!r}]" for task in tasks] or [name]
 
     def per_task(self) -> list[Computation]:
-        tasks = () if self.router is None else self.router.tasks
-        return [Routed(self, task) for task in range(max(1, len(tasks)))]  # type: ignore[misc]
+        tasks = range(len(self.task_names("")))
+        return [RoutedMixture(self, task) for task in tasks]  # type: ignore[misc]
 
     def check(self, members: Sequence[tuple[str, Computation]]) -> None:
         """Refuse modules that cannot be mixed in this way.
 
         Args:
-            members: the name and the method of each.
+            members: the name and the method of each module in ``over``.
 
         Raises:
-            ModgraftError: with what can be done instead.
+            ModgraftError: with the remedy.
         """
         for name, method in members:
             if isinstance(method, TokenComposition):
@@ -116,7 +119,7 @@ class Mixture(Computation):
                     f"no site's router weighs them; stack it, as 'skills >> {name}', or attend to "
                     f"prompts by mg.Attempt(over=[{name!r}, …])"
                 )
-            if not self.aggregate.routed and isinstance(method, KeyValueComposition):
+            if not self.aggregate.takes_weights and isinstance(method, KeyValueComposition):
                 raise ModgraftError(
                     f"Mixture({list(self.over)}, aggregate={self.aggregate!r}): {name!r} puts "
                     f"keys and values into attention, and has no result of its own to look at"
@@ -129,30 +132,30 @@ class Mixture(Computation):
                 )
 
     def build(self, site: Site) -> None:
-        reads = isinstance(site.module, nn.Linear | Conv1D)
         if self.level == "token" and (site.channels_first or site.time_first):
             raise SiteError(
                 f"Mixture(level='token') at {site.label}: a token's choice needs an output "
                 f"[B, n, d], and a {type(site.module).__name__} puts out another; "
                 f"level='example' chooses for the whole of it"
             )
-        self._reads, self._path = reads, site.path
-        self.tally = Tally(len(self.over))
-        self.baseline: float | None = None  # the running mean of losses, for a sampled choice
-        wide = 0 if self.aggregate.routed else site.width
-        self.combine = self.aggregate.fresh(len(self.over), wide)
+        self._path = site.path
+        self._reads_input = isinstance(site.module, nn.Linear | Conv1D)
+        self.counter = UsageCounter(len(self.over))
+        self.baseline: float | None = None  # the running mean of losses, for sampled choices
+        width = 0 if self.aggregate.takes_weights else site.width
+        self.combine = self.aggregate.fresh(len(self.over), width)
         if self.router is None:
             return
         width = 1  # unused: a task has a row of weights, and no query
         if self.level == "token":
-            width = _in_width(site.module) if reads else site.width
+            width = _in_width(site.module) if self._reads_input else site.width
         elif self.level == "example":
             assert site.root is not None  # noqa: S101
             width = self.width or token_width(site.root)
         self.route = self.router.fresh(tuple(self.over), width)
 
     def share_with(self, first: Computation) -> None:
-        """Share the first site's router, where one choice holds for the whole network."""
+        """Read the first site's router, if one choice holds for the whole network."""
         assert isinstance(first, Mixture)  # noqa: S101
         if self.router is not None and self.level != "token":
             self._first = (first,)
@@ -168,46 +171,77 @@ class Mixture(Computation):
         return super().at(site)
 
     def choose(self, call: Call, x: Tensor | None, y: Tensor, task: int) -> Routing:
-        """Route: weigh the modules at a site, ``[N]`` for a task, ``[B, N]`` or ``[B, n, N]``.
+        """Weigh the modules at a site: ``[N]`` for a task, ``[B, N]`` or ``[B, n, N]``.
+
+        Args:
+            call: the host's call, which remembers a choice for the whole network.
+            x: the layer's input, None if it is not known.
+            y: the layer's output ``[B, …, d]``.
+            task: the number of the task, at level ``task``.
 
         Raises:
-            SiteError: for tokens where the output ``y`` has none.
+            SiteError: if tokens are routed and ``y`` has none.
         """
         (first,) = self.__dict__.get("_first", (self,))
         key = (id(first), task)
         if self.level != "token" and key in call.memo:  # one choice a call, at all sites
             return call.memo[key]
         if self.level == "task":
-            made = first.route(torch.tensor(task, device=y.device))
+            routing = first.route(torch.tensor(task, device=y.device))
         elif self.level == "example":
             side = call.side[EXAMPLE]
             seen = side.seen().to(side.tensor.dtype)[..., None]  # [B, m, 1]
             query = (side.tensor * seen).sum(1) / seen.sum(1).clamp_min(1)  # [B, d]
-            made = first.route(query.to(y.dtype))
+            routing = first.route(query.to(y.dtype))
         else:
-            query = x if self._reads and x is not None else y
+            query = x if self._reads_input and x is not None else y
             if y.dim() < 3 or query.shape[:-1] != y.shape[:-1]:
                 raise SiteError(
                     f"Mixture at {self._path}: tokens are routed, and this site puts out "
                     f"{list(y.shape)} for {list(query.shape)}, which has none; route examples, "
                     f"router=Soft(level='example'), or implant its modules elsewhere"
                 )
-            made = self.route(query)
+            routing = self.route(query)
         if self.level != "token":
-            call.memo[key] = made
+            call.memo[key] = routing
         if self.training and torch.is_grad_enabled():
-            call.memo.setdefault(ROUTINGS, []).append((first, made))
-        first.tally.count(made)
-        return made
+            call.memo.setdefault(ROUTINGS, []).append((first, routing))
+        first.counter.add(routing)
+        return routing
+
+    def routing_loss(self, routing: Routing, losses: Tensor) -> Tensor:
+        """Return what the router adds to the loss: its balance, and a sampled choice's score.
+
+        The score function's baseline is a running mean of the losses of earlier batches, which
+        does not depend on this batch's choices.
+
+        Args:
+            routing: the router's choice.
+            losses: the loss of each example ``[B]``, or of the batch ``[1]``.
+        """
+        total = routing.weights.new_zeros(())
+        if routing.balance is not None:
+            total = total + routing.balance
+        if routing.score is not None:
+            score = routing.score
+            score = score.flatten(1).sum(1) if score.dim() > 1 else score.reshape(-1)
+            known = losses if len(losses) == len(score) else losses.mean().expand(len(score))
+            baseline, mean = self.baseline, float(losses.mean())
+            total = total + score_function(score, known, 0.0 if baseline is None else baseline)
+            if baseline is None:
+                self.baseline = mean
+            else:
+                self.baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
+        return total
 
 
-class Routed:
-    """A mixture at one site for one of its tasks: what is in force under that task's name.
+class RoutedMixture:
+    """A mixture built for one site, routed for one of its tasks.
 
     Attributes:
         mixture: the mixture, built for the site.
-        task: the number of the task; 0 where it has none.
-        members: the names of the modules that it is over.
+        task: the number of the task; 0 if there are no tasks.
+        members: the names of the modules that the mixture combines.
         side_source: the side input that it is routed by, if any.
     """
 
@@ -217,12 +251,12 @@ class Routed:
         self.side_source = mixture.side_source
 
     def weights(self, call: Call, like: Tensor, rows: Tensor | None) -> list[Tensor]:
-        """Return each module's weight, a number or ``[B]``, for the examples of ``like``.
+        """Return each module's weight, a scalar or ``[B]``, for the examples of ``like``.
 
         Args:
-            call: the call under way.
-            like: ``[B, …]``, of the layer; beams have their example's weights.
-            rows: some of the examples; None: all.
+            call: the host's call.
+            like: ``[B, …]``, the layer's; beams have the weights of their example.
+            rows: the positions of the examples in the batch; None: all.
         """
         chosen = self.mixture.choose(call, None, like, self.task).weights
         if chosen.dim() == 2:

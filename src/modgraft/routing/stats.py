@@ -1,4 +1,4 @@
-"""What a router has chosen: use of each module, entropy, dead modules, collapse."""
+"""Statistics of a router's choices: usage of each module, entropy, dead modules, collapse."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from modgraft.routing.base import Routing
 
 
 @dataclass(frozen=True)
-class Use:
-    """What one router has chosen since its count began.
+class Usage:
+    """Statistics of one router's choices since counting began.
 
     Attributes:
-        path: the site, or ``""`` where one choice holds for the whole network.
-        choices: how many were counted.
-        share: ``[N]``, the mean weight of each module by the sum of all.
-        picked: ``[N]``, how often each had a weight other than 0.
-        entropy: of a single choice's chances, mean, in bits: 0 is certain, log₂ N is no choice.
-        spread: entropy of the mean chances, in bits: 0 is collapse, log₂ N is even use.
+        path: the site, or ``""`` if one choice holds for the whole network.
+        names: the names of the N modules.
+        choices: how many choices were counted.
+        share: ``[N]``, each module's share of all weight.
+        picked: ``[N]``, the share of choices in which its weight was not 0.
+        entropy: the mean entropy of a choice's probabilities, in bits, from 0 (certain) to log₂ N.
+        spread: the entropy of the mean probabilities, in bits, from 0 (collapse) to log₂ N (even).
     """
 
     path: str
@@ -33,50 +34,50 @@ class Use:
 
     @property
     def dead(self) -> tuple[str, ...]:
-        """The modules that no choice picked."""
+        """Return the names of the modules that no choice picked."""
         return tuple(n for n, p in zip(self.names, self.picked, strict=True) if p == 0)
 
     @property
     def collapsed(self) -> bool:
-        """Whether one module has more than 95 % of the weight, of two or more."""
+        """Return whether one of two or more modules has more than 95 % of the weight."""
         return len(self.share) > 1 and max(self.share) > 0.95
 
 
-class Tally:
-    """Counts the choices of one router. TensorCache out of compiled code."""
+class UsageCounter:
+    """Counts the choices of one router; compiled code is not counted."""
 
     def __init__(self, count: int) -> None:
         self.size = count
         self.reset()
 
     def reset(self) -> None:
-        """Begin again."""
+        """Start counting again from zero."""
         self.choices = 0
         self.weight = torch.zeros(self.size, dtype=torch.float64)
         self.picked = torch.zeros(self.size, dtype=torch.float64)
-        self.chance = torch.zeros(self.size, dtype=torch.float64)
+        self.probability = torch.zeros(self.size, dtype=torch.float64)
         self.entropy = 0.0
 
     @torch.no_grad()
-    def count(self, routing: Routing) -> None:
-        """Add what was chosen."""
+    def add(self, routing: Routing) -> None:
+        """Count the choices of ``routing``."""
         if torch.compiler.is_compiling():
             return
         weights = routing.weights.detach().reshape(-1, self.size).double().cpu()
-        chances = routing.chances.detach().reshape(-1, self.size).double().cpu()
-        chances = chances / chances.sum(-1, keepdim=True).clamp_min(1e-300)
+        probabilities = routing.probabilities.detach().reshape(-1, self.size).double().cpu()
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True).clamp_min(1e-300)
         self.choices += len(weights)
         self.weight += weights.sum(0)
         self.picked += weights.ne(0).sum(0)
-        self.chance += chances.sum(0)
-        self.entropy += float(torch.special.entr(chances).sum()) / math.log(2)
+        self.probability += probabilities.sum(0)
+        self.entropy += float(torch.special.entr(probabilities).sum()) / math.log(2)
 
-    def use(self, path: str, names: tuple[str, ...]) -> Use:
-        """What has been counted."""
+    def usage(self, path: str, names: tuple[str, ...]) -> Usage:
+        """Return the statistics of the choices counted so far."""
         many = max(1, self.choices)
         share = self.weight / self.weight.sum().clamp_min(1e-300)
-        spread = float(torch.special.entr(self.chance / many).sum()) / math.log(2)
-        return Use(
+        spread = float(torch.special.entr(self.probability / many).sum()) / math.log(2)
+        return Usage(
             path, names, self.choices, tuple(share.tolist()),
             tuple((self.picked / many).tolist()), self.entropy / many, spread,
         )  # fmt: skip

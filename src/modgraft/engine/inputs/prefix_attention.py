@@ -29,7 +29,7 @@ from modgraft.engine.entry import Entry
 from modgraft.engine.inputs.expressions import fold
 from modgraft.engine.kernels import decode_attention
 from modgraft.engine.state import STATE, State
-from modgraft.routing.mixture import Routed
+from modgraft.routing.mixture import RoutedMixture
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -197,13 +197,14 @@ def _before(state: State, key: Tensor) -> Before | None:
     return _by_example(names, composition, key, of)
 
 
-def _mixtures(state: State, entries: Mapping[str, Entry]) -> dict[str, Routed]:
+def _mixtures(state: State, entries: Mapping[str, Entry]) -> dict[str, RoutedMixture]:
     """Return the mixtures here that are over modules with keys and values, by name."""
     return {
         entry.name: entry.module
         for some in state.entries.values()
         for entry in some
-        if isinstance(entry.module, Routed) and any(m in entries for m in entry.module.members)
+        if isinstance(entry.module, RoutedMixture)
+        and any(m in entries for m in entry.module.members)
     }
 
 

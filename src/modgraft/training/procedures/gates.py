@@ -123,13 +123,13 @@ def _places(
 def _alone(places: Sequence[Any], j: int) -> Iterator[None]:
     """Module ``j`` acts alone, and its part of the router learns; nothing is counted as use."""
     for place in places:
-        place.route.learning = j
+        place.route.only_module = j
     try:
         yield
     finally:
         for place in places:
-            place.route.learning = None
-            place.tally.reset()
+            place.route.only_module = None
+            place.counter.reset()
 
 
 def _on(value: Any, device: torch.device) -> Any:
