@@ -2,23 +2,80 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import ClassVar, Literal, final
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from modgraft.computation._bottleneck import (
-    NONLINEARITIES,
-    bottleneck,
+from modgraft.computation._checks import (
+    check_at_least_one,
     check_input,
-    check_options,
     check_output,
     check_parallel,
 )
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import Side
+from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site
 
 Nonlinearity = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
+
+NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def check_options(
+    name: str, reduction: int | None, width: int | None, nonlinearity: str, scale: float
+) -> None:
+    """Check the options of a bottleneck.
+
+    Raises:
+        ModgraftError: if both reduction and width are given or one is below 1, for an unknown
+            non-linearity, or for a scale of 0 or infinity.
+    """
+    if reduction is not None and width is not None:
+        raise ModgraftError(
+            f"{name}(reduction={reduction}, width={width}): give one of them; the width is the "
+            f"site's divided by the reduction"
+        )
+    check_at_least_one(name, reduction=reduction, width=width)
+    if nonlinearity not in NONLINEARITIES:
+        raise ModgraftError(
+            f"{name}(nonlinearity={nonlinearity!r}): one of {', '.join(NONLINEARITIES)}"
+        )
+    if not math.isfinite(scale) or scale == 0:
+        raise ModgraftError(f"{name}(scale={scale}): the scale is finite and not 0")
+
+
+def bottleneck(name: str, site: Site, reduction: int | None, width: int | None) -> tuple[int, int]:
+    """Return the widths d of the site and m of the bottleneck (by default the reduction is 16).
+
+    Raises:
+        ModgraftError: if the site's output is not ``[B, …, d]``, or m would be 0.
+    """
+    if site.channels_first:
+        raise ModgraftError(
+            f"{name} at {site.label}: it acts on [B, …, d], and a {type(site.module).__name__} "
+            f"puts out a map [B, C, …]; use ConvAdapter(over='map') there"
+        )
+    d = site.width
+    if width is not None:
+        return d, width
+    reduction = 16 if reduction is None else reduction
+    if reduction > d:
+        raise ModgraftError(
+            f"{name}(reduction={reduction}) at {site.label}: its output is {d} wide, so nothing "
+            f"would be left; use a reduction of at most {d}, or {name}(width={max(1, d // 2)})"
+        )
+    return d, d // reduction
 
 
 class BottleneckAdapter(FunctionComposition):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modgraft.computation.base import Computation, TokenComposition, distinct_names
+from modgraft.computation._checks import check_at_least_one, distinct_names
+from modgraft.computation.base import Computation, TokenComposition
 from modgraft.computation.prompts import SoftPrompt
 from modgraft.core.context import EXAMPLE, Side
 from modgraft.core.embeddings import token_width
@@ -55,10 +56,7 @@ class Attempt(TokenComposition):
     def __post_init__(self) -> None:
         example = " of prompts, as Attempt(over=['mnli', 'squad'])"
         self.over = distinct_names(self.over, f"Attempt(over={self.over!r})", example)
-        if self.length < 1 or self.rank < 1:
-            raise ModgraftError(
-                f"Attempt(length={self.length}, rank={self.rank}): both are at least 1"
-            )
+        check_at_least_one("Attempt", length=self.length, rank=self.rank)
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ModgraftError(
                 f"Attempt(temperature={self.temperature}): it is above 0, or None for d·e"

@@ -317,16 +317,3 @@ class Wrapper(Computation):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
-
-
-def distinct_names(names: Sequence[str], call: str, example: str) -> tuple[str, ...]:
-    """Return ``names`` as a tuple.
-
-    Raises:
-        ModgraftError: for no name, a name given twice, or anything but a sequence of names.
-    """
-    found = () if isinstance(names, str) else tuple(names)
-    named = all(isinstance(name, str) and name for name in found)
-    if not found or not named or len(set(found)) != len(found):
-        raise ModgraftError(f"{call}: one or more different names{example}")
-    return found

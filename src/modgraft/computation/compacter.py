@@ -8,14 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modgraft.computation._bottleneck import (
-    NONLINEARITIES,
-    bottleneck,
-    check_options,
-    check_output,
-)
+from modgraft.computation._checks import check_at_least_one, check_output
 from modgraft.computation._redirect import ModuleTensors, redirect
-from modgraft.computation.adapter import Nonlinearity
+from modgraft.computation.adapter import NONLINEARITIES, Nonlinearity, bottleneck, check_options
 from modgraft.computation.base import Computation, FunctionComposition
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
@@ -58,9 +53,7 @@ class Compacter(FunctionComposition):
 
     def __post_init__(self) -> None:
         check_options("Compacter", self.reduction, self.width, self.nonlinearity, self.scale)
-        for key in ("n", "rank"):
-            if getattr(self, key) < 1:
-                raise ModgraftError(f"Compacter({key}={getattr(self, key)}): {key} is at least 1")
+        check_at_least_one("Compacter", n=self.n, rank=self.rank)
 
     def build(self, site: Site) -> None:
         n, r = self.n, self.rank

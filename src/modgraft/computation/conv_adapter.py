@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modgraft.computation._bottleneck import check_input, check_parallel
+from modgraft.computation._checks import check_input, check_parallel
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError

@@ -10,8 +10,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from modgraft.computation._checks import check_at_least_one, distinct_names
 from modgraft.computation._redirect import ModuleTensors, redirect
-from modgraft.computation.base import Computation, Wrapper, distinct_names
+from modgraft.computation.base import Computation, Wrapper
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site
 
@@ -105,11 +106,7 @@ class HyperNetwork(Wrapper):
         super().__post_init__()
         call = f"HyperNetwork(tasks={self.tasks!r})"
         self.tasks = distinct_names(self.tasks, call, ", as tasks=('fr', 'de')")
-        if self.embedding < 1 or (self.hidden is not None and self.hidden < 1):
-            raise ModgraftError(
-                f"HyperNetwork(embedding={self.embedding}, hidden={self.hidden}): both are at "
-                f"least 1, or hidden=None"
-            )
+        check_at_least_one("HyperNetwork", embedding=self.embedding, hidden=self.hidden)
         if isinstance(self.module, Wrapper):
             raise ModgraftError(
                 f"HyperNetwork({self.module!r}, …): one generator serves all sites already; write "

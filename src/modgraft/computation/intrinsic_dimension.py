@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modgraft.computation._checks import check_at_least_one
 from modgraft.computation.base import ParameterComposition
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import weight_matrix
@@ -42,11 +43,9 @@ class IntrinsicDimension(ParameterComposition):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.seed < 0:
-            raise ModgraftError(
-                f"IntrinsicDimension(dim={self.dim}, seed={self.seed}): dim is at least 1, seed at "
-                f"least 0"
-            )
+        check_at_least_one("IntrinsicDimension", dim=self.dim)
+        if self.seed < 0:
+            raise ModgraftError(f"IntrinsicDimension(seed={self.seed}): the seed is at least 0")
 
     def build(self, site: Site) -> None:
         shape = weight_matrix(site.module, site.part, site.parameter).shape

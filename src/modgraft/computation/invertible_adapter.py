@@ -7,9 +7,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from modgraft.computation._bottleneck import NONLINEARITIES, check_options, check_output
+from modgraft.computation._checks import check_output
 from modgraft.computation._redirect import ModuleTensors, redirect
-from modgraft.computation.adapter import Nonlinearity
+from modgraft.computation.adapter import NONLINEARITIES, Nonlinearity, check_options
 from modgraft.computation.base import Computation, FunctionComposition
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError

@@ -6,6 +6,7 @@ from typing import final
 
 from torch import Tensor, nn
 
+from modgraft.computation._checks import check_at_least_one
 from modgraft.computation.base import TokenComposition
 from modgraft.core.context import Side
 from modgraft.core.embeddings import token_width
@@ -36,10 +37,7 @@ class LinearMap(TokenComposition):
     tokens_each: int = 1
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.tokens_each < 1:
-            raise ModgraftError(
-                f"LinearMap(dim={self.dim}, tokens_each={self.tokens_each}): both are at least 1"
-            )
+        check_at_least_one("LinearMap", dim=self.dim, tokens_each=self.tokens_each)
 
     @property
     def side_source(self) -> str:

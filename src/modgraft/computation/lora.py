@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modgraft.computation._checks import check_at_least_one
 from modgraft.computation.base import ParameterComposition
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import bias_vector, low_rank_map, over_output, weight_matrix
@@ -55,8 +56,7 @@ class LoRA(ParameterComposition):
     bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ModgraftError(f"LoRA(rank={self.rank}): the rank is at least 1")
+        check_at_least_one("LoRA", rank=self.rank)
         if not 0 <= self.dropout < 1:
             raise ModgraftError(f"LoRA(dropout={self.dropout}): dropout is in [0, 1)")
 

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from modgraft.computation._checks import check_at_least_one
 from modgraft.computation.base import TokenComposition
 from modgraft.core.architectures import family_of
 from modgraft.core.context import Side
@@ -54,11 +55,9 @@ class SoftPrompt(TokenComposition):
     tokenizer: InitVar[Any] = None
 
     def __post_init__(self, tokenizer: Any) -> None:
-        if self.length < 1 or self.common < 1 or self.bound < 0:
-            raise ModgraftError(
-                f"SoftPrompt(length={self.length}, common={self.common}, bound={self.bound}): the "
-                f"first two are at least 1, the bound at least 0"
-            )
+        check_at_least_one("SoftPrompt", length=self.length, common=self.common)
+        if self.bound < 0:
+            raise ModgraftError(f"SoftPrompt(bound={self.bound}): the bound is at least 0")
         if tokenizer is not None:
             self.init = _ids_of(self.init, tokenizer)
         elif isinstance(self.init, str):

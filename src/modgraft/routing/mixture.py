@@ -12,13 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.aggregation.base import Aggregation
 from modgraft.aggregation.representation import Average
+from modgraft.computation._checks import distinct_names
 from modgraft.computation._redirect import ModuleTensors, redirect
-from modgraft.computation.base import (
-    Computation,
-    KeyValueComposition,
-    TokenComposition,
-    distinct_names,
-)
+from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
 from modgraft.core.context import EXAMPLE, Call
 from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SiteError

@@ -1,72 +1,37 @@
-"""Shared by the bottleneck methods: non-linearities by name, and checks of arguments and inputs."""
+"""Checks of arguments, sites and inputs that several methods need."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site
 
-NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
 
-
-def check_options(
-    name: str, reduction: int | None, width: int | None, nonlinearity: str, scale: float
-) -> None:
-    """Check the options of a bottleneck.
+def check_at_least_one(method: str, **values: int | None) -> None:
+    """Check that each of a method's options, by name, is at least 1, or None.
 
     Raises:
-        ModgraftError: if both reduction and width are given or one is below 1, for an unknown
-            non-linearity, or for a scale of 0 or infinity.
+        ModgraftError: for the first that is not.
     """
-    if reduction is not None and width is not None:
-        raise ModgraftError(
-            f"{name}(reduction={reduction}, width={width}): give one of them; the width is the "
-            f"site's divided by the reduction"
-        )
-    for key, value in (("reduction", reduction), ("width", width)):
+    for name, value in values.items():
         if value is not None and value < 1:
-            raise ModgraftError(f"{name}({key}={value}): the {key} is at least 1")
-    if nonlinearity not in NONLINEARITIES:
-        raise ModgraftError(
-            f"{name}(nonlinearity={nonlinearity!r}): one of {', '.join(NONLINEARITIES)}"
-        )
-    if not math.isfinite(scale) or scale == 0:
-        raise ModgraftError(f"{name}(scale={scale}): the scale is finite and not 0")
+            raise ModgraftError(f"{method}({name}={value}): the {name} is at least 1")
 
 
-def bottleneck(name: str, site: Site, reduction: int | None, width: int | None) -> tuple[int, int]:
-    """Return the widths d of the site and m of the bottleneck (by default the reduction is 16).
+def distinct_names(names: Sequence[str], call: str, example: str) -> tuple[str, ...]:
+    """Return ``names`` as a tuple.
 
     Raises:
-        ModgraftError: if the site's output is not ``[B, …, d]``, or m would be 0.
+        ModgraftError: for no name, a name given twice, or anything but a sequence of names.
     """
-    if site.channels_first:
-        raise ModgraftError(
-            f"{name} at {site.label}: it acts on [B, …, d], and a {type(site.module).__name__} "
-            f"puts out a map [B, C, …]; use ConvAdapter(over='map') there"
-        )
-    d = site.width
-    if width is not None:
-        return d, width
-    reduction = 16 if reduction is None else reduction
-    if reduction > d:
-        raise ModgraftError(
-            f"{name}(reduction={reduction}) at {site.label}: its output is {d} wide, so nothing "
-            f"would be left; use a reduction of at most {d}, or {name}(width={max(1, d // 2)})"
-        )
-    return d, d // reduction
+    found = () if isinstance(names, str) else tuple(names)
+    named = all(isinstance(name, str) and name for name in found)
+    if not found or not named or len(set(found)) != len(found):
+        raise ModgraftError(f"{call}: one or more different names{example}")
+    return found
 
 
 def check_output(name: str, y: Tensor, d: int) -> None:
