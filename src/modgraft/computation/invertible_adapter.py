@@ -77,7 +77,7 @@ class InvertibleAdapter(FunctionComposition):
         redirect(self, [key for key, _ in self.named_parameters()], ModuleTensors(first))
 
     def _mix(self, down: nn.Linear, up: nn.Linear, v: Tensor) -> Tensor:
-        """U σ(D v): [B, …, d/2] → [B, …, d/2r] → [B, …, d/2]."""
+        """Return U σ(D v): [B, …, d/2] → [B, …, d/2r] → [B, …, d/2]."""
         return up(NONLINEARITIES[self.nonlinearity](down(v)))
 
     def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:

@@ -144,7 +144,7 @@ class Mixture(Computation):
             return
         width = 1  # unused: a task has a row of weights, and no query
         if self.level == "token":
-            width = _in_width(site.module) if self._reads_input else site.width
+            width = site.in_width if self._reads_input else site.width
         elif self.level == "example":
             assert site.root is not None  # noqa: S101
             width = self.width or token_width(site.root)
@@ -260,7 +260,3 @@ class RoutedMixture:
             chosen = chosen if times <= 1 else chosen.repeat_interleave(times, dim=0)
             chosen = chosen if rows is None else chosen[rows]
         return list(chosen.unbind(-1))
-
-
-def _in_width(layer: nn.Module) -> int:
-    return layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.in_features  # type: ignore[return-value]
