@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,12 @@ class Router(Configured):
     example or a token (by logits that are linear in its query, W_r q + b_r).
     """
 
+    levels: ClassVar[tuple[Level, ...]] = LEVELS
+    """The levels that it can route."""
+
+    only_levels: ClassVar[str] = ""
+    """Why it has no other levels, for the error that refuses them."""
+
     level: Level = field(default="example", kw_only=True)
     tasks: tuple[str, ...] = field(default=(), kw_only=True)
 
@@ -72,11 +78,17 @@ class Router(Configured):
         """Check ``level`` and ``tasks``; every ``__post_init__`` calls it.
 
         Raises:
-            ModgraftError: for an unknown level, or tasks named twice or at another level.
+            ModgraftError: for a level that is unknown or not in ``levels``, or tasks that are named
+                twice or at another level.
         """
         name = type(self).__name__
         if self.level not in LEVELS:
             raise ModgraftError(f"{name}(level={self.level!r}): one of {', '.join(LEVELS)}")
+        if self.level not in self.levels:
+            raise ModgraftError(
+                f"{name}(level={self.level!r}): {self.only_levels}; "
+                f"level={' or '.join(map(repr, self.levels))}"
+            )
         self.tasks = tuple(self.tasks)
         if self.tasks and self.level != "task":
             raise ModgraftError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class Fixed(Router):
         ModgraftError: for an empty set, or a name that is not in the mixture.
     """
 
+    levels: ClassVar[tuple[Level, ...]] = ("task",)
+    only_levels: ClassVar[str] = "a given set is the same for every example and token"
+
     level: Level = field(default="task", kw_only=True)
     among: tuple[str, ...] | dict[str, tuple[str, ...]] | None = None
 
@@ -34,11 +37,6 @@ class Fixed(Router):
         if isinstance(self.among, dict):
             self.tasks = tuple(self.among)
         self.check()
-        if self.level != "task":
-            raise ModgraftError(
-                f"Fixed(level={self.level!r}): a given set does not look at an {self.level}; "
-                f"leave the level out"
-            )
 
     @property
     def sparse(self) -> bool:

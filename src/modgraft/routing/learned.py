@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -175,17 +175,15 @@ class SkillMatrix(Router):
         temperature: τ.
     """
 
+    levels: ClassVar[tuple[Level, ...]] = ("task",)
+    only_levels: ClassVar[str] = "a matrix of tasks and skills routes tasks"
+
     level: Level = field(default="task", kw_only=True)
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
         self.check()
         check_positive(self, temperature=self.temperature)
-        if self.level != "task":
-            raise ModgraftError(
-                f"SkillMatrix(level={self.level!r}): a matrix of tasks and skills routes tasks; "
-                f"leave the level out"
-            )
 
     def choose(self, logits: Tensor, query: Tensor) -> Routing:
         probabilities = logits.sigmoid()

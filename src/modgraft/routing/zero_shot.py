@@ -33,7 +33,6 @@ class ZeroShotRouter(Router):
     """α = softmax of the k largest logits; each subclass says how ``logits`` are computed."""
 
     levels: ClassVar[tuple[Level, ...]] = ("token",)
-    why: ClassVar[str]  # the reason for these levels, in the error for another level
 
     level: Level = field(default="token", kw_only=True)
     k: int = 2
@@ -41,11 +40,6 @@ class ZeroShotRouter(Router):
     def __post_init__(self) -> None:
         self.check()
         check_k(self, self.k)
-        if self.level not in self.levels:
-            raise ModgraftError(
-                f"{type(self).__name__}(level={self.level!r}): {self.why}; "
-                f"level={' or '.join(map(repr, self.levels))}"
-            )
 
     @property
     def sparse(self) -> bool:
@@ -82,7 +76,7 @@ class Arrow(ZeroShotRouter):
             that has not been trained: a Δ of 0 has no direction.
     """
 
-    why: ClassVar[str] = "a prototype is a direction of what one layer reads"
+    only_levels: ClassVar[str] = "a prototype is a direction of what one layer reads"
 
     temperature: float = 1.0
 
@@ -145,7 +139,7 @@ class Phatgoose(ZeroShotRouter):
         ModgraftError: for options out of range, or a gate that has not been trained.
     """
 
-    why: ClassVar[str] = "a gate is trained at one layer"
+    only_levels: ClassVar[str] = "a gate is trained at one layer"
 
     def build(self, names: tuple[str, ...], width: int) -> None:
         super().build(names, width)
@@ -203,7 +197,7 @@ class Similarity(ZeroShotRouter):
     """
 
     levels: ClassVar[tuple[Level, ...]] = ("example", "token")
-    why: ClassVar[str] = "an embedding is of what is read"
+    only_levels: ClassVar[str] = "an embedding is of what is read"
 
     level: Level = field(default="example", kw_only=True)
     k: int = 1
