@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ from modgraft.training.optim import (
 )
 from modgraft.training.processes import Interrupt
 from modgraft.training.progress import Show
-from modgraft.training.settings import Settings
+from modgraft.training.settings import Decided
 from modgraft.training.stream import Batch, Stream
 
 
@@ -40,7 +41,7 @@ class Run:
     Args:
         host: what runs.
         stream: the batches.
-        settings: what decides the loss curve.
+        settings: of `fit`, decided for this run.
         accelerator: device and processes.
         part: what of the host trains and is saved, where that is not all that requires a gradient.
     """
@@ -49,18 +50,16 @@ class Run:
         self,
         host: nn.Module,
         stream: Stream,
-        settings: Settings,
+        settings: Decided,
         accelerator: Accelerator,
         part: nn.Module | None = None,
     ) -> None:
         self.host, self.stream = host, stream
         self.part = host if part is None else part
         self.settings, self.accelerator = settings, accelerator
-        self.evaluate: Any = None
-        self.weigh: data.Weigh | None = None
-        self.ignore: frozenset[str] = frozenset()
-        self.save_every = 1
         self.store: disk.Checkpoints | None = None
+        if settings.folder is not None:
+            self.store = disk.Checkpoints(Path(settings.folder), keep=settings.keep)
         self.noted: Callable[[], AbstractContextManager[None]] = nullcontext  # around the training
 
         self.step, self.place = 0, (0, 0)
@@ -78,17 +77,17 @@ class Run:
 
     # --- the run --------------------------------------------------------------------------------
 
-    def start(self, *, resume: bool, progress: bool, label: str) -> History:
-        """Set up, resume, train, restore what belongs to the caller."""
+    def start(self) -> History:
+        """Set up, resume, train, and restore random generators and modes."""
         with ExitStack() as stack:
             stack.enter_context(data.own_randomness())
             stack.callback(set_modes, [(m, m.training) for m in self.host.modules()])
             self.prepare(stack)
-            self.open(resume, stack)
+            self.open(stack)
             self.resume()
             if self.history.stopped is None:
                 stack.enter_context(self.noted())
-                self._train(stack, progress, label)
+                self._train(stack)
             self.finish()
         return self.history
 
@@ -105,17 +104,17 @@ class Run:
         stack.callback(self.optimizer.zero_grad, set_to_none=True)
         self.buffers = {name: b.detach().cpu().clone() for name, b in self.part.named_buffers()}
         self.changed: set[str] = set()  # buffers that a checkpoint has to bring
-        self.forward = Forward(self.host, self.ignore, self.device, s.precision)
+        self.forward = Forward(self.host, frozenset(s.ignore), self.device, s.precision)
 
-    def open(self, resume: bool, stack: ExitStack, whole: Mapping[str, Any] | None = None) -> None:
-        """Take the folder until `stack` closes; `whole` is the fingerprint, where it is known."""
+    def open(self, stack: ExitStack, fingerprint: Mapping[str, Any] | None = None) -> None:
+        """Take the folder until `stack` closes; the host's fingerprint is computed unless given."""
         if self.store is None:
             return
         if self.accelerator.is_main_process:
             stack.callback(self.store.close)
-            self.store.open(resume=resume)
+            self.store.open(resume=self.settings.resume)
         self.accelerator.wait_for_everyone()
-        self.fingerprint = dict(whole or disk.fingerprint(self.host))
+        self.fingerprint = dict(fingerprint or disk.fingerprint(self.host))
         self.metrics = Metrics(self.store.folder, write=self.accelerator.is_main_process)
         stack.callback(self.metrics.close)
 
@@ -157,14 +156,15 @@ class Run:
         if self.settings.restore_best and self.best_tensors is not None:
             disk.restore(self.part, self.best_tensors)
 
-    def _train(self, stack: ExitStack, progress: bool, label: str) -> None:
+    def _train(self, stack: ExitStack) -> None:
         many = self.accelerator.num_processes > 1
         self.model = self.accelerator.prepare_model(self.host) if many else self.host
         self.host.train()
         self.began = time.monotonic()
         stack.enter_context(self.interrupt)
-        enabled = progress and self.accelerator.is_main_process
-        show = Show(label, self.settings.steps, start=self.step, enabled=enabled)
+        s = self.settings
+        enabled = s.progress and self.accelerator.is_main_process
+        show = Show(s.label, s.steps, start=self.step, enabled=enabled)
         with show:
             if self.step and self.store is not None:
                 show.say(f"resumed from step {self.step}, {self.store.folder}")
@@ -216,7 +216,7 @@ class Run:
         if self.history.stopped is not None:
             state = self.optimizer.state
             self.history.untouched = [n for n, p in self.parameters.items() if p not in state]
-        return bool(better or self.history.stopped or self.step % self.save_every == 0)
+        return bool(better or self.history.stopped or self.step % s.save_every == 0)
 
     def groups(self) -> Iterator[tuple[list[Batch], tuple[int, int], tuple[int, int]]]:
         """The batches of each step, the (epoch, batch) of the first and that after the last."""
@@ -239,7 +239,7 @@ class Run:
         """Σ_i w_i·loss_i / Σ w over the batches of all processes, its gradient, one update."""
         s, world = self.settings, self.accelerator.num_processes
         epoch, step = self.at[0], self.step + 1
-        weights = [1.0 if self.weigh is None else self.weigh(b) for b in batches]
+        weights = [1.0 if s.weigh is None else s.weigh(b) for b in batches]
         (total,) = self._sum([sum(weights)])
         if total <= 0:
             raise ModgraftError(f"step {step}: weigh= counts no targets in {self._where(batches)}")
@@ -290,7 +290,7 @@ class Run:
         )
 
     def _where(self, batches: list[Batch]) -> str:
-        ids = [i for b in batches for i in data.ids_of(b, tuple(self.ignore)) or ()]
+        ids = [i for b in batches for i in data.ids_of(b, self.settings.ignore) or ()]
         place = f"epoch {self.at[0]}, batch {self.at[1]}"
         return f"{place} (ids {', '.join(ids[:16])})" if ids else f"{place} (it carries no ids)"
 
@@ -306,7 +306,7 @@ class Run:
     def _evaluation_due(self) -> bool:
         s = self.settings
         due = self.step % s.evaluate_every == 0 or self.step == s.steps
-        return self.evaluate is not None and 0 < self.step != self.evaluated and due
+        return s.evaluate is not None and 0 < self.step != self.evaluated and due
 
     def _evaluate(self, show: Show) -> bool:
         """Measure, record, and say whether it is the best so far."""
@@ -314,7 +314,7 @@ class Run:
         self.interrupt.hold = self.accelerator.num_processes > 1
         data.seed_everything(self.settings.seed, "evaluate", self.step)
         with torch.no_grad():
-            measured = self.evaluate(self.host) if callable(self.evaluate) else self._mean_loss()
+            measured = self._measure()
         self.interrupt.hold = True
         self.host.train()
         values = numbers(measured)
@@ -337,11 +337,13 @@ class Run:
         show.say(f"step {self.step}  evaluation  {text}{'  (best)' if better else ''}")
         return better
 
-    def _mean_loss(self) -> dict[str, float]:
-        """The mean loss over the evaluation loader, weighted by `weigh` or by examples."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        given = (self.weigh, self._sum, rank, world)
-        return mean_of_tasks(self.evaluate, lambda own: mean_loss(self.forward, own, *given))
+    def _measure(self) -> Mapping[str, float]:
+        """What `evaluate` measures: of a loader the mean loss, weighted by `weigh` or examples."""
+        evaluate, weigh = self.settings.evaluate, self.settings.weigh
+        if callable(evaluate):
+            return evaluate(self.host)
+        given = weigh, self._sum, self.accelerator.process_index, self.accelerator.num_processes
+        return mean_of_tasks(evaluate, lambda loader: mean_loss(self.forward, loader, *given))
 
     # --- saving ---------------------------------------------------------------------------------
 

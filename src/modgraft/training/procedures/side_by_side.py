@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from modgraft.core.expression import module_of
 from modgraft.engine.implant import check_learns
 from modgraft.routing.mixture import Mixture
 from modgraft.training import checkpoint as disk
-from modgraft.training.fit import SETTINGS, planned
+from modgraft.training.fit import planned
 from modgraft.training.forward import set_modes
 from modgraft.training.history import History
 from modgraft.training.host_like import HostLike
@@ -28,6 +29,7 @@ from modgraft.training.parts import together
 from modgraft.training.processes import Interrupt, accelerator_for
 from modgraft.training.progress import Show
 from modgraft.training.run import Run
+from modgraft.training.settings import Settings
 from modgraft.training.stream import Batch, own_randomness, seed_everything
 
 SHARED = ("seed", "precision", "ignore", "resume", "progress", "label", "fused", "folder", "note")
@@ -80,18 +82,19 @@ def fit_side_by_side(
     shared = by_name[names[0]]
     with host.training_only(names):
         runs = _runs(host, loaders, by_name)
-        if shared["note"]:
-            runs[names[0]].noted = partial(noted_together, runs, loaders, shared["label"])
-        return _Pass(host, runs).start(shared["resume"], shared["progress"], shared["label"])
+        if shared.note:
+            runs[names[0]].noted = partial(noted_together, runs, loaders, shared.label)
+        return _Pass(host, runs).start()
 
 
-def _settings_of(name: str, names: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `fit` would be told for one module."""
-    if unknown := [key for key in settings if key not in SETTINGS]:
+def _settings_of(name: str, names: list[str], settings: Mapping[str, Any]) -> Settings:
+    """The settings that `fit` would take for one module."""
+    known = [field.name for field in fields(Settings)]
+    if unknown := [key for key in settings if key not in known]:
         raise ModgraftError(
-            f"{unknown[0]}= is no setting of fit_side_by_side; there are {', '.join(SETTINGS)}"
+            f"{unknown[0]}= is no setting of fit_side_by_side; there are {', '.join(known)}"
         )
-    given = {**SETTINGS, "label": "side by side", **settings}
+    given = {"label": "side by side", **settings}
     for key, value in given.items():
         if not isinstance(value, Mapping):
             continue
@@ -103,21 +106,22 @@ def _settings_of(name: str, names: list[str], settings: Mapping[str, Any]) -> di
                 f"{', '.join(names)}"
             )
         given[key] = value[name]
-    if given["accumulate"] != 1:
+    found = Settings(**given)
+    if found.accumulate != 1:
         raise ModgraftError(
-            f"accumulate={given['accumulate']}: a step of modules side by side takes one batch of "
+            f"accumulate={found.accumulate}: a step of modules side by side takes one batch of "
             f"each; make the batches larger, or train by host.fit"
         )
-    if given["keep"] < 2:
+    if found.keep < 2:
         raise ModgraftError(
-            f"keep={given['keep']}: modules that train side by side are saved one after the other, "
+            f"keep={found.keep}: modules that train side by side are saved one after the other, "
             f"and go on from the last step that all of them have; keep at least 2"
         )
-    return given
+    return found
 
 
 def _runs(
-    host: HostLike, loaders: Mapping[str, Iterable[Batch]], by_name: Mapping[str, dict[str, Any]]
+    host: HostLike, loaders: Mapping[str, Iterable[Batch]], by_name: Mapping[str, Settings]
 ) -> dict[str, Run]:
     accelerator = accelerator_for()
     if accelerator.num_processes > 1:
@@ -129,8 +133,8 @@ def _runs(
     runs = {}
     for name, loader in loaders.items():
         given = by_name[name]
-        if given["folder"] is not None:
-            given = {**given, "folder": Path(given["folder"]) / name}
+        if given.folder is not None:
+            given = replace(given, folder=Path(given.folder) / name)
         runs[name] = planned(host, loader, accelerator, given, host[name], list(loaders))
     return runs
 
@@ -147,35 +151,36 @@ class _Pass:
     def going(self) -> dict[str, Run]:
         return {name: run for name, run in self.runs.items() if run.history.stopped is None}
 
-    def start(self, resume: bool, progress: bool, label: str) -> dict[str, History]:
+    def start(self) -> dict[str, History]:
         with ExitStack() as stack:
             stack.enter_context(own_randomness())
             stack.callback(set_modes, [(m, m.training) for m in self.host.modules()])
-            self._open(resume, stack)
+            self._open(stack)
             if self.going():
                 stack.enter_context(self.first.noted())
-                self._train(stack, progress, label)
+                self._train(stack)
             for run in self.runs.values():
                 run.finish()
         return {name: run.history for name, run in self.runs.items()}
 
-    def _open(self, resume: bool, stack: ExitStack) -> None:
+    def _open(self, stack: ExitStack) -> None:
         kept = self.first.store is not None
         whole = disk.fingerprint(self.first.host) if kept else None  # what they stand on, read once
         for run in self.runs.values():
             run.interrupt = self.interrupt
             run.prepare(stack)
-            run.open(resume, stack, whole)
+            run.open(stack, whole)
         last = min(map(_going_from, self.runs.values()))  # the step that all of them have
         for run in self.runs.values():
             run.resume(last)
 
-    def _train(self, stack: ExitStack, progress: bool, label: str) -> None:
+    def _train(self, stack: ExitStack) -> None:
         self.host.train()
         stack.enter_context(self.interrupt)
         steps = max(run.settings.steps for run in self.runs.values())
         step = max(run.step for run in self.going().values())
-        show = Show(f"{label} ({len(self.runs)})", steps, start=step, enabled=progress)
+        s = self.first.settings
+        show = Show(f"{s.label} ({len(self.runs)})", steps, start=step, enabled=s.progress)
         groups = {name: run.groups() for name, run in self.runs.items()}
         with show:
             if step and self.first.store is not None:
@@ -218,7 +223,7 @@ class _Pass:
 
     def _whole(self, batches: dict[str, Batch]) -> Batch:
         """The batches as one, each example with its own composition."""
-        ignore = self.first.ignore
+        ignore = self.first.settings.ignore
         tagged = []
         for name, batch in batches.items():
             own = {k: v for k, v in batch.items() if k not in ignore}
