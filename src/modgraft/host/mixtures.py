@@ -1,4 +1,4 @@
-"""What a host does for its mixtures: where they go, what examples are routed by, their losses."""
+"""What a host does for its mixtures: find their sites, route whole examples, add their losses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from modgraft.computation.attempt import Attempt
 from modgraft.computation.base import Computation
@@ -20,16 +21,18 @@ from modgraft.core.parse import parse
 from modgraft.core.sites import Site, find
 from modgraft.engine.implant import Implant, Implants
 from modgraft.engine.inputs.splice import IGNORED
-from modgraft.routing.base import Member, Router
+from modgraft.routing.base import Member, Router, Routing
+from modgraft.routing.losses import score_function
 from modgraft.routing.mixture import Mixture
-from modgraft.routing.objective import example_losses, routing_loss
+
+DECAY = 0.9  # of the baseline that a score-function estimator subtracts, a batch
 
 
 def mixed_sites(model: nn.Module, implants: Implants, mixture: Mixture) -> list[str]:
-    """The paths where the modules of ``mixture`` are.
+    """The paths of the layers at which the modules of ``mixture`` act.
 
     Raises:
-        ModgraftError: for a name that is none of a module, or a module that cannot be mixed.
+        ModgraftError: for a name that is no module's, or a module that cannot be mixed.
     """
     paths: dict[str, None] = {}
     members = []
@@ -70,7 +73,7 @@ def _check_admitted(
 
 
 def check_unmixed(implants: Implants, names: Sequence[str]) -> None:
-    """Refuse to take a module out that a mixture is over."""
+    """Refuse to remove a module that a mixture chooses from."""
     for name, implant in implants.items():
         method: Any = implant.method
         if lost := [n for n in names if n in method.members]:
@@ -82,10 +85,10 @@ def check_unmixed(implants: Implants, names: Sequence[str]) -> None:
 
 
 def join_prompts(implants: Implants, implant: Implant) -> None:
-    """Let a new ``Attempt`` attend to the prompts that it is over.
+    """Connect a new ``Attempt`` with the prompts that it attends to.
 
     Raises:
-        ModgraftError: for names that are none of the host's, or of no prompts as long as its own.
+        ModgraftError: for an unknown name, or a module that is no prompt of the same length.
     """
     method: Any = implant.method
     if not isinstance(method.inner, Attempt):
@@ -104,16 +107,20 @@ def join_prompts(implants: Implants, implant: Implant) -> None:
 def routed(
     model: nn.Module, implants: Implants, call: Call, args: tuple, kwargs: dict[str, Any]
 ) -> Call:
-    """``call`` with the choices of the mixtures in force that are one for the whole network.
+    """Let the mixtures that choose once for the whole network make their choices.
 
-    They are made before the host runs: what it recomputes in backward finds them made.
+    They choose before the host runs, so that a block that is recomputed in backward finds the same
+    choices.
+
+    Returns:
+        ``call``, with the side input that examples are routed by where it was missing.
 
     Raises:
-        SideError: where nothing of an example may be read, or the host reads no text.
+        SideError: where an example has no token that may be read, or the host reads no text.
     """
     compiling = torch.compiler.is_compiling()
     names = implants.names if compiling else _names(call.composition)
-    mixtures = [own for name in names for own in _mixtures(implants, name)]
+    mixtures = [found for name in names for found in _mixtures(implants, name)]
     reads = [name for name, method in mixtures if method.side_source == EXAMPLE]
     reads += [name for name in names if isinstance(implants.computation(name), Attempt)]
     if not mixtures and not reads:
@@ -135,17 +142,17 @@ def _names(composition: Expression | None) -> Sequence[str]:
 
 
 def _mixtures(implants: Implants, name: str) -> list[tuple[str, Mixture]]:
-    """The mixture called ``name`` and those it is over, if it is one."""
+    """The mixture called ``name``, if it is one, and the mixtures among its modules."""
     method = implants.computation(name)
     if not isinstance(method, Mixture):
         return []
-    return [(name, method), *(own for inner in method.over for own in _mixtures(implants, inner))]
+    return [(name, method), *(m for inner in method.over for m in _mixtures(implants, inner))]
 
 
 def _example(
     model: nn.Module, name: str, args: tuple, kwargs: dict[str, Any], strict: bool
 ) -> Side | None:
-    """What examples are routed by: the embeddings of what may be read of each."""
+    """The side input that examples are routed by: their tokens' embeddings, answers masked."""
     parameters = list(inspect.signature(type(model).forward).parameters)[1:]
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
     ids = given.get("input_ids", args[0] if args else None)
@@ -153,7 +160,7 @@ def _example(
     if embeddings is None and isinstance(ids, Tensor) and not ids.is_floating_point():
         embeddings = token_table(model)(ids)
     if embeddings is None:
-        if not strict:  # it may not be in force
+        if not strict:  # the module may not be in force
             return None
         raise SideError(
             f"{name!r} routes examples, and this call has no text to route them by; pass "
@@ -179,16 +186,71 @@ def _example(
 
 
 def with_routing_losses(out: Any, call: Call, kwargs: dict[str, Any]) -> Any:
-    """``out`` with what the routers of this call add to its loss.
+    """Add the losses of the routers that learn in this call to ``out.loss``.
 
-    A balance loss is added as it is; a score-function estimator needs what came of each example,
-    which is found from logits and labels where they are of the usual shapes.
+    A score-function estimator needs the loss of each example, which is computed from logits and
+    labels where they have the usual shapes.
     """
     loss = getattr(out, "loss", None)
     if not isinstance(loss, Tensor):
         return out
-    each = example_losses(getattr(out, "logits", None), kwargs.get("labels"), loss)
+    each = _example_losses(getattr(out, "logits", None), kwargs.get("labels"), loss)
     for mixture, routing in call.routings:
-        loss = loss + routing_loss(mixture, routing, each)
+        loss = loss + _routing_loss(mixture, routing, each)
     out.loss = loss
     return out
+
+
+def _example_losses(logits: Any, labels: Any, loss: Tensor) -> Tensor:
+    """The loss of each example ``[B]``, without gradient; ``[1]``, the batch's, if unknown.
+
+    Args:
+        logits: ``[B, C]`` with labels ``[B]``, or ``[B, n, C]`` with labels ``[B, n]``, where −100
+            is left out; also those of a language model, which predict the next token.
+        labels: int64.
+        loss: of the batch, a scalar.
+    """
+    known = isinstance(logits, Tensor) and isinstance(labels, Tensor)
+    if not known or labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+        return loss.detach()[None]
+    each = _mean_over_tokens(logits.detach(), labels)
+    if labels.dim() == 2:
+        moved = _mean_over_tokens(logits.detach()[:, :-1], labels[:, 1:])
+        # whether the model shifts its labels, as one that predicts the next token, its loss tells
+        if (moved.mean() - loss.detach()).abs() < (each.mean() - loss.detach()).abs():
+            return moved
+    return each
+
+
+def _mean_over_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+    loss = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none"
+    )
+    loss = loss.view(labels.shape[0], -1)  # 0 where a label is −100
+    counted = (labels != -100).view(labels.shape[0], -1).sum(1).clamp_min(1)
+    return loss.sum(1) / counted
+
+
+def _routing_loss(mixture: Mixture, routing: Routing, losses: Tensor) -> Tensor:
+    """The loss that one router adds: its balance loss, and the score-function estimator's.
+
+    The estimator's baseline is a running mean of the losses of earlier batches, which the choices
+    in this one did not affect.
+
+    Args:
+        mixture: the router's.
+        routing: its choice.
+        losses: ``[B]`` of the examples, or ``[1]`` of the batch.
+    """
+    added = routing.weights.new_zeros(())
+    if routing.balance is not None:
+        added = added + routing.balance
+    if routing.score is not None:
+        score = routing.score
+        score = score.flatten(1).sum(1) if score.dim() > 1 else score.reshape(-1)
+        each = losses if len(losses) == len(score) else losses.mean().expand(len(score))
+        baseline = mixture.baseline
+        added = added + score_function(score, each, 0.0 if baseline is None else baseline)
+        now = float(losses.mean())
+        mixture.baseline = now if baseline is None else DECAY * baseline + (1 - DECAY) * now
+    return added
