@@ -15,7 +15,7 @@ class ModgraftError(ValueError):
     """Base of every error modgraft raises on purpose."""
 
     def __str__(self) -> str:
-        # KeyError would print its argument's repr, OSError its errno: a message is for reading.
+        # KeyError would print its argument's repr, and OSError its errno
         return " ".join(str(arg) for arg in self.args)
 
 
@@ -24,7 +24,7 @@ class UnknownNameError(ModgraftError, KeyError):
 
     @classmethod
     def among(cls, kind: str, name: object, known: Iterable[object]) -> UnknownNameError:
-        """The error for `name`, which is no `kind`; `known` are the names there are."""
+        """Make the error for `name`, which is no `kind`; `known` are the names that exist."""
         names = sorted(str(k) for k in known)
         shown = ", ".join(repr(n) for n in names[:12]) or "none"
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""

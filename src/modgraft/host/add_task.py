@@ -58,5 +58,5 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     implant.describe(grown)
     host._graft(implant, sites, implant.names[-1:])
     host._reader.forget()
-    host.use(host.composition)
+    host._context.switch(host.composition)
     return new

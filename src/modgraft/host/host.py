@@ -167,7 +167,7 @@ class Host(nn.Module):
         return implant
 
     def _graft(self, implant: Implant, sites: Sequence[Site], names: Sequence[str]) -> None:
-        """Let a module act at its sites under ``names``, some of its own."""
+        """Graft a module onto its sites under ``names``, all its names or some of them."""
         additive = isinstance(implant.method.inner, ParameterComposition)
         for name in names:
             for site, (_, place) in zip(sites, implant.at_sites(name), strict=True):

@@ -36,14 +36,14 @@ from modgraft.training.stream import Batch, Stream
 
 
 class Run:
-    """One run of training. `step` counts completed steps; `place` is the next (epoch, batch).
+    """One run of training, whose steps are counted once they are complete.
 
     Args:
         host: what runs.
         stream: the batches.
         settings: of `fit`, decided for this run.
         accelerator: device and processes.
-        part: what of the host trains and is saved, where that is not all that requires a gradient.
+        part: the part of the host that trains and is saved; None: all that requires a gradient.
     """
 
     def __init__(
@@ -60,19 +60,19 @@ class Run:
         self.store: disk.Checkpoints | None = None
         if settings.folder is not None:
             self.store = disk.Checkpoints(Path(settings.folder), keep=settings.keep)
-        self.noted: Callable[[], AbstractContextManager[None]] = nullcontext  # around the training
+        self.noted: Callable[[], AbstractContextManager[None]] = nullcontext  # writes the note
 
-        self.step, self.place = 0, (0, 0)
-        self.at = (0, 0)  # the (epoch, batch) that the step under way began with
+        self.step, self.place = 0, (0, 0)  # completed steps, and the next (epoch, batch)
+        self.at = (0, 0)  # the (epoch, batch) at which the step under way began
         self.evaluated = 0  # the last step that was evaluated
-        self.worse = 0  # evaluations in a row without a better one
+        self.worse = 0  # evaluations since the best one
         self.best_tensors: dict[str, Tensor] | None = None
         self.history = History(monitor=settings.monitor)
         self.metrics = Metrics(None)
         self.interrupt = Interrupt()
-        self.whole = True  # False while a step is half done
+        self.complete = True  # False in the middle of a step
         self.lr = settings.lr  # of the last step
-        self.before = 0.0  # seconds of the parts before an interruption
+        self.seconds_before = 0.0  # of training before it was interrupted and resumed
         self.began = time.monotonic()
 
     # --- the run --------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         stack.callback(self.optimizer.zero_grad, set_to_none=True)
         self.buffers = {name: b.detach().cpu().clone() for name, b in self.part.named_buffers()}
-        self.changed: set[str] = set()  # buffers that a checkpoint has to bring
+        self.changed: set[str] = set()  # buffers that have changed, which a checkpoint has to save
         self.forward = Forward(self.host, frozenset(s.ignore), self.device, s.precision)
 
     def open(self, stack: ExitStack, fingerprint: Mapping[str, Any] | None = None) -> None:
@@ -119,7 +119,7 @@ class Run:
         stack.callback(self.metrics.close)
 
     def resume(self, until: float = math.inf) -> None:
-        """Go on from the last checkpoint that was made not after step `until`, if there is one.
+        """Resume from the last checkpoint up to step `until`, if there is one.
 
         Raises:
             ModgraftError: it is damaged, or of another host or other settings.
@@ -143,7 +143,7 @@ class Run:
         history.resumed_from, history.stopped = self.step, state["stopped"]
         history.best, history.untouched = state["best"], state["untouched"]
         history.error = state.get("error")
-        history.seconds = self.before = state["seconds"]
+        history.seconds = self.seconds_before = state["seconds"]
         if history.best is not None:
             path = self.store.path(history.best["step"])
             best = found if path == found.path else self.store.load(path)
@@ -152,7 +152,7 @@ class Run:
             self.store.prune()
 
     def finish(self) -> None:
-        """End with the best weights, where that was asked for."""
+        """Restore the best weights, where that was asked for."""
         if self.settings.restore_best and self.best_tensors is not None:
             disk.restore(self.part, self.best_tensors)
 
@@ -178,14 +178,14 @@ class Run:
 
     def _loop(self, show: Show) -> None:
         groups = self.groups()
-        # interrupted between a step and its evaluation, or before the end was noted
+        # the run was interrupted between a step and its evaluation, or before its end was saved
         if self.judge_now and self.judge(show):
             self.save()
         while self.history.stopped is None:
             batches, self.at, place = next(groups)
-            self.whole = False
+            self.complete = False
             self.record(self._take(batches), place)
-            self.whole = True
+            self.complete = True
             show.step(self.step, self.history.last, self.lr, self.history.parts[-1])
             if self.judge(show):
                 self.save()
@@ -193,7 +193,7 @@ class Run:
                 raise KeyboardInterrupt
 
     def record(self, line: dict[str, Any], place: tuple[int, int]) -> None:
-        """A step was taken, and the next one begins at `place`."""
+        """Record a completed step; the next one begins at `place`."""
         self.step, self.place = self.step + 1, place
         line = {"step": self.step, "split": "train"} | line | {"seconds": self._seconds()}
         self.metrics.write(line)
@@ -201,12 +201,14 @@ class Run:
 
     @property
     def judge_now(self) -> bool:
-        """Whether the step before an interruption has not been judged yet."""
+        """Whether the last step is to be judged, which an interruption may have prevented."""
         return self._evaluation_due() or self.step >= self.settings.steps
 
     def judge(self, show: Show) -> bool:
-        """Evaluate, decide whether that was all, and say whether to save; resuming relies on the
-        order."""
+        """Evaluate, decide whether to stop, and return whether to save.
+
+        Resuming relies on this order.
+        """
         better = self._evaluate(show) if self._evaluation_due() else False
         s = self.settings
         if s.patience is not None and self.worse >= s.patience:
@@ -219,7 +221,7 @@ class Run:
         return bool(better or self.history.stopped or self.step % s.save_every == 0)
 
     def groups(self) -> Iterator[tuple[list[Batch], tuple[int, int], tuple[int, int]]]:
-        """The batches of each step, the (epoch, batch) of the first and that after the last."""
+        """Yield each step's batches, with its (epoch, batch) and that of the next step."""
         epoch, batch = self.place
         while True:
             read = self.stream.read(epoch, batch)
@@ -231,7 +233,7 @@ class Run:
             epoch, batch = epoch + 1, 0
 
     def _seconds(self) -> float:
-        return round(self.before + time.monotonic() - self.began, 3)
+        return round(self.seconds_before + time.monotonic() - self.began, 3)
 
     # --- one step -------------------------------------------------------------------------------
 
@@ -249,13 +251,13 @@ class Run:
             data.seed_everything(s.seed, "step", step, i, self.accelerator.process_index)
             last = i == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, own = self.forward.learns(self.model, batch, self.parameters)
-                # DDP averages over processes what is to be summed: hence the factor `world`
+                loss, of_parts = self.forward.training_loss(self.model, batch, self.parameters)
+                # DDP averages over processes, and this is to be summed: hence the factor `world`
                 self.accelerator.backward(loss * (weights[i] * world / total))
             losses.append(loss.detach())
-            parts.append(own)
+            parts.append(of_parts)
         norm = gradient_norm(self.parameters.values())
-        # one transfer from the device: everything is finite, or nothing is updated
+        # all numbers in one transfer from the device: unless all are finite, nothing is updated
         wide = torch.promote_types(losses[0].dtype, torch.float32)
         *values, grad_norm = torch.stack([x.to(wide) for x in (*losses, norm)]).tolist()
         mean = sum(w * v for w, v in zip(weights, values, strict=True)) / total
@@ -268,7 +270,7 @@ class Run:
         return line | ({"parts": mean_parts(parts)} if any(parts) else {})
 
     def update(self, norm: Tensor) -> None:
-        """Clip the gradients, whose norm is `norm`, and take the step."""
+        """Clip the gradients, whose norm is `norm`, and update the parameters."""
         s = self.settings
         if s.clip is not None:
             clip_gradients(self.parameters.values(), norm, s.clip)
@@ -282,7 +284,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def not_finite(self, batches: list[Batch], losses: list[float], norm: float) -> str:
-        """What to say of a loss or gradient that is not finite; gradients are still there."""
+        """The error message for a loss or gradient that is not finite."""
         what, bad = not_finite(batches, losses, norm, self.parameters)
         return (
             f"step {self.step + 1}: {what} in {self._where(bad)}. Nothing was updated "
@@ -309,7 +311,7 @@ class Run:
         return s.evaluate is not None and 0 < self.step != self.evaluated and due
 
     def _evaluate(self, show: Show) -> bool:
-        """Measure, record, and say whether it is the best so far."""
+        """Measure, record, and return whether it is the best so far."""
         self.host.eval()
         self.interrupt.hold = self.accelerator.num_processes > 1
         data.seed_everything(self.settings.seed, "evaluate", self.step)
@@ -318,7 +320,7 @@ class Run:
         self.interrupt.hold = True
         self.host.train()
         values = numbers(measured)
-        if self.accelerator.num_processes > 1:  # the same decision everywhere: the first one's
+        if self.accelerator.num_processes > 1:  # all processes decide by the first one's values
             (values,) = broadcast_object_list([values])
         value = check_monitor(values, self.settings.monitor, self.step)
         line = {"step": self.step, "split": "eval"} | values | {"seconds": self._seconds()}
@@ -338,7 +340,7 @@ class Run:
         return better
 
     def _measure(self) -> Mapping[str, float]:
-        """What `evaluate` measures: of a loader the mean loss, weighted by `weigh` or examples."""
+        """Measure by `evaluate`; of a loader the mean loss, weighted by `weigh` or by examples."""
         evaluate, weigh = self.settings.evaluate, self.settings.weigh
         if callable(evaluate):
             return evaluate(self.host)
@@ -354,7 +356,7 @@ class Run:
         return self.changed
 
     def save(self) -> None:
-        """A checkpoint of the last completed step, by the main process."""
+        """Write a checkpoint of the last completed step, in the main process."""
         self.history.seconds = self._seconds()
         if self.store is not None and self.accelerator.is_main_process:
             best = self.history.best
@@ -381,12 +383,12 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _interrupted(self, show: Show) -> str:
-        """Save if that is possible, and say how to go on."""
-        # with several processes only an agreed moment can be saved: after a step, by all of them
+        """Save if that is possible, and return how to go on."""
+        # several processes can only save at a moment that all of them agree on: after a step
         possible = self.accelerator.num_processes == 1 or self.interrupt.requested
         if self.store is None:
             text = f"interrupted after step {self.step}; nothing is kept, since fit has no folder="
-        elif not (self.whole and possible and self.step):
+        elif not (self.complete and possible and self.step):
             text = (
                 f"interrupted in step {self.step + 1}; {self.store.folder} keeps the steps before"
             )

@@ -63,9 +63,10 @@ class Settings:
             (with its weights loaded); False deletes the run in the folder.
         seed: of the order of the data, and of dropout.
         ignore: names in a batch that `forward` does not take; "ids" serve in error messages.
-        weigh: how many terms the mean loss of a batch averages over, such as `stream.label_tokens`.
-            With it, accumulated batches and processes add up to the gradient of one large batch;
-            without it each batch counts alike, which differs where batches hold unequal numbers.
+        weigh: how many terms the mean loss of a batch averages over: `stream.label_tokens` for an
+            encoder-decoder, `stream.next_tokens` for a causal decoder. With it, accumulated batches
+            and processes add up to the gradient of one large batch; without it each batch counts
+            alike, which differs where batches hold unequal numbers.
         world: number of processes there must be; None takes it from the launcher.
         progress: show a bar on a terminal, lines elsewhere, after `label`.
         note: write what was run and what came out into the folder's `note.md`, for the research

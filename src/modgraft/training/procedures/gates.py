@@ -1,4 +1,4 @@
-"""What zero-shot routers keep of each module: a gate trained with it, or what its examples are."""
+"""Prepare zero-shot routers: train a gate for each module, or average its examples."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def train_gates(
     """Train the gate of each module by itself, everything else frozen.
 
     h = y + σ(⟨v_j, x⟩) (h_j − y) at every site of module j, and the host's own loss on the examples
-    that j was trained on (Muqeeth et al. 2024, arXiv:2402.05859). A gate does not depend
-    on the other modules, so those of a mixture can be trained at different times: ``loaders`` may
-    name some of them.
+    that j was trained on (Muqeeth et al. 2024, arXiv:2402.05859). A gate does not depend on the
+    other modules, so the gates of a mixture can be trained at different times: ``loaders`` may name
+    some of the modules.
 
     Args:
         host: where everything is implanted.
         mixture: the name of a ``Mixture`` whose router is ``Phatgoose``.
-        loaders: for a module's name its training batches.
-        **settings: of :func:`modgraft.training.fit.fit`; the paper's 100 steps with lr 5e-3 and no
-            weight decay if nothing is said.
+        loaders: the training batches of each module, by its name.
+        **settings: of :func:`modgraft.training.fit.fit`; the defaults are the paper's 100 steps
+            with lr 5e-3 and no weight decay.
 
     Returns:
         The record of each training.
 
     Raises:
-        ModgraftError: for a module without that router, or a name that is none of the mixture's.
+        ModgraftError: for a module without that router, or a name that is not in the mixture.
     """
     places = _places(host, mixture, Phatgoose, loaders)
     settings = {"lr": 5e-3, "weight_decay": 0.0, **settings}
@@ -62,17 +62,17 @@ def embed_tasks(
     *,
     ignore: Sequence[str] = ("ids",),
 ) -> None:
-    """Set each module's embedding to the mean query of its examples: one pass over them.
+    """Set each module's embedding to the mean query of its examples, in one pass over them.
 
     Args:
         host: where everything is implanted.
         mixture: the name of a ``Mixture`` whose router is ``Similarity``.
-        loaders: for a module's name its training batches; those of a module that joins later can
-            be given later.
+        loaders: the training batches of each module, by its name; those of a module that joins the
+            mixture later can be given later.
         ignore: names in a batch that the host's ``forward`` does not take.
 
     Raises:
-        ModgraftError: for a module without that router, a name that is none of the mixture's, or a
+        ModgraftError: for a module without that router, a name that is not in the mixture, or a
             loader without examples.
     """
     places = _places(host, mixture, Similarity, loaders)
@@ -120,7 +120,7 @@ def _places(
 
 @contextmanager
 def _alone(places: Sequence[Any], j: int) -> Iterator[None]:
-    """Module ``j`` acts alone, and its part of the router learns; nothing is counted as use."""
+    """Let module ``j`` act alone and its part of the router learn; its use is not counted."""
     for place in places:
         place.route.learning = j
     try:

@@ -1,4 +1,4 @@
-"""Modules that train side by side: one forward and backward a step for all of them."""
+"""Train several modules side by side, with one forward and backward a step for all of them."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ SHARED = ("seed", "precision", "ignore", "resume", "progress", "label", "fused",
 def fit_side_by_side(
     host: HostLike, loaders: Mapping[str, Iterable[Batch]], **settings: Any
 ) -> dict[str, History]:
-    """Train several modules in one pass: each becomes what `host.fit` would have made of it alone.
+    """Train several modules in one pass, each to the result of `host.fit` for it alone.
 
     A step takes one batch of each module's loader and runs them as one, every example through its
     own module. Each module has a loss, the mean over its own examples, a gradient norm that is
-    clipped, an optimiser, a schedule, evaluations, early stopping and a record of its own. Nothing
-    of one reaches another; up to rounding, and up to what is random in ``forward`` (dropout), it is
-    the same as ``with host.using(name): host.fit(loader, train=name, …)`` one after the other.
+    clipped, an optimiser, a schedule, evaluations, early stopping and a record. None affects
+    another; up to rounding, and up to the randomness in ``forward`` (dropout), it is the same as
+    ``with host.using(name): host.fit(loader, train=name, …)`` one after the other.
 
     A module whose loss or gradient is no longer finite keeps the weights it had and leaves the
     pass, with a warning; its history says ``stopped="diverged"``, and why in ``error``.
 
     Args:
         host: where the modules are implanted, none of them a mixture.
-        loaders: for a module's name its batches. A batch is run with its module alone, or with the
-            composition that it carries under ``"modules"``, which names it and none of the others.
-            Texts of unequal length are filled up on the right; other shapes have to agree.
+        loaders: the batches of each module, by its name. A batch is run with its module alone, or
+            with the composition that it carries under ``"modules"``, which names it and none of the
+            others. Texts of unequal length are padded on the right; other shapes have to agree.
         **settings: of :func:`modgraft.training.fit.fit`, but ``accumulate``. Each may be a dict by
             module, ``lr={"fr": 1e-3, "de": 5e-4}``, but those of the pass: ``seed``, ``precision``,
             ``folder``, ``resume``. In ``folder`` each module has a folder of its name; the same
@@ -140,7 +140,7 @@ def _runs(
 
 
 class _Pass:
-    """Runs of different modules that share their forward; all of them are at one step."""
+    """Runs of different modules that share their forward, and are all at the same step."""
 
     def __init__(self, host: HostLike, runs: dict[str, Run]) -> None:
         self.host, self.runs, self.interrupt = host, runs, Interrupt()
@@ -165,12 +165,12 @@ class _Pass:
 
     def _open(self, stack: ExitStack) -> None:
         kept = self.first.store is not None
-        whole = disk.fingerprint(self.first.host) if kept else None  # what they stand on, read once
+        whole = disk.fingerprint(self.first.host) if kept else None  # the same for all
         for run in self.runs.values():
             run.interrupt = self.interrupt
             run.prepare(stack)
             run.open(stack, whole)
-        last = min(map(_going_from, self.runs.values()))  # the step that all of them have
+        last = min(map(_resumes_from, self.runs.values()))  # the last step that all have saved
         for run in self.runs.values():
             run.resume(last)
 
@@ -202,7 +202,7 @@ class _Pass:
         losses = self.first.forward.losses(self.first.host, whole)  # [N]
         _check_depends(losses, going)
         good = losses.detach().isfinite()
-        losses[good].sum().backward()  # of the others nothing: a module that diverged stops nobody
+        losses[good].sum().backward()  # a module that diverged does not stop the others
         norms = [gradient_norm(run.parameters.values()) for run in going.values()]
         wide = torch.promote_types(losses.dtype, torch.float32)
         values = torch.stack([losses.detach().to(wide), torch.stack(norms).to(wide)]).tolist()
@@ -222,13 +222,13 @@ class _Pass:
             show.step(step, sum(shown.values()) / len(shown), self.first.lr, shown)
 
     def _whole(self, batches: dict[str, Batch]) -> Batch:
-        """The batches as one, each example with its own composition."""
+        """The batches joined into one, each example with its composition."""
         ignore = self.first.settings.ignore
         tagged = []
         for name, batch in batches.items():
-            own = {k: v for k, v in batch.items() if k not in ignore}
-            own["modules"] = self._composition(name, own.get("modules", name))
-            tagged.append(own)
+            kept = {k: v for k, v in batch.items() if k not in ignore}
+            kept["modules"] = self._composition(name, kept.get("modules", name))
+            tagged.append(kept)
         return together(tagged, list(batches), self.padding)
 
     def _composition(self, name: str, modules: Any) -> Any:
@@ -244,7 +244,7 @@ class _Pass:
         return modules
 
     def _judge(self, going: dict[str, Run], show: Show) -> None:
-        """Evaluate and save: all of them at one step, those that have come to their end last."""
+        """Evaluate, and save all runs at the same step, those that have ended last."""
         lost = [run for run in going.values() if run.history.stopped == "diverged"]
         due = bool(lost)
         for name, run in going.items():
@@ -272,8 +272,8 @@ class _Pass:
         return text
 
 
-def _going_from(run: Run) -> float:
-    """The step that a run goes on from, ∞ for one that has come to its end."""
+def _resumes_from(run: Run) -> float:
+    """The step that a run resumes from; ∞ if it has ended."""
     paths = [] if run.store is None else run.store.paths()
     if not paths or run.store is None:
         return 0
