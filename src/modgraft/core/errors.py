@@ -8,6 +8,7 @@ either can be caught.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 
@@ -73,14 +74,9 @@ class DataError(ModgraftError):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process borders (a loader's workers) by their positional arguments alone.
-        return _data_error, (type(self), self.reason, self.id, self.file, self.remedy)
+        make = partial(type(self), self.reason, id=self.id, file=self.file, remedy=self.remedy)
+        return make, ()
 
 
 class MissingFileError(DataError, FileNotFoundError):
     """A data file that is not where it should be."""
-
-
-def _data_error(
-    cls: type[DataError], reason: str, id: str | None, file: str | Path | None, remedy: str
-) -> DataError:
-    return cls(reason, id=id, file=file, remedy=remedy)

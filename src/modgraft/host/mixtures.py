@@ -16,7 +16,7 @@ from modgraft.computation.base import Computation
 from modgraft.core.context import EXAMPLE, Call, Side
 from modgraft.core.embeddings import token_table
 from modgraft.core.errors import ModgraftError, SideError
-from modgraft.core.expression import Expression, Name, module_of
+from modgraft.core.expression import Name, module_of
 from modgraft.core.parse import parse
 from modgraft.core.sites import Site, find
 from modgraft.engine.implant import Implant, Implants
@@ -119,7 +119,8 @@ def routed(
         SideError: where an example has no token that may be read, or the host reads no text.
     """
     compiling = torch.compiler.is_compiling()
-    names = implants.names if compiling else _names(call.composition)
+    active = () if call.composition is None else call.composition.names()
+    names = implants.names if compiling else active
     mixtures = [found for name in names for found in _mixtures(implants, name)]
     reads = [name for name, method in mixtures if method.side_source == EXAMPLE]
     reads += [name for name in names if isinstance(implants.computation(name), Attempt)]
@@ -135,10 +136,6 @@ def routed(
             acts: Any = implants.at_sites(name)[0][1]
             acts.mixture.choose(call, None, like, acts.task)
     return call
-
-
-def _names(composition: Expression | None) -> Sequence[str]:
-    return () if composition is None else composition.names()
 
 
 def _mixtures(implants: Implants, name: str) -> list[tuple[str, Mixture]]:

@@ -106,7 +106,6 @@ def refuse_other(path: Path, what: str, there: Mapping[str, Any], here: Mapping[
 
     Raises:
         ModgraftError: naming the folder, the first differences and the remedy.
-
     """
     lines = differences(there, here)
     if not lines:
@@ -125,7 +124,6 @@ class Checkpoints:
     Args:
         folder: the run's folder.
         keep: how many of the latest stay, besides the best.
-
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
@@ -141,7 +139,6 @@ class Checkpoints:
 
         Raises:
             ModgraftError: another process is training here, or the folder's metrics are not ours.
-
         """
         if resume and (self.folder / METRICS).exists() and not self.root.is_dir():
             raise ModgraftError(
@@ -221,7 +218,6 @@ class Checkpoints:
 
         Raises:
             ModgraftError: one of the latest is damaged, so that its best is unknown.
-
         """
         paths = self.paths()
         latest, older = paths[-self.keep :], paths[: -self.keep]
@@ -244,7 +240,6 @@ class Checkpoints:
 
         Raises:
             ModgraftError: a file is missing, cut, changed, or of another format.
-
         """
         state = self._state(path)
         try:

@@ -39,7 +39,6 @@ def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
             (nothing is written); the folder's checkpoint is damaged, or of another model, data or
             settings; processes are missing. Each names what, where and the remedy.
         KeyboardInterrupt: after saving a checkpoint; its message says how to go on.
-
     """
     given = Settings(**settings)
     trainable(host)
@@ -71,7 +70,6 @@ def planned(
 
     Raises:
         ModgraftError: for a setting that means nothing.
-
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     stream = Stream(loader, seed=given.seed, rank=rank, world=world)

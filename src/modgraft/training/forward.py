@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -130,18 +129,6 @@ def mean_loss(
 def _examples(batch: Batch) -> int:
     """Rows of the first tensor in a batch; 1 for a batch without any."""
     return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
-
-
-def not_finite(
-    batches: list[Batch], losses: list[float], norm: float, parameters: Mapping[str, Tensor]
-) -> tuple[str, list[Batch]]:
-    """Say what is not finite, and return the batches that it came from."""
-    bad = [b for b, v in zip(batches, losses, strict=True) if not math.isfinite(v)]
-    if bad:
-        return f"the loss is {losses}", bad
-    grads = [n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-    named = f" ({', '.join(grads[:4])})" if grads else ""
-    return f"the gradient norm is {norm}{named}", batches
 
 
 def set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:

@@ -33,7 +33,6 @@ class History:
         error: why it diverged.
         untouched: trainable tensors that no step gave a gradient; usually a module that the
             forward pass never reached.
-
     """
 
     steps: list[int] = field(default_factory=list)
@@ -54,7 +53,6 @@ class History:
 
         Raises:
             ModgraftError: nothing was recorded.
-
         """
         if not self.losses:
             raise ModgraftError("this history holds no step: fit was asked for none")
@@ -75,7 +73,6 @@ def numbers(measured: Any) -> dict[str, float | None]:
 
     Raises:
         ModgraftError: it is no mapping of names to numbers.
-
     """
     try:
         values = {str(k): float(v) for k, v in measured.items()}
@@ -92,7 +89,6 @@ def check_monitor(values: dict[str, float | None], monitor: str, step: int) -> f
 
     Raises:
         ModgraftError: the monitored value is absent or not finite.
-
     """
     value = values.get(monitor)
     if value is None:
@@ -114,7 +110,6 @@ class Metrics:
     Args:
         folder: the run's folder, or None to keep nothing on disk.
         write: False only reads, as processes other than the main one do.
-
     """
 
     def __init__(self, folder: Path | None, *, write: bool = True) -> None:
@@ -127,7 +122,6 @@ class Metrics:
 
         Raises:
             ModgraftError: the file is shorter than that, or holds something else.
-
         """
         if self.path is None:
             return []

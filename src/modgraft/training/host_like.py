@@ -12,7 +12,7 @@ from torch import nn
 from modgraft.computation.base import Computation
 from modgraft.core.expression import Expression
 from modgraft.core.sites import At
-from modgraft.engine.implant import Implant, Implants
+from modgraft.engine.implant import Implant
 from modgraft.training.history import History
 
 
@@ -23,8 +23,6 @@ class HostLike(Protocol):
 
     @property
     def model(self) -> nn.Module: ...
-    @property
-    def implants(self) -> Implants: ...
     @property
     def composition(self) -> Expression | None: ...
 

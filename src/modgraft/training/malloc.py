@@ -33,7 +33,6 @@ def keep_freed_memory(most: int = KEPT) -> bool:
 
     Raises:
         ValueError: ``most`` is negative, or 2 GiB and more.
-
     """
     if not 0 <= most < 2**31:
         raise ValueError(f"most is a number of bytes from 0 to 2**31 - 1, got {most}")

@@ -40,7 +40,6 @@ def warmup_steps(warmup: int | float, total: int) -> int:
 
     Raises:
         ModgraftError: negative, a fraction of 1 or more, or a warm-up as long as the run.
-
     """
     if isinstance(warmup, float):
         if not 0.0 <= warmup < 1.0:
@@ -64,7 +63,6 @@ def learning_rate(
 
     Raises:
         ModgraftError: an unknown schedule.
-
     """
     if schedule not in SCHEDULES:
         raise ModgraftError(f"schedule={schedule!r} is unknown; choose one of {sorted(SCHEDULES)}")
@@ -78,7 +76,6 @@ def trainable(host: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         ModgraftError: nothing trains.
-
     """
     found = {name: p for name, p in host.named_parameters() if p.requires_grad}
     if not found:
@@ -137,7 +134,6 @@ def adamw(
         weight_decay: λ; see `undecayed` for what is exempt.
         fused: one kernel for the whole update instead of several a tensor. The arithmetic is the
             same up to rounding.
-
     """
     groups = parameter_groups(host, weight_decay=weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 
 from accelerate import Accelerator
 
@@ -24,7 +24,6 @@ def accelerator_for() -> Accelerator:
 
     Raises:
         ModgraftError: an `Accelerator` with mixed precision already exists in this process.
-
     """
     try:
         accelerator = Accelerator(mixed_precision="no")
@@ -50,7 +49,6 @@ def check_world(found: int, expected: int | None = None) -> None:
 
     Raises:
         ModgraftError: they differ, or a launcher meant several and started one.
-
     """
     launch = (
         "ACCELERATE_USE_CPU=1 torchrun --nproc-per-node N script.py (without the variable on GPUs)"
@@ -85,12 +83,7 @@ class Interrupt:
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,7 +26,6 @@ class Show:
         total: the number of steps of the whole run.
         start: the number of steps taken before the run was resumed.
         enabled: False shows nothing.
-
     """
 
     def __init__(self, label: str, total: int, *, start: int = 0, enabled: bool = True) -> None:
@@ -53,12 +51,7 @@ class Show:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from modgraft.core.errors import ModgraftError
 from modgraft.training import checkpoint as disk
 from modgraft.training import stream as data
-from modgraft.training.forward import Forward, mean_loss, mean_parts, not_finite, set_modes
+from modgraft.training.forward import Forward, mean_loss, mean_parts, set_modes
 from modgraft.training.history import History, Metrics, check_monitor, numbers
 from modgraft.training.multitask import mean_of_tasks
 from modgraft.training.optim import (
@@ -285,7 +285,13 @@ class Run:
 
     def not_finite(self, batches: list[Batch], losses: list[float], norm: float) -> str:
         """The error message for a loss or gradient that is not finite."""
-        what, bad = not_finite(batches, losses, norm, self.parameters)
+        what = f"the loss is {losses}"
+        bad = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+        if not bad:
+            grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+            names = [n for n, grad in grads.items() if not grad.isfinite().all()][:4]
+            what = f"the gradient norm is {norm}" + (f" ({', '.join(names)})" if names else "")
+            bad = batches
         return (
             f"step {self.step + 1}: {what} in {self._where(bad)}. Nothing was updated "
             "or written. Look at these examples, lower lr= or clip=, or train in precision='no'"

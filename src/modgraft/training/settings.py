@@ -74,7 +74,6 @@ class Settings:
 
     Raises:
         ModgraftError: for a value of the wrong type.
-
     """
 
     steps: int | None = None
@@ -113,6 +112,23 @@ class Settings:
         if found is not None:
             raise ModgraftError(f"fit({found[0]}): {found[1]}")
 
+    def _total(self, batches: int | None) -> int:
+        """The steps of the run; an epoch has ⌈batches / accumulate⌉ of them."""
+        if self.accumulate < 1:
+            raise ModgraftError(f"accumulate={self.accumulate}: it must be at least 1")
+        if (self.steps is None) == (self.epochs is None):
+            raise ModgraftError(
+                f"steps={self.steps} and epochs={self.epochs}: give exactly one of them, such as "
+                f"steps=500"
+            )
+        if self.steps is not None:
+            return self.steps
+        if batches is None:
+            raise ModgraftError(
+                f"epochs={self.epochs} needs a loader with a length; give steps= instead"
+            )
+        return round((self.epochs or 0) * -(-batches // self.accumulate))
+
     def decided(
         self,
         *,
@@ -122,7 +138,7 @@ class Settings:
         beside: Sequence[str],
     ) -> Decided:
         """The same with every default decided for a run; see `Decided` for the arguments."""
-        total = total_steps(self.steps, self.epochs, batches, self.accumulate)
+        total = self._total(batches)
         if self.evaluate is None and (self.patience is not None or self.restore_best):
             raise ModgraftError("early stopping needs something to go by: give evaluate=")
         best, epoch = self.restore_best, max(1, -(-(batches or total) // self.accumulate))
@@ -155,7 +171,6 @@ class Decided(Settings):
 
     Raises:
         ModgraftError: for a value that means nothing, with what it may be.
-
     """
 
     steps: int = 0  # `decided` gives a value for each of these
@@ -196,26 +211,3 @@ class Decided(Settings):
             for name, value in values.items()
             if name not in _NOT_RECORDED
         }
-
-
-def total_steps(
-    steps: int | None, epochs: float | None, batches: int | None, accumulate: int
-) -> int:
-    """The length of a run in optimiser steps; an epoch is ⌈batches / accumulate⌉ of them.
-
-    Raises:
-        ModgraftError: not exactly one of `steps` and `epochs`, epochs of a loader without a
-            length, or `accumulate` < 1.
-
-    """
-    if accumulate < 1:
-        raise ModgraftError(f"accumulate={accumulate}: it must be at least 1")
-    if (steps is None) == (epochs is None):
-        raise ModgraftError(
-            f"steps={steps} and epochs={epochs}: give exactly one of them, such as steps=500"
-        )
-    if steps is not None:
-        return steps
-    if batches is None:
-        raise ModgraftError(f"epochs={epochs} needs a loader with a length; give steps= instead")
-    return round((epochs or 0) * -(-batches // accumulate))

@@ -94,7 +94,6 @@ class Stream:
 
     Raises:
         ModgraftError: a loader that is an iterator (it can be read only once), or is empty.
-
     """
 
     def __init__(
