@@ -96,11 +96,11 @@ def _by_pattern(model: nn.Module) -> list[Row]:
     groups: dict[tuple[str, type], list[str]] = {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        own = next(module.parameters(recurse=False), None) is not None
-        inner = not own and any(True for _ in module.parameters())
-        if path and (own or (inner and not isinstance(module, nn.ModuleList | nn.Sequential))):
+        direct = next(module.parameters(recurse=False), None) is not None
+        inner = not direct and any(True for _ in module.parameters())
+        if path and (direct or (inner and not isinstance(module, nn.ModuleList | nn.Sequential))):
             groups.setdefault((_starred(path), type(module)), []).append(path)
-        if own and not isinstance(module, WEIGHTED):
+        if direct and not isinstance(module, WEIGHTED):
             for label, _ in weight_labels(path, module):  # the single weights of attention, RNNs, …
                 if label not in modules:
                     groups.setdefault((_starred(label), type(module)), []).append(label)
@@ -128,7 +128,7 @@ def _numbered(paths: Sequence[str]) -> str:
 
 def modules_table(model: nn.Module, implants: Implants, composition: Expression | None) -> Table:
     """The modules implanted in ``model``, one a row."""
-    own = max(1, _size(model))
+    host_size = max(1, _size(model))
     weights = {} if composition is None else composition.weights()
     rows = []
     for name, implant in implants.items():
@@ -140,7 +140,7 @@ def modules_table(model: nn.Module, implants: Implants, composition: Expression 
                 f"{len(implant.paths)}",
                 implant.paths[0] or "the input",
                 f"{implant.size:,}",
-                f"{100 * implant.size / own:.2f} %",
+                f"{100 * implant.size / host_size:.2f} %",
                 "yes" if learns and all(learns) else "in part" if any(learns) else "no",
                 _in_force(implant.names, weights),
             )

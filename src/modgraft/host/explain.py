@@ -105,9 +105,9 @@ def _changed(layer: nn.Module, group: Group) -> Way | None:
     outs, ins = weight_matrix(layer).shape
     low = all(change.module.factors() is not None for change in changes)
     one = "one product, factorised," if low else "one product with θ + Δ"
-    made = f"{one} from {-(-outs * ins // (outs + ins))} tokens on, effects below"
-    kept = "merged weight, kept (modules=…: as with gradients)"
-    return Way(made if group.merged is None else kept, made)
+    product = f"{one} from {-(-outs * ins // (outs + ins))} tokens on, effects below"
+    merged = "merged weight, kept (modules=…: as with gradients)"
+    return Way(product if group.merged is None else merged, product)
 
 
 def _routed(entry: Entry, group: Group) -> Way:

@@ -171,7 +171,7 @@ def _example(
     labels = given.get("labels")
     causal = Site("", model, None, model).stepwise
     if causal and isinstance(labels, Tensor) and labels.shape == seen.shape:
-        seen = seen & (labels == IGNORED)  # no answer chooses its own module
+        seen = seen & (labels == IGNORED)  # answers must not choose modules
         if strict and not bool(seen.any(1).all()):
             row = int((~seen.any(1)).nonzero()[0])
             raise SideError(

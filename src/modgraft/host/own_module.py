@@ -36,12 +36,12 @@ def own_module(host: Host, name: str, into: str) -> Implant:
     implant = host[ex.module_of(read.name)]
     labels = list(implant.paths)
     at = None if labels == [""] else labels
-    made = host.implant(into, implant.method.inner, at, active=False)
-    for (_, view), place in zip(host.implants.at_sites(read.name), made.places, strict=True):
+    copy = host.implant(into, implant.method.inner, at, active=False)
+    for (_, view), place in zip(host.implants.at_sites(read.name), copy.places, strict=True):
         lender = Owner(view)
         with torch.no_grad():
             if stored := {key: lender.read(key) for key in place.state_dict()}:
                 place.resize_to(stored)  # type: ignore[operator]
             for key, tensor in place.state_dict().items():
                 tensor.copy_(stored[key])
-    return made
+    return copy

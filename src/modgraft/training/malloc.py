@@ -43,5 +43,5 @@ def keep_freed_memory(most: int = KEPT) -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # setting one of them stops glibc from adjusting the other, so both are set
-    kept = mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP), mallopt(M_TRIM_THRESHOLD, most)
-    return kept == (1, 1)
+    done = mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP), mallopt(M_TRIM_THRESHOLD, most)
+    return done == (1, 1)

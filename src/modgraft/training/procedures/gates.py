@@ -44,15 +44,15 @@ def train_gates(
     settings = {"lr": 5e-3, "weight_decay": 0.0, **settings}
     if "epochs" not in settings:
         settings.setdefault("steps", 100)
-    made = {}
+    histories = {}
     for name, loader in loaders.items():
         j = host[mixture].method.over.index(name)  # type: ignore[union-attr]
         with host.training_only(mixture), host.using(mixture), _alone(places, j):
             for place in places:
                 for i, gate in enumerate(place.route.gates):  # type: ignore[union-attr]
                     gate.requires_grad_(i == j)
-            made[name] = host.fit(loader, **{"label": f"gate of {name}", **settings})
-    return made
+            histories[name] = host.fit(loader, **{"label": f"gate of {name}", **settings})
+    return histories
 
 
 def embed_tasks(

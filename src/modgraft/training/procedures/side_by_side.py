@@ -164,8 +164,7 @@ class _Pass:
         return {name: run.history for name, run in self.runs.items()}
 
     def _open(self, stack: ExitStack) -> None:
-        kept = self.first.store is not None
-        whole = disk.fingerprint(self.first.host) if kept else None  # the same for all
+        whole = None if self.first.store is None else disk.fingerprint(self.first.host)
         for run in self.runs.values():
             run.interrupt = self.interrupt
             run.prepare(stack)
@@ -226,9 +225,9 @@ class _Pass:
         ignore = self.first.settings.ignore
         tagged = []
         for name, batch in batches.items():
-            kept = {k: v for k, v in batch.items() if k not in ignore}
-            kept["modules"] = self._composition(name, kept.get("modules", name))
-            tagged.append(kept)
+            given = {k: v for k, v in batch.items() if k not in ignore}
+            given["modules"] = self._composition(name, given.get("modules", name))
+            tagged.append(given)
         return together(tagged, list(batches), self.padding)
 
     def _composition(self, name: str, modules: Any) -> Any:
@@ -260,14 +259,14 @@ class _Pass:
             warnings.warn(f"{run.history.error}; the others go on", stacklevel=6)
 
     def _interrupted(self, show: Show) -> str:
-        kept = self.first.store
+        store = self.first.store
         text = f"interrupted after step {max(run.step for run in self.runs.values())}"
-        if kept is None:
+        if store is None:
             text += "; nothing is kept, since fit_side_by_side has no folder="
         else:
             for run in self.going().values():
                 run.save()
-            text += f" and saved; the same call goes on from there: {kept.folder.parent}"
+            text += f" and saved; the same call goes on from there: {store.folder.parent}"
         show.say(text)
         return text
 
