@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SHOWN = 8
-"""Sites of a selection that are listed; --json has them all."""
+"""How many sites of a selection are listed; --json has them all."""
 
 
 def inspect(
@@ -59,7 +59,7 @@ def inspect(
 
 
 def read_model(name: str, weights: bool = False) -> nn.Module:
-    """The model of a folder or of a hub name, without its weights unless they are asked for.
+    """Read the model of a folder or a hub name, without its weights unless they are asked for.
 
     Raises:
         DataError: for a folder without a config, a config that cannot be read, or a name that
@@ -150,7 +150,7 @@ def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]
 
 
 def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
-    """A saved module's card, its size, and whether it is of this host."""
+    """Describe a saved module, and compare it with this host."""
     from modgraft.computation.base import Computation
     from modgraft.core.errors import SiteError, UnknownNameError
     from modgraft.core.sites import find
@@ -158,8 +158,8 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
     from modgraft.store.folder import from_json, read
 
     card, tensors = read(folder)
-    own = fingerprint(model) if weights else shape_fingerprint(model)
-    differs = [key for key, value in own.items() if card.host.get(key) != value]
+    here = fingerprint(model) if weights else shape_fingerprint(model)
+    differs = [key for key, value in here.items() if card.host.get(key) != value]
     absent = []
     for path in card.sites:
         try:
@@ -180,7 +180,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
         "sites": len(card.sites),
         "parameters": sum(t.numel() for t in tensors.values()),
         "fits": not differs and not absent,
-        "compared": list(own),
+        "compared": list(here),
         "differs": differs,
         "absent": absent,
     }
@@ -201,7 +201,7 @@ def _print(model: nn.Module, report: dict[str, Any]) -> None:
         _print_modules(console, report["modules"], report["parameters"])
 
 
-def _print_selection(console: Console, chosen: dict[str, Any], own: int) -> None:
+def _print_selection(console: Console, chosen: dict[str, Any], total: int) -> None:
     from modgraft.host.describe import table
 
     sites, rank, cost = chosen["sites"], chosen["rank"], chosen["lora_parameters"]
@@ -209,7 +209,7 @@ def _print_selection(console: Console, chosen: dict[str, Any], own: int) -> None
     if cost is None:
         console.print(f"LoRA(rank={rank}) needs a weight matrix of that rank at every one of them")
     else:
-        console.print(f"LoRA(rank={rank}): {cost:,} parameters, {_share(cost, own)} of the model")
+        console.print(f"LoRA(rank={rank}): {cost:,} parameters, {_share(cost, total)} of the model")
     rows = [(s["path"], s["shape"], s["type"]) for s in sites[:SHOWN]]
     if len(sites) > SHOWN:
         rows.append((f"and {len(sites) - SHOWN} more", "", ""))
@@ -217,7 +217,7 @@ def _print_selection(console: Console, chosen: dict[str, Any], own: int) -> None
     _show(console, table(("site", "shape", "type"), rows))
 
 
-def _print_modules(console: Console, cards: Sequence[dict[str, Any]], own: int) -> None:
+def _print_modules(console: Console, cards: Sequence[dict[str, Any]], total: int) -> None:
     from modgraft.host.describe import table
 
     rows = []
@@ -229,7 +229,7 @@ def _print_modules(console: Console, cards: Sequence[dict[str, Any]], own: int) 
                 card["method"],
                 f"{card['sites']}",
                 f"{size:,}",
-                _share(size, own),
+                _share(size, total),
                 _verdict(card),
             )
         )
@@ -239,14 +239,14 @@ def _print_modules(console: Console, cards: Sequence[dict[str, Any]], own: int) 
 
 
 def _show(console: Console, made: Table) -> None:
-    """A table as wide as the terminal, or as wide as it is where the output goes elsewhere."""
+    """Print a table: wrapped to a terminal, unwrapped to a file or a pipe."""
     from modgraft.host.describe import plain
 
     console.print(made if console.is_terminal else plain(made), soft_wrap=not console.is_terminal)
 
 
-def _share(size: int, own: int) -> str:
-    return f"{100 * size / max(1, own):.2f} %"
+def _share(size: int, total: int) -> str:
+    return f"{100 * size / max(1, total):.2f} %"
 
 
 def _verdict(card: dict[str, Any]) -> str:
