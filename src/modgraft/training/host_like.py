@@ -11,7 +11,6 @@ from torch import nn
 
 from modgraft.computation.base import Computation
 from modgraft.core.expression import Expression
-from modgraft.core.sites import At
 from modgraft.engine.implant import Implant
 from modgraft.training.history import History
 
@@ -30,15 +29,7 @@ class HostLike(Protocol):
     def __getitem__(self, name: str) -> Implant: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def implant(
-        self,
-        name: str,
-        module: Computation,
-        at: At | None = None,
-        *,
-        expect: int | None = None,
-        active: bool = True,
-    ) -> Implant: ...
+    def implant(self, name: str, module: Computation, *args: Any, **kwargs: Any) -> Implant: ...
     def remove(self, name: str) -> None: ...
     def read(self, composition: Any) -> Expression | None: ...
     def using(self, composition: Any) -> AbstractContextManager[Any]: ...

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.routing.mixture import Mixture
 from modgraft.routing.zero_shot import Phatgoose, Similarity
 from modgraft.training.history import History
 from modgraft.training.host_like import HostLike
-from modgraft.training.stream import Batch
+from modgraft.training.stream import Batch, to_device
 
 
 def train_gates(
@@ -87,7 +86,8 @@ def embed_tasks(
                 place.route.count = 0
             with torch.no_grad(), _alone(places, j), host.using(mixture):
                 for batch in loader:
-                    host(**{k: _on(v, device) for k, v in batch.items() if k not in ignore})
+                    given = {k: v for k, v in batch.items() if k not in ignore}
+                    host(**to_device(given, device))
             for place in places:
                 _set(place.route, name, j)
     finally:
@@ -129,7 +129,3 @@ def _alone(places: Sequence[Any], j: int) -> Iterator[None]:
         for place in places:
             place.route.learning = None
             place.tally.reset()
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor | Side) else value
