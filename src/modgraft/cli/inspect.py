@@ -158,8 +158,8 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
     from modgraft.store.folder import from_json, read
 
     card, tensors = read(folder)
-    own = fingerprint(model) if weights else shape_fingerprint(model)
-    differs = [key for key, value in own.items() if card.host.get(key) != value]
+    here = fingerprint(model) if weights else shape_fingerprint(model)
+    differs = [key for key, value in here.items() if card.host.get(key) != value]
     absent = []
     for path in card.sites:
         try:
@@ -180,7 +180,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
         "sites": len(card.sites),
         "parameters": sum(t.numel() for t in tensors.values()),
         "fits": not differs and not absent,
-        "compared": list(own),
+        "compared": list(here),
         "differs": differs,
         "absent": absent,
     }
@@ -201,7 +201,7 @@ def _print(model: nn.Module, report: dict[str, Any]) -> None:
         _print_modules(console, report["modules"], report["parameters"])
 
 
-def _print_selection(console: Console, chosen: dict[str, Any], own: int) -> None:
+def _print_selection(console: Console, chosen: dict[str, Any], total: int) -> None:
     from modgraft.host.describe import table
 
     sites, rank, cost = chosen["sites"], chosen["rank"], chosen["lora_parameters"]
@@ -209,7 +209,7 @@ def _print_selection(console: Console, chosen: dict[str, Any], own: int) -> None
     if cost is None:
         console.print(f"LoRA(rank={rank}) needs a weight matrix of that rank at every one of them")
     else:
-        console.print(f"LoRA(rank={rank}): {cost:,} parameters, {_share(cost, own)} of the model")
+        console.print(f"LoRA(rank={rank}): {cost:,} parameters, {_share(cost, total)} of the model")
     rows = [(s["path"], s["shape"], s["type"]) for s in sites[:SHOWN]]
     if len(sites) > SHOWN:
         rows.append((f"and {len(sites) - SHOWN} more", "", ""))
@@ -217,7 +217,7 @@ def _print_selection(console: Console, chosen: dict[str, Any], own: int) -> None
     _show(console, table(("site", "shape", "type"), rows))
 
 
-def _print_modules(console: Console, cards: Sequence[dict[str, Any]], own: int) -> None:
+def _print_modules(console: Console, cards: Sequence[dict[str, Any]], total: int) -> None:
     from modgraft.host.describe import table
 
     rows = []
@@ -229,7 +229,7 @@ def _print_modules(console: Console, cards: Sequence[dict[str, Any]], own: int) 
                 card["method"],
                 f"{card['sites']}",
                 f"{size:,}",
-                _share(size, own),
+                _share(size, total),
                 _verdict(card),
             )
         )
@@ -245,8 +245,8 @@ def _show(console: Console, made: Table) -> None:
     console.print(made if console.is_terminal else plain(made), soft_wrap=not console.is_terminal)
 
 
-def _share(size: int, own: int) -> str:
-    return f"{100 * size / max(1, own):.2f} %"
+def _share(size: int, total: int) -> str:
+    return f"{100 * size / max(1, total):.2f} %"
 
 
 def _verdict(card: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Where the parts of known architectures are: data, not code.
+"""The paths of the parts of known architectures, as data.
 
 Each family is one row of role → path patterns, relative to the base model. In a pattern ``*`` is a
 layer number, ``{a,b}`` is either, and a trailing ``[i/n]`` is the i-th of n equal parts of a fused
@@ -19,14 +19,14 @@ class Family:
     Attributes:
         types: the ``config.model_type`` values it covers.
         roles: role → patterns.
-        prompt_at: how many leading positions stay first when tokens are put before the input (1 for
-            hosts that read a class token at position 0).
-        counts_positions: whether the host takes each token's position as an argument.
+        prompt_at: how many positions stay first when tokens are put before the input: 1 for hosts
+            that read a class token at position 0.
+        counts_positions: whether the host takes the tokens' positions as an argument.
         position_table: the embedding that positions are looked up in, empty where there is none.
-        embedded: for a host that reads no text: the layers whose output is the first sequence of
-            tokens, and the last.
-        one_input: the layers that are called one after another with one and the same input: paths
-            of what holds them, and their names there.
+        embedded: in a host that reads no text, the layers whose outputs are the first sequence of
+            tokens and the last.
+        one_input: the layers that are called one after another with the same input: the path of
+            their parent, and their names in it.
     """
 
     types: tuple[str, ...]

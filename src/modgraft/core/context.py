@@ -332,7 +332,7 @@ class Context:
         return Call(self.composition)
 
     def under_way(self, call: Call) -> bool:
-        """Whether ``call`` is shared by all sites, and not made by :meth:`current` for one."""
+        """Whether all sites share ``call``, unlike one that :meth:`current` makes for a caller."""
         return any(owner == id(self) and one is call for owner, one in _calls.get())
 
     def switch(self, composition: Expression | None) -> None:

@@ -1,4 +1,4 @@
-"""What a host says of the tokens it reads: their table, their width, how many have a position."""
+"""The tokens that a host reads: their embedding table, width and number of positions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from modgraft.core.errors import ModgraftError
 
 
 def token_table(host: nn.Module) -> nn.Embedding:
-    """The embeddings of a text host's tokens.
+    """The embedding table of a text host's tokens.
 
     Raises:
-        ModgraftError: for a host that has none, or does not take embeddings in their place.
+        ModgraftError: for a host that has none, or does not take embeddings instead of tokens.
     """
     try:
         table = host.get_input_embeddings()  # type: ignore[operator]
@@ -36,7 +36,7 @@ def token_table(host: nn.Module) -> nn.Embedding:
 
 
 def token_width(host: nn.Module) -> int:
-    """Features of a token at the host's first layer.
+    """The number of features of a token at the host's first layer.
 
     Raises:
         ModgraftError: for a host that reads no tokens.
@@ -48,9 +48,9 @@ def token_width(host: nn.Module) -> int:
 
 
 def token_positions(host: nn.Module) -> tuple[int, int] | None:
-    """The first position and how many there are, where the host looks positions up in a table.
+    """The first position and the number of positions, where the host looks them up in a table.
 
-    None where it does not: relative and rotary ones have no last.
+    None where it does not: relative and rotary positions have no last one.
     """
     family = family_of(host)
     if family is None or not family.position_table:
@@ -64,10 +64,10 @@ def token_positions(host: nn.Module) -> tuple[int, int] | None:
 
 
 def check_room(host: nn.Module, count: int, text: int = 0) -> None:
-    """See that ``count`` tokens and ``text`` more have positions.
+    """Refuse ``count`` tokens before a text of ``text`` tokens, if there are too few positions.
 
     Raises:
-        ModgraftError: if they have not, with the numbers and what would fit.
+        ModgraftError: with the numbers and what would fit.
     """
     positions = token_positions(host)
     if positions is None or (count + text <= positions[1] and (text or count < positions[1])):

@@ -8,6 +8,7 @@ either can be caught.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 
@@ -15,7 +16,7 @@ class ModgraftError(ValueError):
     """Base of every error modgraft raises on purpose."""
 
     def __str__(self) -> str:
-        # KeyError would print its argument's repr, OSError its errno: a message is for reading.
+        # KeyError would print its argument's repr, and OSError its errno
         return " ".join(str(arg) for arg in self.args)
 
 
@@ -24,7 +25,7 @@ class UnknownNameError(ModgraftError, KeyError):
 
     @classmethod
     def among(cls, kind: str, name: object, known: Iterable[object]) -> UnknownNameError:
-        """The error for `name`, which is no `kind`; `known` are the names there are."""
+        """Make the error for `name`, which is no `kind`; `known` are the names that exist."""
         names = sorted(str(k) for k in known)
         shown = ", ".join(repr(n) for n in names[:12]) or "none"
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""
@@ -73,14 +74,9 @@ class DataError(ModgraftError):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process borders (a loader's workers) by their positional arguments alone.
-        return _data_error, (type(self), self.reason, self.id, self.file, self.remedy)
+        make = partial(type(self), self.reason, id=self.id, file=self.file, remedy=self.remedy)
+        return make, ()
 
 
 class MissingFileError(DataError, FileNotFoundError):
     """A data file that is not where it should be."""
-
-
-def _data_error(
-    cls: type[DataError], reason: str, id: str | None, file: str | Path | None, remedy: str
-) -> DataError:
-    return cls(reason, id=id, file=file, remedy=remedy)

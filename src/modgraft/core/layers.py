@@ -1,4 +1,4 @@
-"""Where a layer keeps its weights, and how the layers that are linear in one apply it.
+"""A layer's weights as matrices, and how the layers that are linear in a weight apply it.
 
 A weight is seen as a matrix [out, in] whatever its layout; a convolution's is
 [out, in/groups · k…].
@@ -21,10 +21,10 @@ Part = tuple[int, int] | None
 
 
 def check_weight(method: str, site: Site) -> None:
-    """Refuse a site that is not one weight matrix, or a part that it does not have.
+    """Refuse a site that is not one weight matrix, or a part that its weight does not have.
 
     Raises:
-        SiteError: with the selections that are, at a layer of several weights.
+        SiteError: with what to select instead, at a layer with several weights.
     """
     layer, kind = site.module, type(site.module).__name__
     if site.parameter is None and not isinstance(layer, WEIGHTED):
@@ -56,7 +56,7 @@ def check_weight(method: str, site: Site) -> None:
 
 
 def check_features(method: str, site: Site) -> None:
-    """Refuse a site that puts out no features, or no such part of them.
+    """Refuse a site whose output has no features, or no such part of them.
 
     Raises:
         SiteError: with the corrected call.
@@ -110,7 +110,7 @@ def weight_matrix(layer: nn.Module, part: Part = None, parameter: str | None = N
 
 
 def bias_vector(layer: nn.Module, part: Part = None, parameter: str | None = None) -> Tensor | None:
-    """The bias ``[out]`` beside a weight of ``layer``, or its part; None where there is none."""
+    """The bias ``[out]`` of a weight of ``layer``, or a part of it; None if there is none."""
     place = _bias_place(layer, part, parameter)
     return None if place is None else stored(layer, place[0])[place[1] : place[2]]
 
@@ -131,7 +131,7 @@ def add_to_weight(
 def add_to_bias(
     layer: nn.Module, part: Part, parameter: str | None, change: Tensor, new: dict[str, Tensor]
 ) -> None:
-    """Add ``change`` to the bias beside a weight: in ``new``, by the name of its parameter."""
+    """Add ``change`` to the bias of a weight; the result is put into ``new`` by its name."""
     place = _bias_place(layer, part, parameter)
     if place is not None:
         name, start, end = place
@@ -140,7 +140,7 @@ def add_to_bias(
 
 
 def linear_map(layer: nn.Module, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What ``layer`` computes with ``matrix`` for its weight and ``bias`` for its bias."""
+    """Apply ``layer`` with ``matrix`` as its weight and ``bias`` as its bias."""
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # with its padding mode, stride, …
         kernel = matrix.reshape(-1, *layer.weight.shape[1:])  # [out, in/groups, k…]
         return layer._conv_forward(x, kernel, bias)
@@ -149,7 +149,7 @@ def linear_map(layer: nn.Module, x: Tensor, matrix: Tensor, bias: Tensor | None 
 
 
 def low_rank_map(layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """What ``layer`` computes with BA for its weight, by way of the r numbers between them.
+    """Apply ``layer`` with BA as its weight, without computing the product.
 
     A is ``[r, in]`` and B ``[out, r]`` for the weight as a matrix; of an embedding, ``[r, width]``
     and ``[entries, r]``.
@@ -158,24 +158,24 @@ def low_rank_map(layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.embedding(x, B), A.T)
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return F.linear(F.linear(x, A), B)
-    groups = layer.groups  # each has the same A on channels of its own, and its rows of B
+    groups = layer.groups  # each applies A to its channels, and its rows of B to the result
     hidden = linear_map(layer, x, A.repeat(groups, 1))  # [B, groups · r, …]
     point = next(run for kind, run in _POINTWISE.items() if isinstance(layer, kind))
     return point(hidden, over_output(layer, B), groups=groups)  # 1×1
 
 
 def over_output(layer: nn.Module, values: Tensor) -> Tensor:
-    """``values`` ``[…, out]`` shaped so that they go along the features of the layer's output."""
+    """Shape ``values`` ``[…, out]`` so that they broadcast over the layer's output."""
     return values[(..., *[None] * (-1 - feature_axis(layer)))]
 
 
 def feature_axis(layer: nn.Module) -> int:
-    """Which axis of the layer's output its features are: the last, but for convolutions."""
+    """The axis of the features in the layer's output: the last, except for convolutions."""
     return next((-k - 2 for k, kind in enumerate(_POINTWISE) if isinstance(layer, kind)), -1)
 
 
 def stored(layer: nn.Module, name: str | None) -> Tensor:
-    """The parameter called ``name`` (None: the weight), as ``layer`` keeps it."""
+    """The parameter called ``name`` (None: the weight), as ``layer`` stores it."""
     value = layer
     for each in (name or "weight").split("."):
         value = getattr(value, each)
@@ -183,7 +183,7 @@ def stored(layer: nn.Module, name: str | None) -> Tensor:
 
 
 def _bias_place(layer: nn.Module, part: Part, parameter: str | None) -> tuple[str, int, int] | None:
-    """Which parameter holds the bias beside a weight, and where in it."""
+    """The parameter that holds the bias of a weight, with its first row and the one after it."""
     weight = parameter or "weight"
     name, start = weight.replace("weight", "bias"), 0
     if isinstance(layer, nn.MultiheadAttention) and weight[:6] in ("q_proj", "k_proj", "v_proj"):

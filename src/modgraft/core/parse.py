@@ -109,8 +109,8 @@ def _name(module: str, task: str | None, text: str, known: Collection[str]) -> N
 
 def _listed(known: Collection[str]) -> str:
     """Names for an error: all, or the first of very many."""
-    some = list(known)[:12]
-    return (", ".join(some) + (f" … ({len(known)})" if len(known) > 12 else "")) or "—"
+    first = list(known)[:12]
+    return (", ".join(first) + (f" … ({len(known)})" if len(known) > 12 else "")) or "—"
 
 
 def _number(node: ast.expr) -> int | float | None:

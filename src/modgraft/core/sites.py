@@ -1,6 +1,6 @@
-"""Where a module acts: sites of a host, found by role, by path pattern, by type or by predicate.
+"""Find the sites of a host, where modules act, by role, path pattern, type or predicate.
 
-A site is a sub-module, or a parameter of one that has several (attention, an RNN).
+A site is a sub-module, or one parameter of a sub-module with several (attention, an RNN).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Site:
         path: dotted path of the sub-module; ``""`` is the host itself.
         module: the sub-module there.
         part: ``(i, n)`` for the i-th of n equal parts of a fused projection's output, else None.
-        root: the host's model, for what a sub-module does not know of itself.
+        root: the host's model, whose config says what the sub-module alone does not.
         residual: whether effects enter the sub-module's residual input rather than its output; see
             :mod:`modgraft.engine.residual`.
         parameter: the name within the sub-module of the parameter that is meant,
@@ -48,14 +48,14 @@ class Site:
 
     @property
     def label(self) -> str:
-        """The path as it is written in a selection, ``"h.0.attn.c_attn[0/3]"``."""
+        """The site as a selection, ``"h.0.attn.c_attn[0/3]"``."""
         whole = joined(self.path, (self.parameter or "").removesuffix(".weight"))
         part = f"[{self.part[0]}/{self.part[1]}]" if self.part else ""
         return whole + part + (RESIDUAL if self.residual else "")
 
     @property
     def in_width(self) -> int:
-        """Features of the input.
+        """The number of features of the input.
 
         Raises:
             SiteError: where the module is no linear layer.
@@ -69,7 +69,7 @@ class Site:
 
     @property
     def width(self) -> int:
-        """Features of the output (of the part, for a part of a fused projection).
+        """The number of features of the output, or of the selected part of it.
 
         Raises:
             SiteError: where neither the module nor its model's config says.
@@ -92,7 +92,7 @@ class Site:
 
     @property
     def embeds(self) -> bool:
-        """Whether the host turns its input into vectors here."""
+        """Whether this layer embeds the host's input."""
         if isinstance(self.module, nn.Embedding):
             return True
         family = None if self.root is None else family_of(self.root)
@@ -112,7 +112,7 @@ class Site:
 
     @property
     def stepwise(self) -> bool:
-        """Whether tokens pass one by one here when the host generates, none seeing a later one."""
+        """Whether the host generates token by token here, so that no token sees a later one."""
         config = getattr(self.root, "config", None)
         if getattr(config, "is_encoder_decoder", False):
             return "encoder" not in self.path.split(".")
@@ -152,9 +152,9 @@ def _out_width(module: nn.Module) -> int | None:
         case nn.Sequential():
             widths = [w for child in module if (w := _out_width(child)) is not None]
             return widths[-1] if widths else None
-    own = dict(module.named_parameters(recurse=False))
-    if own.keys() == {"weight"} and own["weight"].dim() == 1:  # RMSNorm of any make
-        return own["weight"].shape[0]
+    direct = dict(module.named_parameters(recurse=False))
+    if direct.keys() == {"weight"} and direct["weight"].dim() == 1:  # any class of RMSNorm
+        return direct["weight"].shape[0]
     return None
 
 
@@ -171,8 +171,8 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
             ``*`` is anything) of sub-modules or, if it matches none, of parameters
             (``"attn.in_proj_weight[0/3]"``), a type (``nn.Linear``), a predicate on path and
             module, or a list of these. ``"block"`` means the role where the architecture is known.
-            A role or pattern with ``[residual]`` behind it means the residual input of what it
-            means without.
+            With ``[residual]`` at its end, a role or pattern means the residual inputs of the same
+            sub-modules.
         expect: how many sites there must be.
 
     Returns:
@@ -195,7 +195,7 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
 
 
 def one_input(model: nn.Module) -> list[list[nn.Module]]:
-    """The layers of ``model`` that share an input (query, key and value), where that is known."""
+    """The groups of layers that share an input (query, key and value), in a known architecture."""
     family = family_of(model)
     if family is None:
         return []
@@ -275,8 +275,8 @@ def _site(
     """The site at a sub-module, or at its parameter ``name``."""
     if name == "weight" and isinstance(module, WEIGHTED):
         name = None
-    above, _, own = path.rpartition(".")
-    if own == "out_proj" and name in (None, "bias"):
+    above, _, last = path.rpartition(".")
+    if last == "out_proj" and name in (None, "bias"):
         attention = model.get_submodule(above)
         if isinstance(attention, nn.MultiheadAttention):  # it reads the weight, and never calls it
             return Site(above, attention, part, model, parameter=f"out_proj.{name or 'weight'}")
@@ -284,12 +284,12 @@ def _site(
 
 
 def joined(path: str, name: str) -> str:
-    """Two parts of a dotted path, of which either may be empty."""
+    """Join two parts of a dotted path, of which either may be empty."""
     return f"{path}.{name}" if path and name else path or name
 
 
 def weight_labels(path: str, module: nn.Module) -> list[tuple[str, str]]:
-    """The selections of the single weights of a layer that has several, and what each is."""
+    """The selections of each weight of a layer with several, with the weight's role or ``""``."""
     matrices = [n for n, p in module._parameters.items() if p is not None and p.dim() == 2]
     if not isinstance(module, nn.MultiheadAttention) or len(matrices) not in (1, 3):
         return [(joined(path, name), "") for name in matrices]
@@ -310,7 +310,7 @@ def _absent(path: str, module: nn.Module, name: str, asked: str) -> SiteError:
 
 
 def matches(pattern: str, site: Site) -> bool:
-    """Whether the path of ``site``, with its part or without, is one that ``pattern`` means."""
+    """Whether ``pattern`` matches the path of ``site``, with its part or without."""
     regex = re.compile(_regex(pattern, ".*"))
     return any(regex.fullmatch(text) for text in (site.label, site.path))
 

@@ -1,4 +1,4 @@
-"""The tensor in what a layer takes, and in what it returns."""
+"""Find the tensor among a layer's arguments and in its output, and replace it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
 
 
 def tensor_input(x: Tensor | None, path: str) -> Tensor:
-    """``x``, the input of the site at ``path``.
+    """Return ``x``, the input of the site at ``path``.
 
     Raises:
-        ModgraftError: if there is none.
+        ModgraftError: if it is None.
     """
     if x is None:
         raise ModgraftError(f"{path or 'the host'} was called without a tensor")
@@ -38,9 +38,7 @@ def tensor_of(out: Any) -> Tensor:
     Raises:
         ModgraftError: if that is no tensor, a ``PackedSequence`` for instance.
     """
-    value = out
-    if not isinstance(value, Tensor):
-        value = out[0]
+    value = out if isinstance(out, Tensor) else out[0]
     if isinstance(value, PackedSequence):
         raise ModgraftError(
             "this RNN returns a PackedSequence, whose rows are steps of several examples, and a "
@@ -56,7 +54,7 @@ def tensor_of(out: Any) -> Tensor:
 
 
 def with_tensor(out: Any, value: Tensor) -> Any:
-    """``out`` with ``value`` for :func:`tensor_of` of it."""
+    """Replace :func:`tensor_of` of ``out`` by ``value``."""
     if isinstance(out, Tensor):
         return value
     if isinstance(out, tuple):
@@ -69,13 +67,13 @@ def with_tensor(out: Any, value: Tensor) -> Any:
 def replaced(
     y: Tensor, part: tuple[int, int], axis: int, change: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """``y`` with one part of its features changed."""
+    """Change one of n equal parts of the features of ``y``."""
     pieces = list(y.chunk(part[1], dim=axis))
     pieces[part[0]] = change(pieces[part[0]])
     return torch.cat(pieces, dim=axis)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the parameters of ``model`` are; the CPU, for one without any."""
+    """The device of the parameters of ``model``; the CPU if it has none."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device

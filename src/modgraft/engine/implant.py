@@ -18,7 +18,7 @@ from modgraft.routing.stats import Usage
 
 
 class Implant(nn.Module, ex.Composable):
-    """A module φ over all its sites: what is named, trained, saved and shared as a whole.
+    """A module φ at all its sites, which is named, trained and saved as a whole: a host's handle.
 
     Attributes:
         name: its name in compositions.
@@ -40,19 +40,19 @@ class Implant(nn.Module, ex.Composable):
         return self._method[0]
 
     def describe(self, method: Computation) -> None:
-        """Say that :attr:`method` is ``method``, as what is built has come to be."""
+        """Replace :attr:`method`, after what was built from it has changed."""
         self._method = (method,)  # in a tuple: it is a description, not a child with parameters
 
     @property
     def names(self) -> list[str]:
-        """What compositions call it: its name, or ``"name['task']"`` for each of its tasks."""
+        """Its names in compositions: its name, or ``"name['task']"`` for each of its tasks."""
         return self.method.task_names(self.name)
 
     def expression(self) -> ex.Expression:
-        """It, in a composition: ``host["fr"] >> host["qa"]``.
+        """Return it as an operand of a composition: ``host["fr"] >> host["qa"]``.
 
         Raises:
-            CompositionError: for one of several tasks; ``host["h"]["fr"]`` says which.
+            CompositionError: for a module of several tasks; ``host["h"]["fr"]`` selects one.
         """
         if len(self.names) > 1:
             raise CompositionError(
@@ -63,7 +63,7 @@ class Implant(nn.Module, ex.Composable):
         return ex.Name(self.names[0], handle=self)
 
     def __getitem__(self, task: str) -> ex.Expression:
-        """One task of a module that has several."""
+        """Select one task of a module that has several."""
         name = f"{self.name}[{task!r}]"
         if name not in self.names:
             raise CompositionError(
@@ -72,27 +72,28 @@ class Implant(nn.Module, ex.Composable):
         return ex.Name(name, handle=self)
 
     def stats(self, *, reset: bool = False) -> list[Usage]:
-        """What the routers of a mixture have chosen, a row for each of them.
+        """Count what the routers of a mixture have chosen, a row for each router.
 
         Args:
-            reset: whether the count begins again after it.
+            reset: whether to start counting anew.
 
         Raises:
             ModgraftError: for a module that is no mixture.
         """
         if not isinstance(self.method, Mixture) or self.method.router is None:
             raise ModgraftError(f"{self.name!r} is a {type(self.method).__name__}; no router in it")
-        own = [self.places[0]] if self.method.level != "token" else list(self.places)
-        paths = [""] if self.method.level != "token" else self.paths
+        places, paths = list(self.places), self.paths
+        if self.method.level != "token":  # one choice for the whole network
+            places, paths = places[:1], ("",)
         found = []
-        for path, place in zip(paths, own, strict=True):
+        for path, place in zip(paths, places, strict=True):
             found.append(place.counter.usage(path, tuple(self.method.over)))  # type: ignore[union-attr]
             if reset:
                 place.counter.reset()  # type: ignore[union-attr]
         return found
 
     def at_sites(self, name: str) -> list[tuple[str, Computation]]:
-        """What acts under ``name``, one of :attr:`names`, by the label of the site."""
+        """The built computations of ``name``, one of :attr:`names`, by the site's label."""
         index = self.names.index(name)
         return [
             (label, place.per_task()[index])  # type: ignore[operator]
@@ -109,7 +110,7 @@ class Implant(nn.Module, ex.Composable):
 
     @property
     def size(self) -> int:
-        """How many parameters it has."""
+        """The number of its parameters."""
         return sum(p.numel() for p in self.parameters())
 
     def extra_repr(self) -> str:  # noqa: D102
@@ -149,8 +150,10 @@ class Implants(nn.ModuleDict):
 
 
 def learner(model: nn.Module, name: str) -> nn.Module | None:
-    """The part of a host that ``train=name`` means: ``"host"`` is all of it, ``"host.head"`` what
-    is at that path; None for another name, a module's.
+    """Find the part of a model that ``train=name`` means.
+
+    ``"host"`` means all of it, ``"host.head"`` the sub-module at that path; None is returned for
+    any other name, which is an implanted module's.
 
     Raises:
         UnknownNameError: if nothing is at that path.
@@ -165,7 +168,7 @@ def learner(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def check_learns(name: str, part: nn.Module) -> nn.Module:
-    """``part`` itself, which ``train=name`` means.
+    """Return ``part``, which ``train=name`` means, if it can learn.
 
     Raises:
         ModgraftError: if it has no parameters.
@@ -183,11 +186,11 @@ def check_learns(name: str, part: nn.Module) -> nn.Module:
 
 
 def check_name(name: str) -> None:
-    """Refuse what cannot name a module.
+    """Refuse a name that a module cannot have.
 
     Raises:
-        ModgraftError: for what cannot stand in an expression, and for a name that every
-            ``nn.Module`` has an attribute of, since an implant is kept under its own name.
+        ModgraftError: for a name that cannot stand in an expression, or that is an attribute of
+            every ``nn.Module``, since a module is an attribute of ``host.implants``.
     """
     ex.check_name(name)
     if hasattr(nn.ModuleDict, name):
@@ -198,10 +201,10 @@ def check_name(name: str) -> None:
 
 
 def check_module(module: Any) -> None:
-    """Refuse what cannot be implanted.
+    """Refuse an object that cannot be implanted.
 
     Raises:
-        ModgraftError: for what is no computation by its hyper-parameters.
+        ModgraftError: for anything but an instance of a computation.
     """
     if not isinstance(module, Computation):
         known = isinstance(module, type) and issubclass(module, Computation)

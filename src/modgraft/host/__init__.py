@@ -1,1 +1,1 @@
-"""The host: a model, the modules implanted in it, and what is composed of them."""
+"""The host: a model, the modules implanted in it, and their compositions."""

@@ -1,4 +1,4 @@
-"""One more task for a hypernetwork, after the others have been learned."""
+"""Add a task to a hypernetwork after the others have been learned."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from torch import nn
 from modgraft.computation.hypernetwork import HyperNetwork
 from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.core.sites import find
-from modgraft.core.tensors import device_of
-from modgraft.engine.graft import graft_everywhere
 from modgraft.host.host import Host
 
 
 def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Parameter:
-    """Give the ``HyperNetwork`` ``name`` the task ``task``: an embedding, and nothing else.
+    """Add the embedding of a new task to a ``HyperNetwork``.
 
-    What acts for the other tasks stays as it is, bit for bit. The new one, ``"h['it']"`` in a
-    composition, is not put in force. With the embedding alone learning, the other tasks stay as
-    they are as well::
+    The other tasks compute the same as before, bit for bit. The new one, ``"h['it']"`` in a
+    composition, is not put in force. If its embedding alone learns, the other tasks stay the same
+    in training as well::
 
         new = add_task(host, "h", "it")
         host["h"].requires_grad_(False)
@@ -27,8 +25,8 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     Args:
         host: where it is implanted.
         name: the hypernetwork's.
-        task: new to it.
-        like: the task that the new one begins as; None: the mean of their embeddings.
+        task: the new task's name.
+        like: the task whose embedding the new one starts from; None: the mean of all.
 
     Returns:
         The embedding ``[e]``.
@@ -58,10 +56,7 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     grown = method.with_task(task)
     new = grown.extend(list(implant.places), sites, start)  # type: ignore[arg-type]
     implant.describe(grown)
-    own, context = implant.names[-1], host._context
-    places = [place for _, place in implant.at_sites(own)]
-    sited = list(zip(sites, places, strict=True))
-    graft_everywhere(own, grown, sited, device_of(host.model), context)
+    host._graft(implant, sites, implant.names[-1:])
     host._reader.forget()
-    context.switch(context.composition)
+    host._context.switch(host.composition)
     return new

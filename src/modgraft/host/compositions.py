@@ -1,4 +1,4 @@
-"""What a caller says a composition is, read and checked once."""
+"""Read and check the compositions that a caller gives."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from modgraft.engine.inputs.expressions import check_inputs
 Composition = str | ex.Composable | None
 Compositions = Composition | Sequence[Composition]  # one for each example
 
-KEPT = 256  # how many compositions a host remembers how it read
+CACHED = 256  # compositions that a host remembers having read
 
 
 class Reader:
-    """Reads the compositions of one host, and remembers what it has read.
+    """Reads the compositions of one host, and caches them.
 
-    The same composition is the same object, so that a site finds again what it has planned for it.
+    Equal compositions become one object, under which each site caches its plan.
 
     Args:
         implants: the host's modules.
@@ -37,40 +37,41 @@ class Reader:
         self._known: dict[Any, ex.Expression | None] = {}
 
     def forget(self) -> None:
-        """Forget what has been read: modules have come or gone."""
+        """Clear the cache, when modules have been implanted or removed."""
         self._known.clear()
 
     def read(self, composition: Compositions) -> ex.Expression | None:
-        """The expression that is meant, the same object for the same composition.
+        """Read a composition; an equal one gives the same object.
 
         Raises:
-            CompositionError: for an unknown name, another host's handle, or what means nothing.
+            CompositionError: for an unknown name, another host's handle, or no composition at all.
         """
-        several = isinstance(composition, list | tuple)
+        rows = composition if isinstance(composition, list | tuple) else None
+        key: Any
         try:
-            key = tuple(map(self._own, composition)) if several else self._own(composition)  # type: ignore[arg-type]
+            if rows is None:
+                key = self._as_expression(composition)
+            else:
+                key = tuple(map(self._as_expression, rows))
             known = key in self._known
-        except TypeError:  # what cannot be hashed is no composition, and a row of it is refused
+        except TypeError:  # not hashable and so no composition: refused below
             key, known = None, False
         except RecursionError as error:
             raise CompositionError("an expression nested too deep to be read") from error
         if known:
             return self._known[key]
-        if several:
-            read: ex.Expression | None = self._each(composition)  # type: ignore[arg-type]
-        elif isinstance(key, Each):
-            read = self._each(key.rows)
-        else:
-            read = self._one(composition)  # type: ignore[arg-type]
+        if isinstance(key, Each):
+            rows = key.rows
+        read = self._one(composition) if rows is None else self._each(rows)  # type: ignore[arg-type]
         if read is not None and read.is_data:
             return read
-        if len(self._known) >= KEPT:
+        if len(self._known) >= CACHED:
             self._known.pop(next(iter(list(self._known))), None)
         self._known[key] = read
         return read
 
-    def _own(self, composition: Any) -> Any:
-        """``composition``, of a handle its expression, if it is one of this host.
+    def _as_expression(self, composition: Any) -> Any:
+        """Turn a handle into its expression; other compositions are returned as they are.
 
         Raises:
             CompositionError: for a handle of another host, or of a module that was removed.
@@ -100,7 +101,7 @@ class Reader:
         if isinstance(composition, str):
             return self._checked(parse(composition, self._implants.names))
         if isinstance(composition, ex.Composable):
-            read = composition.expression().mapped(str)  # without the handles it was made by
+            read = composition.expression().mapped(str)  # without its handles
             assert read is not None  # noqa: S101
             return self._checked(read)
         raise CompositionError(
@@ -119,7 +120,7 @@ class Reader:
         return Each(read)
 
     def _checked(self, read: ex.Expression) -> ex.Expression:
-        """``read`` itself, if it means something here."""
+        """Return ``read`` if its names are known and its modules go together."""
         joins = [part for part in walk(read) if isinstance(part, ex.Concat)]  # raises if too deep
         names = read.names()
         for name in names:
@@ -134,15 +135,15 @@ class Reader:
 
 
 def of_batch(expression: ex.Expression) -> bool:
-    """Whether it is for a batch of so many examples and no other."""
+    """Whether it holds for batches of one size only."""
     return isinstance(expression, Each) or expression.is_data
 
 
 def check_one(composition: ex.Expression | None) -> None:
-    """Refuse for merging what differs between examples.
+    """Refuse to merge a composition that differs between examples.
 
     Raises:
-        CompositionError: for that.
+        CompositionError: for such a composition.
     """
     if composition is not None and of_batch(composition):
         raise CompositionError(
@@ -154,7 +155,7 @@ def check_one(composition: ex.Expression | None) -> None:
 def check_sides(
     composition: ex.Expression | None, given: Mapping[str, Side], sources: Mapping[str, str]
 ) -> None:
-    """Refuse a call without a side input that a module in it needs.
+    """Refuse a call without a side input that an active module needs.
 
     Args:
         composition: what is in force.
@@ -176,7 +177,7 @@ def check_sides(
 
 
 def check_batch(composition: ex.Expression | None, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Refuse compositions, one for each example, for a call with another number of examples.
+    """Refuse a call whose batch has another number of examples than its compositions.
 
     Raises:
         CompositionError: with both numbers.
@@ -186,8 +187,8 @@ def check_batch(composition: ex.Expression | None, args: tuple, kwargs: dict[str
     if isinstance(composition, Each):
         have, what = len(composition.rows), "modules=[…] gives {} compositions"
     else:
-        some = [part for part in walk(composition) if isinstance(part, Weighted)]
-        have, what = len(some[0].tensor), "mg.Weighted gives {} rows of weights"
+        weights = next(part for part in walk(composition) if isinstance(part, Weighted))
+        have, what = len(weights.tensor), "mg.Weighted gives {} rows of weights"
     batch = first_tensor(args, kwargs)
     if batch is not None and batch.dim() and batch.shape[0] != have:
         raise CompositionError(

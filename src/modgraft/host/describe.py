@@ -1,6 +1,6 @@
-"""What is where in a host: its sites, the modules in it, and what trains, as tables of text.
+"""Tables of a host: its sites, the modules in it, and what trains.
 
-Each row of sites begins with a selection: what stands there can be given as ``at=``.
+Each row of sites begins with a selection that can be given as ``at=``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ RIGHT = ("number", "parameters", "of the host", "sites")
 
 @dataclass(frozen=True)
 class Row:
-    """The sites that one selection means.
-
-    Attributes:
-        at: the selection.
-        sites: what it selects.
-    """
+    """A row of the table of sites: a selection ``at`` and the ``sites`` that it means."""
 
     at: str
     sites: Sequence[Site]
@@ -51,13 +46,13 @@ class Row:
         return _first_of(type(site.module).__name__ for site in self.sites)
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text."""
+        """The cells as text."""
         first = self.sites[0].label or "the host"
         return self.at, f"{len(self.sites)}", first, self.shape, self.kind
 
 
 def shape_of(site: Site) -> str:
-    """``"64 × 32"`` for a layer with such a weight, else how wide its output is, or –."""
+    """The weight's shape, ``"64 × 32"``, else the width of the output, or – if it is unknown."""
     try:
         rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
         return f"{rows:,} × {columns:,}"
@@ -70,7 +65,7 @@ def shape_of(site: Site) -> str:
 
 
 def lora_cost(sites: Iterable[Site], rank: int) -> int | None:
-    """The parameters of LoRA at ``rank`` over ``sites``; None where it is not defined at one."""
+    """The number of parameters of LoRA at ``sites``; None if it is not defined at one of them."""
     total = 0
     for site in sites:
         try:
@@ -92,7 +87,7 @@ def rows_of(model: nn.Module) -> list[Row]:
     for role in family.roles:
         try:
             rows.append(Row(role, find(model, role)))
-        except SiteError:  # a role that this model of the family has not: an encoder alone, say
+        except SiteError:  # a role that this member of the family lacks, such as an encoder alone
             continue
     return rows
 
@@ -101,11 +96,11 @@ def _by_pattern(model: nn.Module) -> list[Row]:
     groups: dict[tuple[str, type], list[str]] = {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        own = any(True for _ in module.parameters(recurse=False))
-        inner = not own and any(True for _ in module.parameters())
-        if path and (own or (inner and not isinstance(module, nn.ModuleList | nn.Sequential))):
+        direct = next(module.parameters(recurse=False), None) is not None
+        inner = not direct and any(True for _ in module.parameters())
+        if path and (direct or (inner and not isinstance(module, nn.ModuleList | nn.Sequential))):
             groups.setdefault((_starred(path), type(module)), []).append(path)
-        if own and not isinstance(module, WEIGHTED):
+        if direct and not isinstance(module, WEIGHTED):
             for label, _ in weight_labels(path, module):  # the single weights of attention, RNNs, …
                 if label not in modules:
                     groups.setdefault((_starred(label), type(module)), []).append(label)
@@ -124,7 +119,7 @@ def _starred(label: str) -> str:
 
 
 def _numbered(paths: Sequence[str]) -> str:
-    """``"layer.{0,1}.ffn"``: every number that stands at a place of one of the paths."""
+    """One pattern for several paths: ``"layer.{0,1}.ffn"``."""
     places = [
         list(dict.fromkeys(parts)) for parts in zip(*(p.split(".") for p in paths), strict=True)
     ]
@@ -133,7 +128,7 @@ def _numbered(paths: Sequence[str]) -> str:
 
 def modules_table(model: nn.Module, implants: Implants, composition: Expression | None) -> Table:
     """The modules implanted in ``model``, one a row."""
-    own = max(1, _size(model))
+    host_size = max(1, _size(model))
     weights = {} if composition is None else composition.weights()
     rows = []
     for name, implant in implants.items():
@@ -145,7 +140,7 @@ def modules_table(model: nn.Module, implants: Implants, composition: Expression 
                 f"{len(implant.paths)}",
                 implant.paths[0] or "the input",
                 f"{implant.size:,}",
-                f"{100 * implant.size / own:.2f} %",
+                f"{100 * implant.size / host_size:.2f} %",
                 "yes" if learns and all(learns) else "in part" if any(learns) else "no",
                 _in_force(implant.names, weights),
             )
@@ -154,7 +149,7 @@ def modules_table(model: nn.Module, implants: Implants, composition: Expression 
 
 
 def _in_force(names: Sequence[str], weights: Mapping[str, Weight]) -> str:
-    """``"yes"``, ``"× 0.5"`` or ``"no"``; of a module with several tasks, which of them are."""
+    """``"yes"``, ``"× 0.5"`` or ``"no"``; for a module with several tasks, the active ones."""
     parts = []
     for name in (n for n in names if n in weights):
         weight = weights[name]
@@ -187,26 +182,26 @@ def describe(model: nn.Module, implants: Implants, composition: Expression | Non
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
-    """A table whose cells are text as it is: ``[0/3]`` is no markup."""
-    made = Table(title=title or None, title_justify="left", box=_RULE, padding=(0, 1, 0, 0))
-    made.show_edge = False
+    """Make a table whose cells are plain text: ``[0/3]`` is no markup."""
+    found = Table(title=title or None, title_justify="left", box=_RULE, padding=(0, 1, 0, 0))
+    found.show_edge = False
     for name in columns:
         side = "right" if name in RIGHT else "left"
-        made.add_column(name, justify=side, overflow="fold", header_style="bold")
+        found.add_column(name, justify=side, overflow="fold", header_style="bold")
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
-    return made
+        found.add_row(*(Text(cell) for cell in row))
+    return found
 
 
-def plain(made: Table) -> str:
-    """A table without colour, as wide as it is."""
+def plain(table: Table) -> str:
+    """Print a table to a string, without colour and without wrapping."""
     out = io.StringIO()
-    Console(file=out, width=1000, color_system=None, force_terminal=False).print(made)
+    Console(file=out, width=1000, color_system=None, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 
 _RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n")
-"""Columns apart by two blanks, and one rule below the header."""
+"""Two blanks between columns, and one rule below the header."""
 
 
 def _first_of(values: Iterable[str]) -> str:

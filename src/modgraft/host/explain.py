@@ -1,4 +1,4 @@
-"""What ``host.plan("…")`` shows: how a composition is computed, by the roles of its sites."""
+"""The table of ``host.plan("…")``: how a composition is computed at each kind of site."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ COLUMNS = ("sites at", "number", "examples", "without gradients", "with gradient
 
 
 class Way(NamedTuple):
-    """How something is computed, without gradients and with them."""
+    """How a step is computed, in words."""
 
-    kept: str
-    made: str
+    without_gradients: str
+    with_gradients: str
 
 
 def _same(text: str) -> Way:
     return Way(text, text)
 
 
-def described(model: nn.Module, composition: Expression | None) -> str:
-    """The plan of ``composition`` as a table: a row for the sites of one role and way."""
+def explain(model: nn.Module, composition: Expression | None) -> str:
+    """Explain ``composition`` by a table with a row for sites of one role that compute alike."""
     title = f"{'the bare host' if composition is None else composition}"
     if composition is None:
         return f"{title}: every site runs as it is"
@@ -73,7 +73,7 @@ def _roles(model: nn.Module) -> dict[tuple[str, object], str]:
 
 
 def _role(path: str, entries: Sequence[Entry], roles: dict[tuple[str, object], str]) -> str:
-    """The selection that means where ``entries`` are: roles, else the path with its numbers out."""
+    """A selection of the sites of ``entries``: their roles, or the path with ``*`` for numbers."""
     found = dict.fromkeys(roles.get((path, entry.part)) for entry in entries)
     known = [role for role in found if role is not None]
     return ", ".join(known) or re.sub(r"(?<![^.])\d+(?![^.])", "*", path) or "the input"
@@ -90,7 +90,7 @@ def _way(layer: nn.Module, state: State, group: Group, plan: Plan) -> Way:
 
 
 def _changed(layer: nn.Module, group: Group) -> Way | None:
-    """What comes first and is a change of weights; None: each module's effect by itself."""
+    """How the changes of weights that come first are computed together; None if each alone."""
     changes = group.changes
     if any(change.parameter is not None for change in changes):
         return None
@@ -105,13 +105,13 @@ def _changed(layer: nn.Module, group: Group) -> Way | None:
     outs, ins = weight_matrix(layer).shape
     low = all(change.module.factors() is not None for change in changes)
     one = "one product, factorised," if low else "one product with θ + Δ"
-    made = f"{one} from {-(-outs * ins // (outs + ins))} tokens on, effects below"
-    kept = "merged weight, kept (modules=…: as with gradients)"
-    return Way(made if group.merged is None else kept, made)
+    product = f"{one} from {-(-outs * ins // (outs + ins))} tokens on, effects below"
+    merged = "merged weight, kept (modules=…: as with gradients)"
+    return Way(product if group.merged is None else merged, product)
 
 
 def _routed(entry: Entry, state: State, group: Group) -> Way:
-    """What a mixture computes: of few picks a batch over stacked tensors, else module by module."""
+    """How a mixture is computed: few picks in one batch of stacked tensors, else one by one."""
     routed = entry.module
     assert isinstance(routed, RoutedMixture)  # noqa: S101
     mixture, members = routed.mixture, [group.entries.get(n, ()) for n in routed.members]

@@ -54,7 +54,7 @@ from modgraft.host.compositions import (
     check_sides,
 )
 from modgraft.host.describe import describe
-from modgraft.host.explain import described
+from modgraft.host.explain import explain
 from modgraft.host.mixtures import (
     check_unmixed,
     join_prompts,
@@ -71,12 +71,12 @@ if TYPE_CHECKING:
 class Host(nn.Module):
     """A model in which modules are implanted, composed and trained.
 
-    It is an ``nn.Module`` whose ``forward`` is the model's, with two arguments more: ``side`` and
-    ``modules``. Optimisers, ``accelerate`` and the Hugging Face ``Trainer`` see it as any model.
+    It is an ``nn.Module`` whose ``forward`` is the model's with two more arguments, ``side`` and
+    ``modules``. Optimisers, ``accelerate`` and the Hugging Face ``Trainer`` use it as any model.
 
     Args:
         model: any ``nn.Module``; known Hugging Face architectures get roles.
-        freeze: whether the model's own weights stay as they are.
+        freeze: whether to freeze the model's weights.
 
     Example:
         >>> host = Host(model)
@@ -92,7 +92,7 @@ class Host(nn.Module):
         self._context = Context()
         self.implants = Implants(self._context)
         self._reader = Reader(self.implants)
-        # blocks that recompute their forward in backward, where the call has long returned
+        # blocks that recompute their forward in backward, after the call has returned
         self._recomputing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         leave_fast_paths(model)
         if freeze:
@@ -163,10 +163,7 @@ class Host(nn.Module):
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
         join_prompts(self.implants, implant)
         hook_attention(module.inner)
-        for own in implant.names:
-            places = [place for _, place in implant.at_sites(own)]
-            sited = list(zip(sites, places, strict=True))
-            graft_everywhere(own, module, sited, device_of(self.model), self._context)
+        self._graft(implant, sites, implant.names)
         link_shared_inputs(self.model)
         implant.train(self.training)
         self.implants[name] = implant
@@ -175,14 +172,21 @@ class Host(nn.Module):
         self._context.switch(joined(now, implant.names[0]) if active else now)
         return implant
 
+    def _graft(self, implant: Implant, sites: Sequence[Site], names: Sequence[str]) -> None:
+        """Graft a module onto its sites under ``names``, all its names or some of them."""
+        for name in names:
+            places = [place for _, place in implant.at_sites(name)]
+            sited = list(zip(sites, places, strict=True))
+            graft_everywhere(name, implant.method, sited, device_of(self.model), self._context)
+
     def remove(self, name: str) -> None:
-        """Take a module out; the host is as it was before, bit for bit."""
+        """Remove a module; the host is as it was before it, bit for bit."""
         names = self[name].names  # raises for an unknown one
         check_unmixed(self.implants, names)
-        for own in names:
+        for each in names:
             for module in self.model.modules():
-                ungraft(module, own)
-            self._context.remove(own)
+                ungraft(module, each)
+            self._context.remove(each)
         link_shared_inputs(self.model)
         del self.implants[name]
         self._reader.forget()
@@ -198,11 +202,11 @@ class Host(nn.Module):
 
     @property
     def composition(self) -> ex.Expression | None:
-        """What is in force; None is the bare host."""
+        """The composition in force; None is the bare host."""
         return self._context.composition
 
     def use(self, composition: Compositions) -> None:
-        """Put a composition in force until the next one; None is the bare host.
+        """Put a composition in force, until another is; None is the bare host.
 
         Args:
             composition: an expression as a text or of handles, or a list with one for each example
@@ -215,7 +219,7 @@ class Host(nn.Module):
 
     @contextmanager
     def using(self, composition: Compositions) -> Iterator[Self]:
-        """A composition in force for the calls in a ``with`` block, in this thread or task."""
+        """Put a composition in force in a ``with`` block, in this thread or task alone."""
         call = replace(self._context.current(), composition=self.read(composition))
         with self._context.call(call):
             yield self
@@ -237,7 +241,7 @@ class Host(nn.Module):
         modules: Compositions | EllipsisType = ...,
         **kwargs: Any,
     ) -> Any:
-        """The model's ``forward``, with the modules in force.
+        """Call the model with the modules in force.
 
         Args:
             *args: for the model.
@@ -271,7 +275,7 @@ class Host(nn.Module):
         modules: Compositions | EllipsisType = ...,
         **kwargs: Any,
     ) -> Any:
-        """The model's ``generate``: greedy, sampled or beam; side inputs follow the beams."""
+        """Call the model's ``generate``; an example's beams share its side inputs."""
         call = self._call(side, modules, generating=True)
         if self._context.routed:
             call = routed(self.model, self.implants, call, args, kwargs)
@@ -315,8 +319,12 @@ class Host(nn.Module):
 
     @contextmanager
     def training_only(self, train: str | Sequence[str] | None) -> Iterator[None]:
-        """Only these learn inside a ``with`` block: names of modules, ``"host"`` for the model's
-        own weights, ``"host.head"`` for a part's; None leaves everything as it is."""
+        """Let only some parameters require gradients in a ``with`` block.
+
+        Args:
+            train: names of modules, ``"host"`` for the model's weights, ``"host.head"`` for those
+                of a part; None leaves everything as it is.
+        """
         before = [(p, p.requires_grad) for p in self.parameters()]
         if train is not None:
             names = [train] if isinstance(train, str) else list(train)
@@ -338,7 +346,7 @@ class Host(nn.Module):
         Args:
             loader: yields dictionaries for :meth:`forward` (``labels`` and ``side`` among them).
             train: names of the modules that learn, ``"host"`` for the model itself, ``"host.head"``
-                for a part of it; None: whatever requires a gradient now.
+                for a part of it; None: all parameters that require a gradient now.
             **settings: steps, lr, schedule, … of ``fit``.
         """
         from modgraft.training.fit import fit
@@ -365,14 +373,14 @@ class Host(nn.Module):
         return load(self, Path(folder), name, strict=strict)
 
     def merge(self, composition: Composition | EllipsisType = ...) -> nn.Module:
-        """A copy of the model with a composition in its weights; modgraft is not needed to run it.
+        """Merge a composition into a copy of the model, which runs without modgraft.
 
         Args:
-            composition: what to merge; left out, what is in force.
+            composition: what to merge; left out, the one in force.
 
         Raises:
-            ModgraftError: if its merge would not be exact: a module in it is no change of weights,
-                or changes a weight that another layer shares.
+            ModgraftError: if the merge would not be exact, because a module is no change of
+                weights, or changes a weight that another layer shares.
         """
         read = self.composition if composition is ... else self.read(composition)
         check_one(read)
@@ -397,9 +405,9 @@ class Host(nn.Module):
         unwrap_checkpoints(plain)
         take_fast_paths(plain)
         with torch.no_grad():
-            for path, some in changes.items():
-                # every Δ is of the bare host's weight, and so is what it is added to
-                write(plain, path, new_weights(self.model.get_submodule(path), some))
+            for path, here in changes.items():
+                # every Δ is relative to the bare host's weight, and is added to that
+                write(plain, path, new_weights(self.model.get_submodule(path), here))
         return plain
 
     # -- looking --------------------------------------------------------------------------------
@@ -410,9 +418,9 @@ class Host(nn.Module):
         return self.model.config
 
     def plan(self, composition: Compositions | EllipsisType = ...) -> str:
-        """A table of how a composition is computed at its sites; left out, the one in force."""
+        """Show how a composition is computed at its sites; left out, the one in force."""
         read = self.composition if composition is ... else self.read(composition)
-        return described(self.model, read)
+        return explain(self.model, read)
 
     def __repr__(self) -> str:
         return describe(self.model, self.implants, self.composition)

@@ -1,4 +1,4 @@
-"""What a host does for its mixtures: where they go, what examples are routed by, their losses."""
+"""What a host does for its mixtures: find their sites, route whole examples, add their losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modgraft.computation.base import Computation
 from modgraft.core.context import EXAMPLE, Call, Side
 from modgraft.core.embeddings import token_table
 from modgraft.core.errors import ModgraftError, SideError
-from modgraft.core.expression import Expression, Name, module_of
+from modgraft.core.expression import Name, module_of
 from modgraft.core.parse import parse
 from modgraft.core.sites import Site, find
 from modgraft.engine.implant import Implant, Implants
@@ -26,10 +26,10 @@ from modgraft.routing.mixture import Mixture
 
 
 def mixed_sites(model: nn.Module, implants: Implants, mixture: Mixture) -> list[str]:
-    """The paths where the modules of ``mixture`` are.
+    """The paths of the layers at which the modules of ``mixture`` act.
 
     Raises:
-        ModgraftError: for a name that is none of a module, or a module that cannot be mixed.
+        ModgraftError: for a name that is no module's, or a module that cannot be mixed.
     """
     paths: dict[str, None] = {}
     members = []
@@ -70,7 +70,7 @@ def _check_admitted(
 
 
 def check_unmixed(implants: Implants, names: Sequence[str]) -> None:
-    """Refuse to take a module out that a mixture is over."""
+    """Refuse to remove a module that a mixture chooses from."""
     for name, implant in implants.items():
         method: Any = implant.method
         if lost := [n for n in names if n in method.members]:
@@ -82,10 +82,10 @@ def check_unmixed(implants: Implants, names: Sequence[str]) -> None:
 
 
 def join_prompts(implants: Implants, implant: Implant) -> None:
-    """Let a new ``Attempt`` attend to the prompts that it is over.
+    """Connect a new ``Attempt`` with the prompts that it attends to.
 
     Raises:
-        ModgraftError: for names that are none of the host's, or of no prompts as long as its own.
+        ModgraftError: for an unknown name, or a module that is no prompt of the same length.
     """
     method: Any = implant.method
     if not isinstance(method.inner, Attempt):
@@ -104,16 +104,21 @@ def join_prompts(implants: Implants, implant: Implant) -> None:
 def routed(
     model: nn.Module, implants: Implants, call: Call, args: tuple, kwargs: dict[str, Any]
 ) -> Call:
-    """``call`` with the choices of the mixtures in force that are one for the whole network.
+    """Let the mixtures that choose once for the whole network make their choices.
 
-    They are made before the host runs: what it recomputes in backward finds them made.
+    They choose before the host runs, so that a block that is recomputed in backward finds the same
+    choices.
+
+    Returns:
+        ``call``, with the side input that examples are routed by where it was missing.
 
     Raises:
-        SideError: where nothing of an example may be read, or the host reads no text.
+        SideError: where an example has no token that may be read, or the host reads no text.
     """
     compiling = torch.compiler.is_compiling()
-    names = implants.names if compiling else _names(call.composition)
-    mixtures = [own for name in names for own in _mixtures(implants, name)]
+    active = () if call.composition is None else call.composition.names()
+    names = implants.names if compiling else active
+    mixtures = [found for name in names for found in _mixtures(implants, name)]
     reads = [name for name, method in mixtures if method.side_source == EXAMPLE]
     reads += [name for name in names if isinstance(implants.computation(name), Attempt)]
     if not mixtures and not reads:
@@ -130,22 +135,18 @@ def routed(
     return call
 
 
-def _names(composition: Expression | None) -> Sequence[str]:
-    return () if composition is None else composition.names()
-
-
 def _mixtures(implants: Implants, name: str) -> list[tuple[str, Mixture]]:
-    """The mixture called ``name`` and those it is over, if it is one."""
+    """The mixture called ``name``, if it is one, and the mixtures among its modules."""
     method = implants.computation(name)
     if not isinstance(method, Mixture):
         return []
-    return [(name, method), *(own for inner in method.over for own in _mixtures(implants, inner))]
+    return [(name, method), *(m for inner in method.over for m in _mixtures(implants, inner))]
 
 
 def _example(
     model: nn.Module, name: str, args: tuple, kwargs: dict[str, Any], strict: bool
 ) -> Side | None:
-    """What examples are routed by: the embeddings of what may be read of each."""
+    """The side input that examples are routed by: their tokens' embeddings, answers masked."""
     parameters = list(inspect.signature(type(model).forward).parameters)[1:]
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
     ids = given.get("input_ids", args[0] if args else None)
@@ -153,7 +154,7 @@ def _example(
     if embeddings is None and isinstance(ids, Tensor) and not ids.is_floating_point():
         embeddings = token_table(model)(ids)
     if embeddings is None:
-        if not strict:  # it may not be in force
+        if not strict:  # the module may not be in force
             return None
         raise SideError(
             f"{name!r} routes examples, and this call has no text to route them by; pass "
@@ -167,7 +168,7 @@ def _example(
     labels = given.get("labels")
     causal = Site("", model, None, model).stepwise
     if causal and isinstance(labels, Tensor) and labels.shape == seen.shape:
-        seen = seen & (labels == IGNORED)  # no answer chooses its own module
+        seen = seen & (labels == IGNORED)  # answers must not choose modules
         if strict and not bool(seen.any(1).all()):
             row = int((~seen.any(1)).nonzero()[0])
             raise SideError(
@@ -179,10 +180,10 @@ def _example(
 
 
 def with_routing_losses(out: Any, call: Call, kwargs: dict[str, Any]) -> Any:
-    """``out`` with what the routers of this call add to its loss.
+    """Add the losses of the routers that learn in this call to ``out.loss``.
 
-    A balance loss is added as it is; a score-function estimator needs what came of each example,
-    which is found from logits and labels where they are of the usual shapes.
+    A score-function estimator needs the loss of each example, which is computed from logits and
+    labels where they have the usual shapes.
     """
     loss = getattr(out, "loss", None)
     if not isinstance(loss, Tensor):

@@ -1,4 +1,4 @@
-"""A module by itself out of one whose tensors are generated or shared."""
+"""Turn a module whose tensors are generated or shared into an ordinary one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from modgraft.host.host import Host
 
 
 def own_module(host: Host, name: str, into: str) -> Implant:
-    """Implant what acts under ``name`` as an ordinary module with tensors of its own.
+    """Implant a copy of a module that has its tensors itself, at each of its sites.
 
-    One task of a ``HyperNetwork`` becomes a module that can be shared without the network, and a
-    ``Shared`` one gets tensors at each site, which can be trained apart. Both compute what they
-    computed before.
+    One task of a ``HyperNetwork`` becomes a module that can be given away without the network; a
+    ``Shared`` module gets tensors for each site, which can then be trained apart. The copy computes
+    the same.
 
     Args:
         host: where it is implanted.
         name: ``"h['fr']"`` for a task, ``"m"`` for a module; it stays as it is.
-        into: the name of the new one, which is not put in force. It is what
-            ``host.save(into, …)`` shares.
+        into: the name of the new module, which is not put in force; ``host.save(into, …)`` saves
+            it.
 
     Raises:
         ModgraftError: for an expression, a task left open, or a name in use.
@@ -36,12 +36,12 @@ def own_module(host: Host, name: str, into: str) -> Implant:
     implant = host[ex.module_of(read.name)]
     labels = list(implant.paths)
     at = None if labels == [""] else labels
-    made = host.implant(into, implant.method.inner, at, active=False)
-    for (_, view), place in zip(host.implants.at_sites(read.name), made.places, strict=True):
+    copy = host.implant(into, implant.method.inner, at, active=False)
+    for (_, view), place in zip(host.implants.at_sites(read.name), copy.places, strict=True):
         tensors = ModuleTensors(view)
         with torch.no_grad():
             if stored := {key: tensors.read(key) for key in place.state_dict()}:
                 place.resize_to(stored)  # type: ignore[operator]
             for key, tensor in place.state_dict().items():
                 tensor.copy_(stored[key])
-    return made
+    return copy

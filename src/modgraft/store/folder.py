@@ -103,12 +103,12 @@ def load(host: HostLike, folder: Path, name: str | None, *, strict: bool) -> Imp
             ``strict``) a module trained in another host. The host is then as it was.
     """
     card, tensors = read(folder)
-    own, theirs = fingerprint(host.model), card.host
-    if strict and own != theirs:
-        differs = [k for k in own if own[k] != theirs.get(k)]
+    here, there = fingerprint(host.model), card.host
+    if strict and here != there:
+        differs = [k for k in here if here[k] != there.get(k)]
         raise CheckpointError(
             f"{folder}: the module was trained in another host ({', '.join(differs)} differ: "
-            f"{theirs.get('architecture')} there, {own['architecture']} here); load it into the "
+            f"{there.get('architecture')} there, {here['architecture']} here); load it into the "
             f"host it was trained in, or say host.load(..., strict=False) to try it all the same"
         )
     method = from_json({"type": card.type, "config": card.config}, folder, Computation)
@@ -171,9 +171,9 @@ def read(folder: Path) -> tuple[Card, dict[str, torch.Tensor]]:
 
 def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Copy saved tensors into a module, which is resized where training decides a size."""
-    own = implant.tensors()
-    if own.keys() != tensors.keys():
-        extra, lacking = tensors.keys() - own.keys(), own.keys() - tensors.keys()
+    present = implant.tensors()
+    if present.keys() != tensors.keys():
+        extra, lacking = tensors.keys() - present.keys(), present.keys() - tensors.keys()
         raise CheckpointError(
             f"{folder}: {len(lacking)} tensors are missing {sorted(lacking)[:3]} and {len(extra)} "
             f"are not the module's {sorted(extra)[:3]}; the file and its card are of two modules"
@@ -181,19 +181,19 @@ def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> N
     for path, place in zip(implant.paths, implant.places, strict=True):
         if stored := {k: tensors[f"{path}:{k}"] for k in place.state_dict()}:
             place.resize_to(stored)  # type: ignore[operator]
-    own = implant.tensors()
+    present = implant.tensors()
     with torch.no_grad():
         for key, tensor in tensors.items():
-            if tensor.shape != own[key].shape:
+            if tensor.shape != present[key].shape:
                 raise CheckpointError(
                     f"{folder}: {key} is {list(tensor.shape)} where this host needs "
-                    f"{list(own[key].shape)}"
+                    f"{list(present[key].shape)}"
                 )
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(
                     f"{folder}: {key} holds NaN or infinity; the run that wrote it had diverged"
                 )
-            own[key].copy_(tensor)
+            present[key].copy_(tensor)
 
 
 def to_json(method: Configured) -> dict[str, Any]:

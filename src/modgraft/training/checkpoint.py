@@ -7,9 +7,9 @@
         tensors.safetensors         the trainable parameters, and the buffers that changed
         optimizer.safetensors       the optimiser's state, "<parameter>#<entry>"
 
-JSON and safetensors only. No generator state is among it: `fit` seeds every step from (seed,
-step), so that what is random is a function of the position. A folder is written under a temporary
-name, synchronised to disk and renamed; it therefore exists complete or not at all.
+JSON and safetensors only. No state of a random generator is saved: `fit` seeds every step from
+(seed, step). A folder is written under a temporary name, synchronised to disk and renamed; it
+therefore exists complete or not at all.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Checkpoint:
 
 
 def fingerprint(host: nn.Module) -> dict[str, Any]:
-    """What makes a host the same host: name → {"shape", "dtype", "trains"} and a content hash.
+    """Identify a host: name → {"shape", "dtype", "trains"} and a hash of the content.
 
-    Trainable parameters and buffers have no hash: a checkpoint brings their content. Costs one
-    reading of the frozen weights.
+    Trainable parameters and buffers have no hash, since a checkpoint restores their content. All
+    frozen weights are read once.
     """
     found: dict[str, Any] = {}
     for name, p in host.named_parameters():
@@ -102,11 +102,10 @@ def _difference(name: str, there: Any, here: Any) -> str:
 
 
 def refuse_other(path: Path, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise if a checkpoint's fingerprint or settings are not the present ones.
+    """Refuse a checkpoint with another fingerprint or other settings than the present ones.
 
     Raises:
         ModgraftError: naming the folder, the first differences and the remedy.
-
     """
     lines = differences(there, here)
     if not lines:
@@ -125,7 +124,6 @@ class Checkpoints:
     Args:
         folder: the run's folder.
         keep: how many of the latest stay, besides the best.
-
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
@@ -135,13 +133,12 @@ class Checkpoints:
         self._lock: IO[bytes] | None = None
 
     def open(self, *, resume: bool) -> None:
-        """Take the folder for this process, and remove what a killed process left half done.
+        """Lock the folder for this process, and remove what a killed process left unfinished.
 
         With `resume=False` the run in the folder is deleted.
 
         Raises:
             ModgraftError: another process is training here, or the folder's metrics are not ours.
-
         """
         if resume and (self.folder / METRICS).exists() and not self.root.is_dir():
             raise ModgraftError(
@@ -167,13 +164,13 @@ class Checkpoints:
             (self.folder / METRICS).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def paths(self, until: float = math.inf) -> list[Path]:
-        """The checkpoints there are, oldest first, up to that of step `until`."""
+        """The checkpoints, oldest first, up to that of step `until`."""
         found = {step_of(p): p for p in self.root.iterdir() if _NAME.fullmatch(p.name)}
         return [path for step, path in sorted(found.items()) if step <= until]
 
@@ -214,14 +211,13 @@ class Checkpoints:
         return path
 
     def prune(self) -> None:
-        """Remove all but the latest `keep`, and what those name as the best so far.
+        """Remove all but the latest `keep` checkpoints and those that they name as the best.
 
-        The last thing `save` does. A process killed just before it leaves one checkpoint more,
-        which a run at its end would keep for ever; who goes on from a checkpoint therefore prunes.
+        `save` does it last. A process that is killed just before leaves one checkpoint too many, so
+        resuming prunes as well.
 
         Raises:
-            ModgraftError: one of the latest is damaged, so that its best is not known.
-
+            ModgraftError: one of the latest is damaged, so that its best is unknown.
         """
         paths = self.paths()
         latest, older = paths[-self.keep :], paths[: -self.keep]
@@ -244,7 +240,6 @@ class Checkpoints:
 
         Raises:
             ModgraftError: a file is missing, cut, changed, or of another format.
-
         """
         state = self._state(path)
         try:
@@ -287,12 +282,12 @@ class Checkpoints:
 
 
 def step_of(path: Path) -> int:
-    """Of which step a checkpoint is."""
+    """The step of a checkpoint."""
     return int(path.name.removeprefix("step-"))
 
 
 def _sync(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, reach the disk."""
+    """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -301,7 +296,7 @@ def _sync(path: Path) -> None:
 
 
 def _state_digest(state: Mapping[str, Any]) -> str:
-    """Of what `state.json` says, its own hash left out."""
+    """Hash the content of `state.json` without its hash."""
     said = {key: value for key, value in state.items() if key != "sha256"}
     return sha256(json.dumps(said).encode()).hexdigest()
 
@@ -344,7 +339,7 @@ def optimizer_tensors(
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` took."""
+    """Restore the state that `optimizer_tensors` saved."""
     entries: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition("#")

@@ -1,8 +1,7 @@
-"""A host's loss on a batch: one for the batch, or one for each part of it."""
+"""A host's loss on a batch: one for the whole batch, or one for each of its parts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from modgraft.training.stream import Batch, Stream, Weigh, to_device
 
 @dataclass(frozen=True)
 class Forward:
-    """How a run reads the loss of a host.
+    """Compute the loss of a host.
 
     Attributes:
-        host: for messages; what is called may be wrapped around it.
+        host: the host, for messages; the model that is called may be a wrapper of it.
         ignore: names in a batch that ``forward`` does not take.
-        device: where the batch goes.
+        device: where batches are moved to.
         precision: "no", or "bf16" autocast.
     """
 
@@ -32,15 +31,15 @@ class Forward:
     device: torch.device
     precision: str
 
-    def learns(
+    def training_loss(
         self, model: nn.Module, batch: Batch, learners: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
-        """The loss ``[]`` to go down, and that of each of the batch's parts by name.
+        """The loss ``[]`` to minimise, and the losses of the batch's parts by name.
 
-        A part's loss is the mean over its own examples, and every part counts alike.
+        A part's loss is the mean over its examples; the loss is the mean over the parts.
 
         Raises:
-            ModgraftError: as :meth:`losses`, or if none of ``learners`` is in it.
+            ModgraftError: as :meth:`losses`, or if the loss depends on none of ``learners``.
         """
         losses = self.losses(model, batch)
         if torch.is_grad_enabled() and not losses.requires_grad:
@@ -53,10 +52,10 @@ class Forward:
         return losses.mean(), _by_name(batch[PARTS].names, losses.detach().tolist())
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What ``forward`` returns as ``loss``: a scalar, or ``[N]`` for a batch of N parts.
+        """The ``loss`` that ``forward`` returns: a scalar, or ``[N]`` for a batch of N parts.
 
         Raises:
-            ModgraftError: if that is none, or not one for each part.
+            ModgraftError: if there is none, or not one for each part.
         """
         parts: Parts | None = batch.get(PARTS)
         given = {k: v for k, v in batch.items() if k not in self.ignore and k != PARTS}
@@ -85,16 +84,16 @@ class Forward:
 
 
 def _by_name(names: Sequence[str], losses: Sequence[float]) -> dict[str, float]:
-    """The mean of each name's."""
+    """The mean loss of each name."""
     found: dict[str, list[float]] = {}
     for name, loss in zip(names, losses, strict=True):
         found.setdefault(name, []).append(loss)
-    return {name: sum(own) / len(own) for name, own in found.items()}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def mean_parts(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each part's losses over the batches of one step."""
-    pairs = [pair for own in several for pair in own.items()]
+    pairs = [pair for parts in several for pair in parts.items()]
     return _by_name([name for name, _ in pairs], [loss for _, loss in pairs])
 
 
@@ -109,12 +108,12 @@ def mean_loss(
     """The mean loss over ``loader``, weighted by ``weigh`` or by examples.
 
     Args:
-        forward: of the host.
-        loader: read once.
+        forward: computes the loss.
+        loader: is read once.
         weigh: how many terms the mean loss of a batch averages over.
         add: sums numbers over all processes.
-        rank: this process, of
-        world: so many, which share the batches.
+        rank: this process.
+        world: the number of processes, which share the batches.
     """
     sums = [0.0, 0.0]
     for batch in Stream(loader, seed=0, rank=rank, world=world, pad=False).read(0):
@@ -132,19 +131,7 @@ def _examples(batch: Batch) -> int:
     return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
 
 
-def not_finite(
-    batches: list[Batch], losses: list[float], norm: float, parameters: Mapping[str, Tensor]
-) -> tuple[str, list[Batch]]:
-    """What is not finite, in words, and the batches it came of."""
-    bad = [b for b, v in zip(batches, losses, strict=True) if not math.isfinite(v)]
-    if bad:
-        return f"the loss is {losses}", bad
-    grads = [n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-    named = f" ({', '.join(grads[:4])})" if grads else ""
-    return f"the gradient norm is {norm}{named}", batches
-
-
 def set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
-    """Put modules back into the modes they came in."""
+    """Restore the modes (training or not) of modules."""
     for module, mode in modes:
         module.training = mode

@@ -1,4 +1,4 @@
-"""What a training run recorded: `History` in memory, `metrics.jsonl` on disk."""
+"""The record of a training run: `History` in memory, `metrics.jsonl` on disk."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ class History:
     Attributes:
         steps: the steps whose loss was recorded, 1 … T.
         losses: the training loss at each of `steps`, before that step's update.
-        evaluations: one dict an evaluation: "step", "seconds" and what `evaluate` measured.
+        evaluations: for each evaluation a dict with "step", "seconds" and the measured values.
         best: the evaluation with the best monitored value, None without `evaluate`.
         monitor: the name of the monitored value.
         seconds: wall time, added up over interruptions.
         resumed_from: the step this call continued from, None if it started at the beginning.
-        parts: at each of `steps` the losses by name, of batches that have parts (`mg.Tasks`).
+        parts: at each of `steps` the losses by name, for batches that have parts (`mg.Tasks`).
         stopped: why it ended: "steps" (all were taken), "patience" (early stopping) or, of modules
             that train side by side, "diverged"; None while it runs.
-        error: what went wrong where it diverged.
+        error: why it diverged.
         untouched: trainable tensors that no step gave a gradient; usually a module that the
             forward pass never reached.
-
     """
 
     steps: list[int] = field(default_factory=list)
@@ -54,14 +53,13 @@ class History:
 
         Raises:
             ModgraftError: nothing was recorded.
-
         """
         if not self.losses:
             raise ModgraftError("this history holds no step: fit was asked for none")
         return self.losses[-1]
 
     def add(self, line: dict[str, Any]) -> None:
-        """Take one line of `metrics.jsonl`."""
+        """Add one line of `metrics.jsonl`."""
         if line["split"] == "train":
             self.steps.append(line["step"])
             self.losses.append(line["loss"])
@@ -71,11 +69,10 @@ class History:
 
 
 def numbers(measured: Any) -> dict[str, float | None]:
-    """What an evaluation returned as plain numbers, None for what is not finite.
+    """Convert what an evaluation returned to plain numbers, None where it is not finite.
 
     Raises:
         ModgraftError: it is no mapping of names to numbers.
-
     """
     try:
         values = {str(k): float(v) for k, v in measured.items()}
@@ -88,11 +85,10 @@ def numbers(measured: Any) -> dict[str, float | None]:
 
 
 def check_monitor(values: dict[str, float | None], monitor: str, step: int) -> float:
-    """The monitored value; an evaluation that cannot be compared with others is refused.
+    """Return the monitored value of an evaluation.
 
     Raises:
         ModgraftError: the monitored value is absent or not finite.
-
     """
     value = values.get(monitor)
     if value is None:
@@ -108,13 +104,12 @@ class Metrics:
     """`metrics.jsonl`: one JSON object a line, appended as it happens.
 
     Lines have "step", "split" ("train" or "eval"), "seconds" since the run began, and for "train"
-    "loss", "lr", "grad_norm" (before clipping), "epoch", and "parts" where batches have some; for
-    "eval" what `evaluate` measured.
+    "loss", "lr", "grad_norm" (before clipping), "epoch", and "parts" where batches have parts; for
+    "eval" the measured values.
 
     Args:
         folder: the run's folder, or None to keep nothing on disk.
         write: False only reads, as processes other than the main one do.
-
     """
 
     def __init__(self, folder: Path | None, *, write: bool = True) -> None:
@@ -127,7 +122,6 @@ class Metrics:
 
         Raises:
             ModgraftError: the file is shorter than that, or holds something else.
-
         """
         if self.path is None:
             return []

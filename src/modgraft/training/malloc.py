@@ -1,8 +1,8 @@
-"""What the C library does with memory that a training step on the CPU has freed.
+"""Keep the memory that a training step on the CPU has freed, for the next step.
 
-A step frees all its activations at its end. glibc hands what is free at the top of its heap back to
+A step frees all its activations at its end. glibc returns the free memory at the top of its heap to
 the system, and the next step asks for it again, which costs a page fault for each 4 KiB. Whether
-that happens hangs on which small tensor happens to lie at the top.
+that happens depends on which small tensor happens to lie at the top.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ import platform
 KEPT = 2**30  # bytes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGEST_MMAP = 2**25  # glibc takes no more; a larger tensor is always the system's
-#: where a user has already said what malloc should do
+#: variables by which a user configures malloc
 SAID = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def keep_freed_memory(most: int = KEPT) -> bool:
-    """Let this process keep up to ``most`` freed bytes for what it allocates next.
+    """Let this process keep up to ``most`` freed bytes for its next allocations.
 
-    For the whole process and until it ends; no result changes. `fit` on a CPU asks for it; so may a
-    training loop of one's own, once, at its start.
+    It holds for the whole process until it ends, and changes no result. `fit` calls it on a CPU;
+    another training loop may call it once, at its start.
 
     Args:
         most: bytes, below 2 GiB.
 
     Returns:
-        Whether it was done: not where the C library is not glibc, or where the environment says
-        what malloc should do (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``).
+        Whether it was done: not if the C library is not glibc, or the environment configures
+        malloc (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``).
 
     Raises:
         ValueError: ``most`` is negative, or 2 GiB and more.
-
     """
     if not 0 <= most < 2**31:
         raise ValueError(f"most is a number of bytes from 0 to 2**31 - 1, got {most}")
@@ -43,6 +42,6 @@ def keep_freed_memory(most: int = KEPT) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # either ends that glibc moves the other as it goes, so both are said
-    kept = mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP), mallopt(M_TRIM_THRESHOLD, most)
-    return kept == (1, 1)
+    # setting one of them stops glibc from adjusting the other, so both are set
+    done = mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP), mallopt(M_TRIM_THRESHOLD, most)
+    return done == (1, 1)

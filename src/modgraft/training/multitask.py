@@ -20,31 +20,31 @@ TEMPERATURES = {"proportional": 1.0, "equal": math.inf}
 
 @final
 class Tasks:
-    """A loader over those of several tasks: p_t ∝ n_t^(1/τ), n_t the batches of task t.
+    """Draw batches of several tasks: p_t ∝ n_t^(1/τ), n_t the number of batches of task t.
 
     ``host.fit(mg.Tasks({"fr": french, "de": german}), train=["fr", "de"])`` trains the modules of
     all tasks jointly. A batch holds the examples of ``mix`` draws, each with the composition of its
-    task. The loss is balanced: every draw counts by the mean over its own examples, however long
-    they are, so that a task weighs what it is drawn; and what each task's loss was stands under
-    ``"parts"`` in metrics.jsonl, ``history.parts`` and the progress. It is the same as accumulating
-    ``mix`` batches of one task, in one pass. Given as ``evaluate=``, every batch of each loader is
-    read once, and "loss.fr" is measured beside "loss", the mean of the tasks'.
+    task. The loss is balanced: it is the mean over the draws of the mean over each draw's examples,
+    however long they are, so that a task counts as often as it is drawn. Each task's loss stands
+    under ``"parts"`` in metrics.jsonl, in ``history.parts`` and in the progress. The gradient is
+    that of accumulating ``mix`` batches of one task each. Given as ``evaluate=``, every batch of
+    each loader is read once, and "loss.fr" is measured beside "loss", the mean over the tasks.
 
-    What is drawn is a function of torch's seed alone; `fit` sets it by (seed, epoch) and goes on in
-    the middle of an epoch where it was. A task that comes to its end begins anew, in another order.
+    The draws are a function of torch's seed alone, which `fit` sets by (seed, epoch) so that it can
+    resume in the middle of an epoch. A task whose loader ends starts anew, in another order.
 
     Args:
-        loaders: for each task's name its batches.
+        loaders: the batches of each task, by its name.
         sampling: "proportional" (τ = 1), "equal" (τ = ∞), or a number, the temperature τ
             (Arivazhagan et al. 2019, arXiv:1907.05019; Raffel et al. 2020, arXiv:1910.10683).
-        mix: draws a batch.
-        modules: for each task its composition; left out, the module of its name. One that a batch
-            carries goes first.
+        mix: how many draws make a batch.
+        modules: the composition of each task; left out, the module of its name. A composition that
+            a batch carries goes first.
         length: batches an epoch; None: ⌈Σ n_t / mix⌉.
-        padding: the id that fills up shorter texts.
+        padding: the id that pads shorter texts.
 
     Raises:
-        ModgraftError: for no task, a sampling or number that means nothing, a loader without a
+        ModgraftError: for no task, an invalid sampling or number, a loader without a
             length where one is needed, or modules of other tasks.
     """
 
@@ -90,7 +90,7 @@ class Tasks:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        seed = int(torch.randint(1 << 62, ()))  # all that is drawn from outside
+        seed = int(torch.randint(1 << 62, ()))  # the only draw from torch's generator
         draws = random.Random(seed)
         names, shares = list(self.shares), list(self.shares.values())
         read = {task: self._read(task, fold(seed, task)) for task in names}
@@ -99,11 +99,11 @@ class Tasks:
             yield together([next(read[task]) for task in tasks], tasks, self.padding)
 
     def each(self) -> dict[str, Iterable[Batch]]:
-        """The loaders by task, every batch with what it is to run with; nothing is drawn."""
-        return {task: _Tagged(own, self.modules[task]) for task, own in self.loaders.items()}
+        """The loaders by task, every batch with its composition; nothing is drawn."""
+        return {task: _Tagged(loader, self.modules[task]) for task, loader in self.loaders.items()}
 
     def _read(self, task: str, seed: int) -> Iterator[Batch]:
-        """The batches of one task without end, each with what it is to run with."""
+        """The batches of one task without end, each with its composition."""
         stream = Stream(self.loaders[task], seed=seed)
         for epoch in count():
             for batch in stream.read(epoch):
@@ -123,8 +123,8 @@ class _Tagged:
 
 
 def mean_of_tasks(loader: Any, mean: Callable[[Any], float]) -> dict[str, float]:
-    """The ``mean`` loss over a loader; of ``Tasks`` that of each, and as "loss" the mean of all."""
+    """The ``mean`` loss over a loader; for ``Tasks`` also that of each task, all counting alike."""
     if not isinstance(loader, Tasks):
         return {"loss": mean(loader)}
-    own = {f"loss.{task}": mean(batches) for task, batches in loader.each().items()}
-    return {"loss": sum(own.values()) / len(own), **own}
+    losses = {f"loss.{task}": mean(batches) for task, batches in loader.each().items()}
+    return {"loss": sum(losses.values()) / len(losses), **losses}

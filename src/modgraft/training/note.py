@@ -1,4 +1,4 @@
-"""What a run of `fit` says of itself in its folder's note; see `modgraft.log.record.runs`."""
+"""Write a run of `fit` down in its folder's note; see `modgraft.log.record.runs`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from modgraft.training.run import Run
 
 ELSEWHERE = ("seed", "first_ids", "beside")
-"""Settings that are said in words of their own, or are no settings of a person's."""
+"""Settings that stand elsewhere in the note, or that nobody sets."""
 
 
 def noted(run: Run, loader: Iterable[Any], label: str = "fit") -> AbstractContextManager[None]:
-    """The training of `run`, recorded in its folder by the process that writes there."""
+    """Record the training of `run` in its folder, by the main process alone."""
     folder = None if run.store is None else run.store.folder
     name = folder.name if label == "fit" and folder is not None else label
 
@@ -42,7 +42,7 @@ def noted(run: Run, loader: Iterable[Any], label: str = "fit") -> AbstractContex
 def noted_together(
     runs: Mapping[str, Run], loaders: Mapping[str, Iterable[Any]], label: str = "side by side"
 ) -> AbstractContextManager[None]:
-    """The training of several modules in one pass, recorded in the folder above theirs."""
+    """Record the training of several modules in one pass, in the folder above theirs."""
     first = next(iter(runs.values()))
     folder = None if first.store is None else first.store.folder.parent
 
@@ -97,8 +97,8 @@ def _trains(run: Run) -> str:
     for name, implant in implants.items():
         if any(id(p) in learns for p in implant.parameters()):
             found.append(f"{name} = {implant.method.brief()}, sites {len(implant.paths)}")
-    own = any(id(p) in learns for p in _model(run.host).parameters())
-    parts = [*map(code, found), *(["the host's own weights"] if own else [])]
+    host_learns = any(id(p) in learns for p in _model(run.host).parameters())
+    parts = [*map(code, found), *(["the host's own weights"] if host_learns else [])]
     return f"{size}: {listed(parts)}" if parts else size
 
 

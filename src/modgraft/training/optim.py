@@ -29,18 +29,17 @@ def cosine(u: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * u))
 
 
-#: modules whose own parameters keep their size, whatever their number of axes
+#: modules whose parameters are not decayed, whatever their number of axes
 UNDECAYED = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 SCHEDULES: dict[str, Decay] = {"constant": constant, "linear": linear, "cosine": cosine}
 
 
 def warmup_steps(warmup: int | float, total: int) -> int:
-    """Warm-up as a number of steps: an int is that number, a float in [0, 1) a fraction of `total`.
+    """The number of warm-up steps: an int is that number, a float in [0, 1) a fraction of `total`.
 
     Raises:
         ModgraftError: negative, a fraction of 1 or more, or a warm-up as long as the run.
-
     """
     if isinstance(warmup, float):
         if not 0.0 <= warmup < 1.0:
@@ -64,7 +63,6 @@ def learning_rate(
 
     Raises:
         ModgraftError: an unknown schedule.
-
     """
     if schedule not in SCHEDULES:
         raise ModgraftError(f"schedule={schedule!r} is unknown; choose one of {sorted(SCHEDULES)}")
@@ -74,11 +72,10 @@ def learning_rate(
 
 
 def trainable(host: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters with `requires_grad`, by name, each object once however often it is tied.
+    """The parameters with `requires_grad`, by name; a tied one only once.
 
     Raises:
         ModgraftError: nothing trains.
-
     """
     found = {name: p for name, p in host.named_parameters() if p.requires_grad}
     if not found:
@@ -92,11 +89,11 @@ def trainable(host: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def undecayed(host: nn.Module) -> set[int]:
-    """`id`s of the parameters that weight decay would harm.
+    """The `id`s of the parameters that are not decayed.
 
-    Vectors and scalars (biases, norm scales, gates), everything a norm layer owns, and embedding
-    tables (a row that a batch does not use would shrink for nothing). Decided by object: a table
-    tied to an output layer is one object and stays undecayed.
+    These are vectors and scalars (biases, norm scales, gates), the parameters of norm layers, and
+    embedding tables, whose rows would shrink in batches that do not use them. A table that is tied
+    to an output layer is one object and is not decayed either.
     """
     found: set[int] = set()
     for module in host.modules():
@@ -137,14 +134,13 @@ def adamw(
         weight_decay: λ; see `undecayed` for what is exempt.
         fused: one kernel for the whole update instead of several a tensor. The arithmetic is the
             same up to rounding.
-
     """
     groups = parameter_groups(host, weight_decay=weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """‖g‖₂ over all gradients there are, a scalar tensor."""
+    """‖g‖₂ over all gradients, a scalar tensor."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 

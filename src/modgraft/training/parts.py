@@ -1,8 +1,8 @@
-"""Several parts of one batch, each with a loss of its own: in one forward, by the host's own loss.
+"""Join batches into one, and let the host compute a loss for each of them in one forward.
 
-A host returns one loss, a mean over the batch. What it takes that mean by is one of PyTorch's
-functions; here it is taken over each part's own rows instead, so that the host's ``loss`` is a
-vector with one entry a part, whatever the host is and whatever it does with its logits before.
+A host returns one loss, a mean over the batch, which it computes by one of PyTorch's functions.
+Within :class:`Apart` these functions take the mean over each part's rows instead, so that the
+host's ``loss`` is a vector with one entry a part, whatever the host does with its logits before.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
 from modgraft.training.stream import Batch
 
-PARTS = "parts"  # what a batch of several parts says of them
+PARTS = "parts"  # the key of `Parts` in a batch
 LENGTHENED = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": -100}
-IDS = ("input_ids", "decoder_input_ids")  # filled with the host's padding
+IDS = ("input_ids", "decoder_input_ids")  # padded with the host's id
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Parts:
     """The parts of a batch, one after the other.
 
     Attributes:
-        names: whose each is; one may have several.
-        rows: how many examples each has.
+        names: the name of each part; several parts may have the same.
+        rows: the number of examples of each part.
     """
 
     names: tuple[str, ...]
@@ -39,10 +39,10 @@ class Parts:
 
 
 class Apart(TorchFunctionMode):
-    """Within it a mean loss ``[]`` over a batch is a vector of means ``[N]``, one a part.
+    """A mode in which a mean loss ``[]`` over a batch becomes the means ``[N]`` of its parts.
 
     Args:
-        rows: how many examples each part has; a loss has as many entries for each of them.
+        rows: the number of examples of each part; each example has equally many terms of the loss.
     """
 
     def __init__(self, rows: Sequence[int]) -> None:
@@ -75,37 +75,37 @@ class Apart(TorchFunctionMode):
                 f"which cannot be told apart; train them one after the other, by host.fit"
             )
         sums, counts = (
-            torch.stack([own.sum() for own in value.reshape(total, -1).split(self.rows)])
+            torch.stack([part.sum() for part in value.reshape(total, -1).split(self.rows)])
             for value in (terms, counted)
         )
-        return sums / counts  # of a part without targets NaN, as in a batch of its own
+        return sums / counts  # NaN for a part without targets, as PyTorch gives for such a batch
 
 
-COUNTS = frozenset({F.cross_entropy, F.nll_loss})  # those that leave targets out
+COUNTS = frozenset({F.cross_entropy, F.nll_loss})  # losses that may ignore targets
 LOSSES = COUNTS | {
     F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits,
 }  # fmt: skip
 
 
 def together(batches: Sequence[Batch], names: Sequence[str], padding: int = 0) -> Batch:
-    """Batches as one, an example after the other; ``"parts"`` says whose is which.
+    """Join batches into one, whose ``"parts"`` says which examples are of which.
 
-    Texts of unequal length are filled up on the right, as the masks say. ``"modules"`` becomes a
-    list with a composition for each example.
+    Texts of unequal length are padded on the right, and the padding is masked. ``"modules"``
+    becomes a list with a composition for each example.
 
     Args:
         batches: dicts of tensors ``[B_i, …]``, of ``Side``s, and of values equal in all.
-        names: whose each is.
-        padding: the id that fills up texts.
+        names: the name of each batch.
+        padding: the id that pads texts.
 
     Raises:
-        ModgraftError: for batches of other arguments, or shapes that are not filled up by length.
+        ModgraftError: for batches of different arguments, or shapes that cannot be padded.
     """
     rows = tuple(examples(batch, name) for batch, name in zip(batches, names, strict=True))
     made: dict[str, Any] = {PARTS: Parts(tuple(names), rows)}
     every = [dict(batch) for batch in batches]
     if len({b["input_ids"].shape[1:] for b in every if isinstance(b.get("input_ids"), Tensor)}) > 1:
-        for batch in every:  # none says that all of it is seen
+        for batch in every:  # a batch without a mask has no padding yet
             batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
     for name, batch in zip(names, every, strict=True):
         if batch.keys() != every[0].keys():
@@ -119,17 +119,17 @@ def together(batches: Sequence[Batch], names: Sequence[str], padding: int = 0) -
         if key == "modules":
             made[key] = [c for v, n in zip(values, rows, strict=True) for c in _each(v, n)]
         elif key == "ids":
-            made[key] = [own for value in values for own in value]
+            made[key] = [each for value in values for each in value]
         else:
             made[key] = _joined(key, values, names, padding)
     return made
 
 
 def examples(batch: Batch, name: str) -> int:
-    """How many examples a batch has.
+    """The number of examples of a batch.
 
     Raises:
-        ModgraftError: where no tensor tells.
+        ModgraftError: if it has no tensor.
     """
     first = next((v for v in batch.values() if isinstance(v, Tensor) and v.dim()), None)
     if first is None:
@@ -154,7 +154,7 @@ def _joined(key: str, values: list[Any], names: Sequence[str], padding: int) -> 
         most = max(side.tensor.shape[1] for side in values)
         seen = [side.seen() for side in values]
         tensors = [_longer(side.tensor, most, 0.0) for side in values]
-        return Side(torch.cat(tensors), torch.cat([_longer(own, most, False) for own in seen]))
+        return Side(torch.cat(tensors), torch.cat([_longer(mask, most, False) for mask in seen]))
     if not isinstance(first, Tensor) or not first.dim():
         if any(not _equal(value, first) for value in values):
             raise ModgraftError(
@@ -176,7 +176,7 @@ def _joined(key: str, values: list[Any], names: Sequence[str], padding: int) -> 
 
 
 def _longer(value: Tensor, most: int, fill: float) -> Tensor:
-    """``value`` ``[B, n, …]`` with ``fill`` up to ``[B, most, …]``."""
+    """Pad ``value`` ``[B, n, …]`` with ``fill`` to ``[B, most, …]``."""
     shape = (value.shape[0], most - value.shape[1], *value.shape[2:])
     return torch.cat([value, value.new_full(shape, fill)], dim=1)
 

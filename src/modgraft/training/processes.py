@@ -1,11 +1,11 @@
-"""Several processes that must be as many as were asked for, and Ctrl-C at a safe moment."""
+"""The processes of a run: their device, their number, and Ctrl-C at a safe moment."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 
 from accelerate import Accelerator
 
@@ -17,13 +17,13 @@ ANNOUNCED = ("WORLD_SIZE", "ACCELERATE_NUM_PROCESSES")
 
 
 def accelerator_for() -> Accelerator:
-    """The process group and device. Autocast is ours: accelerate's would patch the host's forward.
+    """Make the `Accelerator`, which knows the processes and the device.
 
-    On a CPU the process keeps the memory that a step frees for the next, see `allocator`.
+    It does no autocast, since that would patch the host's forward; `Forward` does. On a CPU the
+    process keeps the memory that a step frees for the next, see `malloc`.
 
     Raises:
-        ModgraftError: an `Accelerator` with mixed precision was made before in this process.
-
+        ModgraftError: an `Accelerator` with mixed precision already exists in this process.
     """
     try:
         accelerator = Accelerator(mixed_precision="no")
@@ -40,8 +40,8 @@ def accelerator_for() -> Accelerator:
 def check_world(found: int, expected: int | None = None) -> None:
     """Refuse to run with another number of processes than was asked for.
 
-    `accelerate launch --cpu --num_processes 2` starts one process without a word; it leaves a
-    meeting point (MASTER_ADDR) in the environment and no WORLD_SIZE, which gives it away.
+    `accelerate launch --cpu --num_processes 2` silently starts one process. It can be told by the
+    environment, which has a MASTER_ADDR and no WORLD_SIZE.
 
     Args:
         found: the number of processes there are.
@@ -49,7 +49,6 @@ def check_world(found: int, expected: int | None = None) -> None:
 
     Raises:
         ModgraftError: they differ, or a launcher meant several and started one.
-
     """
     launch = (
         "ACCELERATE_USE_CPU=1 torchrun --nproc-per-node N script.py (without the variable on GPUs)"
@@ -68,14 +67,14 @@ def check_world(found: int, expected: int | None = None) -> None:
 
 
 class Interrupt:
-    """Holds a Ctrl-C back until the step is complete; a second one stops at once.
+    """Hold a Ctrl-C back until the step is complete; a second one stops at once.
 
-    Outside the main thread, or where a program has its own handler, it does nothing.
+    Outside the main thread, or where the program has set a handler, it does nothing.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self.hold = True  # False while nothing can be left half done (evaluation)
+        self.hold = True  # False during evaluation, which may be interrupted anywhere
         self._before: object = None
 
     def __enter__(self) -> Interrupt:
@@ -84,12 +83,7 @@ class Interrupt:
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,33 +1,31 @@
-"""How a run shows itself: a bar on a terminal, a plain line now and then elsewhere."""
+"""Show the progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 #: seconds between two plain lines
 EVERY = 5.0
-#: parts of a batch whose losses are shown; all of them are in metrics.jsonl
+#: how many parts' losses are shown; all of them are in metrics.jsonl
 SHOWN = 6
 
 
 class Show:
-    """Shows loss, learning rate, steps a second and time left while a run goes on.
+    """Show loss, learning rate, steps a second and time left during a run.
 
-    On a terminal a bar in place; in a pipe or a log file one line at the start, at the end and
-    every `EVERY` seconds. Both go to standard error, so that a program's own output stays clean.
+    On a terminal it is a bar; in a pipe or a log file, a line at the start, at the end and every
+    `EVERY` seconds. Both go to standard error, apart from the program's output.
 
     Args:
-        label: what is being trained, first on the line.
-        total: number of steps of the whole run.
-        start: steps taken before, in the run that is resumed.
+        label: stands first on the line.
+        total: the number of steps of the whole run.
+        start: the number of steps taken before the run was resumed.
         enabled: False shows nothing.
-
     """
 
     def __init__(self, label: str, total: int, *, start: int = 0, enabled: bool = True) -> None:
@@ -53,26 +51,23 @@ class Show:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def step(
         self, step: int, loss: float, lr: float, parts: Mapping[str, float] | None = None
     ) -> None:
-        """A step was taken; `parts` are the losses of what was in its batch, by name."""
+        """Show a step; `parts` are the losses of its batch's parts, by name."""
         if not self.enabled:
             return
         now = time.monotonic()
         rate = (step - self.start) / max(now - self._began, 1e-9)
-        self._parts |= parts or {}  # a step has some of them: the last of each is shown
-        own = "".join(f"  {name} {value:.4f}" for name, value in list(self._parts.items())[:SHOWN])
-        text = f"loss {loss:.4f}{own}  lr {lr:.2e}  {rate:.2f} steps/s"
+        self._parts |= parts or {}  # not every step has every part: show the last loss of each
+        of_parts = "".join(
+            f"  {name} {value:.4f}" for name, value in list(self._parts.items())[:SHOWN]
+        )
+        text = f"loss {loss:.4f}{of_parts}  lr {lr:.2e}  {rate:.2f} steps/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=text)
         elif step in (self.start + 1, self.total) or now - self._shown >= EVERY:
@@ -81,7 +76,7 @@ class Show:
             self.say(f"step {step}/{self.total}  {text}  {left} left")
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """Print a line, above the bar where there is one."""
         if not self.enabled:
             return
         if self._bar is not None:

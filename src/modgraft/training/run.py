@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from modgraft.core.errors import ModgraftError
 from modgraft.training import checkpoint as disk
 from modgraft.training import stream as data
-from modgraft.training.forward import Forward, mean_loss, mean_parts, not_finite, set_modes
+from modgraft.training.forward import Forward, mean_loss, mean_parts, set_modes
 from modgraft.training.history import History, Metrics, check_monitor, numbers
 from modgraft.training.multitask import mean_of_tasks
 from modgraft.training.optim import (
@@ -30,65 +31,63 @@ from modgraft.training.optim import (
 )
 from modgraft.training.processes import Interrupt
 from modgraft.training.progress import Show
-from modgraft.training.settings import Settings
+from modgraft.training.settings import Decided
 from modgraft.training.stream import Batch, Stream
 
 
 class Run:
-    """One run of training. `step` counts completed steps; `place` is the next (epoch, batch).
+    """One run of training, whose steps are counted once they are complete.
 
     Args:
         host: what runs.
         stream: the batches.
-        settings: what decides the loss curve.
+        settings: of `fit`, decided for this run.
         accelerator: device and processes.
-        part: what of the host trains and is saved, where that is not all that requires a gradient.
+        part: the part of the host that trains and is saved; None: all that requires a gradient.
     """
 
     def __init__(
         self,
         host: nn.Module,
         stream: Stream,
-        settings: Settings,
+        settings: Decided,
         accelerator: Accelerator,
         part: nn.Module | None = None,
     ) -> None:
         self.host, self.stream = host, stream
         self.part = host if part is None else part
         self.settings, self.accelerator = settings, accelerator
-        self.evaluate: Any = None
-        self.weigh: data.Weigh | None = None
-        self.ignore: frozenset[str] = frozenset()
-        self.save_every = 1
         self.store: disk.Checkpoints | None = None
-        self.noted: Callable[[], AbstractContextManager[None]] = nullcontext  # around the training
+        if settings.folder is not None:
+            self.store = disk.Checkpoints(Path(settings.folder), keep=settings.keep)
+        self.noted: Callable[[], AbstractContextManager[None]] = nullcontext  # writes the note
 
-        self.step, self.place = 0, (0, 0)
-        self.at = (0, 0)  # the (epoch, batch) that the step under way began with
+        self.step, self.place = 0, (0, 0)  # completed steps, and the next (epoch, batch)
+        self.at = (0, 0)  # the (epoch, batch) at which the step under way began
         self.evaluated = 0  # the last step that was evaluated
-        self.worse = 0  # evaluations in a row without a better one
+        self.worse = 0  # evaluations since the best one
         self.best_tensors: dict[str, Tensor] | None = None
         self.history = History(monitor=settings.monitor)
         self.metrics = Metrics(None)
         self.interrupt = Interrupt()
-        self.whole = True  # False while a step is half done
+        self.complete = True  # False in the middle of a step
         self.lr = settings.lr  # of the last step
-        self.before = 0.0  # seconds of the parts before an interruption
+        self.seconds_before = 0.0  # of training before it was interrupted and resumed
         self.began = time.monotonic()
 
     # --- the run --------------------------------------------------------------------------------
 
-    def start(self, *, resume: bool, progress: bool, label: str) -> History:
-        """Set up, resume, train, restore what belongs to the caller."""
+    def start(self) -> History:
+        """Set up, resume, train, and restore random generators and modes."""
         with ExitStack() as stack:
             stack.enter_context(data.own_randomness())
             stack.callback(set_modes, [(m, m.training) for m in self.host.modules()])
             self.prepare(stack)
-            self.open(resume, stack)
+            self.open(stack)
             self.resume()
             if self.history.stopped is None:
                 stack.enter_context(self.noted())
-                self._train(stack, progress, label)
+                self._train(stack)
             self.finish()
         return self.history
 
@@ -104,23 +103,23 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         stack.callback(self.optimizer.zero_grad, set_to_none=True)
         self.buffers = {name: b.detach().cpu().clone() for name, b in self.part.named_buffers()}
-        self.changed: set[str] = set()  # buffers that a checkpoint has to bring
-        self.forward = Forward(self.host, self.ignore, self.device, s.precision)
+        self.changed: set[str] = set()  # buffers that have changed, which a checkpoint has to save
+        self.forward = Forward(self.host, frozenset(s.ignore), self.device, s.precision)
 
-    def open(self, resume: bool, stack: ExitStack, whole: Mapping[str, Any] | None = None) -> None:
-        """Take the folder until `stack` closes; `whole` is the fingerprint, where it is known."""
+    def open(self, stack: ExitStack, fingerprint: Mapping[str, Any] | None = None) -> None:
+        """Take the folder until `stack` closes; the host's fingerprint is computed unless given."""
         if self.store is None:
             return
         if self.accelerator.is_main_process:
             stack.callback(self.store.close)
-            self.store.open(resume=resume)
+            self.store.open(resume=self.settings.resume)
         self.accelerator.wait_for_everyone()
-        self.fingerprint = dict(whole or disk.fingerprint(self.host))
+        self.fingerprint = dict(fingerprint or disk.fingerprint(self.host))
         self.metrics = Metrics(self.store.folder, write=self.accelerator.is_main_process)
         stack.callback(self.metrics.close)
 
     def resume(self, until: float = math.inf) -> None:
-        """Go on from the last checkpoint that was made not after step `until`, if there is one.
+        """Resume from the last checkpoint up to step `until`, if there is one.
 
         Raises:
             ModgraftError: it is damaged, or of another host or other settings.
@@ -144,7 +143,7 @@ class Run:
         history.resumed_from, history.stopped = self.step, state["stopped"]
         history.best, history.untouched = state["best"], state["untouched"]
         history.error = state.get("error")
-        history.seconds = self.before = state["seconds"]
+        history.seconds = self.seconds_before = state["seconds"]
         if history.best is not None:
             path = self.store.path(history.best["step"])
             best = found if path == found.path else self.store.load(path)
@@ -153,18 +152,19 @@ class Run:
             self.store.prune()
 
     def finish(self) -> None:
-        """End with the best weights, where that was asked for."""
+        """Restore the best weights, where that was asked for."""
         if self.settings.restore_best and self.best_tensors is not None:
             disk.restore(self.part, self.best_tensors)
 
-    def _train(self, stack: ExitStack, progress: bool, label: str) -> None:
+    def _train(self, stack: ExitStack) -> None:
         many = self.accelerator.num_processes > 1
         self.model = self.accelerator.prepare_model(self.host) if many else self.host
         self.host.train()
         self.began = time.monotonic()
         stack.enter_context(self.interrupt)
-        enabled = progress and self.accelerator.is_main_process
-        show = Show(label, self.settings.steps, start=self.step, enabled=enabled)
+        s = self.settings
+        enabled = s.progress and self.accelerator.is_main_process
+        show = Show(s.label, s.steps, start=self.step, enabled=enabled)
         with show:
             if self.step and self.store is not None:
                 show.say(f"resumed from step {self.step}, {self.store.folder}")
@@ -178,14 +178,14 @@ class Run:
 
     def _loop(self, show: Show) -> None:
         groups = self.groups()
-        # interrupted between a step and its evaluation, or before the end was noted
+        # the run was interrupted between a step and its evaluation, or before its end was saved
         if self.judge_now and self.judge(show):
             self.save()
         while self.history.stopped is None:
             batches, self.at, place = next(groups)
-            self.whole = False
+            self.complete = False
             self.record(self._take(batches), place)
-            self.whole = True
+            self.complete = True
             show.step(self.step, self.history.last, self.lr, self.history.parts[-1])
             if self.judge(show):
                 self.save()
@@ -193,7 +193,7 @@ class Run:
                 raise KeyboardInterrupt
 
     def record(self, line: dict[str, Any], place: tuple[int, int]) -> None:
-        """A step was taken, and the next one begins at `place`."""
+        """Record a completed step; the next one begins at `place`."""
         self.step, self.place = self.step + 1, place
         line = {"step": self.step, "split": "train"} | line | {"seconds": self._seconds()}
         self.metrics.write(line)
@@ -201,12 +201,14 @@ class Run:
 
     @property
     def judge_now(self) -> bool:
-        """Whether the step before an interruption has not been judged yet."""
+        """Whether the last step is to be judged, which an interruption may have prevented."""
         return self._evaluation_due() or self.step >= self.settings.steps
 
     def judge(self, show: Show) -> bool:
-        """Evaluate, decide whether that was all, and say whether to save; resuming relies on the
-        order."""
+        """Evaluate, decide whether to stop, and return whether to save.
+
+        Resuming relies on this order.
+        """
         better = self._evaluate(show) if self._evaluation_due() else False
         s = self.settings
         if s.patience is not None and self.worse >= s.patience:
@@ -216,10 +218,10 @@ class Run:
         if self.history.stopped is not None:
             state = self.optimizer.state
             self.history.untouched = [n for n, p in self.parameters.items() if p not in state]
-        return bool(better or self.history.stopped or self.step % self.save_every == 0)
+        return bool(better or self.history.stopped or self.step % s.save_every == 0)
 
     def groups(self) -> Iterator[tuple[list[Batch], tuple[int, int], tuple[int, int]]]:
-        """The batches of each step, the (epoch, batch) of the first and that after the last."""
+        """Yield each step's batches, with its (epoch, batch) and that of the next step."""
         epoch, batch = self.place
         while True:
             read = self.stream.read(epoch, batch)
@@ -231,7 +233,7 @@ class Run:
             epoch, batch = epoch + 1, 0
 
     def _seconds(self) -> float:
-        return round(self.before + time.monotonic() - self.began, 3)
+        return round(self.seconds_before + time.monotonic() - self.began, 3)
 
     # --- one step -------------------------------------------------------------------------------
 
@@ -239,7 +241,7 @@ class Run:
         """Σ_i w_i·loss_i / Σ w over the batches of all processes, its gradient, one update."""
         s, world = self.settings, self.accelerator.num_processes
         epoch, step = self.at[0], self.step + 1
-        weights = [1.0 if self.weigh is None else self.weigh(b) for b in batches]
+        weights = [1.0 if s.weigh is None else s.weigh(b) for b in batches]
         (total,) = self._sum([sum(weights)])
         if total <= 0:
             raise ModgraftError(f"step {step}: weigh= counts no targets in {self._where(batches)}")
@@ -249,13 +251,13 @@ class Run:
             data.seed_everything(s.seed, "step", step, i, self.accelerator.process_index)
             last = i == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, own = self.forward.learns(self.model, batch, self.parameters)
-                # DDP averages over processes what is to be summed: hence the factor `world`
+                loss, of_parts = self.forward.training_loss(self.model, batch, self.parameters)
+                # DDP averages over processes, and this is to be summed: hence the factor `world`
                 self.accelerator.backward(loss * (weights[i] * world / total))
             losses.append(loss.detach())
-            parts.append(own)
+            parts.append(of_parts)
         norm = gradient_norm(self.parameters.values())
-        # one transfer from the device: everything is finite, or nothing is updated
+        # all numbers in one transfer from the device: unless all are finite, nothing is updated
         wide = torch.promote_types(losses[0].dtype, torch.float32)
         *values, grad_norm = torch.stack([x.to(wide) for x in (*losses, norm)]).tolist()
         mean = sum(w * v for w, v in zip(weights, values, strict=True)) / total
@@ -268,7 +270,7 @@ class Run:
         return line | ({"parts": mean_parts(parts)} if any(parts) else {})
 
     def update(self, norm: Tensor) -> None:
-        """Clip the gradients, whose norm is `norm`, and take the step."""
+        """Clip the gradients, whose norm is `norm`, and update the parameters."""
         s = self.settings
         if s.clip is not None:
             clip_gradients(self.parameters.values(), norm, s.clip)
@@ -282,15 +284,21 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def not_finite(self, batches: list[Batch], losses: list[float], norm: float) -> str:
-        """What to say of a loss or gradient that is not finite; gradients are still there."""
-        what, bad = not_finite(batches, losses, norm, self.parameters)
+        """The error message for a loss or gradient that is not finite."""
+        what = f"the loss is {losses}"
+        bad = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+        if not bad:
+            grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+            names = [n for n, grad in grads.items() if not grad.isfinite().all()][:4]
+            what = f"the gradient norm is {norm}" + (f" ({', '.join(names)})" if names else "")
+            bad = batches
         return (
             f"step {self.step + 1}: {what} in {self._where(bad)}. Nothing was updated "
             "or written. Look at these examples, lower lr= or clip=, or train in precision='no'"
         )
 
     def _where(self, batches: list[Batch]) -> str:
-        ids = [i for b in batches for i in data.ids_of(b, tuple(self.ignore)) or ()]
+        ids = [i for b in batches for i in data.ids_of(b, self.settings.ignore) or ()]
         place = f"epoch {self.at[0]}, batch {self.at[1]}"
         return f"{place} (ids {', '.join(ids[:16])})" if ids else f"{place} (it carries no ids)"
 
@@ -306,19 +314,19 @@ class Run:
     def _evaluation_due(self) -> bool:
         s = self.settings
         due = self.step % s.evaluate_every == 0 or self.step == s.steps
-        return self.evaluate is not None and 0 < self.step != self.evaluated and due
+        return s.evaluate is not None and 0 < self.step != self.evaluated and due
 
     def _evaluate(self, show: Show) -> bool:
-        """Measure, record, and say whether it is the best so far."""
+        """Measure, record, and return whether it is the best so far."""
         self.host.eval()
         self.interrupt.hold = self.accelerator.num_processes > 1
         data.seed_everything(self.settings.seed, "evaluate", self.step)
         with torch.no_grad():
-            measured = self.evaluate(self.host) if callable(self.evaluate) else self._mean_loss()
+            measured = self._measure()
         self.interrupt.hold = True
         self.host.train()
         values = numbers(measured)
-        if self.accelerator.num_processes > 1:  # the same decision everywhere: the first one's
+        if self.accelerator.num_processes > 1:  # all processes decide by the first one's values
             (values,) = broadcast_object_list([values])
         value = check_monitor(values, self.settings.monitor, self.step)
         line = {"step": self.step, "split": "eval"} | values | {"seconds": self._seconds()}
@@ -337,11 +345,13 @@ class Run:
         show.say(f"step {self.step}  evaluation  {text}{'  (best)' if better else ''}")
         return better
 
-    def _mean_loss(self) -> dict[str, float]:
-        """The mean loss over the evaluation loader, weighted by `weigh` or by examples."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        given = (self.weigh, self._sum, rank, world)
-        return mean_of_tasks(self.evaluate, lambda own: mean_loss(self.forward, own, *given))
+    def _measure(self) -> Mapping[str, float]:
+        """Measure by `evaluate`; of a loader the mean loss, weighted by `weigh` or by examples."""
+        evaluate, weigh = self.settings.evaluate, self.settings.weigh
+        if callable(evaluate):
+            return evaluate(self.host)
+        given = weigh, self._sum, self.accelerator.process_index, self.accelerator.num_processes
+        return mean_of_tasks(evaluate, lambda loader: mean_loss(self.forward, loader, *given))
 
     # --- saving ---------------------------------------------------------------------------------
 
@@ -352,7 +362,7 @@ class Run:
         return self.changed
 
     def save(self) -> None:
-        """A checkpoint of the last completed step, by the main process."""
+        """Write a checkpoint of the last completed step, in the main process."""
         self.history.seconds = self._seconds()
         if self.store is not None and self.accelerator.is_main_process:
             best = self.history.best
@@ -379,12 +389,12 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _interrupted(self, show: Show) -> str:
-        """Save if that is possible, and say how to go on."""
-        # with several processes only an agreed moment can be saved: after a step, by all of them
+        """Save if that is possible, and return how to go on."""
+        # several processes can only save at a moment that all of them agree on: after a step
         possible = self.accelerator.num_processes == 1 or self.interrupt.requested
         if self.store is None:
             text = f"interrupted after step {self.step}; nothing is kept, since fit has no folder="
-        elif not (self.whole and possible and self.step):
+        elif not (self.complete and possible and self.step):
             text = (
                 f"interrupted in step {self.step + 1}; {self.store.folder} keeps the steps before"
             )

@@ -48,7 +48,7 @@ def own_randomness() -> Iterator[None]:
 
 
 def _generators(loader: object) -> list[torch.Generator]:
-    """Every generator that a loader or one of its samplers owns, each once."""
+    """The generators of a loader and of its samplers, each once."""
     found: dict[int, torch.Generator] = {}
     queue: list[object] = [loader]
     while queue:
@@ -62,7 +62,7 @@ def _generators(loader: object) -> list[torch.Generator]:
 
 
 def _set_epoch(loader: object, epoch: int) -> None:
-    """Tell those that want to know (`DistributedSampler` and its kin) which epoch it is."""
+    """Call `set_epoch` of the samplers and the data set that have it (`DistributedSampler`)."""
     for name in ("batch_sampler", "sampler", "dataset"):
         owner = getattr(loader, name, None)
         if callable(method := getattr(owner, "set_epoch", None)):
@@ -72,7 +72,7 @@ def _set_epoch(loader: object, epoch: int) -> None:
 
 
 class Stream:
-    """Reads a loader from any (epoch, batch) position, alike however often it was interrupted.
+    """Read a loader from any (epoch, batch) position, with the same batches after an interruption.
 
     A `DataLoader` over a map-style dataset keeps its dataset, sampler, collate function, workers
     and pinning; its order is drawn once an epoch with every generator seeded from (seed, epoch),
@@ -90,11 +90,10 @@ class Stream:
         seed: seed of the order.
         rank: this process.
         world: number of processes.
-        pad: read some twice, as above; False leaves some processes a batch short.
+        pad: whether to read batches twice, as above; False leaves some processes a batch short.
 
     Raises:
         ModgraftError: a loader that is an iterator (it can be read only once), or is empty.
-
     """
 
     def __init__(
@@ -211,9 +210,9 @@ class Stream:
 
 
 class _Isolated:
-    """Steps an iterable with generators of its own: neither it nor the caller disturbs the other.
+    """Iterate with random generators apart from the caller's, so that neither affects the other.
 
-    The states live here between reads, so that the stream of batches is a function of `position`
+    Their states are kept here between reads, so that the batches are a function of `position`
     alone, whatever the training step draws in between.
     """
 
@@ -225,24 +224,24 @@ class _Isolated:
                 generator.manual_seed(fold(*position, i))
             _set_epoch(source, int(position[-1]))
             self._iterator = iter(source)
-            self._keep()
+            self._keep_states()
 
-    def _keep(self) -> None:
-        self._state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    def _keep_states(self) -> None:
+        self._states = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
     def next(self) -> Batch | None:
         """The next batch, None at the end."""
         with own_randomness():
-            random.setstate(self._state[0])
-            np.random.set_state(self._state[1])
-            torch.set_rng_state(self._state[2])
+            random.setstate(self._states[0])
+            np.random.set_state(self._states[1])
+            torch.set_rng_state(self._states[2])
             batch = next(self._iterator, None)
-            self._keep()
+            self._keep_states()
         return batch
 
 
 def ids_of(batch: Batch, ignore: Sequence[str] = ("ids",)) -> list[str] | None:
-    """The records in a batch, for messages: its "ids", or else the first ignored list it holds."""
+    """The ids in a batch, for messages: its "ids", or else the first ignored list in it."""
     for name in ("ids", *ignore):
         if isinstance(batch.get(name), list | tuple):
             return [str(i) for i in batch[name]]
@@ -262,13 +261,13 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def label_tokens(batch: Batch) -> float:
-    """Number of targets an encoder-decoder's loss averages over: labels other than −100."""
+    """The number of targets of an encoder-decoder's loss: labels other than −100."""
     return float((batch["labels"] != -100).sum())
 
 
 def next_tokens(batch: Batch) -> float:
-    """Number of targets a causal decoder's loss averages over: labels other than −100 after the
-    first position of each sequence, which nothing predicts."""
+    """The number of targets of a causal decoder's loss: labels other than −100, without those at
+    the first position of each sequence, which nothing predicts."""
     return float((batch["labels"][..., 1:] != -100).sum())
 
 

@@ -1,4 +1,4 @@
-"""Continual learning: tasks one after the other, each in a module of its own or all in one."""
+"""Continual learning: tasks one after the other, in one module each or all in the same."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Measure = Callable[[HostLike, str], float]
 
 @dataclass(frozen=True)
 class Continual:
-    """What was measured while T tasks were learned one after the other.
+    """The accuracies measured while T tasks were learned one after the other.
 
-    R_ij is the accuracy on task j after task i has been learned, b_j the one before any was.
+    R_ij is the accuracy on task j after task i has been learned, b_j that before the first.
 
     Attributes:
         tasks: their names, in the order in which they were learned.
         start: b ``[T]``.
         matrix: R ``[T, T]``.
-        histories: the record of each task's training.
+        histories: the record of the training of each task.
     """
 
     tasks: tuple[str, ...]
@@ -49,7 +49,7 @@ class Continual:
 
     @property
     def backward_transfer(self) -> float:
-        """Σ_{j<T} (R_Tj − R_jj) / (T − 1): what learning later tasks did to the earlier ones.
+        """Σ_{j<T} (R_Tj − R_jj) / (T − 1): the effect of later tasks on earlier ones.
 
         Lopez-Paz and Ranzato (2017, arXiv:1706.08840). NaN for a single task.
         """
@@ -57,7 +57,7 @@ class Continual:
 
     @property
     def forward_transfer(self) -> float:
-        """Σ_{j>1} (R_(j−1)j − b_j) / (T − 1): what earlier tasks did to those not learned yet.
+        """Σ_{j>1} (R_(j−1)j − b_j) / (T − 1): the effect of earlier tasks on those not yet learned.
 
         Lopez-Paz and Ranzato (2017, arXiv:1706.08840). NaN for a single task.
         """
@@ -66,7 +66,7 @@ class Continual:
 
     @property
     def forgetting(self) -> float:
-        """Σ_{j<T} (max_{i<T} R_ij − R_Tj) / (T − 1): what is left of the best there once was.
+        """Σ_{j<T} (max_{i<T} R_ij − R_Tj) / (T − 1): the loss since the best accuracy before.
 
         Chaudhry et al. (2018, arXiv:1801.10112). NaN for a single task.
         """
@@ -89,28 +89,28 @@ def continual(
 ) -> Continual:
     """Learn tasks one after the other, and measure all of them after each.
 
-    With ``module=`` every task adds a module of its own name and freezes what was there before: the
-    outputs for earlier tasks stay as they are, bit for bit, and nothing is forgotten. With
-    ``into=`` all tasks train one thing, the baseline that forgets.
+    With ``module=`` every task adds a module under the task's name, and everything before it is
+    frozen: the outputs for earlier tasks stay the same, bit for bit, and nothing is forgotten. With
+    ``into=`` all tasks train the same module, the baseline that forgets.
 
-    A task is measured with its own module in force; one that is not learned yet on the host as it
-    was given, and with ``into=`` every task with the one module.
+    A task is measured with its module in force, or before it is learned with the composition that
+    was in force at the start; with ``into=`` every task is measured with the one module.
 
     Args:
         host: the frozen host.
-        loaders: for each task its training batches, in the order in which they come.
-        measure: of a host and a task's name its accuracy; called in eval mode, without gradients.
-        module: what each task adds, by its hyper-parameters.
-        at: the sites of it, as :meth:`modgraft.Host.implant` takes them.
+        loaders: the training batches of each task, in the order of learning.
+        measure: (host, task) → the accuracy; called in eval mode, without gradients.
+        module: the module that each task adds, by its hyper-parameters.
+        at: its sites, as :meth:`modgraft.Host.implant` takes them.
         into: instead, the name of one module that is implanted, or ``"host"``, or ``"host.head"``.
-        folder: keeps each training in a folder of the task's name. The same call goes on where it
-            was: what is learned is loaded, and measured again.
+        folder: keeps each training in a folder of the task's name. The same call resumes: the
+            modules learned so far are loaded, and measured again.
         seed: of the new modules and of :func:`modgraft.training.fit.fit`.
         label: before the progress of each training.
         **settings: of ``fit``, the same for each task.
 
     Returns:
-        What was measured.
+        The accuracies and the records of training.
 
     Raises:
         ModgraftError: not exactly one of ``module`` and ``into``, no task, a task's name that
@@ -155,7 +155,7 @@ def continual(
 
 
 def _using(host: HostLike, composition: Any) -> Any:
-    """The composition in force in a block; of the host itself, whatever is in force."""
+    """Put a composition in force for a block; for a part of the host, leave the one in force."""
     if isinstance(composition, str) and composition not in host:
         return nullcontext()
     return host.using(composition)

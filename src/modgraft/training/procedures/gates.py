@@ -1,4 +1,4 @@
-"""What zero-shot routers keep of each module: a gate trained with it, or what its examples are."""
+"""Prepare zero-shot routers: train a gate for each module, or average its examples."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.routing.mixture import Mixture
 from modgraft.routing.zero_shot import Phatgoose, Similarity
 from modgraft.training.history import History
 from modgraft.training.host_like import HostLike
-from modgraft.training.stream import Batch
+from modgraft.training.stream import Batch, to_device
 
 
 def train_gates(
@@ -23,36 +22,36 @@ def train_gates(
     """Train the gate of each module by itself, everything else frozen.
 
     h = y + σ(⟨v_j, x⟩) (h_j − y) at every site of module j, and the host's own loss on the examples
-    that j was trained on (Muqeeth et al. 2024, arXiv:2402.05859). A gate does not depend
-    on the other modules, so those of a mixture can be trained at different times: ``loaders`` may
-    name some of them.
+    that j was trained on (Muqeeth et al. 2024, arXiv:2402.05859). A gate does not depend on the
+    other modules, so the gates of a mixture can be trained at different times: ``loaders`` may name
+    some of the modules.
 
     Args:
         host: where everything is implanted.
         mixture: the name of a ``Mixture`` whose router is ``Phatgoose``.
-        loaders: for a module's name its training batches.
-        **settings: of :func:`modgraft.training.fit.fit`; the paper's 100 steps with lr 5e-3 and no
-            weight decay if nothing is said.
+        loaders: the training batches of each module, by its name.
+        **settings: of :func:`modgraft.training.fit.fit`; the defaults are the paper's 100 steps
+            with lr 5e-3 and no weight decay.
 
     Returns:
         The record of each training.
 
     Raises:
-        ModgraftError: for a module without that router, or a name that is none of the mixture's.
+        ModgraftError: for a module without that router, or a name that is not in the mixture.
     """
     places = _places(host, mixture, Phatgoose, loaders)
     settings = {"lr": 5e-3, "weight_decay": 0.0, **settings}
     if "epochs" not in settings:
         settings.setdefault("steps", 100)
-    made = {}
+    histories = {}
     for name, loader in loaders.items():
         j = host[mixture].method.over.index(name)  # type: ignore[union-attr]
         with host.training_only(mixture), host.using(mixture), _alone(places, j):
             for place in places:
                 for i, gate in enumerate(place.route.gates):  # type: ignore[union-attr]
                     gate.requires_grad_(i == j)
-            made[name] = host.fit(loader, **{"label": f"gate of {name}", **settings})
-    return made
+            histories[name] = host.fit(loader, **{"label": f"gate of {name}", **settings})
+    return histories
 
 
 def embed_tasks(
@@ -62,17 +61,17 @@ def embed_tasks(
     *,
     ignore: Sequence[str] = ("ids",),
 ) -> None:
-    """Set each module's embedding to the mean query of its examples: one pass over them.
+    """Set each module's embedding to the mean query of its examples, in one pass over them.
 
     Args:
         host: where everything is implanted.
         mixture: the name of a ``Mixture`` whose router is ``Similarity``.
-        loaders: for a module's name its training batches; those of a module that joins later can
-            be given later.
+        loaders: the training batches of each module, by its name; those of a module that joins the
+            mixture later can be given later.
         ignore: names in a batch that the host's ``forward`` does not take.
 
     Raises:
-        ModgraftError: for a module without that router, a name that is none of the mixture's, or a
+        ModgraftError: for a module without that router, a name that is not in the mixture, or a
             loader without examples.
     """
     places = _places(host, mixture, Similarity, loaders)
@@ -87,7 +86,8 @@ def embed_tasks(
                 place.route.count = 0
             with torch.no_grad(), _alone(places, j), host.using(mixture):
                 for batch in loader:
-                    host(**{k: _on(v, device) for k, v in batch.items() if k not in ignore})
+                    given = {k: v for k, v in batch.items() if k not in ignore}
+                    host(**to_device(given, device))
             for place in places:
                 _set(place.route, name, j)
     finally:
@@ -120,7 +120,7 @@ def _places(
 
 @contextmanager
 def _alone(places: Sequence[Any], j: int) -> Iterator[None]:
-    """Module ``j`` acts alone, and its part of the router learns; nothing is counted as use."""
+    """Let module ``j`` act alone and its part of the router learn; its use is not counted."""
     for place in places:
         place.route.only_module = j
     try:
@@ -129,7 +129,3 @@ def _alone(places: Sequence[Any], j: int) -> Iterator[None]:
         for place in places:
             place.route.only_module = None
             place.counter.reset()
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor | Side) else value

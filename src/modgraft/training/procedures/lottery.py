@@ -1,4 +1,4 @@
-"""Lottery tickets: training that decides which weights a sparse module keeps."""
+"""Train sparse modules: lottery tickets by magnitude pruning, and two-phase fine-tuning."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Round:
 
     Attributes:
         number: 0 for the dense training, then one for each pruning.
-        density: the share of the weights that are there.
-        history: of this training.
+        density: the share of the weights that are left.
+        history: the record of this training.
     """
 
     number: int
@@ -52,26 +52,26 @@ def magnitude_pruning(
 ) -> Iterator[Round]:
     """Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635).
 
-    Train; take out the smallest |θ + φ| of the weights still there; put the others back to where
-    they began; again. The iterator stops after each training, with the host as it then is, to be
-    measured or left there. Between two trainings nothing but the mask is carried over.
+    Train; take out the weights with the smallest |θ + φ| of those left; reset the others to their
+    start; repeat. The iterator pauses after each training, so that the host can be measured, or the
+    procedure ended. Only the mask is carried over from one training to the next.
 
     Args:
-        host: where it is implanted.
-        name: a :class:`modgraft.SparseSubnetwork`; what its mask has taken out already stays out.
+        host: where the module is implanted.
+        name: a :class:`modgraft.SparseSubnetwork`; weights that its mask has taken out stay out.
         loader: as for ``host.fit``.
         rounds: prunings; there is one training more than that.
-        share: of the weights still there, that each pruning takes out.
+        share: the share of the weights left that each pruning takes out.
         rewind: 0 goes back to the host's weights; k > 0 to the weights after k steps of training
             (Frankle et al. 2020, arXiv:1912.05671), from which each training starts its schedule
             anew.
-        everywhere: whether the smallest weights of all sites together go, as in the paper's deep
-            networks; False takes the same share of each site.
+        everywhere: whether the smallest weights of all sites together are taken out, as in the
+            paper's deep networks; False takes the same share at each site.
         also: what learns beside it, as ``train`` of ``host.fit`` names it, such as
-            ``["host.head"]``, and goes back to where it began as well; nothing else learns.
+            ``["host.head"]``, and is reset to its start as well; nothing else learns.
         folder: for ``host.fit``; each training has its own within it.
-        **settings: for ``host.fit``, the same for every training. Weight decay draws φ to 0, that
-            is to the host's weights.
+        **settings: for ``host.fit``, the same for every training. Weight decay draws φ to 0, which
+            is the host's weights.
 
     Yields:
         One :class:`Round` a training, ``rounds + 1`` in all.
@@ -88,8 +88,8 @@ def magnitude_pruning(
         )
 
     def train(part: str, **changes: Any) -> History:
-        own = {} if folder is None else {"folder": Path(folder) / part}
-        return host.fit(loader, train=[name, *also], **{**settings, **own, **changes})
+        keep = {} if folder is None else {"folder": Path(folder) / part}
+        return host.fit(loader, train=[name, *also], **{**settings, **keep, **changes})
 
     def run() -> Iterator[Round]:
         if rewind:
@@ -108,7 +108,7 @@ def magnitude_pruning(
 
 
 def _subnetworks(host: HostLike, name: str) -> dict[str, SparseSubnetwork]:
-    """The module at each of its sites, where each has a mask of its own."""
+    """The module at each of its sites, if each site has a mask."""
     places = _places(host, name, SparseSubnetwork)
     if len(places) < len(host[name].paths):
         raise ModgraftError(
@@ -134,7 +134,7 @@ def _density(places: Iterable[SparseSubnetwork]) -> float:
 def _prune(
     host: HostLike, places: Mapping[str, SparseSubnetwork], share: float, everywhere: bool
 ) -> None:
-    sizes: list[Tensor] = []  # |θ + φ|, infinite where a weight has gone already
+    sizes: list[Tensor] = []  # |θ + φ|, infinite where a weight is already out
     for label, place in places.items():
         site = find(host.model, label)[0]
         size = (weight_matrix(site.module, site.part, site.parameter) + place.phi).abs()
@@ -143,7 +143,7 @@ def _prune(
     keep = []
     for group in groups:
         there = int(group.isfinite().sum())
-        count = max(0, min(max(1, round(share * there)), there - 1))  # one goes, and one stays
+        count = max(0, min(max(1, round(share * there)), there - 1))  # at least one goes and stays
         smallest = group.topk(count, largest=False).indices
         keep.append(torch.ones_like(group, dtype=torch.bool).scatter(0, smallest, False))
     flat = torch.cat(keep).split([size.numel() for size in sizes])
@@ -163,15 +163,15 @@ def sparse_finetuning(
 ) -> tuple[History, History]:
     """Two-phase sparse fine-tuning (Ansell et al. 2022, arXiv:2110.07560).
 
-    All of φ is trained; b becomes 1 at the ``density`` share of all weights that changed most, over
-    all sites together; φ goes back to 0, and what b kept is trained. The paper's L1 penalty on φ is
-    left out.
+    All of φ is trained; b becomes 1 at the ``density`` share of weights that changed most, over all
+    sites together; φ is reset to 0 and trained where b is 1. The paper's L1 penalty on φ is left
+    out.
 
     Args:
-        host: where it is implanted.
-        name: a :class:`modgraft.SparseDelta`, in its first phase still.
+        host: where the module is implanted.
+        name: a :class:`modgraft.SparseDelta`, still in its first phase.
         loader: as for ``host.fit``.
-        first: settings of the first phase that differ.
+        first: settings for the first phase only.
         also: what learns beside it in both phases, as ``train`` of ``host.fit`` names it, such as
             ``["host.head"]``; the second phase goes on with what the first has made of it. Nothing
             else learns.
@@ -192,9 +192,9 @@ def sparse_finetuning(
             f"implant a fresh SparseDelta"
         )
     parts = ("first", "second")
-    own = [{} if folder is None else {"folder": Path(folder) / part} for part in parts]
+    keep = [{} if folder is None else {"folder": Path(folder) / part} for part in parts]
     train = [name, *also]
-    dense = host.fit(loader, train=train, **{**settings, **own[0], **(first or {})})
+    dense = host.fit(loader, train=train, **{**settings, **keep[0], **(first or {})})
     changes = torch.cat([place.values.detach().abs() for place in places.values()])
     density = next(iter(places.values())).density
     best = changes.topk(max(1, round(density * changes.numel()))).indices
@@ -203,7 +203,7 @@ def sparse_finetuning(
         size = place.values.numel()
         place.keep(best[(best >= start) & (best < start + size)].sort().values - start)
         start += size
-    return dense, host.fit(loader, train=train, **{**settings, **own[1]})
+    return dense, host.fit(loader, train=train, **{**settings, **keep[1]})
 
 
 def _places(host: HostLike, name: str, kind: type[Method]) -> dict[str, Method]:
@@ -212,7 +212,7 @@ def _places(host: HostLike, name: str, kind: type[Method]) -> dict[str, Method]:
         label: place
         for label, place in zip(implant.paths, implant.places, strict=True)
         if isinstance(place, kind) and next(place.parameters(), None) is not None
-    }  # a place without tensors of its own uses those of another
+    }  # a place without parameters uses those of another
     if not places:
         raise ModgraftError(
             f"{name!r} is a {type(implant.method).__name__}; this trains a {kind.__name__}: "

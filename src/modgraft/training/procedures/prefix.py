@@ -1,4 +1,4 @@
-"""What belongs to a prefix beside its forward: a start from a real text, and folding its MLP."""
+"""Start a prefix from a real text, and fold the MLP that it was trained with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modgraft.training.host_like import HostLike
 
 
 def prefix_from_text(host: HostLike, name: str, **batch: Any) -> None:
-    """Set a prefix to the keys and values that the bare host has for a text of k tokens.
+    """Set a prefix to the keys and values that the bare host computes for a text of k tokens.
 
     Li & Liang 2021, section 4.3 and figure 5: real words make a better start than random numbers
     where there is little data. In a causal decoder the prefix then is that text, at positions 0
@@ -55,13 +55,12 @@ def prefix_from_text(host: HostLike, name: str, **batch: Any) -> None:
 
 
 def fold_prefix(host: HostLike, name: str, into: str) -> Implant:
-    """Implant the plain prefix that ``name``, whose MLP is needed to train it alone, has come to.
+    """Implant a plain prefix equal to ``name``, whose MLP was only needed for training.
 
     Args:
         host: where it is implanted.
         name: a ``Prefix(reparametrise=…)``; it stays as it is, and can be trained on.
-        into: the name of the new one, which is not put in force. It is what
-            ``host.save(into, …)`` shares.
+        into: the name of the new one, which is not put in force; ``host.save(into, …)`` saves it.
 
     Raises:
         ModgraftError: for another module, or a name in use.

@@ -1,4 +1,4 @@
-"""Modules that train side by side: one forward and backward a step for all of them."""
+"""Train several modules side by side, with one forward and backward a step for all of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from modgraft.core.expression import module_of
 from modgraft.engine.implant import check_learns
 from modgraft.routing.mixture import Mixture
 from modgraft.training import checkpoint as disk
-from modgraft.training.fit import SETTINGS, planned
+from modgraft.training.fit import planned
 from modgraft.training.forward import set_modes
 from modgraft.training.history import History
 from modgraft.training.host_like import HostLike
@@ -28,6 +29,7 @@ from modgraft.training.parts import together
 from modgraft.training.processes import Interrupt, accelerator_for
 from modgraft.training.progress import Show
 from modgraft.training.run import Run
+from modgraft.training.settings import Settings
 from modgraft.training.stream import Batch, own_randomness, seed_everything
 
 SHARED = ("seed", "precision", "ignore", "resume", "progress", "label", "fused", "folder", "note")
@@ -36,22 +38,22 @@ SHARED = ("seed", "precision", "ignore", "resume", "progress", "label", "fused",
 def fit_side_by_side(
     host: HostLike, loaders: Mapping[str, Iterable[Batch]], **settings: Any
 ) -> dict[str, History]:
-    """Train several modules in one pass: each becomes what `host.fit` would have made of it alone.
+    """Train several modules in one pass, each to the result of `host.fit` for it alone.
 
     A step takes one batch of each module's loader and runs them as one, every example through its
     own module. Each module has a loss, the mean over its own examples, a gradient norm that is
-    clipped, an optimiser, a schedule, evaluations, early stopping and a record of its own. Nothing
-    of one reaches another; up to rounding, and up to what is random in ``forward`` (dropout), it is
-    the same as ``with host.using(name): host.fit(loader, train=name, …)`` one after the other.
+    clipped, an optimiser, a schedule, evaluations, early stopping and a record. None affects
+    another; up to rounding, and up to the randomness in ``forward`` (dropout), it is the same as
+    ``with host.using(name): host.fit(loader, train=name, …)`` one after the other.
 
     A module whose loss or gradient is no longer finite keeps the weights it had and leaves the
     pass, with a warning; its history says ``stopped="diverged"``, and why in ``error``.
 
     Args:
         host: where the modules are implanted, none of them a mixture.
-        loaders: for a module's name its batches. A batch is run with its module alone, or with the
-            composition that it carries under ``"modules"``, which names it and none of the others.
-            Texts of unequal length are filled up on the right; other shapes have to agree.
+        loaders: the batches of each module, by its name. A batch is run with its module alone, or
+            with the composition that it carries under ``"modules"``, which names it and none of the
+            others. Texts of unequal length are padded on the right; other shapes have to agree.
         **settings: of :func:`modgraft.training.fit.fit`, but ``accumulate``. Each may be a dict by
             module, ``lr={"fr": 1e-3, "de": 5e-4}``, but those of the pass: ``seed``, ``precision``,
             ``folder``, ``resume``. In ``folder`` each module has a folder of its name; the same
@@ -80,18 +82,19 @@ def fit_side_by_side(
     shared = by_name[names[0]]
     with host.training_only(names):
         runs = _runs(host, loaders, by_name)
-        if shared["note"]:
-            runs[names[0]].noted = partial(noted_together, runs, loaders, shared["label"])
-        return _Pass(host, runs).start(shared["resume"], shared["progress"], shared["label"])
+        if shared.note:
+            runs[names[0]].noted = partial(noted_together, runs, loaders, shared.label)
+        return _Pass(host, runs).start()
 
 
-def _settings_of(name: str, names: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `fit` would be told for one module."""
-    if unknown := [key for key in settings if key not in SETTINGS]:
+def _settings_of(name: str, names: list[str], settings: Mapping[str, Any]) -> Settings:
+    """The settings that `fit` would take for one module."""
+    known = [field.name for field in fields(Settings)]
+    if unknown := [key for key in settings if key not in known]:
         raise ModgraftError(
-            f"{unknown[0]}= is no setting of fit_side_by_side; there are {', '.join(SETTINGS)}"
+            f"{unknown[0]}= is no setting of fit_side_by_side; there are {', '.join(known)}"
         )
-    given = {**SETTINGS, "label": "side by side", **settings}
+    given = {"label": "side by side", **settings}
     for key, value in given.items():
         if not isinstance(value, Mapping):
             continue
@@ -103,21 +106,22 @@ def _settings_of(name: str, names: list[str], settings: Mapping[str, Any]) -> di
                 f"{', '.join(names)}"
             )
         given[key] = value[name]
-    if given["accumulate"] != 1:
+    found = Settings(**given)
+    if found.accumulate != 1:
         raise ModgraftError(
-            f"accumulate={given['accumulate']}: a step of modules side by side takes one batch of "
+            f"accumulate={found.accumulate}: a step of modules side by side takes one batch of "
             f"each; make the batches larger, or train by host.fit"
         )
-    if given["keep"] < 2:
+    if found.keep < 2:
         raise ModgraftError(
-            f"keep={given['keep']}: modules that train side by side are saved one after the other, "
+            f"keep={found.keep}: modules that train side by side are saved one after the other, "
             f"and go on from the last step that all of them have; keep at least 2"
         )
-    return given
+    return found
 
 
 def _runs(
-    host: HostLike, loaders: Mapping[str, Iterable[Batch]], by_name: Mapping[str, dict[str, Any]]
+    host: HostLike, loaders: Mapping[str, Iterable[Batch]], by_name: Mapping[str, Settings]
 ) -> dict[str, Run]:
     accelerator = accelerator_for()
     if accelerator.num_processes > 1:
@@ -129,14 +133,14 @@ def _runs(
     runs = {}
     for name, loader in loaders.items():
         given = by_name[name]
-        if given["folder"] is not None:
-            given = {**given, "folder": Path(given["folder"]) / name}
+        if given.folder is not None:
+            given = replace(given, folder=Path(given.folder) / name)
         runs[name] = planned(host, loader, accelerator, given, host[name], list(loaders))
     return runs
 
 
 class _Pass:
-    """Runs of different modules that share their forward; all of them are at one step."""
+    """Runs of different modules that share their forward, and are all at the same step."""
 
     def __init__(self, host: HostLike, runs: dict[str, Run]) -> None:
         self.host, self.runs, self.interrupt = host, runs, Interrupt()
@@ -147,35 +151,35 @@ class _Pass:
     def going(self) -> dict[str, Run]:
         return {name: run for name, run in self.runs.items() if run.history.stopped is None}
 
-    def start(self, resume: bool, progress: bool, label: str) -> dict[str, History]:
+    def start(self) -> dict[str, History]:
         with ExitStack() as stack:
             stack.enter_context(own_randomness())
             stack.callback(set_modes, [(m, m.training) for m in self.host.modules()])
-            self._open(resume, stack)
+            self._open(stack)
             if self.going():
                 stack.enter_context(self.first.noted())
-                self._train(stack, progress, label)
+                self._train(stack)
             for run in self.runs.values():
                 run.finish()
         return {name: run.history for name, run in self.runs.items()}
 
-    def _open(self, resume: bool, stack: ExitStack) -> None:
-        kept = self.first.store is not None
-        whole = disk.fingerprint(self.first.host) if kept else None  # what they stand on, read once
+    def _open(self, stack: ExitStack) -> None:
+        whole = None if self.first.store is None else disk.fingerprint(self.first.host)
         for run in self.runs.values():
             run.interrupt = self.interrupt
             run.prepare(stack)
-            run.open(resume, stack, whole)
-        last = min(map(_going_from, self.runs.values()))  # the step that all of them have
+            run.open(stack, whole)
+        last = min(map(_resumes_from, self.runs.values()))  # the last step that all have saved
         for run in self.runs.values():
             run.resume(last)
 
-    def _train(self, stack: ExitStack, progress: bool, label: str) -> None:
+    def _train(self, stack: ExitStack) -> None:
         self.host.train()
         stack.enter_context(self.interrupt)
         steps = max(run.settings.steps for run in self.runs.values())
         step = max(run.step for run in self.going().values())
-        show = Show(f"{label} ({len(self.runs)})", steps, start=step, enabled=progress)
+        s = self.first.settings
+        show = Show(f"{s.label} ({len(self.runs)})", steps, start=step, enabled=s.progress)
         groups = {name: run.groups() for name, run in self.runs.items()}
         with show:
             if step and self.first.store is not None:
@@ -197,7 +201,7 @@ class _Pass:
         losses = self.first.forward.losses(self.first.host, whole)  # [N]
         _check_depends(losses, going)
         good = losses.detach().isfinite()
-        losses[good].sum().backward()  # of the others nothing: a module that diverged stops nobody
+        losses[good].sum().backward()  # a module that diverged does not stop the others
         norms = [gradient_norm(run.parameters.values()) for run in going.values()]
         wide = torch.promote_types(losses.dtype, torch.float32)
         values = torch.stack([losses.detach().to(wide), torch.stack(norms).to(wide)]).tolist()
@@ -217,13 +221,13 @@ class _Pass:
             show.step(step, sum(shown.values()) / len(shown), self.first.lr, shown)
 
     def _whole(self, batches: dict[str, Batch]) -> Batch:
-        """The batches as one, each example with its own composition."""
-        ignore = self.first.ignore
+        """The batches joined into one, each example with its composition."""
+        ignore = self.first.settings.ignore
         tagged = []
         for name, batch in batches.items():
-            own = {k: v for k, v in batch.items() if k not in ignore}
-            own["modules"] = self._composition(name, own.get("modules", name))
-            tagged.append(own)
+            given = {k: v for k, v in batch.items() if k not in ignore}
+            given["modules"] = self._composition(name, given.get("modules", name))
+            tagged.append(given)
         return together(tagged, list(batches), self.padding)
 
     def _composition(self, name: str, modules: Any) -> Any:
@@ -239,7 +243,7 @@ class _Pass:
         return modules
 
     def _judge(self, going: dict[str, Run], show: Show) -> None:
-        """Evaluate and save: all of them at one step, those that have come to their end last."""
+        """Evaluate, and save all runs at the same step, those that have ended last."""
         lost = [run for run in going.values() if run.history.stopped == "diverged"]
         due = bool(lost)
         for name, run in going.items():
@@ -255,20 +259,20 @@ class _Pass:
             warnings.warn(f"{run.history.error}; the others go on", stacklevel=6)
 
     def _interrupted(self, show: Show) -> str:
-        kept = self.first.store
+        store = self.first.store
         text = f"interrupted after step {max(run.step for run in self.runs.values())}"
-        if kept is None:
+        if store is None:
             text += "; nothing is kept, since fit_side_by_side has no folder="
         else:
             for run in self.going().values():
                 run.save()
-            text += f" and saved; the same call goes on from there: {kept.folder.parent}"
+            text += f" and saved; the same call goes on from there: {store.folder.parent}"
         show.say(text)
         return text
 
 
-def _going_from(run: Run) -> float:
-    """The step that a run goes on from, ∞ for one that has come to its end."""
+def _resumes_from(run: Run) -> float:
+    """The step that a run resumes from; ∞ if it has ended."""
     paths = [] if run.store is None else run.store.paths()
     if not paths or run.store is None:
         return 0
