@@ -17,7 +17,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from modgraft.log import Answer, Diagnostic, Hit
-    from modgraft.log.index.index import Indexed
+    from modgraft.log.index.indexer import Indexed
     from modgraft.log.index.query import Owed
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

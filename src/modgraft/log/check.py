@@ -27,7 +27,7 @@ from modgraft.log.syntax.note import Citation, Diagnostic, Event, Fix, Note, Sev
 from modgraft.log.syntax.parse import parse
 
 if TYPE_CHECKING:
-    from modgraft.log.index.index import Log
+    from modgraft.log.index.index import Index
 
 CODES = {
     "encoding": "bytes that are not UTF-8",
@@ -62,7 +62,7 @@ _PROBLEM = re.compile(r"(?P<path>.*?):(?P<line>\d+): (?P<severity>\w+) (?P<code>
 
 
 def check(
-    log: Log | str | Path | Iterable[str | Path],
+    log: Index | str | Path | Iterable[str | Path],
     bibliography: Bibliography | None = None,
     *,
     actions: Actions | None = None,
@@ -132,7 +132,7 @@ class _Plan:
 
 
 def _plan(
-    log: Log | str | Path | Iterable[str | Path],
+    log: Index | str | Path | Iterable[str | Path],
     bibliography: Bibliography | None,
     actions: Actions | None,
 ) -> _Plan:

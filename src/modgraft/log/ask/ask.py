@@ -11,12 +11,14 @@ from modgraft.core.errors import ModgraftError
 from modgraft.log.ask import dates, free, sources, structured
 from modgraft.log.ask.answer import Answer
 from modgraft.log.ask.evidence import Asking
+from modgraft.log.ask.names import names_of
 from modgraft.log.ask.question import take_apart
 from modgraft.log.ask.routes import route
 from modgraft.log.ask.verify import verified
 
 if TYPE_CHECKING:
-    from modgraft.log.index.index import Log
+    from modgraft.log.index.index import Index
+    from modgraft.log.index.vectors import Vectors
 
 HANDLERS: dict[str, Callable[[Asking], Answer]] = {
     "run": structured.run,
@@ -38,25 +40,25 @@ HANDLERS: dict[str, Callable[[Asking], Answer]] = {
 }
 
 
-def ask(log: Log, question: str, today: date) -> Answer:
+def ask(index: Index, vectors: Vectors, question: str, today: date) -> Answer:
     """The answer to a question; see `Log.ask`."""
     if not any(c.isalnum() for c in question):
         raise ModgraftError(
             f"{question!r} is no question; ask, for example: what are my open questions?"
         )
-    names = log.names()
-    asked = take_apart(question, names, today, log.settings.actions)
+    names = names_of(index)
+    asked = take_apart(question, names, today, index.settings.actions)
     row = route(asked)
-    asking = Asking(log, asked, row.kind)
+    asking = Asking(index, vectors, asked, row.kind)
     if asked.titled and asked.key not in names.cited and row.name != "free":
         # The bibliography alone has it as a title: the notes may speak of it without citing it.
-        answer = free.free(Asking(log, replace(asked, key=None), "free"))
+        answer = free.free(Asking(index, vectors, replace(asked, key=None), "free"))
         answer = HANDLERS[row.name](asking) if answer.refused else answer
     else:
         answer = HANDLERS[row.name](asking)
-    answer = verified(log, answer)
-    if log.settings.endpoint and answer.refused is None and answer.evidence:
+    answer = verified(index, answer)
+    if index.settings.endpoint and answer.refused is None and answer.evidence:
         from modgraft.log.ask.phrase import phrased
 
-        answer = verified(log, phrased(answer, log.settings.endpoint, log.settings.model))
+        answer = verified(index, phrased(answer, index.settings.endpoint, index.settings.model))
     return answer

@@ -13,7 +13,8 @@ from modgraft.log.index.times import shown
 if TYPE_CHECKING:
     from modgraft.log.ask.question import Asked
     from modgraft.log.index.bibliography import Entry
-    from modgraft.log.index.index import Log
+    from modgraft.log.index.index import Index
+    from modgraft.log.index.vectors import Vectors
 
 SPOKEN = {
     "skim": ("skim", "skims"),
@@ -36,7 +37,8 @@ _STATUS = {"full_read": "marked for full reading", "digging": "marked for diggin
 class Asking:
     """A question on its way to an answer."""
 
-    log: Log
+    log: Index
+    vectors: Vectors
     asked: Asked
     kind: Kind
     remarks: list[str] = field(default_factory=list)

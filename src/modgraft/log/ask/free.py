@@ -19,6 +19,7 @@ from modgraft.log.ask.lexicon import GENERIC, content_words, stem
 from modgraft.log.index.query import Hit
 from modgraft.log.index.rows import searchable
 from modgraft.log.index.select import BLOCK, Row, notes_named, row
+from modgraft.log.index.vectors import VectorsOffError
 
 LINES = 5
 """Lines that a free answer shows."""
@@ -262,10 +263,8 @@ def _rows(asking: Asking, ranked: Sequence[tuple[int, float]]) -> list[Row]:
 
 def _by_meaning(asking: Asking) -> dict[int, float]:
     """Cosines of the blocks nearest to the question; empty where vectors are off, which is said."""
-    from modgraft.log.index.vectors import Vectors, VectorsOffError
-
+    vectors = asking.vectors
     try:
-        vectors = Vectors.of(asking.log)
         found = vectors.nearest(asking.asked.question, POOL)
     except VectorsOffError as error:
         asking.remarks.append(str(error))

@@ -14,6 +14,7 @@ from modgraft.log.ask.lexicon import content_words, tokens
 
 if TYPE_CHECKING:
     from modgraft.log.index.bibliography import Entry
+    from modgraft.log.index.index import Index
 
 LONGEST = 24
 """Words that a name may have to be recognised."""
@@ -130,6 +131,16 @@ class Names:
             if len(fits) == 1:
                 return fits[0].key, rest.replace(match[0], " ")
         return None, rest
+
+
+def names_of(index: Index) -> Names:
+    """Return the names of an index's notes and sources, kept until the index changes."""
+
+    def made() -> Names:
+        cited = index.store.rows("SELECT DISTINCT key FROM cites")
+        return Names(index.notes(), index.bibliography.entries, (key for (key,) in cited))
+
+    return index.store.remembered("names", made)
 
 
 def _first_author(entry: Entry) -> str:

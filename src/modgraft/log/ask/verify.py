@@ -10,17 +10,17 @@ from modgraft.core.errors import ModgraftError
 from modgraft.log.ask.answer import Answer, Evidence
 
 if TYPE_CHECKING:
-    from modgraft.log.index.index import Log
+    from modgraft.log.index.index import Index
 
 
-def verified(log: Log, answer: Answer) -> Answer:
+def verified(index: Index, answer: Answer) -> Answer:
     """The answer with the lines that stand in their files now; withdrawn where none is left."""
     files: dict[str, list[bytes]] = {}
     bibliographies = {e.note for e in answer.evidence if e.note.lower().endswith(".bib")}
     for note in {e.note for e in answer.evidence}:
         files[note] = []
         with suppress(OSError, ModgraftError):  # gone: then none of its lines stands
-            path = log.settings.root / note if note in bibliographies else log.path(note)
+            path = index.settings.root / note if note in bibliographies else index.path(note)
             files[note] = path.read_bytes().splitlines()
     kept = tuple(e for e in answer.evidence if _stands(e, files[e.note]))
     if len(kept) == len(answer.evidence):

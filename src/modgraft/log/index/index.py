@@ -1,4 +1,4 @@
-"""The log: notes, their index, and every question that has an exact answer."""
+"""The index of a log: notes in folders, and the queries that have an exact answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import date
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from modgraft.core.errors import MissingFileError
 from modgraft.log.index.database import WAIT, CorruptIndexError, Store
@@ -21,10 +21,7 @@ from modgraft.log.settings import Settings, settings
 from modgraft.log.syntax.actions import ACTIONS
 
 if TYPE_CHECKING:
-    from modgraft.log.ask.answer import Answer
-    from modgraft.log.ask.names import Names
     from modgraft.log.index.bibliography import Bibliography
-    from modgraft.log.index.vectors import Vectors
     from modgraft.log.syntax.note import Note
 
 RANKS = ("skimmed", "digging", "full_read", "read")
@@ -32,17 +29,13 @@ OWED = {"skimmed": "", "digging": "dig deeper", "full_read": "read in full", "re
 _DISTRACTED = 3  # times that a note may change while it is read, before it is left out
 
 
-class Log:
-    """Notes in folders, and what can be asked of them.
+class Index:
+    """The notes in some folders, their index, and the queries over both.
 
-        log = Log.open("notes")
-        log.index()                            # what changed since the last time
-        log.query(actions="skim", status="full_read")
-        log.ask("what are my open questions?")
-
-    What is returned was re-read from the notes: one that changed since it was indexed is indexed
-    again first, and one that is gone is left out. New notes are seen by ``index()`` alone; a log
-    that was never indexed is when it is first asked. ``indexed`` is what the last indexing did.
+    The text in every result is read from the notes again: a note that changed since it was indexed
+    is first indexed again, and results from a deleted note are left out. Only ``update()`` finds
+    new notes; an index that was never built is built by the first query. ``indexed`` is the report
+    of the last update.
     """
 
     def __init__(self, settings: Settings, wait: float = WAIT) -> None:
@@ -50,7 +43,6 @@ class Log:
         self.actions = ACTIONS.extended(settings.actions) if settings.actions else ACTIONS
         self.store = Store(settings.index, wait)
         self._indexer = Indexer(self.store, settings, self.actions)
-        self.vectors: Vectors | None = None
         self.indexed: Indexed | None = None
 
     @classmethod
@@ -60,7 +52,7 @@ class Log:
         bibliography: str | Path | tuple[str | Path, ...] | None = None,
         index: str | Path | None = None,
         wait: float = WAIT,
-    ) -> Log:
+    ) -> Self:
         """The log of ``folders``; without any, of those that the project names.
 
         Args:
@@ -79,22 +71,17 @@ class Log:
         """Let go of the index's file."""
         self.store.close()
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def index(self, *, anew: bool = False, vectors: bool | None = None) -> Indexed:
-        """Bring the index up to date.
-
-        Args:
-            anew: Build it from nothing.
-            vectors: Make vectors too, for free questions; left out, as the project says.
+    def update(self, *, anew: bool = False) -> Indexed:
+        """Bring the index up to date with the notes; ``anew`` builds it from nothing.
 
         Raises:
-            VectorsOffError: if vectors are asked for and their model is not installed.
-            ModgraftError: if what was seen is not what was parsed and what is degraded.
+            ModgraftError: if not every note that was seen is in the index.
             LockedIndexError: if another process keeps writing.
         """
         with self.store.lock:
@@ -107,10 +94,6 @@ class Log:
                 self.store.rebuild(str(error))
                 done = self._indexer.run()
             self.indexed = done
-        if self.settings.vectors if vectors is None else vectors:
-            from modgraft.log.index.vectors import Vectors as Made
-
-            Made.of(self).update()
         return done
 
     # -- queries -------------------------------------------------------------------------------
@@ -144,14 +127,14 @@ class Log:
         try:
             return ask()
         except CorruptIndexError as error:
-            self._recover(error)
+            self.recover(error)
             return ask()
 
-    def _recover(self, error: CorruptIndexError) -> None:
-        """Build the index again from the notes; who only asked is told by a warning."""
+    def recover(self, error: CorruptIndexError) -> None:
+        """Build a damaged index again from the notes, and warn about it."""
         warnings.warn(f"{self.store.path}: the index {error}", stacklevel=4)
         self.store.rebuild(str(error))
-        self.index(vectors=False)
+        self.update()
 
     def _reread(self, found: list[Row]) -> tuple[dict[str, list[bytes]], set[str]]:
         """The lines of the notes that are as they were indexed, and the notes that are not."""
@@ -170,9 +153,9 @@ class Log:
     def _ready(self) -> None:
         try:
             if self.store.fact("indexed") is None:
-                self.index(vectors=False)
+                self.update()
         except CorruptIndexError as error:
-            self._recover(error)
+            self.recover(error)
 
     def backlinks(self, key: str) -> list[Hit]:
         """Every line that cites ``key``, each with the event that it belongs to."""
@@ -254,16 +237,6 @@ class Log:
         names = "SELECT note FROM files ORDER BY note"
         return self.store.remembered("notes", lambda: [n for (n,) in self.store.rows(names)])[:]
 
-    def names(self) -> Names:
-        """What a question may call the notes and the sources."""
-        from modgraft.log.ask.names import Names as Made
-
-        def made() -> Names:
-            cited = self.store.rows("SELECT DISTINCT key FROM cites")
-            return Made(self.notes(), self.bibliography.entries, (key for (key,) in cited))
-
-        return self.store.remembered("names", made)
-
     def name(self, path: Path) -> str:
         """A file's name in the log: its path from the root, where it is below that."""
         return self._indexer.name(str(path))
@@ -294,24 +267,6 @@ class Log:
             remedy = "Bring the index up to date: log.index()"
             raise MissingFileError("the note is gone", file=path, remedy=remedy) from error
         return parse(data, self._indexer.name(str(path)), self.actions)
-
-    def ask(self, question: str, *, today: date | None = None) -> Answer:
-        """An answer with the lines that support it, or the reason why there is none.
-
-        Args:
-            question: In plain English; `modgraft.log.ask.routes` says what is understood.
-            today: What "last week" is counted from; left out, this day.
-
-        Raises:
-            ModgraftError: a question without a word.
-        """
-        from modgraft.log.ask.ask import ask
-
-        try:
-            return ask(self, question, today or date.today())
-        except CorruptIndexError as error:
-            self._recover(error)
-            return ask(self, question, today or date.today())
 
 
 def _rank(hit: Hit) -> int:

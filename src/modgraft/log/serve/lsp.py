@@ -8,6 +8,7 @@ references, and renaming of a key in all notes and the bibliography. What is kno
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 from lsprotocol import types as t
@@ -15,7 +16,6 @@ from pygls import uris
 from pygls.exceptions import JsonRpcInvalidParams
 from pygls.lsp.server import LanguageServer
 
-from modgraft import __version__
 from modgraft.core.errors import ModgraftError
 from modgraft.log.check import check_note, found_at
 from modgraft.log.index.bibliography import Bibliography, Entry
@@ -39,7 +39,7 @@ class Server(LanguageServer):
     def __init__(self) -> None:
         # Whole texts: what a line is, editors and Python do not agree on (U+2028, form feeds).
         full = t.TextDocumentSyncKind.Full
-        super().__init__("modgraft-log", __version__, text_document_sync_kind=full)
+        super().__init__("modgraft-log", version("modgraft"), text_document_sync_kind=full)
         self._log: Workspace | None = None
 
     @property

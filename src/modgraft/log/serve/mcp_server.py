@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from importlib.metadata import version
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,7 +34,7 @@ from modgraft.log.serve.mcp_results import (
 )
 
 if TYPE_CHECKING:
-    from modgraft.log.index.index import Log
+    from modgraft.log.log import Log
 
 SCHEME = "modgraft-log://note/"
 
@@ -223,11 +224,9 @@ class Tools:
 
 def build(log: Log, *, write: bool = False) -> MCPServer:
     """The server over `log`: its tools, and its notes as resources; `write` adds the tool `add`."""
-    from modgraft import __version__
-
     server = MCPServer(
-        "modgraft-log", title="Research log", instructions=INSTRUCTIONS, version=__version__,
-        log_level="WARNING",
+        "modgraft-log", title="Research log", instructions=INSTRUCTIONS,
+        version=version("modgraft"), log_level="WARNING",
     )  # fmt: skip
     tools = Tools(log)
     reading = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=False)

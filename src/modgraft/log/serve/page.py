@@ -34,8 +34,8 @@ from modgraft.log.serve.web.outline import outline
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from modgraft.log.index.index import Log
     from modgraft.log.index.query import Hit
+    from modgraft.log.log import Log
 
 PORT = 8765
 A_PAGE = 50

@@ -11,8 +11,8 @@ from modgraft.log.serve.web.shown import day
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from modgraft.log.index.index import Log
     from modgraft.log.index.query import Hit, Owed
+    from modgraft.log.log import Log
     from modgraft.log.syntax.note import Note
 
 DATED = {

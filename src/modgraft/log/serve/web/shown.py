@@ -18,8 +18,8 @@ from modgraft.log.serve.web.inline import LOST, UNKNOWN, View, badge, inline, is
 
 if TYPE_CHECKING:
     from modgraft.log.index.bibliography import Entry
-    from modgraft.log.index.index import Log
     from modgraft.log.index.query import Hit
+    from modgraft.log.log import Log
 
 FOLDER = Path(str(files("modgraft.log.serve.web")))
 
