@@ -89,7 +89,7 @@ def draw_vectors(log: Log) -> None:
     import numpy as np
 
     vectors = log.vectors
-    digests = [d for (d,) in log.store.rows("SELECT DISTINCT hash FROM blocks")]
+    digests = [d for (d,) in log.database.rows("SELECT DISTINCT hash FROM blocks")]
     drawn = np.random.default_rng(0).standard_normal((len(digests), 384)).astype(np.float32)
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
     vectors.save(dict(zip(digests, drawn, strict=True)))
@@ -158,7 +158,7 @@ def generated(folder: Path, count: int) -> list[Claim]:
     done = log.index()
     assert done.seen == done.parsed == count
     memory = peak()
-    (blocks,) = log.store.rows("SELECT count(*) FROM blocks")[0]
+    (blocks,) = log.database.rows("SELECT count(*) FROM blocks")[0]
     size = log.settings.index.stat().st_size / 2**20
     claims = [
         Claim(

@@ -36,7 +36,7 @@ def test_meaning_is_found_where_no_word_is_shared_and_only_new_texts_are_embedde
     assert (mine.update(), mine.missing) == (0, 0)
     nearest = mine.nearest("a cat is napping", 1)
     (block,) = nearest
-    assert log.store.rows("SELECT line FROM blocks WHERE id = ?", block) == [(3,)]
+    assert log.database.rows("SELECT line FROM blocks WHERE id = ?", block) == [(3,)]
     note = tmp_path / "note.md"
     note.write_text(NOTE + "- The ship runs on diesel.\n", encoding="utf-8")
     log.index(vectors=False)

@@ -32,7 +32,7 @@ class Log(Index):
 
     def __init__(self, settings: Settings, wait: float = WAIT) -> None:
         super().__init__(settings, wait)
-        self.vectors = Vectors(self.store, settings.index.parent)
+        self.vectors = Vectors(self.database, settings.index.parent)
 
     def index(self, *, anew: bool = False, vectors: bool | None = None) -> Indexed:
         """Bring the index up to date.
@@ -61,7 +61,7 @@ class Log(Index):
         """Answer a question with the lines that support the answer, or say why there is none.
 
         Args:
-            question: In plain English; `modgraft.log.ask.routes` lists the kinds of questions.
+            question: In plain English; `modgraft.log.ask.ask.ROUTES` lists the kinds of questions.
             today: What "last week" is counted from; left out, the current day.
 
         Raises:

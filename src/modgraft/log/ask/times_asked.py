@@ -1,4 +1,4 @@
-"""Times as people ask for them: "since March 2023", "last week", "between 2023w9 and 2023w10"."""
+"""Read times in questions: "since March 2023", "last week", "between 2023w9 and 2023w10"."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATE = (
     rf"{_YEAR}|today|yesterday|(?:{_MONTH}))\b"
 )
 
-#: how a time is asked for → what it means; the dates in it are a and b
+#: pattern of a time → its meaning; the pattern's dates are the groups a and b
 FORMS: tuple[tuple[str, str], ...] = (
     (rf"\b(?:between|from) (?P<a>{DATE}) (?:and|to|until|till) (?P<b>{DATE})", "between"),
     (rf"\b(?:since|starting(?: from)?|from) (?P<a>{DATE})", "since"),
@@ -35,7 +35,7 @@ FORMS: tuple[tuple[str, str], ...] = (
         r"\b(?:in |during |over )?the (?:last|past) (?P<n>\d+) (?P<unit>day|week|month|year)s?",
         "ago",
     ),
-    (r"\b(?P<n>\d+) (?P<unit>day|week|month|year)s? ago\b", "that"),
+    (r"\b(?P<n>\d+) (?P<unit>day|week|month|year)s? ago\b", "back"),
     (r"\b(?P<which>this|last|past) (?P<unit>week|month|year)\b", "unit"),
     (r"\b(?P<a>today|yesterday)\b", "within"),
 )
@@ -43,35 +43,37 @@ _COMPILED = tuple((re.compile(pattern, re.IGNORECASE), meaning) for pattern, mea
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
-    """A stretch of time, and the words that asked for it."""
+class Period:
+    """A period of time, open where a bound is None, and the words of the question that name it."""
 
     since: str | None
     until: str | None
     words: str
 
 
-def find(question: str, today: date) -> Moment | None:
-    """The first time that a question asks for."""
+def find_period(question: str, today: date) -> Period | None:
+    """Find the first period that a question names."""
     for pattern, meaning in _COMPILED:
         match = pattern.search(question)
         if match is None:
             continue
         try:
-            since, until = _meant(match.groupdict(), meaning, today)
+            since, until = _bounds(match.groupdict(), meaning, today)
         except (ModgraftError, ValueError, OverflowError):  # a number that is no date: 2023-99
             continue
-        return Moment(since, until, match[0])
+        return Period(since, until, match[0])
     return None
 
 
-def _meant(said: dict[str, str | None], meaning: str, today: date) -> tuple[str | None, str | None]:
+def _bounds(
+    said: dict[str, str | None], meaning: str, today: date
+) -> tuple[str | None, str | None]:
     if said.get("unit"):
         first, last = _units(said, meaning, today)
         return first.isoformat(), span(last)[1]
-    start, end = of(said["a"] or "", today)
+    start, end = parse_date(said["a"] or "", today)
     if meaning == "between":
-        return start, of(said["b"] or "", today)[1]
+        return start, parse_date(said["b"] or "", today)[1]
     if meaning == "since":
         return start, None
     if meaning == "after":
@@ -86,7 +88,7 @@ def _units(said: dict[str, str | None], meaning: str, today: date) -> tuple[date
     if meaning == "ago":
         days = {"day": 1, "week": 7, "month": 30, "year": 365}[unit.lower()]
         return today - timedelta(days=days * int(said["n"] or 1)), today
-    back = int(said["n"] or 1) if meaning == "that" else int(which != "this")
+    back = int(said["n"] or 1) if meaning == "back" else int(which != "this")
     if unit.lower() == "day":
         day = today - timedelta(days=back)
         return day, day
@@ -101,11 +103,11 @@ def _units(said: dict[str, str | None], meaning: str, today: date) -> tuple[date
     return date(today.year - back, 1, 1), date(today.year - back, 12, 31)
 
 
-def of(text: str, today: date) -> tuple[str, str]:
-    """First and last moment of a date in words or digits.
+def parse_date(text: str, today: date) -> tuple[str, str]:
+    """Return the first and last moment of a date in words or digits.
 
     Raises:
-        ModgraftError: if it is none.
+        ModgraftError: if the text is no date.
         ValueError: if there is no such day.
     """
     said = text.lower().strip()

@@ -15,7 +15,7 @@ from pathlib import Path
 from modgraft.core.errors import MissingFileError, ModgraftError
 from modgraft.log.check import roots
 from modgraft.log.index.bibliography import Bibliography
-from modgraft.log.index.find_notes import stamp, walk
+from modgraft.log.index.find_notes import find_notes, stamp
 from modgraft.log.settings import Settings, settings
 from modgraft.log.syntax.actions import ACTIONS, Actions
 from modgraft.log.syntax.blocks import BOM, line_starts
@@ -88,8 +88,7 @@ class Workspace:
             self.settings: Settings = settings(start=root)
         except MissingFileError:
             self.settings = settings(root)  # no log is named: what was opened is the log
-        table = self.settings.actions
-        self.actions: Actions = ACTIONS.extended(table) if table else ACTIONS
+        self.actions: Actions = ACTIONS.extended(self.settings.actions)
         self.roots = roots(self.settings)
         self._stamps: tuple[object, ...] | None = None
         self._bibliography = Bibliography()
@@ -118,7 +117,7 @@ class Workspace:
         """The .bib files of the log."""
         if self._files is None:
             named = self.settings.bibliography
-            found = walk(self.settings.folders).bibliographies if named is None else ()
+            found = find_notes(self.settings.folders).bibliographies if named is None else ()
             self._files = [*(named or ()), *(Path(one.path) for one in found)]
         return self._files
 
@@ -148,7 +147,7 @@ class Workspace:
 
     def citations(self, key: str) -> Iterator[tuple[Path, Citation]]:
         """Everywhere that `key` is cited, with `@` or without."""
-        found = walk(self.settings.folders)
+        found = find_notes(self.settings.folders)
         paths = dict.fromkeys([Path(one.path) for one in found.notes])
         paths.update(dict.fromkeys(path for path in self.opened if path.suffix == ".md"))
         wanted = key.encode()

@@ -101,6 +101,8 @@ class Actions:
         Raises:
             ModgraftError: a value that is no list of names, or a spelling that means two things.
         """
+        if not table:
+            return self
         rows = {row.name: row for row in self.rows}
         for name, spellings in table.items():
             if not isinstance(spellings, Iterable) or isinstance(spellings, (str, Mapping)):

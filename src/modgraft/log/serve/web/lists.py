@@ -63,7 +63,7 @@ def tiles(log: Log) -> list[tuple[str, str, int]]:
          "SELECT count(*) FROM events WHERE action = 'question' AND status = 'open'"),
         ("/lessons", "lessons", "SELECT count(*) FROM events WHERE action = 'lesson_learned'"),
     )  # fmt: skip
-    return [(path, name, log.store.rows(query)[0][0]) for path, name, query in counts]
+    return [(path, name, log.database.rows(query)[0][0]) for path, name, query in counts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Listed:
 
 def notes(log: Log, limit: int, offset: int) -> list[Listed]:
     """Notes, the newest first, each with the first line of its tl;dr."""
-    rows = log.store.rows(
+    rows = log.database.rows(
         """SELECT note, degraded,
             (SELECT text FROM blocks WHERE blocks.file = files.id AND section = 'tl;dr'
                 AND kind != 'heading' ORDER BY line LIMIT 1),
@@ -108,7 +108,7 @@ def cited(log: Log, note: Note) -> list[Cited]:
     """The sources of a note, in the order in which it cites them first."""
     keys = list(dict.fromkeys(one.key for one in (*note.citations, *note.mentions)))
     marks = ", ".join("?" * len(keys))
-    rows = log.store.rows(
+    rows = log.database.rows(
         f"""SELECT key, note, line, count FROM (
             SELECT key, note, line, row_number() OVER (PARTITION BY key ORDER BY note, line) AS nth,
                 count(*) OVER (PARTITION BY key) AS count
@@ -134,7 +134,7 @@ def linking(log: Log, note: Note, limit: int = 20) -> list[tuple[str, int]]:
     stem = name.removesuffix(".md")
     return [
         (other, line)
-        for other, line in log.store.rows(
+        for other, line in log.database.rows(
             """SELECT note, line FROM blocks JOIN files ON files.id = blocks.file
             WHERE (instr(text, ?) OR instr(text, ?) OR instr(text, ?)) AND note != ?
             ORDER BY at, note, line LIMIT ?""",
@@ -145,7 +145,7 @@ def linking(log: Log, note: Note, limit: int = 20) -> list[tuple[str, int]]:
 
 def facts(log: Log, note: Note) -> list[str]:
     """A note in a few words: when it was written, how long it is."""
-    first, last = log.store.rows(
+    first, last = log.database.rows(
         """SELECT min(at), max(at) FROM blocks JOIN files ON files.id = blocks.file
         WHERE note = ?""", note.name,
     )[0]  # fmt: skip

@@ -120,7 +120,7 @@ class Places:
     def note(self, path: Path) -> str | None:
         """The address of the note in a file; None where the log has no such note."""
         for file in (path, path.with_name(f"{path.name}.md"), path / "note.md"):
-            rows = self.log.store.rows(
+            rows = self.log.database.rows(
                 "SELECT note FROM files WHERE path = ?", str(Path(*_normal(file.parts)))
             )
             if rows:
