@@ -17,8 +17,8 @@ from real_notes import NAMES, NOTES, needs_notes, notes
 
 from modgraft.core.errors import DataError, MissingFileError, ModgraftError
 from modgraft.log import parse
+from modgraft.log.record.editing import rewrite
 from modgraft.log.record.record import add, finish, new_note, written
-from modgraft.log.record.writing import rewrite
 
 SIX = ["tl;dr", "Context", "Done", "Learned", "Next?", "Log"]
 

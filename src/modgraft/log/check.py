@@ -345,7 +345,7 @@ def _disjoint(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
 
 
 def _fix(path: Path, problems: list[Diagnostic]) -> None:
-    from modgraft.log.record.writing import rewrite
+    from modgraft.log.record.editing import rewrite
 
     def change(data: bytes) -> bytes:
         if blake2b(data, digest_size=16).digest() != problems[0].digest:
