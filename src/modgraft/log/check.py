@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import SequenceMatcher
 from hashlib import blake2b
 from pathlib import Path
@@ -75,21 +75,29 @@ def check(
     Raises:
         MissingFileError: a path that does not exist.
     """
-    plan = _plan(log, bibliography, actions)
-    out = list(plan.problems)
-    nearest: dict[str, str | None] = {}
-    for path in plan.notes:
+    project, files, folders = _scope(log)
+    found = find_notes(folders)
+    out = [replace(one, note=shown(one.note or "")) for one in found.problems]
+    if bibliography is None:
+        named = project.bibliography
+        if named is None:
+            near = find_notes(project.folders) if files else found
+            named = tuple(Path(one.path) for one in near.bibliographies)
+        bibliography = Bibliography.read([one for one in named if _opens(one, out)])
+    actions = actions or ACTIONS.extended(project.actions)
+    link_roots, nearest = roots(project), dict[str, str | None]()
+    for path in dict.fromkeys([*files, *(Path(one.path) for one in found.notes)]):
         name = shown(path)
         try:
             data = path.read_bytes()
         except OSError as error:
             out.append(Diagnostic("error", "unreadable", str(error.strerror), 1, 0, 0, name))
             continue
-        note = parse(data, name, plan.actions)
+        note = parse(data, name, actions)
         digest = blake2b(data, digest_size=16).digest()
-        found = check_note(note, path, plan.bibliography, plan.roots, nearest)
-        out += (replace(one, digest=digest) for one in found)
-    out += (_broken(one) for one in plan.bibliography.broken)
+        problems = check_note(note, path, bibliography, link_roots, nearest)
+        out += (replace(one, digest=digest) for one in problems)
+    out += (_broken(one) for one in bibliography.broken)
     return sorted(out, key=lambda one: (one.note or "", one.line, one.start))
 
 
@@ -117,23 +125,13 @@ def shown(path: str | Path) -> str:
     return str(path) if relative.startswith(os.pardir) else relative
 
 
-# -- what to check ---------------------------------------------------------------------------------
+# -- what to check -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    notes: tuple[Path, ...]
-    roots: tuple[Path, ...]
-    bibliography: Bibliography
-    actions: Actions
-    problems: tuple[Diagnostic, ...]
-
-
-def _plan(
+def _scope(
     log: Index | str | Path | Iterable[str | Path],
-    bibliography: Bibliography | None,
-    actions: Actions | None,
-) -> _Plan:
+) -> tuple[Settings, list[Path], tuple[Path, ...]]:
+    """Return the settings of what is to be checked, its single notes and its folders."""
     if isinstance(log, (str, Path)):
         paths = [Path(log)]
     elif isinstance(log, Iterable):
@@ -145,27 +143,13 @@ def _plan(
             remedy = "Name a note or a folder that holds notes"
             raise MissingFileError("there is no such note or folder", file=path, remedy=remedy)
     files = [path for path in paths if not path.is_dir()]
-    folders = [path for path in paths if path.is_dir()]
+    folders = tuple(path for path in paths if path.is_dir())
     if isinstance(log, (str, Path, Iterable)):
         # A note by itself belongs to the folder it lies in.
         project = settings(*folders, *dict.fromkeys(file.absolute().parent for file in files))
     else:
         project = log.settings
-    found = find_notes(tuple(folders))
-    problems = [replace(one, note=shown(one.note or "")) for one in found.problems]
-    if bibliography is None:
-        named = project.bibliography
-        if named is None:
-            near = find_notes(project.folders) if files else found
-            named = tuple(Path(one.path) for one in near.bibliographies)
-        bibliography = Bibliography.read([one for one in named if _opens(one, problems)])
-    return _Plan(
-        tuple(dict.fromkeys([*files, *(Path(one.path) for one in found.notes)])),
-        roots(project),
-        bibliography,
-        actions or ACTIONS.extended(project.actions),
-        tuple(problems),
-    )
+    return project, files, folders
 
 
 def roots(project: Settings) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Literal
 
 from modgraft.core.errors import ModgraftError
-from modgraft.log.ask import dates, free, refusals, sources, structured
+from modgraft.log.ask import free, refusals, sources, structured
 from modgraft.log.ask.answer import Answer, Kind, Lookup, verify
 from modgraft.log.ask.names import names_of
 from modgraft.log.ask.question import Question, parse_question
@@ -69,7 +69,7 @@ ROUTES: tuple[Route, ...] = (
     _row(sources.unresolved, "backlink", "", "which citations are missing from the bibliography?",
           r"\b(?:cit\w+|keys?)\b.*\b(?:missing|not in|isn't in|aren't in|unresolved)\b",
           r"\b(?:cit\w+|keys?)\b.*(?:not|n['’]t) resolve"),
-    _row(dates.when, "temporal", "", "when did I first cite @pfeifferModularDeepLearning2023?",
+    _row(structured.when, "temporal", "", "when did I first cite @pfeifferModularDeepLearning2023?",
           r"\bwhen\b", r"\b(?:what|which) (?:day|date|week|month|year)\b"),
     _row(sources.cites, "backlink", "source", "where do I cite @huangLanguageNotAll2023?",
           r"\bcit(?:e[sd]?|ing|ations?)\b", r"\bmention(?:s|ed|ing)?\b", r"\brefer(?:s|red)?\b",
@@ -97,7 +97,7 @@ ROUTES: tuple[Route, ...] = (
     _row(free.free, "free", "", "why is skimming like eating?", r"^\W*(?:so |and |but )?why\b",
          r"^\W*how (?!many\b|often\b)"),
     _row(structured.events, "structured", "action", "which questions are still open in gpt?", ""),
-    _row(dates.changed, "temporal", "time", "what changed between 2023-03-01 and 2023-03-07?",
+    _row(structured.changed, "temporal", "time", "what changed between 2023-03-01 and 2023-03-07?",
           r"\bchang\w+\b", r"\bhappen\w*\b", r"\bdid i (?:\w+ )?(?:do|write|log|add|record|work)\b",
           r"\bnew\b", r"\bbeen (?:doing|up to)\b", r"\bwrote\b", r"\bwritten\b", r"\badded\b",
           r"\bevents?\b"),

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from modgraft.log.ask import refusals
 from modgraft.log.ask.answer import Answer, Evidence, Lookup, all_lines, first_line
 from modgraft.log.ask.lexicon import GENERIC, content_words, stem
-from modgraft.log.index.query import Hit
+from modgraft.log.index.query import Hit, Query
 from modgraft.log.index.rows import searchable
-from modgraft.log.index.select import BLOCK_COLUMNS, Row, find_note_ids, row
+from modgraft.log.index.select import BLOCK_COLUMNS, Row, conditions, row
 from modgraft.log.index.vectors import VectorsOffError
 
 LINES = 5
@@ -239,19 +239,11 @@ def _stems(lookup: Lookup, blocks: Sequence[int]) -> dict[int, tuple[set[str], s
 
 
 def _conditions(lookup: Lookup) -> tuple[str, list[object]]:
-    question = lookup.question
-    where, values = "", list[object]()
-    if question.note is not None:
-        ids = find_note_ids(lookup.index.database, question.note)
-        where += f" AND blocks.file IN ({', '.join('?' * len(ids))})"
-        values += ids
-    if question.since is not None:
-        where += " AND blocks.at >= ?"
-        values.append(question.since)
-    if question.until is not None:
-        where += " AND blocks.at <= ?"
-        values.append(question.until)
-    return where, values
+    """Return the note and the period of the question as SQL conditions on blocks."""
+    asked = lookup.question
+    query = Query(note=asked.note, since=asked.since, until=asked.until)
+    where, values = conditions(lookup.index.database, query, lookup.index.actions, "blocks")
+    return "".join(f" AND {condition}" for condition in where), values
 
 
 def _rows(lookup: Lookup, ranking: Sequence[tuple[int, float]]) -> list[Row]:

@@ -354,9 +354,7 @@ def _insert(db: sqlite3.Connection, file: int, made: Rows) -> None:
         return None if index is None else events + index
 
     db.executemany(
-        "INSERT INTO events (id, file, line, end_line, action, written, arguments, result, status, "
-        "section, depth, at, at_from, keys, about, said) VALUES "
-        "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        f"INSERT INTO events VALUES ({', '.join('?' * 16)})",  # noqa: S608
         [(events + i, file, *row) for i, row in enumerate(made.events)],
     )
     db.executemany(
@@ -364,8 +362,7 @@ def _insert(db: sqlite3.Connection, file: int, made: Rows) -> None:
         [(events + i, text) for i, text in enumerate(made.event_words)],
     )
     db.executemany(
-        "INSERT INTO blocks (id, file, line, end_line, kind, depth, section, event, at, at_from, "
-        "text, hash) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+        f"INSERT INTO blocks VALUES ({', '.join('?' * 12)})",  # noqa: S608
         [
             (blocks + i, file, *row[:5], event(row[5]), *row[6:])
             for i, row in enumerate(made.blocks)

@@ -87,7 +87,7 @@ def select(database: Database, query: Query, actions: Actions) -> list[Row]:
     """
     lines = bool(query.text) and not query.actions and not query.status
     table = "blocks" if lines else "events"
-    where, values = _conditions(database, query, actions, table)
+    where, values = conditions(database, query, actions, table)
     joins = [f"{table} JOIN files ON files.id = {table}.file"]
     if lines:
         joins.append("LEFT JOIN events ON events.id = blocks.event")
@@ -112,9 +112,10 @@ def select(database: Database, query: Query, actions: Actions) -> list[Row]:
     return [row(tuple(r[:-1]), r[-1]) for r in database.rows(statement, *values)]
 
 
-def _conditions(
+def conditions(
     database: Database, query: Query, actions: Actions, table: str
 ) -> tuple[list[str], list[Any]]:
+    """Translate a query, without its text, to SQL conditions on ``table`` and their values."""
     where: list[str] = []
     values: list[Any] = []
 
