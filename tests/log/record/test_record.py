@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_notes import NAMES, NOTES, needs_notes, notes
 
+from log.real_notes import NAMES, NOTES, needs_notes, notes
 from modgraft.core.errors import DataError, MissingFileError, ModgraftError
 from modgraft.log import parse
 from modgraft.log.record.editing import rewrite
