@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from modgraft.log.syntax.note import Diagnostic, Severity
+if TYPE_CHECKING:
+    from modgraft.log.syntax.note import Diagnostic, Severity
 
 #: folders that hold no notes; hidden ones are not entered either
 IGNORED_FOLDERS = frozenset({"node_modules", "__pycache__"})
@@ -30,6 +32,8 @@ class FoundFiles:
 
     def add(self, severity: Severity, code: str, message: str, path: str) -> None:
         """Report a problem with a file or folder as a whole."""
+        from modgraft.log.syntax.note import Diagnostic  # a query without problems needs no parser
+
         self.problems.append(Diagnostic(severity, code, message, 1, 0, 0, path))
 
 
