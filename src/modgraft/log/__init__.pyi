@@ -1,4 +1,4 @@
-"""The public names of the research log: the one list, read by the lazy import too."""
+"""The public names of the research log; the lazy import reads this list too."""
 
 from .ask.answer import Answer as Answer
 from .ask.answer import Evidence as Evidence
