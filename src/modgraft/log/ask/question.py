@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 from typing import TYPE_CHECKING
 
-from modgraft.log.ask import times_asked
+from modgraft.core.errors import ModgraftError
 from modgraft.log.ask.lexicon import ACTION_WORDS, content_words
+from modgraft.log.index.times import month_end, span
 
 if TYPE_CHECKING:
     from modgraft.log.ask.names import Names
@@ -25,6 +26,15 @@ _OLDEST = re.compile(r"\b(?:first|earliest|oldest)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
+class Period:
+    """A period of time, open where a bound is None, and the words of the question that name it."""
+
+    since: str | None
+    until: str | None
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A parsed question.
 
@@ -34,7 +44,7 @@ class Question:
 
     text: str
     topic: tuple[str, ...]
-    period: times_asked.Period | None
+    period: Period | None
     note: str | None
     key: str | None
     unknown_key: str | None
@@ -72,7 +82,7 @@ def parse_question(text: str, names: Names, today: date, actions: Iterable[str] 
         actions: The project's own actions, beside those in the lexicon.
     """
     note, rest = names.find_note(" ".join(text.split()))
-    period = times_asked.find_period(rest, today)
+    period = find_period(rest, today)
     if period is not None:
         rest = rest.replace(period.words, " ")
     key, unknown, rest = names.find_key(rest)
@@ -107,3 +117,116 @@ def _find_actions(text: str, own: Iterable[str]) -> tuple[tuple[str, ...], str |
             status = status or said
             text = pattern.sub(" ", text)
     return tuple(found), status or None, text
+
+
+# -- periods: "since March 2023", "last week", "between 2023w9 and 2023w10" ----------------------
+
+_MONTHS = "january february march april may june july august september october november december"
+MONTHS = {name: i for i, name in enumerate(_MONTHS.split(), 1)}
+MONTHS |= {name[:3]: i for name, i in list(MONTHS.items())}
+_MONTH = "|".join(sorted(MONTHS, key=len, reverse=True))
+_YEAR = r"(?:19|20)\d{2}"
+
+DATE = (
+    rf"(?:{_YEAR}-\d{{1,2}}-\d{{1,2}}(?:[T ]\d{{2}}:\d{{2}}(?::\d{{2}})?)?|{_YEAR}-\d{{2}}|"
+    rf"{_YEAR}-?w\d{{1,2}}|week \d{{1,2}} of {_YEAR}|"
+    rf"(?:{_MONTH})\.? \d{{1,2}}(?:st|nd|rd|th)?,? {_YEAR}|"
+    rf"\d{{1,2}}(?:st|nd|rd|th)? (?:of )?(?:{_MONTH})\.?,? {_YEAR}|(?:{_MONTH})\.? {_YEAR}|"
+    rf"{_YEAR}|today|yesterday|(?:{_MONTH}))\b"
+)
+
+#: pattern of a time → its meaning; the pattern's dates are the groups a and b
+FORMS: tuple[tuple[str, str], ...] = (
+    (rf"\b(?:between|from) (?P<a>{DATE}) (?:and|to|until|till) (?P<b>{DATE})", "between"),
+    (rf"\b(?:since|starting(?: from)?|from) (?P<a>{DATE})", "since"),
+    (rf"\b(?:after|later than) (?P<a>{DATE})", "after"),
+    (rf"\b(?:before|earlier than|prior to) (?P<a>{DATE})", "before"),
+    (rf"\b(?:until|till|up to|by) (?P<a>{DATE})", "until"),
+    (rf"\b(?:in|on|during|of|at|for) (?P<a>{DATE})", "within"),
+    (
+        r"\b(?:in |during |over )?the (?:last|past) (?P<n>\d+) (?P<unit>day|week|month|year)s?",
+        "ago",
+    ),
+    (r"\b(?P<n>\d+) (?P<unit>day|week|month|year)s? ago\b", "back"),
+    (r"\b(?P<which>this|last|past) (?P<unit>week|month|year)\b", "unit"),
+    (r"\b(?P<a>today|yesterday)\b", "within"),
+)
+_COMPILED = tuple((re.compile(pattern, re.IGNORECASE), meaning) for pattern, meaning in FORMS)
+
+
+def find_period(question: str, today: date) -> Period | None:
+    """Find the first period that a question names."""
+    for pattern, meaning in _COMPILED:
+        match = pattern.search(question)
+        if match is None:
+            continue
+        try:
+            since, until = _bounds(match.groupdict(), meaning, today)
+        except (ModgraftError, ValueError, OverflowError):  # a number that is no date: 2023-99
+            continue
+        return Period(since, until, match[0])
+    return None
+
+
+def _bounds(
+    said: dict[str, str | None], meaning: str, today: date
+) -> tuple[str | None, str | None]:
+    if said.get("unit"):
+        first, last = _units(said, meaning, today)
+        return first.isoformat(), span(last)[1]
+    start, end = parse_date(said["a"] or "", today)
+    if meaning == "between":
+        return start, parse_date(said["b"] or "", today)[1]
+    if meaning == "since":
+        return start, None
+    if meaning == "after":
+        return (date.fromisoformat(end[:10]) + timedelta(days=1)).isoformat(), None
+    if meaning == "before":
+        return None, span(date.fromisoformat(start[:10]) - timedelta(days=1))[1]
+    return (None, end) if meaning == "until" else (start, end)
+
+
+def _units(said: dict[str, str | None], meaning: str, today: date) -> tuple[date, date]:
+    unit, which = said["unit"] or "", (said.get("which") or "").lower()
+    if meaning == "ago":
+        days = {"day": 1, "week": 7, "month": 30, "year": 365}[unit.lower()]
+        return today - timedelta(days=days * int(said["n"] or 1)), today
+    back = int(said["n"] or 1) if meaning == "back" else int(which != "this")
+    if unit.lower() == "day":
+        day = today - timedelta(days=back)
+        return day, day
+    if unit.lower() == "week":
+        monday = today - timedelta(days=today.weekday() + 7 * back)
+        return monday, monday + timedelta(days=6)
+    if unit.lower() == "month":
+        first = today.replace(day=1)
+        for _ in range(back):
+            first = (first - timedelta(days=1)).replace(day=1)
+        return first, month_end(first)
+    return date(today.year - back, 1, 1), date(today.year - back, 12, 31)
+
+
+def parse_date(text: str, today: date) -> tuple[str, str]:
+    """Return the first and last moment of a date in words or digits.
+
+    Raises:
+        ModgraftError: if the text is no date.
+        ValueError: if there is no such day.
+    """
+    said = text.lower().strip()
+    if said in ("today", "yesterday"):
+        return span(today - timedelta(days=int(said == "yesterday")))
+    if match := re.fullmatch(rf"week (\d+) of ({_YEAR})", said):
+        return span(f"{match[2]}w{match[1]}")
+    month = re.search(rf"\b({_MONTH})\b", said)
+    if month is None:
+        return span(text)
+    numbers = re.findall(r"\d+", said)
+    number = MONTHS[month[1]]  # without a year: the last such month
+    this = today.year - int(number > today.month)
+    year = int(next((n for n in numbers if len(n) == 4), this))
+    days = [int(n) for n in numbers if len(n) < 4]
+    if days:
+        return span(date(year, number, days[0]))
+    first = date(year, number, 1)
+    return first.isoformat(), span(month_end(first))[1]

@@ -39,13 +39,7 @@ _RETRIES = 3  # times that a note may change while it is read, before it is left
 
 
 class Index:
-    """The notes in some folders, their index, and the queries over both.
-
-    The text in every result is read from the notes again: a note that changed since it was indexed
-    is first indexed again, and results from a deleted note are left out. Only ``update()`` finds
-    new notes; an index that was never built is built by the first query. ``indexed`` is the report
-    of the last update.
-    """
+    """The notes in some folders, their index, and the queries over both; see `modgraft.log.Log`."""
 
     def __init__(self, settings: Settings, wait: float = WAIT) -> None:
         self.settings = settings
