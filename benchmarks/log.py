@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.show import Claim, add_output, show
 from modgraft.log import Log, Query
-from modgraft.log.index.vectors import Vectors, VectorsOffError, package_folder
+from modgraft.log.index.vectors import VectorsOffError, package_folder
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "notes"
 WORDS, SOURCES, REPEATS = 20_000, 1_000, 40
@@ -88,8 +88,8 @@ def draw_vectors(log: Log) -> None:
     """A random vector of unit length for every block, where the real ones would be kept."""
     import numpy as np
 
-    vectors = Vectors.of(log)
-    digests = [d for (d,) in log.store.rows("SELECT DISTINCT hash FROM blocks")]
+    vectors = log.vectors
+    digests = [d for (d,) in log.database.rows("SELECT DISTINCT hash FROM blocks")]
     drawn = np.random.default_rng(0).standard_normal((len(digests), 384)).astype(np.float32)
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
     vectors.save(dict(zip(digests, drawn, strict=True)))
@@ -158,7 +158,7 @@ def generated(folder: Path, count: int) -> list[Claim]:
     done = log.index()
     assert done.seen == done.parsed == count
     memory = peak()
-    (blocks,) = log.store.rows("SELECT count(*) FROM blocks")[0]
+    (blocks,) = log.database.rows("SELECT count(*) FROM blocks")[0]
     size = log.settings.index.stat().st_size / 2**20
     claims = [
         Claim(

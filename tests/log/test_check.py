@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_notes import NOTES, needs_notes, notes
 
+from log.real_notes import NOTES, needs_notes, notes
 from modgraft import ModgraftError
 from modgraft.core.errors import MissingFileError, UnknownNameError
 from modgraft.log import Bibliography, Diagnostic, Entry, parse

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import modgraft.log as package
 from recipes.command import Result, modgraft
 
 BIB = """@article{huLowRank2021,
@@ -247,5 +249,10 @@ def test_the_log_imports_neither_torch_nor_transformers(noted: Path) -> None:
     model = HEAVY & {"torch", "transformers", "numpy", "scipy", "sklearn", "matplotlib"}
     everything = "from modgraft.log import *\nfrom modgraft.log.record import record, runs"
     assert not model & modules(everything)
+    names = [
+        f"import {one.name}" for one in pkgutil.walk_packages(package.__path__, "modgraft.log.")
+    ]
+    assert len(names) > 20
+    assert not {"torch", "transformers"} & modules("\n".join(names))
     for args in ("'log', 'query'", "'log', 'queue'", "'log', 'add', 'read(@huLowRank2021)'"):
         assert not model & modules(COMMAND.format(args)), args

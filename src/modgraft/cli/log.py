@@ -92,12 +92,12 @@ def add(
     )  # fmt: skip
     current.remember(path, given)
     typer.echo(f"{shown_path(path)}:{line}")
-    if given.index.exists():  # to make one can take long, and nobody asked
-        _look_at(path, line, line + len(remarks or ()), folder)
+    if given.index.exists():  # building one can take long
+        _check_lines(path, line, line + len(remarks or ()), folder)
 
 
-def _look_at(path: Path, first: int, last: int, folder: list[Path] | None) -> None:
-    """Say what the check finds in the lines that were added; they stay as they are."""
+def _check_lines(path: Path, first: int, last: int, folder: list[Path] | None) -> None:
+    """Print the problems in the lines that were added, which are not changed."""
     from modgraft.log import Log, parse
     from modgraft.log.check import check_note
 
@@ -320,7 +320,7 @@ def opened(
     fresh: bool = True,
     vectors: bool | None = False,
 ) -> Iterator[Log]:
-    """The log, its index up to date where `fresh` is asked for; the vectors, where they are."""
+    """Open the log; with `fresh`, update its index first, and its vectors as `vectors` says."""
     from modgraft.log import Log
 
     with Log.open(*(folder or ()), bibliography=tuple(bib) if bib else None) as found:
@@ -333,6 +333,6 @@ def opened(
 
 
 def shown_path(path: Path) -> str:
-    """A path from here, where it is below here."""
+    """Return a path relative to the working directory, if it lies below."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path)

@@ -1,4 +1,4 @@
-"""``modgraft log check``."""
+"""The command ``modgraft log check``."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check(
     problems = found_in(checked, sources)
     if fix:
         codes = None if not code or "all" in code else code
-        mended = apply_fixes(problems, codes, ask=None if code else _confirmed)
+        mended = apply_fixes(problems, codes, ask=None if code else _confirm)
         for one in mended:
             typer.echo(f"{one.note}:{one.line}: mended {one.code}", err=as_json)
         problems = found_in(checked, sources)
@@ -71,8 +71,8 @@ def check(
         raise typer.Exit(1)
 
 
-def _confirmed(problem: Diagnostic) -> bool:
-    """Whether a person wants it mended."""
+def _confirm(problem: Diagnostic) -> bool:
+    """Ask whether to apply the fix of a problem."""
     assert problem.fix is not None  # noqa: S101  (only those are asked about)
     if not sys.stdin.isatty():
         raise ModgraftError(

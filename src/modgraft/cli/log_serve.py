@@ -1,4 +1,4 @@
-"""What serves the log to a browser, an assistant and an editor: ``modgraft log page|mcp|lsp``."""
+"""The commands that serve the log: ``modgraft log page|mcp|lsp``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modgraft.cli.log import Bib, In, opened
 from modgraft.core.errors import ModgraftError
 
 EXTRA = ("mcp", "pygls", "lsprotocol", "starlette", "uvicorn", "anyio", "httpx2")
-"""What the extra `log` brings."""
+"""The packages of the extra `log`."""
 
 
 def page(
@@ -75,7 +75,7 @@ def lsp() -> None:
 
 @contextmanager
 def _extra(what: str) -> Iterator[None]:
-    """Say which extra brings what is missing."""
+    """Turn a missing package into an error that names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:

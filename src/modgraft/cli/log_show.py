@@ -1,4 +1,4 @@
-"""What the research log's commands print: tables on a terminal, one line a hit elsewhere."""
+"""Print results of the log's commands: tables on a terminal, elsewhere one line per hit."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from modgraft.log import Answer, Diagnostic, Hit
-    from modgraft.log.index.index import Indexed
+    from modgraft.log.index.indexer import Indexed
     from modgraft.log.index.query import Owed
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""What a terminal would obey and not show: a note is text, whatever is in it."""
+"""Control characters, which a terminal would interpret: a note is shown as text."""
 
 BARE = re.compile(r"\s*[-*+]\s+\[\w+\]:?\s*")
 """An event without arguments and result."""
 
 SHOWN = 5
-"""Lines of an event that a table shows."""
+"""Lines of an event shown in a table."""
 
 WHEN = 10
-"""Characters of a moment that are shown: the day."""
+"""Characters of a time that are shown: the day."""
 
 
 def clean(text: str) -> str:
-    """The text without what a terminal would obey."""
+    """Replace the control characters of a text."""
     return CONTROL.sub("�", text)
 
 
 def show_hits(hits: Sequence[Hit], as_json: bool) -> None:
-    """Events and passages, each with its file, line and text."""
+    """Print events and passages, each with its file, line and text."""
     if as_json:
         _json(hits)
         return
@@ -50,7 +50,7 @@ def show_hits(hits: Sequence[Hit], as_json: bool) -> None:
 
 
 def show_queue(queue: Sequence[Owed], as_json: bool) -> None:
-    """The reading queue."""
+    """Print the reading queue."""
     if as_json:
         _json(queue)
         return
@@ -68,7 +68,7 @@ def show_queue(queue: Sequence[Owed], as_json: bool) -> None:
 
 
 def show_answer(answer: Answer, as_json: bool) -> None:
-    """An answer with the lines that support it, or why there is none."""
+    """Print an answer with the lines that support it, or why there is none."""
     if as_json:
         print(json.dumps(asdict(answer), indent=1, ensure_ascii=False))
         return
@@ -83,7 +83,7 @@ def show_answer(answer: Answer, as_json: bool) -> None:
 
 
 def show_problems(problems: Sequence[Diagnostic], as_json: bool) -> None:
-    """One line a problem, then how many of each severity."""
+    """Print one line per problem, then how many there are of each severity."""
     if as_json:
         names = ("note", "line", "severity", "code", "message")
         print(json.dumps([{n: getattr(one, n) for n in names} for one in problems], indent=1))
@@ -97,7 +97,7 @@ def show_problems(problems: Sequence[Diagnostic], as_json: bool) -> None:
 
 
 def show_indexed(made: Indexed) -> None:
-    """What an index holds, and one line a problem."""
+    """Print the report of an indexing, with one line per problem."""
     console = _console()
     for problem in made.problems:
         console.print(Text(clean(problem)))
@@ -109,7 +109,7 @@ def _json(found: Iterable[Any]) -> None:
 
 
 def _first(text: str) -> str:
-    """The first line, with the next where it is an event without words of its own."""
+    """Return the first line, with the next if the first is only an event's name."""
     first, _, rest = text.strip().partition("\n")
     below = rest.strip().splitlines()
     if below and BARE.fullmatch(first):
@@ -118,7 +118,7 @@ def _first(text: str) -> str:
 
 
 def _lines(text: str) -> str:
-    """The first lines, at the margin."""
+    """Return the first lines, without their common indent."""
     lines = textwrap.dedent(text).strip().splitlines()
     return "\n".join(lines[:SHOWN] + ["…"] * (len(lines) > SHOWN))
 
@@ -132,7 +132,7 @@ def _console() -> Console:
 def _print(
     console: Console, headers: Sequence[str], rows: Sequence[Sequence[str]], none: str
 ) -> None:
-    """A table on a terminal; elsewhere tabs, for other programs."""
+    """Print a table on a terminal, else rows with tabs, for other programs."""
     if not console.is_terminal:
         for row in rows:
             print("\t".join(clean(cell) for cell in row))

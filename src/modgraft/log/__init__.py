@@ -1,4 +1,4 @@
-"""modgraft.log: the research log, recorded, checked and asked.
+"""The research log: record it, check it, ask it questions.
 
 The public names and their homes stand in ``__init__.pyi``. Each is imported when it is first used,
 and none of them needs torch.

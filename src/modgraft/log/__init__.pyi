@@ -1,14 +1,14 @@
-"""The public names of the research log: the one list, read by the lazy import too."""
+"""The public names of the research log; the lazy import reads this list too."""
 
 from .ask.answer import Answer as Answer
 from .ask.answer import Evidence as Evidence
 from .index.bibliography import Bibliography as Bibliography
 from .index.bibliography import Entry as Entry
-from .index.index import Log as Log
 from .index.indexer import Indexed as Indexed
 from .index.query import Hit as Hit
 from .index.query import Owed as Owed
 from .index.query import Query as Query
+from .log import Log as Log
 from .record.record import add as add
 from .record.record import finish as finish
 from .record.record import new_note as new_note

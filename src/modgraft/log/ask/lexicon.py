@@ -1,12 +1,12 @@
-"""The words of questions: which name an action, and which say nothing of what is looked for."""
+"""The words of questions: those that name an action, and those that carry no content."""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
 
-#: words that name an action → the action, and the status where they say one; longer ones first
-WORDS: tuple[tuple[str, str, str], ...] = (
+#: pattern of words → the action they name, and the status if they name one; longer ones first
+ACTION_WORDS: tuple[tuple[str, str, str], ...] = (
     (r"(?:have|did) i (?:fully read|read (?:fully|in full))|finish(?:ed)? reading", "read", ""),
     (r"full[ _-]?read(?:ing)?|(?:be )?read(?:ing)? in full", "skim", "full_read"),
     (r"dig(?:ging)?(?: deeper| into)?|dug(?: into)?", "skim", "digging"),
@@ -35,7 +35,7 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (r"(?:have|did|had) i (?:already |ever )?read|i (?:have |did )?read|read by me", "read", ""),
 )  # fmt: skip
 
-_STOP = """
+_STOP_WORDS = """
 a about above after again against all already also am an and any anything are aren't as at be
 because been before being below between both but by can can't cannot could couldn't did didn't do
 does doesn't doing don't done down during each else ever every few find for from further get give
@@ -53,34 +53,34 @@ note notes noted log logged paper papers source sources think thinks thinking th
 opinion opinions comment comments view views mention mentions mentioned mentioning recorded record
 entry entries article articles per quote quotes quoted quotation quotations
 """
-STOP = frozenset(_STOP.split())
-"""Words that are in no query: those without a content, and those that only ask the log."""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+"""Words that never become part of a query: they carry no content, or only address the log."""
 
 _GENERIC = """
 marked mark flagged flag judged decided left remain remaining total altogether session time times
 happened happen work worked worth answered answer unanswered long best wrong special big good bad
-use publish published name names titles title date dates far currently asked ask asking kind came
+use publish published name names titles title date dates far currently question ask lookup kind came
 come learned learn learnt piece pieces idea ideas post posts
 """
 GENERIC = frozenset(_GENERIC.split())
-"""Words that ask for events without saying what these are about."""
+"""Words that ask for events without saying what the events are about."""
 
 _TOKEN = re.compile(r"[^\W_]+(?:[.'’-][^\W_]+)*")
 
 
 def tokens(text: str) -> list[str]:
-    """The words of a text; ``gpt3.5`` and ``co-occurrence`` are one each."""
+    """Split a text into words; ``gpt3.5`` and ``co-occurrence`` are one word each."""
     return _TOKEN.findall(text)
 
 
 def content_words(text: str) -> list[str]:
-    """The words of a text that say what it is about."""
+    """Return the words of a text without the stop words."""
     return [token for token in tokens(text) if not is_stop(token)]
 
 
 def is_stop(token: str) -> bool:
-    """Whether a word says nothing of what is looked for."""
-    return token.lower().replace("’", "'").removesuffix("'s") in STOP
+    """Whether a word is a stop word."""
+    return token.lower().replace("’", "'").removesuffix("'s") in STOP_WORDS
 
 
 _ENDINGS = (
@@ -91,7 +91,7 @@ _ENDINGS = (
 
 @lru_cache(maxsize=100_000)
 def stem(word: str) -> str:
-    """A word without its ending, so that ``masked``, ``masks`` and ``masking`` are one."""
+    """Strip a word's ending, so that ``masked``, ``masks`` and ``masking`` are equal."""
     word = word.lower().replace("’", "'").removesuffix("'s")
     for ending in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 3:

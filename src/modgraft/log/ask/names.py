@@ -1,7 +1,7 @@
-"""What a question names: a note, a source by its key, its title, or its author and year.
+"""Find the note or source that a question names, by key, by title, or by author and year.
 
-A question is looked up in tables by its runs of words, so that ten thousand names cost no more than
-ten.
+Each run of words in the question is looked up in a dictionary, so that ten thousand names cost no
+more than ten.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from modgraft.log.ask.lexicon import content_words, tokens
 
 if TYPE_CHECKING:
     from modgraft.log.index.bibliography import Entry
+    from modgraft.log.index.index import Index
 
 LONGEST = 24
-"""Words that a name may have to be recognised."""
+"""The longest name that is recognised, in words."""
 
 _PLAIN = re.compile(r"[^\W_]+")
 _AT_KEY = re.compile(r"(?<!\w)@([A-Za-z][\w:.-]*\w)")
@@ -25,15 +26,15 @@ _LIKE_A_KEY = re.compile(r"[a-z][A-Z]|[a-z]{3,}(?:19|20)\d{2}")
 _AUTHOR = re.compile(r"\b(?:cite[ds]?|by|of|from|about|on) ([A-Za-z][\w-]+)(?: et al\.?)?[\s?.!]*$")
 _END = r"(?=[\s?.,!:]|$)"
 
-#: how a source is spoken of, and whether a year must be among its words
-_SPOKEN: tuple[tuple[re.Pattern[str], bool], ...] = (
+#: ways to refer to a source, and whether a year must be among the words
+_REFERENCES: tuple[tuple[re.Pattern[str], bool], ...] = (
     (re.compile(r"\b[Tt]he ([\w' -]+?) papers?\b"), False),
     (re.compile(r"\b((?:[A-Z][\w-]+ )+(?:et al\.? )?\(?(?:19|20)\d{2}\)?)"), True),
 )
 
 
 class Names:
-    """The names of a log's notes and sources."""
+    """The names by which a question may refer to a log's notes and sources."""
 
     def __init__(
         self, notes: Iterable[str], sources: Mapping[str, Entry], cited: Iterable[str]
@@ -60,11 +61,11 @@ class Names:
         for part in _PLAIN.findall(stem.lower()):
             self._parts.setdefault(part, set()).add(name)
 
-    def note(self, question: str) -> tuple[str | None, str]:
-        """A note that is named as one, and the question without it.
+    def find_note(self, question: str) -> tuple[str | None, str]:
+        """Find the note that a question names, and return it with the rest of the question.
 
-        ``in gpt``, ``gpt.md``, ``the gpt note``; of a run's ``note.md`` its folder's name; ``in
-        the draft`` where one note alone has that part in its name.
+        Recognised are ``in gpt``, ``gpt.md`` and ``the gpt note``; a run's ``note.md`` goes by its
+        folder's name; ``in the draft`` is enough where only one note has that word in its name.
         """
         found = [pair for run in _runs(_normal(question)) for pair in self._notes.get(run, ())]
         for spoken, name in sorted(found, key=lambda pair: -len(pair[0])):
@@ -85,8 +86,8 @@ class Names:
             return next(iter(having)), question.replace(match[0], " ")
         return None, question
 
-    def key(self, question: str) -> tuple[str | None, str | None, str]:
-        """A citation key, with ``@`` or without; or one that nobody knows; and the rest."""
+    def find_key(self, question: str) -> tuple[str | None, str | None, str]:
+        """Find a citation key: known, or else unknown; and return the rest of the question."""
         match = _AT_KEY.search(question)
         if match is None:
             words = (w for w in re.findall(r"[\w:-]+", question) if w.lower() in self.keys)
@@ -98,12 +99,11 @@ class Names:
         found = self.keys.get(match[1].lower())
         return found, None if found else match[1], question.replace(match[0], " ")
 
-    def source(self, rest: str, question: str) -> tuple[str | None, str]:
-        """A source by its title or its author and year, where that leaves no doubt.
+    def find_source(self, rest: str, question: str) -> tuple[str | None, str]:
+        """Find a source by its title or its author and year, where only one fits.
 
-        Either its title (or what stands before the title's colon) is in the question, or words by
-        which it is spoken of ("the … paper", "Pfeiffer 2023") fit one source alone. Cited ones come
-        first.
+        Either the question holds its title (or the part before the title's colon), or a reference
+        ("the … paper", "Pfeiffer 2023") fits only one source. Cited sources come first.
         """
         said = " ".join(tokens(rest)).lower()
         titles = [run for run in _runs(said) if run in self._titles]
@@ -114,13 +114,13 @@ class Names:
                 fits = [e for e in self._titles[title] if among is None or e.key in among]
                 if len(fits) == 1:
                     return fits[0].key, _without(rest, fits[0])
-        for pattern, dated in _SPOKEN:
+        for pattern, dated in _REFERENCES:
             match = pattern.search(rest)
             words = content_words(match[1].replace("et al", "")) if match else []
             if match and words and (not dated or any(w.isdigit() for w in words)):
                 for pool in (self.cited, self.sources):
                     entries = (self.sources[k] for k in pool if k in self.sources)
-                    fits = [e for e in entries if all(_says(e, w.lower()) for w in words)]
+                    fits = [e for e in entries if all(_has_word(e, w.lower()) for w in words)]
                     if len(fits) == 1:
                         return fits[0].key, rest.replace(match[0], " ")
         match = _AUTHOR.search(rest)
@@ -132,6 +132,16 @@ class Names:
         return None, rest
 
 
+def names_of(index: Index) -> Names:
+    """Return the names of an index's notes and sources, kept until the index changes."""
+
+    def build() -> Names:
+        cited = index.database.rows("SELECT DISTINCT key FROM cites")
+        return Names(index.notes(), index.bibliography.entries, (key for (key,) in cited))
+
+    return index.database.cached("names", build)
+
+
 def _first_author(entry: Entry) -> str:
     return entry.authors[0].split()[-1].lower() if entry.authors and entry.authors[0] else ""
 
@@ -141,7 +151,7 @@ def _normal(text: str) -> str:
 
 
 def _runs(text: str) -> Iterator[str]:
-    """Every run of words of a text, up to ``LONGEST``."""
+    """Yield every run of up to ``LONGEST`` words of a text."""
     words: Sequence[str] = text.split()
     for start in range(len(words)):
         for end in range(start + 1, min(start + LONGEST, len(words)) + 1):
@@ -155,11 +165,11 @@ def _titles(entry: Entry) -> tuple[str, ...]:
 
 
 def _is_written_as_name(title: str, question: str) -> bool:
-    """Whether a title of one word is written as a name, not at the start: ``Muse``, ``ELITE``."""
+    """Whether a one-word title is capitalised, other than at the start: ``Muse``, ``ELITE``."""
     return any(t[0].isupper() for t in tokens(question)[1:] if t.lower() == title)
 
 
-def _says(entry: Entry, word: str) -> bool:
+def _has_word(entry: Entry, word: str) -> bool:
     text = f"{entry.title} {' '.join(entry.authors)} {entry.year}".lower()
     return re.search(rf"\b{re.escape(word)}\b", text) is not None
 

@@ -1,10 +1,10 @@
-"""Phrasing an answer by a language model, which may say what was verified and nothing else.
+"""Phrase an answer with a language model, which may say what was verified and nothing else.
 
 An OpenAI-compatible server gets the question and the verified lines, and is asked for sentences
 that each end with the number of the line they rest on. They are shown only if every one passes:
 
 - it ends with numbers of lines that were sent;
-- each of its words of content is in those lines or in the question, by its first letters;
+- each of its content words is in those lines or in the question, compared by stem;
 - each number and each name in it is in those lines, as it is, a number with its sign;
 - it denies something exactly where those lines do.
 
@@ -28,51 +28,53 @@ from urllib.parse import urlsplit
 
 from modgraft.core.errors import ModgraftError
 from modgraft.log.ask.answer import Answer, Evidence
-from modgraft.log.ask.lexicon import STOP, stem
+from modgraft.log.ask.lexicon import STOP_WORDS, stem
 
 KEY = "MODGRAFT_LOG_KEY"
-"""The variable that holds the key of a server that asks for one."""
+"""The environment variable with the API key, for servers that ask for one."""
 WAIT = 30.0
-"""Seconds that a server may take."""
+"""Seconds to wait for the server."""
 LARGEST = 1_000_000
-"""Bytes of an answer that are read."""
+"""The most bytes that are read of the server's answer."""
 INSTRUCTION = (
     "Answer the question from the numbered lines alone, in at most three short sentences. Use the "
     "words of the lines. End each sentence with the number of its line, as [1]. Add nothing."
 )
 _SENTENCE = re.compile(r"(.+?)((?:\s*\[\d+\])+)[.!?]?(?:\s+|$)", re.DOTALL)
-# with what makes it another number: a minus, a percent sign
+# with the signs that make it another number: a minus, a percent sign
 _WORD = re.compile(r"(?:(?<![^\W_])-(?=\d))?[^\W_]+(?:['’.,-][^\W_]+)*(?:(?<=\d)%)?")
 _DENIES = re.compile(
     r"\b(?:not|no|never|neither|nor|without|cannot|hardly)\b|n['’]t\b", re.IGNORECASE
 )
-_GLUE = STOP | frozenset(["according", "line", "lines", "question", "answer", "states", "stated"])
+_GLUE = STOP_WORDS | frozenset(
+    ["according", "line", "lines", "question", "answer", "states", "stated"]
+)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """What was verified goes to the server that was configured, and to no other."""
+    """Refuse redirections: verified lines go to the configured server and to no other."""
 
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> None:
-        """Never: the reply is then an error, and says the redirection's code."""
+        """Return None, which turns the redirection into an error with its code."""
 
 
-def phrased(answer: Answer, endpoint: str, model: str | None) -> Answer:
-    """The answer in a model's words where they pass, else as it is, with the reason."""
+def phrase(answer: Answer, endpoint: str, model: str | None) -> Answer:
+    """Put the answer into a model's words if these pass; else keep it and remark why."""
     try:
         text = _complete(endpoint, model, answer)
     except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
-        return _as_it_is(answer, f"{endpoint} did not phrase it ({why}); the lines are as they are")
+        return _remark(answer, f"{endpoint} did not phrase it ({why}); the lines are as they are")
     reason = objection(text, answer.evidence, answer.question)
     if reason is not None:
-        return _as_it_is(answer, f"a phrasing by {endpoint} was rejected: {reason}")
+        return _remark(answer, f"a phrasing by {endpoint} was rejected: {reason}")
     return replace(answer, text=text.strip(), remarks=(*answer.remarks, f"phrased by {endpoint}"))
 
 
 def objection(text: str, evidence: Sequence[Evidence], question: str) -> str | None:
-    """Why a phrasing says more than its lines; None where it does not."""
+    """Return why a phrasing says more than its lines, or None if it does not."""
     sentences, end = [], 0
     for match in _SENTENCE.finditer(text):
         if match.start() != end:
@@ -87,13 +89,14 @@ def objection(text: str, evidence: Sequence[Evidence], question: str) -> str | N
         if wrong:
             return f"there is no line [{wrong[0]}]"
         lines = " ".join(evidence[n - 1].quote for n in numbers)
-        reason = _adds(match[1], lines, question)
+        reason = _unsupported(match[1], lines, question)
         if reason is not None:
             return reason
     return None
 
 
-def _adds(sentence: str, lines: str, question: str) -> str | None:
+def _unsupported(sentence: str, lines: str, question: str) -> str | None:
+    """Return the reason why a sentence is not supported by its lines; None if it is."""
     there = {w.lower() for w in _words(lines)}
     stems = {stem(w) for w in there} | {stem(w.lower()) for w in _words(question)}
     for position, word in enumerate(_words(sentence)):
@@ -115,7 +118,7 @@ def _words(text: str) -> list[str]:
 
 
 def _parts(word: str) -> list[str]:
-    """A number stays whole (84.91); a compound is its parts (co-occurrence)."""
+    """Split a compound into its parts (co-occurrence); a number stays whole (84.91)."""
     if any(c.isdigit() for c in word):
         return [word]
     return [p for p in re.split(r"[-.,]", word) if p]
@@ -148,10 +151,10 @@ def _complete(endpoint: str, model: str | None, answer: Answer) -> str:
 
 
 def _key() -> dict[str, str]:
-    """What a server that asks for a key is given: of this process's environment, of no file."""
+    """Return the header with the API key; it is read from the environment, never from a file."""
     key = os.environ.get(KEY)
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _as_it_is(answer: Answer, remark: str) -> Answer:
+def _remark(answer: Answer, remark: str) -> Answer:
     return replace(answer, remarks=(*answer.remarks, remark))

@@ -1,1 +1,1 @@
-"""What the notes say, in a database that can always be made again from them."""
+"""The index of the notes: a database that can always be built again from them."""

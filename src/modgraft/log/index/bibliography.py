@@ -1,4 +1,4 @@
-"""The bibliography: BibTeX files read by bibtexparser, every entry with its file and line."""
+"""Read BibTeX files with bibtexparser, and keep the file and line of every entry."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 _ESCAPED = re.compile(r"\\([%&#_])")
 _LONG = 400
-"""An abstract keeps its formulas as written: reading them takes longer than all the rest."""
+"""LaTeX in longer values (abstracts) is kept as written: parsing it takes the most time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One source: what its BibTeX entry says of it, and where that stands."""
+    """One source: the fields of its BibTeX entry, and where the entry stands."""
 
     key: str
     title: str
@@ -30,7 +30,7 @@ class Entry:
 
     @property
     def short(self) -> str:
-        """Who and when: ``Pfeiffer et al. 2023``."""
+        """Authors and year in short: ``Pfeiffer et al. 2023``."""
         names = [author.split()[-1] for author in self.authors if author.split()]
         who = names[0] + (" et al." if len(names) > 2 else "") if names else "no author"
         return f"{' and '.join(names) if len(names) == 2 else who} {self.year}".strip()
@@ -38,7 +38,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """What could not be read of a bibliography: one line a problem."""
+    """A part of a bibliography that could not be read, and why."""
 
     file: str
     line: int
@@ -50,16 +50,16 @@ class Broken:
 
 @dataclass(frozen=True)
 class Bibliography:
-    """Sources by citation key, and what was broken."""
+    """Sources by citation key, and the entries that could not be read."""
 
     entries: Mapping[str, Entry] = field(default_factory=dict)
     broken: tuple[Broken, ...] = ()
 
     @classmethod
     def read(cls, paths: Iterable[str | Path]) -> Bibliography:
-        """All entries of ``paths``; of two with one key the first is kept, the other is reported.
+        """Read all entries of ``paths``; if two have the same key, the second is reported.
 
-        A broken entry, or bytes that are no UTF-8, cost that entry alone, and are reported.
+        A broken entry or invalid UTF-8 is reported and affects that entry alone.
 
         Raises:
             OSError: if a file cannot be read.
@@ -81,7 +81,7 @@ class Bibliography:
         return cls(entries, tuple(sorted(broken, key=lambda b: (b.file, b.line))))
 
     def nearest(self, key: str, n: int = 3) -> list[str]:
-        """Keys that ``key`` may have meant, the likeliest first; with or without ``@``."""
+        """Return the keys most similar to ``key`` (with or without ``@``), the nearest first."""
         from difflib import get_close_matches
 
         wanted = key.lstrip("@").lower()
@@ -110,7 +110,7 @@ def _decoded(path: Path) -> tuple[str, list[Broken]]:
 
 
 def _entries(text: str, file: str) -> Iterator[Entry | Broken]:
-    """The entries of one file, and its broken ones."""
+    """Yield the entries of one file, and its broken ones."""
     from bibtexparser.entrypoint import parse_string
     from bibtexparser.model import DuplicateBlockKeyBlock, DuplicateFieldKeyBlock
 
@@ -155,14 +155,14 @@ def _entry(entry: Any, file: str, line: int) -> Entry:
 
 
 def _names(field: str) -> Iterator[str]:
-    """First name first: ``Mokrá, Soňa and {The Team}`` → ``Soňa Mokrá``, ``The Team``."""
+    """Yield names, first name first: ``Mokrá, Soňa and {The Team}`` → ``Soňa Mokrá``, …"""
     for name in re.split(r"\s+and\s+", field.strip()) if field.strip() else ():
         last, _, first = name.partition(",")
         yield _plain(f"{first.rpartition(',')[2]} {last}" if first else last)
 
 
 def _plain(value: str) -> str:
-    """Without braces, LaTeX's commands read, on one line."""
+    """Remove braces, translate LaTeX commands, and put everything on one line."""
     value = _ESCAPED.sub(r"\1", value)
     if "\\" in value and len(value) < _LONG:
         from pylatexenc.latex2text import LatexNodes2Text
@@ -173,7 +173,7 @@ def _plain(value: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What bibtexparser logs of broken entries is reported with file and line instead."""
+    """Silence bibtexparser's log: broken entries are reported with file and line instead."""
     logger = logging.getLogger("bibtexparser")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,10 +1,10 @@
-"""The index's file: SQLite with FTS5. It is a cache of the notes, and may be deleted.
+"""The index's database: SQLite with FTS5, a cache of the notes that may be deleted.
 
     files ── blocks ── block_words (FTS5)         sources, broken    the bibliography
          ├── events ── event_words (FTS5)         written, tracked   when git first saw a line
          └── cites                                facts              what was seen last
 
-One transaction a file, in a write-ahead log: a process that is killed leaves the notes it finished.
+Each note is one transaction, in a write-ahead log: a killed process keeps the notes it finished.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 from modgraft.core.errors import ModgraftError
 
 WAIT = 5.0
-"""Seconds to wait for another process that writes."""
+"""Seconds to wait for another process that is writing."""
 
 WAL = 10_000
-"""Pages that may wait to be put in their place: a first indexing then waits less for the disk."""
+"""Pages of the write-ahead log before a checkpoint; many make a first indexing faster."""
 
 SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
@@ -57,53 +57,53 @@ CREATE INDEX cites_file ON cites (file);
 """
 
 VERSION = zlib.crc32(SCHEMA.encode()) >> 1
-"""Of the schema, and changes with it; an index of another version is built again."""
+"""The schema's version, a checksum of it; an index of another version is built again."""
 
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 class LockedIndexError(ModgraftError):
-    """Another process writes to the index, and does not end."""
+    """Another process holds the index locked for too long."""
 
 
 class CorruptIndexError(ModgraftError):
-    """The index's file is damaged; the notes are not, and it is built again from them."""
+    """The index's file is damaged; it is built again from the notes."""
 
 
-class Store:
-    """The open index; ``remarks`` say what had to be done to open it, one line each."""
+class Database:
+    """The open database; ``remarks`` say what had to be repaired to open it, one line each."""
 
     def __init__(self, path: Path, wait: float = WAIT) -> None:
         self.path, self.wait = path, wait
         self.remarks: list[str] = []
         self.lock = threading.RLock()
         self.in_memory = False
-        self._remembered: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
         self._state: tuple[int, int] | None = None
-        self.connection = self._opened()
+        self.connection = self._open()
 
-    def _opened(self) -> sqlite3.Connection:
+    def _open(self) -> sqlite3.Connection:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             ignore = self.path.parent / ".gitignore"
             if self.path.parent.name == ".modgraft" and not ignore.exists():
                 ignore.write_text("*\n", encoding="utf-8")
         except OSError as error:
-            return self._memory(error.strerror or type(error).__name__)
+            return self._open_in_memory(error.strerror or type(error).__name__)
         try:
-            return self._connected()
+            return self._connect_file()
         except CorruptIndexError as error:
             self.remarks.append(f"{self.path}:1: warning index {error}")
             self._delete()
-            return self._connected()
+            return self._connect_file()
         except sqlite3.OperationalError as error:
-            return self._memory(str(error))
+            return self._open_in_memory(str(error))
 
-    def _connected(self) -> sqlite3.Connection:
+    def _connect_file(self) -> sqlite3.Connection:
         connection = _connect(str(self.path), self.wait)
         try:
-            with self._explained():
+            with self._translated_errors():
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = NORMAL")
                 connection.execute(f"PRAGMA wal_autocheckpoint = {WAL}")
@@ -113,8 +113,8 @@ class Store:
             raise
         return connection
 
-    def _memory(self, why: str) -> sqlite3.Connection:
-        """An index of this process alone, begun from the file where that can be read."""
+    def _open_in_memory(self, why: str) -> sqlite3.Connection:
+        """Open a database in memory, copied from the file where that can be read."""
         self.in_memory = True
         self.remarks.append(
             f"{self.path}:1: warning index cannot be written ({why}); it is kept in memory, and "
@@ -144,14 +144,14 @@ class Store:
         connection.execute("COMMIT")
 
     def rebuild(self, why: str) -> None:
-        """Begin anew with an empty index, and say so."""
+        """Replace the database by an empty one, and remark why."""
         with self.lock:
             self.remarks.append(f"{self.path}:1: warning index {why}")
             self._state = None
             self.connection.close()
             if not self.in_memory:
                 self._delete()
-                self.connection = self._opened()
+                self.connection = self._open()
             else:
                 self.connection = _connect(":memory:", self.wait)
                 self._prepare(self.connection)
@@ -161,18 +161,18 @@ class Store:
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the database."""
         self.connection.close()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of the block, or nothing of it.
+        """Run the block as one transaction: all of it is written, or nothing.
 
         Raises:
             LockedIndexError: if another process keeps writing for longer than ``wait``.
             CorruptIndexError: if the file is damaged.
         """
-        with self.lock, self._explained():
+        with self.lock, self._translated_errors():
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self.connection
@@ -183,33 +183,33 @@ class Store:
             self.connection.execute("COMMIT")
 
     def rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        """The rows that a statement reads."""
-        with self.lock, self._explained():
+        """Run a statement and return its rows."""
+        with self.lock, self._translated_errors():
             return self.connection.execute(statement, values).fetchall()
 
-    def remembered(self, name: str, make: Callable[[], Made]) -> Made:
-        """What ``make`` makes of the index, made once until this or another process changes it."""
+    def cached(self, name: str, make: Callable[[], T]) -> T:
+        """Return the result of ``make``, kept until some process changes the database."""
         with self.lock:
             state = (self.rows("PRAGMA data_version")[0][0], self.connection.total_changes)
             if self._state != state:
-                self._remembered, self._state = {}, state
-            if name not in self._remembered:
-                self._remembered[name] = make()
-            return self._remembered[name]
+                self._cache, self._state = {}, state
+            if name not in self._cache:
+                self._cache[name] = make()
+            return self._cache[name]
 
-    def tidy(self) -> None:
-        """Merge the word indexes into one piece each: many small transactions left many."""
+    def optimize(self) -> None:
+        """Merge the segments of the full-text indexes, which many small transactions leave."""
         with self.transaction() as db:
             for words in ("block_words", "event_words"):
                 db.execute(f"INSERT INTO {words} ({words}) VALUES ('optimize')")  # noqa: S608
 
     def fact(self, name: str) -> str | None:
-        """What was noted under ``name``."""
+        """Return the value stored under ``name`` in the table of facts; None without one."""
         rows = self.rows("SELECT value FROM facts WHERE name = ?", name)
         return rows[0][0] if rows else None
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.DatabaseError as error:

@@ -1,7 +1,7 @@
-"""When a line was written: the first commit in which it appears.
+"""Find when lines were written: the first commit in which each appears.
 
-One ``git log`` is read as a stream, from the commit that was last seen; no file is blamed. Where a
-line is in no commit yet, a date in the note or its name stands in, and else the file's own time.
+One ``git log`` is read as a stream, from the last commit that was read; ``git blame`` is not used.
+A line that is in no commit yet gets the date in the note or in its name, else the file's time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _PLAIN = [
 
 
 @dataclass(frozen=True, slots=True)
-class Added:
-    """A line that a commit added to ``path``; of a renamed file, its old path and no line."""
+class AddedLine:
+    """A line that a commit added to ``path``; or a renamed file, with its old path and no line."""
 
     path: str
     line: int
@@ -34,41 +34,43 @@ class Added:
 
 
 class GitError(ValueError):
-    """What git says when it cannot do it."""
+    """Git failed; the message is its first line of output."""
 
 
 def fingerprint(line: str | bytes) -> int:
-    """A line without the white space around it, as a number that SQLite holds."""
+    """Hash a line, without the white space around it, to an integer that SQLite can hold."""
     text = line.decode("utf-8", errors="replace") if isinstance(line, bytes) else line
     digest = blake2b(text.strip().encode("utf-8", errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
-def repository(folder: Path) -> Path | None:
-    """The working tree that ``folder`` is in; None outside of any."""
+def find_repository(folder: Path) -> Path | None:
+    """Return the root of the working tree around ``folder``; None outside of any."""
     above = (folder, *folder.parents)
     return next((p for p in above if (p / ".git").exists()), None)
 
 
 def head(root: Path) -> str | None:
-    """The commit that is checked out; None in a repository without any.
+    """Return the commit that is checked out; None in a repository without commits.
 
     Raises:
         GitError: if git is not installed, or refuses the repository.
     """
     done = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if done.returncode not in (0, 1):
-        raise GitError(_said(done.stderr))
+        raise GitError(_first_line(done.stderr))
     return done.stdout.decode().strip() or None
 
 
-def follows(root: Path, old: str) -> bool:
-    """Whether ``old`` is an ancestor of what is checked out: history was not rewritten."""
+def is_ancestor(root: Path, old: str) -> bool:
+    """Whether ``old`` is an ancestor of the current commit, so that history was not rewritten."""
     return _git(root, "merge-base", "--is-ancestor", old, "HEAD").returncode == 0
 
 
-def added(root: Path, folders: Iterable[Path], since: str | None = None) -> Iterator[Added]:
-    """Every line of a note that a commit added, in the order of history, after ``since``.
+def added_lines(
+    root: Path, folders: Iterable[Path], since: str | None = None
+) -> Iterator[AddedLine]:
+    """Yield every line that a commit after ``since`` added to a note, the oldest first.
 
     Raises:
         GitError: if git fails.
@@ -83,30 +85,30 @@ def added(root: Path, folders: Iterable[Path], since: str | None = None) -> Iter
     ]
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(  # noqa: S603  (git, with paths of our own)
+        subprocess.Popen(  # noqa: S603  (git, with paths of the log)
             command, stdout=subprocess.PIPE, stderr=errors, env=_environment()
         ) as process,
     ):
         yield from _parsed(process.stdout or ())
         if process.wait():
             errors.seek(0)
-            raise GitError(_said(errors.read()))
+            raise GitError(_first_line(errors.read()))
 
 
-def _parsed(stream: Iterable[bytes]) -> Iterator[Added]:
-    """The added lines of a log. Hunks are counted: a line of a note may look like a header."""
+def _parsed(stream: Iterable[bytes]) -> Iterator[AddedLine]:
+    """Parse the output of git log. Lines of hunks are counted, for a note may hold a diff."""
     at, path, old, left = "", "", "", 0
     for raw in stream:
         if left:
             if raw[:1] == b"+":
-                yield Added(path, fingerprint(raw[1:]), at)
+                yield AddedLine(path, fingerprint(raw[1:]), at)
             left -= raw[:1] in (b"+", b"-")
         elif raw[:1] == b"\0":
             at = raw[1:20].decode("ascii")
         elif raw.startswith(b"rename from "):
             old = _unquoted(raw[12:].rstrip(b"\n"))
         elif raw.startswith(b"rename to "):
-            yield Added(_unquoted(raw[10:].rstrip(b"\n")), 0, at, old)
+            yield AddedLine(_unquoted(raw[10:].rstrip(b"\n")), 0, at, old)
         elif raw.startswith(b"+++ "):
             name = _unquoted(raw[4:].rstrip(b"\n").removesuffix(b"\t"))
             path = name.removeprefix("b/")
@@ -115,7 +117,7 @@ def _parsed(stream: Iterable[bytes]) -> Iterator[Added]:
 
 
 def _unquoted(name: bytes) -> str:
-    """A path as git writes it: in quotes, with C's escapes, where it has unusual characters."""
+    """Read a path of git's output, which is quoted as in C where it has unusual characters."""
     if name[:1] == b'"':
         name = name[1:-1].decode("unicode_escape").encode("latin-1")
     return os.fsdecode(name)
@@ -135,20 +137,20 @@ def _command(root: Path) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Without the variables by which a hook points git at its own repository."""
+    """Return the environment without the variables by which a hook redirects git."""
     return {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"LC_ALL": "C"}
 
 
 def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     command = [*_command(root), *arguments]
     try:
-        return subprocess.run(  # noqa: S603  (git, with paths of our own)
+        return subprocess.run(  # noqa: S603  (git, with paths of the log)
             command, capture_output=True, env=_environment(), check=False
         )
     except FileNotFoundError as error:
         raise GitError("git is not installed") from error
 
 
-def _said(errors: bytes) -> str:
+def _first_line(errors: bytes) -> str:
     lines = errors.decode(errors="replace").strip().splitlines()
     return lines[0] if lines else "git failed without a word"

@@ -1,4 +1,4 @@
-"""The log: notes, their index, and every question that has an exact answer."""
+"""The index of a log: notes in folders, and the queries that have an exact answer."""
 
 from __future__ import annotations
 
@@ -9,48 +9,43 @@ from dataclasses import replace
 from datetime import date
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from modgraft.core.errors import MissingFileError
-from modgraft.log.index.database import WAIT, CorruptIndexError, Store
+from modgraft.log.index.database import WAIT, CorruptIndexError, Database
 from modgraft.log.index.indexer import Indexed, Indexer
 from modgraft.log.index.query import Hit, Owed, Query
-from modgraft.log.index.select import BLOCK, EVENT, Row, blocks, notes_named, row, select
+from modgraft.log.index.select import (
+    BLOCK_COLUMNS,
+    EVENT_COLUMNS,
+    READING_STATUSES,
+    Row,
+    blocks,
+    find_note_ids,
+    row,
+    select,
+)
 from modgraft.log.index.times import span
 from modgraft.log.settings import Settings, settings
 from modgraft.log.syntax.actions import ACTIONS
 
 if TYPE_CHECKING:
-    from modgraft.log.ask.answer import Answer
-    from modgraft.log.ask.names import Names
     from modgraft.log.index.bibliography import Bibliography
-    from modgraft.log.index.vectors import Vectors
     from modgraft.log.syntax.note import Note
 
-RANKS = ("skimmed", "digging", "full_read", "read")
-OWED = {"skimmed": "", "digging": "dig deeper", "full_read": "read in full", "read": ""}
-_DISTRACTED = 3  # times that a note may change while it is read, before it is left out
+OWED = {"full_read": "read in full", "digging": "dig deeper", "skimmed": "", "read": ""}
+"""How far a source was read → what is still to be done, the most first."""
+_RETRIES = 3  # times that a note may change while it is read, before it is left out
 
 
-class Log:
-    """Notes in folders, and what can be asked of them.
-
-        log = Log.open("notes")
-        log.index()                            # what changed since the last time
-        log.query(actions="skim", status="full_read")
-        log.ask("what are my open questions?")
-
-    What is returned was re-read from the notes: one that changed since it was indexed is indexed
-    again first, and one that is gone is left out. New notes are seen by ``index()`` alone; a log
-    that was never indexed is when it is first asked. ``indexed`` is what the last indexing did.
-    """
+class Index:
+    """The notes in some folders, their index, and the queries over both; see `modgraft.log.Log`."""
 
     def __init__(self, settings: Settings, wait: float = WAIT) -> None:
         self.settings = settings
-        self.actions = ACTIONS.extended(settings.actions) if settings.actions else ACTIONS
-        self.store = Store(settings.index, wait)
-        self._indexer = Indexer(self.store, settings, self.actions)
-        self.vectors: Vectors | None = None
+        self.actions = ACTIONS.extended(settings.actions)
+        self.database = Database(settings.index, wait)
+        self._indexer = Indexer(self.database, settings, self.actions)
         self.indexed: Indexed | None = None
 
     @classmethod
@@ -60,8 +55,8 @@ class Log:
         bibliography: str | Path | tuple[str | Path, ...] | None = None,
         index: str | Path | None = None,
         wait: float = WAIT,
-    ) -> Log:
-        """The log of ``folders``; without any, of those that the project names.
+    ) -> Self:
+        """Open the log of ``folders``; without any, of those that the project names.
 
         Args:
             folders: Where the notes are.
@@ -76,62 +71,53 @@ class Log:
         return cls(settings(*folders, bibliography=bibliography, index=index), wait)
 
     def close(self) -> None:
-        """Let go of the index's file."""
-        self.store.close()
+        """Close the index."""
+        self.database.close()
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def index(self, *, anew: bool = False, vectors: bool | None = None) -> Indexed:
-        """Bring the index up to date.
-
-        Args:
-            anew: Build it from nothing.
-            vectors: Make vectors too, for free questions; left out, as the project says.
+    def update(self, *, anew: bool = False) -> Indexed:
+        """Bring the index up to date with the notes; ``anew`` builds it from nothing.
 
         Raises:
-            VectorsOffError: if vectors are asked for and their model is not installed.
-            ModgraftError: if what was seen is not what was parsed and what is degraded.
+            ModgraftError: if not every note that was seen is in the index.
             LockedIndexError: if another process keeps writing.
         """
-        with self.store.lock:
+        with self.database.lock:
             if anew:
-                self.store.rebuild("is built anew, as was asked")
-                self.store.remarks.clear()
+                self.database.rebuild("is built anew, as was asked")
+                self.database.remarks.clear()
             try:
                 done = self._indexer.run()
             except CorruptIndexError as error:
-                self.store.rebuild(str(error))
+                self.database.rebuild(str(error))
                 done = self._indexer.run()
             self.indexed = done
-        if self.settings.vectors if vectors is None else vectors:
-            from modgraft.log.index.vectors import Vectors as Made
-
-            Made.of(self).update()
         return done
 
     # -- queries -------------------------------------------------------------------------------
 
     def query(self, query: Query | None = None, /, **fields: Any) -> list[Hit]:
-        """Events and blocks; ``log.query(Query(...))`` or ``log.query(actions="skim", ...)``.
+        """Find events and blocks: ``query(Query(...))`` or ``query(actions="skim", ...)``.
 
         Raises:
-            UnknownNameError: An action, a note or a status that there is not.
+            UnknownNameError: An action, a note or a status that does not exist.
             ModgraftError: A time or a text that cannot be read.
         """
         asked = replace(query, **fields) if query is not None else Query(**fields)
-        return self.select(lambda: select(self.store, asked, self.actions))
+        return self.select(lambda: select(self.database, asked, self.actions))
 
     def select(self, ask: Callable[[], list[Row]]) -> list[Hit]:
-        """What ``ask`` selects, each with its text as it stands in its file now."""
-        with self.store.lock:
+        """Return the rows that ``ask`` selects, each with its text as it stands in its file now."""
+        with self.database.lock:
             self._ready()
             found = self._asked(ask)
             lines, changed = self._reread(found)
-            for _ in range(_DISTRACTED):
+            for _ in range(_RETRIES):
                 if not changed:
                     break
                 for path in changed:
@@ -144,17 +130,17 @@ class Log:
         try:
             return ask()
         except CorruptIndexError as error:
-            self._recover(error)
+            self.recover(error)
             return ask()
 
-    def _recover(self, error: CorruptIndexError) -> None:
-        """Build the index again from the notes; who only asked is told by a warning."""
-        warnings.warn(f"{self.store.path}: the index {error}", stacklevel=4)
-        self.store.rebuild(str(error))
-        self.index(vectors=False)
+    def recover(self, error: CorruptIndexError) -> None:
+        """Build a damaged index again from the notes, and warn about it."""
+        warnings.warn(f"{self.database.path}: the index {error}", stacklevel=4)
+        self.database.rebuild(str(error))
+        self.update()
 
     def _reread(self, found: list[Row]) -> tuple[dict[str, list[bytes]], set[str]]:
-        """The lines of the notes that are as they were indexed, and the notes that are not."""
+        """Return the lines of unchanged notes, and the paths of those that changed."""
         lines: dict[str, list[bytes]] = {}
         changed: set[str] = set()
         for path, digest in {r.path: r.digest for r in found}.items():
@@ -169,23 +155,24 @@ class Log:
 
     def _ready(self) -> None:
         try:
-            if self.store.fact("indexed") is None:
-                self.index(vectors=False)
+            if self.database.fact("indexed") is None:
+                self.update()
         except CorruptIndexError as error:
-            self._recover(error)
+            self.recover(error)
 
     def backlinks(self, key: str) -> list[Hit]:
-        """Every line that cites ``key``, each with the event that it belongs to."""
+        """Find every line that cites ``key``, with the event that it belongs to."""
+        columns = BLOCK_COLUMNS.replace("blocks.line, blocks.end_line", "cites.line, cites.line")
         statement = (
-            f"SELECT {BLOCK.replace('blocks.line, blocks.end_line', 'cites.line, cites.line')} "  # noqa: S608
-            "FROM cites JOIN files ON files.id = cites.file JOIN blocks ON blocks.id = cites.block "
+            f"SELECT {columns} FROM cites "  # noqa: S608
+            "JOIN files ON files.id = cites.file JOIN blocks ON blocks.id = cites.block "
             "LEFT JOIN events ON events.id = cites.event WHERE cites.key = ? COLLATE NOCASE "
             "ORDER BY blocks.at, files.note, cites.line"
         )
-        return self.select(lambda: [row(r) for r in self.store.rows(statement, key.lstrip("@"))])
+        return self.select(lambda: [row(r) for r in self.database.rows(statement, key.lstrip("@"))])
 
     def reading_queue(self) -> list[Owed]:
-        """Sources by how far they got, those that are owed most first."""
+        """List the sources that were skimmed or read, those with the most left to do first."""
         furthest: dict[str, Hit] = {}
         for hit in self.select(self._furthest):
             for key in hit.keys[: hit.about]:
@@ -199,87 +186,77 @@ class Log:
             )
             for key, hit in furthest.items()
         ]  # fmt: skip
-        order = {"full_read": 0, "digging": 1, "skimmed": 2, "read": 3}
-        return sorted(queue, key=lambda owed: order[owed.status])
+        order = list(OWED)
+        return sorted(queue, key=lambda owed: order.index(owed.status))
 
     def _furthest(self) -> list[Row]:
-        """For each source the event that got furthest; only these are read again."""
+        """Select, for each source, the event that got furthest; only these are read again."""
         statement = (
-            f"SELECT {EVENT} FROM events JOIN files ON files.id = events.file "  # noqa: S608
+            f"SELECT {EVENT_COLUMNS} FROM events JOIN files ON files.id = events.file "  # noqa: S608
             "WHERE action IN ('skim', 'read') ORDER BY events.at, files.note, events.line"
         )
         best: dict[str, Row] = {}
-        for each in map(row, self.store.rows(statement)):
+        for each in map(row, self.database.rows(statement)):
             for key in each.hit.keys[: each.hit.about]:
                 if key not in best or _rank(each.hit) > _rank(best[key].hit):
                     best[key] = each
         return list(dict.fromkeys(best.values()))
 
     def questions(self, open: bool = True) -> list[Hit]:
-        """Questions without an answer below them; with ``open=False``, all."""
+        """Find the questions without an answer below them; with ``open=False``, all."""
         return self.query(actions="question", status="open" if open else None)
 
     def lessons(self) -> list[Hit]:
-        """The lessons learned."""
+        """Find the lessons learned."""
         return self.query(actions="lesson_learned")
 
     def changed(self, since: str | date, until: str | date | None = None) -> list[Hit]:
-        """Every block that was written from ``since`` to the end of ``until``, in that order."""
+        """Find every block written from ``since`` to the end of ``until``, the oldest first."""
         first, last = span(since)[0], span(until)[1] if until is not None else "9999"
         where = "blocks.at >= ? AND blocks.at <= ?"
-        return self.select(lambda: blocks(self.store, where, first, last))
+        return self.select(lambda: blocks(self.database, where, first, last))
 
     def section(self, note: str, title: str) -> list[Hit]:
-        """The blocks of one section of a note, without its heading.
+        """Find the blocks of one section of a note, without its heading.
 
         Raises:
             UnknownNameError: if there is no such note.
         """
         self._ready()
-        (file, *_) = notes_named(self.store, note)
+        (file, *_) = find_note_ids(self.database, note)
         where = "blocks.file = ? AND blocks.section = ? COLLATE NOCASE AND kind != 'heading'"
-        return self.select(lambda: blocks(self.store, where, file, title))
+        return self.select(lambda: blocks(self.database, where, file, title))
 
     # -- notes and sources ---------------------------------------------------------------------
 
     @property
     def bibliography(self) -> Bibliography:
-        """The sources that can be cited, as they were last indexed."""
+        """The sources that can be cited, as of the last indexing."""
         self._ready()
         return self._indexer.bibliography()
 
     def notes(self) -> list[str]:
-        """The names of all notes."""
+        """List the names of all notes."""
         self._ready()
         names = "SELECT note FROM files ORDER BY note"
-        return self.store.remembered("notes", lambda: [n for (n,) in self.store.rows(names)])[:]
-
-    def names(self) -> Names:
-        """What a question may call the notes and the sources."""
-        from modgraft.log.ask.names import Names as Made
-
-        def made() -> Names:
-            cited = self.store.rows("SELECT DISTINCT key FROM cites")
-            return Made(self.notes(), self.bibliography.entries, (key for (key,) in cited))
-
-        return self.store.remembered("names", made)
+        return self.database.cached("notes", lambda: [n for (n,) in self.database.rows(names)])[:]
 
     def name(self, path: Path) -> str:
-        """A file's name in the log: its path from the root, where it is below that."""
+        """Return a file's name in the log: its path relative to the root, if it lies below."""
         return self._indexer.name(str(path))
 
     def path(self, note: str) -> Path:
-        """Where a note is.
+        """Return the path of a note.
 
         Raises:
-            UnknownNameError: if there is no such note, or no single one.
+            UnknownNameError: if there is no such note.
         """
         self._ready()
-        (found, *_) = notes_named(self.store, note)
-        return Path(self.store.rows("SELECT path FROM files WHERE id = ?", found)[0][0])
+        (found, *_) = find_note_ids(self.database, note)
+        return Path(self.database.rows("SELECT path FROM files WHERE id = ?", found)[0][0])
 
     def note(self, name: str) -> Note:
-        """A note, parsed as it is now.
+        """Parse a note as it is now.
 
         Raises:
             UnknownNameError: if there is no such note.
@@ -295,27 +272,9 @@ class Log:
             raise MissingFileError("the note is gone", file=path, remedy=remedy) from error
         return parse(data, self._indexer.name(str(path)), self.actions)
 
-    def ask(self, question: str, *, today: date | None = None) -> Answer:
-        """An answer with the lines that support it, or the reason why there is none.
-
-        Args:
-            question: In plain English; `modgraft.log.ask.routes` says what is understood.
-            today: What "last week" is counted from; left out, this day.
-
-        Raises:
-            ModgraftError: a question without a word.
-        """
-        from modgraft.log.ask.ask import ask
-
-        try:
-            return ask(self, question, today or date.today())
-        except CorruptIndexError as error:
-            self._recover(error)
-            return ask(self, question, today or date.today())
-
 
 def _rank(hit: Hit) -> int:
-    return RANKS.index(hit.status)
+    return READING_STATUSES.index(hit.status)
 
 
 def _with_text(hit: Hit, lines: list[bytes]) -> Hit:

@@ -1,4 +1,4 @@
-"""Bringing the index up to date with the notes, their bibliography and their history."""
+"""Bring the index up to date with the notes, their bibliography and their git history."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from typing import TYPE_CHECKING, Any
 from modgraft.core.errors import ModgraftError
 from modgraft.log.index import git_dates
 from modgraft.log.index.bibliography import Bibliography, Broken, Entry
-from modgraft.log.index.find_notes import File, Found, walk
+from modgraft.log.index.find_notes import File, FoundFiles, find_notes, stamp
 from modgraft.log.index.rows import Rows, rows
-from modgraft.log.index.times import in_name, of_file
+from modgraft.log.index.times import date_in_name, file_time
 
 if TYPE_CHECKING:
-    from modgraft.log.index.database import Store
+    from modgraft.log.index.database import Database
     from modgraft.log.settings import Settings
     from modgraft.log.syntax.actions import Actions
     from modgraft.log.syntax.note import Note
 
 
-MANY = 500
-"""Changed notes from which the word indexes are merged at the end."""
-STALE = "UPDATE files SET mtime = 0"
-"""A file of that time is read again, by this process or by the next if this one is killed."""
+OPTIMIZE_FROM = 500
+"""The number of changed notes from which the full-text indexes are optimized at the end."""
+MARK_STALE = "UPDATE files SET mtime = 0"
+"""Notes with this time are read again, by this process or, if it is killed, by the next."""
 
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """What an indexing saw and did; ``problems`` are one line each, with file and line."""
+    """The report of an indexing; ``problems`` are one line each, with file and line."""
 
     seen: int
     parsed: int
@@ -54,24 +54,24 @@ class Indexed:
 class Indexer:
     """Writes the index of one log."""
 
-    def __init__(self, store: Store, settings: Settings, actions: Actions) -> None:
-        self.store, self.settings, self.actions = store, settings, actions
+    def __init__(self, database: Database, settings: Settings, actions: Actions) -> None:
+        self.database, self.settings, self.actions = database, settings, actions
         self._sources: tuple[str | None, dict[str, Entry]] = ("", {})
 
     def run(self) -> Indexed:
-        """Index what changed since the last time.
+        """Index what changed since the last run.
 
         Raises:
             ModgraftError: if not every note that was seen is in the index.
-            LockedIndexError: if another process is at it.
+            LockedIndexError: if another process keeps writing.
         """
         began = time.perf_counter()
-        found = walk(self.settings.folders)
-        problems = [*found.problems, *self.store.remarks]
-        self.store.remarks.clear()
-        self._table_of_actions()
-        self._bibliography(found, problems)
-        self._history(problems)
+        found = find_notes(self.settings.folders)
+        problems = [*map(str, found.problems), *self.database.remarks]
+        self.database.remarks.clear()
+        self._check_actions()
+        self._read_bibliography(found, problems)
+        self._read_history(problems)
         sources = self.sources()
         known = self._known()
         changed, gone = 0, set()
@@ -86,39 +86,39 @@ class Indexer:
                 problems.append(f"{file.path}:1: warning deleted while it was read")
         for path in known:
             self.remove(path)
-        if changed + len(known) >= MANY:
-            self.store.tidy()
-        return self._counted(found, gone, changed, len(known), problems, began)
+        if changed + len(known) >= OPTIMIZE_FROM:
+            self.database.optimize()
+        return self._report(found, gone, changed, len(known), problems, began)
 
-    def _counted(
+    def _report(
         self,
-        found: Found,
+        found: FoundFiles,
         gone: set[str],
         changed: int,
         removed: int,
         problems: list[str],
         began: float,
     ) -> Indexed:
-        (known, degraded) = self.store.rows("SELECT count(*), total(degraded) FROM files")[0]
+        (known, degraded) = self.database.rows("SELECT count(*), total(degraded) FROM files")[0]
         statement = "SELECT problems FROM files WHERE problems IS NOT NULL ORDER BY path"
-        for (said,) in self.store.rows(statement):
+        for (said,) in self.database.rows(statement):
             problems += json.loads(said)
         degraded = int(degraded)
         seen, parsed = len(found.notes) - len(gone), known - degraded
         if seen != parsed + degraded:
             raise ModgraftError(
                 f"{self.settings.root}: {seen} notes were seen, but {parsed} parsed + {degraded} "
-                f"degraded are in the index. Delete {self.store.path} and index again"
+                f"degraded are in the index. Delete {self.database.path} and index again"
             )
-        self._note("indexed", of_file(time.time()))
+        self._set_fact("indexed", file_time(time.time()))
         seconds = time.perf_counter() - began
         return Indexed(seen, parsed, degraded, changed, removed, seconds, tuple(problems))
 
     # -- notes ---------------------------------------------------------------------------------
 
     def write(self, path: str, sources: Mapping[str, Entry]) -> bool:
-        """Put a note into the index as it is now, in one transaction; False if it is gone."""
-        from modgraft.log.syntax.parse import parse
+        """Index a note as it is now, in one transaction; return False if it was deleted."""
+        from modgraft.log.syntax.parse import parse  # not needed where no note changed
 
         name = self.name(path)
         try:
@@ -133,19 +133,18 @@ class Indexer:
             self._replace(path, (0, 0, 0), b"", [problem], Rows())
             return True
         note = parse(data, name, self.actions)
-        made = rows(note, self._clock(path, note, status.st_mtime), sources)
+        made = rows(note, self._line_times(path, note, status.st_mtime), sources)
         digest = blake2b(data, digest_size=16).digest()
-        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        self._replace(path, stamp, digest, _degraded(note), made)
+        self._replace(path, stamp(status), digest, _degraded(note), made)
         return True
 
     def remove(self, path: str) -> None:
-        """Take a note out of the index, with all that came from it."""
-        with self.store.transaction() as db:
+        """Remove a note and everything read from it."""
+        with self.database.transaction() as db:
             _forget(db, path)
 
     def name(self, path: str) -> str:
-        """A note's name in the log: its path from the root."""
+        """Return a note's name: its path relative to the root of the log."""
         root = str(self.settings.root)
         inside = path.startswith(root.rstrip(os.sep) + os.sep)
         return Path(os.path.relpath(path, root) if inside else path).as_posix()
@@ -158,7 +157,7 @@ class Indexer:
         problems: list[str],
         made: Rows,
     ) -> None:
-        with self.store.transaction() as db:
+        with self.database.transaction() as db:
             _forget(db, path)
             file = db.execute(
                 "INSERT INTO files (note, path, mtime, size, inode, digest, degraded, problems) "
@@ -171,61 +170,61 @@ class Indexer:
     def _known(self) -> dict[str, tuple[int, int, int]]:
         statement = "SELECT path, mtime, size, inode FROM files"
         return {
-            path: (mtime, size, inode) for path, mtime, size, inode in self.store.rows(statement)
+            path: (mtime, size, inode) for path, mtime, size, inode in self.database.rows(statement)
         }
 
-    def _note(self, name: str, value: str) -> None:
-        with self.store.transaction() as db:
+    def _set_fact(self, name: str, value: str) -> None:
+        with self.database.transaction() as db:
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
-    def _table_of_actions(self) -> None:
-        """Another table of actions is another reading of every note."""
+    def _check_actions(self) -> None:
+        """Mark every note as stale if the table of actions changed, by which notes are parsed."""
         table = repr(self.actions.rows)
-        if self.store.fact("actions") != table:
-            with self.store.transaction() as db:
-                db.execute(STALE)
+        if self.database.fact("actions") != table:
+            with self.database.transaction() as db:
+                db.execute(MARK_STALE)
                 db.execute("INSERT OR REPLACE INTO facts VALUES ('actions', ?)", (table,))
 
     # -- the bibliography ----------------------------------------------------------------------
 
     def sources(self) -> dict[str, Entry]:
-        """The bibliography as the index keeps it, without reading its files."""
-        seen = self.store.fact("bibliographies")
+        """Return the entries of the bibliography from the index, without reading its files."""
+        seen = self.database.fact("bibliographies")
         if self._sources[0] == seen:
             return self._sources[1]
         statement = "SELECT key, title, authors, year, url, abstract, file, line FROM sources"
         read = {
             row[0]: Entry(row[0], row[1], tuple(json.loads(row[2])), *row[3:])
-            for row in self.store.rows(statement)
+            for row in self.database.rows(statement)
         }
         self._sources = seen, read
         return read
 
     def bibliography(self) -> Bibliography:
-        """The same, with what is broken in it."""
-        broken = self.store.rows("SELECT file, line, reason FROM broken")
+        """Return the bibliography from the index, with its broken entries."""
+        broken = self.database.rows("SELECT file, line, reason FROM broken")
         return Bibliography(self.sources(), tuple(Broken(*row) for row in broken))
 
-    def _bibliography(self, found: Found, problems: list[str]) -> None:
-        """Read it where it changed."""
+    def _read_bibliography(self, found: FoundFiles, problems: list[str]) -> None:
+        """Read the bibliography again if one of its files changed."""
         named = self.settings.bibliography
         files = found.bibliographies if named is None else [_file(path) for path in named]
         seen = json.dumps([(file.path, file.stamp) for file in files])
-        if seen != self.store.fact("bibliographies"):
+        if seen != self.database.fact("bibliographies"):
             try:
                 read = Bibliography.read([file.path for file in files])
             except OSError as error:
                 problems.append(f"{error.filename}:1: error bibliography {error.strerror}")
                 return
             self._store_sources(read, seen)
-        rows = self.store.rows("SELECT file, line, reason FROM broken ORDER BY file, line")
+        rows = self.database.rows("SELECT file, line, reason FROM broken ORDER BY file, line")
         problems += [f"{file}:{line}: warning bibliography {why}" for file, line, why in rows]
 
     def _store_sources(self, read: Bibliography, seen: str) -> None:
-        """Keep what was read; notes that cite what changed in it are to be read again."""
+        """Store the bibliography and mark the notes that cite a changed entry as stale."""
         old = self.sources()
         keys = {k for k in {*old, *read.entries} if old.get(k) != read.entries.get(k)}
-        with self.store.transaction() as db:
+        with self.database.transaction() as db:
             db.executemany("DELETE FROM sources WHERE key = ?", [(key,) for key in keys])
             db.executemany(
                 "INSERT INTO sources VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -239,16 +238,16 @@ class Indexer:
             db.execute("INSERT OR REPLACE INTO facts VALUES ('bibliographies', ?)", (seen,))
             shown = [(k,) for k in keys if not _same_words(old.get(k), read.entries.get(k))]
             citing = "SELECT file FROM cites WHERE key = ?"
-            db.executemany(f"{STALE} WHERE id IN ({citing})", shown)
+            db.executemany(f"{MARK_STALE} WHERE id IN ({citing})", shown)
 
     # -- time ----------------------------------------------------------------------------------
 
-    def _history(self, problems: list[str]) -> None:
-        """Read the commits since the last time."""
+    def _read_history(self, problems: list[str]) -> None:
+        """Read the commits since the last run, of each repository that holds notes."""
         repositories: dict[Path, list[Path]] = {}
         for folder in self.settings.folders:
             real = folder.resolve()
-            root = git_dates.repository(real)
+            root = git_dates.find_repository(real)
             if root is not None:
                 repositories.setdefault(root, []).append(real)
         for root, folders in repositories.items():
@@ -258,18 +257,18 @@ class Indexer:
                 problems.append(f"{root}:1: warning git {error}; times come from notes and files")
 
     def _read_commits(self, root: Path, folders: list[Path]) -> None:
-        """Keep when lines were written; notes that a commit touched are to be read again."""
+        """Store when lines were written, and mark the notes that a commit touched as stale."""
         fact = f"git {root} {' '.join(map(str, folders))}"
-        new, old = git_dates.head(root), self.store.fact(fact)
+        new, old = git_dates.head(root), self.database.fact(fact)
         if new is None or new == old:
             return
-        rewritten = old is not None and not git_dates.follows(root, old)
+        rewritten = old is not None and not git_dates.is_ancestor(root, old)
         tracked: dict[str, int] = {}
-        with self.store.transaction() as db:
+        with self.database.transaction() as db:
             if rewritten:
                 own = "SELECT id FROM tracked WHERE root = ?"
                 db.execute(f"DELETE FROM written WHERE path IN ({own})", (str(root),))  # noqa: S608
-            for line in git_dates.added(root, folders, None if rewritten else old):
+            for line in git_dates.added_lines(root, folders, None if rewritten else old):
                 path = f"{root}{os.sep}{line.path}"
                 if path not in tracked:
                     values = path, str(root)
@@ -288,16 +287,18 @@ class Indexer:
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (fact, new))
             real = {os.path.realpath(f): str(f) for f in self.settings.folders}
             touched = [(_seen_as(path, real),) for path in tracked]
-            db.execute(STALE) if rewritten else db.executemany(f"{STALE} WHERE path = ?", touched)
+            db.execute(MARK_STALE) if rewritten else db.executemany(
+                f"{MARK_STALE} WHERE path = ?", touched
+            )
 
-    def _clock(self, path: str, note: Note, mtime: float) -> Callable[[int], tuple[str, str]]:
-        """Says when a line of this note was written, and where that was read."""
+    def _line_times(self, path: str, note: Note, mtime: float) -> Callable[[int], tuple[str, str]]:
+        """Return a function from a line of this note to its time and the source of that time."""
         statement = (
             "SELECT line, at FROM written WHERE path = (SELECT id FROM tracked WHERE path = ?)"
         )
-        first: dict[int, str] = dict(self.store.rows(statement, os.path.realpath(path)))
-        named = in_name(Path(path).stem) or in_name(Path(path).parent.name)
-        other = (named, "name") if named else (of_file(mtime), "file")
+        first: dict[int, str] = dict(self.database.rows(statement, os.path.realpath(path)))
+        named = date_in_name(Path(path).stem) or date_in_name(Path(path).parent.name)
+        other = (named, "name") if named else (file_time(mtime), "file")
 
         def at(line: int) -> tuple[str, str]:
             found = first.get(git_dates.fingerprint(note.line(line))) if first else None
@@ -307,7 +308,7 @@ class Indexer:
 
 
 def _degraded(note: Note) -> list[str]:
-    """Why a note is degraded, one line each."""
+    """Return the reasons why a note is degraded, one line each."""
     if not note.degraded:
         return []
     errors = [str(d) for d in note.diagnostics if d.severity == "error"]
@@ -315,20 +316,18 @@ def _degraded(note: Note) -> list[str]:
 
 
 def _same_words(old: Entry | None, new: Entry | None) -> bool:
-    """Whether blocks that cite it are found by the same words."""
+    """Whether two versions of an entry give the blocks that cite it the same search words."""
     return (
         old is not None and new is not None and (old.title, old.authors) == (new.title, new.authors)
     )
 
 
 def _file(path: Path) -> File:
-    from modgraft.log.index.find_notes import stamp
-
     return File(str(path), stamp(path.stat()))
 
 
 def _seen_as(path: str, folders: Mapping[str, str]) -> str:
-    """A real path as the folders that were named lead to it."""
+    """Map a resolved path back to the path by which the log's folders lead to it."""
     for real, named in folders.items():
         if path.startswith(real + os.sep):
             return named + path[len(real) :]
@@ -355,9 +354,7 @@ def _insert(db: sqlite3.Connection, file: int, made: Rows) -> None:
         return None if index is None else events + index
 
     db.executemany(
-        "INSERT INTO events (id, file, line, end_line, action, written, arguments, result, status, "
-        "section, depth, at, at_from, keys, about, said) VALUES "
-        "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        f"INSERT INTO events VALUES ({', '.join('?' * 16)})",  # noqa: S608
         [(events + i, file, *row) for i, row in enumerate(made.events)],
     )
     db.executemany(
@@ -365,8 +362,7 @@ def _insert(db: sqlite3.Connection, file: int, made: Rows) -> None:
         [(events + i, text) for i, text in enumerate(made.event_words)],
     )
     db.executemany(
-        "INSERT INTO blocks (id, file, line, end_line, kind, depth, section, event, at, at_from, "
-        "text, hash) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+        f"INSERT INTO blocks VALUES ({', '.join('?' * 12)})",  # noqa: S608
         [
             (blocks + i, file, *row[:5], event(row[5]), *row[6:])
             for i, row in enumerate(made.blocks)

@@ -1,4 +1,4 @@
-"""One query for Python, the command line, the assistant's server and the page."""
+"""The query for events and blocks, and its results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import date
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What to look for; everything that is given must hold.
+    """Conditions on events and blocks; all that are given must hold.
 
     Args:
         actions: Events with one of these actions (``"skim"``, ``("question", "eureka")``), in any
@@ -42,14 +42,14 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """An event or a block that was found: where, and its text as it stands in the file.
+    """An event or a block that a query found, with its place and its text.
 
     ``line`` to ``end_line`` are 1-based; ``text`` is those lines, read again from the file.
-    Of a block that is no event, ``action``, ``arguments``, ``result`` and ``status`` are those of
-    the event that it hangs under, empty without one; ``event_line`` is where that stands. ``when``
-    is ISO text, ``when_from`` where it was read: ``git``, ``note``, ``name`` or ``file``. ``keys``
-    are the citations, the first ``about`` of them those among the arguments. ``score`` is better
-    when larger, 0 where nothing was ranked.
+    A block that is no event has the ``action``, ``arguments``, ``result`` and ``status`` of the
+    event that it hangs under, or empty ones; ``event_line`` is the line of that event. ``when`` is
+    ISO text, ``when_from`` its source: ``git``, ``note``, ``name`` or ``file``. ``keys`` are the
+    citations, of which the first ``about`` are arguments of the event. A larger ``score`` is
+    better; it is 0 where nothing was ranked.
     """
 
     note: str
@@ -70,27 +70,27 @@ class Hit:
 
     @property
     def is_event(self) -> bool:
-        """Whether an event stands in its first line."""
+        """Whether its first line is an event."""
         return self.event_line == self.line
 
     def is_about(self, key: str) -> bool:
-        """Whether the event has the source ``key`` among its arguments, in any case of letters."""
+        """Whether the source ``key`` is an argument of the event, whatever its case."""
         return key.casefold() in map(str.casefold, self.keys[: self.about])
 
     @property
     def quote(self) -> str:
-        """Its first line, as it stands."""
+        """The first line, as it stands in the file."""
         return self.text.split("\n", 1)[0].rstrip("\r")
 
     @property
     def body(self) -> str:
-        """The lines under the first."""
+        """The lines after the first."""
         return self.text.split("\n", 1)[1] if "\n" in self.text else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Owed:
-    """A source in the reading queue: how far it got, and what is still owed to it."""
+    """A source in the reading queue: how far it was read, and what is still to be done."""
 
     key: str
     status: str

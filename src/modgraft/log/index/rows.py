@@ -1,4 +1,4 @@
-"""A parsed note as the index's rows."""
+"""Turn a parsed note into rows of the index."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from modgraft.log.index.times import leading
+from modgraft.log.index.times import leading_date
 
 if TYPE_CHECKING:
     from modgraft.log.index.bibliography import Entry
     from modgraft.log.syntax.note import Note
 
 LONGEST = 1_000_000
-"""Characters of a block that can be searched; of an event with all that hangs below it, fewer."""
+"""Characters of a block that can be searched."""
 LONGEST_EVENT = 20_000
+"""Characters below an event that can be searched with it."""
 INHERITED = 400
-"""Characters of what stands above a block that are searched with it."""
+"""Characters of a block's parents that are searched with it."""
 
 _LETTERS = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af])")
 _PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 
-At = tuple[str, str]
-"""A time, and where it was read."""
+Timestamp = tuple[str, str]
+"""A time and its source: git, note, name or file."""
 
 
 @dataclass
 class Rows:
-    """The rows of one note; block and event ids count from 0 within it."""
+    """The rows of one note; ids of blocks and events count from 0 within it."""
 
     blocks: list[tuple[Any, ...]] = field(default_factory=list)
     block_words: list[tuple[str, str]] = field(default_factory=list)
@@ -40,17 +41,17 @@ class Rows:
 
 
 def searchable(text: str) -> str:
-    """The text for the word index: scripts without spaces are cut into their characters."""
+    """Prepare text for the full-text index: split scripts without spaces into characters."""
     return text if text.isascii() else _LETTERS.sub(r" \1 ", text)
 
 
 def words_of_key(key: str) -> str:
-    """``huangComposerCreative2023`` → ``huang Composer Creative 2023``."""
+    """Split a citation key: ``huangComposerCreative2023`` → ``huang Composer Creative 2023``."""
     return " ".join(_PARTS.findall(key))
 
 
-def rows(note: Note, at: Callable[[int], At], sources: Mapping[str, Entry]) -> Rows:
-    """All rows of a note; ``at`` says when a line was written."""
+def rows(note: Note, at: Callable[[int], Timestamp], sources: Mapping[str, Entry]) -> Rows:
+    """Build all rows of a note; ``at`` returns when a line was written."""
     made = Rows()
     texts = [note.data[b.start : b.end].decode("utf-8", "replace") for b in note.blocks]
     starts = [b.start for b in note.blocks]
@@ -72,7 +73,7 @@ def _add_blocks(
     texts: Sequence[str],
     cited: Mapping[int, list[str]],
     events: tuple[dict[int, int], list[int | None]],
-    dates: Sequence[At],
+    dates: Sequence[Timestamp],
     sources: Mapping[str, Entry],
 ) -> None:
     own, above = events
@@ -95,7 +96,9 @@ def _add_blocks(
         made.block_words.append((searchable(text[:LONGEST]), searchable(context)))
 
 
-def _add_events(made: Rows, note: Note, dates: Sequence[At], sources: Mapping[str, Entry]) -> None:
+def _add_events(
+    made: Rows, note: Note, dates: Sequence[Timestamp], sources: Mapping[str, Entry]
+) -> None:
     for event in note.events:
         when = dates[event.block]
         keys = list(dict.fromkeys(event.keys))
@@ -133,13 +136,13 @@ def _titles(keys: Iterable[str], sources: Mapping[str, Entry]) -> Iterator[str]:
             yield f"{sources[key].title} {sources[key].short}"
 
 
-def _dates(note: Note, texts: Sequence[str], at: Callable[[int], At]) -> list[At]:
-    """When each block was written: its commit; else its own date, or that of what is above it."""
-    dates: list[At] = []
+def _dates(note: Note, texts: Sequence[str], at: Callable[[int], Timestamp]) -> list[Timestamp]:
+    """Date each block: by its commit, else by its own date or that of a block above it."""
+    dates: list[Timestamp] = []
     heading: str | None = None
     stated: list[str | None] = []
     for block, text in zip(note.blocks, texts, strict=True):
-        said = leading(text[:600])
+        said = leading_date(text[:600])
         if block.kind == "heading":
             heading = said
         if said is None:
@@ -156,9 +159,9 @@ _Span = tuple[int, int, int]
 
 
 def _spans(events: Iterable[tuple[int, int, int, tuple[int, int]]]) -> list[_Span]:
-    """The ranges of events, outer ones first: their own words, and what hangs below.
+    """Return the ranges of events, outer ones first: each event itself, and what hangs below it.
 
-    Of two annotations on a line, what hangs below belongs to the first.
+    What hangs below a line with two events belongs to the first.
     """
     spans = []
     for index, start, end, below in events:
@@ -169,7 +172,7 @@ def _spans(events: Iterable[tuple[int, int, int, tuple[int, int]]]) -> list[_Spa
 
 
 def _innermost(spans: Sequence[_Span], places: Sequence[int]) -> list[int | None]:
-    """For each of ``places``, in order, the innermost span that holds it."""
+    """Return the innermost span around each of ``places``, which are in order."""
     found: list[int | None] = []
     stack: list[_Span] = []
     at = 0
@@ -186,7 +189,7 @@ def _innermost(spans: Sequence[_Span], places: Sequence[int]) -> list[int | None
 
 
 def _events_of_blocks(note: Note) -> tuple[dict[int, int], list[int | None]]:
-    """The first event in each block, and the innermost that each block hangs under."""
+    """Return the first event in each block, and the innermost event above each block."""
     own: dict[int, int] = {}
     for index, event in enumerate(note.events):
         own.setdefault(event.block, index)

@@ -1,4 +1,4 @@
-"""A query as SQL over the index."""
+"""Translate a query to SQL over the index."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from modgraft.log.index.rows import searchable
 from modgraft.log.index.times import span
 
 if TYPE_CHECKING:
-    from modgraft.log.index.database import Store
+    from modgraft.log.index.database import Database
     from modgraft.log.syntax.actions import Actions
 
 _WORDS = re.compile(r'"([^"]*)"|(\S+)')
 _ALNUM = re.compile(r"[^\W_]+")
-STATUSES = ("skimmed", "digging", "full_read", "read", "open", "answered")
+READING_STATUSES = ("skimmed", "digging", "full_read", "read")
+"""How far a source was read, from the least to the most."""
+STATUSES = (*READING_STATUSES, "open", "answered")
 
-EVENT = (
+EVENT_COLUMNS = (
     "files.note, files.path, files.digest, events.line, events.end_line, action, arguments, result,"
     " status, events.at, events.at_from, events.keys, events.about, events.section, events.line"
 )
-BLOCK = (
+BLOCK_COLUMNS = (
     "files.note, files.path, files.digest, blocks.line, blocks.end_line, events.action, "
     "events.arguments, events.result, events.status, blocks.at, blocks.at_from, events.keys, "
     "events.about, blocks.section, events.line"
@@ -32,7 +34,7 @@ BLOCK = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row that was selected, before its text is read from the file."""
+    """A selected row, before its text is read from the file."""
 
     path: str
     digest: bytes
@@ -40,7 +42,7 @@ class Row:
 
 
 def row(values: tuple[Any, ...], score: float = 0.0) -> Row:
-    """The row of ``EVENT``'s or ``BLOCK``'s columns."""
+    """Build a row from the values of ``EVENT_COLUMNS`` or ``BLOCK_COLUMNS``."""
     note, path, digest, line, end, action, arguments, result, status, at, at_from = values[:11]
     keys, about, section, event_line = values[11:]
     hit = Hit(
@@ -50,17 +52,18 @@ def row(values: tuple[Any, ...], score: float = 0.0) -> Row:
     return Row(path, digest, hit)
 
 
-def blocks(store: Store, where: str, *values: Any) -> list[Row]:
-    """Blocks by a condition on ``blocks`` and ``files``, in the order of time and place."""
+def blocks(database: Database, where: str, *values: Any) -> list[Row]:
+    """Select blocks by a condition on ``blocks`` and ``files``, in order of time and place."""
     statement = (
-        f"SELECT {BLOCK} FROM blocks JOIN files ON files.id = blocks.file LEFT JOIN events ON "  # noqa: S608
-        f"events.id = blocks.event WHERE {where} ORDER BY blocks.at, files.note, blocks.line"
+        f"SELECT {BLOCK_COLUMNS} FROM blocks JOIN files ON files.id = blocks.file "  # noqa: S608
+        f"LEFT JOIN events ON events.id = blocks.event WHERE {where} "
+        "ORDER BY blocks.at, files.note, blocks.line"
     )
-    return [row(r) for r in store.rows(statement, *values)]
+    return [row(r) for r in database.rows(statement, *values)]
 
 
-def match(text: str) -> str:
-    """Words and "phrases" as an FTS5 expression; all must be there.
+def match_expression(text: str) -> str:
+    """Translate words and "phrases" to an FTS5 expression in which all must occur.
 
     Raises:
         ModgraftError: if there is no word in it.
@@ -75,16 +78,16 @@ def match(text: str) -> str:
     return " AND ".join(terms)
 
 
-def select(store: Store, query: Query, actions: Actions) -> list[Row]:
-    """The rows that a query asks for, in its order.
+def select(database: Database, query: Query, actions: Actions) -> list[Row]:
+    """Select the rows of a query, in its order.
 
     Raises:
-        UnknownNameError: An action, a note or a status that there is not.
+        UnknownNameError: An action, a note or a status that does not exist.
         ModgraftError: A time or a text that cannot be read.
     """
     lines = bool(query.text) and not query.actions and not query.status
     table = "blocks" if lines else "events"
-    where, values = _conditions(store, query, actions, table)
+    where, values = conditions(database, query, actions, table)
     joins = [f"{table} JOIN files ON files.id = {table}.file"]
     if lines:
         joins.append("LEFT JOIN events ON events.id = blocks.event")
@@ -93,24 +96,26 @@ def select(store: Store, query: Query, actions: Actions) -> list[Row]:
         words = "block_words" if lines else "event_words"
         joins.append(f"JOIN {words} ON {words}.rowid = {table}.id")
         where.append(f"{words} MATCH ?")
-        values.append(f"text : ({match(query.text)})")
+        values.append(f"text : ({match_expression(query.text)})")
         score = f"-bm25({words})"
     order = f"{table}.at, files.note, {table}.line, {table}.id"
     if query.newest:
         order = f"{table}.at DESC, files.note, {table}.line DESC, {table}.id DESC"
     elif query.text:
         order = f"score DESC, {order}"
+    columns = BLOCK_COLUMNS if lines else EVENT_COLUMNS
     statement = (
-        f"SELECT {BLOCK if lines else EVENT}, {score} AS score FROM {' '.join(joins)} "  # noqa: S608
+        f"SELECT {columns}, {score} AS score FROM {' '.join(joins)} "  # noqa: S608
         f"WHERE {' AND '.join(where) or '1'} ORDER BY {order} LIMIT ? OFFSET ?"
     )
     values += [-1 if query.limit is None else query.limit, query.offset]
-    return [row(tuple(r[:-1]), r[-1]) for r in store.rows(statement, *values)]
+    return [row(tuple(r[:-1]), r[-1]) for r in database.rows(statement, *values)]
 
 
-def _conditions(
-    store: Store, query: Query, actions: Actions, table: str
+def conditions(
+    database: Database, query: Query, actions: Actions, table: str
 ) -> tuple[list[str], list[Any]]:
+    """Translate a query, without its text, to SQL conditions on ``table`` and their values."""
     where: list[str] = []
     values: list[Any] = []
 
@@ -119,7 +124,7 @@ def _conditions(
         values.extend(more)
 
     if query.actions:
-        names = canonical(query.actions, actions, store)
+        names = canonical_names(query.actions, actions, database)
         add(f"events.action IN ({', '.join('?' * len(names))})", *names)
     if query.status:
         if query.status not in STATUSES:
@@ -130,7 +135,7 @@ def _conditions(
         citing = f"SELECT {which} FROM cites WHERE key = ? COLLATE NOCASE"  # noqa: S608
         add(f"{table}.id IN ({citing})", query.cites.lstrip("@"))
     if query.note:
-        found = notes_named(store, query.note)
+        found = find_note_ids(database, query.note)
         add(f"{table}.file IN ({', '.join('?' * len(found))})", *found)
     if query.section:
         add(f"{table}.section = ? COLLATE NOCASE", query.section)
@@ -141,42 +146,44 @@ def _conditions(
     return where, values
 
 
-def canonical(names: tuple[str, ...] | str, actions: Actions, store: Store) -> list[str]:
-    """Actions by the names that the table gives them, or that a note does.
+def canonical_names(
+    names: tuple[str, ...] | str, actions: Actions, database: Database
+) -> list[str]:
+    """Resolve actions to the names in the table, or to names that some note uses.
 
     Raises:
-        UnknownNameError: for one that neither knows.
+        UnknownNameError: for an action that neither has.
     """
     found = []
     for name in (names,) if isinstance(names, str) else names:
         action = actions.find(name)
         if action is None:
-            noted = [a for (a,) in store.rows("SELECT DISTINCT action FROM events")]
+            noted = [a for (a,) in database.rows("SELECT DISTINCT action FROM events")]
             if name not in noted:
                 raise UnknownNameError.among("action", name, {*noted, *(a.name for a in actions)})
         found.append(action.name if action else name)
     return found
 
 
-def notes_named(store: Store, name: str) -> list[int]:
-    """The ids of the notes that a name, a path or a pattern means.
+def find_note_ids(database: Database, name: str) -> list[int]:
+    """Find the ids of the notes that a name, a path or a pattern refers to.
 
     Raises:
-        UnknownNameError: if it means none.
+        UnknownNameError: if there is no such note.
     """
-    rows = store.rows("SELECT id, note FROM files WHERE note = ?", name)  # as [it].md is spelled
+    rows = database.rows("SELECT id, note FROM files WHERE note = ?", name)  # as [it].md is spelled
     if not rows:
-        rows = store.rows(
+        rows = database.rows(
             "SELECT id, note FROM files WHERE note GLOB ? OR note GLOB ?", name, f"{name}.md"
         )
     if not rows:
         ending = f"%/{name.removesuffix('.md')}.md"
         folder = f"{name.rstrip('/')}/note.md"
-        rows = store.rows(
+        rows = database.rows(
             "SELECT id, note FROM files WHERE note LIKE ? OR note = ? OR note LIKE ?",
             ending, folder, f"%/{folder}",
         )  # fmt: skip
     if not rows:
-        known = [n for (n,) in store.rows("SELECT note FROM files ORDER BY note")]
+        known = [n for (n,) in database.rows("SELECT note FROM files ORDER BY note")]
         raise UnknownNameError.among("note", name, known)
     return [i for i, _ in rows]

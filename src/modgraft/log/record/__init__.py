@@ -1,1 +1,1 @@
-"""Writing notes: by hand through commands, and by runs of themselves."""
+"""Writing notes: by hand through commands, and automatically by runs."""

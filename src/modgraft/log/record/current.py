@@ -1,4 +1,4 @@
-"""Which note is meant: by its name, or the one that was worked on last."""
+"""Choose the note to write to: the one that is named, or the one that was used last."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from modgraft.log.settings import Settings
 
 POINTER = "current"
-"""The file beside the index that says which note was worked on last."""
+"""The file beside the index that names the note used last."""
 
 
 def home(*folders: str | Path) -> Path:
-    """Where a new note goes: the first folder that is given or configured, else ``log``."""
+    """Return the folder for new notes: the first that is given or configured, else ``log``."""
     named = os.environ.get(VARIABLE)
     if folders:
         return Path(folders[0])
@@ -29,23 +29,23 @@ def home(*folders: str | Path) -> Path:
 
 
 def find(name: str, settings: Settings) -> Path:
-    """The note of that name: a file, or one in the log's folders, with or without ``.md``.
+    """Find a note by name: a file, or a note in the log's folders, with or without ``.md``.
 
     Raises:
-        MissingFileError: there is none; what there is is named.
+        MissingFileError: there is no such note; the error lists those that exist.
     """
     for path in (Path(name), *(folder / name for folder in settings.folders)):
         for there in (path, path.with_name(f"{path.name}.md"), path / "note.md"):
             if there.is_file():
                 return there
     raise MissingFileError(
-        f"no note is named {name!r}; {_there(settings)}", file=settings.folders[0],
+        f"no note is named {name!r}; {_existing(settings)}", file=settings.folders[0],
         remedy="Start it with modgraft log new NAME",
     )  # fmt: skip
 
 
 def remember(note: Path, settings: Settings) -> None:
-    """Make it the one that is meant where none is named."""
+    """Store a note as the one used last, for commands that name none."""
     from modgraft.core.files import write_text
 
     beside = settings.index.parent
@@ -56,10 +56,10 @@ def remember(note: Path, settings: Settings) -> None:
 
 
 def current(settings: Settings) -> Path:
-    """The note that was worked on last; where none was yet, the only one there is.
+    """Return the note used last or, if none was, the only note.
 
     Raises:
-        ModgraftError: there are several, or none, or the last one is gone.
+        ModgraftError: there are several notes, or none, or the last one was deleted.
     """
     try:
         said = (settings.index.parent / POINTER).read_text(encoding="utf-8").strip()
@@ -68,19 +68,19 @@ def current(settings: Settings) -> Path:
         if len(notes) == 1:
             return next(iter(notes.values()))
         raise ModgraftError(
-            f"no note is being worked on: say which with --note NAME; {_there(settings)}"
+            f"no note is being worked on: say which with --note NAME; {_existing(settings)}"
         ) from None
     path = settings.root / said
     if not path.is_file():
         raise MissingFileError(
             "the note that was worked on last is gone", file=path,
-            remedy=f"Say which with --note NAME; {_there(settings)}",
+            remedy=f"Say which with --note NAME; {_existing(settings)}",
         )  # fmt: skip
     return path
 
 
 def _notes(settings: Settings) -> dict[str, Path]:
-    """What people wrote: the notes that lie in the folders themselves, by their names."""
+    """Return name → path of the notes that lie directly in the log's folders."""
     return {
         path.relative_to(folder).with_suffix("").as_posix(): path
         for folder in settings.folders
@@ -88,7 +88,7 @@ def _notes(settings: Settings) -> dict[str, Path]:
     }
 
 
-def _there(settings: Settings, most: int = 8) -> str:
+def _existing(settings: Settings) -> str:
     names = list(_notes(settings))
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"there are: {', '.join(names[:most])}{more}" if names else "there is none yet"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"there are: {', '.join(names[:8])}{more}" if names else "there is none yet"

@@ -1,7 +1,7 @@
-"""Recording by hand: a note is started, events are added to its Log, its lessons are gathered.
+"""Record by hand: start a note, add events to its Log, and collect its lessons at the end.
 
-The Log is append-only: an event goes to its end, under the last one or beside it. What was
-written before keeps every byte.
+The Log is append-only: a new event goes to its end, under the last event or beside it, and every
+byte before it stays.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modgraft.core.errors import DataError, ModgraftError
-from modgraft.log.record.editing import append, empty, end_of, insert, section
-from modgraft.log.record.writing import create, rewrite
+from modgraft.log.record.editing import append, create, empty, end_of, insert, rewrite, section
 from modgraft.log.syntax.actions import ACTIONS, Actions
 from modgraft.log.syntax.parse import parse
 
@@ -22,17 +21,17 @@ if TYPE_CHECKING:
     from modgraft.log.syntax.note import Event, Note
 
 NAME = re.compile(r"\[?\s*(\w+)")
-"""What would be an event's name."""
+"""The start of an event, with its name."""
 
-KEPT = {"lesson_learned": "Learned", "eureka": "Next?", "hypothesize": "Next?"}
-"""Which events `finish` copies, and where to: lessons are learned, ideas come next."""
+COPIED = {"lesson_learned": "Learned", "eureka": "Next?", "hypothesize": "Next?"}
+"""Action → the section to which `finish` copies its events."""
 
 
 def new_note(path: str | Path) -> Path:
-    """Start a note, with its six sections.
+    """Create a note with its six sections, and return its path.
 
     Raises:
-        DataError: there is such a note already.
+        DataError: the note exists already.
     """
     path = Path(path)
     path = path if path.suffix == ".md" else path.with_name(f"{path.name}.md")
@@ -48,22 +47,22 @@ def add(
     plain: bool = False,
     actions: Actions | None = None,
 ) -> int:
-    """Add an event at the end of a note's Log; the line on which it stands.
+    """Add an event at the end of a note's Log, and return its line.
 
     Args:
-        path: the note.
-        event: ``skim(@key) -> _digging``, with brackets or without, and what is said after them.
-        remarks: lines of the sub-list that expands it.
-        under: a line of the Log that it expands, or "last", the last event. Since the Log is
-            append-only, only its last item can be expanded and those it hangs below; None: it
-            stands on its own.
-        plain: the text is no event but a line as it is.
-        actions: the actions there are, None for those of every log.
+        path: the note's file.
+        event: ``skim(@key) -> _digging``, with brackets or without, and any text after it.
+        remarks: lines of the list below it.
+        under: the line of an item of the Log to add it below, or "last" for the last event.
+            Since the Log is append-only, this must be its last item or one around it. None: the
+            event is not below another.
+        plain: add the text as a plain line, not an event.
+        actions: the table of actions; None means the built-in one.
 
     Raises:
         MissingFileError: there is no such note.
-        DataError: it has no Log, or the last thing in it is still open (a fence).
-        ModgraftError: the text is no event, or not one line, or `under` cannot be expanded.
+        DataError: it has no Log, or something in it is not closed (a code fence).
+        ModgraftError: the text is no event, or not one line, or nothing can be added below `under`.
     """
     path, where = Path(path), 0
     for text in (event, *remarks):
@@ -86,21 +85,21 @@ def add(
 
 
 def _one_line(text: str) -> None:
-    """Refuse what is not one line of text."""
+    """Raise an error unless the text is one line."""
     if not text.strip() or len(text.strip().splitlines()) > 1:
         raise ModgraftError(
             f"{text!r:.80}: an event is one line, and so is each remark under it; give several "
             "remarks for several lines"
         )
-    if re.search(r"[\x00\ud800-\udfff]", text):  # surrogates: what a shell gave was not UTF-8
+    if re.search(r"[\x00\ud800-\udfff]", text):  # surrogates: the shell's text was not UTF-8
         raise ModgraftError(f"{text!r:.80}: not text in UTF-8, or a NUL is in it; write it anew")
 
 
 def written(text: str, actions: Actions | None = None) -> str:
-    """An event's text in brackets, as it will stand in the note.
+    """Return an event's text in brackets, as it will stand in the note.
 
     Raises:
-        ModgraftError: it is none; an action of a similar name is proposed.
+        ModgraftError: the text is no event; the error proposes an action with a similar name.
     """
     text = text.strip()
     for line in (text, f"[{text}]"):
@@ -119,20 +118,20 @@ def written(text: str, actions: Actions | None = None) -> str:
 
 
 def _place(note: Note, last: int, under: int | str | None) -> tuple[str, str]:
-    """The indent of a new item after line `last`, and by how much an item under it goes deeper."""
+    """Return the indent of a new item after line `last`, and the further indent of its list."""
     first, step = section(note, "Log").line, _step(note)
     inside = [n for n, b in enumerate(note.blocks) if first < b.line <= last]
     if under is None:
         top = [n for n in inside if note.blocks[n].kind == "item" and _parent(note, n) is None]
         return (_indent(note, top[-1]) if top else ""), step
-    found = _meant(note, inside, under)
+    found = _find_item(note, inside, under)
     deeper = [n for n in inside if _parent(note, n) == found]
     return (_indent(note, deeper[-1]) if deeper else _indent(note, found) + step), step
 
 
-def _meant(note: Note, inside: list[int], under: int | str) -> int:
-    """The item that `under` means, by its place among the blocks."""
-    still: list[int] = []  # the items that hold the Log's last block, the deepest first
+def _find_item(note: Note, inside: list[int], under: int | str) -> int:
+    """Find the item that `under` refers to, as an index of the blocks."""
+    still: list[int] = []  # the items around the Log's last block, the innermost first
     at = inside[-1] if inside else None
     while at is not None:
         if note.blocks[at].kind == "item":
@@ -151,7 +150,7 @@ def _meant(note: Note, inside: list[int], under: int | str) -> int:
 
 
 def _parent(note: Note, block: int) -> int | None:
-    """The item that a block hangs below."""
+    """Return the innermost item around a block; None without one."""
     at = note.blocks[block].parent
     while at is not None and note.blocks[at].kind != "item":
         at = note.blocks[at].parent
@@ -159,7 +158,7 @@ def _parent(note: Note, block: int) -> int | None:
 
 
 def _step(note: Note) -> str:
-    """By how much the note's own sub-lists go deeper, mostly."""
+    """Return the note's most frequent indent of a list below an item."""
     steps: Counter[int] = Counter()
     for n, block in enumerate(note.blocks):
         if block.kind == "item" and (above := _parent(note, n)) is not None:
@@ -174,7 +173,7 @@ def _indent(note: Note, block: int) -> str:
 
 
 def _check(before: Note, after: Note, where: int, plain: bool) -> None:
-    """Refuse what would not be read back as it was meant."""
+    """Raise an error unless the new line is parsed as intended and the old ones as before."""
     new = [e for e in after.events if e.line == where]
     item = any(b.line == where and b.kind == "item" for b in after.blocks)
     old = [(e.action, e.line) for e in after.events if e.line < where]
@@ -193,34 +192,34 @@ def _check(before: Note, after: Note, where: int, plain: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What `finish` copied: how many events to each section, those known there left out."""
+    """How many events `finish` copied to each section."""
 
     learned: int
     next: int
 
 
 def finish(path: str | Path, actions: Actions | None = None) -> Finished:
-    """Copy the Log's lessons to Learned and its ideas to Next?; the Log stays as it is.
+    """Copy the Log's lessons to Learned and its ideas to Next?; the Log is not changed.
 
-    An event that stands outside of the Log already is not copied again, so that this may be done
-    at any time, and more than once. An event is known by its own text, and where it has none
-    (``[lesson_learned]``) by the first line under it.
+    An event that already stands outside the Log is not copied again, so this may be done at any
+    time and repeatedly. Events are compared by their text or, without any (``[lesson_learned]``),
+    by the first line below them.
 
     Raises:
         MissingFileError: there is no such note.
-        DataError: it lacks one of the sections.
+        DataError: one of the sections is missing.
     """
     path, count = Path(path), Counter[str]()
 
     def change(data: bytes) -> bytes:
         note = parse(data, str(path), actions)
         count.clear()
-        known = [_words(e) for e in note.events if e.section != "Log"]
+        known = [_identity(e) for e in note.events if e.section != "Log"]
         for event in note.events:
-            target = KEPT.get(event.action)
-            if target is None or event.section != "Log" or _words(event) in known:
+            target = COPIED.get(event.action)
+            if target is None or event.section != "Log" or _identity(event) in known:
                 continue
-            known.append(_words(event))
+            known.append(_identity(event))
             count[target] += 1
             data = append(data, target, _copy(note, event), str(path))
         return data
@@ -229,8 +228,8 @@ def finish(path: str | Path, actions: Actions | None = None) -> Finished:
     return Finished(count["Learned"], count["Next?"])
 
 
-def _words(event: Event) -> tuple[str, ...]:
-    """What an event is known by."""
+def _identity(event: Event) -> tuple[str, ...]:
+    """Return the words by which events are compared."""
     said = event.result or event.arguments
     body = event.body.strip().splitlines()
     text = said or (body[0].lstrip(" \t-*+") if body else "")
@@ -238,9 +237,9 @@ def _words(event: Event) -> tuple[str, ...]:
 
 
 def _copy(note: Note, event: Event) -> list[str]:
-    """The lines of an event, its sub-list with it, moved to the margin.
+    """Return the lines of an event with the list below it, moved to the margin.
 
-    Of an event that shares its item with other words or events, itself alone.
+    An event that shares its item with other words or events is copied alone.
     """
     own = note.data[event.start : event.end].decode("utf-8", "replace")
     before = note.data[note.line_range(event.line)[0] : event.start].decode("utf-8", "replace")

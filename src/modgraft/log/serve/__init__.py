@@ -1,1 +1,1 @@
-"""The log for editors (LSP), assistants (MCP) and browsers."""
+"""Servers of the log for editors (LSP), assistants (MCP) and browsers."""

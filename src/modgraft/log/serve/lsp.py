@@ -1,13 +1,14 @@
 """A language server for notes, over stdio: `modgraft log lsp`.
 
 Diagnostics with their fixes, completion of actions and citation keys, hover, definition,
-references, and renaming of a key in all notes and the bibliography. What is known comes from
-`workspace`; here it is put into the protocol's terms.
+references, and renaming of a key in all notes and the bibliography. The log is read by
+`workspace`; here it is translated to the protocol.
 """
 
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 from lsprotocol import types as t
@@ -15,7 +16,6 @@ from pygls import uris
 from pygls.exceptions import JsonRpcInvalidParams
 from pygls.lsp.server import LanguageServer
 
-from modgraft import __version__
 from modgraft.core.errors import ModgraftError
 from modgraft.log.check import check_note, found_at
 from modgraft.log.index.bibliography import Bibliography, Entry
@@ -34,17 +34,17 @@ _ABSTRACT = 60  # words of it in a hover
 
 
 class Server(LanguageServer):
-    """The server; one log, that of the folder which the editor opened."""
+    """The server of one log, that of the folder which the editor opened."""
 
     def __init__(self) -> None:
-        # Whole texts: what a line is, editors and Python do not agree on (U+2028, form feeds).
+        # Full texts, since editors and Python disagree about lines (U+2028, form feeds).
         full = t.TextDocumentSyncKind.Full
-        super().__init__("modgraft-log", __version__, text_document_sync_kind=full)
+        super().__init__("modgraft-log", version("modgraft"), text_document_sync_kind=full)
         self._log: Workspace | None = None
 
     @property
     def log(self) -> Workspace:
-        """The log, found at the first request."""
+        """The log, opened at the first request."""
         if self._log is None:
             root = self.workspace.root_path
             opened = [
@@ -61,33 +61,33 @@ class Server(LanguageServer):
         return self._log
 
     def text(self, path: Path) -> Text:
-        """A file's text, whose columns are counted as the editor does."""
+        """Return a file's text, with columns in the editor's units."""
         return Text(self.log.data(path), self.workspace.position_codec.client_num_units)
 
     def at(self, uri: str, position: t.Position) -> tuple[Path, Text, int]:
-        """The file, its text and the byte that a request is about."""
+        """Return the file, its text and the byte at a position."""
         path = _path(uri)
         text = self.text(path)
         return path, text, text.offset(position.line, position.character)
 
     def range(self, text: Text, start: int, end: int) -> t.Range:
-        """A stretch of bytes in the editor's terms."""
+        """Convert a range of bytes to the protocol."""
         return t.Range(t.Position(*text.position(start)), t.Position(*text.position(end)))
 
     def location(self, place: Place) -> t.Location:
-        """A stretch of a file in the editor's terms."""
+        """Convert a range of a file to the protocol."""
         where = self.range(self.text(place.path), place.start, place.end)
         return t.Location(place.path.as_uri(), where)
 
     def problems(self, path: Path) -> list[Diagnostic]:
-        """What is wrong with a note."""
+        """Find the problems of a note."""
         log = self.log
         return check_note(log.note(path), path, log.bibliography, log.roots)
 
     def publish(self, uri: str) -> None:
-        """Tell the editor what is wrong with a note, or a bibliography."""
+        """Send the problems of a note or a bibliography to the editor."""
         if uris.to_fs_path(uri) is None:
-            return  # a text without a file has no place in a log yet
+            return  # a text without a file is not in the log yet
         path = _path(uri)
         text = self.text(path)
         if path.suffix == ".bib":
@@ -104,7 +104,7 @@ class Server(LanguageServer):
         self.text_document_publish_diagnostics(t.PublishDiagnosticsParams(uri, shown))
 
     def diagnostic(self, one: Diagnostic, text: Text) -> t.Diagnostic:
-        """A problem in the editor's terms; of a long stretch, its first line."""
+        """Convert a problem to the protocol; a long range is cut to its first line."""
         line = text.data[one.start : one.end].splitlines()[:1]
         end = one.start + len(line[0]) if line else one.end
         where = self.range(text, one.start, end)
@@ -120,7 +120,7 @@ def _path(uri: str) -> Path:
 
 
 def _entry(entry: Entry) -> str:
-    """A source in a few lines of Markdown: title, authors and year, how its abstract begins."""
+    """Describe a source in Markdown: title, authors, year, and the start of its abstract."""
     words = entry.abstract.split()
     abstract = " ".join(words[:_ABSTRACT]) + (" …" if len(words) > _ABSTRACT else "")
     who = f"{', '.join(entry.authors) or 'no author'} · {entry.year or 'no year'}"
@@ -129,36 +129,36 @@ def _entry(entry: Entry) -> str:
 
 
 def _plain(text: str) -> str:
-    """Markdown that shows `text` as it is."""
+    """Escape Markdown, so that `text` is shown as it is."""
     return re.sub(r"([\\`*_{}\[\]<>#|!&])", r"\\\1", text)
 
 
 def opened(ls: Server, params: t.DidOpenTextDocumentParams) -> None:
-    """Report on a text as it is opened."""
-    ls.log.look_again()
+    """Report the problems of a text that was opened."""
+    ls.log.forget_files()
     ls.publish(params.text_document.uri)
 
 
 def changed(ls: Server, params: t.DidChangeTextDocumentParams) -> None:
-    """Report on a text as it is typed."""
+    """Report the problems of a text that was edited."""
     ls.publish(params.text_document.uri)
 
 
 def saved(ls: Server, params: t.DidSaveTextDocumentParams) -> None:
-    """Report on all texts: a saved source may be what they cite."""
-    ls.log.look_again()
+    """Report the problems of all open texts, which may cite what was saved."""
+    ls.log.forget_files()
     for uri in ls.workspace.text_documents:
         ls.publish(uri)
 
 
 def closed(ls: Server, params: t.DidCloseTextDocumentParams) -> None:
-    """A closed text has nothing to report."""
+    """Clear the problems of a text that was closed."""
     uri = params.text_document.uri
     ls.text_document_publish_diagnostics(t.PublishDiagnosticsParams(uri, []))
 
 
 def completion(ls: Server, params: t.CompletionParams) -> list[t.CompletionItem]:
-    """Keys after `@`, actions after `[`, how far to follow a source after `->`."""
+    """Complete keys after `@`, actions after `[`, and the status of a skim after `->`."""
     _, text, at = ls.at(params.text_document.uri, params.position)
     before = text.before(at)
     if found := _KEY_BEFORE.search(before):
@@ -175,7 +175,7 @@ def completion(ls: Server, params: t.CompletionParams) -> list[t.CompletionItem]
 
 
 def _keys(ls: Server, where: t.Range) -> list[t.CompletionItem]:
-    """All sources; what is typed may be of the key, of an author or of the title."""
+    """Offer all sources; the editor filters by key, authors and title."""
     items = []
     for entry in ls.log.bibliography.entries.values():
         item = _item(
@@ -192,7 +192,7 @@ def _item(label: str, detail: str, kind: t.CompletionItemKind, where: t.Range) -
 
 
 def hover(ls: Server, params: t.HoverParams) -> t.Hover | None:
-    """A source in a few lines, or what an action means."""
+    """Describe the source or the action at a position."""
     path, text, at = ls.at(params.text_document.uri, params.position)
     found = ls.log.key_at(path, at)
     if found is not None:
@@ -215,7 +215,7 @@ def hover(ls: Server, params: t.HoverParams) -> t.Hover | None:
 
 
 def definition(ls: Server, params: t.DefinitionParams) -> list[t.Location]:
-    """The entry of a key, the file of a link."""
+    """Find the entry of a key, or the file of a link."""
     path, _, at = ls.at(params.text_document.uri, params.position)
     found = ls.log.key_at(path, at)
     if found is not None:
@@ -236,7 +236,7 @@ def _targets(target: str, folders: tuple[Path, ...]) -> list[t.Location]:
 
 
 def references(ls: Server, params: t.ReferenceParams) -> list[t.Location]:
-    """Everywhere that a key is cited."""
+    """Find all citations of a key."""
     path, _, at = ls.at(params.text_document.uri, params.position)
     found = ls.log.key_at(path, at)
     if found is None:
@@ -249,7 +249,7 @@ def references(ls: Server, params: t.ReferenceParams) -> list[t.Location]:
 
 
 def prepare(ls: Server, params: t.PrepareRenameParams) -> t.PrepareRenamePlaceholder | None:
-    """What would be renamed: the key under the cursor."""
+    """Return the key at the cursor, which is what would be renamed."""
     path, text, at = ls.at(params.text_document.uri, params.position)
     found = ls.log.key_at(path, at)
     if found is None:
@@ -259,7 +259,7 @@ def prepare(ls: Server, params: t.PrepareRenameParams) -> t.PrepareRenamePlaceho
 
 
 def rename(ls: Server, params: t.RenameParams) -> t.WorkspaceEdit | None:
-    """A key under another name, in every note and every .bib."""
+    """Rename a key in every note and every .bib file."""
     path, _, at = ls.at(params.text_document.uri, params.position)
     found = ls.log.key_at(path, at)
     if found is None:
@@ -276,7 +276,7 @@ def rename(ls: Server, params: t.RenameParams) -> t.WorkspaceEdit | None:
 
 
 def fixes(ls: Server, params: t.CodeActionParams) -> list[t.CodeAction]:
-    """The fixes of what is wrong in a range."""
+    """Offer the fixes of the problems in a range."""
     uri = params.text_document.uri
     path, text, start = ls.at(uri, params.range.start)
     end = text.offset(params.range.end.line, params.range.end.character)
@@ -318,7 +318,7 @@ _FEATURES = (
 
 
 def server() -> Server:
-    """The server with its features, not yet started."""
+    """Build the server with its features, without starting it."""
     made = Server()
     for name, answer, options in _FEATURES:
         made.feature(name, options)(answer)

@@ -1,47 +1,41 @@
-"""The log for assistants: an MCP server, so that any of them can be conditioned on it.
+"""Serve the log to AI assistants over the Model Context Protocol (MCP).
 
-Thin over `Log`: each tool is one call of it. Every result carries the file, the line and the exact
-text, read again from the note when it is asked for. Nothing is written unless the server was
-started for it.
+Each tool is one call of `Log`. Every result has the file, the line and the exact text, read from
+the note at that moment. Nothing is written unless the server was started with `write`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from importlib.metadata import version
 from inspect import cleandoc
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError, ToolError
 from mcp_types import ToolAnnotations
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from modgraft.core.errors import ModgraftError
 from modgraft.log.index.query import Query
-from modgraft.log.serve.mcp_results import (
-    Added,
-    Passage,
-    Problems,
-    Queue,
-    Results,
-    Said,
-    Supported,
-    problem,
-    results,
-    source,
-)
 
 if TYPE_CHECKING:
-    from modgraft.log.index.index import Log
+    from modgraft.log.index.query import Hit, Owed
+    from modgraft.log.log import Log
+    from modgraft.log.syntax.note import Diagnostic
 
 SCHEME = "modgraft-log://note/"
 
+LONGEST = 20_000
+"""Characters of one result's text; a longer one is cut, and says so."""
+
 MOST = 50_000
-"""Characters of a note in one answer."""
+"""Characters of a note in one result."""
 
 WHOLE = 2_000_000
-"""Bytes of a note that is given whole, as a resource."""
+"""The largest note, in bytes, that is served as a resource."""
 
 INSTRUCTIONS = """\
 A research log: Markdown notes whose Log is a list of events, [name(arguments) -> result], such as
@@ -61,10 +55,154 @@ Name = Annotated[str, Field(description="A note's path or name in the log, as `f
 Status = Literal["skimmed", "digging", "full_read", "read", "open", "answered"]
 
 
-def _told(call: Callable[..., Any]) -> Callable[..., Any]:
-    """What the user can mend reaches the assistant in our words, as an error of the tool."""
+# -- results: the schemas of the tools are made from these classes -------------------------------
 
-    # Not in a thread of its own: a log has one connection, and is asked one thing at a time.
+
+class Found(BaseModel):
+    """A passage of a note, exactly as it stands there."""
+
+    file: str = Field(description="The note: its path in the log, as the tool `note` takes it.")
+    line: int = Field(description="Its first line, from 1.")
+    end_line: int = Field(description="Its last line.")
+    text: str = Field(description="Those lines, exactly as they stand in the file now.")
+    action: str = Field(description="The event's name; empty where it is a passage, no event.")
+    arguments: str | None = Field(description="What stands in the event's brackets, if anything.")
+    result: str | None = Field(description="What stands behind its arrow; '' if nothing does.")
+    status: str = Field(
+        description="Source: skimmed, digging, full_read, read. Question: open, answered."
+    )
+    when: str = Field(description="When it was written, ISO.")
+    when_from: str = Field(description="How that is known: git, note, name or file (its time).")
+    keys: list[str] = Field(description="The sources it cites.")
+    cut: bool = Field(description="Whether the text goes on in the file.")
+
+
+class Results(BaseModel):
+    """Passages, and whether there are more."""
+
+    found: list[Found]
+    more: bool = Field(description="Whether there is more than was asked for; see `offset`.")
+
+
+class Supported(BaseModel):
+    """A line that supports an answer."""
+
+    file: str
+    line: int
+    text: str = Field(description="The line, read again from the file before it is given.")
+    when: str
+
+
+class Said(BaseModel):
+    """An answer with the lines that support it, or the reason why there is none."""
+
+    question: str
+    kind: str = Field(description="structured, backlink or temporal: exact; free: by likeness.")
+    text: str = Field(description="The answer in words.")
+    refused: str | None = Field(description="Why nothing is answered; null if something is.")
+    evidence: list[Supported]
+    more: int = Field(description="How many lines are left out here; `query` gives them all.")
+    remarks: list[str]
+
+
+class Source(BaseModel):
+    """A source in the reading queue."""
+
+    key: str
+    title: str = Field(description="Its title; empty if the bibliography has no such key.")
+    status: str = Field(description="How far it got: skimmed, digging, full_read, read.")
+    owed: str = Field(description="What is still owed to it.")
+    file: str
+    line: int
+    when: str
+
+
+class Queue(BaseModel):
+    """The reading queue."""
+
+    sources: list[Source]
+
+
+class Passage(BaseModel):
+    """Lines of a note, exactly as they stand there."""
+
+    file: str
+    first_line: int
+    last_line: int = Field(description="The last one given; ask again from the next one on.")
+    lines: int = Field(description="How many the note has.")
+    text: str
+    cut: bool = Field(description="Whether the last line goes on in the file.")
+    sections: list[str] = Field(description="The note's sections, each with its line.")
+    degraded: bool = Field(description="Whether some of it could not be read as text.")
+
+
+class Problem(BaseModel):
+    """A problem that `modgraft log check` found."""
+
+    file: str
+    line: int
+    severity: str
+    code: str
+    message: str
+    fix: str | None = Field(description="What could be done about it, in words.")
+
+
+class Problems(BaseModel):
+    """The problems that `modgraft log check` found."""
+
+    problems: list[Problem]
+    errors: int
+    more: int = Field(description="How many are left out here.")
+
+
+class Added(BaseModel):
+    """An event that was added."""
+
+    file: str
+    line: int
+    text: str
+
+
+def found(hit: Hit) -> Found:
+    """Convert a hit."""
+    return Found(
+        file=hit.note, line=hit.line, end_line=hit.end_line, text=hit.text[:LONGEST],
+        action=hit.action, arguments=hit.arguments, result=hit.result, status=hit.status,
+        when=hit.when, when_from=hit.when_from, keys=list(hit.keys), cut=len(hit.text) > LONGEST,
+    )  # fmt: skip
+
+
+def results(hits: list[Hit], limit: int) -> Results:
+    """Convert the first `limit` hits."""
+    return Results(found=[found(hit) for hit in hits[:limit]], more=len(hits) > limit)
+
+
+def source(owed: Owed) -> Source:
+    """Convert a row of the reading queue."""
+    return Source(
+        key=owed.key, title=owed.title, status=owed.status, owed=owed.owed, file=owed.note,
+        line=owed.line, when=owed.when,
+    )  # fmt: skip
+
+
+def problem(each: Diagnostic, root: Path) -> Problem:
+    """Convert a diagnostic; its file is named relative to `root`, as in the log."""
+    path = Path(each.note or "").absolute()
+    inside = path.is_relative_to(root)
+    return Problem(
+        file=path.relative_to(root).as_posix() if inside else str(path), line=each.line,
+        severity=each.severity, code=each.code, message=each.message,
+        fix=each.fix.what if each.fix else None,
+    )  # fmt: skip
+
+
+# -- tools ---------------------------------------------------------------------------------------
+
+
+def _with_tool_errors(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a tool so that errors that the user can fix become errors of the tool."""
+
+    # Asynchronous, so that it is not run in a thread: a log has one connection.
     @wraps(call)
     async def asked(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -76,7 +214,7 @@ def _told(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Tools:
-    """The tools, over one log; each looks at the files anew before it answers."""
+    """The tools over one log; each updates the index before it answers."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -222,12 +360,10 @@ class Tools:
 
 
 def build(log: Log, *, write: bool = False) -> MCPServer:
-    """The server over `log`: its tools, and its notes as resources; `write` adds the tool `add`."""
-    from modgraft import __version__
-
+    """Build the server: tools over `log`, its notes as resources; `write` adds the tool `add`."""
     server = MCPServer(
-        "modgraft-log", title="Research log", instructions=INSTRUCTIONS, version=__version__,
-        log_level="WARNING",
+        "modgraft-log", title="Research log", instructions=INSTRUCTIONS,
+        version=version("modgraft"), log_level="WARNING",
     )  # fmt: skip
     tools = Tools(log)
     reading = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=False)
@@ -235,14 +371,18 @@ def build(log: Log, *, write: bool = False) -> MCPServer:
         tools.ask, tools.query, tools.backlinks, tools.reading_queue, tools.open_questions,
         tools.lessons, tools.changed, tools.note, tools.check,
     ):  # fmt: skip
-        server.add_tool(_told(call), description=cleandoc(call.__doc__ or ""), annotations=reading)
+        server.add_tool(
+            _with_tool_errors(call), description=cleandoc(call.__doc__ or ""), annotations=reading
+        )
     if write:
         adding = ToolAnnotations(
             read_only_hint=False, destructive_hint=False, idempotent_hint=False,
             open_world_hint=False,
         )  # fmt: skip
         server.add_tool(
-            _told(tools.add), description=cleandoc(tools.add.__doc__ or ""), annotations=adding
+            _with_tool_errors(tools.add),
+            description=cleandoc(tools.add.__doc__ or ""),
+            annotations=adding,
         )
     _resources(server, log)
     return server
@@ -273,7 +413,7 @@ def _resources(server: MCPServer, log: Log) -> None:
 
 
 def serve(log: Log, *, write: bool = False, http: int | None = None) -> None:
-    """Serve `log` until the client hangs up: over stdin and stdout, or on a port of this machine.
+    """Serve `log` until the client disconnects, over stdin and stdout or on a local port.
 
     Args:
         log: The log to serve.

@@ -1,7 +1,7 @@
-"""The log as a page on this machine: timeline, notes, search, reading queue, questions, answers.
+"""Serve the log as a website on this machine: timeline, notes, search, queue, questions, answers.
 
-It is read-only, is served on a loopback address alone, and needs no JavaScript. What it shows of a
-note is escaped (`web.inline`), and what a browser may do with it is said in `web.guard`.
+It is read-only, is served on a loopback address only, and needs no JavaScript. The text of notes is
+escaped (`web.inline`), and headers restrict what a browser may do with it (`web.guard`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.log.index.database import LockedIndexError
 from modgraft.log.index.query import Query
 from modgraft.log.index.select import STATUSES
-from modgraft.log.serve.web import lists, shown
+from modgraft.log.serve.web import lists, rendering
 from modgraft.log.serve.web.guard import HOSTS, AddressError, Guard, loopback
 from modgraft.log.serve.web.inline import web
 from modgraft.log.serve.web.outline import outline
@@ -34,28 +34,28 @@ from modgraft.log.serve.web.outline import outline
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from modgraft.log.index.index import Log
     from modgraft.log.index.query import Hit
+    from modgraft.log.log import Log
 
 PORT = 8765
-A_PAGE = 50
+PAGE_SIZE = 50
 """Events on one page."""
 
 LINES = 100
-"""Lines that are shown under an answer; the rest is counted."""
+"""Lines shown under an answer; the rest is counted."""
 
-SHOWN = 20
-"""Sources of each group of the reading queue, before it is asked for by itself."""
+GROUP_SIZE = 20
+"""Sources of each group of the reading queue, on the page of all groups."""
 
 FRESH = 1.0
-"""Seconds for which the notes are taken to be as they were last seen."""
+"""Seconds after an update of the index before the next one."""
 
 NAV = (
     ("/", "Timeline"), ("/notes", "Notes"), ("/queue", "Reading queue"),
     ("/questions", "Questions"), ("/lessons", "Lessons"),
 )  # fmt: skip
 FIELDS = ("q", "action", "cites", "note", "status", "since", "until")
-"""Of the search form; all but the first two are a `Query`'s own."""
+"""The fields of the search form; all but the first two are fields of `Query`."""
 
 KINDS = {
     "structured": "Exact: read off the events themselves.",
@@ -64,13 +64,13 @@ KINDS = {
     "free": "By likeness: the passages that fit the question best.",
 }
 PICTURE = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
-"""For a picture by itself: an SVG may draw, and do nothing else."""
+"""The content security policy of a picture: an SVG may draw, and do nothing else."""
 
 TITLES = {404: "Not found", 405: "Only for reading", 503: "Not now"}
-"""Of the pages that say what went wrong."""
+"""Status → the title of the error page."""
 
 LISTING = ("/", "/queue")
-"""Pages that say when there is no bibliography."""
+"""Pages with a notice if there is no bibliography."""
 
 NO_SOURCES = (
     "There is no bibliography, so that sources have no titles. Put a .bib file, as Zotero exports "
@@ -85,9 +85,9 @@ EXAMPLES = (
 
 
 def app(log: Log) -> ASGIApp:
-    """The page over `log`, as an ASGI application."""
+    """Build the website over `log`, as an ASGI application."""
     page = Page(log)
-    static = StaticFiles(directory=shown.FOLDER / "static")
+    static = StaticFiles(directory=rendering.FOLDER / "static")
     routes = [
         Route("/", page.timeline),
         Route("/notes", page.notes),
@@ -102,8 +102,8 @@ def app(log: Log) -> ASGIApp:
         Mount("/static", static),
     ]
     guard = Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
-    handlers = {HTTPException: page.wrong, ModgraftError: page.wrong}
-    # The headers go around everything, so that an error's page has them too.
+    handlers = {HTTPException: page.error, ModgraftError: page.error}
+    # The headers are added outermost, so that error pages have them too.
     return Guard(Starlette(routes=routes, middleware=[guard], exception_handlers=handlers))
 
 
@@ -131,40 +131,40 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 class Page:
-    """The pages, over one log; each looks at the notes anew, at most every `FRESH` seconds."""
+    """The pages over one log; each updates the index first, at most every `FRESH` seconds."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.lock = Lock()
         self.seen = float("-inf")
         self.problems: tuple[str, ...] = ()
-        self.places = shown.Places(log)
-        self.templates = shown.environment(self.places)
+        self.resolver = rendering.Resolver(log)
+        self.templates = rendering.environment(self.resolver)
 
     def fresh(self) -> None:
-        """Index what has changed."""
+        """Update the index, unless that was done a moment ago."""
         with self.lock:
             if time.monotonic() - self.seen > FRESH:
                 self.problems = self.log.index().problems
-                self.places.sources = self.log.bibliography.entries
+                self.resolver.sources = self.log.bibliography.entries
                 self.seen = time.monotonic()
 
     def render(
         self, template: str, here: str = "", *, status: int = 200, **content: Any
     ) -> Response:
-        """A page with its head."""
-        notices = [NO_SOURCES] if here in LISTING and not self.places.sources else []
+        """Render a template with the frame of the website."""
+        notices = [NO_SOURCES] if here in LISTING and not self.resolver.sources else []
         frame = {"nav": NAV, "here": here, "q": "", "problems": notices}
         frame["folders"] = ", ".join(folder.name for folder in self.log.settings.folders)
         return HTMLResponse(self.templates.get_template(template).render(frame | content), status)
 
     def found(self, query: Query, page: int) -> tuple[list[Hit], bool]:
-        """A page of hits, and whether there are more."""
-        hits = self.log.query(replace(query, limit=A_PAGE + 1, offset=(page - 1) * A_PAGE))
-        return hits[:A_PAGE], len(hits) > A_PAGE
+        """Return one page of hits, and whether there are more."""
+        hits = self.log.query(replace(query, limit=PAGE_SIZE + 1, offset=(page - 1) * PAGE_SIZE))
+        return hits[:PAGE_SIZE], len(hits) > PAGE_SIZE
 
     def timeline(self, request: Request) -> Response:
-        """What happened, the newest first."""
+        """Show all events, the newest first."""
         self.fresh()
         page = _page(request)
         hits, more = self.found(Query(newest=True), page)
@@ -174,20 +174,20 @@ class Page:
         )
 
     def notes(self, request: Request) -> Response:
-        """All notes, the newest first."""
+        """List all notes, the newest first."""
         self.fresh()
         page = _page(request)
-        rows = lists.notes(self.log, A_PAGE + 1, (page - 1) * A_PAGE)
-        more = len(rows) > A_PAGE
-        return self.render("notes.html", "/notes", notes=rows[:A_PAGE], page=page, more=more)
+        rows = lists.notes(self.log, PAGE_SIZE + 1, (page - 1) * PAGE_SIZE)
+        more = len(rows) > PAGE_SIZE
+        return self.render("notes.html", "/notes", notes=rows[:PAGE_SIZE], page=page, more=more)
 
     def note(self, request: Request) -> Response:
-        """One note, and what leads to it and to its sources."""
+        """Show a note, the places that link to it, and its sources."""
         self.fresh()
         name = request.path_params["name"]
         note = self.log.note(name)
         line = _number(request, "line")
-        view = self.places.of(note.name or name)
+        view = self.resolver.view(note.name or name)
         body = outline(note, view, page=_page(request), lines=(line, line) if line else None)
         return self.render(
             "note.html", note=note, outline=body, facts=lists.facts(self.log, note),
@@ -195,7 +195,7 @@ class Page:
         )  # fmt: skip
 
     def search(self, request: Request) -> Response:
-        """Events and passages by words, action, source, note, status and time."""
+        """Search events and passages by words, action, source, note, status and time."""
         self.fresh()
         asked = request.query_params
         fields = {name: asked.get(name, "").strip() for name in FIELDS}
@@ -212,7 +212,7 @@ class Page:
         )  # fmt: skip
 
     def ask(self, request: Request) -> Response:
-        """An answer with the lines it goes by, or why there is none."""
+        """Answer a question, with the lines that support the answer, or say why there is none."""
         self.fresh()
         question = request.query_params.get("q", "").strip()
         answer = self.log.ask(question) if question else None
@@ -221,27 +221,23 @@ class Page:
         )
 
     def queue(self, request: Request) -> Response:
-        """The sources, by how far they got."""
+        """Show the reading queue: sources by how far they were read."""
         self.fresh()
         status, page = request.query_params.get("status", ""), _page(request)
-        every = lists.queue(self.log.reading_queue())
-        if status:  # one group, a page of it
-            first, more = (
-                (page - 1) * A_PAGE,
-                any(len(rows) > page * A_PAGE for s, _, rows in every if s == status),
-            )
-            groups = [
-                (s, t, rows, rows[first : first + A_PAGE]) for s, t, rows in every if s == status
-            ]
-        else:
-            groups, more = [(s, t, rows, rows[:SHOWN]) for s, t, rows in every], False
+        first, size = ((page - 1) * PAGE_SIZE, PAGE_SIZE) if status else (0, GROUP_SIZE)
+        groups = [
+            (name, title, rows, rows[first : first + size])
+            for name, title, rows in lists.queue(self.log.reading_queue())
+            if status in ("", name)
+        ]
+        more = bool(status) and any(len(rows) > first + size for _, _, rows, _ in groups)
         return self.render(
             "queue.html", "/queue", groups=groups, page=page, more=more,
             again=f"/queue?{urlencode({'status': status})}&page=",
         )  # fmt: skip
 
     def questions(self, request: Request) -> Response:
-        """The questions without an answer, or all."""
+        """List the questions without an answer, or all."""
         self.fresh()
         page, every = _page(request), "all" in request.query_params
         query = Query(actions="question", status=None if every else "open", newest=True)
@@ -256,7 +252,7 @@ class Page:
         )  # fmt: skip
 
     def lessons(self, request: Request) -> Response:
-        """What was learned."""
+        """List the lessons."""
         self.fresh()
         page = _page(request)
         hits, more = self.found(Query(actions="lesson_learned", newest=True), page)
@@ -268,30 +264,30 @@ class Page:
         )  # fmt: skip
 
     def source(self, request: Request) -> Response:
-        """One source, and where it is cited."""
+        """Show a source, and where it is cited."""
         self.fresh()
         key, page = request.path_params["key"], _page(request)
         bibliography, hits = self.log.bibliography, self.log.backlinks(key)
         entry = bibliography.entries.get(key)
-        first = (page - 1) * A_PAGE
+        first = (page - 1) * PAGE_SIZE
         return self.render(
             "source.html", key=key, source=entry, near=[] if entry else bibliography.nearest(key),
-            url=web(entry.url) if entry else None, hits=hits[first : first + A_PAGE], page=page,
-            more=len(hits) > first + A_PAGE, again=f"/source/{quote(key)}?page=",
+            url=web(entry.url) if entry else None, hits=hits[first : first + PAGE_SIZE], page=page,
+            more=len(hits) > first + PAGE_SIZE, again=f"/source/{quote(key)}?page=",
             status=200 if entry or hits else 404,
         )  # fmt: skip
 
     def figure(self, request: Request) -> Response:
-        """A picture that lies in the log's folders; any other file is not there."""
+        """Serve a picture in the log's folders; any other file is 404."""
         root = self.log.settings.root
         place = request.path_params["path"]
-        path = None if "\0" in place else shown.picture(self.log, root / place)
+        path = None if "\0" in place else rendering.picture(self.log, root / place)
         if path is None:
             raise HTTPException(404, "There is no such figure in the log’s folders.")
         return FileResponse(path, headers={"content-security-policy": PICTURE})
 
-    def wrong(self, request: Request, error: Exception) -> Response:
-        """What went wrong, in words: no such page or note, or a field that cannot be read."""
+    def error(self, request: Request, error: Exception) -> Response:
+        """Show an error: no such page or note, or a field that cannot be read."""
         if isinstance(error, HTTPException):
             text = error.detail if error.detail != "Not Found" else "There is no such page here."
             status = error.status_code
@@ -307,6 +303,6 @@ def _page(request: Request) -> int:
 
 
 def _number(request: Request, name: str) -> int:
-    """A number of the address; 0 for none, or for what is none or absurd."""
+    """Read a number from the query string; 0 if it is missing, malformed or absurdly large."""
     text = request.query_params.get(name, "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0

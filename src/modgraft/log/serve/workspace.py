@@ -1,7 +1,7 @@
-"""What an editor asks of a log: sources, who cites them, and what a new name would change.
+"""The log as an editor needs it: sources, their citations, and the places to rename.
 
-Nothing here speaks the language server's protocol; `lsp` does. Texts that are open in the editor
-take the place of their files.
+The protocol of the language server is in `lsp`. Texts that are open in the editor take precedence
+over their files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from modgraft.core.errors import MissingFileError, ModgraftError
 from modgraft.log.check import roots
 from modgraft.log.index.bibliography import Bibliography
-from modgraft.log.index.find_notes import stamp, walk
+from modgraft.log.index.find_notes import find_notes, stamp
 from modgraft.log.settings import Settings, settings
 from modgraft.log.syntax.actions import ACTIONS, Actions
 from modgraft.log.syntax.blocks import BOM, line_starts
@@ -27,7 +27,7 @@ _KEY = re.compile(rb"[^\s,{}()\"=#%~\\@]+")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A stretch of a file's bytes."""
+    """A range of a file's bytes."""
 
     path: Path
     start: int
@@ -36,9 +36,9 @@ class Place:
 
 @dataclass(slots=True)
 class Text:
-    """A file's text as an editor counts it: lines from 0, columns in the editor's units.
+    """A file's text in an editor's coordinates: lines from 0, columns in the editor's units.
 
-    `units` says how many units a text has (UTF-16 mostly: an emoji is two).
+    `units` counts the units of a text (usually of UTF-16, where an emoji has two).
     """
 
     data: bytes
@@ -51,12 +51,12 @@ class Text:
             self.starts.append(len(self.data))  # an editor's last, empty line
 
     def position(self, at: int) -> tuple[int, int]:
-        """Line and column of a byte."""
+        """Return the line and column of a byte."""
         line = max(0, bisect_right(self.starts, at) - 1)
         return line, self.units(_decoded(self.data[self.starts[line] : at]))
 
     def offset(self, line: int, column: int) -> int:
-        """The byte at a line and column; what lies beyond a line's end is its end."""
+        """Return the byte at a line and column; columns beyond the line's end are its end."""
         if line >= len(self.starts):
             return len(self.data)
         start = self.starts[line]
@@ -69,17 +69,17 @@ class Text:
         return start + len(text[:index].encode("utf-8", "surrogateescape"))
 
     def before(self, at: int) -> bytes:
-        """The line up to a byte."""
+        """Return the text of the line before a byte."""
         line, _ = self.position(at)
         return self.data[self.starts[line] : at]
 
 
 def _decoded(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")  # one character for a byte that is no text
+    return data.decode("utf-8", "surrogateescape")  # one character for each invalid byte
 
 
 class Workspace:
-    """A log's folders, read when they are asked for; `opened` are texts not yet saved."""
+    """The folders of a log, read on demand; `opened` maps files to their unsaved texts."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -87,44 +87,43 @@ class Workspace:
         try:
             self.settings: Settings = settings(start=root)
         except MissingFileError:
-            self.settings = settings(root)  # no log is named: what was opened is the log
-        table = self.settings.actions
-        self.actions: Actions = ACTIONS.extended(table) if table else ACTIONS
+            self.settings = settings(root)  # no log is configured: the opened folder is the log
+        self.actions: Actions = ACTIONS.extended(self.settings.actions)
         self.roots = roots(self.settings)
         self._stamps: tuple[object, ...] | None = None
         self._bibliography = Bibliography()
         self._files: list[Path] | None = None
 
     def data(self, path: Path) -> bytes:
-        """What is in the editor, or else in the file; empty where there is none."""
+        """Return the text in the editor, else that of the file; empty if there is none."""
         if path in self.opened:
             return self.opened[path]
         try:
             return path.read_bytes().removeprefix(BOM)  # editors do not count it
         except OSError:
-            return b""  # gone since it was listed: it holds nothing
+            return b""  # deleted since it was listed
 
     def note(self, path: Path) -> Note:
-        """A note as it is in the editor, or else in its file."""
+        """Parse a note as it is in the editor, else as in its file."""
         return parse(self.data(path), str(path), self.actions)
 
     # -- sources -----------------------------------------------------------------------------------
 
-    def look_again(self) -> None:
-        """Forget which .bib files there are: something was opened or saved."""
+    def forget_files(self) -> None:
+        """Forget the list of .bib files, since something was opened or saved."""
         self._files = None
 
     def bibliographies(self) -> list[Path]:
-        """The .bib files of the log."""
+        """List the .bib files of the log."""
         if self._files is None:
             named = self.settings.bibliography
-            found = walk(self.settings.folders).bibliographies if named is None else ()
+            found = find_notes(self.settings.folders).bibliographies if named is None else ()
             self._files = [*(named or ()), *(Path(one.path) for one in found)]
         return self._files
 
     @property
     def bibliography(self) -> Bibliography:
-        """The sources as they are on disk, read again only when a file changed."""
+        """The sources as they are on disk, read again only if a file changed."""
         paths = [path for path in self.bibliographies() if path.is_file()]
         stamps = tuple((path, stamp(path.stat())) for path in paths)
         if stamps != self._stamps:
@@ -132,7 +131,7 @@ class Workspace:
         return self._bibliography
 
     def declarations(self, key: str) -> list[Place]:
-        """Where .bib files define `key`."""
+        """Find where .bib files define `key`."""
         pattern = re.compile(rb"@\s*\w+\s*[{(]\s*(" + re.escape(key.encode()) + rb")\s*(?=[,})])")
         return self._in_bibliographies(pattern)
 
@@ -147,19 +146,19 @@ class Workspace:
     # -- citations ---------------------------------------------------------------------------------
 
     def citations(self, key: str) -> Iterator[tuple[Path, Citation]]:
-        """Everywhere that `key` is cited, with `@` or without."""
-        found = walk(self.settings.folders)
+        """Find all citations of `key`, with `@` or without."""
+        found = find_notes(self.settings.folders)
         paths = dict.fromkeys([Path(one.path) for one in found.notes])
         paths.update(dict.fromkeys(path for path in self.opened if path.suffix == ".md"))
         wanted = key.encode()
         for path in paths:
-            if wanted in self.data(path):  # most notes need not be parsed
+            if wanted in self.data(path):  # so that most notes are not parsed
                 note = self.note(path)
                 both = sorted((*note.citations, *note.mentions), key=lambda one: one.start)
                 yield from ((path, one) for one in both if one.key == key)
 
     def key_at(self, path: Path, at: int) -> tuple[str, Place] | None:
-        """The key that byte `at` of a note or a .bib stands in, and where it is."""
+        """Return the key at byte `at` of a note or a .bib file, and its place."""
         if path.suffix == ".bib":
             data = self.data(path)
             line = data.rfind(b"\n", 0, at) + 1
@@ -177,10 +176,10 @@ class Workspace:
         return None
 
     def rename(self, key: str, new: str) -> list[Place]:
-        """What has to become `new` when `key` is renamed: in every note and every .bib.
+        """Find all places to replace when `key` is renamed to `new`, in notes and .bib files.
 
         Raises:
-            ModgraftError: a name that is no key, or one that another source has.
+            ModgraftError: `new` is not a valid key, or is the key of another source.
         """
         if [one.key for one in parse(f"@{new}".encode(errors="replace")).citations] != [new]:
             raise ModgraftError(

@@ -1,1 +1,1 @@
-"""What stands in a note: blocks, citations, events, and what is wrong with them."""
+"""The syntax of a note: blocks, citations, events, and their problems."""

@@ -1,7 +1,7 @@
-"""The table of actions: what an annotation may be called, and what it means.
+"""The table of actions: the names that events may have, and what they mean.
 
-A name is looked up without regard to case. The table is extended in `pyproject.toml`; a new row is
-an action with its other spellings:
+Case does not matter. The table is extended in `pyproject.toml`; a new row is an action with its
+other spellings:
 
     [tool.modgraft.log.actions]
     experiment = ["exp", "ran"]
@@ -18,12 +18,12 @@ from modgraft.core.errors import ModgraftError
 
 NAME = re.compile(r"[^\W\d]\w*(?:[ /-]\w+){0,3}")
 LONGEST_NAME = 40
-_REMEMBERED = 4096  # unknown spellings whose nearest is kept
+_CACHED = 4096  # unknown spellings whose nearest action is kept
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One row: the name, what it means, and other spellings of it."""
+    """One row of the table: a name, its meaning, and other spellings of the name."""
 
     name: str
     meaning: str
@@ -33,8 +33,8 @@ class Action:
 _ROWS = (
     Action("skim", "is this source worth my time?"),
     Action("read", "study it"),
-    # The oldest notes call a source to mind so; newer ones just cite it. It is no skim: it says
-    # nothing of whether the source was looked at.
+    # The oldest notes refer to a source like this; newer ones just cite it. It is no skim: the
+    # source need not have been looked at.
     Action("retrieve", "a source called to mind; now written @key"),
     Action("code", "something was written"),
     Action("question", "something to find out"),
@@ -58,7 +58,7 @@ _ROWS = (
 
 @dataclass(frozen=True)
 class Actions:
-    """A table of actions, by any spelling of their names."""
+    """A table of actions, looked up by any spelling of their names."""
 
     rows: tuple[Action, ...] = _ROWS
     _by_name: dict[str, Action] = field(init=False, repr=False, compare=False)
@@ -80,27 +80,29 @@ class Actions:
         return iter(self.rows)
 
     def find(self, written: str) -> Action | None:
-        """The action of this spelling, or None."""
+        """Return the action with this spelling, or None."""
         return self._by_name.get(written.casefold())
 
     def nearest(self, written: str) -> Action | None:
-        """The action that an unknown spelling is most likely a slip of, or None."""
+        """Return the action that an unknown spelling most likely misspells, or None."""
         name = written.casefold()
         if name not in self._near:
-            if len(self._near) >= _REMEMBERED:
+            if len(self._near) >= _CACHED:
                 self._near.clear()
             self._near[name] = difflib.get_close_matches(name, self._by_name, n=1, cutoff=0.75)
         close = self._near[name]
         return self._by_name[close[0]] if close else None
 
     def extended(self, table: Mapping[str, object]) -> Actions:
-        """This table with the rows of `[tool.modgraft.log.actions]`.
+        """Return this table with the rows of `[tool.modgraft.log.actions]` added.
 
-        A name that is there already gets the new spellings in addition to its own.
+        A name that exists already gets the new spellings in addition.
 
         Raises:
             ModgraftError: a value that is no list of names, or a spelling that means two things.
         """
+        if not table:
+            return self
         rows = {row.name: row for row in self.rows}
         for name, spellings in table.items():
             if not isinstance(spellings, Iterable) or isinstance(spellings, (str, Mapping)):

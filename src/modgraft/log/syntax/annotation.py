@@ -1,8 +1,8 @@
-"""The grammar of events: `[name(arguments) -> result]`, read off brackets that are paired already.
+"""Parse events, `[name(arguments) -> result]`, from brackets that are already paired.
 
-What looks like one and is none: `[name](target)` is a link, `[[name]]` is one, what stands in
-quotation marks, quotes, code and formulas is another's word, and a name that the table of actions
-does not know is text (reported where it is nearly a known one).
+Some brackets look like events but are not: `[name](target)` and `[[name]]` are links; quotations,
+code and formulas are not the writer's events; and a name that is not in the table of actions is
+text, which is reported if it is similar to an action.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from modgraft.log.syntax.actions import Action, Actions
-from modgraft.log.syntax.inline import Brackets, Found, decoded
+from modgraft.log.syntax.inline import Brackets, Inlines, decoded
 from modgraft.log.syntax.note import Diagnostic, Fix, Span
 
-# As actions.NAME says, in bytes: what is not ASCII may be a letter, except for the arrow.
+# actions.NAME in bytes: any non-ASCII byte may be part of a letter, except in the arrow.
 _LETTER = rb"(?:\w|(?!\xe2\x86\x92)[\x80-\xff])"
 _NAME = re.compile(
     rb"[ \t]*((?!\d)" + _LETTER + rb"+(?:[ /-]" + _LETTER + rb"+){0,3})[ \t]*"
@@ -24,13 +24,13 @@ _NAME = re.compile(
 _ARROW = re.compile(rb"\s*(?:->|\xe2\x86\x92)")
 _DEFINITION = re.compile(rb":[ \t]+<?[A-Za-z][A-Za-z0-9+.-]*://\S+[ \t]*(?:[\r\n]|\Z)")
 _LONGEST_NAME = 80
-_DEEPEST = 8  # events in events: each text is held once per level
+_DEEPEST = 8  # nested events: each text is kept once per level
 _END = re.compile(rb"[\r\n]|\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """An event as it stands in the text, before it is known what hangs below it."""
+    """An event as it stands in the text, without the blocks below it."""
 
     action: Action
     written: str
@@ -39,12 +39,12 @@ class Annotation:
     start: int
     end: int
     closed: bool
-    inside: tuple[int, int] | None  # where the arguments stand
+    inside: tuple[int, int] | None  # start and end of the arguments
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
-    """The places of an annotation's parts, whatever its name."""
+class _Parts:
+    """The positions of an annotation's parts, whatever its name."""
 
     name: tuple[int, int]
     close: int | None
@@ -53,8 +53,10 @@ class _Form:
     result: int | None
 
 
-def _form(data: bytes, at: int, close: int | None, stop: int, brackets: Brackets) -> _Form | None:
-    """The parts of what opens at `at`, or None where it has not the form of an annotation."""
+def _find_parts(
+    data: bytes, at: int, close: int | None, stop: int, brackets: Brackets
+) -> _Parts | None:
+    """Find the parts of the bracket that opens at `at`; None if it has not the form of an event."""
     named = _NAME.match(data, at + 1, min(stop, at + 1 + _LONGEST_NAME))
     if named is None:
         return None
@@ -73,7 +75,7 @@ def _form(data: bytes, at: int, close: int | None, stop: int, brackets: Brackets
             inside, after = (after + 1, round_close), round_close + 1
     arrow = _ARROW.match(data, after, end)
     if arrow is None and inside is None and close is None:
-        return None  # a bracket that never closes and a word: no call
+        return None  # an unclosed bracket before a word
     if arrow is None and close is not None and at in brackets.links:
         return None  # [read](there) and [read()](there) are links
     if arrow is None and inside is None and close is not None:
@@ -82,19 +84,19 @@ def _form(data: bytes, at: int, close: int | None, stop: int, brackets: Brackets
             return None  # x[start] is an index, [text][read] a link by reference
         if _DEFINITION.match(data, close + 1, stop):
             return None  # [blog]: https://… says where such a link leads
-    return _Form(named.span(1), close, end, inside, arrow.end() if arrow else None)
+    return _Parts(named.span(1), close, end, inside, arrow.end() if arrow else None)
 
 
-def _read(data: bytes, at: int, stop: int, form: _Form, action: Action) -> Annotation:
-    end = form.end + 1 if form.close is not None else form.end
-    if form.close is not None and data[end : end + 1] == b":":
+def _read(data: bytes, at: int, stop: int, parts: _Parts, action: Action) -> Annotation:
+    end = parts.end + 1 if parts.close is not None else parts.end
+    if parts.close is not None and data[end : end + 1] == b":":
         follows = data[end + 1 : min(end + 2, stop)]
         end += 1 if not follows.strip() else 0
-    result = None if form.result is None else decoded(data[form.result : form.end]).strip()
-    arguments = None if form.inside is None else decoded(data[slice(*form.inside)]).strip()
-    written = decoded(data[slice(*form.name)])
+    result = None if parts.result is None else decoded(data[parts.result : parts.end]).strip()
+    arguments = None if parts.inside is None else decoded(data[slice(*parts.inside)]).strip()
+    written = decoded(data[slice(*parts.name)])
     return Annotation(
-        action, written, arguments, result, at, end, form.close is not None, form.inside
+        action, written, arguments, result, at, end, parts.close is not None, parts.inside
     )
 
 
@@ -103,78 +105,78 @@ def read_annotations(
     stop: int,
     brackets: Brackets,
     actions: Actions,
-    found: Found,
+    found: Inlines,
     problems: list[Diagnostic],
     line_of: Callable[[int], int],
 ) -> list[Annotation]:
-    """The annotations among `brackets`, in order; what is wrong with one goes to `problems`."""
+    """Parse the events among `brackets`, in order; append their problems to `problems`."""
     out: list[Annotation] = []
-    around: list[int] = []  # the ends of the events that this one stands in
+    around: list[int] = []  # the ends of the events around this one
     opened = [at for at, close in brackets.square.items() if close is None]
     opened.append(stop)
     next_open = 0
     for at, close in brackets.square.items():
         if close is None:
-            next_open += 1  # what never closes ends before the next that does not
+            next_open += 1  # an unclosed one ends where the next unclosed one begins
         if at in brackets.images:
             continue
-        form = _form(data, at, close, opened[next_open] if close is None else stop, brackets)
-        if form is None or brackets.is_quoted(at, form.end):
+        parts = _find_parts(data, at, close, opened[next_open] if close is None else stop, brackets)
+        if parts is None or brackets.is_quoted(at, parts.end):
             continue
         while around and around[-1] <= at:
             around.pop()
-        bare = form.result is None and form.inside is None
-        written = decoded(data[slice(*form.name)])
+        bare = parts.result is None and parts.inside is None
+        written = decoded(data[slice(*parts.name)])
         action = actions.find(written)
         if action is None:
             if not bare and (near := actions.nearest(written)) is not None:
-                problems.append(_unknown(written, near, form, line_of(at), at))
+                problems.append(_unknown(written, near, parts, line_of(at), at))
             continue
         if bare and around:
-            continue  # a word in brackets inside of another event
+            continue  # a word in brackets inside another event
         if len(around) == _DEEPEST:
             said = f"events in events: more than {_DEEPEST} deep, and kept as text from here on"
             if not problems or problems[-1].code != "nesting":
-                problems.append(Diagnostic("warning", "nesting", said, line_of(at), at, form.end))
+                problems.append(Diagnostic("warning", "nesting", said, line_of(at), at, parts.end))
             continue
-        one = _read(data, at, stop, form, action)
+        one = _read(data, at, stop, parts, action)
         around.append(one.end)
         out.append(one)
-        _marks(found, one, form)
-        _judge(one, form, data, line_of(at), problems)
+        _add_marks(found, one, parts)
+        _report_defects(one, parts, data, line_of(at), problems)
     return out
 
 
-def _judge(
-    one: Annotation, form: _Form, data: bytes, line: int, problems: list[Diagnostic]
+def _report_defects(
+    one: Annotation, parts: _Parts, data: bytes, line: int, problems: list[Diagnostic]
 ) -> None:
-    """Say what an annotation lacks."""
+    """Report an event that is not closed or lacks its arrow."""
     if not one.closed:
         said = f"[{one.written}…: the bracket does not close; put ] where the event ends"
         problems.append(Diagnostic("warning", "unclosed", said, line, one.start, one.end))
-    elif form.result is None and form.inside and data[form.inside[1] + 1 : form.end].strip():
+    elif parts.result is None and parts.inside and data[parts.inside[1] + 1 : parts.end].strip():
         said = f"[{one.written}(…) …]: something stands after the arguments without ->"
-        place = form.inside[1] + 1
+        place = parts.inside[1] + 1
         fix = Fix(place, place, b" ->", "put -> before it")
         problems.append(Diagnostic("warning", "arrow", said, line, one.start, one.end, fix=fix))
 
 
-def _unknown(written: str, near: Action, form: _Form, line: int, at: int) -> Diagnostic:
+def _unknown(written: str, near: Action, parts: _Parts, line: int, at: int) -> Diagnostic:
     said = (
         f"[{written}…] is no action; did you mean {near.name}? "
         f"(a new one goes into [tool.modgraft.log.actions])"
     )
-    fix = Fix(*form.name, near.name.encode(), f"write {near.name}")
-    return Diagnostic("warning", "unknown-action", said, line, at, form.end, fix=fix)
+    fix = Fix(*parts.name, near.name.encode(), f"write {near.name}")
+    return Diagnostic("warning", "unknown-action", said, line, at, parts.end, fix=fix)
 
 
-def _marks(found: Found, one: Annotation, form: _Form) -> None:
-    """The annotation's own signs; its arguments and result are text with marks of their own."""
-    head = form.inside[0] if form.inside else form.result or form.name[1]
+def _add_marks(found: Inlines, one: Annotation, parts: _Parts) -> None:
+    """Mark the event's brackets, name and arrow; its arguments and result are marked elsewhere."""
+    head = parts.inside[0] if parts.inside else parts.result or parts.name[1]
     found.marks.append(Span("annotation", one.start, head))
-    if form.inside and form.result:
-        found.marks.append(Span("annotation", form.inside[1], form.result))
-    elif form.inside and form.close is not None and form.inside[1] < form.close:
-        found.marks.append(Span("annotation", form.inside[1], form.inside[1] + 1))
-    if form.close is not None:
-        found.marks.append(Span("annotation", form.close, one.end))
+    if parts.inside and parts.result:
+        found.marks.append(Span("annotation", parts.inside[1], parts.result))
+    elif parts.inside and parts.close is not None and parts.inside[1] < parts.close:
+        found.marks.append(Span("annotation", parts.inside[1], parts.inside[1] + 1))
+    if parts.close is not None:
+        found.marks.append(Span("annotation", parts.close, one.end))

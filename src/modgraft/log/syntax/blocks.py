@@ -1,7 +1,7 @@
-"""The outline of a note: its blocks, from lines and their indentation, in one pass.
+"""Parse a note's lines into blocks, an outline by their indentation, in one pass.
 
-Not CommonMark: an outline by indentation keeps `- [critique]: agreed` and a list that hangs under
-a quote, which CommonMark empties or flattens. Nothing here recurses or looks back.
+This is not CommonMark, which would drop `- [critique]: agreed` as a link definition and flatten a
+list under a quote. Nothing here recurses or looks back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def line_starts(data: bytes) -> list[int]:
-    """Where each line starts; `\\n`, `\\r\\n` and a lone `\\r` end one."""
+    """Return where each line starts; `\\n`, `\\r\\n` and a lone `\\r` end a line."""
     starts = [0, *(found.end() for found in _BREAK.finditer(data))]
     if starts[-1] == len(data):
         starts.pop()
@@ -48,16 +48,18 @@ def line_starts(data: bytes) -> list[int]:
 
 @dataclass(slots=True)
 class Outline:
-    """The blocks of a note, its sections, and the places of what marks a block."""
+    """The blocks and sections of a note, and the positions of block markers."""
 
     blocks: list[Block] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
     markers: list[tuple[int, int]] = field(default_factory=list)  # indent, bullet, #, >
-    contents: list[int] = field(default_factory=list)  # per block: where its words start
-    unclosed: dict[int, None] = field(default_factory=dict)  # fences without an end, by block
+    contents: list[int] = field(default_factory=list)  # per block: where its text starts
+    unclosed: dict[int, None] = field(
+        default_factory=dict
+    )  # indexes of fence blocks without an end
 
     def below(self) -> list[int]:
-        """Per block: where the last that hangs below it ends."""
+        """Return, per block, the end of the last block below it."""
         ends = [block.end for block in self.blocks]
         for index in range(len(ends) - 1, -1, -1):
             parent = self.blocks[index].parent
@@ -75,14 +77,16 @@ def _width(indent: bytes) -> int:
 
 
 class _Fences:
-    """Where fences end. Closing lines are found once, so that asking often costs nothing."""
+    """Finds the ends of code fences; the closing lines are searched only once."""
 
     def __init__(self, data: bytes, starts: Sequence[int]) -> None:
         self.data, self.starts = data, starts
-        self._longest: dict[bytes, list[int]] = {}  # per mark: the longest close from a line on
+        self._longest: dict[
+            bytes, list[int]
+        ] = {}  # per mark: the longest closing mark from each line on
 
     def _close(self, line: int, mark: bytes) -> int:
-        """The length of the fence mark that closes on `line`, or 0."""
+        """Return the length of the closing fence mark on `line`, or 0."""
         found = _read(self.data, self.starts[line])
         fence = found["fence"]
         if not fence or fence[:1] != mark:
@@ -90,10 +94,10 @@ class _Fences:
         return len(fence) if self.data[found.end() : found.end() + 1] in b"\r\n" else 0
 
     def end(self, line: int, mark: bytes, indent: int) -> tuple[int, bool]:
-        """The first line after the fence that opens on `line`, and whether it was closed.
+        """Return the first line after the fence that opens on `line`, and whether it is closed.
 
-        An open one without an end does not swallow the note: where it is indented it ends with
-        its indentation, and always before the next of a note's six sections.
+        An unclosed fence ends with its indentation if it is indented, and always before the next
+        of the six sections, so that it does not swallow the note.
         """
         char = mark[:1]
         if char not in self._longest:
@@ -117,11 +121,11 @@ class _Fences:
 
 
 def outline(data: bytes, starts: Sequence[int]) -> Outline:
-    """The blocks of `data`, whose lines start at `starts`."""
+    """Parse `data`, whose lines start at `starts`, into blocks."""
     out = Outline()
     fences = _Fences(data, starts)
     stack: list[tuple[int, int]] = []  # (indent, index) of the blocks above
-    fresh = True  # nothing to be continued: at the top, after a blank line or a heading
+    fresh = True  # there is no block to continue: at the top, after a blank line or a heading
     line, lines, size = _front_matter(data, starts, out), len(starts), len(data)
     while line < lines:
         start = starts[line]
@@ -136,7 +140,7 @@ def outline(data: bytes, starts: Sequence[int]) -> Outline:
         indent = _width(found["indent"])
         last = out.blocks[-1] if out.blocks and not fresh else None
         if last is not None and _continues(last, kind, indent, stack[-1][0] if stack else 0):
-            out.blocks[-1] = _longer(last, after)
+            out.blocks[-1] = _extended(last, after)
             if kind == "quote":
                 out.markers.append((at, words))
             line += 1
@@ -169,7 +173,7 @@ def outline(data: bytes, starts: Sequence[int]) -> Outline:
 
 
 def _front_matter(data: bytes, starts: Sequence[int], out: Outline) -> int:
-    """YAML between two `---` at the very start is code: its `tags: [read]` is no event."""
+    """Add YAML front matter as code (its `tags: [read]` is no event); return the next line."""
     at = len(BOM) if data.startswith(BOM) else 0
     found = _FRONT_MATTER.match(data, at)
     if found is None:
@@ -180,7 +184,7 @@ def _front_matter(data: bytes, starts: Sequence[int], out: Outline) -> int:
 
 
 def _continues(last: Block, kind: BlockKind, indent: int, above: int) -> bool:
-    """Whether a line goes on with the block before it: a wrapped line, or a quote's next."""
+    """Whether a line continues the block before it: a wrapped line, or the next of a quote."""
     if kind == "quote":
         return last.kind == "quote" and indent == above
     if kind != "para":
@@ -188,7 +192,7 @@ def _continues(last: Block, kind: BlockKind, indent: int, above: int) -> bool:
     return (last.kind == "para" and indent == above) or (last.kind == "item" and indent > above)
 
 
-def _longer(block: Block, end: int) -> Block:
+def _extended(block: Block, end: int) -> Block:
     return Block(block.kind, block.start, end, block.line, block.depth, block.parent, block.section)
 
 

@@ -1,7 +1,7 @@
-"""Arithmetic as notes write it, worked out over a whitelist of syntax: never `eval`.
+"""Evaluate the arithmetic in notes over a whitelist of syntax, never with `eval`.
 
-`18432 / 48`, `2^10`, `1,000 × 3`, `15% * 200`, `sqrt(2)`. Numbers are Python's: whole ones exact,
-others double precision. What would take long or grow without bound is refused beforehand.
+`18432 / 48`, `2^10`, `1,000 × 3`, `15% * 200`, `sqrt(2)`. Integers are exact, other
+numbers double precision. Expressions that would take long or grow without bound are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modgraft.core.errors import ModgraftError
 Number = int | float
 
 _LONGEST = 500  # characters of an expression
-_BITS = 1024  # of a whole number on the way: what a float holds the size of
+_BITS = 1024  # of an integer on the way; a float holds numbers of this size
 
 
 def _round(number: Number, places: int = 0) -> Number:
@@ -66,11 +66,11 @@ _VALUE = re.compile(
 
 
 class CalculationError(ModgraftError):
-    """An expression that is no arithmetic, has no value, or is too large to work out."""
+    """An expression that is no arithmetic, has no value, or is too large to evaluate."""
 
 
 def calculate(expression: str) -> Number:
-    """The value of an expression of numbers, + - * / // % ^, brackets and a few functions.
+    """Evaluate an expression of numbers, + - * / // % ^, brackets and a few functions.
 
     Raises:
         CalculationError: for anything else, a division by zero, or a value out of bounds.
@@ -135,8 +135,8 @@ def _bounded(value: object) -> Number:
     return value
 
 
-def split(arguments: str, result: str | None) -> tuple[str, str]:
-    """The expression and the value of `calculate(expr) -> value` or `calculate(expr = value)`."""
+def split_value(arguments: str, result: str | None) -> tuple[str, str]:
+    """Split `calculate(expr) -> value` or `calculate(expr = value)` into expression and value."""
     if result:
         return arguments, result
     expression, _, value = arguments.rpartition("=")
@@ -144,10 +144,10 @@ def split(arguments: str, result: str | None) -> tuple[str, str]:
 
 
 def agrees(value: Number, written: str) -> bool | None:
-    """Whether `value`, rounded as `written` is, is what is written; None if that is no number.
+    """Whether `value`, rounded as `written` is, equals it; None if `written` is no number.
 
-    Of ``152 MB`` both 152 and 152,000,000 are read, of ``40%`` both 40 and 0.4: what the value
-    counts, nobody has said.
+    ``152 MB`` may mean 152 or 152,000,000 and ``40%`` 40 or 0.4, since the unit of `value` is not
+    known; either is accepted.
     """
     found = _number(written)
     if found is None:
@@ -155,11 +155,11 @@ def agrees(value: Number, written: str) -> bool | None:
     number = _float(found["number"])
     place = int(found["power"] or 0) - len(found["decimals"] or "")
     if found["decimals"] is None and not found["power"] and found["about"]:
-        # 18,000 may be rounded to its last digit that is not 0: only where it says about.
+        # about 18,000 may be rounded to thousands; 18,000 without "about" is exact.
         digits = found["number"].replace(",", "").lstrip("+-−")
         place = len(digits) - len(digits.rstrip("0"))
     slack = 0.5 * float(f"1e{place}") * (1 + 1e-9)
-    for scale in _readings(found):
+    for scale in _scales(found):
         off = abs(value - number * scale)  # infinite for 1e999
         if off < math.inf and off <= slack * scale + 1e-12 * abs(value):
             return True
@@ -167,23 +167,23 @@ def agrees(value: Number, written: str) -> bool | None:
 
 
 def corrected(value: Number, written: str) -> str:
-    """What should stand for a `written` that does not agree: with its decimals and its unit."""
+    """Return the correction of a `written` value, with as many decimals and the same unit."""
     found = _number(written)
     if found is None:
-        return shown(value)
+        return format_number(value)
     number = abs(_float(found["number"]))
 
     def apart(scale: float) -> float:
         return abs(math.log((number * scale or 1.0) / (abs(value) or 1.0)))
 
-    scale = min(_readings(found), key=apart)
+    scale = min(_scales(found), key=apart)
     meant = value if scale == 1 else value / scale
     before, after = written[: found.start("number")], written[found.end("number") :]
     if found["decimals"] and not found["power"]:
         alike = f"{before}{meant:.{len(found['decimals'])}f}{after}"
-        if agrees(value, alike):  # not where nothing is left of it, as in 0.0 MB
+        if agrees(value, alike):  # not if the rounding leaves nothing, as in 0.0 MB
             return alike
-    return f"{before}{shown(meant)}{after}"
+    return f"{before}{format_number(meant)}{after}"
 
 
 def _number(written: str) -> re.Match[str] | None:
@@ -195,14 +195,14 @@ def _float(number: str) -> float:
     return float(number.replace(",", "").replace("−", "-"))
 
 
-def _readings(found: re.Match[str]) -> list[float]:
-    """What the number may be multiplied by."""
+def _scales(found: re.Match[str]) -> list[float]:
+    """Return the factors that the unit may stand for."""
     scale = _SCALES.get((found["scale"] or "").strip())
     return [1.0] if scale is None or _float(found["number"]) == 0 else [1.0, scale]
 
 
-def shown(value: Number) -> str:
-    """A value for people: whole numbers whole, others to six significant digits."""
+def format_number(value: Number) -> str:
+    """Format a value: integers in full, other numbers to six significant digits."""
     if isinstance(value, int) or (value.is_integer() and abs(value) < 1e15):
         return str(int(value))
     return f"{value:.6g}"

@@ -1,6 +1,6 @@
-"""What a note says about itself: the problems that need neither other files nor a bibliography.
+"""Find the problems of a note that need neither other files nor a bibliography.
 
-Encoding errors make a note degraded: some of it cannot be read as text.
+Encoding errors make a note degraded: part of it cannot be read as text.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from modgraft.log.syntax.calculate import (
     agrees,
     calculate,
     corrected,
-    shown,
-    split,
+    format_number,
+    split_value,
 )
 from modgraft.log.syntax.mojibake import mojibake
 from modgraft.log.syntax.note import Diagnostic, Event, Fix
@@ -26,7 +26,7 @@ DEGRADING = ("encoding", "nul", "long-line")
 def diagnose(
     data: bytes, starts: Sequence[int], tree: Outline, events: Sequence[Event]
 ) -> Iterator[Diagnostic]:
-    """The problems of a note by itself."""
+    """Yield the problems of a note by itself."""
     yield from _encoding(data, starts)
     yield from _structure(tree)
     for broken in mojibake(data):
@@ -41,7 +41,7 @@ def diagnose(
 
 
 def _encoding(data: bytes, starts: Sequence[int]) -> Iterator[Diagnostic]:
-    """One line for all the bytes that are no text: how many, and where the first is."""
+    """Report all bytes that are no text at once: how many, and where the first is."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -77,9 +77,9 @@ def _structure(tree: Outline) -> Iterator[Diagnostic]:
 
 
 def _calculation(event: Event) -> Iterator[Diagnostic]:
-    """What is wrong with one `[calculate(expression) -> value]`."""
+    """Check one `[calculate(expression) -> value]`."""
     place = (event.line, event.start, event.end)
-    expression, written = split(event.arguments or "", event.result)
+    expression, written = split_value(event.arguments or "", event.result)
     try:
         value = calculate(expression)
     except CalculationError as error:
@@ -89,13 +89,13 @@ def _calculation(event: Event) -> Iterator[Diagnostic]:
     if right:
         return
     if not written.strip():
-        said = f"{expression.strip()} is {shown(value)}: no value is written"
+        said = f"{expression.strip()} is {format_number(value)}: no value is written"
         yield Diagnostic("info", "calculate", said, *place)
     elif right is None:
-        said = f"{expression.strip()} is {shown(value)}; {written.strip()!r} is no number"
+        said = f"{expression.strip()} is {format_number(value)}; {written.strip()!r} is no number"
         yield Diagnostic("info", "calculate", said, *place)
     else:
-        said = f"{expression.strip()} is {shown(value)}, not {written.strip()}"
+        said = f"{expression.strip()} is {format_number(value)}, not {written.strip()}"
         at = event.source.data.rfind(written.strip().encode(), event.start, event.end)
         mended = corrected(value, written.strip())
         what = f"write {mended} for {written.strip()}"

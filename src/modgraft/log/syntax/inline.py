@@ -1,7 +1,7 @@
-"""What stands inside the lines: brackets, links, figures, citations, code and formulas.
+"""Parse the text of blocks: brackets, links, figures, citations, code and formulas.
 
-One regular expression finds what may open or close something; two stacks pair the brackets. Every
-byte is looked at a fixed number of times, however the brackets nest or stay open.
+One regular expression finds the tokens; two stacks pair the brackets. The time is linear in the
+text, however the brackets nest or stay open.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TOKEN = re.compile(
     rb"|(?P<url>https?://(?:[^\s<>\"()\[\]`|]|\([^\s<>\"()\[\]`|]*\))+)"
     rb"|(?P<bracket>[\[\]()])|(?P<quote>\"|\xe2\x80[\x9c\x9d])"
     rb"|(?<![A-Za-z0-9_/@.])@(?P<key>(?![0-9])" + _LETTER + rb"(?:[:.+/-]?" + _LETTER + rb")+)"
-    # A key without @ is known by its shape: author, Title, year.
+    # A key without @ is recognised by its shape: author, Title, year.
     rb"|(?<![A-Za-z0-9_/@.\x80-\xff])(?P<bare>[a-z]{2,}[A-Z][A-Za-z0-9]*)(?![A-Za-z0-9_\x80-\xff])"
 )
 _SPECIAL = re.compile(rb"[\[@`$\"<]|://|\xe2\x80\x9c|[a-z][A-Z]")
@@ -30,23 +30,23 @@ _TRAILING = b".,;:!?'*_~"
 
 @dataclass(slots=True)
 class Brackets:
-    """The brackets of one stretch of text, each opening one with the place of its closing one."""
+    """The brackets of a piece of text: each opening position → its closing position."""
 
     square: dict[int, int | None] = field(default_factory=dict)
     round: dict[int, int] = field(default_factory=dict)
     quoted: list[tuple[int, int]] = field(default_factory=list)  # "…", in order
-    images: set[int] = field(default_factory=set)  # squares that open a figure
-    links: set[int] = field(default_factory=set)  # squares that open a link
+    images: set[int] = field(default_factory=set)  # square brackets that open a figure
+    links: set[int] = field(default_factory=set)  # square brackets that open a link
 
     def is_quoted(self, start: int, end: int) -> bool:
-        """Whether all from `start` to `end` lies between one pair of quotation marks."""
+        """Whether `start` to `end` lies within one pair of quotation marks."""
         at = bisect_right(self.quoted, (start, 1 << 62)) - 1
         return at >= 0 and self.quoted[at][1] >= end
 
 
 @dataclass(slots=True)
-class Found:
-    """Everything that inline scanning found so far, over all stretches of a note."""
+class Inlines:
+    """The inline elements found so far, over all pieces of a note."""
 
     citations: list[Citation] = field(default_factory=list)
     mentions: list[Citation] = field(default_factory=list)
@@ -56,36 +56,38 @@ class Found:
 
 
 def decoded(data: bytes) -> str:
-    """Text on one line: a wrapped line's break and indentation are one space."""
+    """Decode bytes to one line: a line break and the indentation after it become a space."""
     return re.sub(r"[ \t]*[\r\n]\s*", " ", data.decode("utf-8", "replace"))
 
 
 @dataclass(slots=True)
 class _Scan:
-    """One stretch of text, from `start` to `end` of `data`, whose first line is number `line`."""
+    """The scan of one piece of text, `start` to `end` of `data`, whose first line is `line`."""
 
     data: bytes
     start: int
     end: int
     line: int
     starts: list[int]  # of all lines of the note
-    found: Found
+    found: Inlines
     tokens: list[tuple[int, bytes]] = field(default_factory=list)  # brackets and marks, in order
     keys: list[Citation] = field(default_factory=list)
 
     def line_of(self, at: int) -> int:
         if self.line >= len(self.starts) or at < self.starts[self.line]:
-            return self.line  # mostly a stretch is one line
+            return self.line  # most pieces are one line
         return bisect_right(self.starts, at)
 
     def mark(self, kind: str, start: int, end: int) -> None:
         self.found.marks.append(Span(kind, start, end))
 
     def tokenize(self) -> None:
-        """Find the tokens; what stands in code, formulas and comments is none."""
+        """Find the tokens outside code, formulas and comments."""
         data, skip, ticks = self.data, self.start, None
         no_comment_end = False
-        math: tuple[int, bytes, int, int] | None = None  # place, mark, tokens and keys before it
+        math: tuple[int, bytes, int, int] | None = (
+            None  # position, mark, number of tokens and keys before it
+        )
         for token in _TOKEN.finditer(data, self.start, self.end):
             at = token.start()
             if at < skip:
@@ -116,7 +118,7 @@ class _Scan:
                 self._key(token["bare"], at, token.end(), False)
 
     def _tick_ends(self) -> dict[int, int]:
-        """Per run of backticks: the end of the next run as long as it."""
+        """Return, for each run of backticks, the end of the next run of the same length."""
         following: dict[int, tuple[int, int]] = {}
         ends: dict[int, int] = {}
         runs = [one.span() for one in re.finditer(rb"`+", self.data[self.start : self.end])]
@@ -129,7 +131,7 @@ class _Scan:
     def _math(
         self, at: int, mark: bytes, before: tuple[int, bytes, int, int] | None
     ) -> tuple[int, bytes, int, int] | None:
-        """Open a formula, or close one; money and lone dollars do neither."""
+        """Open or close a formula; amounts of money and lone dollar signs do neither."""
         data, end = self.data, at + len(mark)
         if before is not None and before[1] == mark:
             closes = data[at - 1 : at].strip() and not data[end : end + 1].isdigit()
@@ -186,10 +188,10 @@ class _Scan:
                 quote = None
         return out
 
-    def link_up(self, brackets: Brackets) -> None:
-        """Find figures and links among the brackets, and keep the citations outside targets.
+    def resolve_links(self, brackets: Brackets) -> None:
+        """Find figures and links among the brackets, and the citations outside link targets.
 
-        The inner ones come first: a link holds no link, a figure no figure.
+        Inner brackets come first, for a link cannot hold a link, nor a figure a figure.
         """
         data, found = self.data, self.found
         targets: list[tuple[int, int]] = []
@@ -226,13 +228,13 @@ class _Scan:
         for key in self.keys:
             near = bisect_right(targets, (key.start, 1 << 62)) - 1
             if near >= 0 and targets[near][0] < key.start and key.end <= targets[near][1]:
-                continue  # part of an address; a target that is all key is meant as one
+                continue  # part of an address; a target that is only a key is a citation
             (found.citations if key.written_with_at else found.mentions).append(key)
             self.mark("citation", key.start, key.end)
 
 
 def _target(inside: bytes) -> str:
-    """The address of `(address "title")` or `(<address> "title")`."""
+    """Return the address in `(address "title")` or `(<address> "title")`."""
     pointed = _POINTED.match(inside)
     if pointed:
         return decoded(pointed[1])
@@ -240,13 +242,13 @@ def _target(inside: bytes) -> str:
 
 
 def scan(
-    data: bytes, start: int, end: int, line: int, starts: list[int], found: Found
+    data: bytes, start: int, end: int, line: int, starts: list[int], found: Inlines
 ) -> Brackets | None:
-    """Read `data` from `start` to `end` into `found`; None where nothing there is special."""
+    """Scan `data` from `start` to `end` into `found`; None where there is no token at all."""
     if _SPECIAL.search(data, start, end) is None:
         return None
-    one = _Scan(data, start, end, line, starts, found)
-    one.tokenize()
-    brackets = one.pair()
-    one.link_up(brackets)
+    text = _Scan(data, start, end, line, starts, found)
+    text.tokenize()
+    brackets = text.pair()
+    text.resolve_links(brackets)
     return brackets

@@ -1,7 +1,7 @@
-"""Text that was UTF-8, was read as Windows-1252 and saved again: found, and its repair offered.
+"""Find UTF-8 text that was read as Windows-1252 and saved again, and repair it.
 
-`networkâ€™s` was `network’s`. A repair is offered only where the characters, taken back to bytes,
-are UTF-8 and look like nothing that people write: `Spaß“` stays.
+`networkâ€™s` was `network’s`. A repair is offered only where the characters, encoded back to bytes,
+are valid UTF-8 and no one would write them on purpose: `Spaß“` stays.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# What Windows-1252 makes of bytes 80 to 9f; five of them it has no sign for.
+# The characters of bytes 80 to ff in Windows-1252, which leaves five bytes undefined.
 _HIGH = {
     bytes([byte]).decode("cp1252"): byte
     for byte in range(0x80, 0xA0)
@@ -26,8 +26,8 @@ _HINT = re.compile(rb"\xc3[\x82\x83\xa2-\xa9\xaf\xb0][\xc2\xc5\xc6\xcb\xe2]")
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
-    """A run of mojibake: where it is in the bytes, and what it was."""
+class Mojibake:
+    """A run of mojibake: its position in the bytes, its text, and the text that was meant."""
 
     start: int
     end: int
@@ -35,8 +35,8 @@ class Broken:
     repaired: str
 
 
-def mojibake(data: bytes) -> Iterator[Broken]:
-    """Every run of mojibake in `data`, in order, each with its repair."""
+def mojibake(data: bytes) -> Iterator[Mojibake]:
+    """Yield every run of mojibake in `data`, in order, with its repair."""
     at = 0
     while (hint := _HINT.search(data, at)) is not None:
         start = hint.start()
@@ -48,7 +48,7 @@ def mojibake(data: bytes) -> Iterator[Broken]:
             at = start + 2
             continue
         end = start + len(found[0].encode())
-        yield Broken(start, end, found[0], repaired)
+        yield Mojibake(start, end, found[0], repaired)
         at = end
 
 

@@ -1,8 +1,8 @@
-"""What a parsed note is made of.
+"""The parts of a parsed note.
 
-Places are byte offsets into `Note.data`, and lines count from 1. Text is decoded where it is asked
-for, so a note of any size and nesting is held once. What can hang below one another (an event's
-body, the citations in it) is a range of the file, not a copy.
+Positions are byte offsets into `Note.data`, and lines count from 1. Text is decoded when it is
+used, and nested parts (an event's body, the citations in it) are ranges of the file and not copies,
+so that a note of any size and nesting is kept in memory once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STATUS = re.compile(r"[_<*\s]*(full[ _-]?read|digging)\b", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A piece of the file; all of a note's spans, joined, are the file."""
+    """A piece of the file; all spans of a note together are the file."""
 
     kind: str
     start: int
@@ -31,7 +31,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A heading, item, quote, fence, image or paragraph: its own lines, without what hangs below.
+    """A heading, item, quote, fence, image or paragraph, without the blocks below it.
 
     `depth` is the number of blocks above it in the outline, `parent` the index of the nearest.
     """
@@ -47,7 +47,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading of the first or second level and everything up to the next."""
+    """A heading of the first or second level, and everything up to the next one."""
 
     title: str
     level: int
@@ -70,7 +70,7 @@ class Citation:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """`[text](target)`, `<target>`, `[[target]]` or an address as such."""
+    """`[text](target)`, `<target>`, `[[target]]` or a bare address."""
 
     text: str
     target: str
@@ -93,7 +93,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """A `>` quote, or an item that is one "…" from end to end: another's words."""
+    """A `>` quote, or an item that is in quotation marks from end to end."""
 
     text: str
     line: int
@@ -104,7 +104,7 @@ class Quote:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """A fence; `text` is what stands between its two lines."""
+    """A code fence; `text` is the code between its two lines."""
 
     language: str
     text: str
@@ -116,7 +116,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """Put `replacement` in the place of bytes `start` to `end`; `what` says so in words."""
+    """Replace bytes `start` to `end` by `replacement`; `what` describes it in words."""
 
     start: int
     end: int
@@ -126,7 +126,7 @@ class Fix:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One problem at one place. `str` of it is one line: note:line: severity code message."""
+    """A problem at one position; as `str`, one line: note:line: severity code message."""
 
     severity: Severity
     code: str
@@ -147,14 +147,14 @@ _Placed = TypeVar("_Placed", Citation, Link)
 
 @dataclass(slots=True)
 class Source:
-    """The bytes of a note and what was found in them, which its events look themselves up in."""
+    """The bytes of a note with its citations and links, which its events refer to."""
 
     data: bytes
     citations: tuple[Citation, ...] = ()  # with @ and without, in order
     links: tuple[Link, ...] = ()
 
     def text(self, start: int, end: int) -> str:
-        """The bytes from `start` to `end`; what is not UTF-8 shows as U+FFFD."""
+        """Decode the bytes from `start` to `end`; invalid UTF-8 becomes U+FFFD."""
         return self.data[start:end].decode("utf-8", "replace")
 
 
@@ -165,12 +165,12 @@ def _within(found: tuple[_Placed, ...], start: int, end: int) -> tuple[_Placed, 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`[name(arguments) -> result]` and what is said about it.
+    """`[name(arguments) -> result]` and the text about it.
 
-    `action` is the table's name ("skim"), `written` the file's ("Retrieve"). `arguments` is None
-    without brackets; `result` is None without an arrow and "" where nothing follows the arrow.
-    `closed` is false where the closing bracket is missing. The body is the rest of its block up to
-    the next event there, and everything that hangs below that block.
+    `action` is the name in the table of actions ("skim"), `written` the name in the file
+    ("Skim"). `arguments` is None without brackets; `result` is None without an arrow and "" where
+    nothing follows the arrow. `closed` is false where the closing bracket is missing. The body is
+    the rest of the block up to the next event in it, and all blocks below that block.
     """
 
     action: str
@@ -192,7 +192,7 @@ class Event:
 
     @property
     def body(self) -> str:
-        """The rest of its lines and the deeper lines, as text without their common indent."""
+        """The rest of the block and the blocks below it, as text without the common indent."""
         rest = self.source.text(*self.rest).strip()
         if not re.search(r"\w", rest):  # the comma between two annotations is no body
             rest = ""
@@ -201,18 +201,18 @@ class Event:
 
     @property
     def has_body(self) -> bool:
-        """Whether `body` is anything, without reading what may be most of the file."""
+        """Whether there is a body, without reading it: it may be most of the file."""
         return self.below[0] < self.below[1] or bool(self.body)
 
     @property
     def citations(self) -> tuple[Citation, ...]:
-        """Those in the arguments, the result and the body, with `@` and without."""
+        """The citations in the arguments, the result and the body, with `@` and without."""
         found = self.source.citations
         return _within(found, self.start, self.rest[1]) + _within(found, *self.below)
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """Those in the arguments, the result and the body."""
+        """The links in the arguments, the result and the body."""
         found = self.source.links
         return _within(found, self.start, self.rest[1]) + _within(found, *self.below)
 
@@ -224,7 +224,7 @@ class Event:
 
     @property
     def status(self) -> str:
-        """How far a source was followed, or whether a question has an answer below it."""
+        """How far a source was read, or whether a question has an answer below it; else empty."""
         if self.action == "read":
             return "read"
         if self.action == "question":
@@ -242,10 +242,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A note, whole: whatever the bytes are, `spans` joined give them back.
+    """A parsed note; whatever its bytes are, the `spans` joined give them back.
 
-    `citations` are those written with `@`; `mentions` are keys that stand without it. `degraded`
-    says that some of the file could not be read as text; `diagnostics` says which part and why.
+    `citations` are the keys written with `@`, `mentions` those without. `degraded` says that part
+    of the file could not be read as text; `diagnostics` says which part and why.
     """
 
     name: str | None
@@ -266,12 +266,12 @@ class Note:
 
     @property
     def text(self) -> str:
-        """The whole file as text; what is not UTF-8 shows as U+FFFD."""
+        """The whole file as text; invalid UTF-8 becomes U+FFFD."""
         return self.data.decode("utf-8", "replace")
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """The file in pieces, without gaps: what has a meaning by its kind, the rest as text."""
+        """The file in pieces without gaps: marks by their kind, the rest as text."""
         return tuple(self._tiles())
 
     def _tiles(self) -> Iterator[Span]:
@@ -286,11 +286,11 @@ class Note:
 
     @property
     def lines(self) -> int:
-        """How many lines the file has; what follows the last line's end is no line of its own."""
+        """The number of lines; a line break at the end of the file starts no line."""
         return len(self.line_starts)
 
     def line(self, number: int) -> str:
-        """Line `number`, counted from 1, as text without its end.
+        """Return line `number`, counted from 1, as text without its line break.
 
         Raises:
             IndexError: the note has no such line.
@@ -299,7 +299,7 @@ class Note:
         return self.data[start:end].decode("utf-8", "replace").rstrip("\r\n")
 
     def line_range(self, number: int) -> tuple[int, int]:
-        """Where line `number` starts, and where the next one does.
+        """Return where line `number` starts and where the next one does.
 
         Raises:
             IndexError: the note has no such line.
@@ -311,7 +311,7 @@ class Note:
         return self.line_starts[number - 1], len(self.data) if last else self.line_starts[number]
 
     def outline(self, width: int = 100) -> str:
-        """The blocks, one a line: its number in the file, then its first words at their depth."""
+        """List the blocks, one a line: the line number, then the first words indented by depth."""
         rows = []
         for block in self.blocks:
             words = self.data[block.start : min(block.end, block.start + 4 * width)]

@@ -1,11 +1,11 @@
-"""`parse`: bytes in, a `Note` out, for any bytes at all.
+"""Parse the bytes of a note, whatever they are, into a `Note`.
 
     note  = { "## " section , block } ;          block = item | quote | fence | image | para ;
     annot = "[" , name , [ "(" args ")" ] , [ "->" [ result ] ] , "]" , [":"] ;
     cite  = "@" key ;
 
-Two passes: lines to blocks, then blocks to what stands in them. Both take time and memory in
-proportion to the file. What cannot be read as text is kept, reported, and makes the note degraded.
+There are two passes: lines to blocks, then blocks to their contents. Both take time and memory in
+proportion to the file. What cannot be read as text is kept and reported, and the note is degraded.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import re
 import textwrap
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from modgraft.log.syntax.actions import ACTIONS, Actions
 from modgraft.log.syntax.annotation import Annotation, read_annotations
 from modgraft.log.syntax.blocks import BOM, Outline, line_starts, outline
 from modgraft.log.syntax.diagnose import DEGRADING, diagnose
-from modgraft.log.syntax.inline import Found, scan
+from modgraft.log.syntax.inline import Inlines, scan
 from modgraft.log.syntax.note import (
     Block,
     Code,
@@ -38,13 +38,13 @@ _MARK = re.compile(r"^[ \t]*>[ ]?", re.MULTILINE)
 
 
 @dataclass(slots=True)
-class _Parse:
+class _Parser:
     data: bytes
     actions: Actions
     starts: list[int]
     tree: Outline
     below: list[int]
-    found: Found = field(default_factory=Found)
+    found: Inlines = field(default_factory=Inlines)
     events: list[Event] = field(default_factory=list)
     quotes: list[Quote] = field(default_factory=list)
     codes: list[Code] = field(default_factory=list)
@@ -58,12 +58,12 @@ class _Parse:
         return max(1, bisect_right(self.starts, at))
 
     def block(self, index: int, block: Block) -> None:
-        """Read what stands in one block."""
+        """Parse the contents of one block."""
         words = self.tree.contents[index]
         if block.kind == "fence":
             self._code(index, block, words)
             return
-        for start, end in self._stretches(block, words):
+        for start, end in self._pieces(block, words):
             line = block.line if start == words else self.line_of(start)
             brackets = scan(self.data, start, end, line, self.starts, self.found)
             if brackets is None or not brackets.square or block.kind == "quote":
@@ -72,8 +72,8 @@ class _Parse:
             self._events(read_annotations(self.data, end, *args), index, block)
         self._quote(block, words)
 
-    def _stretches(self, block: Block, words: int) -> list[tuple[int, int]]:
-        """What to read at once: the block, or its lines one by one where it is very long."""
+    def _pieces(self, block: Block, words: int) -> list[tuple[int, int]]:
+        """Return the ranges to scan: the whole block, or its lines if it is very long."""
         if block.end - words <= LONGEST:
             return [(words, block.end)]
         out = []
@@ -94,35 +94,23 @@ class _Parse:
         return out
 
     def _events(self, found: list[Annotation], index: int, block: Block) -> None:
-        """Events of one stretch: what follows each, and what hangs below them all."""
+        """Add the events of one piece, each with the text after it and the blocks below it."""
         below = (block.end, self.below[index])
         for at, one in enumerate(found):
             ends = block.end
             for later in found[at + 1 : at + 2]:
                 ends = max(one.end, later.start)
             if at and one.end <= found[at - 1].end:
-                ends = one.end  # inside of the one before
+                ends = one.end  # inside the event before
             last = below[1] if below[0] < below[1] else max(ends, one.end)
             self.events.append(
                 Event(
-                    one.action.name,
-                    one.written,
-                    one.arguments,
-                    one.result,
-                    self.line_of(one.start),
-                    self.line_of(max(one.start, last - 1)),
-                    one.closed,
-                    block.section,
-                    block.depth,
-                    one.start,
-                    one.end,
-                    index,
-                    one.inside,
-                    (one.end, ends),
-                    below,
-                    self.source,
+                    one.action.name, one.written, one.arguments, one.result,
+                    self.line_of(one.start), self.line_of(max(one.start, last - 1)),
+                    one.closed, block.section, block.depth, one.start, one.end, index, one.inside,
+                    (one.end, ends), below, self.source,
                 )
-            )
+            )  # fmt: skip
 
     def _quote(self, block: Block, words: int) -> None:
         if block.end - words > LONGEST:
@@ -152,25 +140,25 @@ class _Parse:
 
 
 def parse(data: bytes, name: str | None = None, actions: Actions | None = None) -> Note:
-    """Read a note: its outline, typed events, citations, links, figures, quotes and code.
+    """Parse a note: its outline, events, citations, links, figures, quotes and code.
 
     Args:
         data: The file's bytes, whatever they are.
-        name: What the note is called in messages, a path mostly.
-        actions: The table of actions; None means the one that comes with modgraft.
+        name: The note's name in messages, usually its path.
+        actions: The table of actions; None means the built-in one.
     """
     starts = line_starts(data)
     tree = outline(data, starts)
-    one = _Parse(data, actions or ACTIONS, starts, tree, tree.below())
+    parser = _Parser(data, actions or ACTIONS, starts, tree, tree.below())
     for index, block in enumerate(tree.blocks):
-        one.block(index, block)
-    found = one.found
+        parser.block(index, block)
+    found = parser.found
     found.links.sort(key=lambda link: link.start)
     found.figures.sort(key=lambda figure: figure.start)
     both = sorted([*found.citations, *found.mentions], key=lambda key: key.start)
-    one.source.citations, one.source.links = tuple(both), tuple(found.links)
-    one.problems += diagnose(data, starts, tree, one.events)
-    one.problems.sort(key=lambda problem: problem.start)
+    parser.source.citations, parser.source.links = tuple(both), tuple(found.links)
+    parser.problems += diagnose(data, starts, tree, parser.events)
+    parser.problems.sort(key=lambda problem: problem.start)
     return Note(
         name=name,
         data=data,
@@ -178,27 +166,20 @@ def parse(data: bytes, name: str | None = None, actions: Actions | None = None) 
         marks=_marks(data, found.marks, tree),
         blocks=tuple(tree.blocks),
         sections=tuple(tree.sections),
-        events=tuple(one.events),
+        events=tuple(parser.events),
         citations=tuple(found.citations),
         mentions=tuple(found.mentions),
         links=tuple(found.links),
         figures=tuple(found.figures),
-        quotes=tuple(one.quotes),
-        codes=tuple(one.codes),
-        diagnostics=tuple(_named(problem, name) for problem in one.problems),
-        degraded=any(problem.code in DEGRADING for problem in one.problems),
+        quotes=tuple(parser.quotes),
+        codes=tuple(parser.codes),
+        diagnostics=tuple(replace(problem, note=name) for problem in parser.problems),
+        degraded=any(problem.code in DEGRADING for problem in parser.problems),
     )
 
 
-def _named(problem: Diagnostic, name: str | None) -> Diagnostic:
-    return Diagnostic(
-        problem.severity, problem.code, problem.message, problem.line, problem.start,
-        problem.end, name, problem.fix,
-    )  # fmt: skip
-
-
 def _marks(data: bytes, marks: list[Span], tree: Outline) -> tuple[Span, ...]:
-    """The marks in order, the outer one where two overlap."""
+    """Sort the marks; of two that overlap, keep the outer one."""
     every = [*marks, *(Span("marker", start, end) for start, end in tree.markers)]
     if data.startswith(BOM):
         every.append(Span("bom", 0, len(BOM)))

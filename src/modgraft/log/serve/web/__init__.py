@@ -1,1 +1,1 @@
-"""What the page is made of: notes as HTML, the templates, the style, the guard at the door."""
+"""The parts of the website: notes as HTML, templates, style sheet, and access control."""

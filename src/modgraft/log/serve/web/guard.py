@@ -1,4 +1,4 @@
-"""Who may ask the page, and what its answers may do in a browser."""
+"""Restrict who may use the website, and what its pages may do in a browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
-"""Names under which a browser may ask; any other is a stranger's page that was rebound to us."""
+"""Allowed host names; any other comes from another site by DNS rebinding."""
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'self'; "
@@ -25,18 +25,18 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
-"""What goes with every answer: nothing of elsewhere, no script but ours, nothing kept."""
+"""Headers of every response: no content from elsewhere, no inline scripts, no caching."""
 
 
 class AddressError(ModgraftError):
-    """An address that is not this machine's own."""
+    """An address that is not a loopback address, or is in use."""
 
 
 def loopback(host: str) -> str:
-    """Give `host` back where it is a loopback address.
+    """Return `host` if it is a loopback address.
 
     Raises:
-        AddressError: it is reached from elsewhere; a log is not for others to read.
+        AddressError: it is reachable from other machines, which must not read the log.
     """
     try:
         own = host == "localhost" or ip_address(host).is_loopback
@@ -51,17 +51,18 @@ def loopback(host: str) -> str:
 
 
 class Guard:
-    """Adds `HEADERS` to every answer, errors included; one that an answer has itself is kept.
+    """Adds `HEADERS` to every response, errors included, and refuses requests by other sites.
 
-    What another site's page loads from here (a picture, a script, a frame) is refused: it could not
-    read the answer, but a question of its own might be passed on to a server that phrases answers.
+    A header that a response has already is kept. Another site that loads something from here (a
+    picture, a script, a frame) could not read the response, but it could ask a question, which
+    might be passed on to the server that phrases answers.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and its answer back with the headers."""
+        """Pass a request on, and add the headers to its response."""
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -1,7 +1,7 @@
-"""One stretch of a note as HTML: markdown-it's inline text, with our events and citations in it.
+"""Render a piece of a note as HTML: inline Markdown by markdown-it, with events and citations.
 
-A note is not trusted. Its HTML is shown as text; its links lead to the web, to a mailbox or to what
-the page itself serves, and any other is shown as the text it is.
+A note is not trusted. Its HTML is shown as text. Its links may lead to the web, to a mailbox or to
+what this website serves; any other link is shown as text.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KINDS: Mapping[str, str] = {
 """Action → the colour of its badge; any other is plain."""
 
 NESTED = 8
-"""Events in events in events that are told apart; deeper ones are shown as text."""
+"""Levels of nested events that are rendered; deeper ones are shown as text."""
 
 LOST = "There is no such figure in the log’s folders"
 UNKNOWN = {False: "not in the bibliography", True: "not in the bibliography; a person, perhaps"}
@@ -49,13 +49,13 @@ _MATH = re.compile(r"\$(?=\S)[^$\n]{1,2000}?(?<![\s\\])\$(?!\d)")
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a note's text is shown with.
+    """How the citations, links and pictures of a note are resolved.
 
     Args:
-        title: Citation key → what to show on hover, or None where the bibliography lacks it.
-        href: Target of a link → the address to use, or None: then it is shown as text.
-        figure: Target of a picture → the address to load, or None where there is none to show.
-        lost: What is said on hover of a picture that is not shown.
+        title: Citation key → title to show on hover, or None if the bibliography lacks it.
+        href: Target of a link → its address, or None to show it as text.
+        figure: Target of a picture → its address, or None if it cannot be shown.
+        lost: The text to show on hover in place of a missing picture.
     """
 
     title: Callable[[str], str | None]
@@ -65,13 +65,13 @@ class View:
 
 
 def web(target: str) -> str | None:
-    """Give back an address that leads to the web or to a mailbox; None for any other."""
-    # Browsers ignore blanks and control characters in a scheme, so there may be none at all.
+    """Return an address if it leads to the web or to a mailbox; else None."""
+    # Browsers ignore blanks and control characters in a scheme, so none are allowed.
     return target if re.fullmatch(r"(?:https?://|mailto:)[^\s\x00-\x20]+", target, re.I) else None
 
 
 def badge(action: str, written: str) -> Markup:
-    """An event's name, as a badge in the colour of its kind."""
+    """Render an event's name as a badge in the colour of its kind."""
     shown = Markup('<span class="badge {}">{}</span>')
     return shown.format(KINDS.get(action, "plain"), written.replace("_", " "))
 
@@ -84,33 +84,33 @@ def inline(
     *,
     level: int = 0,
 ) -> Markup:
-    """A stretch of Markdown as HTML.
+    """Render a piece of Markdown as HTML.
 
     Args:
-        text: The stretch, of one block.
-        view: Where its citations, links and pictures lead.
-        keys: The citation keys to look out for, with or without their @.
-        events: Position in `text` → the event that begins there, and the position of its end.
-        level: How many events it stands in.
+        text: The Markdown, of one block.
+        view: Resolves citations, links and pictures.
+        keys: The citation keys to recognise, with or without @.
+        events: Position in `text` → the event that starts there, and the position of its end.
+        level: The number of events around it.
     """
-    # As many characters as before: the events' positions are of the text as it was.
+    # The length must not change: the events' positions refer to the original text.
     source = text.replace("\r", " ").replace("\0", "\ufffd")
     env: dict[str, Any] = {"view": view, "keys": keys, "events": events, "level": level}
     env["marks"] = _marks(source, keys, events)
     env["places"] = sorted(env["marks"])
     markdown = _markdown()
-    # Every text in it is escaped by the renderer, every address was given by `View.href`.
+    # The renderer escapes all text, and every address comes from `View.href`.
     return Markup(markdown.renderInline(source, env))  # noqa: S704
 
 
 def table(text: str, view: View) -> Markup:
-    """A Markdown table as HTML."""
+    """Render a Markdown table as HTML."""
     env: dict[str, Any] = {"view": view, "keys": (), "events": {}, "level": 0}
-    env |= {"marks": {}, "places": []}  # places in its cells are not places in the block
+    env |= {"marks": {}, "places": []}  # positions in its cells are not positions in the block
     markdown = _markdown()
     tokens = markdown.parse(text.replace("\0", "\ufffd"), env)
     for token in tokens:
-        # The page's policy allows no style in an element.
+        # The content security policy allows no inline styles.
         if "right" in str(token.attrs.pop("style", "")):
             token.attrs["class"] = "number"
     return Markup(markdown.renderer.render(tokens, markdown.options, env))  # noqa: S704
@@ -119,7 +119,7 @@ def table(text: str, view: View) -> Markup:
 def _marks(
     source: str, keys: Collection[str], events: Mapping[int, tuple[Event, int]]
 ) -> dict[int, tuple[str, str]]:
-    """Where something of ours begins: an event, a bare address, a formula or a citation."""
+    """Find where an event, a bare address, a formula or a citation starts."""
     marks = {at.start(): ("url", at[0].rstrip(".,;:!?)*_")) for at in _URL.finditer(source)}
     marks |= {at.start(): ("math", at[0]) for at in _MATH.finditer(source)}
     if names := sorted(keys, key=len, reverse=True):
@@ -132,16 +132,16 @@ def _marks(
 def _markdown() -> MarkdownIt:
     markdown = MarkdownIt("js-default", {"html": False, "maxNesting": 60})
     markdown.inline.ruler.at("text", _text)
-    markdown.inline.ruler.before("text", "ours", _ours)
+    markdown.inline.ruler.before("text", "marks", _mark)
     for rule, render in (("link_open", _link_open), ("link_close", _link_close), ("image", _image)):
         markdown.add_render_rule(rule, render)
-    # The page decides where links lead when it shows them (`View.href`); none is dropped before.
+    # `View.href` decides about each link when it is rendered; markdown-it drops none before.
     markdown.validateLink = lambda url: True
     return markdown
 
 
 def _text(state: StateInline, silent: bool) -> bool:
-    """Plain text, up to the next special character or the next mark of ours."""
+    """Parse plain text, up to the next special character or the next mark."""
     found = state.md.inline.terminator_re.search(state.src, state.pos)
     end = min(found.start() if found else state.posMax, state.posMax)
     places = state.env["places"]
@@ -155,8 +155,8 @@ def _text(state: StateInline, silent: bool) -> bool:
     return True
 
 
-def _ours(state: StateInline, silent: bool) -> bool:
-    """An event, a bare address, a formula or a citation, where one begins."""
+def _mark(state: StateInline, silent: bool) -> bool:
+    """Parse an event, a bare address, a formula or a citation, if one starts here."""
     kind, text = state.env["marks"].get(state.pos, ("", ""))
     if not kind or (kind in {"url", "citation"} and state.linkLevel > 0):
         return False
@@ -165,12 +165,12 @@ def _ours(state: StateInline, silent: bool) -> bool:
     if state.pos + len(text) > state.posMax:
         return False
     if not silent:
-        state.push("html_inline", "", 0).content = _small(kind, text, state.env["view"])
+        state.push("html_inline", "", 0).content = _render_mark(kind, text, state.env["view"])
     state.pos += len(text)
     return True
 
 
-def _small(kind: str, text: str, view: View) -> Markup:
+def _render_mark(kind: str, text: str, view: View) -> Markup:
     if kind == "math":
         return Markup('<span class="math">{}</span>').format(text)
     if kind == "url":
@@ -183,23 +183,23 @@ def _small(kind: str, text: str, view: View) -> Markup:
 
 
 def is_name(key: str) -> bool:
-    """Whether a key that the bibliography lacks is more likely a person: it names no year."""
+    """Whether an unknown key is more likely a person's handle, since it has no year."""
     return not any(letter.isdigit() for letter in key)
 
 
 def _event(state: StateInline, silent: bool) -> bool:
-    """`[name(arguments) -> result]`, of which the parts are inline text again."""
+    """Parse `[name(arguments) -> result]`, whose parts are inline text again."""
     event, end = state.env["events"][state.pos]
     if end > state.posMax:
         return False
     if not silent:
-        state.push("html_inline", "", 0).content = _shown(state, event, end)
+        state.push("html_inline", "", 0).content = _render_event(state, event, end)
     state.pos = end
     return True
 
 
-def _shown(state: StateInline, event: Event, end: int) -> Markup:
-    # Each part is rendered by itself: emphasis that begins in one must not end outside of it.
+def _render_event(state: StateInline, event: Event, end: int) -> Markup:
+    # Each part is rendered by itself: emphasis that starts in one must not end outside it.
     html = Markup('<span class="event">{}').format(badge(event.action, event.written))
     at = state.pos + 1 + len(event.written)
     for part, name in ((event.arguments, "arguments"), (event.result, "result")):
@@ -209,14 +209,14 @@ def _shown(state: StateInline, event: Event, end: int) -> Markup:
             at = found + len(part or "")
         if name == "result" and event.result is not None:
             html += Markup(' <span class="arrow" aria-label="gives">→</span>')
-        if part:  # one that is written over several lines is shown as it was read
+        if part:  # a part over several lines is shown as it was parsed
             inner = _part(state, found, at) if found >= 0 else escape(part)
             html += Markup(' <span class="{}">{}</span>').format(name, inner)
     return html + _between(state.src, at, end) + Markup("</span>")
 
 
 def _part(state: StateInline, start: int, end: int) -> Markup:
-    """A part of an event, with the events that stand in it, `NESTED` levels of them."""
+    """Render a part of an event, with up to `NESTED` levels of events in it."""
     env, text = state.env, state.src[start:end]
     if env["level"] >= NESTED:
         return escape(text)
@@ -229,7 +229,7 @@ def _part(state: StateInline, start: int, end: int) -> Markup:
 
 
 def _between(source: str, start: int, end: int) -> Markup:
-    """What stands in an event besides its parts: its punctuation, or, where it is broken, words."""
+    """Render what stands between an event's parts: nothing for punctuation, but other words."""
     if _POINTS.fullmatch(source, start, end):
         return Markup("")
     return escape(f" {source[start:end].strip()}")

@@ -1,4 +1,4 @@
-"""What the page lists beside events: days, counts, notes, sources; read from the index."""
+"""The lists on the website beside hits: days, counts, notes, sources; read from the index."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from modgraft.log.serve.web.shown import day
+from modgraft.log.serve.web.rendering import day
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from modgraft.log.index.index import Log
     from modgraft.log.index.query import Hit, Owed
+    from modgraft.log.log import Log
     from modgraft.log.syntax.note import Note
 
 DATED = {
@@ -21,15 +21,18 @@ DATED = {
     "name": "by the note’s name",
     "file": "by the file’s time",
 }
-"""`when_from` in words."""
+"""`Hit.when_from` in words."""
 
 ELSEWHERE = 4
-"""Other places that are named beside a source."""
+"""Other citations that are listed beside a source."""
+
+LINKING = 20
+"""Links from other notes that are listed beside a note."""
 
 
 @dataclass(frozen=True, slots=True)
 class Day:
-    """A day of the timeline: its notes, each with its events as they stand in it."""
+    """A day of the timeline: its notes, each with its events in the note's order."""
 
     date: str
     shown: str
@@ -38,7 +41,7 @@ class Day:
 
 
 def days(hits: Iterable[Hit]) -> list[Day]:
-    """Hits by day, in the order given; within a note by line."""
+    """Group hits by day, in the order given, and by note; within a note sort by line."""
     made = []
     for when, of in groupby(hits, lambda hit: hit.when[:10]):
         day_hits = sorted(of, key=lambda hit: hit.note)
@@ -52,7 +55,7 @@ def days(hits: Iterable[Hit]) -> list[Day]:
 
 
 def tiles(log: Log) -> list[tuple[str, str, int]]:
-    """The log in numbers, each with the page that lists what was counted."""
+    """Count what is in the log; each count has the page that lists it: (path, name, count)."""
     counts = (
         ("/notes", "notes", "SELECT count(*) FROM files"),
         ("/search", "events", "SELECT count(*) FROM events"),
@@ -63,11 +66,11 @@ def tiles(log: Log) -> list[tuple[str, str, int]]:
          "SELECT count(*) FROM events WHERE action = 'question' AND status = 'open'"),
         ("/lessons", "lessons", "SELECT count(*) FROM events WHERE action = 'lesson_learned'"),
     )  # fmt: skip
-    return [(path, name, log.store.rows(query)[0][0]) for path, name, query in counts]
+    return [(path, name, log.database.rows(query)[0][0]) for path, name, query in counts]
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedNote:
     """A note in the list of notes."""
 
     name: str
@@ -77,9 +80,9 @@ class Listed:
     degraded: bool
 
 
-def notes(log: Log, limit: int, offset: int) -> list[Listed]:
-    """Notes, the newest first, each with the first line of its tl;dr."""
-    rows = log.store.rows(
+def notes(log: Log, limit: int, offset: int) -> list[ListedNote]:
+    """List notes, the newest first, each with the start of its tl;dr."""
+    rows = log.database.rows(
         """SELECT note, degraded,
             (SELECT text FROM blocks WHERE blocks.file = files.id AND section = 'tl;dr'
                 AND kind != 'heading' ORDER BY line LIMIT 1),
@@ -89,7 +92,7 @@ def notes(log: Log, limit: int, offset: int) -> list[Listed]:
         limit, offset,
     )  # fmt: skip
     return [
-        Listed(note, " ".join((gist or "").split())[:240], events, when or "", bool(degraded))
+        ListedNote(note, " ".join((gist or "").split())[:240], events, when or "", bool(degraded))
         for note, degraded, gist, events, when in rows
     ]
 
@@ -105,10 +108,10 @@ class Cited:
 
 
 def cited(log: Log, note: Note) -> list[Cited]:
-    """The sources of a note, in the order in which it cites them first."""
+    """List the sources of a note, in the order of their first citation."""
     keys = list(dict.fromkeys(one.key for one in (*note.citations, *note.mentions)))
     marks = ", ".join("?" * len(keys))
-    rows = log.store.rows(
+    rows = log.database.rows(
         f"""SELECT key, note, line, count FROM (
             SELECT key, note, line, row_number() OVER (PARTITION BY key ORDER BY note, line) AS nth,
                 count(*) OVER (PARTITION BY key) AS count
@@ -128,24 +131,24 @@ def cited(log: Log, note: Note) -> list[Cited]:
     ]
 
 
-def linking(log: Log, note: Note, limit: int = 20) -> list[tuple[str, int]]:
-    """Where other notes link to this one, by its file's name or as [[name]]."""
+def linking(log: Log, note: Note) -> list[tuple[str, int]]:
+    """List where other notes link to this one, by its file's name or as [[name]]."""
     name = (note.name or "").rpartition("/")[2]
     stem = name.removesuffix(".md")
     return [
         (other, line)
-        for other, line in log.store.rows(
+        for other, line in log.database.rows(
             """SELECT note, line FROM blocks JOIN files ON files.id = blocks.file
             WHERE (instr(text, ?) OR instr(text, ?) OR instr(text, ?)) AND note != ?
             ORDER BY at, note, line LIMIT ?""",
-            f"({name}", f"/{name}", f"[[{stem}", note.name, limit,
+            f"({name}", f"/{name}", f"[[{stem}", note.name, LINKING,
         )
     ]  # fmt: skip
 
 
 def facts(log: Log, note: Note) -> list[str]:
-    """A note in a few words: when it was written, how long it is."""
-    first, last = log.store.rows(
+    """Describe a note: when it was written, its lines and its events."""
+    first, last = log.database.rows(
         """SELECT min(at), max(at) FROM blocks JOIN files ON files.id = blocks.file
         WHERE note = ?""", note.name,
     )[0]  # fmt: skip
@@ -164,11 +167,11 @@ GROUPS = {
     "skimmed": "skimmed, nothing owed",
     "read": "read",
 }
-"""The reading queue's groups, those that are owed most first."""
+"""Status → the title of its group in the reading queue."""
 
 
 def queue(owed: list[Owed]) -> list[tuple[str, str, list[Owed]]]:
-    """The reading queue by how far each source got."""
+    """Group the reading queue by status: (status, title, sources)."""
     return [
         (status, title, rows)
         for status, title in GROUPS.items()

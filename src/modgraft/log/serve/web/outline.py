@@ -1,4 +1,4 @@
-"""A note as HTML: our outline as nested lists, every line an anchor."""
+"""Render a note as HTML: its outline as nested lists, with an anchor for every line."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from modgraft.log.syntax.note import Block, Event, Note
 
 DEEPEST = 24
-"""Levels of the outline that are indented; browsers lay out nothing readable below."""
+"""Levels of the outline that are indented; deeper ones would not be readable."""
 
 LONGEST = 20_000
-"""Characters of one block that are shown; the rest is counted, and is in the file."""
+"""Characters of one block that are shown; a longer one is cut and says so."""
 
 BLOCKS_A_PAGE = 1500
 """Blocks of a note on one page."""
@@ -36,7 +36,7 @@ _RULE = re.compile(r"\s*(?:-\s*){3,}$|\s*(?:\*\s*){3,}$")
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A page of a note: its HTML, which page of how many, and the lines shown only in part."""
+    """A page of a note: its HTML, its number, how many there are, and the lines that were cut."""
 
     html: Markup
     page: int
@@ -47,13 +47,13 @@ class Outline:
 def outline(
     note: Note, view: View, *, page: int = 1, lines: tuple[int, int] | None = None
 ) -> Outline:
-    """A note's blocks as nested lists, `BLOCKS_A_PAGE` at a time.
+    """Render a note's blocks as nested lists, `BLOCKS_A_PAGE` at a time.
 
     Args:
-        note: The note, as it was read just now.
-        view: Where its citations, links and pictures lead.
-        page: Which page of it, from 1.
-        lines: A first and last line to mark; the page is then the one that they are on.
+        note: The note, as it is now.
+        view: Resolves citations, links and pictures.
+        page: The number of the page, from 1.
+        lines: The first and last line to highlight; the page is then the one with the first.
     """
     pages = max(1, -(-len(note.blocks) // BLOCKS_A_PAGE))
     if lines is not None:
@@ -68,7 +68,7 @@ def outline(
 
 
 class _Writer:
-    """Opens and closes lists as the outline's depth asks; no recursion, for depth is the note's."""
+    """Opens and closes lists by depth; not recursive, since a note may be nested arbitrarily."""
 
     def __init__(self, note: Note, view: View, lines: tuple[int, int] | None) -> None:
         self.note, self.view, self.lines = note, view, lines
@@ -86,7 +86,7 @@ class _Writer:
             text = self.text(block)
             marker = _MARKER.match(text) if block.kind == "item" else None
             tag = ("ol" if marker and marker["number"] else "ul") if block.kind == "item" else ""
-            # An item goes on in the list of its level; anything else ends it.
+            # An item continues the list of its level; anything else ends it.
             while open_ and open_[-1][0] >= level and open_[-1] != (level, tag):
                 yield Markup("</{}>").format(open_.pop()[1])
             if tag:
@@ -109,7 +109,7 @@ class _Writer:
         return text
 
     def block(self, index: int, text: str, after: int) -> Markup:
-        """One block between its line number and, where it was cut, a word about the rest."""
+        """Render one block after its line number, with a remark if it was cut."""
         block = self.note.blocks[index]
         rows = len(_ENDS.findall(text)) + 1
         hit = self.lines and block.line <= self.lines[1] and block.line + rows > self.lines[0]
@@ -125,7 +125,7 @@ class _Writer:
         )  # fmt: skip
 
     def body(self, index: int, text: str, after: int) -> tuple[str, Markup]:
-        """The element that a block is, and what is in it."""
+        """Return the name of a block's element and its content."""
         block = self.note.blocks[index]
         lines = _ENDS.sub("\n", text)
         if block.kind == "fence":
@@ -149,7 +149,7 @@ class _Writer:
         return "div", inline(text[after:], self.view, self.keys, self.positions(index, after))
 
     def positions(self, index: int, after: int) -> dict[int, tuple[Event, int]]:
-        """Where the events of a block begin and end, in characters from `after` on."""
+        """Return where the events of a block start and end, in characters from `after` on."""
         start, data = self.note.blocks[index].start, self.note.data
         return {
             at - after: (event, at - after + len(_decoded(data, event.start, event.end)))
@@ -163,7 +163,7 @@ def _decoded(data: bytes, start: int, end: int) -> str:
 
 
 def _code(text: str) -> Markup:
-    """A fenced block, without its fence."""
+    """Render a code block, without its fence."""
     found = _FENCE.match(text)
     lines = text[found.end() :].splitlines() if found else text.splitlines()
     if found and lines and re.fullmatch(rf"\s*{re.escape(found[1])}+\s*", lines[-1]):

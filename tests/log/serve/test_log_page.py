@@ -12,11 +12,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from log_folder import NOTE, write_log
-from page_client import FIRST, PAGES, Reader, client_of, read
-from real_notes import NOTES, needs_notes
 from starlette.testclient import TestClient
 
+from log.log_folder import NOTE, write_log
+from log.real_notes import NOTES, needs_notes
+from log.serve.page_client import FIRST, PAGES, Reader, client_of, read
 from modgraft.core.errors import ModgraftError
 from modgraft.log import Log
 from modgraft.log.serve import page

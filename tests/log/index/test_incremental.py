@@ -37,13 +37,15 @@ def contents(log: Log) -> dict[str, list[tuple]]:
     """Everything in the index but the numbers of its rows and times."""
     found = {
         table: sorted(
-            log.store.rows(f"SELECT {columns} FROM {table} JOIN files ON files.id = {table}.file"),
+            log.database.rows(
+                f"SELECT {columns} FROM {table} JOIN files ON files.id = {table}.file"
+            ),
             key=repr,
         )
         for table, columns in TABLES.items()
     }
     for words, table in (("block_words", "blocks"), ("event_words", "events")):
-        rows = log.store.rows(
+        rows = log.database.rows(
             f"SELECT note, line, {words}.* FROM {words} LEFT JOIN {table} ON {table}.id = "
             f"{words}.rowid LEFT JOIN files ON files.id = {table}.file"
         )

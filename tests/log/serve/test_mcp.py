@@ -15,10 +15,10 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from log_folder import NOTE, write_log
-from real_notes import NOTES, needs_notes
 
 import modgraft
+from log.log_folder import NOTE, write_log
+from log.real_notes import NOTES, needs_notes
 
 pytest.importorskip("mcp", reason="the extra `log` is not installed")
 

@@ -17,13 +17,13 @@ from urllib.parse import unquote
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from log_folder import png
-from page_client import FIRST, Reader, read
 from PIL import Image
-from real_notes import notes
 from starlette.testclient import TestClient
 
 import modgraft
+from log.log_folder import png
+from log.real_notes import notes
+from log.serve.page_client import FIRST, Reader, read
 from modgraft.core.errors import ModgraftError
 from modgraft.log import Log, parse
 from modgraft.log.serve import page

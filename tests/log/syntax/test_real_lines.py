@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from real_notes import needs_notes, real
 
+from log.real_notes import needs_notes, real
 from modgraft.log import Event
 
 pytestmark = needs_notes

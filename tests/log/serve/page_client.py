@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from log_folder import png, write_log
+
+from log.log_folder import png, write_log
 
 pytest.importorskip("starlette", reason="the extra `log` is not installed")
 

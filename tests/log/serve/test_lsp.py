@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from real_notes import NOTES, needs_notes
+
+from log.real_notes import NOTES, needs_notes
 
 pytest.importorskip("pygls", reason="the language server needs the extra log: pygls")
 from lsprotocol import types as t

@@ -146,7 +146,7 @@ fit(Path(sys.argv[1]), evaluate=stop, save_every=1)
 
 
 def test_a_killed_run_that_goes_on_says_that_it_ended_without_a_word(tmp_path: Path) -> None:
-    code = KILLED.format(path=[str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    code = KILLED.format(path=[str(Path(__file__).parent), str(Path(__file__).parents[2])])
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "qa")], check=False)
     assert done.returncode == -signal.SIGKILL
     assert [t[0] for t in told(note_in(tmp_path / "qa"))] == ["start"]

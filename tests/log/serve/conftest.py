@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from page_client import client_of, write_page_log
 from starlette.testclient import TestClient
+
+from log.serve.page_client import client_of, write_page_log
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_notes import NAMES, NOTES, needs_notes, notes
 
+from log.real_notes import NAMES, NOTES, needs_notes, notes
 from modgraft.core.errors import DataError, MissingFileError, ModgraftError
 from modgraft.log import parse
+from modgraft.log.record.editing import rewrite
 from modgraft.log.record.record import add, finish, new_note, written
-from modgraft.log.record.writing import rewrite
 
 SIX = ["tl;dr", "Context", "Done", "Learned", "Next?", "Log"]
 

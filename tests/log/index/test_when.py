@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from log.log_notes import commit, git
 from modgraft.core.errors import ModgraftError
 from modgraft.log import Log
-from modgraft.log.index.git_dates import Added, added, fingerprint
-from modgraft.log.index.times import in_name, leading, span
+from modgraft.log.index.git_dates import AddedLine, added_lines, fingerprint
+from modgraft.log.index.times import date_in_name, leading_date, span
 
 
 def times(log: Log) -> dict[str, tuple[str, str]]:
@@ -43,7 +43,7 @@ def test_first_commit_of_a_line_counts_and_only_new_commits_are_read(tmp_path: P
         commit(tmp_path, "2023-03-07T12:00:00+0000")  # the file is as it was: only its time changes
         assert times(log)["three"] == ("2023-03-07T12:00:00", "git")
         (head,) = {git(tmp_path, "rev-parse", "HEAD")}
-        assert log.store.rows("SELECT value FROM facts WHERE name LIKE 'git %'") == [(head,)]
+        assert log.database.rows("SELECT value FROM facts WHERE name LIKE 'git %'") == [(head,)]
 
 
 def test_a_renamed_note_a_merge_and_a_moved_line_keep_their_times(tmp_path: Path) -> None:
@@ -102,9 +102,11 @@ def test_lines_that_look_like_headers_of_a_diff(tmp_path: Path) -> None:
     commit(tmp_path, "2023-01-05T10:00:00+0000")
     note.write_bytes(note.read_bytes().replace(b"++ b/other.md\n", b"") + b"- last, without an end")
     commit(tmp_path, "2023-01-06T10:00:00+0000")
-    lines = list(added(tmp_path, [tmp_path]))
+    lines = list(added_lines(tmp_path, [tmp_path]))
     assert {line.path for line in lines} == {"note.md"}
-    assert Added("note.md", fingerprint("- last, without an end"), "2023-01-06T10:00:00") in lines
+    assert (
+        AddedLine("note.md", fingerprint("- last, without an end"), "2023-01-06T10:00:00") in lines
+    )
     assert len(lines) == 6
 
 
@@ -152,13 +154,13 @@ def test_no_times(text: str) -> None:
 
 @given(st.dates(), st.sampled_from(["{}", "run-{}-b", "{}_draft"]), st.text(max_size=5))
 def test_every_day_is_found_in_a_name_and_at_the_start_of_a_line(day, name, after: str) -> None:
-    assert in_name(name.format(day.isoformat())) == day.isoformat()
+    assert date_in_name(name.format(day.isoformat())) == day.isoformat()
     if not after[:1].isdigit():
-        found = leading(f"  - [start(x) -> y]: {day.isoformat()}, {after}")
+        found = leading_date(f"  - [start(x) -> y]: {day.isoformat()}, {after}")
         assert found == day.isoformat()
 
 
 @given(st.text(max_size=30))
 def test_no_name_and_no_line_breaks_it(text: str) -> None:
-    in_name(text)
-    leading(text)
+    date_in_name(text)
+    leading_date(text)

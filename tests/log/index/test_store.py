@@ -16,7 +16,7 @@ from modgraft.core.errors import MissingFileError, ModgraftError, UnknownNameErr
 from modgraft.log import Log
 from modgraft.log.index import indexer
 from modgraft.log.index.database import LockedIndexError
-from modgraft.log.index.find_notes import walk
+from modgraft.log.index.find_notes import find_notes
 from modgraft.log.settings import Settings, settings
 
 NOTE = "## Log\n- [skim(@a2020) -> _digging]\n  - good\n- [question -> {}?]\n"
@@ -54,7 +54,7 @@ def test_only_what_changed_is_indexed_and_what_is_gone_goes(folder: Path) -> Non
         assert (done.seen, done.changed, done.removed) == (2, 2, 1)
         assert questions(log) == ["new?", "three?"] or questions(log) == ["three?", "new?"]
         for table in ("blocks", "events", "block_words", "event_words", "cites"):
-            (count,) = log.store.rows(f"SELECT count(*) FROM {table}")[0]
+            (count,) = log.database.rows(f"SELECT count(*) FROM {table}")[0]
             assert count == {"blocks": 8, "events": 4, "block_words": 8, "event_words": 4}.get(
                 table, 2
             )
@@ -126,7 +126,7 @@ def test_a_file_that_is_no_index_is_said_and_built_again(folder: Path) -> None:
 def test_an_index_that_is_damaged_inside_is_built_again_where_it_is_noticed(folder: Path) -> None:
     with Log.open(folder) as log:
         log.index()
-        log.store.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+        log.database.rows("PRAGMA wal_checkpoint(TRUNCATE)")
     data = bytearray(log.settings.index.read_bytes())
     data[4096 : len(data)] = b"\x5a" * (len(data) - 4096)
     log.settings.index.write_bytes(data)
@@ -137,7 +137,7 @@ def test_an_index_that_is_damaged_inside_is_built_again_where_it_is_noticed(fold
 def test_an_index_of_another_version_is_built_again(folder: Path) -> None:
     with Log.open(folder) as log:
         log.index()
-        log.store.rows("PRAGMA user_version = 99")
+        log.database.rows("PRAGMA user_version = 99")
     with Log.open(folder) as log:
         assert "is of version 99" in log.index().problems[0]
         assert questions(log) == ["one?", "two?"]
@@ -162,7 +162,7 @@ def test_a_read_only_index_is_read_into_memory(folder: Path) -> None:
     log.settings.index.chmod(0o400)
     try:
         with Log.open(folder) as log:
-            assert log.store.in_memory
+            assert log.database.in_memory
             assert log.index().changed == 0
             assert questions(log) == ["one?", "two?"]
     finally:
@@ -189,12 +189,12 @@ def test_loops_of_links_and_notes_reached_twice(folder: Path) -> None:
 
 
 def test_a_note_deleted_while_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def walk_then_delete(folders):
-        found = walk(folders)
+    def find_then_delete(folders):
+        found = find_notes(folders)
         (folder / "two.md").unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(indexer, "walk", walk_then_delete)
+    monkeypatch.setattr(indexer, "find_notes", find_then_delete)
     with Log.open(folder) as log:
         done = log.index()
         assert done.problems == (f"{folder}/two.md:1: warning deleted while it was read",)
@@ -308,7 +308,7 @@ def test_killed_in_the_middle_of_indexing_it_goes_on_where_it_was(tmp_path: Path
     done = _count(index)
     assert 20 <= done < 400
     with Log.open(folder, index=index) as log:
-        assert log.store.rows("PRAGMA integrity_check") == [("ok",)]
+        assert log.database.rows("PRAGMA integrity_check") == [("ok",)]
         finished = log.index()
         assert (finished.seen, finished.changed) == (400, 400 - done)
         assert len(questions(log)) == 8000

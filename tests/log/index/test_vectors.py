@@ -8,7 +8,7 @@ import pytest
 
 from modgraft.log import Log
 from modgraft.log.index import vectors
-from modgraft.log.index.vectors import Vectors, VectorsOffError, package_folder
+from modgraft.log.index.vectors import VectorsOffError, package_folder
 
 NOTE = """\
 ## Log
@@ -32,11 +32,11 @@ def test_meaning_is_found_where_no_word_is_shared_and_only_new_texts_are_embedde
     log: Log, tmp_path: Path
 ) -> None:
     log.index(vectors=True)
-    mine = Vectors.of(log)
+    mine = log.vectors
     assert (mine.update(), mine.missing) == (0, 0)
     nearest = mine.nearest("a cat is napping", 1)
     (block,) = nearest
-    assert log.store.rows("SELECT line FROM blocks WHERE id = ?", block) == [(3,)]
+    assert log.database.rows("SELECT line FROM blocks WHERE id = ?", block) == [(3,)]
     note = tmp_path / "note.md"
     note.write_text(NOTE + "- The ship runs on diesel.\n", encoding="utf-8")
     log.index(vectors=False)
@@ -50,10 +50,10 @@ def test_meaning_is_found_where_no_word_is_shared_and_only_new_texts_are_embedde
     log.settings.index.unlink()
     with Log.open(tmp_path) as again:
         again.index()
-        assert Vectors.of(again).update() == 0
+        assert again.vectors.update() == 0
         # a file that is no such table is made anew
         (tmp_path / ".modgraft" / vectors.NAME).write_bytes(b"\x93NUMPY broken")
-        assert Vectors.of(again).update() == 4
+        assert again.vectors.update() == 4
 
 
 def test_without_the_package_words_alone_answer_and_it_is_said(

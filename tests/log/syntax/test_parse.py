@@ -6,8 +6,8 @@ from collections import Counter
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from real_notes import NAMES, needs_notes, notes, real
 
+from log.real_notes import NAMES, needs_notes, notes, real
 from modgraft.log import Note, parse
 
 SIGNS = ["[", "]", "(", ")", "`", "```", "$", '"', "->", "@ab", "\n", "-", ">", "!", "skim"]
