@@ -40,10 +40,11 @@ demo: $(STAMP)  ## train and test the default recipe (about ten minutes on two c
 test: $(STAMP)  ## run the tests, JOBS processes side by side (JOBS=0: in this one)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-check: $(STAMP)  ## formatting, lint and types
+check: $(STAMP)  ## formatting, lint, types and the rooms' imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: $(STAMP)  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff format .

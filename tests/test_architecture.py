@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -26,7 +27,8 @@ def entered(run: Callable[[], Any]) -> list[str]:
 
     def profile(frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_name != "<module>" and code.co_filename.startswith(ROOT):
+        a_function = code.co_flags & inspect.CO_OPTIMIZED  # no module or class being defined
+        if event == "call" and a_function and code.co_filename.startswith(ROOT):
             files.setdefault(code.co_filename.removeprefix(ROOT))
 
     sys.setprofile(profile)
