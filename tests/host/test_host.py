@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -179,3 +180,15 @@ def test_compiled_in_another_order_than_they_were_implanted() -> None:
             assert not torch.allclose(out, bare)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="before the call"):
         compiled(**case.batch(), modules="n >> m")
+
+
+@pytest.mark.parametrize("name", ["names", "computation", "at_sites", "paths", "method", "tensors"])
+def test_a_module_may_be_called_as_a_method_of_the_engine(name: str, tmp_path: Path) -> None:
+    host = mg.Host(HOSTS["t5"].model())
+    host.implant(name, mg.LoRA(rank=2), at=QV)
+    host.save(name, tmp_path / "m")
+    assert host.implants[name] is host[name]
+    twin = copy.deepcopy(host)
+    twin.remove(name)
+    assert name not in twin
+    assert twin.load(tmp_path / "m").paths == host[name].paths

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -117,12 +117,15 @@ class Implant(nn.Module, ex.Composable):
         return f"{self.name!r}, {len(self.paths)} sites, {self.size:,} parameters"
 
 
-class Implants(nn.ModuleDict):
-    """The modules implanted in a host, by name."""
+class Implants(Mapping[str, Implant]):
+    """The modules implanted in a host, by name.
 
-    def __init__(self, context: Context) -> None:
-        super().__init__()
-        self._context = context
+    A view of ``host.implants``, and not that itself: a module may have any name, also that of a
+    method of this class.
+    """
+
+    def __init__(self, modules: nn.ModuleDict, context: Context) -> None:
+        self._modules, self._context = modules, context
 
     @property
     def names(self) -> Mapping[str, object]:
@@ -134,18 +137,23 @@ class Implants(nn.ModuleDict):
             read = parse(name, self.names)  # raises with the nearest name
             one = ex.module_of(read.names()[0])
             raise CompositionError(f"{str(read)!r} is a composition; a module is host[{one!r}]")
-        return super().__getitem__(name)  # type: ignore[return-value]
+        return self._modules[name]  # type: ignore[return-value]
 
-    def items(self) -> Iterable[tuple[str, Implant]]:  # type: ignore[override]
-        """The modules with their names."""
-        return super().items()  # type: ignore[return-value]
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules  # type: ignore[operator]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
     def computation(self, name: str) -> Computation:
-        """The computation, without parameters, that ``name`` in a composition means."""
+        """Return the computation, without parameters, that ``name`` in a composition means."""
         return self[ex.module_of(name)].method.inner
 
     def at_sites(self, name: str) -> list[tuple[str, Computation]]:
-        """The built computations that ``name`` in a composition means, by the site's label."""
+        """Return the built computations that ``name`` in a composition means, by site's label."""
         return self[ex.module_of(name)].at_sites(name)
 
 

@@ -88,7 +88,7 @@ class Reader:
             if not isinstance(part, ex.Name) or part.handle is None:
                 continue
             module = ex.module_of(part.name)
-            if self._implants._modules.get(module, part.handle) is not part.handle:
+            if module in self._implants and self._implants[module] is not part.handle:
                 raise CompositionError(
                     f"{part.name!r} in {str(expression)!r} is the handle of another host's module, "
                     f"or of one that was removed; this host's own is host[{module!r}]"

@@ -169,7 +169,7 @@ def sites_table(model: nn.Module, title: str = "") -> Table:
 
 def describe(model: nn.Module, implants: Implants, composition: Expression | None) -> str:
     """What ``print(host)`` shows: plain text, aligned, for a terminal, a notebook or a log."""
-    every = nn.ModuleList([model, implants]).parameters()
+    every = nn.ModuleList([model, *implants.values()]).parameters()
     trains = sum(p.numel() for p in every if p.requires_grad)
     parts = [
         f"Host({type(model).__name__}): {_size(model):,} parameters, {trains:,} train; "

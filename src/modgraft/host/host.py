@@ -90,8 +90,9 @@ class Host(nn.Module):
             raise ModgraftError("this is a Host already; implant in it, or wrap its .model anew")
         self.model = model
         self._context = Context()
-        self.implants = Implants(self._context)
-        self._reader = Reader(self.implants)
+        self.implants = nn.ModuleDict()
+        self._implants = Implants(self.implants, self._context)
+        self._reader = Reader(self._implants)
         # blocks that recompute their forward in backward, after the call has returned
         self._recomputing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         leave_fast_paths(model)
@@ -144,7 +145,7 @@ class Host(nn.Module):
         elif isinstance(module, Mixture):
             if at is not None:
                 raise ModgraftError(f"a Mixture acts where its modules do; leave out at={at!r}")
-            at = mixed_sites(self.model, self.implants, module)
+            at = mixed_sites(self.model, self._implants, module)
         elif at is None:
             at = module.inner.default_at
         if at is None:
@@ -161,7 +162,7 @@ class Host(nn.Module):
                 f"host.implant({name!r}, …, active=False), then host.use({names[0]!r})"
             )
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
-        join_prompts(self.implants, implant)
+        join_prompts(self._implants, implant)
         hook_attention(module.inner)
         self._graft(implant, sites, implant.names)
         link_shared_inputs(self.model)
@@ -182,7 +183,7 @@ class Host(nn.Module):
     def remove(self, name: str) -> None:
         """Remove a module; the host is as it was before it, bit for bit."""
         names = self[name].names  # raises for an unknown one
-        check_unmixed(self.implants, names)
+        check_unmixed(self._implants, names)
         for each in names:
             for module in self.model.modules():
                 ungraft(module, each)
@@ -193,7 +194,7 @@ class Host(nn.Module):
         self._context.switch(ex.without(self._context.composition, name))
 
     def __getitem__(self, name: str) -> Implant:
-        return self.implants[name]
+        return self._implants[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self.implants
@@ -255,7 +256,7 @@ class Host(nn.Module):
         """
         call = self._call(side, modules)
         if self._context.routed:
-            call = routed(self.model, self.implants, call, args, kwargs)
+            call = routed(self.model, self._implants, call, args, kwargs)
         if torch.compiler.is_compiling():
             compiled = self._context.compiled
             before, compiled.call = compiled.call, call
@@ -278,7 +279,7 @@ class Host(nn.Module):
         """Call the model's ``generate``; an example's beams share its side inputs."""
         call = self._call(side, modules, generating=True)
         if self._context.routed:
-            call = routed(self.model, self.implants, call, args, kwargs)
+            call = routed(self.model, self._implants, call, args, kwargs)
         check_batch(call.composition, args, kwargs)
         with self._context.call(call):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
@@ -386,7 +387,7 @@ class Host(nn.Module):
         check_one(read)
         weights = {} if read is None else read.weights()
         for name in weights:
-            method = self.implants.computation(name)
+            method = self._implants.computation(name)
             if not isinstance(method, ParameterComposition):
                 before = isinstance(method, InputComposition)
                 does = "puts vectors before what is read" if before else "computes on activations"
@@ -396,7 +397,7 @@ class Host(nn.Module):
                 )
         changes: dict[str, list[Change]] = {}
         for name, weight in weights.items():
-            for label, place in self.implants.at_sites(name):
+            for label, place in self._implants.at_sites(name):
                 assert isinstance(place, ParameterComposition)  # noqa: S101
                 site = find(self.model, label)[0]
                 change = Change(place, weight, site.part, site.parameter)
@@ -423,4 +424,4 @@ class Host(nn.Module):
         return explain(self.model, read)
 
     def __repr__(self) -> str:
-        return describe(self.model, self.implants, self.composition)
+        return describe(self.model, self._implants, self.composition)

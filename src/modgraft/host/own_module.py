@@ -28,7 +28,7 @@ def own_module(host: Host, name: str, into: str) -> Implant:
     Raises:
         ModgraftError: for an expression, a task left open, or a name in use.
     """
-    read = parse(name, host.implants.names)
+    read = parse(name, host._implants.names)
     if not isinstance(read, ex.Name):
         raise ModgraftError(
             f"own_module(host, {name!r}, …): one module or one task of it, as \"h['fr']\""
@@ -37,7 +37,7 @@ def own_module(host: Host, name: str, into: str) -> Implant:
     labels = list(implant.paths)
     at = None if labels == [""] else labels
     copy = host.implant(into, implant.method.inner, at, active=False)
-    for (_, view), place in zip(host.implants.at_sites(read.name), copy.places, strict=True):
+    for (_, view), place in zip(host._implants.at_sites(read.name), copy.places, strict=True):
         tensors = ModuleTensors(view)
         with torch.no_grad():
             if stored := {key: tensors.read(key) for key in place.state_dict()}:

@@ -82,7 +82,7 @@ def _model(host: Any) -> nn.Module:
 
 def _implants(host: nn.Module) -> Implants | None:
     """The modules implanted in ``host``; None for a model that is no ``Host``."""
-    found = getattr(host, "implants", None)
+    found = getattr(host, "_implants", None)
     return found if isinstance(found, Implants) else None
 
 
