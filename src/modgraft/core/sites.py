@@ -212,34 +212,36 @@ def _list(at: At) -> Sequence[At]:
 
 
 def _find_one(model: nn.Module, at: At) -> list[Site]:
-    paths = dict(model.named_modules())
-    if isinstance(at, type):
-        sites = [_site(model, p, m) for p, m in paths.items() if isinstance(m, at)]
-        if not sites:
-            kinds = sorted({type(m).__name__ for m in paths.values()})
-            raise SiteError(f"no {at.__name__} in the host; it is made of {', '.join(kinds)}")
-        return sites
     if isinstance(at, str) and at.endswith(RESIDUAL):
         return [replace(s, residual=True) for s in _find_one(model, at.removesuffix(RESIDUAL))]
     if isinstance(at, str):
-        family = family_of(model)
-        if family is not None and at in family.roles:
-            base = base_path(model)
-            patterns = [f"{base}.{p}" if base else p for p in family.roles[at]]
-            sites = [s for p in patterns for s in _match(model, p, r"\d+")]
-        else:
-            sites = _match(model, at, ".*")
-        if not sites:
-            raise _no_match(model, at)
+        return _find_named(model, at)
+    if not callable(at):
+        raise SiteError(
+            f"a selection is a role, a path pattern, a type, a predicate or a list, not {at!r}"
+        )
+    modules = dict(model.named_modules())
+    holds = (lambda _, module: isinstance(module, at)) if isinstance(at, type) else at
+    sites = [_site(model, path, module) for path, module in modules.items() if holds(path, module)]
+    if sites:
         return sites
-    if callable(at):
-        sites = [_site(model, p, m) for p, m in paths.items() if at(p, m)]
-        if not sites:
-            raise SiteError(f"the predicate {at!r} holds for none of {len(paths)} sub-modules")
-        return sites
-    raise SiteError(
-        f"a selection is a role, a path pattern, a type, a predicate or a list, not {at!r}"
-    )
+    if isinstance(at, type):
+        kinds = sorted({type(m).__name__ for m in modules.values()})
+        raise SiteError(f"no {at.__name__} in the host; it is made of {', '.join(kinds)}")
+    raise SiteError(f"the predicate {at!r} holds for none of {len(modules)} sub-modules")
+
+
+def _find_named(model: nn.Module, at: str) -> list[Site]:
+    """Find the sites of a role, or of a path pattern if there is no such role."""
+    family = family_of(model)
+    if family is not None and at in family.roles:
+        patterns = [joined(base_path(model), pattern) for pattern in family.roles[at]]
+        sites = [site for pattern in patterns for site in _match(model, pattern, r"\d+")]
+    else:
+        sites = _match(model, at, ".*")
+    if not sites:
+        raise _no_match(model, at)
+    return sites
 
 
 def _match(model: nn.Module, pattern: str, star: str) -> list[Site]:

@@ -85,31 +85,34 @@ def excerpts(sizes: Mapping[str, int], *, length: int = 500) -> dict[str, dict[s
     """
     if unknown := set(sizes) - set(KINDS):
         raise DataError(f"no kind {sorted(unknown)[0]!r}", remedy=f"kinds are {', '.join(KINDS)}")
-    room = {(s, k): n if s == "train" else n / 8 for s in SPLITS for k, n in sizes.items()}
-    kept: dict[tuple[str, str], list[str]] = {part: [] for part in room}
+    kept: dict[str, dict[str, list[str]]] = {s: {k: [] for k in sizes} for s in SPLITS}
     paragraphs: set[str] = set()
     shingles: set[int] = set()
     sources = _sources()
     for split in SPLITS:  # held-out splits first: train must not overlap with them
-        wanted = {kind for kind in sizes if room[split, kind] > 0}
+        shares = {k: n if split == "train" else n / 8 for k, n in sizes.items()}
+        left = dict(shares)
         for kind, text in _excerpts_of(
             sources[split], paragraphs, shingles, split == "train", length
         ):
-            if kind in wanted:
-                kept[split, kind].append(text)
-                room[split, kind] -= len(text)
-                wanted = {k for k in sizes if room[split, k] > 0}
-            if not wanted:
+            if left.get(kind, 0) > 0:
+                kept[split][kind].append(text)
+                left[kind] -= len(text)
+            if max(left.values(), default=0) <= 0:
                 break
-    for (split, kind), left in room.items():
-        share = sizes[kind] if split == "train" else sizes[kind] / 8
-        if left > share / 2:
+        _check_found(split, shares, left)
+    return kept
+
+
+def _check_found(split: str, shares: Mapping[str, float], left: Mapping[str, float]) -> None:
+    """Refuse a split that lacks more than half of the characters of a kind."""
+    for kind, share in shares.items():
+        if left[kind] > share / 2:
             raise DataError(
-                f"only {share - left:,.0f} of {share:,.0f} characters of {kind!r} were found for "
-                f"{split} in {', '.join(PACKAGES)}",
+                f"only {share - left[kind]:,.0f} of {share:,.0f} characters of {kind!r} were found "
+                f"for {split} in {', '.join(PACKAGES)}",
                 remedy="ask for less, or install these packages with their sources",
             )
-    return {s: {k: kept[s, k] for k in sizes} for s in SPLITS}
 
 
 def _excerpts_of(

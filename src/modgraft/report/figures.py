@@ -19,8 +19,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from modgraft.report.run import Metrics, Point, Row
-from modgraft.report.statistics import Figure, Read, figure
+from modgraft.report.run import Point, Row
+from modgraft.report.statistics import Figure, Read, ReadSeveral, figure, figures
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,8 @@ def overview(rows: Sequence[Row], read: Read, level: float | None, what: str) ->
             shade = scheme.warn if row.leaks else shades.get(row.group, scheme.faint)
             axes.plot([0, value.mean], [place, place], color=shade, lw=1.4, alpha=0.45)
             fill = scheme.paper if row.leaks else shade
-            axes.plot(
-                value.values,
-                [place] * len(value.values),
-                "o",
-                ms=6,
-                mec=shade,
-                mfc=fill,
-                alpha=0.85,
-            )
+            places = [place] * len(value.values)
+            axes.plot(value.values, places, "o", ms=6, mec=shade, mfc=fill, alpha=0.85)
             axes.plot([value.mean] * 2, [place - 0.26, place + 0.26], color=shade, lw=2.2)
             text = f"{value}  leak" if row.leaks else str(value)
             axes.annotate(
@@ -183,7 +176,7 @@ def _chance(axes: Axes, level: float | None, scheme: Scheme) -> None:
 def bars(
     rows: Sequence[Row],
     names: Sequence[str],
-    read: Callable[[Metrics], Mapping[str, float | None]],
+    read: ReadSeveral,
     level: Mapping[str, float],
     what: str,
 ) -> Picture | None:
@@ -192,8 +185,7 @@ def bars(
     A dashed line in each group shows chance. Returns None if no row has a figure.
     """
     values: list[tuple[Row, list[Figure | None]]] = [
-        (row, [figure(row, lambda m, name=name: read(m).get(name)) for name in names])
-        for row in rows
+        (row, figures(row, read, names)) for row in rows
     ]
     values = [(row, found) for row, found in values if any(found)]
     if not values:

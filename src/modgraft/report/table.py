@@ -15,7 +15,7 @@ from rich.table import Table
 
 from modgraft.core.errors import DataError
 from modgraft.report.run import Results, Row, check, read_results, read_run
-from modgraft.report.statistics import Chance, Read, best, chance_of, figure
+from modgraft.report.statistics import Chance, Read, best, chance_of, figure, figures
 
 GROUPS = {
     "main": "Models",
@@ -200,7 +200,7 @@ def families(results: Results) -> str:
     names = _family_names(results)
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for row in results.rows:
-        cells = [figure(row, lambda m, name=name: m.families.get(name)) for name in names]
+        cells = figures(row, lambda m: m.families, names)
         shown = " | ".join(NONE if cell is None else str(cell) for cell in cells)
         lines.append(f"| {_escaped(row.title)}{' (leak)' if row.leaks else ''} | {shown} |")
     return "\n".join(lines)
