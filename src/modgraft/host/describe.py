@@ -162,9 +162,9 @@ def _times(weight: float) -> str:
     return "" if weight == 1 else f"× {weight:g}"
 
 
-def sites_table(model: nn.Module, title: str = "") -> Table:
+def sites_table(model: nn.Module) -> Table:
     """The sites of ``model``, one selection a row."""
-    return table(SITES, [row.cells() for row in rows_of(model)], title)
+    return table(SITES, [row.cells() for row in rows_of(model)])
 
 
 def describe(model: nn.Module, implants: Implants, composition: Expression | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from modgraft.core.files import write_text
 from modgraft.report import attention, figures, statistics, wrong_answers
 from modgraft.report.figures import Picture
 from modgraft.report.run import Results, Row, Run, read_run
@@ -55,9 +56,8 @@ def write(folder: Path | str) -> Path:
     text = _render(run, pictures)
     for name, picture in pictures.items():
         figures.save(picture, folder / f"{name}.png")
-    draft = folder / "report.html.new"
-    draft.write_text(text, "utf-8")
-    return draft.replace(folder / "report.html")
+    write_text(folder / "report.html", text)
+    return folder / "report.html"
 
 
 def _render(run: Run, pictures: dict[str, Picture]) -> str:

@@ -35,16 +35,25 @@ def seed_everything(*position: int | str) -> None:
 @contextmanager
 def own_randomness() -> Iterator[None]:
     """Leave the caller's torch, numpy and python generators as they were found."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = _states()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
+        _set_states(states)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def _states() -> tuple[Any, Any, Tensor]:
+    """The states of Python's, numpy's and torch's generators."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_states(states: tuple[Any, Any, Tensor]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
 
 
 def _generators(loader: object) -> list[torch.Generator]:
@@ -59,6 +68,14 @@ def _generators(loader: object) -> list[torch.Generator]:
         owned = [getattr(owner, name, None) for name in ("sampler", "batch_sampler")]
         queue += [x for x in owned if x is not None]
     return list(found.values())
+
+
+def _seed_loader(loader: object, *position: int | str) -> None:
+    """Seed every generator that orders a loader from a position that ends in the epoch."""
+    seed_everything(*position)
+    for i, generator in enumerate(_generators(loader)):
+        generator.manual_seed(fold(*position, i))
+    _set_epoch(loader, int(position[-1]))
 
 
 def _set_epoch(loader: object, epoch: int) -> None:
@@ -137,10 +154,7 @@ class Stream:
             generators = _generators(self.loader)
             before = [g.get_state() for g in generators]
             with own_randomness():
-                seed_everything(self.seed, "order", epoch)
-                for i, generator in enumerate(generators):
-                    generator.manual_seed(fold(self.seed, "order", epoch, i))
-                _set_epoch(self.loader, epoch)
+                _seed_loader(self.loader, self.seed, "order", epoch)
                 batches = [list(b) for b in cast(DataLoader, self.loader).batch_sampler or ()]
             for generator, state in zip(generators, before, strict=True):
                 generator.set_state(state)
@@ -217,26 +231,17 @@ class _Isolated:
     """
 
     def __init__(self, source: Iterable[Batch], position: tuple[int | str, ...]) -> None:
-        generators = _generators(source)
         with own_randomness():
-            seed_everything(*position)
-            for i, generator in enumerate(generators):
-                generator.manual_seed(fold(*position, i))
-            _set_epoch(source, int(position[-1]))
+            _seed_loader(source, *position)
             self._iterator = iter(source)
-            self._keep_states()
-
-    def _keep_states(self) -> None:
-        self._states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+            self._states = _states()
 
     def next(self) -> Batch | None:
         """The next batch, None at the end."""
         with own_randomness():
-            random.setstate(self._states[0])
-            np.random.set_state(self._states[1])
-            torch.set_rng_state(self._states[2])
+            _set_states(self._states)
             batch = next(self._iterator, None)
-            self._keep_states()
+            self._states = _states()
         return batch
 
 

@@ -22,8 +22,7 @@ from matplotlib.figure import Figure
 
 import modgraft as mg
 from modgraft.data.families import FAMILIES, Example
-from modgraft.recipes.flan_vs_modules.experiment import Arm, Experiment, batches, size
-from modgraft.recipes.flan_vs_modules.settings import Settings
+from modgraft.recipes.flan_vs_modules.experiment import Arm, Experiment, Settings, batches, size
 from modgraft.recipes.trials import Recipe
 from modgraft.report.figures import Scheme
 

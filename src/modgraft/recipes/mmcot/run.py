@@ -158,14 +158,12 @@ def _training(
             )
         )  # fmt: skip
     for net in nets:
-        answers = net.form in ("answer", "direct")
         ready = [eye if needs_features(settings, [net]) else text]
         ready += [f"{seed}/{net.base}"] if net.base else []
         made.append(
             Job(
                 f"{seed}/{net.key}", f"{tag}{net.title}", train_net, (folder, seed, net.key),
-                home / net.key, settings.steps_answer if answers else settings.steps_rationale,
-                tuple(ready), home / net.key / "net.json",
+                home / net.key, net.steps(settings), tuple(ready), home / net.key / "net.json",
             )
         )  # fmt: skip
     return made
