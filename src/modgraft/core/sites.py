@@ -235,8 +235,7 @@ def _find_named(model: nn.Module, at: str) -> list[Site]:
     """Find the sites of a role, or of a path pattern if there is no such role."""
     family = family_of(model)
     if family is not None and at in family.roles:
-        patterns = [joined(base_path(model), pattern) for pattern in family.roles[at]]
-        sites = [site for pattern in patterns for site in _match(model, pattern, r"\d+")]
+        sites = _match(model, joined(base_path(model), family.roles[at]), r"\d+")
     else:
         sites = _match(model, at, ".*")
     if not sites:

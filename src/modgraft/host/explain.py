@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.kernels.linear import PLAIN
 from modgraft.engine.plan import Entry, Group, Plan
 from modgraft.engine.state import STATE, State
-from modgraft.host.describe import plain, rows_of, table
+from modgraft.host.describe import plain, rows_of, starred, table
 from modgraft.routing.mixture import RoutedMixture
 
 COLUMNS = ("sites at", "number", "examples", "without gradients", "with gradients")
@@ -76,7 +75,7 @@ def _role(path: str, entries: Sequence[Entry], roles: dict[tuple[str, object], s
     """A selection of the sites of ``entries``: their roles, or the path with ``*`` for numbers."""
     found = dict.fromkeys(roles.get((path, entry.part)) for entry in entries)
     known = [role for role in found if role is not None]
-    return ", ".join(known) or re.sub(r"(?<![^.])\d+(?![^.])", "*", path) or "the input"
+    return ", ".join(known) or starred(path) or "the input"
 
 
 def _way(layer: nn.Module, state: State, group: Group, plan: Plan) -> Way:

@@ -135,10 +135,9 @@ def continual(
                 f"the task {task!r} is to add a module of its name, and there is one; continual "
                 f"starts with the host as it was before all of its tasks, also to go on in a folder"
             )
-    tasks = tuple(loaders)
-    before = host.composition
-    start = _measured(host, tasks, measure, dict.fromkeys(tasks, into or before), seed)
-    found, rows, histories = dict.fromkeys(tasks, into or before), [], {}
+    tasks, rows, histories = tuple(loaders), [], {}
+    found: dict[str, Any] = dict.fromkeys(tasks, into or host.composition)
+    start = _measured(host, tasks, measure, found, seed)
     for task, loader in loaders.items():
         if module is not None:
             with own_randomness():
