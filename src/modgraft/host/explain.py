@@ -8,11 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from modgraft.computation.base import (
-    KeyValueComposition,
-    ParameterComposition,
-    TokenComposition,
-)
+from modgraft.computation.base import KeyValueComposition, ParameterComposition, TokenComposition
 from modgraft.core.expression import Expression
 from modgraft.core.layers import weight_matrix
 from modgraft.core.per_example import Each

@@ -18,11 +18,7 @@ from modgraft.core.files import write_text
 from modgraft.report.run import Results, Row, check, read_results, read_run
 from modgraft.report.statistics import Chance, Read, best, chance_of, figure, figures
 
-GROUPS = {
-    "main": "Models",
-    "ablation": "Ablations",
-    "control": "Controls (not competitors)",
-}
+GROUPS = {"main": "Models", "ablation": "Ablations", "control": "Controls (not competitors)"}
 NOT_RUN = "not run"
 NONE = "–"
 
