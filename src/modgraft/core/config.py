@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, wraps
 from inspect import formatannotation
@@ -172,22 +172,12 @@ def _fits(value: Any, wanted: Any) -> bool:
     if kind is Literal:
         return any(isinstance(value, type(one)) for one in inner)
     if kind in (int, float):
-        return _is_number(value, kind)
+        number = isinstance(value, int if kind is int else (int, float))
+        return number and not isinstance(value, bool) and value == value  # NaN is no number
     if kind is dict and inner:
-        keys, values = inner
-        return (
-            isinstance(value, dict) and _all_fit(value, keys) and _all_fit(value.values(), values)
-        )
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in pairs)
     if kind in (tuple, Sequence) and inner:
-        return isinstance(value, (tuple, list)) and _all_fit(value, inner[0])
+        several = isinstance(value, (tuple, list))
+        return several and all(_fits(one, inner[0]) for one in value)
     return not isinstance(kind, type) or isinstance(value, kind)
-
-
-def _all_fit(values: Iterable[Any], wanted: Any) -> bool:
-    return all(_fits(value, wanted) for value in values)
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    """Whether a value is an int, or for a float also an int; NaN and True are no numbers."""
-    number = isinstance(value, int if kind is int else (int, float))
-    return number and not isinstance(value, bool) and value == value

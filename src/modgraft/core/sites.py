@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -181,7 +182,8 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
     Raises:
         SiteError: if nothing matches, or not as many as expected; it lists what there is.
     """
-    found = {site.label: site for each in _list(at) for site in _find_one(model, each)}
+    several: Sequence[Any] = at if isinstance(at, list | tuple) else [at]
+    found = {site.label: site for each in several for site in _find_one(model, each)}
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     sites = sorted(
         found.values(), key=lambda s: (order[s.path], s.parameter or "", s.part or (0, 0))
@@ -205,10 +207,6 @@ def one_input(model: nn.Module) -> list[list[nn.Module]]:
         for pattern, names in family.one_input
         for above in _match(model, joined(base, pattern), r"\d+")
     ]
-
-
-def _list(at: At) -> Sequence[At]:
-    return at if isinstance(at, list | tuple) else [at]  # type: ignore[list-item]
 
 
 def _find_one(model: nn.Module, at: At) -> list[Site]:

@@ -38,7 +38,8 @@ def explain(model: nn.Module, composition: Expression | None) -> str:
     title = f"{'the bare host' if composition is None else composition}"
     if composition is None:
         return f"{title}: every site runs as it is"
-    roles = _roles(model)
+    rows = rows_of(model)[::-1]
+    roles = {(site.path, site.part): row.at for row in rows for site in row.sites}
     sites: dict[tuple[str, str, Way], int] = {}
     for path, layer in model.named_modules():
         state: State | None = layer.__dict__.get(STATE)
@@ -61,10 +62,6 @@ def _count(group: Group, composition: Expression) -> int:
     if group.rows is not None:
         return len(group.rows)
     return len(composition.rows) if isinstance(composition, Each) else 0
-
-
-def _roles(model: nn.Module) -> dict[tuple[str, object], str]:
-    return {(site.path, site.part): row.at for row in rows_of(model)[::-1] for site in row.sites}
 
 
 def _role(path: str, entries: Sequence[Entry], roles: dict[tuple[str, object], str]) -> str:

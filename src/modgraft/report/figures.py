@@ -257,7 +257,11 @@ MOST_BARS = len(LIGHT.series)
 def loss(title: str, seeds: Mapping[int, Sequence[Point]]) -> Picture | None:
     """Draw training and evaluation loss over steps, a line a seed; None if none is finite."""
     kept = {
-        (seed, split): [(p.step, p.loss) for p in points if p.split == split and _finite(p.loss)]
+        (seed, split): [
+            (p.step, p.loss)
+            for p in points
+            if p.split == split and p.loss is not None and math.isfinite(p.loss)
+        ]
         for seed, points in sorted(seeds.items())
         for split in ("train", "eval")
     }
@@ -298,10 +302,6 @@ def loss(title: str, seeds: Mapping[int, Sequence[Point]]) -> Picture | None:
         for (seed, split), found in kept.items()
     )
     return draw((4.3, 2.8), f"Loss of {title}. {last}", paint)
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

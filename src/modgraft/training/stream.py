@@ -35,25 +35,16 @@ def seed_everything(*position: int | str) -> None:
 @contextmanager
 def own_randomness() -> Iterator[None]:
     """Leave the caller's torch, numpy and python generators as they were found."""
-    states = _states()
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
-        _set_states(states)
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
-
-
-def _states() -> tuple[Any, Any, Tensor]:
-    """The states of Python's, numpy's and torch's generators."""
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def _set_states(states: tuple[Any, Any, Tensor]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
 
 
 def _generators(loader: object) -> list[torch.Generator]:
@@ -234,14 +225,19 @@ class _Isolated:
         with own_randomness():
             _seed_loader(source, *position)
             self._iterator = iter(source)
-            self._states = _states()
+            self._keep_states()
+
+    def _keep_states(self) -> None:
+        self._states = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
     def next(self) -> Batch | None:
         """The next batch, None at the end."""
         with own_randomness():
-            _set_states(self._states)
+            random.setstate(self._states[0])
+            np.random.set_state(self._states[1])
+            torch.set_rng_state(self._states[2])
             batch = next(self._iterator, None)
-            self._states = _states()
+            self._keep_states()
         return batch
 
 

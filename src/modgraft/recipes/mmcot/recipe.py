@@ -106,15 +106,6 @@ class Net:
     fusion: Literal["paper", "released"] | None = "paper"
     base: str | None = None
 
-    @property
-    def only_answers(self) -> bool:
-        """Whether it writes an answer without a rationale."""
-        return self.form in ("answer", "direct")
-
-    def steps(self, settings: Settings) -> int:
-        """Return the optimiser steps of its training."""
-        return settings.steps_answer if self.only_answers else settings.steps_rationale
-
 
 NETS = {
     net.key: net
@@ -239,7 +230,7 @@ def train(
             dataset, batch_sampler=SortedBatches(lengths, settings.batch), collate_fn=collate
         )
 
-    steps = net.steps(settings)
+    steps = settings.steps_answer if net.form in ("answer", "direct") else settings.steps_rationale
     held_out = loader("val", False) if (questions.splits or {}).get("val") else None
     history = host.fit(
         loader("train", True), evaluate=held_out, steps=steps, lr=settings.lr,
@@ -275,7 +266,7 @@ def write(
     """
     host.eval()
     form = find_form(getattr(settings, net.form))
-    length = settings.max_answer if net.only_answers else settings.max_rationale
+    length = settings.max_answer if net.form in ("answer", "direct") else settings.max_rationale
     part = _visible(questions, net)
     dataset = QADataset(part, rationales if form.reads_rationale else None)
     collate = Collate(

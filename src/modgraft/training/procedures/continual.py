@@ -15,7 +15,7 @@ from modgraft.computation.base import Computation
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import At
 from modgraft.engine.implant import check_name, learner
-from modgraft.training.forward import set_modes
+from modgraft.training.forward import own_modes
 from modgraft.training.history import History
 from modgraft.training.host_like import HostLike
 from modgraft.training.stream import Batch, own_randomness, seed_everything
@@ -163,10 +163,9 @@ def _using(host: HostLike, composition: Any) -> Any:
 def _measured(
     host: HostLike, tasks: tuple[str, ...], measure: Measure, found: Mapping[str, Any], seed: int
 ) -> tuple[float, ...]:
-    modes = [(m, m.training) for m in host.modules()]
-    host.eval()
     values = []
-    try:
+    with own_modes(host.modules()):
+        host.eval()
         for task in tasks:
             with torch.no_grad(), own_randomness(), _using(host, found[task]):
                 seed_everything(seed, "measure", task)
@@ -174,8 +173,6 @@ def _measured(
             if not math.isfinite(value):
                 raise ModgraftError(f"measure(host, {task!r}) gave {value}; it has to be a number")
             values.append(value)
-    finally:
-        set_modes(modes)
     return tuple(values)
 
 
