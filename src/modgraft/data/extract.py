@@ -98,9 +98,9 @@ def extract_features(
         DataError: An image is broken, the cache is another model's, or features cannot be used.
     """
     skips = Skips(skip_bad)
-    cache = _Cache(None if cache is None else Path(cache), model, processor)
+    known = _Cache(None if cache is None else Path(cache), model, processor)
     wanted = [record for record in questions if record.image is not None]
-    todo = [record for record in wanted if record.id not in cache.maps]
+    todo = [record for record in wanted if record.id not in known.maps]
     if todo:
         questions.image_path(todo[0])  # an unknown folder is an error, not a question to skip
     columns = (
@@ -117,15 +117,15 @@ def extract_features(
             task = bar.add_task("", total=len(todo))
             for i in range(0, len(todo), batch_size):
                 batch = todo[i : i + batch_size]
-                cache.add(_extract(batch, questions, model, processor, skips))
+                known.add(_extract(batch, questions, model, processor, skips))
                 bar.advance(task, len(batch))
     finally:
         model.train(training)
-        cache.save()
+        known.save()
     out = skips.ids
     kept = [record for record in wanted if record.id not in out]
-    have = {record.id: cache.maps[record.id] for record in kept}
-    features = check_features(have, kept, skips=skips, file=cache.file or type(model).__name__)
+    have = {record.id: known.maps[record.id] for record in kept}
+    features = check_features(have, kept, skips=skips, file=known.file or type(model).__name__)
     return dataclasses.replace(questions, features=features).without(skips)
 
 

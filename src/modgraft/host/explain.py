@@ -38,8 +38,9 @@ def explain(model: nn.Module, composition: Expression | None) -> str:
     title = f"{'the bare host' if composition is None else composition}"
     if composition is None:
         return f"{title}: every site runs as it is"
-    rows = rows_of(model)[::-1]
-    roles = {(site.path, site.part): row.at for row in rows for site in row.sites}
+    roles: dict[tuple[str, object], str] = {
+        (site.path, site.part): row.at for row in rows_of(model)[::-1] for site in row.sites
+    }
     sites: dict[tuple[str, str, Way], int] = {}
     for path, layer in model.named_modules():
         state: State | None = layer.__dict__.get(STATE)
