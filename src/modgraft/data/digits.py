@@ -173,12 +173,8 @@ def _record(family: str, split: str, drawn: _Drawn) -> dict[str, Any]:
         "hint": drawn.hint,
         "image": "image.png" if drawn.digits is not None else None,
         "task": "closed choice",
-        "grade": kind.grade,
-        "subject": kind.subject,
-        "topic": kind.topic,
+        **vars(kind),
         "category": family,
-        "skill": kind.skill,
-        "lecture": kind.lecture,
         "solution": stated + drawn.rationale,
         "split": split,
     }
