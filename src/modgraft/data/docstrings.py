@@ -69,12 +69,12 @@ def excerpts(sizes: Mapping[str, int]) -> dict[str, dict[str, list[str]]]:
     """Return excerpts of docstrings by split and kind.
 
     An excerpt is a run of paragraphs of one docstring, with at most 500 characters, or a single
-    longer paragraph, cut at 1,000. Its kind is ``"doctest"`` or ``"citation"`` if
-    it has that habit, and ``"wanted"`` if it has none; excerpts with both are left out.
-    ``"reference"`` is text of Python's language reference without habits. Files are ordered by the
-    hash of their names; an eighth of them is for ``test``, an eighth for ``validation``. Repeated
-    paragraphs are left out, and ``train`` has no paragraph that shares more than 30 % of its
-    six-word runs with the other splits.
+    longer paragraph, cut at 1,000. Its kind is ``"doctest"`` or ``"citation"`` if it has that
+    habit, and ``"wanted"`` if it has none; excerpts with both are left out. ``"reference"`` is text
+    of Python's language reference without habits. Files are ordered by the hash of their names; an
+    eighth of them is for ``test``, an eighth for ``validation``. Repeated paragraphs are left out,
+    and ``train`` has no paragraph that shares more than 30 % of its six-word runs with the other
+    splits.
 
     Args:
         sizes: Kind → characters of ``train``, as ``{"wanted": 2_000_000, …}``; ``test`` and

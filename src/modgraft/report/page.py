@@ -147,10 +147,11 @@ def _breakdown(
         (row, [NONE if f is None else str(f) for f in found]) for row, found in by_row if any(found)
     ]
     main = [row for row, _ in lines if row.group == "main" and not row.leaks]
-    picture = figures.bars(main[: figures.MOST_BARS], names, read, levels, what)
+    drawn = main[: figures.MOST_BARS]
+    picture = figures.bars(drawn, names, read, levels, what)
     if picture is not None:
         pictures["columns" if what == "column" else "families"] = picture
-    left_out = [row.title for row, _ in lines if row not in main[: figures.MOST_BARS]]
+    left_out = [row.title for row, _ in lines if row not in drawn]
     return Breakdown(what, picture, names, lines, [n for n in asked if n not in names], left_out)
 
 
