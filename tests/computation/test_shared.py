@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import modgraft as mg
 from computation.methods import METHODS, Nothing
 from contract.hosts import HOSTS, QV, WIDTH, side, tensor_of
+from modgraft.core.config import resolve
+from modgraft.core.errors import UnknownNameError
 
 
 def stirred(module: mg.Computation, at: Any, name: str = "bert") -> mg.Host:
@@ -195,3 +197,9 @@ def test_the_corrected_call_works() -> None:
         gpt.implant("m", mg.Shared(mg.LoRA(rank=4)), at=[f"transformer.{p}" for p in same_end])
     assert "group='name'" not in str(error.value)
     assert "only=('B',)" in str(error.value)
+
+
+def test_a_class_with_shared_tensors_is_still_named_among_the_known_ones() -> None:
+    stirred(mg.Compacter(width=8), "down")  # its sites share A, by a class made on the fly
+    with pytest.raises(UnknownNameError, match=r"known: .*\bCompacter\b"):
+        resolve("Compactor", mg.Computation)

@@ -220,19 +220,11 @@ def _print_selection(console: Console, chosen: dict[str, Any], total: int) -> No
 def _print_modules(console: Console, cards: Sequence[dict[str, Any]], total: int) -> None:
     from modgraft.host.describe import table
 
-    rows = []
-    for card in cards:
-        size = card["parameters"]
-        rows.append(
-            (
-                card["name"],
-                card["method"],
-                f"{card['sites']}",
-                f"{size:,}",
-                _share(size, total),
-                _verdict(card),
-            )
-        )
+    rows = [
+        (c["name"], c["method"], f"{c['sites']}", f"{c['parameters']:,}",
+         _share(c["parameters"], total), _verdict(c))
+        for c in cards
+    ]  # fmt: skip
     console.print()
     columns = ("module", "method", "sites", "parameters", "of the model", "fits")
     _show(console, table(columns, rows))

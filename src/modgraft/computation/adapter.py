@@ -146,10 +146,7 @@ class ParallelAdapter(BottleneckAdapter):
     ``at="feedforward[residual]"`` acts beside it and before the norm there.
 
     Args:
-        reduction: d / m, rounded so that m is whole; 16 if neither it nor ``width`` is given.
-        width: m itself.
-        nonlinearity: σ: ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``tanh``.
-        scale: s.
+        reduction, width, nonlinearity, scale: as in :class:`Adapter`.
 
     Raises:
         ModgraftError: for options that make no bottleneck, or a site whose first tensor input does

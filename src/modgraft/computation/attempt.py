@@ -147,6 +147,3 @@ class Attempt(TokenComposition):
         a = self.attention(side)
         mixed = self.phi + torch.einsum("bn,nkd->bkd", a, self.prompts())  # [B, length, d]
         return mixed, mixed.new_ones(mixed.shape[:2], dtype=torch.bool)
-
-    def after(self, first: int) -> int:
-        return 0 if self.at_start else first

@@ -256,6 +256,9 @@ class TokenComposition(InputComposition):
 
     default_at: ClassVar[str | None] = ""
 
+    at_start = False  # not annotated, so that it is no field of every subclass
+    """Whether the tokens stand before a class token too; a field where that can be chosen."""
+
     def at(self, site: Site) -> Self:
         """Return a copy built for the host at ``site``.
 
@@ -275,7 +278,7 @@ class TokenComposition(InputComposition):
         Args:
             first: how many the host expects at the start: 1 if it reads a class token there.
         """
-        return first
+        return 0 if self.at_start else first
 
 
 class KeyValueComposition(InputComposition):

@@ -92,13 +92,9 @@ class Compacter(FunctionComposition):
         if self.shared:
             redirect(self, ["A"], ModuleTensors(first))
 
-    def _rules(self) -> tuple[Tensor, Tensor]:
-        """Return the A ``[n, n, n]`` of W_d and that of W_u."""
-        return (self.A, self.A) if self.shared else (self.A_down, self.A_up)
-
     def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
         check_output("Compacter", y, self.b_up.numel())
-        A_down, A_up = self._rules()
+        A_down, A_up = (self.A, self.A) if self.shared else (self.A_down, self.A_up)
         down = _kronecker_sum(A_down, self.S_down, self.T_down)  # [m, d]
         up = _kronecker_sum(A_up, self.S_up, self.T_up)  # [d, m]
         hidden = NONLINEARITIES[self.nonlinearity](F.linear(y, down, self.b_down))  # [B, …, m]

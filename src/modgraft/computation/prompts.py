@@ -103,9 +103,6 @@ class SoftPrompt(TokenComposition):
         seen = torch.ones(batch, self.length, dtype=torch.bool, device=self.phi.device)
         return self.phi.expand(batch, -1, -1), seen  # [length, d] → [B, length, d]
 
-    def after(self, first: int) -> int:
-        return 0 if self.at_start else first
-
 
 @final
 class Prompt(TokenComposition):
@@ -159,9 +156,6 @@ class Prompt(TokenComposition):
         ids = self.get_buffer("_ids").expand(batch, -1)  # [k] → [B, k]
         table = self._host[0].get_input_embeddings()  # type: ignore[operator]
         return table(ids), torch.ones_like(ids, dtype=torch.bool)  # [B, k, d], [B, k]
-
-    def after(self, first: int) -> int:
-        return 0 if self.at_start else first
 
 
 def _encode(text: str, tokenizer: Any) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The paths of the parts of known architectures, as data.
 
-Each family is one row of role → path patterns, relative to the base model. In a pattern ``*`` is a
+Each family is one row of role → path pattern, relative to the base model. In a pattern ``*`` is a
 layer number, ``{a,b}`` is either, and a trailing ``[i/n]`` is the i-th of n equal parts of a fused
 projection's output. An architecture that is not here works by path and by type.
 """
@@ -18,7 +18,7 @@ class Family:
 
     Attributes:
         types: the ``config.model_type`` values it covers.
-        roles: role → patterns.
+        roles: role → pattern.
         prompt_at: how many positions stay first when tokens are put before the input: 1 for hosts
             that read a class token at position 0.
         counts_positions: whether the host takes the tokens' positions as an argument.
@@ -30,7 +30,7 @@ class Family:
     """
 
     types: tuple[str, ...]
-    roles: dict[str, tuple[str, ...]]
+    roles: dict[str, str]
     prompt_at: int = 0
     counts_positions: bool = True
     position_table: str = ""
@@ -40,39 +40,51 @@ class Family:
 
 _T5 = "{encoder,decoder}.block.*.layer.*"
 
+_LLAMA = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "smollm3",
+    "olmo2",
+)
+
 _BERT = {
-    "query": ("encoder.layer.*.attention.self.query",),
-    "key": ("encoder.layer.*.attention.self.key",),
-    "value": ("encoder.layer.*.attention.self.value",),
-    "output": ("encoder.layer.*.attention.output.dense",),
-    "attention": ("encoder.layer.*.attention",),
-    "self_attention": ("encoder.layer.*.attention.self",),
-    "feedforward": ("encoder.layer.*.output",),
-    "up": ("encoder.layer.*.intermediate.dense",),
-    "down": ("encoder.layer.*.output.dense",),
-    "block": ("encoder.layer.*",),
-    "embedding": ("embeddings.word_embeddings",),
-    "encoder.output": ("encoder",),
+    "query": "encoder.layer.*.attention.self.query",
+    "key": "encoder.layer.*.attention.self.key",
+    "value": "encoder.layer.*.attention.self.value",
+    "output": "encoder.layer.*.attention.output.dense",
+    "attention": "encoder.layer.*.attention",
+    "self_attention": "encoder.layer.*.attention.self",
+    "feedforward": "encoder.layer.*.output",
+    "up": "encoder.layer.*.intermediate.dense",
+    "down": "encoder.layer.*.output.dense",
+    "block": "encoder.layer.*",
+    "embedding": "embeddings.word_embeddings",
+    "encoder.output": "encoder",
 }
 
 FAMILIES = (
     Family(
         ("t5", "mt5", "umt5"),
         {
-            "query": (f"{_T5}.{{SelfAttention,EncDecAttention}}.q",),
-            "key": (f"{_T5}.{{SelfAttention,EncDecAttention}}.k",),
-            "value": (f"{_T5}.{{SelfAttention,EncDecAttention}}.v",),
-            "output": (f"{_T5}.{{SelfAttention,EncDecAttention}}.o",),
-            "attention": (f"{_T5}.SelfAttention",),
-            "self_attention": (f"{_T5}.SelfAttention",),
-            "cross_attention": ("decoder.block.*.layer.1.EncDecAttention",),
-            "feedforward": (f"{_T5}.DenseReluDense",),
-            "up": (f"{_T5}.DenseReluDense.{{wi,wi_0,wi_1}}",),
-            "down": (f"{_T5}.DenseReluDense.wo",),
-            "block": ("{encoder,decoder}.block.*",),
-            "embedding": ("{encoder,decoder}.embed_tokens",),
-            "encoder.output": ("encoder",),
-            "decoder.output": ("decoder",),
+            "query": f"{_T5}.{{SelfAttention,EncDecAttention}}.q",
+            "key": f"{_T5}.{{SelfAttention,EncDecAttention}}.k",
+            "value": f"{_T5}.{{SelfAttention,EncDecAttention}}.v",
+            "output": f"{_T5}.{{SelfAttention,EncDecAttention}}.o",
+            "attention": f"{_T5}.SelfAttention",
+            "self_attention": f"{_T5}.SelfAttention",
+            "cross_attention": "decoder.block.*.layer.1.EncDecAttention",
+            "feedforward": f"{_T5}.DenseReluDense",
+            "up": f"{_T5}.DenseReluDense.{{wi,wi_0,wi_1}}",
+            "down": f"{_T5}.DenseReluDense.wo",
+            "block": "{encoder,decoder}.block.*",
+            "embedding": "{encoder,decoder}.embed_tokens",
+            "encoder.output": "encoder",
+            "decoder.output": "decoder",
         },
         counts_positions=False,  # relative ones
         one_input=(
@@ -91,46 +103,36 @@ FAMILIES = (
     Family(
         ("gpt2",),
         {
-            "query": ("h.*.attn.c_attn[0/3]",),
-            "key": ("h.*.attn.c_attn[1/3]",),
-            "value": ("h.*.attn.c_attn[2/3]",),
-            "output": ("h.*.attn.c_proj",),
-            "attention": ("h.*.attn",),
-            "self_attention": ("h.*.attn",),
-            "feedforward": ("h.*.mlp",),
-            "up": ("h.*.mlp.c_fc",),
-            "down": ("h.*.mlp.c_proj",),
-            "block": ("h.*",),
-            "embedding": ("wte",),
-            "decoder.output": ("ln_f",),
+            "query": "h.*.attn.c_attn[0/3]",
+            "key": "h.*.attn.c_attn[1/3]",
+            "value": "h.*.attn.c_attn[2/3]",
+            "output": "h.*.attn.c_proj",
+            "attention": "h.*.attn",
+            "self_attention": "h.*.attn",
+            "feedforward": "h.*.mlp",
+            "up": "h.*.mlp.c_fc",
+            "down": "h.*.mlp.c_proj",
+            "block": "h.*",
+            "embedding": "wte",
+            "decoder.output": "ln_f",
         },
         position_table="wpe",
     ),
     Family(
-        (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "smollm3",
-            "olmo2",
-        ),
+        _LLAMA,
         {
-            "query": ("layers.*.self_attn.q_proj",),
-            "key": ("layers.*.self_attn.k_proj",),
-            "value": ("layers.*.self_attn.v_proj",),
-            "output": ("layers.*.self_attn.o_proj",),
-            "attention": ("layers.*.self_attn",),
-            "self_attention": ("layers.*.self_attn",),
-            "feedforward": ("layers.*.mlp",),
-            "up": ("layers.*.mlp.{gate_proj,up_proj}",),
-            "down": ("layers.*.mlp.down_proj",),
-            "block": ("layers.*",),
-            "embedding": ("embed_tokens",),
-            "decoder.output": ("norm",),
+            "query": "layers.*.self_attn.q_proj",
+            "key": "layers.*.self_attn.k_proj",
+            "value": "layers.*.self_attn.v_proj",
+            "output": "layers.*.self_attn.o_proj",
+            "attention": "layers.*.self_attn",
+            "self_attention": "layers.*.self_attn",
+            "feedforward": "layers.*.mlp",
+            "up": "layers.*.mlp.{gate_proj,up_proj}",
+            "down": "layers.*.mlp.down_proj",
+            "block": "layers.*",
+            "embedding": "embed_tokens",
+            "decoder.output": "norm",
         },
         one_input=(
             ("layers.*.self_attn", ("q_proj", "k_proj", "v_proj")),
@@ -140,18 +142,18 @@ FAMILIES = (
     Family(
         ("vit",),
         {
-            "query": ("layers.*.attention.q_proj",),
-            "key": ("layers.*.attention.k_proj",),
-            "value": ("layers.*.attention.v_proj",),
-            "output": ("layers.*.attention.o_proj",),
-            "attention": ("layers.*.attention",),
-            "self_attention": ("layers.*.attention",),
-            "feedforward": ("layers.*.mlp",),
-            "up": ("layers.*.mlp.fc1",),
-            "down": ("layers.*.mlp.fc2",),
-            "block": ("layers.*",),
-            "embedding": ("embeddings",),
-            "encoder.output": ("layernorm",),
+            "query": "layers.*.attention.q_proj",
+            "key": "layers.*.attention.k_proj",
+            "value": "layers.*.attention.v_proj",
+            "output": "layers.*.attention.o_proj",
+            "attention": "layers.*.attention",
+            "self_attention": "layers.*.attention",
+            "feedforward": "layers.*.mlp",
+            "up": "layers.*.mlp.fc1",
+            "down": "layers.*.mlp.fc2",
+            "block": "layers.*",
+            "embedding": "embeddings",
+            "encoder.output": "layernorm",
         },
         prompt_at=1,
         counts_positions=False,

@@ -136,8 +136,9 @@ def resolve(name: str, kind: type[C]) -> type[C]:
 
 
 def final(kind: type[Configured]) -> bool:
-    """Whether the class can be instantiated and is no base class."""
-    return not getattr(kind, "__abstractmethods__", None) and not kind.__subclasses__()
+    """Whether the class can be instantiated and is no base class of a registered one."""
+    abstract = getattr(kind, "__abstractmethods__", None)
+    return not abstract and set(REGISTRY.values()).isdisjoint(kind.__subclasses__())
 
 
 def mismatch(values: Mapping[str, Any], types: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -51,8 +51,7 @@ class Side:
     def to(self, *args: object, **kwargs: object) -> Side:
         """Move it to a device (or to a floating type), as :meth:`torch.Tensor.to` does."""
         tensor = self.tensor.to(*args, **kwargs)  # type: ignore[arg-type]
-        mask = None if self.mask is None else self.mask.to(tensor.device)
-        return Side(tensor, mask)
+        return Side(tensor, None if self.mask is None else self.mask.to(tensor.device))
 
     def pin_memory(self) -> Side:
         """Copy it to page-locked memory, as ``DataLoader(pin_memory=True)`` asks."""

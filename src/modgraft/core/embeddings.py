@@ -8,6 +8,7 @@ from torch import nn
 
 from modgraft.core.architectures import base_path, family_of
 from modgraft.core.errors import ModgraftError
+from modgraft.core.sites import joined
 
 
 def token_table(host: nn.Module) -> nn.Embedding:
@@ -55,9 +56,7 @@ def token_positions(host: nn.Module) -> tuple[int, int] | None:
     family = family_of(host)
     if family is None or not family.position_table:
         return None
-    base = base_path(host)
-    path = f"{base}.{family.position_table}" if base else family.position_table
-    table = host.get_submodule(path)
+    table = host.get_submodule(joined(base_path(host), family.position_table))
     assert isinstance(table, nn.Embedding)  # noqa: S101
     first = 0 if table.padding_idx is None else table.padding_idx + 1
     return first, table.num_embeddings - first

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -181,7 +182,8 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
     Raises:
         SiteError: if nothing matches, or not as many as expected; it lists what there is.
     """
-    found = {site.label: site for each in _list(at) for site in _find_one(model, each)}
+    several: Sequence[Any] = at if isinstance(at, list | tuple) else [at]
+    found = {site.label: site for each in several for site in _find_one(model, each)}
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     sites = sorted(
         found.values(), key=lambda s: (order[s.path], s.parameter or "", s.part or (0, 0))
@@ -207,39 +209,36 @@ def one_input(model: nn.Module) -> list[list[nn.Module]]:
     ]
 
 
-def _list(at: At) -> Sequence[At]:
-    return at if isinstance(at, list | tuple) else [at]  # type: ignore[list-item]
-
-
 def _find_one(model: nn.Module, at: At) -> list[Site]:
-    paths = dict(model.named_modules())
-    if isinstance(at, type):
-        sites = [_site(model, p, m) for p, m in paths.items() if isinstance(m, at)]
-        if not sites:
-            kinds = sorted({type(m).__name__ for m in paths.values()})
-            raise SiteError(f"no {at.__name__} in the host; it is made of {', '.join(kinds)}")
-        return sites
     if isinstance(at, str) and at.endswith(RESIDUAL):
         return [replace(s, residual=True) for s in _find_one(model, at.removesuffix(RESIDUAL))]
     if isinstance(at, str):
-        family = family_of(model)
-        if family is not None and at in family.roles:
-            base = base_path(model)
-            patterns = [f"{base}.{p}" if base else p for p in family.roles[at]]
-            sites = [s for p in patterns for s in _match(model, p, r"\d+")]
-        else:
-            sites = _match(model, at, ".*")
-        if not sites:
-            raise _no_match(model, at)
+        return _find_named(model, at)
+    if not callable(at):
+        raise SiteError(
+            f"a selection is a role, a path pattern, a type, a predicate or a list, not {at!r}"
+        )
+    modules = dict(model.named_modules())
+    holds = (lambda _, module: isinstance(module, at)) if isinstance(at, type) else at
+    sites = [_site(model, path, module) for path, module in modules.items() if holds(path, module)]
+    if sites:
         return sites
-    if callable(at):
-        sites = [_site(model, p, m) for p, m in paths.items() if at(p, m)]
-        if not sites:
-            raise SiteError(f"the predicate {at!r} holds for none of {len(paths)} sub-modules")
-        return sites
-    raise SiteError(
-        f"a selection is a role, a path pattern, a type, a predicate or a list, not {at!r}"
-    )
+    if isinstance(at, type):
+        kinds = sorted({type(m).__name__ for m in modules.values()})
+        raise SiteError(f"no {at.__name__} in the host; it is made of {', '.join(kinds)}")
+    raise SiteError(f"the predicate {at!r} holds for none of {len(modules)} sub-modules")
+
+
+def _find_named(model: nn.Module, at: str) -> list[Site]:
+    """Find the sites of a role, or of a path pattern if there is no such role."""
+    family = family_of(model)
+    if family is not None and at in family.roles:
+        sites = _match(model, joined(base_path(model), family.roles[at]), r"\d+")
+    else:
+        sites = _match(model, at, ".*")
+    if not sites:
+        raise _no_match(model, at)
+    return sites
 
 
 def _match(model: nn.Module, pattern: str, star: str) -> list[Site]:

@@ -173,12 +173,8 @@ def _record(family: str, split: str, drawn: _Drawn) -> dict[str, Any]:
         "hint": drawn.hint,
         "image": "image.png" if drawn.digits is not None else None,
         "task": "closed choice",
-        "grade": kind.grade,
-        "subject": kind.subject,
-        "topic": kind.topic,
+        **vars(kind),
         "category": family,
-        "skill": kind.skill,
-        "lecture": kind.lecture,
         "solution": stated + drawn.rationale,
         "split": split,
     }
@@ -217,13 +213,9 @@ def _read(rng: np.random.Generator) -> _Drawn:
     (place,) = _places(rng, 1)
     options, answer = _options(rng, range(10))
     digits = _strip(rng, {place: options[answer]})
-    return _Drawn(
-        f"What is the {POSITIONS[place]} digit?",
-        options,
-        answer,
-        f"{POSITIONS[place]} {digits[place]}, so {digits[place]}.",
-        digits=digits,
-    )
+    question = f"What is the {POSITIONS[place]} digit?"
+    rationale = f"{POSITIONS[place]} {digits[place]}, so {digits[place]}."
+    return _Drawn(question, options, answer, rationale, digits=digits)
 
 
 def _compare(rng: np.random.Generator) -> _Drawn:
@@ -235,13 +227,9 @@ def _compare(rng: np.random.Generator) -> _Drawn:
     swap = rng.random() < 0.5
     digits = _strip(rng, {first: other if swap else best, second: best if swap else other})
     a, b = POSITIONS[first], POSITIONS[second]
-    return _Drawn(
-        f"Which digit is {word}, {a} or {b}?",
-        options,
-        answer,
-        f"{a} {digits[first]}, {b} {digits[second]}, {word} {best}, so {best}.",
-        digits=digits,
-    )
+    question = f"Which digit is {word}, {a} or {b}?"
+    rationale = f"{a} {digits[first]}, {b} {digits[second]}, {word} {best}, so {best}."
+    return _Drawn(question, options, answer, rationale, digits=digits)
 
 
 def _add(rng: np.random.Generator) -> _Drawn:
@@ -253,13 +241,9 @@ def _add(rng: np.random.Generator) -> _Drawn:
     one = int(rng.integers(max(0, total - 9), min(9, total) + 1))
     digits = _strip(rng, {first: one, second: total - one})
     a, b = POSITIONS[first], POSITIONS[second]
-    return _Drawn(
-        f"What is {a} plus {b}?",
-        options,
-        answer,
-        f"{a} {one} plus {b} {total - one} is {total}, so {total}.",
-        digits=digits,
-    )
+    question = f"What is {a} plus {b}?"
+    rationale = f"{a} {one} plus {b} {total - one} is {total}, so {total}."
+    return _Drawn(question, options, answer, rationale, digits=digits)
 
 
 def _even(rng: np.random.Generator) -> _Drawn:
@@ -273,13 +257,9 @@ def _even(rng: np.random.Generator) -> _Drawn:
         f"{place} {digit} {'odd' if digit % 2 else 'even'}"
         for place, digit in zip(POSITIONS, digits, strict=True)
     )
-    return _Drawn(
-        "How many digits are even?",
-        options,
-        answer,
-        f"{parity}, so {options[answer]}.",
-        digits=digits,
-    )
+    question = "How many digits are even?"
+    rationale = f"{parity}, so {options[answer]}."
+    return _Drawn(question, options, answer, rationale, digits=digits)
 
 
 def _table(rng: np.random.Generator) -> tuple[dict[int, str], str]:
@@ -295,14 +275,9 @@ def _lookup(rng: np.random.Generator) -> _Drawn:
     code = options[answer]
     digit = next(d for d, c in rows.items() if c == code)
     digits = _strip(rng, {place: digit})
-    return _Drawn(
-        f"Which code has the {POSITIONS[place]} digit?",
-        options,
-        answer,
-        f"{POSITIONS[place]} {digit}, row {digit} {code}, so {code}.",
-        hint,
-        digits,
-    )
+    question = f"Which code has the {POSITIONS[place]} digit?"
+    rationale = f"{POSITIONS[place]} {digit}, row {digit} {code}, so {code}."
+    return _Drawn(question, options, answer, rationale, hint, digits)
 
 
 def _text(rng: np.random.Generator) -> _Drawn:

@@ -32,6 +32,7 @@ _FOOTNOTE = re.compile(r"^[ \t]*\.\. \[[^\]\n]+\](?:[ \t]|$)", re.MULTILINE)
 _PARSER = doctest.DocTestParser()
 _WORDS = re.compile(r"[^\W_]+")
 _SHINGLE, _ALIKE = 6, 0.3
+_LENGTH = 500  # characters of an excerpt
 
 Texts = Mapping[str, Mapping[str, list[str]]]
 """Split → kind → excerpts."""
@@ -64,64 +65,61 @@ def kind_of(text: str) -> str | None:
     return "doctest" if session else "citation" if citation else "wanted"
 
 
-def excerpts(sizes: Mapping[str, int], *, length: int = 500) -> dict[str, dict[str, list[str]]]:
+def excerpts(sizes: Mapping[str, int]) -> dict[str, dict[str, list[str]]]:
     """Return excerpts of docstrings by split and kind.
 
-    An excerpt is a run of paragraphs of one docstring, with at most ``length`` characters, or a
-    single longer paragraph, cut at ``2 * length``. Its kind is ``"doctest"`` or ``"citation"`` if
-    it has that habit, and ``"wanted"`` if it has none; excerpts with both are left out.
-    ``"reference"`` is text of Python's language reference without habits. Files are ordered by the
-    hash of their names; an eighth of them is for ``test``, an eighth for ``validation``. Repeated
-    paragraphs are left out, and ``train`` has no paragraph that shares more than 30 % of its
-    six-word runs with the other splits.
+    An excerpt is a run of paragraphs of one docstring, with at most 500 characters, or a single
+    longer paragraph, cut at 1,000. Its kind is ``"doctest"`` or ``"citation"`` if it has that
+    habit, and ``"wanted"`` if it has none; excerpts with both are left out. ``"reference"`` is text
+    of Python's language reference without habits. Files are ordered by the hash of their names; an
+    eighth of them is for ``test``, an eighth for ``validation``. Repeated paragraphs are left out,
+    and ``train`` has no paragraph that shares more than 30 % of its six-word runs with the other
+    splits.
 
     Args:
         sizes: Kind → characters of ``train``, as ``{"wanted": 2_000_000, …}``; ``test`` and
             ``validation`` have at most an eighth of that.
-        length: The characters of an excerpt.
 
     Raises:
         DataError: A kind does not exist, or less than half of the characters can be found.
     """
     if unknown := set(sizes) - set(KINDS):
         raise DataError(f"no kind {sorted(unknown)[0]!r}", remedy=f"kinds are {', '.join(KINDS)}")
-    room = {(s, k): n if s == "train" else n / 8 for s in SPLITS for k, n in sizes.items()}
-    kept: dict[tuple[str, str], list[str]] = {part: [] for part in room}
+    kept: dict[str, dict[str, list[str]]] = {s: {k: [] for k in sizes} for s in SPLITS}
     paragraphs: set[str] = set()
     shingles: set[int] = set()
     sources = _sources()
     for split in SPLITS:  # held-out splits first: train must not overlap with them
-        wanted = {kind for kind in sizes if room[split, kind] > 0}
-        for kind, text in _excerpts_of(
-            sources[split], paragraphs, shingles, split == "train", length
-        ):
-            if kind in wanted:
-                kept[split, kind].append(text)
-                room[split, kind] -= len(text)
-                wanted = {k for k in sizes if room[split, k] > 0}
-            if not wanted:
+        shares = {k: n if split == "train" else n / 8 for k, n in sizes.items()}
+        left = dict(shares)
+        for kind, text in _excerpts_of(sources[split], paragraphs, shingles, split == "train"):
+            if left.get(kind, 0) > 0:
+                kept[split][kind].append(text)
+                left[kind] -= len(text)
+            if max(left.values(), default=0) <= 0:
                 break
-    for (split, kind), left in room.items():
-        share = sizes[kind] if split == "train" else sizes[kind] / 8
-        if left > share / 2:
+        _check_found(split, shares, left)
+    return kept
+
+
+def _check_found(split: str, shares: Mapping[str, float], left: Mapping[str, float]) -> None:
+    """Refuse a split that lacks more than half of the characters of a kind."""
+    for kind, share in shares.items():
+        if left[kind] > share / 2:
             raise DataError(
-                f"only {share - left:,.0f} of {share:,.0f} characters of {kind!r} were found for "
-                f"{split} in {', '.join(PACKAGES)}",
+                f"only {share - left[kind]:,.0f} of {share:,.0f} characters of {kind!r} were found "
+                f"for {split} in {', '.join(PACKAGES)}",
                 remedy="ask for less, or install these packages with their sources",
             )
-    return {s: {k: kept[s, k] for k in sizes} for s in SPLITS}
 
 
 def _excerpts_of(
-    sources: list[tuple[str, Path | str]], known: set[str], held_out: set[int], training: bool,
-    length: int,
-) -> Iterator[tuple[str, str]]:  # fmt: skip
+    sources: list[tuple[str, Path | str]], known: set[str], held_out: set[int], training: bool
+) -> Iterator[tuple[str, str]]:
     """Yield kind and text of each excerpt of these sources, without those of both habits."""
     for _, source in sources:
         for docstring in [source] if isinstance(source, str) else _docstrings_of_file(source):
-            for text in _join_paragraphs(
-                _new_paragraphs(docstring, known, held_out, training), length
-            ):
+            for text in _join_paragraphs(_new_paragraphs(docstring, known, held_out, training)):
                 kind = kind_of(text)
                 if not isinstance(source, str) and kind is not None:
                     yield kind, text
@@ -187,19 +185,19 @@ def _new_paragraphs(text: str, known: set[str], shingles: set[int], training: bo
     return made
 
 
-def _join_paragraphs(paragraphs: list[str], length: int) -> Iterator[str]:
-    """Join consecutive paragraphs to excerpts of up to ``length`` characters.
+def _join_paragraphs(paragraphs: list[str]) -> Iterator[str]:
+    """Join consecutive paragraphs to excerpts of up to ``_LENGTH`` characters.
 
     A paragraph with a habit stays together with the one before it, which leads to the habit.
     """
     held: list[str] = []
     for paragraph in paragraphs:
-        if held and sum(map(len, held)) + len(paragraph) > length:
+        if held and sum(map(len, held)) + len(paragraph) > _LENGTH:
             keep = 1 if kind_of(paragraph) != "wanted" and kind_of(held[-1]) == "wanted" else 0
             if len(held) > keep:
                 yield "\n\n".join(held[: len(held) - keep])
             held = held[len(held) - keep :]
-        held.append(paragraph[: 2 * length])
+        held.append(paragraph[: 2 * _LENGTH])
     if held:
         yield "\n\n".join(held)
 

@@ -97,15 +97,12 @@ def extract_features(
         MissingFileError: An image does not exist.
         DataError: An image is broken, the cache is another model's, or features cannot be used.
     """
-    skips, file = Skips(skip_bad), Path(cache) if cache is not None else None
-    mark = fingerprint(model, processor) if file is not None else ""
-    maps = _read_cache(file, mark) if file is not None and file.exists() else {}
+    skips = Skips(skip_bad)
+    known = _Cache(None if cache is None else Path(cache), model, processor)
     wanted = [record for record in questions if record.image is not None]
-    todo = [record for record in wanted if record.id not in maps]
+    todo = [record for record in wanted if record.id not in known.maps]
     if todo:
         questions.image_path(todo[0])  # an unknown folder is an error, not a question to skip
-    batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
-    unsaved, training = 0, model.training
     columns = (
         TextColumn("vision features"),
         BarColumn(),
@@ -113,25 +110,22 @@ def extract_features(
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=Console(stderr=True), disable=not (progress and todo))
+    training = model.training
     model.eval()
     try:
         with bar:
             task = bar.add_task("", total=len(todo))
-            for batch in batches:
-                maps |= _extract(batch, questions, model, processor, skips)
-                unsaved += 1
-                if file is not None and unsaved == _BATCHES:
-                    _write_cache(file, maps, mark)
-                    unsaved = 0
+            for i in range(0, len(todo), batch_size):
+                batch = todo[i : i + batch_size]
+                known.add(_extract(batch, questions, model, processor, skips))
                 bar.advance(task, len(batch))
     finally:
         model.train(training)
-        if file is not None and unsaved:
-            _write_cache(file, maps, mark)
+        known.save()
     out = skips.ids
     kept = [record for record in wanted if record.id not in out]
-    have = {record.id: maps[record.id] for record in kept}
-    features = check_features(have, kept, skips=skips, file=file or type(model).__name__)
+    have = {record.id: known.maps[record.id] for record in kept}
+    features = check_features(have, kept, skips=skips, file=known.file or type(model).__name__)
     return dataclasses.replace(questions, features=features).without(skips)
 
 
@@ -211,22 +205,42 @@ def _extract(
     return {qid: map_.clone() for qid, map_ in zip(images, maps, strict=True)}
 
 
-def _read_cache(file: Path, mark: str) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as cache:
-            found = (cache.metadata() or {}).get("fingerprint", "")
-            maps = {qid: cache.get_tensor(qid) for qid in cache.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        reason = f"the cache is not a whole .safetensors file ({error})"
-        raise DataError(reason, file=file, remedy="Delete it; it will be made again") from error
-    if found != mark:
-        reason = "the cache holds the features of another model or image processor"
-        raise DataError(
-            reason, file=file, remedy="Delete it, or give each model its own cache file"
-        )
-    return maps
+class _Cache:
+    """The features extracted so far, by id, also kept in ``file`` unless it is None."""
 
+    def __init__(self, file: Path | None, model: nn.Module, processor: Processor) -> None:
+        self.file = file
+        self.maps: dict[str, Tensor] = {}
+        self._unsaved = 0  # batches
+        if file is not None:
+            self._mark = fingerprint(model, processor)
+            if file.exists():
+                self.maps = self._read(file)
 
-def _write_cache(file: Path, maps: Mapping[str, Tensor], mark: str) -> None:
-    with whole(file) as part:
-        save_file(dict(maps), part, metadata={"fingerprint": mark})
+    def _read(self, file: Path) -> dict[str, Tensor]:
+        try:
+            with safe_open(file, framework="pt") as cache:
+                found = (cache.metadata() or {}).get("fingerprint", "")
+                maps = {qid: cache.get_tensor(qid) for qid in cache.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            reason = f"the cache is not a whole .safetensors file ({error})"
+            raise DataError(reason, file=file, remedy="Delete it; it will be made again") from error
+        if found != self._mark:
+            reason = "the cache holds the features of another model or image processor"
+            remedy = "Delete it, or give each model its own cache file"
+            raise DataError(reason, file=file, remedy=remedy)
+        return maps
+
+    def add(self, maps: Mapping[str, Tensor]) -> None:
+        """Add the features of a batch; the file is written now and then."""
+        self.maps |= maps
+        self._unsaved += 1
+        if self._unsaved == _BATCHES:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file, if there is one and it lacks anything."""
+        if self.file is not None and self._unsaved:
+            with whole(self.file) as part:
+                save_file(self.maps, part, metadata={"fingerprint": self._mark})
+        self._unsaved = 0

@@ -108,25 +108,23 @@ def check_features(
 
 def _check_map(value: np.ndarray | Tensor, qid: str, file: str | Path, width: int | None) -> Tensor:
     given = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    shape, remedy = list(given.shape), f"{_AGAIN}, {OR_SKIP}"
-    if not given.is_floating_point():
-        reason = f"the features are {given.dtype}, not floating point"
-        raise DataError(reason, id=qid, file=file, remedy=remedy)
     map_ = given.detach().to(torch.float32)
     map_ = map_[None] if map_.ndim == 1 else map_  # [d] -> [1, d]
-    if map_.ndim != 2 or 0 in map_.shape:
-        reason = f"the features have shape {shape}, expected [patches, width]"
-        raise DataError(reason, id=qid, file=file, remedy=remedy)
-    if width is not None and map_.shape[1] != width:
+    remedy = f"{_AGAIN}, {OR_SKIP}"
+    if not given.is_floating_point():
+        reason = f"the features are {given.dtype}, not floating point"
+    elif map_.ndim != 2 or 0 in map_.shape:
+        reason = f"the features have shape {list(given.shape)}, expected [patches, width]"
+    elif width is not None and map_.shape[1] != width:
         reason = f"the features are {map_.shape[1]} wide, expected {width}"
         remedy = f"Use the features of the one model that the module was made for, {OR_SKIP}"
-        raise DataError(reason, id=qid, file=file, remedy=remedy)
-    if not torch.isfinite(map_).all():
-        raise DataError("the features hold NaN or infinity", id=qid, file=file, remedy=remedy)
-    if not map_.any():
+    elif not torch.isfinite(map_).all():
+        reason = "the features hold NaN or infinity"
+    elif not map_.any():
         reason = "the features are all zero, as written where an image was missing"
-        raise DataError(reason, id=qid, file=file, remedy=remedy)
-    return map_.contiguous()
+    else:
+        return map_.contiguous()
+    raise DataError(reason, id=qid, file=file, remedy=remedy)
 
 
 def _read_npy(file: Path) -> np.ndarray:

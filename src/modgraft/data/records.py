@@ -47,7 +47,8 @@ class Record:
     caption: str = ""
 
     def __post_init__(self) -> None:
-        _check_record(self)
+        if reason := _problem_of(self):
+            raise DataError(reason, id=self.id, remedy=_FIX)
 
     @property
     def letter(self) -> str:
@@ -119,22 +120,20 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Field → whether a value has the right type, and that type's name in errors."""
 
 
-def _check_record(record: Record) -> None:
+def _problem_of(record: Record) -> str | None:
+    """Return what is wrong with a record, None if nothing is."""
     count = len(record.choices)
     if not record.question.strip():
-        raise DataError("the question is empty", id=record.id, remedy=_FIX)
+        return "the question is empty"
     if count < 2:
-        many = "no choices" if count == 0 else "only one choice"
-        raise DataError(f"the record has {many}", id=record.id, remedy=_FIX)
+        return f"the record has {'only one choice' if count else 'no choices'}"
     if count > len(LETTERS):
-        raise DataError(
-            f"{count} choices, but only {len(LETTERS)} letters", id=record.id, remedy=_FIX
-        )
+        return f"{count} choices, but only {len(LETTERS)} letters"
     if not 0 <= record.answer < count:
-        reason = (
+        return (
             f"answer index {record.answer} is out of range for {count} choices (0 to {count - 1})"
         )
-        raise DataError(reason, id=record.id, remedy=_FIX)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

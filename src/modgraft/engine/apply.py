@@ -196,17 +196,11 @@ def _choose(
     at: Applier, routed: RoutedMixture, members: Sequence[Sequence[Entry]], y: Tensor
 ) -> Tensor:
     """Return the router's weights ``[N]``, ``[B, N]`` or ``[B, n, N]`` for the rows of ``y``."""
-    mixture = routed.mixture
-    if mixture.route.inspects:
+    route = routed.mixture.route
+    if route.inspects:
         found = [[Member(e.module, e.part) for e in some] for some in members]  # type: ignore[arg-type]
-        mixture.route.inspect(found, at.site.layer)
-    weights = mixture.choose(at.site.call, at.x, y, routed.task).weights
-    if weights.dim() != 2:
-        return weights
-    batch = at.batch or y.shape[0]
-    if weights.shape[0] != batch and batch % weights.shape[0] == 0:  # beams follow their example
-        weights = weights.repeat_interleave(batch // weights.shape[0], dim=0)
-    return weights if at.rows is None else weights[at.rows]
+        route.inspect(found, at.site.layer)
+    return routed.weights(at.site.call, at.x, y, at.rows, at.batch)
 
 
 def _few(chosen: Tensor) -> bool:

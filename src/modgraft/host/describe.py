@@ -53,13 +53,9 @@ class Row:
 
 def shape_of(site: Site) -> str:
     """The weight's shape, ``"64 × 32"``, else the width of the output, or – if it is unknown."""
+    shape = _weight_shape(site)
     try:
-        rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
-        return f"{rows:,} × {columns:,}"
-    except (SiteError, ValueError):
-        pass
-    try:
-        return f"{site.width:,}"
+        return f"{site.width:,}" if shape is None else f"{shape[0]:,} × {shape[1]:,}"
     except SiteError:
         return "–"
 
@@ -68,14 +64,19 @@ def lora_cost(sites: Iterable[Site], rank: int) -> int | None:
     """The number of parameters of LoRA at ``sites``; None if it is not defined at one of them."""
     total = 0
     for site in sites:
-        try:
-            rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
-        except (SiteError, ValueError):
+        shape = _weight_shape(site)
+        if shape is None or rank > min(shape):
             return None
-        if rank > min(rows, columns):
-            return None
-        total += rank * (rows + columns)
+        total += rank * sum(shape)
     return total
+
+
+def _weight_shape(site: Site) -> tuple[int, int] | None:
+    try:
+        rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
+    except (SiteError, ValueError):
+        return None
+    return rows, columns
 
 
 def rows_of(model: nn.Module) -> list[Row]:
@@ -99,11 +100,11 @@ def _by_pattern(model: nn.Module) -> list[Row]:
         direct = next(module.parameters(recurse=False), None) is not None
         inner = not direct and any(True for _ in module.parameters())
         if path and (direct or (inner and not isinstance(module, nn.ModuleList | nn.Sequential))):
-            groups.setdefault((_starred(path), type(module)), []).append(path)
+            groups.setdefault((starred(path), type(module)), []).append(path)
         if direct and not isinstance(module, WEIGHTED):
             for label, _ in weight_labels(path, module):  # the single weights of attention, RNNs, …
                 if label not in modules:
-                    groups.setdefault((_starred(label), type(module)), []).append(label)
+                    groups.setdefault((starred(label), type(module)), []).append(label)
     rows = []
     for (pattern, _), labels in groups.items():
         for at in (pattern, _numbered(labels), "{" + ",".join(labels) + "}"):
@@ -114,7 +115,8 @@ def _by_pattern(model: nn.Module) -> list[Row]:
     return rows
 
 
-def _starred(label: str) -> str:
+def starred(label: str) -> str:
+    """Replace the numbers in a path by ``*``."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", label)
 
 
@@ -162,9 +164,9 @@ def _times(weight: float) -> str:
     return "" if weight == 1 else f"× {weight:g}"
 
 
-def sites_table(model: nn.Module, title: str = "") -> Table:
+def sites_table(model: nn.Module) -> Table:
     """The sites of ``model``, one selection a row."""
-    return table(SITES, [row.cells() for row in rows_of(model)], title)
+    return table(SITES, [row.cells() for row in rows_of(model)])
 
 
 def describe(model: nn.Module, implants: Implants, composition: Expression | None) -> str:
@@ -181,10 +183,9 @@ def describe(model: nn.Module, implants: Implants, composition: Expression | Non
     return "\n\n".join(parts)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Make a table whose cells are plain text: ``[0/3]`` is no markup."""
-    found = Table(title=title or None, title_justify="left", box=_RULE, padding=(0, 1, 0, 0))
-    found.show_edge = False
+    found = Table(box=_RULE, padding=(0, 1, 0, 0), show_edge=False)
     for name in columns:
         side = "right" if name in RIGHT else "left"
         found.add_column(name, justify=side, overflow="fold", header_style="bold")

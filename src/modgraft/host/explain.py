@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from modgraft.computation.base import (
-    KeyValueComposition,
-    ParameterComposition,
-    TokenComposition,
-)
+from modgraft.computation.base import KeyValueComposition, ParameterComposition, TokenComposition
 from modgraft.core.expression import Expression
 from modgraft.core.layers import weight_matrix
 from modgraft.core.per_example import Each
@@ -21,7 +16,7 @@ from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.kernels.linear import PLAIN
 from modgraft.engine.plan import Entry, Group, Plan
 from modgraft.engine.state import STATE, State
-from modgraft.host.describe import plain, rows_of, table
+from modgraft.host.describe import plain, rows_of, starred, table
 from modgraft.routing.mixture import RoutedMixture
 
 COLUMNS = ("sites at", "number", "examples", "without gradients", "with gradients")
@@ -43,7 +38,9 @@ def explain(model: nn.Module, composition: Expression | None) -> str:
     title = f"{'the bare host' if composition is None else composition}"
     if composition is None:
         return f"{title}: every site runs as it is"
-    roles = _roles(model)
+    roles: dict[tuple[str, object], str] = {
+        (site.path, site.part): row.at for row in rows_of(model)[::-1] for site in row.sites
+    }
     sites: dict[tuple[str, str, Way], int] = {}
     for path, layer in model.named_modules():
         state: State | None = layer.__dict__.get(STATE)
@@ -68,15 +65,11 @@ def _count(group: Group, composition: Expression) -> int:
     return len(composition.rows) if isinstance(composition, Each) else 0
 
 
-def _roles(model: nn.Module) -> dict[tuple[str, object], str]:
-    return {(site.path, site.part): row.at for row in rows_of(model)[::-1] for site in row.sites}
-
-
 def _role(path: str, entries: Sequence[Entry], roles: dict[tuple[str, object], str]) -> str:
     """A selection of the sites of ``entries``: their roles, or the path with ``*`` for numbers."""
     found = dict.fromkeys(roles.get((path, entry.part)) for entry in entries)
     known = [role for role in found if role is not None]
-    return ", ".join(known) or re.sub(r"(?<![^.])\d+(?![^.])", "*", path) or "the input"
+    return ", ".join(known) or starred(path) or "the input"
 
 
 def _way(layer: nn.Module, state: State, group: Group, plan: Plan) -> Way:

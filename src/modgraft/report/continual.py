@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from modgraft.core.errors import ModgraftError
 from modgraft.report.figures import Picture, Scheme, draw, heat_map
+from modgraft.report.table import terminal_table
 
 if TYPE_CHECKING:  # the report is written without torch
     from modgraft.training.procedures.continual import Continual
@@ -27,10 +27,7 @@ def continual_table(record: Continual, title: str = "Accuracy in percent") -> Ta
         record: The result of :func:`modgraft.continual`.
         title: The table's title.
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("after", no_wrap=True)
-    for name in (*record.tasks, "mean"):
-        table.add_column(escape(name), justify="right", no_wrap=True)
+    table = terminal_table(title, "after", (*record.tasks, "mean"))
     for name, row in zip((START, *record.tasks), (record.start, *record.matrix), strict=True):
         values = [*row, sum(row) / len(row)]
         table.add_row(escape(name), *(f"{100 * value:.1f}" for value in values))

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from modgraft.report.run import Metrics, Point, Row
-from modgraft.report.statistics import Figure, Read, figure
+from modgraft.report.run import Point, Row
+from modgraft.report.statistics import Figure, Read, ReadSeveral, figure, figures
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,8 @@ def overview(rows: Sequence[Row], read: Read, level: float | None, what: str) ->
             shade = scheme.warn if row.leaks else shades.get(row.group, scheme.faint)
             axes.plot([0, value.mean], [place, place], color=shade, lw=1.4, alpha=0.45)
             fill = scheme.paper if row.leaks else shade
-            axes.plot(
-                value.values,
-                [place] * len(value.values),
-                "o",
-                ms=6,
-                mec=shade,
-                mfc=fill,
-                alpha=0.85,
-            )
+            places = [place] * len(value.values)
+            axes.plot(value.values, places, "o", ms=6, mec=shade, mfc=fill, alpha=0.85)
             axes.plot([value.mean] * 2, [place - 0.26, place + 0.26], color=shade, lw=2.2)
             text = f"{value}  leak" if row.leaks else str(value)
             axes.annotate(
@@ -183,7 +176,7 @@ def _chance(axes: Axes, level: float | None, scheme: Scheme) -> None:
 def bars(
     rows: Sequence[Row],
     names: Sequence[str],
-    read: Callable[[Metrics], Mapping[str, float | None]],
+    read: ReadSeveral,
     level: Mapping[str, float],
     what: str,
 ) -> Picture | None:
@@ -192,8 +185,7 @@ def bars(
     A dashed line in each group shows chance. Returns None if no row has a figure.
     """
     values: list[tuple[Row, list[Figure | None]]] = [
-        (row, [figure(row, lambda m, name=name: read(m).get(name)) for name in names])
-        for row in rows
+        (row, figures(row, read, names)) for row in rows
     ]
     values = [(row, found) for row, found in values if any(found)]
     if not values:
@@ -265,7 +257,11 @@ MOST_BARS = len(LIGHT.series)
 def loss(title: str, seeds: Mapping[int, Sequence[Point]]) -> Picture | None:
     """Draw training and evaluation loss over steps, a line a seed; None if none is finite."""
     kept = {
-        (seed, split): [(p.step, p.loss) for p in points if p.split == split and _finite(p.loss)]
+        (seed, split): [
+            (p.step, p.loss)
+            for p in points
+            if p.split == split and p.loss is not None and math.isfinite(p.loss)
+        ]
         for seed, points in sorted(seeds.items())
         for split in ("train", "eval")
     }
@@ -306,10 +302,6 @@ def loss(title: str, seeds: Mapping[int, Sequence[Point]]) -> Picture | None:
         for (seed, split), found in kept.items()
     )
     return draw((4.3, 2.8), f"Loss of {title}. {last}", paint)
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

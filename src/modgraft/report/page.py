@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
@@ -14,11 +14,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from modgraft.report import attention, figures, wrong_answers
+from modgraft.core.files import write_text
+from modgraft.report import attention, figures, statistics, wrong_answers
 from modgraft.report.figures import Picture
-from modgraft.report.run import Metrics, Results, Row, Run, read_run
-from modgraft.report.statistics import Chance, chance_of, figure
-from modgraft.report.table import build
+from modgraft.report.run import Results, Row, Run, read_run
+from modgraft.report.statistics import Chance, ReadSeveral, chance_of, figure
+from modgraft.report.table import NONE, build
 
 MOST_QUESTIONS = 6
 """The number of questions whose gates the page shows; gates.json has all."""
@@ -55,9 +56,8 @@ def write(folder: Path | str) -> Path:
     text = _render(run, pictures)
     for name, picture in pictures.items():
         figures.save(picture, folder / f"{name}.png")
-    draft = folder / "report.html.new"
-    draft.write_text(text, "utf-8")
-    return draft.replace(folder / "report.html")
+    write_text(folder / "report.html", text)
+    return folder / "report.html"
 
 
 def _render(run: Run, pictures: dict[str, Picture]) -> str:
@@ -135,23 +135,23 @@ def _tiles(main: Row, chance: Chance | None) -> list[tuple[str, str]]:
 def _breakdown(
     results: Results,
     what: str,
-    read: Callable[[Metrics], Mapping[str, float | None]],
+    read: ReadSeveral,
     levels: Mapping[str, float],
     pictures: dict[str, Picture],
 ) -> Breakdown:
-    metrics = [m for row in results.rows for m in row.seeds.values()]
-    asked = list(dict.fromkeys(name for m in metrics for name in read(m)))
-    names = [n for n in asked if any(read(m).get(n) is not None for m in metrics)]
-    lines = []
-    for row in results.rows:
-        found = [figure(row, lambda m, name=name: read(m).get(name)) for name in names]
-        if any(found):
-            lines.append((row, ["–" if value is None else str(value) for value in found]))
+    measured = [read(metrics) for row in results.rows for metrics in row.seeds.values()]
+    asked = list(dict.fromkeys(name for values in measured for name in values))
+    names = [n for n in asked if any(values.get(n) is not None for values in measured)]
+    by_row = [(row, statistics.figures(row, read, names)) for row in results.rows]
+    lines = [
+        (row, [NONE if f is None else str(f) for f in found]) for row, found in by_row if any(found)
+    ]
     main = [row for row, _ in lines if row.group == "main" and not row.leaks]
-    picture = figures.bars(main[: figures.MOST_BARS], names, read, levels, what)
+    drawn = main[: figures.MOST_BARS]
+    picture = figures.bars(drawn, names, read, levels, what)
     if picture is not None:
         pictures["columns" if what == "column" else "families"] = picture
-    left_out = [row.title for row, _ in lines if row not in main[: figures.MOST_BARS]]
+    left_out = [row.title for row, _ in lines if row not in drawn]
     return Breakdown(what, picture, names, lines, [n for n in asked if n not in names], left_out)
 
 

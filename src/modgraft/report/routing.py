@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from modgraft.core.errors import ModgraftError
 from modgraft.report.figures import Picture, Scheme, draw, heat_map
+from modgraft.report.table import terminal_table
 
 if TYPE_CHECKING:  # the report is written without torch
     from modgraft.routing.stats import Usage
@@ -33,10 +33,7 @@ def routing_table(uses: Sequence[Usage]) -> Table:
     """
     names = _names(uses)
     title = f"Use of {len(names)} modules, share of the weight in percent"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("site", no_wrap=True)
-    for name in (*names, "choices", "entropy", "spread"):
-        table.add_column(escape(name), justify="right", no_wrap=True)
+    table = terminal_table(title, "site", (*names, "choices", "entropy", "spread"))
     table.add_column("")
     for use in uses:
         shares = [f"{100 * share:.0f}" if use.choices else "–" for share in use.share]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from scipy import stats
@@ -12,6 +12,7 @@ from scipy import stats
 from modgraft.report.run import Metrics, Prediction, Row, Run
 
 Read = Callable[[Metrics], float | None]
+ReadSeveral = Callable[[Metrics], Mapping[str, float | None]]
 
 LEVEL = 0.05
 """Two rows differ if Welch's test over their seeds gives a p below this."""
@@ -43,6 +44,11 @@ def figure(row: Row, read: Read) -> Figure | None:
     found = (read(metrics) for _, metrics in sorted(row.seeds.items()))
     values = tuple(float(value) for value in found if value is not None)
     return Figure(values) if values else None
+
+
+def figures(row: Row, read: ReadSeveral, names: Iterable[str]) -> list[Figure | None]:
+    """Collect metrics of a row by name, such as its accuracy on each family."""
+    return [figure(row, lambda m, name=name: read(m).get(name)) for name in names]
 
 
 def apart(a: Figure, b: Figure) -> bool:

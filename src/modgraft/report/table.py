@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from modgraft.core.errors import DataError
+from modgraft.core.files import write_text
 from modgraft.report.run import Results, Row, check, read_results, read_run
-from modgraft.report.statistics import Chance, Read, best, chance_of, figure
+from modgraft.report.statistics import Chance, Read, best, chance_of, figure, figures
 
-GROUPS = {
-    "main": "Models",
-    "ablation": "Ablations",
-    "control": "Controls (not competitors)",
-}
+GROUPS = {"main": "Models", "ablation": "Ablations", "control": "Controls (not competitors)"}
 NOT_RUN = "not run"
 NONE = "–"
 
@@ -177,10 +174,7 @@ def table(results: Results | Mapping[str, Any] | Path | str) -> str:
         results = check(results)
     laid = build(results, chance)
     width = len(laid.columns)
-    lines = [
-        "| | " + " | ".join(laid.columns) + " |",
-        "|---|" + "---:|" * width,
-    ]
+    lines = _markdown_head(laid.columns)
     for title, members in laid.groups:
         lines.append(f"| *{title}* |" + " |" * width)
         for line in members:
@@ -198,12 +192,17 @@ def table(results: Results | Mapping[str, Any] | Path | str) -> str:
 def families(results: Results) -> str:
     """Return accuracy by family as Markdown, mean ± spread over seeds."""
     names = _family_names(results)
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    lines = _markdown_head(names)
     for row in results.rows:
-        cells = [figure(row, lambda m, name=name: m.families.get(name)) for name in names]
+        cells = figures(row, lambda m: m.families, names)
         shown = " | ".join(NONE if cell is None else str(cell) for cell in cells)
         lines.append(f"| {_escaped(row.title)}{' (leak)' if row.leaks else ''} | {shown} |")
     return "\n".join(lines)
+
+
+def _markdown_head(columns: Sequence[str]) -> list[str]:
+    """Begin a table whose first column has no title, and whose others are numbers."""
+    return ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
 
 
 def _family_names(results: Results) -> list[str]:
@@ -237,9 +236,7 @@ def insert(page: Path, name: str, text: str) -> None:
             remedy=f"Put <!-- results:{name} --> and <!-- /results --> on lines of their own.",
         )
     new = pattern.sub(lambda match: f"{match[1]}{text}\n{match[3]}", old)
-    draft = page.with_name(page.name + ".new")
-    draft.write_text(new, "utf-8")
-    draft.replace(page)
+    write_text(page, new)
 
 
 def count(number: float | None) -> str:
@@ -277,11 +274,17 @@ def print_results(run: Path, console: Console) -> None:
     console.print(_terminal_table("Accuracy by family", results, families))
 
 
-def _terminal_table(title: str, results: Results, columns: dict[str, Read]) -> Table:
+def terminal_table(title: str, first: str, columns: Iterable[str]) -> Table:
+    """Begin a table of numbers, with titles for its first column and for the others."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
+    table.add_column(first, no_wrap=True)
     for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    return table
+
+
+def _terminal_table(title: str, results: Results, columns: dict[str, Read]) -> Table:
+    table = terminal_table(title, "", columns)
     for row in results.rows:
         leak = " [red](leak)[/red]" if row.leaks else ""
         found = [figure(row, read) for read in columns.values()]

@@ -243,17 +243,23 @@ class RoutedMixture:
         self.members = tuple(mixture.over)
         self.side_source = mixture.side_source
 
-    def weights(self, call: Call, like: Tensor, rows: Tensor | None) -> list[Tensor]:
-        """Return each module's weight, a scalar or ``[B]``, for the examples of ``like``.
+    def weights(
+        self, call: Call, x: Tensor | None, y: Tensor, rows: Tensor | None, batch: int | None = None
+    ) -> Tensor:
+        """Return the modules' weights for some examples: ``[N]``, ``[B, N]`` or ``[B, n, N]``.
 
         Args:
             call: the host's call.
-            like: ``[B, …]``, the layer's; beams have the weights of their example.
+            x: the layer's input, None if it is not known.
+            y: the layer's output ``[B, …]``.
             rows: the positions of the examples in the batch; None: all.
+            batch: how many examples the whole batch has, if not as many as ``y``; beams have the
+                weights of their example.
         """
-        chosen = self.mixture.choose(call, None, like, self.task).weights
-        if chosen.dim() == 2:
-            times = like.shape[0] // chosen.shape[0]
-            chosen = chosen if times <= 1 else chosen.repeat_interleave(times, dim=0)
-            chosen = chosen if rows is None else chosen[rows]
-        return list(chosen.unbind(-1))
+        weights = self.mixture.choose(call, x, y, self.task).weights
+        if weights.dim() != 2:
+            return weights
+        batch = batch or y.shape[0]
+        if weights.shape[0] != batch and batch % weights.shape[0] == 0:
+            weights = weights.repeat_interleave(batch // weights.shape[0], dim=0)
+        return weights if rows is None else weights[rows]

@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -303,10 +303,7 @@ def _state_digest(state: Mapping[str, Any]) -> str:
 
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
-        digest = sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 def snapshot(host: nn.Module, buffers: Iterable[str]) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,12 @@ def _examples(batch: Batch) -> int:
     return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
 
 
-def set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
-    """Restore the modes (training or not) of modules."""
-    for module, mode in modes:
-        module.training = mode
+@contextmanager
+def own_modes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Leave the modes (training or not) of modules as they were found."""
+    modes = [(module, module.training) for module in modules]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -60,11 +60,7 @@ class Tasks:
     ) -> None:
         if not loaders:
             raise ModgraftError("Tasks({}): give a loader for each task's name")
-        tau = TEMPERATURES.get(sampling, sampling) if isinstance(sampling, str) else sampling
-        if isinstance(tau, str) or not tau > 0:
-            raise ModgraftError(
-                f"sampling={sampling!r}: it is 'proportional', 'equal', or a temperature above 0"
-            )
+        tau = _temperature(sampling)
         if mix < 1 or (length is not None and length < 1):
             raise ModgraftError(f"mix={mix}, length={length}: both are at least 1")
         if modules is not None and modules.keys() != loaders.keys():
@@ -74,14 +70,8 @@ class Tasks:
             )
         self.loaders, self.mix, self.padding = dict(loaders), mix, padding
         self.modules = {task: task for task in loaders} if modules is None else dict(modules)
-        sizes = {task: Stream(loader).length for task, loader in loaders.items()}
-        unknown = [task for task, size in sizes.items() if size is None]
-        if unknown and (length is None or tau != math.inf):
-            raise ModgraftError(
-                f"the loader of {unknown[0]!r} has no length; write Tasks(…, sampling='equal', "
-                f"length=…), with the batches of an epoch"
-            )
-        self._length = length or -(-sum(size or 0 for size in sizes.values()) // mix)
+        sizes = _sizes(loaders, needed=length is None or tau != math.inf)
+        self._length = length or -(-sum(sizes.values()) // mix)
         weights = {task: float(size or 1) ** (1 / tau) for task, size in sizes.items()}
         total = sum(weights.values())
         self.shares = {task: weight / total for task, weight in weights.items()}
@@ -108,6 +98,27 @@ class Tasks:
         for epoch in count():
             for batch in stream.read(epoch):
                 yield {"modules": self.modules[task], **batch}
+
+
+def _temperature(sampling: str | float) -> float:
+    tau = TEMPERATURES.get(sampling, sampling) if isinstance(sampling, str) else sampling
+    if isinstance(tau, str) or not tau > 0:
+        raise ModgraftError(
+            f"sampling={sampling!r}: it is 'proportional', 'equal', or a temperature above 0"
+        )
+    return tau
+
+
+def _sizes(loaders: Mapping[str, Iterable[Batch]], needed: bool) -> dict[str, int]:
+    """The number of batches of each loader; 0 where it is unknown and not needed."""
+    sizes = {task: Stream(loader).length for task, loader in loaders.items()}
+    unknown = [task for task, size in sizes.items() if size is None]
+    if unknown and needed:
+        raise ModgraftError(
+            f"the loader of {unknown[0]!r} has no length; write Tasks(…, sampling='equal', "
+            f"length=…), with the batches of an epoch"
+        )
+    return {task: size or 0 for task, size in sizes.items()}
 
 
 @dataclass(frozen=True)

@@ -14,25 +14,15 @@ from modgraft.core.errors import ModgraftError
 Decay = Callable[[float], float]
 
 
-def constant(u: float) -> float:
-    """d(u) = 1."""
-    return 1.0
-
-
-def linear(u: float) -> float:
-    """d(u) = 1 − u."""
-    return 1.0 - u
-
-
-def cosine(u: float) -> float:
-    """d(u) = (1 + cos πu) / 2  (Loshchilov and Hutter 2017, SGDR, without restarts)."""
-    return 0.5 * (1.0 + math.cos(math.pi * u))
-
-
 #: modules whose parameters are not decayed, whatever their number of axes
 UNDECAYED = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
-SCHEDULES: dict[str, Decay] = {"constant": constant, "linear": linear, "cosine": cosine}
+SCHEDULES: dict[str, Decay] = {
+    "constant": lambda u: 1.0,
+    "linear": lambda u: 1.0 - u,
+    # Loshchilov and Hutter 2017, SGDR, without restarts
+    "cosine": lambda u: 0.5 * (1.0 + math.cos(math.pi * u)),
+}
 
 
 def warmup_steps(warmup: int | float, total: int) -> int:

@@ -151,20 +151,31 @@ def _joined(key: str, values: list[Any], names: Sequence[str], padding: int) -> 
             )
         return {k: _joined(f"{key}[{k!r}]", [v[k] for v in values], names, padding) for k in first}
     if isinstance(first, Side):
-        most = max(side.tensor.shape[1] for side in values)
-        seen = [side.seen() for side in values]
-        tensors = [_longer(side.tensor, most, 0.0) for side in values]
-        return Side(torch.cat(tensors), torch.cat([_longer(mask, most, False) for mask in seen]))
-    if not isinstance(first, Tensor) or not first.dim():
-        if any(not _equal(value, first) for value in values):
-            raise ModgraftError(
-                f"{key!r} is one for a forward, and the batches of {', '.join(names)} say "
-                f"{', '.join(map(repr, values))[:200]}; leave it out, or give one value"
-            )
-        return first
+        return _joined_sides(values)
+    if isinstance(first, Tensor) and first.dim():
+        return _joined_tensors(key, values, names, padding)
+    if any(not _equal(value, first) for value in values):
+        raise ModgraftError(
+            f"{key!r} is one for a forward, and the batches of {', '.join(names)} say "
+            f"{', '.join(map(repr, values))[:200]}; leave it out, or give one value"
+        )
+    return first
+
+
+def _joined_sides(sides: Sequence[Side]) -> Side:
+    most = max(side.tensor.shape[1] for side in sides)
+    tensors = [_longer(side.tensor, most, 0.0) for side in sides]
+    masks = [_longer(side.seen(), most, False) for side in sides]
+    return Side(torch.cat(tensors), torch.cat(masks))
+
+
+def _joined_tensors(
+    key: str, values: Sequence[Tensor], names: Sequence[str], padding: int
+) -> Tensor:
+    """Join tensors ``[B_i, …]``; texts of unequal length are padded."""
     shapes = {tuple(value.shape[1:]) for value in values}
     if len(shapes) == 1:
-        return torch.cat(values)
+        return torch.cat(list(values))
     fills = LENGTHENED | dict.fromkeys(IDS, padding)
     if key not in fills or len({shape[1:] for shape in shapes}) > 1:
         raise ModgraftError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from modgraft.core.errors import ModgraftError
 from modgraft.training import checkpoint as disk
 from modgraft.training import stream as data
-from modgraft.training.forward import Forward, mean_loss, mean_parts, set_modes
+from modgraft.training.forward import Forward, mean_loss, mean_parts, own_modes
 from modgraft.training.history import History, Metrics, check_monitor, numbers
 from modgraft.training.multitask import mean_of_tasks
 from modgraft.training.optim import (
@@ -81,7 +81,7 @@ class Run:
         """Set up, resume, train, and restore random generators and modes."""
         with ExitStack() as stack:
             stack.enter_context(data.own_randomness())
-            stack.callback(set_modes, [(m, m.training) for m in self.host.modules()])
+            stack.enter_context(own_modes(self.host.modules()))
             self.prepare(stack)
             self.open(stack)
             self.resume()

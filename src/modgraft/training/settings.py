@@ -19,16 +19,8 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 PRECISIONS = ("no", "bf16")
 #: settings whose type is not checked, since objects of many types will do
 _ANY_TYPE = (
-    "evaluate",
-    "folder",
-    "ignore",
-    "label",
-    "note",
-    "progress",
-    "resume",
-    "weigh",
-    "world",
-)
+    "evaluate", "folder", "ignore", "label", "note", "progress", "resume", "weigh", "world",
+)  # fmt: skip
 #: settings that do not change the loss curve: a run may be resumed with others
 _NOT_RECORDED = (
     "epochs", "evaluate", "folder", "ignore", "keep", "label", "note", "progress", "resume",

@@ -61,6 +61,14 @@ def _generators(loader: object) -> list[torch.Generator]:
     return list(found.values())
 
 
+def _seed_loader(loader: object, *position: int | str) -> None:
+    """Seed every generator that orders a loader from a position that ends in the epoch."""
+    seed_everything(*position)
+    for i, generator in enumerate(_generators(loader)):
+        generator.manual_seed(fold(*position, i))
+    _set_epoch(loader, int(position[-1]))
+
+
 def _set_epoch(loader: object, epoch: int) -> None:
     """Call `set_epoch` of the samplers and the data set that have it (`DistributedSampler`)."""
     for name in ("batch_sampler", "sampler", "dataset"):
@@ -137,10 +145,7 @@ class Stream:
             generators = _generators(self.loader)
             before = [g.get_state() for g in generators]
             with own_randomness():
-                seed_everything(self.seed, "order", epoch)
-                for i, generator in enumerate(generators):
-                    generator.manual_seed(fold(self.seed, "order", epoch, i))
-                _set_epoch(self.loader, epoch)
+                _seed_loader(self.loader, self.seed, "order", epoch)
                 batches = [list(b) for b in cast(DataLoader, self.loader).batch_sampler or ()]
             for generator, state in zip(generators, before, strict=True):
                 generator.set_state(state)
@@ -217,12 +222,8 @@ class _Isolated:
     """
 
     def __init__(self, source: Iterable[Batch], position: tuple[int | str, ...]) -> None:
-        generators = _generators(source)
         with own_randomness():
-            seed_everything(*position)
-            for i, generator in enumerate(generators):
-                generator.manual_seed(fold(*position, i))
-            _set_epoch(source, int(position[-1]))
+            _seed_loader(source, *position)
             self._iterator = iter(source)
             self._keep_states()
 

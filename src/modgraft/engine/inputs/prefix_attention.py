@@ -177,7 +177,7 @@ def _before(state: State, key: Tensor) -> Before | None:
         if name not in mixed:
             return []
         each = [one(member, rows) for member in mixed[name].members]
-        weights = mixed[name].weights(call, key, rows)
+        weights = mixed[name].weights(call, None, key, rows).unbind(-1)
         pairs = [(w, own[0]) for w, own in zip(weights, each, strict=True) if own]
         return _weighted_mean(name, pairs)
 

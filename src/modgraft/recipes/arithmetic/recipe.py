@@ -22,12 +22,7 @@ from torch import nn
 
 import modgraft as mg
 from modgraft.data.docstrings import KINDS, excerpts
-from modgraft.recipes.arithmetic.language_model import (
-    OPTIONS,
-    Corpus,
-    Evaluator,
-    new_model,
-)
+from modgraft.recipes.arithmetic.language_model import OPTIONS, Corpus, Evaluator, new_model
 from modgraft.recipes.trials import Recipe
 from modgraft.report.figures import Scheme
 from modgraft.training.fit import fit

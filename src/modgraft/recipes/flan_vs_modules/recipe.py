@@ -22,8 +22,7 @@ from matplotlib.figure import Figure
 
 import modgraft as mg
 from modgraft.data.families import FAMILIES, Example
-from modgraft.recipes.flan_vs_modules.experiment import Arm, Experiment, batches, size
-from modgraft.recipes.flan_vs_modules.settings import Settings
+from modgraft.recipes.flan_vs_modules.experiment import Arm, Experiment, Settings, batches, size
 from modgraft.recipes.trials import Recipe
 from modgraft.report.figures import Scheme
 
@@ -227,27 +226,42 @@ def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     rows = {}
     for key, arm in arms.items():
         known = TRAINED if key == "oracle" else (*TRAINED, NEW)
-        rows[key] = {f: experiment.accuracy(arm, f) for f in known} | arm.cost
-        rows[key]["reworded"] = mean(experiment.accuracy(arm, f, "reworded") for f in TRAINED)
-    rows["alone"] = {f: experiment.accuracy(own[f], f) for f in TRAINED}
-    rows["alone"]["reworded"] = mean(experiment.accuracy(own[f], f, "reworded") for f in TRAINED)
+        rows[key] = score(experiment, dict.fromkeys(known, arm)) | arm.cost
+        rows[key]["reworded"] = score_reworded(experiment, dict.fromkeys(TRAINED, arm))
+    rows["alone"] = score(experiment, own)
+    rows["alone"]["reworded"] = score_reworded(experiment, own)
     rows["alone"] |= {k: sum(arm.cost[k] for arm in own.values()) for k in arms["base"].cost}
-    host = arms["routed"].host
-    rows["routed"]["sent"] = mean(
-        routed_shares(experiment, host, "router", experiment.splits[f].test)[f] for f in TRAINED
-    )
+    host, right = arms["routed"].host, {family: family for family in TRAINED}
+    rows["routed"]["sent"] = share_sent_right(experiment, host, "router", right)
     for key, arm in add_new_family(experiment, arms["one"].host, host).items():
-        rows[key] = {f: experiment.accuracy(arm, f) for f in (*TRAINED, NEW)} | arm.cost
+        rows[key] = score(experiment, dict.fromkeys((*TRAINED, NEW), arm)) | arm.cost
         if isinstance(arm.modules, str):
-            names = {f: f for f in TRAINED} | {NEW: key}
-            rows[key]["sent"] = mean(
-                routed_shares(experiment, host, arm.modules, experiment.splits[f].test)[m]
-                for f, m in names.items()
-            )
+            sent = share_sent_right(experiment, host, arm.modules, {**right, NEW: key})
+            rows[key]["sent"] = sent
     for row in rows.values():
         row["four"] = mean(row[f] for f in TRAINED)
         row["against"] = mean(row[f] - rows["alone"][f] for f in TRAINED)
     return {"rows": rows, "series": None}
+
+
+def score(experiment: Experiment, arms: Mapping[str, Arm]) -> dict[str, float]:
+    """Return the accuracy of each family's arm on that family."""
+    return {family: experiment.accuracy(arm, family) for family, arm in arms.items()}
+
+
+def score_reworded(experiment: Experiment, arms: Mapping[str, Arm]) -> float:
+    """Return the mean accuracy of each family's arm in wordings that no training had."""
+    return mean(experiment.accuracy(arm, family, "reworded") for family, arm in arms.items())
+
+
+def share_sent_right(
+    experiment: Experiment, host: mg.Host, router: str, modules: Mapping[str, str]
+) -> float:
+    """Return the mean percentage of a family's test examples that go to the family's module."""
+    return mean(
+        routed_shares(experiment, host, router, experiment.splits[family].test)[module]
+        for family, module in modules.items()
+    )
 
 
 # -- table and picture -------------------------------------------------------------------------

@@ -30,48 +30,51 @@ def recorded_run(
     folder: Path, settings: Settings, asked: Mapping[str, Any], *, wanted: bool
 ) -> AbstractContextManager[None]:
     """Record the run in ``note.md`` of its folder."""
+    return recorded(
+        folder, "mmcot", lambda said: _describe(said, settings, asked),
+        lambda said: _tell_results(said, folder, asked), wanted=wanted,
+    )  # fmt: skip
 
-    def about(said: RunNote) -> None:
-        nets = nets_of(asked["rows"])
-        forms = sorted({net.fusion for net in nets if net.fusion})
-        modules = [f"gated fusion ({form})" for form in forms]
-        modules += ["LoRA on a frozen text T5"] if any(net.base for net in nets) else []
-        said.context |= {
-            "Recipe": "multimodal chain of thought (mmcot)",
-            "Host": _host(settings),
-            "Modules": listed(modules) or "none",
-            "Data": _data(settings),
-            "Rows": "; ".join(ROWS[key].title for key in asked["rows"]),
-            "Seeds": listed([str(seed) for seed in asked["seeds"]]),
-            "Settings": settings_row(asdict(settings), TOLD_ELSEWHERE),
-        }
 
-    def result(said: RunNote) -> None:
-        raw = read_json(folder / "results.json", what="results", remedy="modgraft mmcot train")
-        results = check(raw)
-        laid = build(results, chance_of(read_run(folder)))
-        for _, lines in laid.groups:
-            for line in lines:
-                said.learned[plain(line.row.title) + _mark(line)] = _figures(laid.columns, line)
-        if laid.chance is not None:
-            pairs = zip(laid.columns, laid.chance, strict=True)
-            said.learned["Chance"] = ", ".join(f"{c} {v}" for c, v in pairs if v != "–")
-        remarks = [r for r in laid.remarks if not r.startswith(LAYOUT_REMARKS)]
-        said.learned["How to read"] = plain(" ".join(remarks), longest=2000)
-        nets = "; ".join(net.title for net in nets_of(asked["rows"]))
-        said.done["Trained"] = f"under each seed: {nets}"
-        splits = load_questions(folder, asked["seeds"][0], features=False).splits or {}
-        sizes = [f"{len(ids):,} {plain(name)}" for name, ids in splits.items()]
-        said.done["Questions"] = ", ".join(sizes)
-        said.done["Tested"] = f"{_tested(results)} of the {raw['split']} split, decoded freely"
-        said.done["Report"] = "[report.html](report.html), figures in [results.json](results.json)"
-        shown = {"results": "Accuracy", "columns": "All columns", "families": "By family"}
-        shown |= {f"loss-{net.key}": f"Loss of {net.title}" for net in nets_of(asked["rows"])}
-        said.figures |= {folder / f"{name}.png": what for name, what in shown.items()}
-        said.headline = _headline(results, raw["split"])
-        said.seconds = raw["wall_seconds"]
+def _describe(said: RunNote, settings: Settings, asked: Mapping[str, Any]) -> None:
+    nets = nets_of(asked["rows"])
+    forms = sorted({net.fusion for net in nets if net.fusion})
+    modules = [f"gated fusion ({form})" for form in forms]
+    modules += ["LoRA on a frozen text T5"] if any(net.base for net in nets) else []
+    said.context |= {
+        "Recipe": "multimodal chain of thought (mmcot)",
+        "Host": _host(settings),
+        "Modules": listed(modules) or "none",
+        "Data": _data(settings),
+        "Rows": "; ".join(ROWS[key].title for key in asked["rows"]),
+        "Seeds": listed([str(seed) for seed in asked["seeds"]]),
+        "Settings": settings_row(asdict(settings), TOLD_ELSEWHERE),
+    }
 
-    return recorded(folder, "mmcot", about, result, wanted=wanted)
+
+def _tell_results(said: RunNote, folder: Path, asked: Mapping[str, Any]) -> None:
+    raw = read_json(folder / "results.json", what="results", remedy="modgraft mmcot train")
+    results, nets = check(raw), nets_of(asked["rows"])
+    laid = build(results, chance_of(read_run(folder)))
+    for _, lines in laid.groups:
+        for line in lines:
+            said.learned[plain(line.row.title) + _mark(line)] = _figures(laid.columns, line)
+    if laid.chance is not None:
+        pairs = zip(laid.columns, laid.chance, strict=True)
+        said.learned["Chance"] = ", ".join(f"{c} {v}" for c, v in pairs if v != "–")
+    remarks = [r for r in laid.remarks if not r.startswith(LAYOUT_REMARKS)]
+    said.learned["How to read"] = plain(" ".join(remarks), longest=2000)
+    said.done["Trained"] = f"under each seed: {'; '.join(net.title for net in nets)}"
+    splits = load_questions(folder, asked["seeds"][0], features=False).splits or {}
+    sizes = [f"{len(ids):,} {plain(name)}" for name, ids in splits.items()]
+    said.done["Questions"] = ", ".join(sizes)
+    said.done["Tested"] = f"{_tested(results)} of the {raw['split']} split, decoded freely"
+    said.done["Report"] = "[report.html](report.html), figures in [results.json](results.json)"
+    shown = {"results": "Accuracy", "columns": "All columns", "families": "By family"}
+    shown |= {f"loss-{net.key}": f"Loss of {net.title}" for net in nets}
+    said.figures |= {folder / f"{name}.png": what for name, what in shown.items()}
+    said.headline = _headline(results, raw["split"])
+    said.seconds = raw["wall_seconds"]
 
 
 def _host(s: Settings) -> str:

@@ -111,7 +111,8 @@ def _write_run_card(
     if path.is_file():
         then, now = asdict(settings_of(folder)), asdict(settings)
         other = [name for name in now if then[name] != now[name] and name != "skip_bad"]
-        if other and _training_begun(folder):
+        begun = any(next(folder.glob(f"seed*/*/{n}"), None) for n in ("metrics.jsonl", "net.json"))
+        if other and begun:
             differs = ", ".join(f"{name} {then[name]!r}, now {now[name]!r}" for name in other)
             raise CheckpointError(
                 f"{folder} holds a run of other settings ({differs}); take another folder with "
@@ -130,11 +131,6 @@ def _write_run_card(
     if card != before:
         write_json(path, card)
     return asked
-
-
-def _training_begun(folder: Path) -> bool:
-    """Whether any model has begun to train."""
-    return any(folder.glob("seed*/*/metrics.jsonl")) or any(folder.glob("seed*/*/net.json"))
 
 
 def _training(

@@ -15,7 +15,7 @@ from modgraft.computation.base import Computation
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import At
 from modgraft.engine.implant import check_name, learner
-from modgraft.training.forward import set_modes
+from modgraft.training.forward import own_modes
 from modgraft.training.history import History
 from modgraft.training.host_like import HostLike
 from modgraft.training.stream import Batch, own_randomness, seed_everything
@@ -135,10 +135,9 @@ def continual(
                 f"the task {task!r} is to add a module of its name, and there is one; continual "
                 f"starts with the host as it was before all of its tasks, also to go on in a folder"
             )
-    tasks = tuple(loaders)
-    before = host.composition
-    start = _measured(host, tasks, measure, dict.fromkeys(tasks, into or before), seed)
-    found, rows, histories = dict.fromkeys(tasks, into or before), [], {}
+    tasks, rows, histories = tuple(loaders), [], {}
+    found: dict[str, Any] = dict.fromkeys(tasks, into or host.composition)
+    start = _measured(host, tasks, measure, found, seed)
     for task, loader in loaders.items():
         if module is not None:
             with own_randomness():
@@ -164,10 +163,9 @@ def _using(host: HostLike, composition: Any) -> Any:
 def _measured(
     host: HostLike, tasks: tuple[str, ...], measure: Measure, found: Mapping[str, Any], seed: int
 ) -> tuple[float, ...]:
-    modes = [(m, m.training) for m in host.modules()]
-    host.eval()
     values = []
-    try:
+    with own_modes(host.modules()):
+        host.eval()
         for task in tasks:
             with torch.no_grad(), own_randomness(), _using(host, found[task]):
                 seed_everything(seed, "measure", task)
@@ -175,8 +173,6 @@ def _measured(
             if not math.isfinite(value):
                 raise ModgraftError(f"measure(host, {task!r}) gave {value}; it has to be a number")
             values.append(value)
-    finally:
-        set_modes(modes)
     return tuple(values)
 
 

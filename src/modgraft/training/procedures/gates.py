@@ -11,6 +11,7 @@ import torch
 from modgraft.core.errors import ModgraftError, UnknownNameError
 from modgraft.routing.mixture import Mixture
 from modgraft.routing.zero_shot import Phatgoose, Similarity
+from modgraft.training.forward import own_modes
 from modgraft.training.history import History
 from modgraft.training.host_like import HostLike
 from modgraft.training.stream import Batch, to_device
@@ -76,9 +77,8 @@ def embed_tasks(
     """
     places = _places(host, mixture, Similarity, loaders)
     device = next(host.parameters()).device
-    training = host.training
-    host.eval()
-    try:
+    with own_modes(host.modules()):
+        host.eval()
         for name, loader in loaders.items():
             j = host[mixture].method.over.index(name)  # type: ignore[union-attr]
             for place in places:
@@ -89,16 +89,11 @@ def embed_tasks(
                     given = {k: v for k, v in batch.items() if k not in ignore}
                     host(**to_device(given, device))
             for place in places:
-                _set(place.route, name, j)
-    finally:
-        host.train(training)
-
-
-def _set(route: Any, name: str, j: int) -> None:
-    if route.count == 0:
-        raise ModgraftError(f"embed_tasks: the loader of {name!r} has no examples")
-    embeddings = route.get_buffer("embeddings")
-    embeddings[j] = (route.total / route.count).to(embeddings)
+                route = place.route
+                if route.count == 0:
+                    raise ModgraftError(f"embed_tasks: the loader of {name!r} has no examples")
+                embeddings = route.get_buffer("embeddings")
+                embeddings[j] = (route.total / route.count).to(embeddings)
 
 
 def _places(

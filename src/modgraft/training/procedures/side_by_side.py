@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import module_of
@@ -20,7 +20,7 @@ from modgraft.engine.implant import check_learns
 from modgraft.routing.mixture import Mixture
 from modgraft.training import checkpoint as disk
 from modgraft.training.fit import planned
-from modgraft.training.forward import set_modes
+from modgraft.training.forward import own_modes
 from modgraft.training.history import History
 from modgraft.training.host_like import HostLike
 from modgraft.training.note import noted_together
@@ -154,7 +154,7 @@ class _Pass:
     def start(self) -> dict[str, History]:
         with ExitStack() as stack:
             stack.enter_context(own_randomness())
-            stack.callback(set_modes, [(m, m.training) for m in self.host.modules()])
+            stack.enter_context(own_modes(self.host.modules()))
             self._open(stack)
             if self.going():
                 stack.enter_context(self.first.noted())
@@ -199,7 +199,10 @@ class _Pass:
         seed_everything(self.first.settings.seed, "step", step, 0, 0)
         whole = self._whole(batches)
         losses = self.first.forward.losses(self.first.host, whole)  # [N]
-        _check_depends(losses, going)
+        if not losses.requires_grad:
+            raise ModgraftError(
+                f"the loss depends on no parameter of {', '.join(going)}; do the modules act?"
+            )
         good = losses.detach().isfinite()
         losses[good].sum().backward()  # a module that diverged does not stop the others
         norms = [gradient_norm(run.parameters.values()) for run in going.values()]
@@ -278,10 +281,3 @@ def _resumes_from(run: Run) -> float:
         return 0
     ended = run.store.load(paths[-1]).state["stopped"] is not None
     return math.inf if ended else disk.step_of(paths[-1])
-
-
-def _check_depends(losses: Tensor, going: dict[str, Run]) -> None:
-    if not losses.requires_grad:
-        raise ModgraftError(
-            f"the loss depends on no parameter of {', '.join(going)}; do the modules act?"
-        )
