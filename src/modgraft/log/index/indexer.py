@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 OPTIMIZE_FROM = 500
 """The number of changed notes from which the full-text indexes are optimized at the end."""
+SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 MARK_STALE = "UPDATE files SET mtime = 0"
 """Notes with this time are read again, by this process or, if it is killed, by the next."""
 
@@ -110,7 +111,8 @@ class Indexer:
                 f"{self.settings.root}: {seen} notes were seen, but {parsed} parsed + {degraded} "
                 f"degraded are in the index. Delete {self.database.path} and index again"
             )
-        self._set_fact("indexed", file_time(time.time()))
+        with self.database.transaction() as db:
+            db.execute(SET_FACT, ("indexed", file_time(time.time())))
         seconds = time.perf_counter() - began
         return Indexed(seen, parsed, degraded, changed, removed, seconds, tuple(problems))
 
@@ -150,12 +152,7 @@ class Indexer:
         return Path(os.path.relpath(path, root) if inside else path).as_posix()
 
     def _replace(
-        self,
-        path: str,
-        stamp: tuple[int, int, int],
-        digest: bytes,
-        problems: list[str],
-        made: Rows,
+        self, path: str, stamp: tuple[int, int, int], digest: bytes, problems: list[str], made: Rows
     ) -> None:
         with self.database.transaction() as db:
             _forget(db, path)
@@ -168,14 +165,8 @@ class Indexer:
             _insert(db, file or 0, made)
 
     def _known(self) -> dict[str, tuple[int, int, int]]:
-        statement = "SELECT path, mtime, size, inode FROM files"
-        return {
-            path: (mtime, size, inode) for path, mtime, size, inode in self.database.rows(statement)
-        }
-
-    def _set_fact(self, name: str, value: str) -> None:
-        with self.database.transaction() as db:
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+        rows = self.database.rows("SELECT path, mtime, size, inode FROM files")
+        return {path: (mtime, size, inode) for path, mtime, size, inode in rows}
 
     def _check_actions(self) -> None:
         """Mark every note as stale if the table of actions changed, by which notes are parsed."""
@@ -183,7 +174,7 @@ class Indexer:
         if self.database.fact("actions") != table:
             with self.database.transaction() as db:
                 db.execute(MARK_STALE)
-                db.execute("INSERT OR REPLACE INTO facts VALUES ('actions', ?)", (table,))
+                db.execute(SET_FACT, ("actions", table))
 
     # -- the bibliography ----------------------------------------------------------------------
 
@@ -235,7 +226,7 @@ class Indexer:
             db.execute("DELETE FROM broken")
             broken = [(b.file, b.line, b.reason) for b in read.broken]
             db.executemany("INSERT INTO broken VALUES (?, ?, ?)", broken)
-            db.execute("INSERT OR REPLACE INTO facts VALUES ('bibliographies', ?)", (seen,))
+            db.execute(SET_FACT, ("bibliographies", seen))
             shown = [(k,) for k in keys if not _same_words(old.get(k), read.entries.get(k))]
             citing = "SELECT file FROM cites WHERE key = ?"
             db.executemany(f"{MARK_STALE} WHERE id IN ({citing})", shown)
@@ -284,7 +275,7 @@ class Indexer:
                 else:
                     seen = tracked[path], line.line, line.at
                     db.execute("INSERT OR IGNORE INTO written VALUES (?, ?, ?)", seen)
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (fact, new))
+            db.execute(SET_FACT, (fact, new))
             real = {os.path.realpath(f): str(f) for f in self.settings.folders}
             touched = [(_seen_as(path, real),) for path in tracked]
             db.execute(MARK_STALE) if rewritten else db.executemany(
