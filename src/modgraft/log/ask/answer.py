@@ -99,6 +99,10 @@ class Lookup:
         )
         return replace(query, **changes)  # type: ignore[arg-type]
 
+    def about(self, key: str, *actions: str) -> list[Hit]:
+        """Find the events that have a source as an argument, of all actions or of some."""
+        return [h for h in self.index.query(cites=key, actions=actions) if h.is_about(key)]
+
     def answer(self, text: str, evidence: Iterable[Evidence]) -> Answer:
         """Answer with ``text`` and the lines that support it."""
         lines = tuple(dict.fromkeys(evidence))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from modgraft.log.ask.answer import (
     Answer,
     Lookup,
@@ -14,6 +16,9 @@ from modgraft.log.ask.answer import (
     source_name,
 )
 
+if TYPE_CHECKING:
+    from modgraft.log.ask.question import Question
+
 
 def no_match(lookup: Lookup) -> Answer:
     """Refuse a question about events or lines, naming the condition that excludes everything.
@@ -23,14 +28,7 @@ def no_match(lookup: Lookup) -> Answer:
     index, question = lookup.index, lookup.question
     if question.unknown_key:
         return unknown_source(lookup)
-    conditions = {
-        "time": f" {question.period.words.strip()}" if question.period else "",
-        "text": f" mentioning {' '.join(question.topic)!r}" if question.topic else "",
-        "note": f" in {question.note}" if question.note else "",
-        "cites": f" about @{question.key}" if question.key else "",
-        "status": " of that status" if question.status else "",
-    }
-    kept = {name: said for name, said in conditions.items() if said}
+    kept = _conditions(question)
     what = _what(lookup, 0, question.status)
     reason = what + "".join(kept[n] for n in ("text", "note", "cites", "time") if n in kept)
     less: dict[str, object] = {}
@@ -51,6 +49,18 @@ def no_match(lookup: Lookup) -> Answer:
     total = len(index.notes())
     asked_for = what if question.actions else "nothing of that"
     return lookup.refuse(f"{asked_for} is recorded in any of the {total} notes")
+
+
+def _conditions(question: Question) -> dict[str, str]:
+    """Return the conditions of a question in words, in the order in which they are dropped."""
+    conditions = {
+        "time": f" {question.period.words.strip()}" if question.period else "",
+        "text": f" mentioning {' '.join(question.topic)!r}" if question.topic else "",
+        "note": f" in {question.note}" if question.note else "",
+        "cites": f" about @{question.key}" if question.key else "",
+        "status": " of that status" if question.status else "",
+    }
+    return {name: said for name, said in conditions.items() if said}
 
 
 def _what(lookup: Lookup, count: int, status: str | None) -> str:
@@ -83,8 +93,7 @@ def never_cited(lookup: Lookup, key: str) -> Answer:
 
 def no_comment(lookup: Lookup, key: str) -> Answer:
     """Refuse to comment on a source that was skimmed, read or cited without a remark."""
-    hits = lookup.index.query(cites=key, actions=("skim", "read"))
-    seen = [h for h in hits if h.is_about(key)]
+    seen = lookup.about(key, "skim", "read")
     if not seen:
         lines = lookup.index.backlinks(key)
         where = places(lines)

@@ -50,7 +50,7 @@ def comments(lookup: Lookup) -> Answer:
     every = lookup.index.backlinks(key)
     if not every:
         return refusals.never_cited(lookup, key)
-    own = [h for h in lookup.index.query(cites=key) if h.is_about(key)]
+    own = lookup.about(key)
     found = [line for h in _within(lookup, own) for line in _comments(h)]
     heads = {place(h) for h in own}
     found += [first_line(h) for h in _within(lookup, every) if place(h) not in heads]
@@ -72,7 +72,7 @@ def comments(lookup: Lookup) -> Answer:
 def quotations(lookup: Lookup) -> Answer:
     """Show the quotations from the source that stand under its events."""
     key = lookup.key
-    own = [h for h in lookup.index.query(cites=key) if h.is_about(key)]
+    own = lookup.about(key)
     if not own and not lookup.index.backlinks(key):
         return refusals.never_cited(lookup, key)
     lines = _once(e for h in _within(lookup, own) for e in all_lines(h) if _QUOTED.match(e.quote))
@@ -86,8 +86,7 @@ def quotations(lookup: Lookup) -> Answer:
 def status(lookup: Lookup) -> Answer:
     """Say how far the source was read: skimmed, to dig into, to read in full, read."""
     key = lookup.key
-    every = lookup.index.query(cites=key, actions=("skim", "read"))
-    hits = [h for h in every if h.is_about(key)]
+    hits = lookup.about(key, "skim", "read")
     if not hits:
         lines = lookup.index.backlinks(key)
         if not lines:
@@ -132,11 +131,8 @@ def entry(lookup: Lookup) -> Answer:
 def unresolved(lookup: Lookup) -> Answer:
     """List the citations whose key is not in the bibliography."""
     index, known = lookup.index, lookup.sources
-    keys = [
-        k
-        for (k,) in index.database.rows("SELECT DISTINCT key FROM cites WHERE marked ORDER BY key")
-    ]
-    missing = [k for k in keys if k not in known]
+    keys = index.database.rows("SELECT DISTINCT key FROM cites WHERE marked ORDER BY key")
+    missing = [key for (key,) in keys if key not in known]
     hits = _within(lookup, [h for k in missing for h in index.backlinks(k)])
     if not hits:
         return lookup.answer("Every citation is in the bibliography.", ())
