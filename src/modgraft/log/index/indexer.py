@@ -75,7 +75,7 @@ class Indexer:
         self._read_history(problems)
         sources = self.sources()
         known = self._known()
-        changed, gone = 0, set()
+        changed, gone = 0, 0
         for file in found.notes:
             before = known.pop(file.path, None)
             if before == file.stamp:
@@ -83,38 +83,32 @@ class Indexer:
             kept = self.write(file.path, sources)
             changed += kept
             if not kept:
-                gone.add(file.path)
+                gone += 1
                 problems.append(f"{file.path}:1: warning deleted while it was read")
         for path in known:
             self.remove(path)
         if changed + len(known) >= OPTIMIZE_FROM:
             self.database.optimize()
-        return self._report(found, gone, changed, len(known), problems, began)
-
-    def _report(
-        self,
-        found: FoundFiles,
-        gone: set[str],
-        changed: int,
-        removed: int,
-        problems: list[str],
-        began: float,
-    ) -> Indexed:
-        (known, degraded) = self.database.rows("SELECT count(*), total(degraded) FROM files")[0]
         statement = "SELECT problems FROM files WHERE problems IS NOT NULL ORDER BY path"
         for (said,) in self.database.rows(statement):
             problems += json.loads(said)
-        degraded = int(degraded)
-        seen, parsed = len(found.notes) - len(gone), known - degraded
-        if seen != parsed + degraded:
+        parsed, degraded = self._count(len(found.notes) - gone)
+        with self.database.transaction() as db:
+            db.execute(SET_FACT, ("indexed", file_time(time.time())))
+        seconds = time.perf_counter() - began
+        seen, removed = parsed + degraded, len(known)
+        return Indexed(seen, parsed, degraded, changed, removed, seconds, tuple(problems))
+
+    def _count(self, seen: int) -> tuple[int, int]:
+        """Count the parsed and the degraded notes, which must be all that were seen."""
+        known, degraded = self.database.rows("SELECT count(*), total(degraded) FROM files")[0]
+        parsed, degraded = known - int(degraded), int(degraded)
+        if seen != known:
             raise ModgraftError(
                 f"{self.settings.root}: {seen} notes were seen, but {parsed} parsed + {degraded} "
                 f"degraded are in the index. Delete {self.database.path} and index again"
             )
-        with self.database.transaction() as db:
-            db.execute(SET_FACT, ("indexed", file_time(time.time())))
-        seconds = time.perf_counter() - began
-        return Indexed(seen, parsed, degraded, changed, removed, seconds, tuple(problems))
+        return parsed, degraded
 
     # -- notes ---------------------------------------------------------------------------------
 

@@ -116,7 +116,8 @@ def serve(log: Log, *, host: str = "127.0.0.1", port: int = PORT) -> None:
     import uvicorn
 
     try:
-        bound = socket.create_server((loopback(host), port), family=_family(host))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        bound = socket.create_server((loopback(host), port), family=family)
     except OSError as error:
         raise AddressError(
             f"{host}:{port}: {error.strerror}. Another page is served there? Name another port"
@@ -124,10 +125,6 @@ def serve(log: Log, *, host: str = "127.0.0.1", port: int = PORT) -> None:
     config = uvicorn.Config(app(log), log_level="warning", server_header=False)
     with bound:
         uvicorn.Server(config).run(sockets=[bound])
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class Page:
