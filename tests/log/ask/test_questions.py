@@ -15,7 +15,7 @@ from datetime import date
 
 import pytest
 
-from log.log_notes import commit, copy_notes, needs_notes
+from log.real_notes import commit, copy_notes, needs_notes
 from modgraft.log import Log
 from modgraft.log.ask.ask import ROUTES, Route, route
 from modgraft.log.ask.names import names_of

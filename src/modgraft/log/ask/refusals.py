@@ -11,10 +11,10 @@ from modgraft.log.ask.answer import (
     count_noun,
     date_of,
     first_line,
-    place,
     places,
     source_name,
 )
+from modgraft.log.index.bibliography import similar
 
 if TYPE_CHECKING:
     from modgraft.log.ask.question import Question
@@ -54,7 +54,7 @@ def no_match(lookup: Lookup) -> Answer:
 def _conditions(question: Question) -> dict[str, str]:
     """Return the conditions of a question in words, in the order in which they are dropped."""
     conditions = {
-        "time": f" {question.period.words.strip()}" if question.period else "",
+        "time": f" {question.period.strip()}" if question.period else "",
         "text": f" mentioning {' '.join(question.topic)!r}" if question.topic else "",
         "note": f" in {question.note}" if question.note else "",
         "cites": f" about @{question.key}" if question.key else "",
@@ -75,7 +75,7 @@ def unknown_source(lookup: Lookup) -> Answer:
     key = lookup.question.unknown_key or ""
     close = lookup.index.bibliography.nearest(key)
     cited = [k for (k,) in lookup.index.database.rows("SELECT DISTINCT key FROM cites")]
-    near = ", ".join(f"@{k}" for k in dict.fromkeys([*close, *_like(key, cited)]))
+    near = ", ".join(f"@{k}" for k in dict.fromkeys([*close, *similar(key, cited, 2)]))
     hint = f"; did you mean {near}?" if near else ""
     return lookup.refuse(f"@{key} is neither in the bibliography nor cited in any note{hint}")
 
@@ -103,14 +103,7 @@ def no_comment(lookup: Lookup, key: str) -> Answer:
     did = ", ".join(
         f"{'read' if h.action == 'read' else 'skimmed'} at line {h.line} of {h.note}" for h in seen
     )
-    known = set(map(place, seen))
-    lines = [h for h in lookup.index.backlinks(key) if place(h) not in known]
+    known = {h.place for h in seen}
+    lines = [h for h in lookup.index.backlinks(key) if h.place not in known]
     other = f"; it is also cited at {places(lines)}" if lines else ""
     return lookup.refuse(f"@{key} was {did}, no comment recorded{other}", map(first_line, seen))
-
-
-def _like(key: str, known: list[str]) -> list[str]:
-    from difflib import get_close_matches
-
-    lower = {k.lower(): k for k in known}
-    return [lower[k] for k in get_close_matches(key.lower(), lower, 2, cutoff=0.75)]

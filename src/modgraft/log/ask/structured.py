@@ -16,7 +16,6 @@ from modgraft.log.ask.answer import (
     count_noun,
     date_of,
     first_line,
-    place,
     places,
 )
 from modgraft.log.ask.free import free
@@ -67,8 +66,8 @@ def events(lookup: Lookup) -> Answer:
     if question.newest or question.oldest:
         hit, which = (hits[-1], "last") if question.newest else (hits[0], "first")
         what = count_events(question.actions, 1).partition(" ")[2]
-        return lookup.answer(f"The {which} {what}: {place(hit)}, {date_of(hit)}.", all_lines(hit))
-    if question.period is not None:
+        return lookup.answer(f"The {which} {what}: {hit.place}, {date_of(hit)}.", all_lines(hit))
+    if question.period:
         lookup.kind = "temporal"
     few = len(hits) <= FEW and not question.counts
     lines = [e for h in hits for e in (all_lines(h) if few else [first_line(h)])]
@@ -165,10 +164,10 @@ def last_run(lookup: Lookup) -> Answer:
     ends = index.query(actions=("return", "interrupt"), note=start.note, section=start.section)
     end = next((h for h in reversed(ends) if h.line > start.line), None)
     if end is None:
-        where = f"{place(start)}, {date_of(start)}"
+        where = f"{start.place}, {date_of(start)}"
         reason = f"the run of {start.arguments} was started ({where}), and has not ended"
         return lookup.refuse(reason, [first_line(start)])
-    where = f"{place(end)}, {date_of(end)}"
+    where = f"{end.place}, {date_of(end)}"
     if end.action == "interrupt":
         reason = f"the run of {start.arguments} broke off ({where}): {end.quote.strip(' -')}"
         return lookup.refuse(reason, all_lines(end))
@@ -221,7 +220,7 @@ def when(lookup: Lookup) -> Answer:
     hit = hits[-1] if question.newest else hits[0]
     which = "the last time" if question.newest else "the first time"
     count = f", {which} of {len(hits)}" if len(hits) > 1 else ""
-    return lookup.answer(f"{date_of(hit)}, at {place(hit)}{count}.", [first_line(hit)])
+    return lookup.answer(f"{date_of(hit)}, at {hit.place}{count}.", [first_line(hit)])
 
 
 def _of_source(lookup: Lookup, key: str) -> list[Hit] | Answer:
@@ -254,7 +253,7 @@ def changed(lookup: Lookup) -> Answer:
     if question.note is not None:
         hits = [h for h in hits if h.note == question.note]
     hits = [h for h in hits if h.text.strip() and not h.text.lstrip().startswith("## ")]
-    words = question.period.words.strip() if question.period else ""
+    words = question.period.strip()
     if not hits:
         every = index.database.rows("SELECT min(at), max(at) FROM blocks")[0]
         there = f"the log goes from {every[0]} to {every[1]}" if every[0] else "the log is empty"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from modgraft.core.errors import ModgraftError
 from modgraft.log.index import git_dates
 from modgraft.log.index.bibliography import Bibliography, Broken, Entry
-from modgraft.log.index.find_notes import File, FoundFiles, find_notes, stamp
+from modgraft.log.index.find_notes import FoundFiles, find_notes, stamp
 from modgraft.log.index.rows import Rows, rows
 from modgraft.log.index.times import date_in_name, file_time
 
@@ -74,7 +74,8 @@ class Indexer:
         self._read_bibliography(found, problems)
         self._read_history(problems)
         sources = self.sources()
-        known = self._known()
+        stamps = self.database.rows("SELECT path, mtime, size, inode FROM files")
+        known = {path: tuple(stamp) for path, *stamp in stamps}
         changed, gone = 0, 0
         for file in found.notes:
             before = known.pop(file.path, None)
@@ -158,10 +159,6 @@ class Indexer:
             ).lastrowid  # fmt: skip
             _insert(db, file or 0, made)
 
-    def _known(self) -> dict[str, tuple[int, int, int]]:
-        rows = self.database.rows("SELECT path, mtime, size, inode FROM files")
-        return {path: (mtime, size, inode) for path, mtime, size, inode in rows}
-
     def _check_actions(self) -> None:
         """Mark every note as stale if the table of actions changed, by which notes are parsed."""
         table = repr(self.actions.rows)
@@ -193,11 +190,13 @@ class Indexer:
     def _read_bibliography(self, found: FoundFiles, problems: list[str]) -> None:
         """Read the bibliography again if one of its files changed."""
         named = self.settings.bibliography
-        files = found.bibliographies if named is None else [_file(path) for path in named]
-        seen = json.dumps([(file.path, file.stamp) for file in files])
+        files = [(one.path, one.stamp) for one in found.bibliographies]
+        if named is not None:
+            files = [(str(path), stamp(path.stat())) for path in named]
+        seen = json.dumps(files)
         if seen != self.database.fact("bibliographies"):
             try:
-                read = Bibliography.read([file.path for file in files])
+                read = Bibliography.read([path for path, _ in files])
             except OSError as error:
                 problems.append(f"{error.filename}:1: error bibliography {error.strerror}")
                 return
@@ -305,10 +304,6 @@ def _same_words(old: Entry | None, new: Entry | None) -> bool:
     return (
         old is not None and new is not None and (old.title, old.authors) == (new.title, new.authors)
     )
-
-
-def _file(path: Path) -> File:
-    return File(str(path), stamp(path.stat()))
 
 
 def _seen_as(path: str, folders: Mapping[str, str]) -> str:

@@ -69,9 +69,6 @@ PICTURE = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 TITLES = {404: "Not found", 405: "Only for reading", 503: "Not now"}
 """Status → the title of the error page."""
 
-LISTING = ("/", "/queue")
-"""Pages with a notice if there is no bibliography."""
-
 NO_SOURCES = (
     "There is no bibliography, so that sources have no titles. Put a .bib file, as Zotero exports "
     "it, into the log’s folder."
@@ -150,7 +147,7 @@ class Page:
         self, template: str, here: str = "", *, status: int = 200, **content: Any
     ) -> Response:
         """Render a template with the frame of the website."""
-        notices = [NO_SOURCES] if here in LISTING and not self.resolver.sources else []
+        notices = [NO_SOURCES] if here in ("/", "/queue") and not self.resolver.sources else []
         frame = {"nav": NAV, "here": here, "q": "", "problems": notices}
         frame["folders"] = ", ".join(folder.name for folder in self.log.settings.folders)
         return HTMLResponse(self.templates.get_template(template).render(frame | content), status)
