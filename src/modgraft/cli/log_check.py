@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modgraft.cli.log import Bib, Json
+from modgraft.cli.log_show import show_problems
 from modgraft.core.errors import ModgraftError
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ def check(
 
       modgraft log check --fix --code mojibake --code near-key
     """
-    from modgraft.cli.log_show import show_problems
     from modgraft.log.check import apply_fixes
     from modgraft.log.check import check as found_in
     from modgraft.log.index.bibliography import Bibliography

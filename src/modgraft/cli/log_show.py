@@ -45,7 +45,7 @@ def show_hits(hits: Sequence[Hit], as_json: bool) -> None:
         return
     console = _console()
     what = _lines if console.is_terminal else _first
-    rows = [(hit.when[:WHEN], f"{hit.note}:{hit.line}", what(hit.text)) for hit in hits]
+    rows = [(hit.when[:WHEN], hit.place, what(hit.text)) for hit in hits]
     _print(console, ("when", "where", "what"), rows, "nothing is recorded that fits")
 
 
@@ -55,16 +55,12 @@ def show_queue(queue: Sequence[Owed], as_json: bool) -> None:
         _json(queue)
         return
     console = _console()
-    if not console.is_terminal:
-        headers = ("status", "owed", "source", "title", "where")
-        rows = [(o.status, o.owed, f"@{o.key}", o.title, f"{o.note}:{o.line}") for o in queue]
-    else:
-        headers = ("status", "source", "where")
+    rows = [(o.status, o.owed, f"@{o.key}", o.title, f"{o.note}:{o.line}") for o in queue]
+    if console.is_terminal:  # two columns fewer
         rows = [
-            (o.owed or o.status, f"@{o.key}\n{o.title}".strip(), f"{o.note}:{o.line}")
-            for o in queue
+            (owed or status, f"{key}\n{title}".strip(), at) for status, owed, key, title, at in rows
         ]
-    _print(console, headers, rows, "no source is in the queue")
+    _print(console, ("status", "source", "where"), rows, "no source is in the queue")
 
 
 def show_answer(answer: Answer, as_json: bool) -> None:

@@ -132,23 +132,21 @@ def _scope(
     log: Index | str | Path | Iterable[str | Path],
 ) -> tuple[Settings, list[Path], tuple[Path, ...]]:
     """Return the settings of what is to be checked, its single notes and its folders."""
+    project = None
     if isinstance(log, (str, Path)):
         paths = [Path(log)]
     elif isinstance(log, Iterable):
         paths = [Path(one) for one in log]
     else:
-        paths = list(log.settings.folders)
+        project, paths = log.settings, list(log.settings.folders)
     for path in paths:
         if not path.exists():
             remedy = "Name a note or a folder that holds notes"
             raise MissingFileError("there is no such note or folder", file=path, remedy=remedy)
     files = [path for path in paths if not path.is_dir()]
     folders = tuple(path for path in paths if path.is_dir())
-    if isinstance(log, (str, Path, Iterable)):
-        # A note by itself belongs to the folder it lies in.
+    if project is None:  # a note by itself belongs to the folder it lies in
         project = settings(*folders, *dict.fromkeys(file.absolute().parent for file in files))
-    else:
-        project = log.settings
     return project, files, folders
 
 
@@ -319,12 +317,11 @@ def _disjoint(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
     """Return the problems whose fixes do not overlap, in order."""
     out: list[Diagnostic] = []
     end = -1
-    for one in sorted(
-        problems, key=lambda one: (one.fix.start, one.fix.end) if one.fix else (0, 0)
-    ):
-        if one.fix and one.fix.start >= end and (one.fix.start, one.fix.end) != (end, end):
+    fixes = [(one.fix.start, one.fix.end, one) for one in problems if one.fix]
+    for start, stop, one in sorted(fixes, key=lambda fix: fix[:2]):
+        if start >= end and (start, stop) != (end, end):
             out.append(one)
-            end = one.fix.end
+            end = stop
     return out
 
 

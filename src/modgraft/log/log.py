@@ -5,13 +5,12 @@ from __future__ import annotations
 from datetime import date
 from typing import TYPE_CHECKING
 
-from modgraft.log.index.database import WAIT, CorruptIndexError
+from modgraft.log.index.database import WAIT
 from modgraft.log.index.index import Index
 from modgraft.log.index.vectors import Vectors
 
 if TYPE_CHECKING:
     from modgraft.log.ask.answer import Answer
-    from modgraft.log.ask.names import Names
     from modgraft.log.index.indexer import Indexed
     from modgraft.log.settings import Settings
 
@@ -51,12 +50,6 @@ class Log(Index):
             self.vectors.update()
         return done
 
-    def names(self) -> Names:
-        """The names by which a question may refer to the notes and the sources."""
-        from modgraft.log.ask.names import names_of
-
-        return names_of(self)
-
     def ask(self, question: str, *, today: date | None = None) -> Answer:
         """Answer a question with the lines that support the answer, or say why there is none.
 
@@ -71,8 +64,4 @@ class Log(Index):
         from modgraft.log.ask.ask import ask
 
         day = today or date.today()
-        try:
-            return ask(self, self.vectors, question, day)
-        except CorruptIndexError as error:
-            self.recover(error)
-            return ask(self, self.vectors, question, day)
+        return self.recovering(lambda: ask(self, self.vectors, question, day))

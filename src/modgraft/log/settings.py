@@ -24,14 +24,15 @@ from modgraft.core.errors import DataError, MissingFileError
 FOLDERS = ("log", "runs")
 VARIABLE = "MODGRAFT_LOG"
 INDEX = Path(".modgraft") / "log.sqlite"
-_KEYS: dict[str, type] = {
-    "folders": list,
-    "bibliography": list,
-    "endpoint": str,
-    "model": str,
-    "vectors": bool,
-    "actions": dict,
+_KEYS: dict[str, tuple[type, str]] = {
+    "folders": (list, 'a list, as ["log"]'),
+    "bibliography": (list, 'a list, as ["log"]'),
+    "endpoint": (str, "a text in quotes"),
+    "model": (str, "a text in quotes"),
+    "vectors": (bool, "true or false"),
+    "actions": (dict, "a table"),
 }
+"""Key → its type, and how a value is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,23 +113,18 @@ def read_table(start: Path) -> tuple[Path | None, dict[str, Any]]:
             raise DataError(said, file=path, remedy="Write [tool.modgraft.log] above its keys")
     for key, value in table.items():
         if key not in _KEYS:
-            known = ", ".join(_KEYS)
-            raise DataError(
-                f"[tool.modgraft.log] has no {key!r}", file=path, remedy=f"It has: {known}"
-            )
+            said, known = f"[tool.modgraft.log] has no {key!r}", ", ".join(_KEYS)
+            raise DataError(said, file=path, remedy=f"It has: {known}")
+        kind, wanted = _KEYS[key]
         texts = not isinstance(value, list) or all(isinstance(one, str) for one in value)
-        if not isinstance(value, _KEYS[key]) or not texts:
-            wanted = {list: 'a list, as ["log"]', dict: "a table", bool: "true or false"}
-            raise DataError(
-                f"[tool.modgraft.log] {key} is {value!r}",
-                file=path,
-                remedy=f"Write {wanted.get(_KEYS[key], 'a text in quotes')}",
-            )
+        if not isinstance(value, kind) or not texts:
+            said = f"[tool.modgraft.log] {key} is {value!r}"
+            raise DataError(said, file=path, remedy=f"Write {wanted}")
     return path, table
 
 
 def _folders(given: tuple[str | Path, ...], table: dict[str, Any], base: Path) -> tuple[Path, ...]:
-    named = os.environ.get(VARIABLE)
+    named, remedy = os.environ.get(VARIABLE), "Name the folder that holds the notes"
     if given:
         wanted = [Path(f).absolute() for f in given]
     elif named:
@@ -139,23 +135,16 @@ def _folders(given: tuple[str | Path, ...], table: dict[str, Any], base: Path) -
         wanted = [base / f for f in FOLDERS if (base / f).is_dir()]
         if not wanted:
             raise MissingFileError(
-                f"neither {' nor '.join(FOLDERS)} is a folder here",
-                file=base,
+                f"neither {' nor '.join(FOLDERS)} is a folder here", file=base,
                 remedy="Start one with `modgraft log new NAME`, or name one: "
                 'Log.open("notes"), MODGRAFT_LOG=notes, or folders in [tool.modgraft.log]',
-            )
+            )  # fmt: skip
     if not wanted:
         said = f"{VARIABLE}={named}" if named else "[tool.modgraft.log] folders"
-        raise MissingFileError(
-            f"{said} names no folder", file=base, remedy="Name the folder that holds the notes"
-        )
+        raise MissingFileError(f"{said} names no folder", file=base, remedy=remedy)
     for folder in wanted:
         if not folder.is_dir():
-            raise MissingFileError(
-                "there is no such folder",
-                file=folder,
-                remedy="Name the folder that holds the notes",
-            )
+            raise MissingFileError("there is no such folder", file=folder, remedy=remedy)
     return tuple(dict.fromkeys(Path(os.path.normpath(f)) for f in wanted))
 
 

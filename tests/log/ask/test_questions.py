@@ -15,9 +15,10 @@ from datetime import date
 
 import pytest
 
-from log.log_notes import commit, copy_notes, needs_notes
+from log.real_notes import commit, copy_notes, needs_notes
 from modgraft.log import Log
 from modgraft.log.ask.ask import ROUTES, Route, route
+from modgraft.log.ask.names import names_of
 from modgraft.log.ask.question import parse_question
 from modgraft.log.index.vectors import VectorsOffError, package_folder
 
@@ -246,7 +247,7 @@ def test_other_ways_to_ask(log: Log, question: str) -> None:
 
 @pytest.mark.parametrize("row", ROUTES, ids=lambda row: row.example)
 def test_the_table_of_questions_routes_its_own_examples(log: Log, row: Route) -> None:
-    asked = parse_question(row.example, log.names(), TODAY)
+    asked = parse_question(row.example, names_of(log), TODAY)
     assert route(asked) is row
     assert callable(row.handler)
 

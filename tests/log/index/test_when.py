@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from log.log_notes import commit, git
+from log.real_notes import commit, git
 from modgraft.core.errors import ModgraftError
 from modgraft.log import Log
 from modgraft.log.index.git_dates import AddedLine, added_lines, fingerprint

@@ -99,6 +99,10 @@ class Lookup:
         )
         return replace(query, **changes)  # type: ignore[arg-type]
 
+    def about(self, key: str, *actions: str) -> list[Hit]:
+        """Find the events that have a source as an argument, of all actions or of some."""
+        return [h for h in self.index.query(cites=key, actions=actions) if h.is_about(key)]
+
     def answer(self, text: str, evidence: Iterable[Evidence]) -> Answer:
         """Answer with ``text`` and the lines that support it."""
         lines = tuple(dict.fromkeys(evidence))
@@ -129,9 +133,8 @@ def verify(index: Index, answer: Answer) -> Answer:
 
 
 def _stands(evidence: Evidence, lines: list[bytes]) -> bool:
-    if not 1 <= evidence.line <= len(lines):
-        return False
-    return lines[evidence.line - 1].decode("utf-8", "replace") == evidence.quote
+    there = lines[evidence.line - 1 : evidence.line]  # none, if the file is shorter now
+    return [line.decode("utf-8", "replace") for line in there] == [evidence.quote]
 
 
 # -- hits as evidence and in words -------------------------------------------------------------
@@ -151,14 +154,9 @@ def all_lines(hit: Hit) -> list[Evidence]:
     ]
 
 
-def place(hit: Hit) -> str:
-    """Return a hit's file and line: ``2023w9.md:68``."""
-    return f"{hit.note}:{hit.line}"
-
-
 def places(hits: Sequence[Hit]) -> str:
     """List the first three files and lines, and count the rest."""
-    first = ", ".join(place(h) for h in hits[:3])
+    first = ", ".join(h.place for h in hits[:3])
     return f"{first} and {len(hits) - 3} more" if len(hits) > 3 else first
 
 

@@ -43,7 +43,7 @@ class Route:
             "source": question.key is not None or question.unknown_key is not None,
             "note": question.note is not None,
             "action": bool(question.actions),
-            "time": question.period is not None,
+            "time": bool(question.period),
             "topic": bool(question.topic),
         }
         return given[self.needs] and any(

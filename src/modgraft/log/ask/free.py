@@ -65,8 +65,9 @@ class Term:
 
 def free(lookup: Lookup) -> Answer:
     """Answer with the lines that fit best, or refuse and say why."""
-    words = content_words(_searched_text(lookup))
-    terms = weigh_terms(lookup, words)
+    asked = lookup.question  # its period is a condition, and not words to search
+    text = asked.text.replace(asked.period, " ") if asked.period else asked.text
+    terms = weigh_terms(lookup, content_words(text))
     if not terms:
         return lookup.refuse("the question holds no word to look for")
     known = [t for t in terms if t.blocks]
@@ -97,12 +98,9 @@ def free(lookup: Lookup) -> Answer:
 
 def _is_supported(shares: dict[int, float], similar: dict[int, float], unknown: bool) -> bool:
     """Whether some block covers enough of the question."""
-    share = max(shares.values(), default=0.0)
+    share, cosine = (max(found.values(), default=0.0) for found in (shares, similar))
     if unknown:
-        return (
-            share >= MIN_COVERAGE_UNKNOWN
-            or max(similar.values(), default=0.0) >= MIN_COSINE_UNKNOWN
-        )
+        return share >= MIN_COVERAGE_UNKNOWN or cosine >= MIN_COSINE_UNKNOWN
     if not similar:
         return share >= MIN_COVERAGE
     return any(shares.get(i, 0.0) + similar.get(i, 0.0) >= MIN_SUM for i in {*shares, *similar})
@@ -131,15 +129,6 @@ def _summary(hit: Hit, lines: Sequence[Evidence]) -> str:
     more = f"; {len(lines) - 1} more lines fit" if len(lines) > 1 else ""
     first = lines[0]
     return f"{first.note}:{first.line}{under}: {first.quote.strip().lstrip('-*+ ')}{more}"
-
-
-def _searched_text(lookup: Lookup) -> str:
-    """Return the question without its period, which is a condition and not words to search."""
-    question = lookup.question
-    text = question.text
-    if question.period is not None:
-        text = text.replace(question.period.words, " ")
-    return text
 
 
 def weigh_terms(lookup: Lookup, words: Sequence[str]) -> list[Term]:

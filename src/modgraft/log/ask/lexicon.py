@@ -75,12 +75,11 @@ def tokens(text: str) -> list[str]:
 
 def content_words(text: str) -> list[str]:
     """Return the words of a text without the stop words."""
-    return [token for token in tokens(text) if not is_stop(token)]
+    return [token for token in tokens(text) if _without_s(token) not in STOP_WORDS]
 
 
-def is_stop(token: str) -> bool:
-    """Whether a word is a stop word."""
-    return token.lower().replace("’", "'").removesuffix("'s") in STOP_WORDS
+def _without_s(word: str) -> str:
+    return word.lower().replace("’", "'").removesuffix("'s")
 
 
 _ENDINGS = (
@@ -92,7 +91,7 @@ _ENDINGS = (
 @lru_cache(maxsize=100_000)
 def stem(word: str) -> str:
     """Strip a word's ending, so that ``masked``, ``masks`` and ``masking`` are equal."""
-    word = word.lower().replace("’", "'").removesuffix("'s")
+    word = _without_s(word)
     for ending in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word.removesuffix(ending)

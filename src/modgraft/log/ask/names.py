@@ -7,7 +7,7 @@ more than ten.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from modgraft.log.ask.lexicon import content_words, tokens
@@ -41,6 +41,8 @@ class Names:
     ) -> None:
         self.sources = sources
         self.cited = tuple(dict.fromkeys(cited))
+        #: where a source is looked for: first among the cited ones, then among all
+        self._pools = ({key: sources[key] for key in self.cited if key in sources}, sources)
         self.keys = {key.lower(): key for key in (*sources, *self.cited)}
         self._notes: dict[str, list[tuple[str, str]]] = {}
         self._parts: dict[str, set[str]] = {}
@@ -105,31 +107,38 @@ class Names:
         Either the question holds its title (or the part before the title's colon), or a reference
         ("the … paper", "Pfeiffer 2023") fits only one source. Cited sources come first.
         """
-        said = " ".join(tokens(rest)).lower()
-        titles = [run for run in _runs(said) if run in self._titles]
+        by_title = self._by_title(rest, question)
+        return by_title or self._by_reference(rest) or self._by_author(rest) or (None, rest)
+
+    def _by_title(self, rest: str, question: str) -> tuple[str, str] | None:
+        titles = [run for run in _runs(" ".join(tokens(rest)).lower()) if run in self._titles]
         titles = [t for t in titles if " " in t or _is_written_as_name(t, question)]
-        cited = set(self.cited)
-        for among in (cited, None):
+        for pool in self._pools:
             for title in sorted(titles, key=len, reverse=True):
-                fits = [e for e in self._titles[title] if among is None or e.key in among]
+                fits = [e for e in self._titles[title] if e.key in pool]
                 if len(fits) == 1:
                     return fits[0].key, _without(rest, fits[0])
+        return None
+
+    def _by_reference(self, rest: str) -> tuple[str, str] | None:
         for pattern, dated in _REFERENCES:
             match = pattern.search(rest)
             words = content_words(match[1].replace("et al", "")) if match else []
-            if match and words and (not dated or any(w.isdigit() for w in words)):
-                for pool in (self.cited, self.sources):
-                    entries = (self.sources[k] for k in pool if k in self.sources)
-                    fits = [e for e in entries if all(_has_word(e, w.lower()) for w in words)]
-                    if len(fits) == 1:
-                        return fits[0].key, rest.replace(match[0], " ")
+            if match is None or not words or (dated and not any(w.isdigit() for w in words)):
+                continue
+            for pool in self._pools:
+                fits = [e for e in pool.values() if all(_has_word(e, w.lower()) for w in words)]
+                if len(fits) == 1:
+                    return fits[0].key, rest.replace(match[0], " ")
+        return None
+
+    def _by_author(self, rest: str) -> tuple[str, str] | None:
+        """Find a cited source by its first author's name alone."""
         match = _AUTHOR.search(rest)
-        if match:  # an author's name alone, if one cited source alone has that author first
-            entries = (self.sources[k] for k in self.cited if k in self.sources)
-            fits = [e for e in entries if _first_author(e) == match[1].lower()]
-            if len(fits) == 1:
-                return fits[0].key, rest.replace(match[0], " ")
-        return None, rest
+        if match is None:
+            return None
+        fits = [k for k, e in self._pools[0].items() if _first_author(e) == match[1].lower()]
+        return (fits[0], rest.replace(match[0], " ")) if len(fits) == 1 else None
 
 
 def names_of(index: Index) -> Names:
@@ -152,7 +161,7 @@ def _normal(text: str) -> str:
 
 def _runs(text: str) -> Iterator[str]:
     """Yield every run of up to ``LONGEST`` words of a text."""
-    words: Sequence[str] = text.split()
+    words = text.split()
     for start in range(len(words)):
         for end in range(start + 1, min(start + LONGEST, len(words)) + 1):
             yield " ".join(words[start:end])

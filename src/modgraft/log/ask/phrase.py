@@ -139,8 +139,10 @@ def _complete(endpoint: str, model: str | None, answer: Answer) -> str:
     request = urllib.request.Request(  # noqa: S310  (the scheme was looked at)
         endpoint.rstrip("/") + "/chat/completions",
         data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"} | _key(),
+        headers={"Content-Type": "application/json"},
     )
+    if key := os.environ.get(KEY):  # it is read from the environment, never from a file
+        request.add_header("Authorization", f"Bearer {key}")
     opener = urllib.request.build_opener(_NoRedirect)
     with opener.open(request, timeout=WAIT) as response:
         said = json.loads(response.read(LARGEST))
@@ -148,12 +150,6 @@ def _complete(endpoint: str, model: str | None, answer: Answer) -> str:
     if not isinstance(text, str) or not text.strip():
         raise ModgraftError("it sent no text")
     return text
-
-
-def _key() -> dict[str, str]:
-    """Return the header with the API key; it is read from the environment, never from a file."""
-    key = os.environ.get(KEY)
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _remark(answer: Answer, remark: str) -> Answer:

@@ -38,13 +38,16 @@ class Period:
 class Question:
     """A parsed question.
 
-    ``topic`` are the words that no other part of the question accounts for. ``by_title`` says that
-    the source is named by its title or author and not by its key.
+    ``topic`` are the words that no other part of the question accounts for. ``since`` and ``until``
+    are the bounds of its period, ``period`` the words that name it, or empty. ``by_title`` says
+    that the source is named by its title or author and not by its key.
     """
 
     text: str
     topic: tuple[str, ...]
-    period: Period | None
+    since: str | None
+    until: str | None
+    period: str
     note: str | None
     key: str | None
     unknown_key: str | None
@@ -56,20 +59,10 @@ class Question:
     by_title: bool = False
 
     @property
-    def since(self) -> str | None:
-        """The first moment of the period; None without one."""
-        return self.period.since if self.period else None
-
-    @property
-    def until(self) -> str | None:
-        """The last moment of the period; None without one."""
-        return self.period.until if self.period else None
-
-    @property
     def scope(self) -> str:
         """The note and the period in words: `` in gpt.md since March 2023``; empty without."""
         note = f" in {self.note}" if self.note else ""
-        return f"{note} {self.period.words.strip()}" if self.period else note
+        return f"{note} {self.period.strip()}" if self.period else note
 
 
 def parse_question(text: str, names: Names, today: date, actions: Iterable[str] = ()) -> Question:
@@ -82,8 +75,8 @@ def parse_question(text: str, names: Names, today: date, actions: Iterable[str] 
         actions: The project's own actions, beside those in the lexicon.
     """
     note, rest = names.find_note(" ".join(text.split()))
-    period = find_period(rest, today)
-    if period is not None:
+    period = find_period(rest, today) or Period(None, None, "")
+    if period.words:
         rest = rest.replace(period.words, " ")
     key, unknown, rest = names.find_key(rest)
     forms = [pattern.search(rest) is not None for pattern in (_COUNTS, _NEWEST, _OLDEST)]
@@ -95,8 +88,8 @@ def parse_question(text: str, names: Names, today: date, actions: Iterable[str] 
         plain = pattern.sub(" ", plain) if given else plain
     counts, newest, oldest = forms
     return Question(
-        text, tuple(content_words(plain)), period, note, key, unknown, found, status,
-        counts, newest, oldest, by_title and key is not None,
+        text, tuple(content_words(plain)), period.since, period.until, period.words, note, key,
+        unknown, found, status, counts, newest, oldest, by_title and key is not None,
     )  # fmt: skip
 
 

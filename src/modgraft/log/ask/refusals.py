@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from modgraft.log.ask.answer import (
     Answer,
     Lookup,
@@ -9,10 +11,13 @@ from modgraft.log.ask.answer import (
     count_noun,
     date_of,
     first_line,
-    place,
     places,
     source_name,
 )
+from modgraft.log.index.bibliography import similar
+
+if TYPE_CHECKING:
+    from modgraft.log.ask.question import Question
 
 
 def no_match(lookup: Lookup) -> Answer:
@@ -23,14 +28,7 @@ def no_match(lookup: Lookup) -> Answer:
     index, question = lookup.index, lookup.question
     if question.unknown_key:
         return unknown_source(lookup)
-    conditions = {
-        "time": f" {question.period.words.strip()}" if question.period else "",
-        "text": f" mentioning {' '.join(question.topic)!r}" if question.topic else "",
-        "note": f" in {question.note}" if question.note else "",
-        "cites": f" about @{question.key}" if question.key else "",
-        "status": " of that status" if question.status else "",
-    }
-    kept = {name: said for name, said in conditions.items() if said}
+    kept = _conditions(question)
     what = _what(lookup, 0, question.status)
     reason = what + "".join(kept[n] for n in ("text", "note", "cites", "time") if n in kept)
     less: dict[str, object] = {}
@@ -53,6 +51,18 @@ def no_match(lookup: Lookup) -> Answer:
     return lookup.refuse(f"{asked_for} is recorded in any of the {total} notes")
 
 
+def _conditions(question: Question) -> dict[str, str]:
+    """Return the conditions of a question in words, in the order in which they are dropped."""
+    conditions = {
+        "time": f" {question.period.strip()}" if question.period else "",
+        "text": f" mentioning {' '.join(question.topic)!r}" if question.topic else "",
+        "note": f" in {question.note}" if question.note else "",
+        "cites": f" about @{question.key}" if question.key else "",
+        "status": " of that status" if question.status else "",
+    }
+    return {name: said for name, said in conditions.items() if said}
+
+
 def _what(lookup: Lookup, count: int, status: str | None) -> str:
     """Count events of the actions in question; lines where the question has only words."""
     if not lookup.question.actions and lookup.question.topic:
@@ -65,7 +75,7 @@ def unknown_source(lookup: Lookup) -> Answer:
     key = lookup.question.unknown_key or ""
     close = lookup.index.bibliography.nearest(key)
     cited = [k for (k,) in lookup.index.database.rows("SELECT DISTINCT key FROM cites")]
-    near = ", ".join(f"@{k}" for k in dict.fromkeys([*close, *_like(key, cited)]))
+    near = ", ".join(f"@{k}" for k in dict.fromkeys([*close, *similar(key, cited, 2)]))
     hint = f"; did you mean {near}?" if near else ""
     return lookup.refuse(f"@{key} is neither in the bibliography nor cited in any note{hint}")
 
@@ -83,8 +93,7 @@ def never_cited(lookup: Lookup, key: str) -> Answer:
 
 def no_comment(lookup: Lookup, key: str) -> Answer:
     """Refuse to comment on a source that was skimmed, read or cited without a remark."""
-    hits = lookup.index.query(cites=key, actions=("skim", "read"))
-    seen = [h for h in hits if h.is_about(key)]
+    seen = lookup.about(key, "skim", "read")
     if not seen:
         lines = lookup.index.backlinks(key)
         where = places(lines)
@@ -94,14 +103,7 @@ def no_comment(lookup: Lookup, key: str) -> Answer:
     did = ", ".join(
         f"{'read' if h.action == 'read' else 'skimmed'} at line {h.line} of {h.note}" for h in seen
     )
-    known = set(map(place, seen))
-    lines = [h for h in lookup.index.backlinks(key) if place(h) not in known]
+    known = {h.place for h in seen}
+    lines = [h for h in lookup.index.backlinks(key) if h.place not in known]
     other = f"; it is also cited at {places(lines)}" if lines else ""
     return lookup.refuse(f"@{key} was {did}, no comment recorded{other}", map(first_line, seen))
-
-
-def _like(key: str, known: list[str]) -> list[str]:
-    from difflib import get_close_matches
-
-    lower = {k.lower(): k for k in known}
-    return [lower[k] for k in get_close_matches(key.lower(), lower, 2, cutoff=0.75)]

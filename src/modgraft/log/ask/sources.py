@@ -15,7 +15,6 @@ from modgraft.log.ask.answer import (
     count_noun,
     date_of,
     first_line,
-    place,
     source_name,
 )
 from modgraft.log.index.query import Hit
@@ -50,14 +49,14 @@ def comments(lookup: Lookup) -> Answer:
     every = lookup.index.backlinks(key)
     if not every:
         return refusals.never_cited(lookup, key)
-    own = [h for h in lookup.index.query(cites=key) if h.is_about(key)]
+    own = lookup.about(key)
     found = [line for h in _within(lookup, own) for line in _comments(h)]
-    heads = {place(h) for h in own}
-    found += [first_line(h) for h in _within(lookup, every) if place(h) not in heads]
+    heads = {h.place for h in own}
+    found += [first_line(h) for h in _within(lookup, every) if h.place not in heads]
     lines = _once(found)
     if not lines:
         before = [e for h in own for e in _comments(h)]
-        before += [first_line(h) for h in every if place(h) not in heads]
+        before += [first_line(h) for h in every if h.place not in heads]
         if before and lookup.question.scope:
             return _elsewhere(lookup, f"nothing is said about @{key}{lookup.question.scope}", every)
         return refusals.no_comment(lookup, key)
@@ -72,12 +71,12 @@ def comments(lookup: Lookup) -> Answer:
 def quotations(lookup: Lookup) -> Answer:
     """Show the quotations from the source that stand under its events."""
     key = lookup.key
-    own = [h for h in lookup.index.query(cites=key) if h.is_about(key)]
+    own = lookup.about(key)
     if not own and not lookup.index.backlinks(key):
         return refusals.never_cited(lookup, key)
     lines = _once(e for h in _within(lookup, own) for e in all_lines(h) if _QUOTED.match(e.quote))
     if not lines:
-        at = "; ".join(f"{h.action} at {place(h)}" for h in own) or "it is only cited"
+        at = "; ".join(f"{h.action} at {h.place}" for h in own) or "it is only cited"
         return lookup.refuse(f"no quotation from @{key} is recorded ({at})", map(first_line, own))
     many = count_noun(len(lines), "quotation")
     return lookup.answer(f"{many} from {source_name(key, lookup.sources)}.", lines[:MOST])
@@ -86,13 +85,12 @@ def quotations(lookup: Lookup) -> Answer:
 def status(lookup: Lookup) -> Answer:
     """Say how far the source was read: skimmed, to dig into, to read in full, read."""
     key = lookup.key
-    every = lookup.index.query(cites=key, actions=("skim", "read"))
-    hits = [h for h in every if h.is_about(key)]
+    hits = lookup.about(key, "skim", "read")
     if not hits:
         lines = lookup.index.backlinks(key)
         if not lines:
             return refusals.never_cited(lookup, key)
-        at = ", ".join(map(place, lines))
+        at = ", ".join(h.place for h in lines)
         reason = f"@{key} is cited at {at}, but was neither skimmed nor read"
         return lookup.refuse(reason, map(first_line, lines))
     best = max(hits, key=lambda h: READING_STATUSES.index(h.status))
@@ -105,7 +103,7 @@ def status(lookup: Lookup) -> Answer:
         "full_read": "skimmed and marked for full reading",
         "read": "read",
     }[best.status]
-    text = f"{yes}{spoken}, at {place(best)}, {date_of(best)}."
+    text = f"{yes}{spoken}, at {best.place}, {date_of(best)}."
     return lookup.answer(text, map(first_line, hits))
 
 
@@ -132,11 +130,8 @@ def entry(lookup: Lookup) -> Answer:
 def unresolved(lookup: Lookup) -> Answer:
     """List the citations whose key is not in the bibliography."""
     index, known = lookup.index, lookup.sources
-    keys = [
-        k
-        for (k,) in index.database.rows("SELECT DISTINCT key FROM cites WHERE marked ORDER BY key")
-    ]
-    missing = [k for k in keys if k not in known]
+    keys = index.database.rows("SELECT DISTINCT key FROM cites WHERE marked ORDER BY key")
+    missing = [key for (key,) in keys if key not in known]
     hits = _within(lookup, [h for k in missing for h in index.backlinks(k)])
     if not hits:
         return lookup.answer("Every citation is in the bibliography.", ())
@@ -173,7 +168,7 @@ def _within(lookup: Lookup, hits: Iterable[Hit]) -> list[Hit]:
 def _elsewhere(lookup: Lookup, reason: str, every: Sequence[Hit]) -> Answer:
     first = min(every, key=lambda h: (h.when, h.note, h.line))
     return lookup.refuse(
-        f"{reason}; it first comes up at {place(first)}, {date_of(first)}", [first_line(first)]
+        f"{reason}; it first comes up at {first.place}, {date_of(first)}", [first_line(first)]
     )
 
 

@@ -16,7 +16,6 @@ from modgraft.log.ask.answer import (
     count_noun,
     date_of,
     first_line,
-    place,
     places,
 )
 from modgraft.log.ask.free import free
@@ -63,19 +62,24 @@ def events(lookup: Lookup) -> Answer:
     if not hits:
         return refusals.no_match(lookup)
     if again:
-        times = Counter(h.arguments for h in hits)
-        hits = [h for h in hits if h.arguments and times[h.arguments] > 1]
-        many = len({h.arguments for h in hits})
-        return lookup.answer(f"{many} of them more than once.", map(first_line, hits))
+        return _repeated(lookup, hits)
     if question.newest or question.oldest:
         hit, which = (hits[-1], "last") if question.newest else (hits[0], "first")
         what = count_events(question.actions, 1).partition(" ")[2]
-        return lookup.answer(f"The {which} {what}: {place(hit)}, {date_of(hit)}.", all_lines(hit))
-    if question.period is not None:
+        return lookup.answer(f"The {which} {what}: {hit.place}, {date_of(hit)}.", all_lines(hit))
+    if question.period:
         lookup.kind = "temporal"
     few = len(hits) <= FEW and not question.counts
     lines = [e for h in hits for e in (all_lines(h) if few else [first_line(h)])]
     return lookup.answer(_summary(lookup, hits), lines)
+
+
+def _repeated(lookup: Lookup, hits: Sequence[Hit]) -> Answer:
+    """List the events whose arguments occur more than once."""
+    times = Counter(h.arguments for h in hits)
+    again = [h for h in hits if h.arguments and times[h.arguments] > 1]
+    many = len({h.arguments for h in again})
+    return lookup.answer(f"{many} of them more than once.", map(first_line, again))
 
 
 def _summary(lookup: Lookup, hits: Sequence[Hit]) -> str:
@@ -154,36 +158,37 @@ def mentions(lookup: Lookup) -> Answer:
 
 def last_run(lookup: Lookup) -> Answer:
     """Report the result of the newest run, from the note that it wrote."""
-    index = lookup.index
-    match = _RUN.search(lookup.question.text)
-    name = (match[1] or match[2]).lower() if match else ""
-    started = index.query(actions="start")
-    runs = [h for h in started if not name or name == (h.arguments or "").lower()]
-    runs = runs or [h for h in started if name in f"{h.arguments} {h.note}".lower()]
-    if not runs:
-        there = ", ".join(dict.fromkeys(h.arguments or "" for h in started))
-        which = f"no run of {name!r} is recorded" if name else "no run is recorded"
-        return lookup.refuse(
-            f"{which}; " + (f"there are runs of: {there}" if there else "there is none of anything")
-        )
-    start = max(runs, key=lambda h: (h.when, h.note, h.line))
+    index, start = lookup.index, _newest_start(lookup)
+    if isinstance(start, Answer):
+        return start
     ends = index.query(actions=("return", "interrupt"), note=start.note, section=start.section)
     end = next((h for h in reversed(ends) if h.line > start.line), None)
     if end is None:
-        where = f"{place(start)}, {date_of(start)}"
+        where = f"{start.place}, {date_of(start)}"
         reason = f"the run of {start.arguments} was started ({where}), and has not ended"
         return lookup.refuse(reason, [first_line(start)])
-    where = f"{place(end)}, {date_of(end)}"
+    where = f"{end.place}, {date_of(end)}"
     if end.action == "interrupt":
         reason = f"the run of {start.arguments} broke off ({where}): {end.quote.strip(' -')}"
         return lookup.refuse(reason, all_lines(end))
-    reached = [
-        line
-        for title in ("Learned", "Done")
-        for hit in index.section(end.note, title)
-        for line in all_lines(hit)
-    ]
-    return lookup.answer(f"{end.result or 'It ended'} ({where}).", [first_line(end), *reached])
+    reached = [*index.section(end.note, "Learned"), *index.section(end.note, "Done")]
+    lines = [line for hit in reached for line in all_lines(hit)]
+    return lookup.answer(f"{end.result or 'It ended'} ({where}).", [first_line(end), *lines])
+
+
+def _newest_start(lookup: Lookup) -> Hit | Answer:
+    """Return the start of the newest run that the question means, or the refusal if none is."""
+    match = _RUN.search(lookup.question.text)
+    name = (match[1] or match[2]).lower() if match else ""
+    started = lookup.index.query(actions="start")
+    runs = [h for h in started if not name or name == (h.arguments or "").lower()]
+    runs = runs or [h for h in started if name in f"{h.arguments} {h.note}".lower()]
+    if runs:
+        return max(runs, key=lambda h: (h.when, h.note, h.line))
+    which = f"no run of {name!r} is recorded" if name else "no run is recorded"
+    there = ", ".join(dict.fromkeys(h.arguments or "" for h in started))
+    what = f"there are runs of: {there}" if there else "there is none of anything"
+    return lookup.refuse(f"{which}; {what}")
 
 
 # -- time --------------------------------------------------------------------------------------
@@ -215,7 +220,7 @@ def when(lookup: Lookup) -> Answer:
     hit = hits[-1] if question.newest else hits[0]
     which = "the last time" if question.newest else "the first time"
     count = f", {which} of {len(hits)}" if len(hits) > 1 else ""
-    return lookup.answer(f"{date_of(hit)}, at {place(hit)}{count}.", [first_line(hit)])
+    return lookup.answer(f"{date_of(hit)}, at {hit.place}{count}.", [first_line(hit)])
 
 
 def _of_source(lookup: Lookup, key: str) -> list[Hit] | Answer:
@@ -227,10 +232,10 @@ def _of_source(lookup: Lookup, key: str) -> list[Hit] | Answer:
     wants = [a for a in ("read", "skim") if re.search(rf"\b{a}", question.text, re.IGNORECASE)]
     if _ASKS.search(question.text) or not wants:
         return every
-    done = [h for h in index.query(cites=key, actions=wants[0]) if h.is_about(key)]
+    done = lookup.about(key, wants[0])
     if done:
         return done
-    other = [h for h in index.query(cites=key, actions=("skim", "read")) if h.is_about(key)]
+    other = lookup.about(key, "skim", "read")
     did = {"read": "never read", "skim": "never skimmed"}[wants[0]]
     if other:
         seen = {"skim": "skimmed", "read": "read"}[other[0].action]
@@ -248,7 +253,7 @@ def changed(lookup: Lookup) -> Answer:
     if question.note is not None:
         hits = [h for h in hits if h.note == question.note]
     hits = [h for h in hits if h.text.strip() and not h.text.lstrip().startswith("## ")]
-    words = question.period.words.strip() if question.period else ""
+    words = question.period.strip()
     if not hits:
         every = index.database.rows("SELECT min(at), max(at) FROM blocks")[0]
         there = f"the log goes from {every[0]} to {every[1]}" if every[0] else "the log is empty"

@@ -44,9 +44,6 @@ class Broken:
     line: int
     reason: str
 
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}"
-
 
 @dataclass(frozen=True)
 class Bibliography:
@@ -82,21 +79,24 @@ class Bibliography:
 
     def nearest(self, key: str, n: int = 3) -> list[str]:
         """Return the keys most similar to ``key`` (with or without ``@``), the nearest first."""
-        from difflib import get_close_matches
-
         wanted = key.lstrip("@").lower()
         lower = {known.lower(): known for known in self.entries}
         if wanted in lower:
             return [lower[wanted]]
         starts = [k for k in lower if len(wanted) >= 4 and k.startswith(wanted)]
-        close = get_close_matches(wanted, lower, n, cutoff=0.75)
-        return [lower[k] for k in dict.fromkeys([*starts, *close])][:n]
+        found = [*(lower[k] for k in starts), *similar(wanted, self.entries, n)]
+        return list(dict.fromkeys(found))[:n]
 
     def __contains__(self, key: str) -> bool:
         return key in self.entries
 
-    def __len__(self) -> int:
-        return len(self.entries)
+
+def similar(key: str, known: Iterable[str], n: int) -> list[str]:
+    """Return the ``n`` known keys that are most similar to ``key``, whatever their case."""
+    from difflib import get_close_matches
+
+    lower = {one.lower(): one for one in known}
+    return [lower[one] for one in get_close_matches(key.lower(), lower, n, cutoff=0.75)]
 
 
 def _decoded(path: Path) -> tuple[str, list[Broken]]:

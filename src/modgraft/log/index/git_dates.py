@@ -124,12 +124,9 @@ def _unquoted(name: bytes) -> str:
 
 
 def _pathspec(folder: Path) -> str:
-    inside = "" if folder == Path() else f"{_literal(folder.as_posix())}/"
+    literal = re.sub(r"([\\*?\[])", r"\\\1", folder.as_posix())
+    inside = "" if folder == Path() else f"{literal}/"
     return f":(top,glob,icase){inside}**/*.md"
-
-
-def _literal(path: str) -> str:
-    return re.sub(r"([\\*?\[])", r"\\\1", path)
 
 
 def _command(root: Path) -> list[str]:

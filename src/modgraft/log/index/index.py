@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from modgraft.core.errors import MissingFileError
-from modgraft.log.index.database import WAIT, CorruptIndexError, Database
+from modgraft.log.index.database import WAIT, CorruptIndexError, Database, T
 from modgraft.log.index.indexer import Indexed, Indexer
 from modgraft.log.index.query import Hit, Owed, Query
 from modgraft.log.index.select import (
@@ -92,12 +92,11 @@ class Index:
                 self.database.rebuild("is built anew, as was asked")
                 self.database.remarks.clear()
             try:
-                done = self._indexer.run()
+                self.indexed = self._indexer.run()
             except CorruptIndexError as error:
                 self.database.rebuild(str(error))
-                done = self._indexer.run()
-            self.indexed = done
-        return done
+                self.indexed = self._indexer.run()
+            return self.indexed
 
     # -- queries -------------------------------------------------------------------------------
 
@@ -115,29 +114,26 @@ class Index:
         """Return the rows that ``ask`` selects, each with its text as it stands in its file now."""
         with self.database.lock:
             self._ready()
-            found = self._asked(ask)
+            found = self.recovering(ask)
             lines, changed = self._reread(found)
             for _ in range(_RETRIES):
                 if not changed:
                     break
                 for path in changed:
                     self._indexer.write(path, self._indexer.sources())
-                found = self._asked(ask)
+                found = self.recovering(ask)
                 lines, changed = self._reread(found)
             return [_with_text(r.hit, lines[r.path]) for r in found if r.path in lines]
 
-    def _asked(self, ask: Callable[[], list[Row]]) -> list[Row]:
+    def recovering(self, ask: Callable[[], T]) -> T:
+        """Return what ``ask`` does; a damaged index is first built again, with a warning."""
         try:
             return ask()
         except CorruptIndexError as error:
-            self.recover(error)
+            warnings.warn(f"{self.database.path}: the index {error}", stacklevel=3)
+            self.database.rebuild(str(error))
+            self.update()
             return ask()
-
-    def recover(self, error: CorruptIndexError) -> None:
-        """Build a damaged index again from the notes, and warn about it."""
-        warnings.warn(f"{self.database.path}: the index {error}", stacklevel=4)
-        self.database.rebuild(str(error))
-        self.update()
 
     def _reread(self, found: list[Row]) -> tuple[dict[str, list[bytes]], set[str]]:
         """Return the lines of unchanged notes, and the paths of those that changed."""
@@ -154,11 +150,8 @@ class Index:
         return lines, changed
 
     def _ready(self) -> None:
-        try:
-            if self.database.fact("indexed") is None:
-                self.update()
-        except CorruptIndexError as error:
-            self.recover(error)
+        if self.recovering(lambda: self.database.fact("indexed")) is None:
+            self.update()
 
     def backlinks(self, key: str) -> list[Hit]:
         """Find every line that cites ``key``, with the event that it belongs to."""
@@ -179,15 +172,12 @@ class Index:
                 if key not in furthest or _rank(hit) > _rank(furthest[key]):
                     furthest[key] = hit
         sources = self.bibliography.entries
+        titles = {key: sources[key].title if key in sources else "" for key in furthest}
         queue = [
-            Owed(
-                key, hit.status, OWED[hit.status],
-                sources[key].title if key in sources else "", hit.note, hit.line, hit.when,
-            )
+            Owed(key, hit.status, OWED[hit.status], titles[key], hit.note, hit.line, hit.when)
             for key, hit in furthest.items()
-        ]  # fmt: skip
-        order = list(OWED)
-        return sorted(queue, key=lambda owed: order.index(owed.status))
+        ]
+        return sorted(queue, key=lambda owed: list(OWED).index(owed.status))
 
     def _furthest(self) -> list[Row]:
         """Select, for each source, the event that got furthest; only these are read again."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from modgraft.core.errors import ModgraftError
 from modgraft.log.index import git_dates
 from modgraft.log.index.bibliography import Bibliography, Broken, Entry
-from modgraft.log.index.find_notes import File, FoundFiles, find_notes, stamp
+from modgraft.log.index.find_notes import FoundFiles, find_notes, stamp
 from modgraft.log.index.rows import Rows, rows
 from modgraft.log.index.times import date_in_name, file_time
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 OPTIMIZE_FROM = 500
 """The number of changed notes from which the full-text indexes are optimized at the end."""
+SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 MARK_STALE = "UPDATE files SET mtime = 0"
 """Notes with this time are read again, by this process or, if it is killed, by the next."""
 
@@ -73,8 +74,9 @@ class Indexer:
         self._read_bibliography(found, problems)
         self._read_history(problems)
         sources = self.sources()
-        known = self._known()
-        changed, gone = 0, set()
+        stamps = self.database.rows("SELECT path, mtime, size, inode FROM files")
+        known = {path: tuple(stamp) for path, *stamp in stamps}
+        changed, gone = 0, 0
         for file in found.notes:
             before = known.pop(file.path, None)
             if before == file.stamp:
@@ -82,37 +84,32 @@ class Indexer:
             kept = self.write(file.path, sources)
             changed += kept
             if not kept:
-                gone.add(file.path)
+                gone += 1
                 problems.append(f"{file.path}:1: warning deleted while it was read")
         for path in known:
             self.remove(path)
         if changed + len(known) >= OPTIMIZE_FROM:
             self.database.optimize()
-        return self._report(found, gone, changed, len(known), problems, began)
-
-    def _report(
-        self,
-        found: FoundFiles,
-        gone: set[str],
-        changed: int,
-        removed: int,
-        problems: list[str],
-        began: float,
-    ) -> Indexed:
-        (known, degraded) = self.database.rows("SELECT count(*), total(degraded) FROM files")[0]
         statement = "SELECT problems FROM files WHERE problems IS NOT NULL ORDER BY path"
         for (said,) in self.database.rows(statement):
             problems += json.loads(said)
-        degraded = int(degraded)
-        seen, parsed = len(found.notes) - len(gone), known - degraded
-        if seen != parsed + degraded:
+        parsed, degraded = self._count(len(found.notes) - gone)
+        with self.database.transaction() as db:
+            db.execute(SET_FACT, ("indexed", file_time(time.time())))
+        seconds = time.perf_counter() - began
+        seen, removed = parsed + degraded, len(known)
+        return Indexed(seen, parsed, degraded, changed, removed, seconds, tuple(problems))
+
+    def _count(self, seen: int) -> tuple[int, int]:
+        """Count the parsed and the degraded notes, which must be all that were seen."""
+        known, degraded = self.database.rows("SELECT count(*), total(degraded) FROM files")[0]
+        parsed, degraded = known - int(degraded), int(degraded)
+        if seen != known:
             raise ModgraftError(
                 f"{self.settings.root}: {seen} notes were seen, but {parsed} parsed + {degraded} "
                 f"degraded are in the index. Delete {self.database.path} and index again"
             )
-        self._set_fact("indexed", file_time(time.time()))
-        seconds = time.perf_counter() - began
-        return Indexed(seen, parsed, degraded, changed, removed, seconds, tuple(problems))
+        return parsed, degraded
 
     # -- notes ---------------------------------------------------------------------------------
 
@@ -150,12 +147,7 @@ class Indexer:
         return Path(os.path.relpath(path, root) if inside else path).as_posix()
 
     def _replace(
-        self,
-        path: str,
-        stamp: tuple[int, int, int],
-        digest: bytes,
-        problems: list[str],
-        made: Rows,
+        self, path: str, stamp: tuple[int, int, int], digest: bytes, problems: list[str], made: Rows
     ) -> None:
         with self.database.transaction() as db:
             _forget(db, path)
@@ -167,23 +159,13 @@ class Indexer:
             ).lastrowid  # fmt: skip
             _insert(db, file or 0, made)
 
-    def _known(self) -> dict[str, tuple[int, int, int]]:
-        statement = "SELECT path, mtime, size, inode FROM files"
-        return {
-            path: (mtime, size, inode) for path, mtime, size, inode in self.database.rows(statement)
-        }
-
-    def _set_fact(self, name: str, value: str) -> None:
-        with self.database.transaction() as db:
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
-
     def _check_actions(self) -> None:
         """Mark every note as stale if the table of actions changed, by which notes are parsed."""
         table = repr(self.actions.rows)
         if self.database.fact("actions") != table:
             with self.database.transaction() as db:
                 db.execute(MARK_STALE)
-                db.execute("INSERT OR REPLACE INTO facts VALUES ('actions', ?)", (table,))
+                db.execute(SET_FACT, ("actions", table))
 
     # -- the bibliography ----------------------------------------------------------------------
 
@@ -208,11 +190,13 @@ class Indexer:
     def _read_bibliography(self, found: FoundFiles, problems: list[str]) -> None:
         """Read the bibliography again if one of its files changed."""
         named = self.settings.bibliography
-        files = found.bibliographies if named is None else [_file(path) for path in named]
-        seen = json.dumps([(file.path, file.stamp) for file in files])
+        files = [(one.path, one.stamp) for one in found.bibliographies]
+        if named is not None:
+            files = [(str(path), stamp(path.stat())) for path in named]
+        seen = json.dumps(files)
         if seen != self.database.fact("bibliographies"):
             try:
-                read = Bibliography.read([file.path for file in files])
+                read = Bibliography.read([path for path, _ in files])
             except OSError as error:
                 problems.append(f"{error.filename}:1: error bibliography {error.strerror}")
                 return
@@ -235,7 +219,7 @@ class Indexer:
             db.execute("DELETE FROM broken")
             broken = [(b.file, b.line, b.reason) for b in read.broken]
             db.executemany("INSERT INTO broken VALUES (?, ?, ?)", broken)
-            db.execute("INSERT OR REPLACE INTO facts VALUES ('bibliographies', ?)", (seen,))
+            db.execute(SET_FACT, ("bibliographies", seen))
             shown = [(k,) for k in keys if not _same_words(old.get(k), read.entries.get(k))]
             citing = "SELECT file FROM cites WHERE key = ?"
             db.executemany(f"{MARK_STALE} WHERE id IN ({citing})", shown)
@@ -284,7 +268,7 @@ class Indexer:
                 else:
                     seen = tracked[path], line.line, line.at
                     db.execute("INSERT OR IGNORE INTO written VALUES (?, ?, ?)", seen)
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (fact, new))
+            db.execute(SET_FACT, (fact, new))
             real = {os.path.realpath(f): str(f) for f in self.settings.folders}
             touched = [(_seen_as(path, real),) for path in tracked]
             db.execute(MARK_STALE) if rewritten else db.executemany(
@@ -320,10 +304,6 @@ def _same_words(old: Entry | None, new: Entry | None) -> bool:
     return (
         old is not None and new is not None and (old.title, old.authors) == (new.title, new.authors)
     )
-
-
-def _file(path: Path) -> File:
-    return File(str(path), stamp(path.stat()))
 
 
 def _seen_as(path: str, folders: Mapping[str, str]) -> str:

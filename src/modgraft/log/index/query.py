@@ -69,6 +69,11 @@ class Hit:
     event_line: int | None = None
 
     @property
+    def place(self) -> str:
+        """The file and the line: ``2023w9.md:68``."""
+        return f"{self.note}:{self.line}"
+
+    @property
     def is_event(self) -> bool:
         """Whether its first line is an event."""
         return self.event_line == self.line

@@ -70,6 +70,11 @@ class Server(LanguageServer):
         text = self.text(path)
         return path, text, text.offset(position.line, position.character)
 
+    def key(self, uri: str, position: t.Position) -> tuple[str, Place] | None:
+        """Return the citation key at a position, and its place."""
+        path, _, at = self.at(uri, position)
+        return self.log.key_at(path, at)
+
     def range(self, text: Text, start: int, end: int) -> t.Range:
         """Convert a range of bytes to the protocol."""
         return t.Range(t.Position(*text.position(start)), t.Position(*text.position(end)))
@@ -225,20 +230,15 @@ def definition(ls: Server, params: t.DefinitionParams) -> list[t.Location]:
     note = ls.log.note(path)
     for link in (*note.links, *note.figures):
         if link.start <= at < link.end:
-            return _targets(link.target, (path.parent, *ls.log.roots))
+            files = (found_at(folder, link.target) for folder in (path.parent, *ls.log.roots))
+            file, start = next(filter(None, files), None), t.Position(0, 0)
+            return [t.Location(file.resolve().as_uri(), t.Range(start, start))] if file else []
     return []
-
-
-def _targets(target: str, folders: tuple[Path, ...]) -> list[t.Location]:
-    path = next(filter(None, (found_at(folder, target) for folder in folders)), None)
-    start = t.Position(0, 0)
-    return [] if path is None else [t.Location(path.resolve().as_uri(), t.Range(start, start))]
 
 
 def references(ls: Server, params: t.ReferenceParams) -> list[t.Location]:
     """Find all citations of a key."""
-    path, _, at = ls.at(params.text_document.uri, params.position)
-    found = ls.log.key_at(path, at)
+    found = ls.key(params.text_document.uri, params.position)
     if found is None:
         return []
     key = found[0]
@@ -250,18 +250,13 @@ def references(ls: Server, params: t.ReferenceParams) -> list[t.Location]:
 
 def prepare(ls: Server, params: t.PrepareRenameParams) -> t.PrepareRenamePlaceholder | None:
     """Return the key at the cursor, which is what would be renamed."""
-    path, text, at = ls.at(params.text_document.uri, params.position)
-    found = ls.log.key_at(path, at)
-    if found is None:
-        return None
-    key, place = found
-    return t.PrepareRenamePlaceholder(ls.range(text, place.start, place.end), key)
+    found = ls.key(params.text_document.uri, params.position)
+    return found and t.PrepareRenamePlaceholder(ls.location(found[1]).range, found[0])
 
 
 def rename(ls: Server, params: t.RenameParams) -> t.WorkspaceEdit | None:
     """Rename a key in every note and every .bib file."""
-    path, _, at = ls.at(params.text_document.uri, params.position)
-    found = ls.log.key_at(path, at)
+    found = ls.key(params.text_document.uri, params.position)
     if found is None:
         return None
     try:

@@ -7,6 +7,7 @@ the note at that moment. Nothing is written unless the server was started with `
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import wraps
 from importlib.metadata import version
 from inspect import cleandoc
@@ -22,7 +23,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.log.index.query import Query
 
 if TYPE_CHECKING:
-    from modgraft.log.index.query import Hit, Owed
+    from modgraft.log.index.query import Hit
     from modgraft.log.log import Log
     from modgraft.log.syntax.note import Diagnostic
 
@@ -163,49 +164,35 @@ class Added(BaseModel):
     text: str
 
 
-def found(hit: Hit) -> Found:
-    """Convert a hit."""
-    return Found(
-        file=hit.note, line=hit.line, end_line=hit.end_line, text=hit.text[:LONGEST],
-        action=hit.action, arguments=hit.arguments, result=hit.result, status=hit.status,
-        when=hit.when, when_from=hit.when_from, keys=list(hit.keys), cut=len(hit.text) > LONGEST,
-    )  # fmt: skip
-
-
 def results(hits: list[Hit], limit: int) -> Results:
     """Convert the first `limit` hits."""
+
+    def found(hit: Hit) -> Found:
+        text, cut = hit.text[:LONGEST], len(hit.text) > LONGEST
+        return Found.model_validate(asdict(hit) | {"file": hit.note, "text": text, "cut": cut})
+
     return Results(found=[found(hit) for hit in hits[:limit]], more=len(hits) > limit)
-
-
-def source(owed: Owed) -> Source:
-    """Convert a row of the reading queue."""
-    return Source(
-        key=owed.key, title=owed.title, status=owed.status, owed=owed.owed, file=owed.note,
-        line=owed.line, when=owed.when,
-    )  # fmt: skip
 
 
 def problem(each: Diagnostic, root: Path) -> Problem:
     """Convert a diagnostic; its file is named relative to `root`, as in the log."""
     path = Path(each.note or "").absolute()
-    inside = path.is_relative_to(root)
-    return Problem(
-        file=path.relative_to(root).as_posix() if inside else str(path), line=each.line,
-        severity=each.severity, code=each.code, message=each.message,
-        fix=each.fix.what if each.fix else None,
-    )  # fmt: skip
+    file = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    fix = each.fix.what if each.fix else None
+    return Problem.model_validate(asdict(each) | {"fix": fix, "file": file})
 
 
 # -- tools ---------------------------------------------------------------------------------------
 
 
-def _with_tool_errors(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a tool so that errors that the user can fix become errors of the tool."""
+def _as_tool(log: Log, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method: update the index first, and turn errors that the user can fix into results."""
 
     # Asynchronous, so that it is not run in a thread: a log has one connection.
     @wraps(call)
     async def asked(*args: Any, **kwargs: Any) -> Any:
         try:
+            log.index()
             return call(*args, **kwargs)
         except (ModgraftError, OSError) as error:
             raise ToolError(str(error)) from error
@@ -214,7 +201,7 @@ def _with_tool_errors(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Tools:
-    """The tools over one log; each updates the index before it answers."""
+    """The tools over one log, whose index is updated before each call."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -229,17 +216,11 @@ class Tools:
         Exact for questions about events, sources, dates and open ends ("which papers did I skim in
         week 9?", "what cites pfeiffer?", "what did the last run reach?"); others by likeness.
         """
-        self.log.index()
         answer = self.log.ask(question)
-        evidence = [
-            Supported(file=each.note, line=each.line, text=each.quote, when=each.when)
-            for each in answer.evidence[:limit]
-        ]
-        return Said(
-            question=answer.question, kind=answer.kind, text=answer.text, refused=answer.refused,
-            evidence=evidence, more=len(answer.evidence) - len(evidence),
-            remarks=list(answer.remarks),
-        )  # fmt: skip
+        shown = answer.evidence[:limit]
+        evidence = [Supported(**asdict(one), file=one.note, text=one.quote) for one in shown]
+        more = len(answer.evidence) - len(evidence)
+        return Said.model_validate(asdict(answer) | {"evidence": evidence, "more": more})
 
     def query(
         self,
@@ -267,7 +248,6 @@ class Tools:
             actions=tuple(actions), since=since, until=until, limit=limit + 1, offset=offset,
             newest=newest_first, **fields,
         )  # fmt: skip
-        self.log.index()
         return results(self.log.query(wanted), limit)
 
     def backlinks(
@@ -276,13 +256,12 @@ class Tools:
         limit: Limit = 50,
     ) -> Results:
         """Every line of the log that cites a source, with the event that it belongs to."""
-        self.log.index()
         return results(self.log.backlinks(key), limit)
 
     def reading_queue(self) -> Queue:
         """The sources that were looked at, how far each got, and what is still owed to it."""
-        self.log.index()
-        return Queue(sources=[source(each) for each in self.log.reading_queue()])
+        queue = self.log.reading_queue()
+        return Queue(sources=[Source(**asdict(owed), file=owed.note) for owed in queue])
 
     def open_questions(self, limit: Limit = 50, offset: Offset = 0) -> Results:
         """The questions under which nothing is written yet."""
@@ -296,7 +275,6 @@ class Tools:
         self, since: Moment, until: Maybe = None, limit: Limit = 50, offset: Offset = 0
     ) -> Results:
         """Every passage that was written between two dates, in that order."""
-        self.log.index()
         return results(self.log.changed(since, until)[offset:], limit)
 
     def note(
@@ -306,7 +284,6 @@ class Tools:
         last_line: Annotated[int | None, Field(ge=1, description="Up to this line.")] = None,
     ) -> Passage:
         """Read a note, or lines of it; a long one comes in parts."""
-        self.log.index()
         note = self.log.note(name)
         if note.lines and first_line > note.lines:
             raise ModgraftError(f"{note.name} has {note.lines} lines, and no line {first_line}")
@@ -332,7 +309,6 @@ class Tools:
         """Dead links, unknown citation keys, wrong sums and unreadable text, each with its line."""
         from modgraft.log.check import check
 
-        self.log.index()
         told = check(self.log)
         errors = [each for each in told if each.severity == "error"]
         shown = errors if errors_only else told
@@ -353,7 +329,6 @@ class Tools:
         """Add an event at the end of a note's Log. Nothing that stands there is changed."""
         from modgraft.log.record.record import add
 
-        self.log.index()
         line = add(self.log.path(name), event, *remarks, actions=self.log.actions)
         note = self.log.note(name)
         return Added(file=note.name or name, line=line, text=note.line(line))
@@ -367,23 +342,18 @@ def build(log: Log, *, write: bool = False) -> MCPServer:
     )  # fmt: skip
     tools = Tools(log)
     reading = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=False)
-    for call in (
+    adding = ToolAnnotations(
+        read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=False
+    )
+    calls = [
         tools.ask, tools.query, tools.backlinks, tools.reading_queue, tools.open_questions,
-        tools.lessons, tools.changed, tools.note, tools.check,
-    ):  # fmt: skip
+        tools.lessons, tools.changed, tools.note, tools.check, *([tools.add] if write else []),
+    ]  # fmt: skip
+    for call in calls:
         server.add_tool(
-            _with_tool_errors(call), description=cleandoc(call.__doc__ or ""), annotations=reading
-        )
-    if write:
-        adding = ToolAnnotations(
-            read_only_hint=False, destructive_hint=False, idempotent_hint=False,
-            open_world_hint=False,
+            _as_tool(log, call), description=cleandoc(call.__doc__ or ""),
+            annotations=adding if call == tools.add else reading,
         )  # fmt: skip
-        server.add_tool(
-            _with_tool_errors(tools.add),
-            description=cleandoc(tools.add.__doc__ or ""),
-            annotations=adding,
-        )
     _resources(server, log)
     return server
 

@@ -69,9 +69,6 @@ PICTURE = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 TITLES = {404: "Not found", 405: "Only for reading", 503: "Not now"}
 """Status → the title of the error page."""
 
-LISTING = ("/", "/queue")
-"""Pages with a notice if there is no bibliography."""
-
 NO_SOURCES = (
     "There is no bibliography, so that sources have no titles. Put a .bib file, as Zotero exports "
     "it, into the log’s folder."
@@ -116,7 +113,8 @@ def serve(log: Log, *, host: str = "127.0.0.1", port: int = PORT) -> None:
     import uvicorn
 
     try:
-        bound = socket.create_server((loopback(host), port), family=_family(host))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        bound = socket.create_server((loopback(host), port), family=family)
     except OSError as error:
         raise AddressError(
             f"{host}:{port}: {error.strerror}. Another page is served there? Name another port"
@@ -124,10 +122,6 @@ def serve(log: Log, *, host: str = "127.0.0.1", port: int = PORT) -> None:
     config = uvicorn.Config(app(log), log_level="warning", server_header=False)
     with bound:
         uvicorn.Server(config).run(sockets=[bound])
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class Page:
@@ -153,7 +147,7 @@ class Page:
         self, template: str, here: str = "", *, status: int = 200, **content: Any
     ) -> Response:
         """Render a template with the frame of the website."""
-        notices = [NO_SOURCES] if here in LISTING and not self.resolver.sources else []
+        notices = [NO_SOURCES] if here in ("/", "/queue") and not self.resolver.sources else []
         frame = {"nav": NAV, "here": here, "q": "", "problems": notices}
         frame["folders"] = ", ".join(folder.name for folder in self.log.settings.folders)
         return HTMLResponse(self.templates.get_template(template).render(frame | content), status)

@@ -8,7 +8,7 @@ text, which is reported if it is similar to an action.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from modgraft.log.syntax.actions import Action, Actions
@@ -66,25 +66,35 @@ def _find_parts(
         end = line_end.start() if line_end else stop
     after, inside = named.end(), None
     if data[after : after + 1] == b"(":
-        round_close = brackets.round.get(after)
-        if round_close is None or round_close >= end:
-            arrow = data.find(b"->", after, end)
-            round_close = arrow if arrow >= 0 else end
-            inside, after = (after + 1, round_close), round_close
-        else:
-            inside, after = (after + 1, round_close), round_close + 1
+        inside, after = _find_arguments(data, after, end, brackets)
     arrow = _ARROW.match(data, after, end)
-    if arrow is None and inside is None and close is None:
-        return None  # an unclosed bracket before a word
-    if arrow is None and close is not None and at in brackets.links:
-        return None  # [read](there) and [read()](there) are links
-    if arrow is None and inside is None and close is not None:
-        before, behind = data[at - 1 : at] if at else b"", data[close + 1 : close + 2]
-        if before.isalnum() or before in (b"_", b"]") or behind == b"[":
-            return None  # x[start] is an index, [text][read] a link by reference
-        if _DEFINITION.match(data, close + 1, stop):
-            return None  # [blog]: https://… says where such a link leads
+    if arrow is None:
+        if close is not None and at in brackets.links:
+            return None  # [read](there) and [read()](there) are links
+        if inside is None and (close is None or _is_text(data, at, close, stop)):
+            return None
     return _Parts(named.span(1), close, end, inside, arrow.end() if arrow else None)
+
+
+def _find_arguments(
+    data: bytes, at: int, end: int, brackets: Brackets
+) -> tuple[tuple[int, int], int]:
+    """Return the range of the arguments whose bracket opens at `at`, and what comes after them."""
+    close = brackets.round.get(at)
+    if close is not None and close < end:
+        return (at + 1, close), close + 1
+    arrow = data.find(b"->", at, end)  # the bracket does not close: up to the arrow
+    close = arrow if arrow >= 0 else end
+    return (at + 1, close), close
+
+
+def _is_text(data: bytes, at: int, close: int, stop: int) -> bool:
+    """Whether a word in brackets is no event, by what stands beside it."""
+    before, behind = data[at - 1 : at] if at else b"", data[close + 1 : close + 2]
+    if before.isalnum() or before in (b"_", b"]") or behind == b"[":
+        return True  # x[start] is an index, [text][read] a link by reference
+    # [blog]: https://… says where such a link leads
+    return _DEFINITION.match(data, close + 1, stop) is not None
 
 
 def _read(data: bytes, at: int, stop: int, parts: _Parts, action: Action) -> Annotation:
@@ -100,6 +110,18 @@ def _read(data: bytes, at: int, stop: int, parts: _Parts, action: Action) -> Ann
     )
 
 
+def _candidates(data: bytes, stop: int, brackets: Brackets) -> Iterator[tuple[int, _Parts]]:
+    """Yield the square brackets that have the form of an event, outside quotations and figures."""
+    opened = [at for at, close in brackets.square.items() if close is None]
+    next_opened = iter([*opened[1:], stop])  # an unclosed one ends where the next one begins
+    for at, close in brackets.square.items():
+        ends = next(next_opened) if close is None else stop
+        if at not in brackets.images:
+            parts = _find_parts(data, at, close, ends, brackets)
+            if parts is not None and not brackets.is_quoted(at, parts.end):
+                yield at, parts
+
+
 def read_annotations(
     data: bytes,
     stop: int,
@@ -112,17 +134,7 @@ def read_annotations(
     """Parse the events among `brackets`, in order; append their problems to `problems`."""
     out: list[Annotation] = []
     around: list[int] = []  # the ends of the events around this one
-    opened = [at for at, close in brackets.square.items() if close is None]
-    opened.append(stop)
-    next_open = 0
-    for at, close in brackets.square.items():
-        if close is None:
-            next_open += 1  # an unclosed one ends where the next unclosed one begins
-        if at in brackets.images:
-            continue
-        parts = _find_parts(data, at, close, opened[next_open] if close is None else stop, brackets)
-        if parts is None or brackets.is_quoted(at, parts.end):
-            continue
+    for at, parts in _candidates(data, stop, brackets):
         while around and around[-1] <= at:
             around.pop()
         bare = parts.result is None and parts.inside is None

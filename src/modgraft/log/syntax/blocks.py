@@ -25,9 +25,9 @@ _LINE = re.compile(
 _SECTION = re.compile(
     rb"##[ \t]+(?:" + b"|".join(re.escape(one.encode()) for one in SECTIONS) + rb")[ \t]*[\r\n]"
 )
-_KINDS: dict[str | None, BlockKind] = {
+_KINDS: dict[str | None, BlockKind] = {  # the last group of _LINE that matched → the block's kind
     "heading": "heading", "item": "item", "quote": "quote",
-    "fence": "fence", "image": "image", None: "para",
+    "fence": "fence", "image": "image", "indent": "para",
 }  # fmt: skip
 _FRONT_MATTER = re.compile(
     rb"---[ \t]*(?:\r\n?|\n)"
@@ -54,9 +54,7 @@ class Outline:
     sections: list[Section] = field(default_factory=list)
     markers: list[tuple[int, int]] = field(default_factory=list)  # indent, bullet, #, >
     contents: list[int] = field(default_factory=list)  # per block: where its text starts
-    unclosed: dict[int, None] = field(
-        default_factory=dict
-    )  # indexes of fence blocks without an end
+    unclosed: set[int] = field(default_factory=set)  # indexes of fence blocks without an end
 
     def below(self) -> list[int]:
         """Return, per block, the end of the last block below it."""
@@ -81,9 +79,8 @@ class _Fences:
 
     def __init__(self, data: bytes, starts: Sequence[int]) -> None:
         self.data, self.starts = data, starts
-        self._longest: dict[
-            bytes, list[int]
-        ] = {}  # per mark: the longest closing mark from each line on
+        #: per mark: the length of the longest closing mark from each line on
+        self._longest: dict[bytes, list[int]] = {}
 
     def _close(self, line: int, mark: bytes) -> int:
         """Return the length of the closing fence mark on `line`, or 0."""
@@ -126,14 +123,13 @@ def outline(data: bytes, starts: Sequence[int]) -> Outline:
     fences = _Fences(data, starts)
     stack: list[tuple[int, int]] = []  # (indent, index) of the blocks above
     fresh = True  # there is no block to continue: at the top, after a blank line or a heading
-    line, lines, size = _front_matter(data, starts, out), len(starts), len(data)
-    while line < lines:
-        start = starts[line]
-        after = starts[line + 1] if line + 1 < lines else size
-        at = start + 3 if line == 0 and data.startswith(BOM) else start
+    section: str | None = None
+    line, ends = _front_matter(data, starts, out), [*starts[1:], len(data)]
+    while line < len(starts):
+        start, after = starts[line], ends[line]
+        at = start or _bom(data)
         found = _read(data, at)
-        kind = _KINDS[found.lastgroup if found.lastgroup != "indent" else None]
-        words = found.end()
+        kind, words = _KINDS[found.lastgroup], found.end()
         if kind == "para" and data[words : words + 1] in b"\r\n":
             fresh, line = True, line + 1
             continue
@@ -145,36 +141,38 @@ def outline(data: bytes, starts: Sequence[int]) -> Outline:
                 out.markers.append((at, words))
             line += 1
             continue
-        while stack and stack[-1][0] >= indent:
+        while stack and (stack[-1][0] >= indent or kind == "heading"):
             stack.pop()
-        parent = stack[-1][1] if stack and kind != "heading" else None
+        index, depth, parent = len(out.blocks), len(stack), stack[-1][1] if stack else None
         if kind == "heading":
-            stack.clear()
             _section(out, data, found, line, start, after)
-        closed, next_line = True, line + 1
+            section = out.sections[-1].title if out.sections else None
+        else:
+            stack.append((indent, index))
+        next_line = line + 1
         if kind == "fence":
             next_line, closed = fences.end(line, found["fence"], indent)
-            after = starts[next_line] if next_line < lines else size
+            after = ends[next_line - 1]
+            if not closed:
+                out.unclosed.add(index)
         if kind in ("fence", "image"):
             words = found.start(kind)
         if words > at:
             out.markers.append((at, words))
-        section = out.sections[-1].title if out.sections else None
-        index = len(out.blocks)
-        out.blocks.append(Block(kind, start, after, line + 1, len(stack), parent, section))
+        out.blocks.append(Block(kind, start, after, line + 1, depth, parent, section))
         out.contents.append(words)
-        if not closed:
-            out.unclosed[index] = None
-        if kind != "heading":
-            stack.append((indent, index))
         fresh, line = kind in ("heading", "fence", "image"), next_line
-    _close_sections(out, lines, size)
+    _close_sections(out, len(starts), len(data))
     return out
+
+
+def _bom(data: bytes) -> int:
+    return len(BOM) if data.startswith(BOM) else 0
 
 
 def _front_matter(data: bytes, starts: Sequence[int], out: Outline) -> int:
     """Add YAML front matter as code (its `tags: [read]` is no event); return the next line."""
-    at = len(BOM) if data.startswith(BOM) else 0
+    at = _bom(data)
     found = _FRONT_MATTER.match(data, at)
     if found is None:
         return 0

@@ -85,19 +85,15 @@ def _calculation(event: Event) -> Iterator[Diagnostic]:
     except CalculationError as error:
         yield Diagnostic("warning", "calculate", str(error), *place)
         return
-    right = agrees(value, written) if written.strip() else None
-    if right:
-        return
-    if not written.strip():
-        said = f"{expression.strip()} is {format_number(value)}: no value is written"
-        yield Diagnostic("info", "calculate", said, *place)
+    written, said = written.strip(), f"{expression.strip()} is {format_number(value)}"
+    right = agrees(value, written) if written else None
+    if not written:
+        yield Diagnostic("info", "calculate", f"{said}: no value is written", *place)
     elif right is None:
-        said = f"{expression.strip()} is {format_number(value)}; {written.strip()!r} is no number"
-        yield Diagnostic("info", "calculate", said, *place)
-    else:
-        said = f"{expression.strip()} is {format_number(value)}, not {written.strip()}"
-        at = event.source.data.rfind(written.strip().encode(), event.start, event.end)
-        mended = corrected(value, written.strip())
-        what = f"write {mended} for {written.strip()}"
-        fix = Fix(at, at + len(written.strip().encode()), mended.encode(), what)
-        yield Diagnostic("error", "calculate", said, *place, fix=fix if at >= 0 else None)
+        yield Diagnostic("info", "calculate", f"{said}; {written!r} is no number", *place)
+    elif not right:
+        at = event.source.data.rfind(written.encode(), event.start, event.end)
+        mended = corrected(value, written)
+        what = f"write {mended} for {written}"
+        fix = Fix(at, at + len(written.encode()), mended.encode(), what) if at >= 0 else None
+        yield Diagnostic("error", "calculate", f"{said}, not {written}", *place, fix=fix)

@@ -25,6 +25,7 @@ _SPECIAL = re.compile(rb"[\[@`$\"<]|://|\xe2\x80\x9c|[a-z][A-Z]")
 _YEAR = re.compile(rb"\d{4}[a-z]?\Z")
 _POINTED = re.compile(rb"\s*<([^<>\r\n]*)>")
 _TITLE = re.compile(rb"\s[\"'(]")
+_OpenFormula = tuple[int, bytes, int, int]  # position, mark, number of tokens and keys before it
 _TRAILING = b".,;:!?'*_~"
 
 
@@ -85,9 +86,7 @@ class _Scan:
         """Find the tokens outside code, formulas and comments."""
         data, skip, ticks = self.data, self.start, None
         no_comment_end = False
-        math: tuple[int, bytes, int, int] | None = (
-            None  # position, mark, number of tokens and keys before it
-        )
+        math: _OpenFormula | None = None
         for token in _TOKEN.finditer(data, self.start, self.end):
             at = token.start()
             if at < skip:
@@ -128,9 +127,7 @@ class _Scan:
             following[end - start] = (start, end)
         return ends
 
-    def _math(
-        self, at: int, mark: bytes, before: tuple[int, bytes, int, int] | None
-    ) -> tuple[int, bytes, int, int] | None:
+    def _math(self, at: int, mark: bytes, before: _OpenFormula | None) -> _OpenFormula | None:
         """Open or close a formula; amounts of money and lone dollar signs do neither."""
         data, end = self.data, at + len(mark)
         if before is not None and before[1] == mark:

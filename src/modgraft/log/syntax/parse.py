@@ -20,16 +20,7 @@ from modgraft.log.syntax.annotation import Annotation, read_annotations
 from modgraft.log.syntax.blocks import BOM, Outline, line_starts, outline
 from modgraft.log.syntax.diagnose import DEGRADING, diagnose
 from modgraft.log.syntax.inline import Inlines, scan
-from modgraft.log.syntax.note import (
-    Block,
-    Code,
-    Diagnostic,
-    Event,
-    Note,
-    Quote,
-    Source,
-    Span,
-)
+from modgraft.log.syntax.note import Block, Code, Diagnostic, Event, Note, Quote, Source, Span
 
 LONGEST = 1 << 20  # bytes of one line in which events and links are looked for
 

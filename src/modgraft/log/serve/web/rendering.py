@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
@@ -120,23 +121,11 @@ class Resolver:
     def note(self, path: Path) -> str | None:
         """Return the address of the note in a file; None if the log has no such note."""
         for file in (path, path.with_name(f"{path.name}.md"), path / "note.md"):
-            rows = self.log.database.rows(
-                "SELECT note FROM files WHERE path = ?", str(Path(*_normal(file.parts)))
-            )
+            named = os.path.normpath(file)  # links are not resolved, as in the index
+            rows = self.log.database.rows("SELECT note FROM files WHERE path = ?", named)
             if rows:
                 return address(rows[0][0])
         return None
-
-
-def _normal(parts: Iterable[str]) -> list[str]:
-    """Remove `.` and `..` from a path's parts without resolving links, as in the index."""
-    kept: list[str] = []
-    for part in parts:
-        if part == ".." and len(kept) > 1:
-            kept.pop()
-        elif part != ".":
-            kept.append(part)
-    return kept
 
 
 def _local(folder: Path, target: str) -> Path | None:
