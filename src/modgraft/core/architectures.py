@@ -164,12 +164,16 @@ FAMILIES = (
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """The family of a Hugging Face model, by its ``config.model_type``; None for any other."""
+    """Return the family of a Hugging Face model, by its ``config.model_type``.
+
+    None for any other.
+    """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     return next((family for family in FAMILIES if kind in family.types), None)
 
 
 def base_path(model: nn.Module) -> str:
-    """The path of the base model inside ``model`` (``"bert"``), empty where it is the model."""
+    """Return the path of the base model inside ``model`` (``"bert"``), empty where it is the
+    model."""
     prefix = getattr(model, "base_model_prefix", "")
     return prefix if prefix and prefix in dict(model.named_children()) else ""

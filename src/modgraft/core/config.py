@@ -50,11 +50,12 @@ class Configured(nn.Module):
         return self
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments; ``type(self)(**self.config())`` is a fresh equal."""
+        """Return the constructor's arguments; ``type(self)(**self.config())`` is a fresh equal."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     def brief(self) -> str:
-        """The shortest call that makes an equal: only the arguments that are not the defaults."""
+        """Return the shortest call that makes an equal: only the arguments that are not the
+        defaults."""
         parts = []
         for each in fields(self):  # type: ignore[arg-type]
             value = getattr(self, each.name)
@@ -91,7 +92,7 @@ def _check_types(cls: type) -> None:
 
 
 def _wrong(method: Configured) -> str | None:
-    """What is wrong with the type of a field's value, None where nothing is."""
+    """Return what is wrong with the type of a field's value, None where nothing is."""
     types = _types(type(method))
     values = {name: getattr(method, name) for name in types if hasattr(method, name)}
     found = mismatch(values, types)
@@ -100,7 +101,7 @@ def _wrong(method: Configured) -> str | None:
 
 @cache
 def _types(cls: type) -> dict[str, Any]:
-    """Each field's type; empty where an annotation's name cannot be resolved from here."""
+    """Return each field's type; empty where an annotation's name cannot be resolved from here."""
     try:
         hints = get_type_hints(cls)
     except NameError:
@@ -136,7 +137,7 @@ def resolve(name: str, kind: type[C]) -> type[C]:
 
 
 def final(kind: type[Configured]) -> bool:
-    """Whether the class can be instantiated and is no base class of a registered one."""
+    """Return whether the class can be instantiated and is no base class of a registered one."""
     abstract = getattr(kind, "__abstractmethods__", None)
     return not abstract and set(REGISTRY.values()).isdisjoint(kind.__subclasses__())
 
@@ -159,7 +160,7 @@ def mismatch(values: Mapping[str, Any], types: Mapping[str, Any]) -> tuple[str, 
 
 
 def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value is of a field's type.
+    """Return whether a value is of a field's type.
 
     A list may stand for a tuple, as JSON has it; of a ``Literal`` only the type is compared, since
     the class itself says which words it knows.

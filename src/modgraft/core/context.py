@@ -58,7 +58,7 @@ class Side:
         return Side(self.tensor.pin_memory(), None if self.mask is None else self.mask.pin_memory())
 
     def seen(self) -> Tensor:
-        """The mask ``[B, m]``, all True where none was given."""
+        """Return the mask ``[B, m]``, all True where none was given."""
         if self.mask is not None:
             return self.mask
         return torch.ones(self.tensor.shape[:2], dtype=torch.bool, device=self.tensor.device)
@@ -136,7 +136,7 @@ class Call:
 
 
 def missing_side(name: str, source: str) -> SideError:
-    """The error of a call without a side input that an active module needs."""
+    """Return the error of a call without a side input that an active module needs."""
     return SideError(
         f"module {name!r} needs the side input {source!r} and this call has none; pass "
         f"host(..., side={{{source!r}: mg.Side(tensor, mask)}}), with an all-False mask row for an "
@@ -177,7 +177,8 @@ class Switch(Expression):
 
 
 def switched(composition: Expression | None) -> bool:
-    """Whether ``composition`` is the chain of all modules' switches that compiled code runs."""
+    """Return whether ``composition`` is the chain of all modules' switches that compiled code
+    runs."""
     return type(composition) is Chain and any(isinstance(p, Switch) for p in composition.parts)
 
 
@@ -209,7 +210,7 @@ class Compiled:
         self._on: tuple[str, ...] = ()  # the modules whose weights are not 0
 
     def current(self) -> Call:
-        """The call under way, with the composition that the code runs."""
+        """Return the call under way, with the composition that the code runs."""
         if self.call.composition is not None:  # given with the call: its weights are data
             return self.call
         composition = self.switches if self.by_weights else self.composition
@@ -309,11 +310,11 @@ class Context:
         self.routed.discard(name)
 
     def now(self) -> Call:
-        """The call under way, in compiled code or not."""
+        """Return the call under way, in compiled code or not."""
         return self.compiled.current() if torch.compiler.is_compiling() else self.current()
 
     def token_modules_in(self, composition: Expression) -> tuple[str, ...]:
-        """The modules that put tokens before the input, in the order of ``composition``.
+        """Return the modules that put tokens before the input, in the order of ``composition``.
 
         They change shapes, so a graph is compiled for each set of them.
         """
@@ -324,14 +325,16 @@ class Context:
         return tuple(name for name in composition.names() if name in self.token_modules)
 
     def current(self) -> Call:
-        """The call under way, or else one with the composition in force and no side input."""
+        """Return the call under way, or else one with the composition in force and no side
+        input."""
         for owner, call in reversed(_calls.get()):
             if owner == id(self):
                 return call
         return Call(self.composition)
 
     def under_way(self, call: Call) -> bool:
-        """Whether all sites share ``call``, unlike one that :meth:`current` makes for a caller."""
+        """Return whether all sites share ``call``, unlike one that :meth:`current` makes for a
+        caller."""
         return any(owner == id(self) and one is call for owner, one in _calls.get())
 
     def switch(self, composition: Expression | None) -> None:

@@ -12,7 +12,7 @@ from modgraft.core.sites import joined
 
 
 def token_table(host: nn.Module) -> nn.Embedding:
-    """The embedding table of a text host's tokens.
+    """Return the embedding table of a text host's tokens.
 
     Raises:
         ModgraftError: for a host that has none, or does not take embeddings instead of tokens.
@@ -37,7 +37,7 @@ def token_table(host: nn.Module) -> nn.Embedding:
 
 
 def token_width(host: nn.Module) -> int:
-    """The number of features of a token at the host's first layer.
+    """Return the number of features of a token at the host's first layer.
 
     Raises:
         ModgraftError: for a host that reads no tokens.
@@ -49,7 +49,8 @@ def token_width(host: nn.Module) -> int:
 
 
 def token_positions(host: nn.Module) -> tuple[int, int] | None:
-    """The first position and the number of positions, where the host looks them up in a table.
+    """Return the first position and the number of positions, where the host looks them up in a
+    table.
 
     None where it does not: relative and rotary positions have no last one.
     """

@@ -99,11 +99,12 @@ class Expression(Composable):
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """The names of its modules, in order, each once."""
+        """Return the names of its modules, in order, each once."""
 
     @abstractmethod
     def weights(self) -> dict[str, Weight]:
-        """The coefficient of each module, which says all where effects add (parameter modules)."""
+        """Return the coefficient of each module, which says all where effects add (parameter
+        modules)."""
 
     @abstractmethod
     def apply(self, run: Run[T], y: T) -> T:
@@ -125,7 +126,8 @@ class Expression(Composable):
         """Rename its modules by ``to``; one that becomes None is taken out."""
 
     def is_line(self, order: Mapping[str, int]) -> bool:
-        """Whether its weights determine it, given the ``order`` in which modules were implanted."""
+        """Return whether its weights determine it, given the ``order`` in which modules were
+        implanted."""
         return False
 
     @property
@@ -174,7 +176,7 @@ class WeightedSum(Expression):
 
     @abstractmethod
     def weighted_terms(self) -> Sequence[tuple[Weight, Expression]]:
-        """The weights wᵢ with their terms."""
+        """Return the weights wᵢ with their terms."""
 
     def names(self) -> tuple[str, ...]:  # noqa: D102
         return unique(n for _, term in self.weighted_terms() for n in term.names())
@@ -306,7 +308,7 @@ def weighted(weight: Weight, effect: Any) -> Any:
 
 
 def plain(terms: tuple[tuple[float, Expression], ...]) -> Expression:
-    """The sum of the terms; a single term with weight 1 needs no sum."""
+    """Return the sum of the terms; a single term with weight 1 needs no sum."""
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 else Sum(terms)
 
 
@@ -321,7 +323,7 @@ def _sum_of(terms: Iterable[tuple[float, Expression | None]]) -> Expression | No
 
 
 def scale(weight: float, expression: Expression) -> Expression:
-    """``weight * expression``.
+    """Return ``weight * expression``.
 
     Raises:
         CompositionError: for a weight that is, or becomes, no finite number.
@@ -338,12 +340,12 @@ def scale(weight: float, expression: Expression) -> Expression:
 
 
 def add(first: Expression, second: Expression) -> Expression:
-    """``first + second``."""
+    """Return ``first + second``."""
     return plain((*_terms(first), *_terms(second)))
 
 
 def unique(names: Iterable[str]) -> tuple[str, ...]:
-    """The names in order, each once."""
+    """Return the names in order, each once."""
     return tuple(dict.fromkeys(names))
 
 
@@ -375,7 +377,7 @@ def check_name(name: str) -> str:
 
 
 def chain(*parts: Expression | None) -> Expression | None:
-    """``a >> b >> …`` without the parts that are None; None if none is left."""
+    """Return ``a >> b >> …`` without the parts that are None; None if none is left."""
     flat: list[Expression] = []
     for part in parts:
         flat += part.parts if type(part) is Chain else [] if part is None else [part]
@@ -390,5 +392,5 @@ def without(expression: Expression | None, name: str) -> Expression | None:
 
 
 def module_of(name: str) -> str:
-    """The module that ``name`` in a composition belongs to: ``"h"`` for ``"h['fr']"``."""
+    """Return the module that ``name`` in a composition belongs to: ``"h"`` for ``"h['fr']"``."""
     return name.partition("[")[0]

@@ -15,7 +15,7 @@ from modgraft.core.errors import DataError, MissingFileError
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block ends without an error.
+    """Give a temporary path beside `path`, which takes its place when the block ends without error.
 
     What was at `path` before stays until then, and for good if the block fails; no half-written
     file is ever seen under the real name.
@@ -50,7 +50,7 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path, *, what: str, remedy: str) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Return the JSON object in `path`.
 
     Args:
         path: The file.

@@ -95,7 +95,7 @@ def _several(method: str, site: Site) -> SiteError:
 
 
 def weight_matrix(layer: nn.Module, part: Part = None, parameter: str | None = None) -> Tensor:
-    """A weight of ``layer`` as ``[out, in]``, or the rows of one part of a fused one.
+    """Return a weight of ``layer`` as ``[out, in]``, or the rows of one part of a fused one.
 
     Raises:
         SiteError: where there is no such weight; :func:`check_weight` says what to select instead.
@@ -110,7 +110,10 @@ def weight_matrix(layer: nn.Module, part: Part = None, parameter: str | None = N
 
 
 def bias_vector(layer: nn.Module, part: Part = None, parameter: str | None = None) -> Tensor | None:
-    """The bias ``[out]`` of a weight of ``layer``, or a part of it; None if there is none."""
+    """Return the bias ``[out]`` of a weight of ``layer``, or a part of it.
+
+    None if there is none.
+    """
     place = _bias_place(layer, part, parameter)
     return None if place is None else stored(layer, place[0])[place[1] : place[2]]
 
@@ -118,7 +121,8 @@ def bias_vector(layer: nn.Module, part: Part = None, parameter: str | None = Non
 def add_to_weight(
     weight: Tensor, delta: Tensor, layer: nn.Module, part: Part, parameter: str | None
 ) -> Tensor:
-    """``weight``, as ``layer`` stores it, plus ``delta`` ``[out, in]`` of it or of a part."""
+    """Return ``weight``, as ``layer`` stores it, plus ``delta`` ``[out, in]`` of it or of a
+    part."""
     if part is not None:
         before = part[0] * delta.shape[0]
         after = (part[1] - part[0] - 1) * delta.shape[0]
@@ -170,12 +174,12 @@ def over_output(layer: nn.Module, values: Tensor) -> Tensor:
 
 
 def feature_axis(layer: nn.Module) -> int:
-    """The axis of the features in the layer's output: the last, except for convolutions."""
+    """Return the axis of the features in the layer's output: the last, except for convolutions."""
     return next((-k - 2 for k, kind in enumerate(_POINTWISE) if isinstance(layer, kind)), -1)
 
 
 def stored(layer: nn.Module, name: str | None) -> Tensor:
-    """The parameter called ``name`` (None: the weight), as ``layer`` stores it."""
+    """Return the parameter called ``name`` (None: the weight), as ``layer`` stores it."""
     value = layer
     for each in (name or "weight").split("."):
         value = getattr(value, each)
@@ -183,7 +187,8 @@ def stored(layer: nn.Module, name: str | None) -> Tensor:
 
 
 def _bias_place(layer: nn.Module, part: Part, parameter: str | None) -> tuple[str, int, int] | None:
-    """The parameter that holds the bias of a weight, with its first row and the one after it."""
+    """Return the parameter that holds the bias of a weight, with its first row and the one after
+    it."""
     weight = parameter or "weight"
     name, start = weight.replace("weight", "bias"), 0
     if isinstance(layer, nn.MultiheadAttention) and weight[:6] in ("q_proj", "k_proj", "v_proj"):

@@ -197,7 +197,8 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
 
 
 def one_input(model: nn.Module) -> list[list[nn.Module]]:
-    """The groups of layers that share an input (query, key and value), in a known architecture."""
+    """Return the groups of layers that share an input (query, key and value), in a known
+    architecture."""
     family = family_of(model)
     if family is None:
         return []
@@ -271,7 +272,7 @@ def _site(
     part: tuple[int, int] | None = None,
     name: str | None = None,
 ) -> Site:
-    """The site at a sub-module, or at its parameter ``name``."""
+    """Return the site at a sub-module, or at its parameter ``name``."""
     if name == "weight" and isinstance(module, WEIGHTED):
         name = None
     above, _, last = path.rpartition(".")
@@ -288,7 +289,8 @@ def joined(path: str, name: str) -> str:
 
 
 def weight_labels(path: str, module: nn.Module) -> list[tuple[str, str]]:
-    """The selections of each weight of a layer with several, with the weight's role or ``""``."""
+    """Return the selections of each weight of a layer with several, with the weight's role or
+    ``""``."""
     matrices = [n for n, p in module._parameters.items() if p is not None and p.dim() == 2]
     if not isinstance(module, nn.MultiheadAttention) or len(matrices) not in (1, 3):
         return [(joined(path, name), "") for name in matrices]
@@ -309,7 +311,7 @@ def _absent(path: str, module: nn.Module, name: str, asked: str) -> SiteError:
 
 
 def matches(pattern: str, site: Site) -> bool:
-    """Whether ``pattern`` matches the path of ``site``, with its part or without."""
+    """Return whether ``pattern`` matches the path of ``site``, with its part or without."""
     regex = re.compile(_regex(pattern, ".*"))
     return any(regex.fullmatch(text) for text in (site.label, site.path))
 

@@ -14,7 +14,7 @@ from modgraft.core.errors import ModgraftError
 
 
 def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
-    """The first of a layer's arguments that is a tensor."""
+    """Return the first of a layer's arguments that is a tensor."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value
@@ -33,7 +33,7 @@ def tensor_input(x: Tensor | None, path: str) -> Tensor:
 
 
 def tensor_of(out: Any) -> Tensor:
-    """The tensor of an output: itself, or the first of a tuple or of a ``ModelOutput``.
+    """Return the tensor of an output: itself, or the first of a tuple or of a ``ModelOutput``.
 
     Raises:
         ModgraftError: if that is no tensor, a ``PackedSequence`` for instance.
@@ -74,6 +74,6 @@ def replaced(
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the parameters of ``model``; the CPU if it has none."""
+    """Return the device of the parameters of ``model``; the CPU if it has none."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device

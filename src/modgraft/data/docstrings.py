@@ -39,7 +39,7 @@ Texts = Mapping[str, Mapping[str, list[str]]]
 
 
 def has_session(text: str) -> bool:
-    """Whether :mod:`doctest` finds a session at Python's prompt, even a malformed one."""
+    """Return whether :mod:`doctest` finds a session at Python's prompt, even a malformed one."""
     try:
         return bool(_PARSER.get_examples(text))
     except ValueError:  # a prompt without a blank, or wrong indentation: still a session
@@ -47,7 +47,7 @@ def has_session(text: str) -> bool:
 
 
 def has_citation(text: str) -> bool:
-    """Whether there is a footnote of reStructuredText (``.. [1] Knuth, …``)."""
+    """Return whether there is a footnote of reStructuredText (``.. [1] Knuth, …``)."""
     return _FOOTNOTE.search(text) is not None
 
 

@@ -121,7 +121,7 @@ def plain_texts(seed: int = 0) -> list[str]:
 
 
 def _dates() -> list[Item]:
-    """Every day of 1950 to 2049."""
+    """Return every day of 1950 to 2049."""
     first, last = date(1950, 1, 1).toordinal(), date(2050, 1, 1).toordinal()
     items, months = [], _MONTHS.split()
     for day in map(date.fromordinal, range(first, last)):

@@ -48,7 +48,8 @@ class Masked:
 
 
 def classes(rows: Sequence[tuple[Sequence[int], int]]) -> dict[str, Tensor]:
-    """A ``collate_fn`` for texts with a class: ``input_ids`` ``[B, n]``, ``kinds`` ``[B]``."""
+    """Return a ``collate_fn`` for texts with a class: ``input_ids`` ``[B, n]``, ``kinds``
+    ``[B]``."""
     return {
         "input_ids": padded([text for text, _ in rows]),
         "kinds": torch.tensor([k for _, k in rows]),

@@ -226,7 +226,7 @@ class Questions(Sequence[Record]):
         return iter(self.records)
 
     def __contains__(self, item: object) -> bool:
-        """Whether a record, or an id, is among the questions."""
+        """Return whether a record, or an id, is among the questions."""
         return item in self._index if isinstance(item, str) else item in self.records
 
     def __repr__(self) -> str:

@@ -142,8 +142,10 @@ def pick(x: Tensor | None, rows: Tensor) -> Tensor | None:
 
 
 def _in_force(state: State, name: str) -> bool:
-    """Whether a compiled call's composition names the module. This binds a graph to the answer:
-    nothing can be computed without the module's side input."""
+    """Return whether a compiled call's composition names the module.
+
+    This binds a graph to the answer: nothing can be computed without the module's side input.
+    """
     composition = state.context.compiled.composition
     return composition is not None and name in composition.names()
 
@@ -204,5 +206,6 @@ def _choose(
 
 
 def _few(chosen: Tensor) -> bool:
-    """Whether at most half of the weights are not 0: more are as well computed one by one."""
+    """Return whether at most half of the weights are not 0: more are as well computed one by
+    one."""
     return 2 * int(chosen.detach().count_nonzero()) <= chosen.numel()

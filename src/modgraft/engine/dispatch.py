@@ -59,7 +59,8 @@ class ExpertBatch:
         return cls(slots, None if len(here) == len(members) else columns)
 
     def takes(self, layer: nn.Module, chosen: Tensor, x: Tensor | None, y: Tensor) -> bool:
-        """Whether x and y have a form that it can compute: features last, examples in rows."""
+        """Return whether x and y have a form that it can compute: features last, examples in
+        rows."""
         if feature_axis(layer) != -1 or y.dim() not in (2, 3):
             return False
         rows = chosen.shape[:-1]
@@ -111,7 +112,7 @@ def _part(value: Tensor, part: tuple[int, int] | None) -> Tensor:
 
 
 def _key(entry: Entry) -> object:
-    """A key that is equal for entries that can be batched, None for one that cannot be."""
+    """Return a key that is equal for entries that can be batched, None for one that cannot be."""
     module = entry.module
     if not isinstance(module, Computation) or entry.residual or entry.parameter is not None:
         return None

@@ -93,7 +93,7 @@ class Implant(nn.Module, ex.Composable):
         return found
 
     def at_sites(self, name: str) -> list[tuple[str, Computation]]:
-        """The built computations of ``name``, one of :attr:`names`, by the site's label."""
+        """Return the built computations of ``name``, one of :attr:`names`, by the site's label."""
         index = self.names.index(name)
         return [
             (label, place.per_task()[index])  # type: ignore[operator]
@@ -101,7 +101,7 @@ class Implant(nn.Module, ex.Composable):
         ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the module by ``"<site>:<name>"``."""
+        """Return every tensor of the module by ``"<site>:<name>"``."""
         return {
             f"{path}:{key}": tensor
             for path, place in zip(self.paths, self.places, strict=True)

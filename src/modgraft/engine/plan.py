@@ -144,7 +144,7 @@ class Plan:
     keys_values: TensorCache | None = None
 
     def holds(self) -> bool:
-        """Whether it would still be planned in this way."""
+        """Return whether it would still be planned in this way."""
         return list(map(_training, self.modules)) == self.training
 
 

@@ -135,7 +135,7 @@ class Reader:
 
 
 def of_batch(expression: ex.Expression) -> bool:
-    """Whether it holds for batches of one size only."""
+    """Return whether it holds for batches of one size only."""
     return isinstance(expression, Each) or expression.is_data
 
 

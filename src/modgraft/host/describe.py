@@ -46,13 +46,14 @@ class Row:
         return _first_of(type(site.module).__name__ for site in self.sites)
 
     def cells(self) -> tuple[str, ...]:
-        """The cells as text."""
+        """Return the cells as text."""
         first = self.sites[0].label or "the host"
         return self.at, f"{len(self.sites)}", first, self.shape, self.kind
 
 
 def shape_of(site: Site) -> str:
-    """The weight's shape, ``"64 × 32"``, else the width of the output, or – if it is unknown."""
+    """Return the weight's shape, ``"64 × 32"``, else the width of the output, or – if it is
+    unknown."""
     shape = _weight_shape(site)
     try:
         return f"{site.width:,}" if shape is None else f"{shape[0]:,} × {shape[1]:,}"
@@ -61,7 +62,10 @@ def shape_of(site: Site) -> str:
 
 
 def lora_cost(sites: Iterable[Site], rank: int) -> int | None:
-    """The number of parameters of LoRA at ``sites``; None if it is not defined at one of them."""
+    """Return the number of parameters of LoRA at ``sites``;
+
+    None if it is not defined at one of them.
+    """
     total = 0
     for site in sites:
         shape = _weight_shape(site)
@@ -80,7 +84,8 @@ def _weight_shape(site: Site) -> tuple[int, int] | None:
 
 
 def rows_of(model: nn.Module) -> list[Row]:
-    """The sites of ``model``: by role where its family is known, else by path pattern and type."""
+    """Return the sites of ``model``: by role where its family is known, else by path pattern and
+    type."""
     family = family_of(model)
     if family is None:
         return _by_pattern(model)
@@ -129,7 +134,7 @@ def _numbered(paths: Sequence[str]) -> str:
 
 
 def modules_table(model: nn.Module, implants: Implants, composition: Expression | None) -> Table:
-    """The modules implanted in ``model``, one a row."""
+    """Return the modules implanted in ``model``, one a row."""
     host_size = max(1, _size(model))
     weights = {} if composition is None else composition.weights()
     rows = []
@@ -151,7 +156,10 @@ def modules_table(model: nn.Module, implants: Implants, composition: Expression 
 
 
 def _in_force(names: Sequence[str], weights: Mapping[str, Weight]) -> str:
-    """``"yes"``, ``"× 0.5"`` or ``"no"``; for a module with several tasks, the active ones."""
+    """Return ``"yes"``, ``"× 0.5"`` or ``"no"``.
+
+    For a module with several tasks, the active ones.
+    """
     parts = []
     for name in (n for n in names if n in weights):
         weight = weights[name]
@@ -165,12 +173,13 @@ def _times(weight: float) -> str:
 
 
 def sites_table(model: nn.Module) -> Table:
-    """The sites of ``model``, one selection a row."""
+    """Return the sites of ``model``, one selection a row."""
     return table(SITES, [row.cells() for row in rows_of(model)])
 
 
 def describe(model: nn.Module, implants: Implants, composition: Expression | None) -> str:
-    """What ``print(host)`` shows: plain text, aligned, for a terminal, a notebook or a log."""
+    """Return what ``print(host)`` shows: plain text, aligned, for a terminal, a notebook or a
+    log."""
     every = nn.ModuleList([model, *implants.values()]).parameters()
     trains = sum(p.numel() for p in every if p.requires_grad)
     parts = [

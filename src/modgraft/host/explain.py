@@ -66,7 +66,8 @@ def _count(group: Group, composition: Expression) -> int:
 
 
 def _role(path: str, entries: Sequence[Entry], roles: dict[tuple[str, object], str]) -> str:
-    """A selection of the sites of ``entries``: their roles, or the path with ``*`` for numbers."""
+    """Return a selection of the sites of ``entries``: their roles, or the path with ``*`` for
+    numbers."""
     found = dict.fromkeys(roles.get((path, entry.part)) for entry in entries)
     known = [role for role in found if role is not None]
     return ", ".join(known) or starred(path) or "the input"

@@ -102,7 +102,7 @@ class Host(nn.Module):
     # -- implanting -----------------------------------------------------------------------------
 
     def sites(self, at: At, expect: int | None = None) -> list[Site]:
-        """The sites that a selection means; see :func:`modgraft.core.sites.find`."""
+        """Return the sites that a selection means; see :func:`modgraft.core.sites.find`."""
         return find(self.model, at, expect=expect)
 
     def implant(
@@ -226,7 +226,7 @@ class Host(nn.Module):
             yield self
 
     def read(self, composition: Compositions) -> ex.Expression | None:
-        """A composition as an expression, without putting it in force.
+        """Return a composition as an expression, without putting it in force.
 
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.

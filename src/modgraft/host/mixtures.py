@@ -26,7 +26,7 @@ from modgraft.routing.mixture import Mixture
 
 
 def mixed_sites(model: nn.Module, implants: Implants, mixture: Mixture) -> list[str]:
-    """The paths of the layers at which the modules of ``mixture`` act.
+    """Return the paths of the layers at which the modules of ``mixture`` act.
 
     Raises:
         ModgraftError: for a name that is no module's, or a module that cannot be mixed.
@@ -136,7 +136,7 @@ def routed(
 
 
 def _mixtures(implants: Implants, name: str) -> list[tuple[str, Mixture]]:
-    """The mixture called ``name``, if it is one, and the mixtures among its modules."""
+    """Return the mixture called ``name``, if it is one, and the mixtures among its modules."""
     method = implants.computation(name)
     if not isinstance(method, Mixture):
         return []
@@ -146,7 +146,8 @@ def _mixtures(implants: Implants, name: str) -> list[tuple[str, Mixture]]:
 def _example(
     model: nn.Module, name: str, args: tuple, kwargs: dict[str, Any], strict: bool
 ) -> Side | None:
-    """The side input that examples are routed by: their tokens' embeddings, answers masked."""
+    """Return the side input that examples are routed by: their tokens' embeddings, answers
+    masked."""
     parameters = list(inspect.signature(type(model).forward).parameters)[1:]
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
     ids = given.get("input_ids", args[0] if args else None)

@@ -250,7 +250,8 @@ def _missing(one: Citation, near: str | None) -> Diagnostic:
 
 
 def _is_typo(key: str, other: str) -> bool:
-    """Whether one key misspells the other; if only the years differ, it may be another source."""
+    """Return whether one key misspells the other; if only the years differ, it may be another
+    source."""
     if _YEAR.sub("", key) == _YEAR.sub("", other):
         return False
     return SequenceMatcher(None, key.casefold(), other.casefold()).ratio() >= _TYPO

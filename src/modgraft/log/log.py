@@ -11,6 +11,7 @@ from modgraft.log.index.vectors import Vectors
 
 if TYPE_CHECKING:
     from modgraft.log.ask.answer import Answer
+    from modgraft.log.ask.names import Names
     from modgraft.log.index.indexer import Indexed
     from modgraft.log.settings import Settings
 
@@ -49,6 +50,12 @@ class Log(Index):
         if self.settings.vectors if vectors is None else vectors:
             self.vectors.update()
         return done
+
+    def names(self) -> Names:
+        """Return the names by which a question may refer to the notes and the sources."""
+        from modgraft.log.ask.names import names_of
+
+        return names_of(self)
 
     def ask(self, question: str, *, today: date | None = None) -> Answer:
         """Answer a question with the lines that support the answer, or say why there is none.

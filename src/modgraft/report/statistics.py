@@ -52,7 +52,7 @@ def figures(row: Row, read: ReadSeveral, names: Iterable[str]) -> list[Figure | 
 
 
 def apart(a: Figure, b: Figure) -> bool:
-    """Whether two figures differ significantly (Welch's t-test, two-sided, `LEVEL`)."""
+    """Return whether two figures differ significantly (Welch's t-test, two-sided, `LEVEL`)."""
     if a.spread is None or b.spread is None:
         return False
     if a.spread == b.spread == 0:
@@ -113,7 +113,8 @@ class Chance:
         )
 
     def sampling_error(self) -> float:
-        """The standard error in points of an accuracy of 50 % over this many image questions."""
+        """Return the standard error in points of an accuracy of 50 % over this many image
+        questions."""
         return 50 / math.sqrt(self.n_image or self.n)
 
 

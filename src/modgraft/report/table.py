@@ -206,7 +206,7 @@ def _markdown_head(columns: Sequence[str]) -> list[str]:
 
 
 def _family_names(results: Results) -> list[str]:
-    """The families that any row has an accuracy of, each once, in order."""
+    """Return the families that any row has an accuracy of, each once, in order."""
     return list(
         dict.fromkeys(f for row in results.rows for m in row.seeds.values() for f in m.families)
     )

@@ -249,5 +249,8 @@ def from_json(said: Any, folder: Path, kind: type[C]) -> C:
 
 
 def _nested(value: Any) -> bool:
-    """Whether ``value`` describes a computation; a dictionary of lists (``Fixed``) does not."""
+    """Return whether ``value`` describes a computation.
+
+    A dictionary of lists (``Fixed``) does not.
+    """
     return isinstance(value, dict) and not all(isinstance(v, list) for v in value.values())

@@ -170,12 +170,12 @@ class Checkpoints:
             self._lock = None
 
     def paths(self, until: float = math.inf) -> list[Path]:
-        """The checkpoints, oldest first, up to that of step `until`."""
+        """Return the checkpoints, oldest first, up to that of step `until`."""
         found = {step_of(p): p for p in self.root.iterdir() if _NAME.fullmatch(p.name)}
         return [path for step, path in sorted(found.items()) if step <= until]
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is or would be."""
+        """Return where the checkpoint of a step is or would be."""
         return self.root / f"step-{step:06d}"
 
     def save(
@@ -282,7 +282,7 @@ class Checkpoints:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint."""
+    """Return the step of a checkpoint."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -325,7 +325,10 @@ def restore(host: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 ) -> dict[str, Tensor]:
-    """The optimiser's state as flat tensors, "<parameter>#<entry>"; `names` maps id → name."""
+    """Return the optimiser's state as flat tensors, "<parameter>#<entry>".
+
+    `names` maps id → name.
+    """
     return {
         f"{names[id(p)]}#{key}": _copy(torch.as_tensor(value))
         for p, entries in optimizer.state.items()

@@ -34,7 +34,7 @@ class Forward:
     def training_loss(
         self, model: nn.Module, batch: Batch, learners: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
-        """The loss ``[]`` to minimise, and the losses of the batch's parts by name.
+        """Return the loss ``[]`` to minimise, and the losses of the batch's parts by name.
 
         A part's loss is the mean over its examples; the loss is the mean over the parts.
 
@@ -52,7 +52,8 @@ class Forward:
         return losses.mean(), _by_name(batch[PARTS].names, losses.detach().tolist())
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The ``loss`` that ``forward`` returns: a scalar, or ``[N]`` for a batch of N parts.
+        """Return the ``loss`` that ``forward`` returns: a scalar, or ``[N]`` for a batch of N
+        parts.
 
         Raises:
             ModgraftError: if there is none, or not one for each part.
@@ -84,7 +85,7 @@ class Forward:
 
 
 def _by_name(names: Sequence[str], losses: Sequence[float]) -> dict[str, float]:
-    """The mean loss of each name."""
+    """Return the mean loss of each name."""
     found: dict[str, list[float]] = {}
     for name, loss in zip(names, losses, strict=True):
         found.setdefault(name, []).append(loss)
@@ -92,7 +93,7 @@ def _by_name(names: Sequence[str], losses: Sequence[float]) -> dict[str, float]:
 
 
 def mean_parts(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each part's losses over the batches of one step."""
+    """Return the mean of each part's losses over the batches of one step."""
     pairs = [pair for parts in several for pair in parts.items()]
     return _by_name([name for name, _ in pairs], [loss for _, loss in pairs])
 
@@ -105,7 +106,7 @@ def mean_loss(
     rank: int,
     world: int,
 ) -> float:
-    """The mean loss over ``loader``, weighted by ``weigh`` or by examples.
+    """Return the mean loss over ``loader``, weighted by ``weigh`` or by examples.
 
     Args:
         forward: computes the loss.

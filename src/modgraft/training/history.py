@@ -163,7 +163,7 @@ class Metrics:
             self._file.flush()
 
     def size(self) -> int:
-        """The file's length in bytes once everything written is safely on disk."""
+        """Return the file's length in bytes once everything written is safely on disk."""
         if self._file is None:
             return 0
         os.fsync(self._file.fileno())

@@ -89,11 +89,11 @@ class Tasks:
             yield together([next(read[task]) for task in tasks], tasks, self.padding)
 
     def each(self) -> dict[str, Iterable[Batch]]:
-        """The loaders by task, every batch with its composition; nothing is drawn."""
+        """Return the loaders by task, every batch with its composition; nothing is drawn."""
         return {task: _Tagged(loader, self.modules[task]) for task, loader in self.loaders.items()}
 
     def _read(self, task: str, seed: int) -> Iterator[Batch]:
-        """The batches of one task without end, each with its composition."""
+        """Yield the batches of one task without end, each with its composition."""
         stream = Stream(self.loaders[task], seed=seed)
         for epoch in count():
             for batch in stream.read(epoch):
@@ -110,7 +110,7 @@ def _temperature(sampling: str | float) -> float:
 
 
 def _sizes(loaders: Mapping[str, Iterable[Batch]], needed: bool) -> dict[str, int]:
-    """The number of batches of each loader; 0 where it is unknown and not needed."""
+    """Return the number of batches of each loader; 0 where it is unknown and not needed."""
     sizes = {task: Stream(loader).length for task, loader in loaders.items()}
     unknown = [task for task, size in sizes.items() if size is None]
     if unknown and needed:
@@ -134,7 +134,8 @@ class _Tagged:
 
 
 def mean_of_tasks(loader: Any, mean: Callable[[Any], float]) -> dict[str, float]:
-    """The ``mean`` loss over a loader; for ``Tasks`` also that of each task, all counting alike."""
+    """Return the ``mean`` loss over a loader; for ``Tasks`` also that of each task, all counting
+    alike."""
     if not isinstance(loader, Tasks):
         return {"loss": mean(loader)}
     losses = {f"loss.{task}": mean(batches) for task, batches in loader.each().items()}

@@ -81,13 +81,13 @@ def _model(host: Any) -> nn.Module:
 
 
 def _implants(host: nn.Module) -> Implants | None:
-    """The modules implanted in ``host``; None for a model that is no ``Host``."""
+    """Return the modules implanted in ``host``; None for a model that is no ``Host``."""
     found = getattr(host, "_implants", None)
     return found if isinstance(found, Implants) else None
 
 
 def _trains(run: Run) -> str:
-    """How many parameters train, and in which modules they are."""
+    """Return how many parameters train, and in which modules they are."""
     size = f"{sum(p.numel() for p in run.parameters.values()):,} parameters"
     implants = _implants(run.host)
     if implants is None:

@@ -26,7 +26,8 @@ SCHEDULES: dict[str, Decay] = {
 
 
 def warmup_steps(warmup: int | float, total: int) -> int:
-    """The number of warm-up steps: an int is that number, a float in [0, 1) a fraction of `total`.
+    """Return the number of warm-up steps: an int is that number, a float in [0, 1) a fraction of
+    `total`.
 
     Raises:
         ModgraftError: negative, a fraction of 1 or more, or a warm-up as long as the run.
@@ -62,7 +63,7 @@ def learning_rate(
 
 
 def trainable(host: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters with `requires_grad`, by name; a tied one only once.
+    """Return the parameters with `requires_grad`, by name; a tied one only once.
 
     Raises:
         ModgraftError: nothing trains.
@@ -79,7 +80,7 @@ def trainable(host: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def undecayed(host: nn.Module) -> set[int]:
-    """The `id`s of the parameters that are not decayed.
+    """Return the `id`s of the parameters that are not decayed.
 
     These are vectors and scalars (biases, norm scales, gates), the parameters of norm layers, and
     embedding tables, whose rows would shrink in batches that do not use them. A table that is tied
@@ -95,7 +96,8 @@ def undecayed(host: nn.Module) -> set[int]:
 
 
 def parameter_groups(host: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
-    """The trainable parameters in two groups, decayed and not, in the order of the host's tree."""
+    """Return the trainable parameters in two groups, decayed and not, in the order of the host's
+    tree."""
     exempt = undecayed(host)
     parameters = list(trainable(host).values())
     groups: list[dict[str, object]] = [

@@ -126,7 +126,7 @@ def together(batches: Sequence[Batch], names: Sequence[str], padding: int = 0) -
 
 
 def examples(batch: Batch, name: str) -> int:
-    """The number of examples of a batch.
+    """Return the number of examples of a batch.
 
     Raises:
         ModgraftError: if it has no tensor.

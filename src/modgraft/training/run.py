@@ -284,7 +284,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def not_finite(self, batches: list[Batch], losses: list[float], norm: float) -> str:
-        """The error message for a loss or gradient that is not finite."""
+        """Return the error message for a loss or gradient that is not finite."""
         what = f"the loss is {losses}"
         bad = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
         if not bad:

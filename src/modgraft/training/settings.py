@@ -105,7 +105,7 @@ class Settings:
             raise ModgraftError(f"fit({found[0]}): {found[1]}")
 
     def _total(self, batches: int | None) -> int:
-        """The steps of the run; an epoch has ⌈batches / accumulate⌉ of them."""
+        """Return the steps of the run; an epoch has ⌈batches / accumulate⌉ of them."""
         if self.accumulate < 1:
             raise ModgraftError(f"accumulate={self.accumulate}: it must be at least 1")
         if (self.steps is None) == (self.epochs is None):
@@ -129,7 +129,7 @@ class Settings:
         processes: int,
         beside: Sequence[str],
     ) -> Decided:
-        """The same with every default decided for a run; see `Decided` for the arguments."""
+        """Return the same with every default decided for a run; see `Decided` for the arguments."""
         total = self._total(batches)
         if self.evaluate is None and (self.patience is not None or self.restore_best):
             raise ModgraftError("early stopping needs something to go by: give evaluate=")
@@ -194,7 +194,8 @@ class Decided(Settings):
         warmup_steps(self.warmup, self.steps)
 
     def record(self) -> dict[str, Any]:
-        """What decides the loss curve, as JSON: a checkpoint is only resumed with the same."""
+        """Return what decides the loss curve, as JSON: a checkpoint is only resumed with the
+        same."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.weigh is not None:
             values["weigh"] = getattr(self.weigh, "__qualname__", type(self.weigh).__name__)

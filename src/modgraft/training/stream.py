@@ -20,7 +20,8 @@ Batch = Mapping[str, Any]
 
 
 def fold(*numbers: int | str) -> int:
-    """A 63-bit seed that depends on all of `numbers` and nothing else, equal on every machine."""
+    """Return a 63-bit seed that depends on all of `numbers` and nothing else, equal on every
+    machine."""
     return int.from_bytes(sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
 
 
@@ -48,7 +49,7 @@ def own_randomness() -> Iterator[None]:
 
 
 def _generators(loader: object) -> list[torch.Generator]:
-    """The generators of a loader and of its samplers, each once."""
+    """Return the generators of a loader and of its samplers, each once."""
     found: dict[int, torch.Generator] = {}
     queue: list[object] = [loader]
     while queue:
@@ -140,7 +141,7 @@ class Stream:
         return -(-count // self.world)
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The dataset indices of every batch of an epoch (map-style loaders only)."""
+        """Return the dataset indices of every batch of an epoch (map-style loaders only)."""
         if self._order is None or self._order[0] != epoch:
             generators = _generators(self.loader)
             before = [g.get_state() for g in generators]
@@ -164,7 +165,8 @@ class Stream:
             yield batch
 
     def first_ids(self, ignore: Sequence[str]) -> list[str] | None:
-        """The ids in the first batch of all, where the loader can tell without being used up."""
+        """Return the ids in the first batch of all, where the loader can tell without being used
+        up."""
         if not self.indexed:
             return None
         with own_randomness():
@@ -231,7 +233,7 @@ class _Isolated:
         self._states = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
     def next(self) -> Batch | None:
-        """The next batch, None at the end."""
+        """Return the next batch, None at the end."""
         with own_randomness():
             random.setstate(self._states[0])
             np.random.set_state(self._states[1])
@@ -242,7 +244,7 @@ class _Isolated:
 
 
 def ids_of(batch: Batch, ignore: Sequence[str] = ("ids",)) -> list[str] | None:
-    """The ids in a batch, for messages: its "ids", or else the first ignored list in it."""
+    """Return the ids in a batch, for messages: its "ids", or else the first ignored list in it."""
     for name in ("ids", *ignore):
         if isinstance(batch.get(name), list | tuple):
             return [str(i) for i in batch[name]]
@@ -262,13 +264,13 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def label_tokens(batch: Batch) -> float:
-    """The number of targets of an encoder-decoder's loss: labels other than −100."""
+    """Return the number of targets of an encoder-decoder's loss: labels other than −100."""
     return float((batch["labels"] != -100).sum())
 
 
 def next_tokens(batch: Batch) -> float:
-    """The number of targets of a causal decoder's loss: labels other than −100, without those at
-    the first position of each sequence, which nothing predicts."""
+    """Return the number of targets of a causal decoder's loss: labels other than −100, without
+    those at the first position of each sequence, which nothing predicts."""
     return float((batch["labels"][..., 1:] != -100).sum())
 
 

@@ -132,7 +132,7 @@ class Batched:
         return torch.bmm(rows, own["A"]), own
 
     def has_factors(self, layer: nn.Module) -> bool:
-        """Whether it changes a linear layer by a matrix of low rank."""
+        """Return whether it changes a linear layer by a matrix of low rank."""
         return self._is_low_rank and (
             isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
         )

@@ -17,7 +17,7 @@ _UNSUPPORTED = ("position_bias", "softcap", "output_attentions")
 
 
 def applies(function: Any, query: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether :func:`attend` computes what ``function`` would with these arguments."""
+    """Return whether :func:`attend` computes what ``function`` would with these arguments."""
     return (
         function is sdpa_attention_forward
         and query.shape[2] == 1

@@ -163,7 +163,7 @@ def _plain_weight(
 
 
 def _pays(weight: Tensor, x: Tensor) -> bool:
-    """Whether the weight is smaller than the activations, N·(in + out) ≥ in·out."""
+    """Return whether the weight is smaller than the activations, N·(in + out) ≥ in·out."""
     outs, ins = weight.shape
     return x.numel() // ins * (ins + outs) >= ins * outs
 
@@ -174,7 +174,8 @@ def _weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
 
 
 def _can_merge(x: Tensor) -> bool:
-    """Whether a merged weight may be kept: nothing learns, and nothing is lost in rounding."""
+    """Return whether a merged weight may be kept: nothing learns, and nothing is lost in
+    rounding."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype.itemsize < 4)
 
 

@@ -59,7 +59,10 @@ class TensorCache:
         return made[key]
 
     def _holds(self) -> bool:
-        """Whether anything may be kept; lets go of what was made of other tensors than now."""
+        """Return whether anything may be kept.
+
+        Lets go of what was made of other tensors than now.
+        """
         # C over whole lists: several times as fast as a loop in Python
         own = [t for t in chain.from_iterable(map(dict.values, self._owners)) if t is not None]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in own):

@@ -37,7 +37,7 @@ class Route:
     patterns: tuple[str, ...]
 
     def takes(self, question: Question) -> bool:
-        """Whether a question names what the row needs and matches one of its patterns."""
+        """Return whether a question names what the row needs and matches one of its patterns."""
         given = {
             "": True,
             "source": question.key is not None or question.unknown_key is not None,

@@ -97,7 +97,7 @@ def free(lookup: Lookup) -> Answer:
 
 
 def _is_supported(shares: dict[int, float], similar: dict[int, float], unknown: bool) -> bool:
-    """Whether some block covers enough of the question."""
+    """Return whether some block covers enough of the question."""
     share, cosine = (max(found.values(), default=0.0) for found in (shares, similar))
     if unknown:
         return share >= MIN_COVERAGE_UNKNOWN or cosine >= MIN_COSINE_UNKNOWN
@@ -152,7 +152,7 @@ def weigh_terms(lookup: Lookup, words: Sequence[str]) -> list[Term]:
 
 
 def is_name(word: str, question: str) -> bool:
-    """Whether a word is a name or a number, which an answering line would hold unchanged."""
+    """Return whether a word is a name or a number, which an answering line would hold unchanged."""
     if any(c.isdigit() for c in word) or any(c.isupper() for c in word[1:]):
         return True
     first = question.split()[0].strip("\"'`(") if question.split() else ""

@@ -174,7 +174,8 @@ def _titles(entry: Entry) -> tuple[str, ...]:
 
 
 def _is_written_as_name(title: str, question: str) -> bool:
-    """Whether a one-word title is capitalised, other than at the start: ``Muse``, ``ELITE``."""
+    """Return whether a one-word title is capitalised, other than at the start: ``Muse``,
+    ``ELITE``."""
     return any(t[0].isupper() for t in tokens(question)[1:] if t.lower() == title)
 
 

@@ -90,6 +90,9 @@ class Bibliography:
     def __contains__(self, key: str) -> bool:
         return key in self.entries
 
+    def __len__(self) -> int:
+        return len(self.entries)
+
 
 def similar(key: str, known: Iterable[str], n: int) -> list[str]:
     """Return the ``n`` known keys that are most similar to ``key``, whatever their case."""

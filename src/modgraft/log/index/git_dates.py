@@ -63,7 +63,8 @@ def head(root: Path) -> str | None:
 
 
 def is_ancestor(root: Path, old: str) -> bool:
-    """Whether ``old`` is an ancestor of the current commit, so that history was not rewritten."""
+    """Return whether ``old`` is an ancestor of the current commit, so that history was not
+    rewritten."""
     return _git(root, "merge-base", "--is-ancestor", old, "HEAD").returncode == 0
 
 

@@ -300,7 +300,8 @@ def _degraded(note: Note) -> list[str]:
 
 
 def _same_words(old: Entry | None, new: Entry | None) -> bool:
-    """Whether two versions of an entry give the blocks that cite it the same search words."""
+    """Return whether two versions of an entry give the blocks that cite it the same search
+    words."""
     return (
         old is not None and new is not None and (old.title, old.authors) == (new.title, new.authors)
     )

@@ -79,7 +79,7 @@ class Hit:
         return self.event_line == self.line
 
     def is_about(self, key: str) -> bool:
-        """Whether the source ``key`` is an argument of the event, whatever its case."""
+        """Return whether the source ``key`` is an argument of the event, whatever its case."""
         return key.casefold() in map(str.casefold, self.keys[: self.about])
 
     @property

@@ -255,26 +255,27 @@ class Tools:
         key: Annotated[str, Field(description="A citation key, with or without @.")],
         limit: Limit = 50,
     ) -> Results:
-        """Every line of the log that cites a source, with the event that it belongs to."""
+        """Return every line of the log that cites a source, with the event that it belongs to."""
         return results(self.log.backlinks(key), limit)
 
     def reading_queue(self) -> Queue:
-        """The sources that were looked at, how far each got, and what is still owed to it."""
+        """Return the sources that were looked at, how far each got, and what is still owed to
+        it."""
         queue = self.log.reading_queue()
         return Queue(sources=[Source(**asdict(owed), file=owed.note) for owed in queue])
 
     def open_questions(self, limit: Limit = 50, offset: Offset = 0) -> Results:
-        """The questions under which nothing is written yet."""
+        """Return the questions under which nothing is written yet."""
         return self.query(actions=["question"], status="open", limit=limit, offset=offset)
 
     def lessons(self, limit: Limit = 50, offset: Offset = 0) -> Results:
-        """What was learned: the log's lessons."""
+        """Return what was learned: the log's lessons."""
         return self.query(actions=["lesson_learned"], limit=limit, offset=offset)
 
     def changed(
         self, since: Moment, until: Maybe = None, limit: Limit = 50, offset: Offset = 0
     ) -> Results:
-        """Every passage that was written between two dates, in that order."""
+        """Return every passage that was written between two dates, in that order."""
         return results(self.log.changed(since, until)[offset:], limit)
 
     def note(

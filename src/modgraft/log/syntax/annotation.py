@@ -89,7 +89,7 @@ def _find_arguments(
 
 
 def _is_text(data: bytes, at: int, close: int, stop: int) -> bool:
-    """Whether a word in brackets is no event, by what stands beside it."""
+    """Return whether a word in brackets is no event, by what stands beside it."""
     before, behind = data[at - 1 : at] if at else b"", data[close + 1 : close + 2]
     if before.isalnum() or before in (b"_", b"]") or behind == b"[":
         return True  # x[start] is an index, [text][read] a link by reference

@@ -182,7 +182,8 @@ def _front_matter(data: bytes, starts: Sequence[int], out: Outline) -> int:
 
 
 def _continues(last: Block, kind: BlockKind, indent: int, above: int) -> bool:
-    """Whether a line continues the block before it: a wrapped line, or the next of a quote."""
+    """Return whether a line continues the block before it: a wrapped line, or the next of a
+    quote."""
     if kind == "quote":
         return last.kind == "quote" and indent == above
     if kind != "para":

@@ -144,7 +144,7 @@ def split_value(arguments: str, result: str | None) -> tuple[str, str]:
 
 
 def agrees(value: Number, written: str) -> bool | None:
-    """Whether `value`, rounded as `written` is, equals it; None if `written` is no number.
+    """Return whether `value`, rounded as `written` is, equals it; None if `written` is no number.
 
     ``152 MB`` may mean 152 or 152,000,000 and ``40%`` 40 or 0.4, since the unit of `value` is not
     known; either is accepted.

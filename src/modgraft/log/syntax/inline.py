@@ -40,7 +40,7 @@ class Brackets:
     links: set[int] = field(default_factory=set)  # square brackets that open a link
 
     def is_quoted(self, start: int, end: int) -> bool:
-        """Whether `start` to `end` lies within one pair of quotation marks."""
+        """Return whether `start` to `end` lies within one pair of quotation marks."""
         at = bisect_right(self.quoted, (start, 1 << 62)) - 1
         return at >= 0 and self.quoted[at][1] >= end
 

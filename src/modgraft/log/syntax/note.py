@@ -309,3 +309,14 @@ class Note:
             raise IndexError(f"{self.name or 'the note'} has {has}, and no line {number}")
         last = number == len(self.line_starts)
         return self.line_starts[number - 1], len(self.data) if last else self.line_starts[number]
+
+    def outline(self, width: int = 100) -> str:
+        """List the blocks, one a line: the line number, then the first words indented by depth."""
+        rows = []
+        for block in self.blocks:
+            words = self.data[block.start : min(block.end, block.start + 4 * width)]
+            shown = " ".join(words.decode("utf-8", "replace").split("\n")[0].split())
+            if len(shown) > width:
+                shown = shown[: width - 1] + "…"
+            rows.append(f"{block.line:>5}  {'  ' * min(block.depth, 40)}{shown}")
+        return "\n".join(rows)

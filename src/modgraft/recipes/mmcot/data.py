@@ -83,12 +83,12 @@ def check(settings: Settings, rows: Sequence[str]) -> None:
 
 
 def is_file(features: str | None) -> bool:
-    """Whether the setting names a file of features, and not a vision model."""
+    """Return whether the setting names a file of features, and not a vision model."""
     return features is not None and Path(features).suffix in (".npy", ".safetensors")
 
 
 def needs_features(settings: Settings, nets: Iterable[Net]) -> bool:
-    """Whether the training of these models must wait for the image features.
+    """Return whether the training of these models must wait for the image features.
 
     Text-only models of DigitsQA need not wait. With other data they do: images may be bad, and
     that should come out before hours of training.
@@ -99,7 +99,7 @@ def needs_features(settings: Settings, nets: Iterable[Net]) -> bool:
 
 
 def loads_features(settings: Settings, nets: Iterable[Net]) -> bool:
-    """Whether to load the questions of these models with image features.
+    """Return whether to load the questions of these models with image features.
 
     Under ``skip_bad``, questions with bad images are left out, and all models and rows must share
     the same questions.

@@ -108,7 +108,7 @@ def magnitude_pruning(
 
 
 def _subnetworks(host: HostLike, name: str) -> dict[str, SparseSubnetwork]:
-    """The module at each of its sites, if each site has a mask."""
+    """Return the module at each of its sites, if each site has a mask."""
     places = _places(host, name, SparseSubnetwork)
     if len(places) < len(host[name].paths):
         raise ModgraftError(
@@ -125,7 +125,7 @@ def _put_back(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 
 def _density(places: Iterable[SparseSubnetwork]) -> float:
-    """The share of the weights that the masks have left."""
+    """Return the share of the weights that the masks have left."""
     masks = [place.get_buffer("mask") for place in places]
     return sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 

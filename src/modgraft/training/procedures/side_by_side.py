@@ -88,7 +88,7 @@ def fit_side_by_side(
 
 
 def _settings_of(name: str, names: list[str], settings: Mapping[str, Any]) -> Settings:
-    """The settings that `fit` would take for one module."""
+    """Return the settings that `fit` would take for one module."""
     known = [field.name for field in fields(Settings)]
     if unknown := [key for key in settings if key not in known]:
         raise ModgraftError(
@@ -224,7 +224,7 @@ class _Pass:
             show.step(step, sum(shown.values()) / len(shown), self.first.lr, shown)
 
     def _whole(self, batches: dict[str, Batch]) -> Batch:
-        """The batches joined into one, each example with its composition."""
+        """Return the batches joined into one, each example with its composition."""
         ignore = self.first.settings.ignore
         tagged = []
         for name, batch in batches.items():
@@ -275,7 +275,7 @@ class _Pass:
 
 
 def _resumes_from(run: Run) -> float:
-    """The step that a run resumes from; ∞ if it has ended."""
+    """Return the step that a run resumes from; ∞ if it has ended."""
     paths = [] if run.store is None else run.store.paths()
     if not paths or run.store is None:
         return 0

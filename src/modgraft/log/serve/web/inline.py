@@ -183,7 +183,7 @@ def _render_mark(kind: str, text: str, view: View) -> Markup:
 
 
 def is_name(key: str) -> bool:
-    """Whether an unknown key is more likely a person's handle, since it has no year."""
+    """Return whether an unknown key is more likely a person's handle, since it has no year."""
     return not any(letter.isdigit() for letter in key)
 
 
