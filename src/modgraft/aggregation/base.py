@@ -7,8 +7,8 @@ It sees what each module computes from the site's output, and never the host.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ ApplyModule = Callable[[int, Tensor, Tensor, Tensor | float], Tensor]
 
 class Aggregation(Configured):
     """One way to combine the results of several modules."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"routed": "takes_weights", "adds": "is_weighted_sum"}
 
     @property
     def takes_weights(self) -> bool:

@@ -18,7 +18,8 @@ def check_at_least_one(method: str, **values: int | None) -> None:
     """
     for name, value in values.items():
         if value is not None and value < 1:
-            raise ModgraftError(f"{method}({name}={value}): the {name} is at least 1")
+            what = name if len(name) == 1 or "_" in name else f"the {name}"
+            raise ModgraftError(f"{method}({name}={value}): {what} is at least 1")
 
 
 def distinct_names(names: Sequence[str], call: str, example: str) -> tuple[str, ...]:

@@ -38,6 +38,12 @@ class Computation(Configured):
     the configuration, and the saved configuration is derived from it.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "needs": "side_source", "acts": "unwrapped", "acting": "per_task", "named": "task_names",
+        "across": "build_all", "tie": "share_with", "expect": "resize_to",
+        "alone": "fused_forward", "in_weights": "is_weight_change", "stacks": "can_batch",
+    }  # fmt: skip
+
     # -- what the method declares about itself
 
     identity: ClassVar[bool] = False
@@ -102,6 +108,11 @@ class Computation(Configured):
             )
         built = type(self)(**self.config())
         built.build(site)
+        if hidden := [name for name in built._modules if hasattr(type(built), name)]:
+            raise ModgraftError(
+                f"{type(self).__name__}.build: self.{hidden[0]} is an attribute of every module, "
+                f"which a child of this name cannot replace; call the child otherwise"
+            )
         like = next((p for p in site.module.parameters() if p.is_floating_point()), None)
         if like is None and site.root is not None:
             like = next((p for p in site.root.parameters() if p.is_floating_point()), None)
@@ -141,7 +152,7 @@ class Computation(Configured):
         return ()
 
     @property
-    def inner(self) -> Computation:
+    def unwrapped(self) -> Computation:
         """Return the computation that acts at the sites: itself, or the one that it wraps."""
         return self
 
@@ -314,9 +325,9 @@ class Wrapper(Computation):
         return self.module.side_source
 
     @property
-    def inner(self) -> Computation:
+    def unwrapped(self) -> Computation:
         """Return the wrapped method, out of all its wrappers."""
-        return self.module.inner
+        return self.module.unwrapped
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from modgraft.computation._checks import check_at_least_one
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
@@ -57,7 +56,8 @@ class GatedFusion(FunctionComposition):
     def __post_init__(self) -> None:
         if self.form not in ("paper", "released"):
             raise ModgraftError(f"GatedFusion(form={self.form!r}): 'paper' or 'released'")
-        check_at_least_one("GatedFusion", dim=self.dim)
+        if self.dim < 1:
+            raise ModgraftError(f"GatedFusion(dim={self.dim}): the features have a positive width")
 
     @property
     def side_source(self) -> str:

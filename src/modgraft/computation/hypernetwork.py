@@ -110,7 +110,7 @@ class HyperNetwork(Wrapper):
         if isinstance(self.module, Wrapper):
             raise ModgraftError(
                 f"HyperNetwork({self.module!r}, …): one generator serves all sites already; write "
-                f"HyperNetwork({self.module.inner!r}, tasks={self.tasks!r})"
+                f"HyperNetwork({self.module.unwrapped!r}, tasks={self.tasks!r})"
             )
 
     def task_names(self, name: str) -> list[str]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, wraps
 from inspect import formatannotation
-from types import UnionType
+from types import FunctionType, UnionType
 from typing import (
     Any,
+    ClassVar,
     Literal,
     Self,
     TypeVar,
@@ -35,10 +36,14 @@ class Configured(nn.Module):
     What is saved is derived from them: ``type(self)(**self.config())`` is a fresh equal.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Former names of hooks; a subclass that defines one is refused: nothing would call it."""
+
     def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
         """Make a dataclass of the subclass, and remember it by name."""
         super().__init_subclass__(**kwargs)
         if registered:  # not a stand-in for a class that is
+            _check_names(cls)
             dataclass(eq=False, repr=False)(cls)
             _check_types(cls)
             REGISTRY[cls.__name__] = cls
@@ -66,6 +71,30 @@ class Configured(nn.Module):
 
     def extra_repr(self) -> str:  # noqa: D102
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+
+
+def _check_names(cls: type[Configured]) -> None:
+    """Refuse a class that defines a hook by its former name, or a field that would hide a hook.
+
+    Raises:
+        ModgraftError: with the hook's name.
+    """
+    annotated = vars(cls).get("__annotations__", {})
+    own_fields = [name for name, kind in annotated.items() if "ClassVar" not in str(kind)]
+    for name in vars(cls).keys() - annotated.keys():
+        if name in cls.renamed:
+            raise ModgraftError(
+                f"{cls.__name__}.{name}: nothing calls a hook of this name; it is "
+                f"{cls.renamed[name]} now"
+            )
+    for base in cls.__mro__[1:]:
+        for name in own_fields:
+            hook = vars(base).get(name)
+            if issubclass(base, Configured) and isinstance(hook, property | FunctionType):
+                raise ModgraftError(
+                    f"{cls.__name__}.{name}: a field of this name hides the hook "
+                    f"{base.__name__}.{name}; call it otherwise, such as {name}_"
+                )
 
 
 def _check_types(cls: type) -> None:

@@ -160,7 +160,7 @@ def _mix(at: Applier, routed: RoutedMixture, y: Tensor, total: Tensor, weight: W
         return total  # compiled code holds every module of the host: this one is not in force
     members = [at.entries.get(name, ()) for name in routed.members]
     if mixture.router is None:
-        new = mixture.combine(_member_of(at, routed.members, sparse=False), [], y)
+        new = mixture.combine(_apply_module(at, routed.members, sparse=False), [], y)
     else:
         sparse = mixture.route.sparse and not torch.compiler.is_compiling()
         chosen = _choose(at, routed, members, y)
@@ -172,7 +172,7 @@ def _mix(at: Applier, routed: RoutedMixture, y: Tensor, total: Tensor, weight: W
         if sparse:
             used = chosen.detach().reshape(-1, len(used)).ne(0).any(0).nonzero()[:, 0].tolist()
         names = [routed.members[j] for j in used]
-        new = mixture.combine(_member_of(at, names, sparse), [chosen[..., j] for j in used], y)
+        new = mixture.combine(_apply_module(at, names, sparse), [chosen[..., j] for j in used], y)
     if new is y:  # none of its modules acts on the output here
         return total
     if total is y and not isinstance(weight, Tensor) and weight == 1.0:
@@ -180,10 +180,10 @@ def _mix(at: Applier, routed: RoutedMixture, y: Tensor, total: Tensor, weight: W
     return total + weighted(weight, new - y)
 
 
-def _member_of(at: Applier, names: Sequence[str], sparse: bool) -> Any:
-    """Return what an aggregation calls for the j-th module: the applier, under its name."""
+def _apply_module(at: Applier, names: Sequence[str], sparse: bool) -> Any:
+    """Return the function by which an aggregation applies the j-th module, under its name."""
 
-    def member(j: int, y: Tensor, total: Tensor, w: Weight) -> Tensor:
+    def apply(j: int, y: Tensor, total: Tensor, w: Weight) -> Tensor:
         name = names[j]
         if name not in at.entries:  # it has no site here
             return total
@@ -191,7 +191,7 @@ def _member_of(at: Applier, names: Sequence[str], sparse: bool) -> Any:
             return at.where_used(name, y, total, w)
         return at(name, y, total, w)
 
-    return member
+    return apply
 
 
 def _choose(

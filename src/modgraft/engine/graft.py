@@ -43,7 +43,7 @@ def graft_everywhere(
     """
     for site, place in places:
         graft(site, name, place, context)
-    inner = method.inner
+    inner = method.unwrapped
     additive = isinstance(inner, ParameterComposition)
     context.add(name, device, additive, inner.side_source, bool(inner.members))
 

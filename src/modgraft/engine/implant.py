@@ -150,7 +150,7 @@ class Implants(Mapping[str, Implant]):
 
     def computation(self, name: str) -> Computation:
         """Return the computation, without parameters, that ``name`` in a composition means."""
-        return self[ex.module_of(name)].method.inner
+        return self[ex.module_of(name)].method.unwrapped
 
     def at_sites(self, name: str) -> list[tuple[str, Computation]]:
         """Return the built computations that ``name`` in a composition means, by site's label."""

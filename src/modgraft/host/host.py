@@ -136,7 +136,7 @@ class Host(nn.Module):
                 f"{name!r} is implanted already; host.remove({name!r}) first, or take another name"
             )
         check_module(module)
-        if isinstance(module.inner, TokenComposition):
+        if isinstance(module.unwrapped, TokenComposition):
             if at not in (None, "input", ""):
                 raise ModgraftError(
                     f"{type(module).__name__} acts at the host's input; leave out at={at!r}"
@@ -147,7 +147,7 @@ class Host(nn.Module):
                 raise ModgraftError(f"a Mixture acts where its modules do; leave out at={at!r}")
             at = mixed_sites(self.model, self._implants, module)
         elif at is None:
-            at = module.inner.default_at
+            at = module.unwrapped.default_at
         if at is None:
             raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
         sites = self.sites(at, expect)
@@ -163,7 +163,7 @@ class Host(nn.Module):
             )
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
         join_prompts(self._implants, implant)
-        hook_attention(module.inner)
+        hook_attention(module.unwrapped)
         self._graft(implant, sites, implant.names)
         link_shared_inputs(self.model)
         implant.train(self.training)

@@ -41,7 +41,7 @@ def mixed_sites(model: nn.Module, implants: Implants, mixture: Mixture) -> list[
                 f"modules, {', '.join(repr(n) for n in read.names())}"
             )
         implant = implants[module_of(name)]
-        members.append((name, implant.method.inner))
+        members.append((name, implant.method.unwrapped))
         if mixture.router is not None:
             _check_admitted(model, mixture.router, name, implant.at_sites(name))
         for label in implant.paths:
@@ -88,12 +88,12 @@ def join_prompts(implants: Implants, implant: Implant) -> None:
         ModgraftError: for an unknown name, or a module that is no prompt of the same length.
     """
     method: Any = implant.method
-    if not isinstance(method.inner, Attempt):
+    if not isinstance(method.unwrapped, Attempt):
         return
-    if method.inner is not method:
+    if method.unwrapped is not method:
         raise ModgraftError(
-            f"{type(method).__name__}({method.inner!r}): an Attempt is over modules of the host, "
-            f"and is implanted by itself"
+            f"{type(method).__name__}({method.unwrapped!r}): an Attempt is over modules of the "
+            f"host, and is implanted by itself"
         )
     method.check([(name, implants.computation(name)) for name in method.over])
     over = {name: implants.at_sites(name)[0][1] for name in method.over}

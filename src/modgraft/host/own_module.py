@@ -36,7 +36,7 @@ def own_module(host: Host, name: str, into: str) -> Implant:
     implant = host[ex.module_of(read.name)]
     labels = list(implant.paths)
     at = None if labels == [""] else labels
-    copy = host.implant(into, implant.method.inner, at, active=False)
+    copy = host.implant(into, implant.method.unwrapped, at, active=False)
     for (_, view), place in zip(host._implants.at_sites(read.name), copy.places, strict=True):
         tensors = ModuleTensors(view)
         with torch.no_grad():

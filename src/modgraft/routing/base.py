@@ -8,7 +8,7 @@ calls the copy's ``build``. It never sees the host. To add one, subclass :class:
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -54,6 +54,10 @@ class Router(Configured):
     ``level`` says what is routed: a task (by a trained row of logits for each of ``tasks``), or an
     example or a token (by logits that are linear in its query, W_r q + b_r).
     """
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "looks": "inspects", "prepare": "inspect", "admits": "objection",
+    }  # fmt: skip
 
     levels: ClassVar[tuple[Level, ...]] = LEVELS
     """The levels that it can route."""

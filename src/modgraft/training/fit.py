@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from accelerate import Accelerator
@@ -40,6 +42,8 @@ def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
             settings; processes are missing. Each names what, where and the remedy.
         KeyboardInterrupt: after saving a checkpoint; its message says how to go on.
     """
+    if unknown := settings.keys() - {f.name for f in fields(Settings)}:
+        raise TypeError(f"fit() got an unexpected keyword argument {min(unknown)!r}")
     given = Settings(**settings)
     trainable(host)
     accelerator = accelerator_for()
@@ -48,6 +52,11 @@ def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
     if given.note:
         run.noted = partial(noted, run, loader, given.label)
     return run.start()
+
+
+# so that help(), an editor and a notebook show every setting with its default
+_given, _settings = list(signature(fit).parameters.values())[:-1], signature(Settings).parameters
+fit.__signature__ = signature(fit).replace(parameters=[*_given, *_settings.values()])  # type: ignore[attr-defined]
 
 
 def planned(
