@@ -144,10 +144,10 @@ def test_compacter_has_one_a_and_the_first_site_owns_it() -> None:
     assert [k for k in host["m"].tensors() if k.endswith(":A")] == [f"{host['m'].paths[0]}:A"]
     twin = copy.deepcopy(host)
     for owner, place in ((host, host["m"].places[3]), (twin, twin["m"].places[3])):
-        assert place._rules()[0] is owner["m"].places[0].A
+        assert place.A is owner["m"].places[0].A
     assert twin["m"].places[0].A is not host["m"].places[0].A
     host.double()
-    assert host["m"].places[3]._rules()[1].dtype == torch.float64
+    assert host["m"].places[3].A.dtype == torch.float64
 
 
 def test_rescale_at_an_embedding_and_with_lora_merges_exactly() -> None:
