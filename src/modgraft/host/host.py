@@ -216,7 +216,7 @@ class Host(nn.Module):
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
         """
-        self._context.switch(self.read(composition))
+        self._context.switch(self._reader.read(composition))
 
     @contextmanager
     def using(self, composition: Compositions) -> Iterator[Self]:
