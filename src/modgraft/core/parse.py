@@ -108,7 +108,7 @@ def _name(module: str, task: str | None, text: str, known: Collection[str]) -> N
 
 
 def _listed(known: Collection[str]) -> str:
-    """Names for an error: all, or the first of very many."""
+    """List names for an error: all, or the first of very many."""
     first = list(known)[:12]
     return (", ".join(first) + (f" … ({len(known)})" if len(known) > 12 else "")) or "—"
 

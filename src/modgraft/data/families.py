@@ -135,7 +135,7 @@ _MONTHS = "January February March April May June July August September October N
 
 
 def _words() -> list[Item]:
-    """Four different words in a row from a docstring; no set of words occurs twice."""
+    """Find four different words in a row from a docstring; no set of words occurs twice."""
     found: dict[frozenset[str], Item] = {}
     for text in library.docstrings()[1::2]:
         own = [w for w in re.findall(r"[a-z]+", text.lower()) if 3 <= len(w) <= 8]
@@ -157,7 +157,7 @@ _OF_A_KIND, _PAIRS = 150, 900  # the number of characters of each kind, and of l
 
 
 def _names() -> list[Item]:
-    """Unicode's names of characters; a letter's capital and small form are one item."""
+    """Find Unicode's names of characters; a letter's capital and small form are one item."""
     kinds: dict[str, list[str]] = {kind: [] for kind in _KINDS}
     pairs: list[str] = []
     for sign in map(chr, range(0x80, 0x20000)):
@@ -185,7 +185,7 @@ def _evenly(found: list[str], count: int) -> list[str]:
 
 
 def _signatures() -> list[Item]:
-    """Functions of the standard library; no list of parameters occurs twice."""
+    """Find functions of the standard library; no list of parameters occurs twice."""
     found: dict[tuple[str, ...], Item] = {}
     for name, parameters in library.signatures().items():
         shown = [p.name if p.default is None else f"{p.name}={p.default}" for p in parameters]
@@ -199,7 +199,7 @@ def _signatures() -> list[Item]:
 
 
 def _identifiers() -> list[Item]:
-    """Names of the standard library that are written with underscores."""
+    """Find names of the standard library that are written with underscores."""
     found: dict[str, Item] = {}
     for name in library.names():
         parts = name.strip("_").split("_")

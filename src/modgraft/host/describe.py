@@ -126,7 +126,7 @@ def starred(label: str) -> str:
 
 
 def _numbered(paths: Sequence[str]) -> str:
-    """One pattern for several paths: ``"layer.{0,1}.ffn"``."""
+    """Write one pattern for several paths: ``"layer.{0,1}.ffn"``."""
     places = [
         list(dict.fromkeys(parts)) for parts in zip(*(p.split(".") for p in paths), strict=True)
     ]

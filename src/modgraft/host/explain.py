@@ -84,7 +84,7 @@ def _way(layer: nn.Module, state: State, group: Group, plan: Plan) -> Way:
 
 
 def _changed(layer: nn.Module, group: Group) -> Way | None:
-    """How the changes of weights that come first are computed together; None if each alone."""
+    """Say how the first changes of weights are computed together; None if each alone."""
     changes = group.changes
     if any(change.parameter is not None for change in changes):
         return None
@@ -105,7 +105,7 @@ def _changed(layer: nn.Module, group: Group) -> Way | None:
 
 
 def _routed(entry: Entry, state: State, group: Group) -> Way:
-    """How a mixture is computed: few picks in one batch of stacked tensors, else one by one."""
+    """Say how a mixture is computed: few picks in one batch, stacked, else one by one."""
     routed = entry.module
     assert isinstance(routed, RoutedMixture)  # noqa: S101
     mixture, members = routed.mixture, [group.entries.get(n, ()) for n in routed.members]

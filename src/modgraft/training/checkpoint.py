@@ -78,7 +78,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """One line for every entry that differs, "name: a there, b here"."""
+    """Write a line for every entry that differs, "name: a there, b here"."""
     lines = []
     for name in dict.fromkeys([*there, *here]):
         if name not in here:
@@ -307,7 +307,7 @@ def _file_digest(path: Path) -> str:
 
 
 def snapshot(host: nn.Module, buffers: Iterable[str]) -> dict[str, Tensor]:
-    """Copies on the CPU of the trainable parameters, and of the named buffers."""
+    """Copy the trainable parameters and the named buffers to the CPU."""
     wanted = set(buffers)
     tensors = {n: p for n, p in host.named_parameters() if p.requires_grad}
     tensors |= {n: b for n, b in host.named_buffers() if n in wanted}

@@ -128,7 +128,7 @@ def mean_loss(
 
 
 def _examples(batch: Batch) -> int:
-    """Rows of the first tensor in a batch; 1 for a batch without any."""
+    """Count the rows of the first tensor in a batch; 1 for a batch without any."""
     return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
 
 

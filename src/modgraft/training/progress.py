@@ -87,7 +87,7 @@ class Show:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as "m:ss", or "h:mm:ss" from an hour on."""
+    """Format seconds as "m:ss", or "h:mm:ss" from an hour on."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

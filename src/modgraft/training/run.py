@@ -303,7 +303,7 @@ class Run:
         return f"{place} (ids {', '.join(ids[:16])})" if ids else f"{place} (it carries no ids)"
 
     def _sum(self, values: list[float]) -> list[float]:
-        """Sums over all processes."""
+        """Sum over all processes."""
         if self.accelerator.num_processes == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)

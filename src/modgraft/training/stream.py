@@ -154,7 +154,7 @@ class Stream:
         return self._order[1]
 
     def read(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This process's batches of an epoch from its `start`-th on."""
+        """Yield this process's batches of an epoch from its `start`-th on."""
         batches = self._indexed(epoch, start) if self.indexed else self._iterated(epoch, start)
         for i, batch in enumerate(batches, start):
             if not isinstance(batch, Mapping):
@@ -252,7 +252,7 @@ def ids_of(batch: Batch, ignore: Sequence[str] = ("ids",)) -> list[str] | None:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor, and every object that has a `to` (a `Side`), on `device`."""
+    """Move every tensor in `value`, and every object with a `to` (a `Side`), to `device`."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):

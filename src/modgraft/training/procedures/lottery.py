@@ -50,7 +50,7 @@ def magnitude_pruning(
     folder: str | Path | None = None,
     **settings: Any,
 ) -> Iterator[Round]:
-    """Iterative magnitude pruning with rewinding (Frankle & Carbin 2019, arXiv:1803.03635).
+    """Prune by magnitude, iteratively, with rewinding (Frankle & Carbin 2019, arXiv:1803.03635).
 
     Train; take out the weights with the smallest |θ + φ| of those left; reset the others to their
     start; repeat. The iterator pauses after each training, so that the host can be measured, or the
@@ -161,7 +161,7 @@ def sparse_finetuning(
     folder: str | Path | None = None,
     **settings: Any,
 ) -> tuple[History, History]:
-    """Two-phase sparse fine-tuning (Ansell et al. 2022, arXiv:2110.07560).
+    """Fine-tune sparsely in two phases (Ansell et al. 2022, arXiv:2110.07560).
 
     All of φ is trained; b becomes 1 at the ``density`` share of weights that changed most, over all
     sites together; φ is reset to 0 and trained where b is 1. The paper's L1 penalty on φ is left

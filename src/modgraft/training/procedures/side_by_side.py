@@ -193,7 +193,7 @@ class _Pass:
                     raise KeyboardInterrupt(self._interrupted(show))
 
     def _step(self, going: dict[str, Run], read: dict[str, Any], show: Show) -> None:
-        """One forward and backward of the batches that were `read`, an update of each module."""
+        """Run the batches that were `read` forward and backward once, and update each module."""
         step = next(iter(going.values())).step + 1
         batches: dict[str, Batch] = {name: group[0] for name, (group, _, _) in read.items()}
         seed_everything(self.first.settings.seed, "step", step, 0, 0)
