@@ -42,8 +42,8 @@ def run(layer: nn.Module, args: tuple, kwargs: dict) -> Any:
         kwargs: what it is called with by name.
     """
     state: State = layer.__dict__[STATE]
-    if not state.called:
-        state.called = not torch.compiler.is_compiling()
+    if not torch.compiler.is_compiling():
+        state.called = True
     call = state.context.now()
     composition = call.composition
     if composition is None:
