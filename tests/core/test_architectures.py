@@ -43,10 +43,8 @@ def _check_sites(name: str, host: mg.Host, batch: Batch) -> None:
         wanted |= {"query", "key", "value", "output", "attention", "self_attention", "feedforward"}
     hooks = []
     for role in roles.patterns:
-        if (
-            role == "decoder.output"
-            and name == "t5 encoder"
-            or (role.endswith("cross_attention") and not _attends_across(host.model))
+        if (role == "decoder.output" and name == "t5 encoder") or (
+            role.endswith("cross_attention") and not _attends_across(host.model)
         ):
             with pytest.raises(mg.ModgraftError, match="has no such part"):
                 host.sites(role)

@@ -5,7 +5,8 @@ A site is a sub-module, or one parameter of a sub-module with several (attention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
@@ -16,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from modgraft.core.architectures import family_of, joined
 from modgraft.core.errors import SiteError
 from modgraft.core.parts import Part, split_part
-from modgraft.core.patterns import pattern
+from modgraft.core.patterns import pattern, starred
 from modgraft.core.roles import roles_of, same_input
-from modgraft.core.weights import CONVOLUTIONS, WEIGHTED, weight_labels
+from modgraft.core.weights import CONVOLUTIONS, LINEAR, WEIGHTED, is_stack, weight_labels
 from modgraft.core.widths import inner_width, own_width
 
 RESIDUAL = "[residual]"
@@ -46,7 +47,7 @@ class Site:
     path: str
     module: nn.Module
     part: Part | None = None
-    root: nn.Module | None = None
+    root: nn.Module | None = field(default=None, repr=False)
     residual: bool = False
     parameter: str | None = None
     guessed: bool = field(default=False, compare=False)
@@ -171,9 +172,14 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
 
     Raises:
         SiteError: if nothing matches, or not as many as expected; it lists what there is.
+
+    Warns:
+        UserWarning: if ``nn.Linear`` leaves out the weights of experts, which are no layers.
     """
     several: Sequence[Any] = at if isinstance(at, list | tuple) else [at]
     found = {site.label: site for each in several for site in _find_one(model, each)}
+    if any(isinstance(each, type) and issubclass(each, LINEAR) for each in several):
+        _warn_of_experts(model, found)
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     sites = sorted(
         found.values(), key=lambda s: (order[s.path], s.parameter or "", s.part or _WHOLE)
@@ -184,6 +190,24 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
             f"{', '.join(s.label for s in sites[:12])}{' …' if len(sites) > 12 else ''}"
         )
     return sites
+
+
+def _warn_of_experts(model: nn.Module, found: Mapping[str, Site]) -> None:
+    """Say which weights of experts a selection of linear layers leaves out."""
+    modules = model.named_modules()
+    left = [
+        label
+        for path, module in modules
+        for label, _ in weight_labels(path, module)
+        if label not in found and is_stack(module, label.rpartition(".")[2])
+    ]
+    if left:
+        some = ", ".join(map(repr, dict.fromkeys(map(starred, left))))
+        warnings.warn(
+            f"linear layers are selected, and {len(left)} weights of experts, which are parameters "
+            f"and no layers, are left out; at=[nn.Linear, {some}] takes them too",
+            stacklevel=4,
+        )
 
 
 def one_input(model: nn.Module) -> list[list[nn.Module]]:

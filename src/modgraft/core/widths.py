@@ -31,7 +31,7 @@ def own_width(layer: nn.Module) -> int | None:
             widths = [w for child in layer if (w := own_width(child)) is not None]
             return widths[-1] if widths else None
     if shape := getattr(layer, "normalized_shape", None):  # any class of LayerNorm
-        return int(shape[-1])
+        return None if getattr(layer, "data_format", "") == "channels_first" else int(shape[-1])
     direct = dict(layer.named_parameters(recurse=False))
     if direct.keys() == {"weight"} and direct["weight"].dim() == 1:  # any class of RMSNorm
         return direct["weight"].shape[0]
