@@ -127,7 +127,7 @@ class Applier:
             side = self.side(entry, y.shape[0])
             if side is None:
                 return total
-        own = share(y, part, entry.axis)
+        own = y if part is None else part.take(y, entry.axis)
         new = module(own, self.x, side)  # type: ignore[operator]
         if total is y and not isinstance(weight, Tensor) and weight == 1.0:
             return new if part is None else part.replaced(y, entry.axis, lambda _: new)
