@@ -70,7 +70,7 @@ def test_no_mask_means_what_the_layer_means(case: HostCase, kind: str) -> None:
     torch.testing.assert_close(first[:, 0], masked[:, 0], rtol=1e-4, atol=1e-5)
 
 
-OTHERS = ("mistral", "qwen2", "qwen3", "gemma2", "roberta", "mt5", "t5 encoder")
+OTHERS = ("gpt_bigcode", "mistral", "qwen2", "qwen3", "gemma2", "roberta", "mt5", "t5 encoder")
 
 
 @pytest.mark.parametrize("name", OTHERS)
