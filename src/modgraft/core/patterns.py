@@ -48,9 +48,13 @@ class Pattern:
             raise SiteError(f"the pattern {text!r} opens a brace it does not close")
         self._items = open_groups[0][0]
         self._numbers = numbers
+        ends = (self._items[0], self._items[-1]) if self._items else ("", "")
+        self._first, self._last = (end if isinstance(end, str) else "" for end in ends)
 
     def matches(self, path: str) -> bool:
         """Return whether the whole of ``path`` matches."""
+        if not (path.startswith(self._first) and path.endswith(self._last)):  # most, at once
+            return False
         return len(path) in self._ends(self._items, path, {0})
 
     def _ends(self, items: list[Item], path: str, starts: set[int]) -> set[int]:
