@@ -1,4 +1,4 @@
-"""Helpers of several rooms: methods that change weights, compiled graphs counted, a DistilBERT."""
+"""Helpers of several rooms: methods that change weights, compiled graphs counted, an FNet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DistilBertConfig, DistilBertForMaskedLM
+from transformers import FNetConfig, FNetForMaskedLM
 
 import modgraft as mg
 
@@ -23,10 +23,10 @@ WEIGHTS: dict[str, Callable[[], mg.Computation]] = {
 }
 
 
-def distilbert() -> nn.Module:
+def fnet() -> nn.Module:
     """A small model of a family whose roles modgraft does not know."""
-    size = {"dim": 16, "n_heads": 2, "hidden_dim": 24, "n_layers": 2, "vocab_size": 41}
-    return DistilBertForMaskedLM(DistilBertConfig(**size))
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 41}
+    return FNetForMaskedLM(FNetConfig(**size))
 
 
 def lines(text: str) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import modgraft as mg
-from common import distilbert, lines
+from common import fnet, lines
 from contract.hosts import HOSTS, QV
 from modgraft.cli.app import app
 from modgraft.core.errors import DataError, SiteError
@@ -78,14 +78,15 @@ def test_inspect_says_which_modules_fit(tmp_path: Path) -> None:
 
 
 def test_inspect_of_an_unknown_family_and_of_a_bare_type(tmp_path: Path) -> None:
-    distilbert().save_pretrained(tmp_path)
-    text = run(tmp_path, "--at", "*.q_lin")
-    assert "of no family whose roles are known" in text
-    assert "*.q_lin: 2 sites" in text
+    fnet().save_pretrained(tmp_path)
+    text = run(tmp_path, "--at", "*.intermediate.dense")
+    assert "of no family whose roles are known; roles guessed from names and shapes: up, " in text
+    assert json.loads(run(tmp_path, "--json"))["guessed"] == ["up", "down"]
+    assert "*.intermediate.dense: 2 sites" in text
     config = json.loads((tmp_path / "config.json").read_text())
     del config["architectures"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert run(tmp_path).startswith("DistilBertModel: ")
+    assert run(tmp_path).startswith("FNetModel: ")
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Mine"]}))
     result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
     assert "transformers has no Mine; the bare model is shown" in result.stderr

@@ -13,6 +13,7 @@ from transformers import BertModel, LlamaModel, T5EncoderModel
 import modgraft as mg
 from contract.hosts import HOSTS, WIDTH
 from contract.modules import MODULES
+from core.families import CASES
 
 REFUSED = [
     pytest.param(HOSTS[host], module, why, id=f"{module.name}-{host}")
@@ -187,6 +188,49 @@ def test_where_tokens_come_one_at_a_time() -> None:
     assert stepwise(BertModel(bert), "block") is False
     bert.is_decoder = True
     assert stepwise(BertModel(bert), "block") is True
+
+
+CAUSAL = {
+    "encoder-decoder": {
+        "encoder.encoder.layer.*.output": False, "encoder.encoder": False,
+        "decoder.bert.encoder.layer.*.output": True, "decoder.*.crossattention": True,
+    },
+    "vision-encoder-decoder": {"vision.feedforward": False, "feedforward": True},
+    "bart": {"model.encoder.layers.*.fc2": False, "model.decoder.layers.*.fc2": True},
+    "llava": {"vision.feedforward": False, "feedforward": True},
+    "blip-2": {"vision.feedforward": False, "qformer.attention": False, "attention": True},
+    "qwen2_vl": {"vision.block": False, "block": True},
+    "whisper": {"model.encoder.layers.*.fc2": False, "model.decoder.layers.*.fc2": True},
+    "mamba": {"block": True}, "bloom": {"block": True}, "longformer": {"block": False},
+    "deberta-v2": {"block": False}, "gpt_bigcode": {"block": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_whether_tokens_see_later_ones_is_told_by_what_attends(name: str) -> None:
+    host = mg.Host(CASES[name].model())
+    for at, causal in CAUSAL[name].items():
+        assert {site.stepwise for site in host.sites(at)} == {causal}, at
+        if causal:
+            with pytest.raises(mg.ModgraftError, match="may not see later ones"):
+                host.implant("c", mg.ConvAdapter(kernel=3), at=at)
+        else:
+            host.implant("c", mg.ConvAdapter(kernel=3), at=at)
+            host.remove("c")
+
+
+@torch.no_grad()
+def test_no_token_of_a_bert_that_decodes_sees_a_later_one() -> None:
+    case = CASES["encoder-decoder"]
+    host, batch = mg.Host(case.model()).eval(), case.batch()
+    host.implant("c", mg.ConvAdapter(kernel=3), at="encoder.encoder.layer.*.output")
+    for parameter in host["c"].parameters():
+        parameter.normal_(0, 0.3)
+    first = host(**batch).logits
+    batch["decoder_input_ids"][:, -1] += 1
+    second = host(**batch).logits
+    torch.testing.assert_close(second[:, :-1], first[:, :-1])
+    assert not torch.allclose(second[:, -1], first[:, -1])
 
 
 FUNCTIONS = (

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import modgraft as mg
-from common import distilbert, lines
+from common import fnet, lines
 from contract.hosts import HOSTS, QV
 from modgraft.host.describe import rows_of
 
@@ -21,13 +21,13 @@ def test_every_row_is_a_selection_of_what_it_shows(name: str) -> None:
 
 
 def test_what_has_parameters_is_among_the_rows_of_an_unknown_family() -> None:
-    model = distilbert()
+    model = fnet()
     rows = rows_of(model)
     shown = {site.path for row in rows for site in row.sites}
     for path, module in model.named_modules():
         assert path in shown or not list(module.parameters(recurse=False))
-    blocks = next(row for row in rows if row.kind == "TransformerBlock")
-    assert blocks.at == "distilbert.transformer.layer.{0,1}"
+    blocks = next(row for row in rows if row.kind == "FNetLayer")
+    assert blocks.at == "fnet.encoder.layer.{0,1}"
     for row in rows:
         mg.Host(model).sites(row.at, expect=len(row.sites))
 

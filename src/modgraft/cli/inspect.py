@@ -115,13 +115,15 @@ def _class_of(config: Any) -> Any:
 
 
 def _overview(model: nn.Module) -> dict[str, Any]:
-    from modgraft.core.architectures import family_of
+    from modgraft.core.roles import roles_of
     from modgraft.host.describe import rows_of
 
+    roles = roles_of(model)
     return {
         "architecture": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "roles": family_of(model) is not None,
+        "roles": not roles.guessed,
+        "guessed": list(roles.patterns) if roles.guessed else [],
         "sites": [
             {
                 "at": row.at,
@@ -192,7 +194,9 @@ def _print(model: nn.Module, report: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False)
     console.print(f"{report['architecture']}: {report['parameters']:,} parameters")
     if not report["roles"]:
-        console.print("of no family whose roles are known: its sites by path and type")
+        guessed = ", ".join(report["guessed"])
+        how = f"; roles guessed from names and shapes: {guessed}" if guessed else ""
+        console.print(f"of no family whose roles are known{how}", soft_wrap=True)
     console.print()
     _show(console, sites_table(model))
     if "selection" in report:

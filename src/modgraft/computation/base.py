@@ -168,9 +168,12 @@ class Computation(Configured):
 class ParameterComposition(Computation):
     """f'(x) = f(x; θ + Δ(θ)): the module is a change of the site's weight."""
 
+    experts: ClassVar[bool] = False
+    """Whether it also changes the weights of experts, a stack of matrices ``[E, out, in]``."""
+
     def at(self, site: Site) -> Self:
         """Return a copy built for ``site``; refuse a site without a weight matrix."""
-        check_weight(type(self).__name__, site)
+        check_weight(type(self).__name__, site, self.experts)
         return super().at(site)
 
     @abstractmethod

@@ -26,6 +26,9 @@ class LoRA(ParameterComposition):
     [out, in/groups · k · k]: a convolution by A, followed by a 1×1 convolution by B. All groups
     share A (in PEFT each group has r / groups separate rows).
 
+    The weights of experts are one stack [E, out, in]: there A is ``[E, r, in]`` and B
+    ``[E, out, r]``, a change of each expert.
+
     ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732) sets s = α / √r. ``dora`` (Liu et al. 2024,
     arXiv:2402.09353) sets θ' = m ⊙ V / ‖V‖ with V = θ + s·BA; the norm is taken over each output's
     weights and has no gradient, as in the paper's section 4.3. m = ‖θ‖ + ``magnitude`` ``[out]``
@@ -47,6 +50,7 @@ class LoRA(ParameterComposition):
     """
 
     identity: ClassVar[bool] = True
+    experts: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float | None = None
@@ -67,7 +71,7 @@ class LoRA(ParameterComposition):
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def build(self, site: Site) -> None:
-        rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
+        *stack, rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
         if self.rank > min(rows, columns):
             raise ModgraftError(
                 f"LoRA(rank={self.rank}) at {site.label}: its weight is {rows} × {columns}, "
@@ -79,13 +83,14 @@ class LoRA(ParameterComposition):
                 f"run with its weights changed, so there is no input of the branch to drop; use "
                 f"LoRA(rank={self.rank}) there"
             )
-        self.A = nn.Parameter(torch.empty(self.rank, columns))
-        self.B = nn.Parameter(torch.zeros(rows, self.rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.A = nn.Parameter(torch.empty(*stack, self.rank, columns))
+        self.B = nn.Parameter(torch.zeros(*stack, rows, self.rank))
+        nn.init.kaiming_uniform_(self.A.flatten(0, -2), a=math.sqrt(5))
         # the axis of the weight that one output sums over
-        self._summed = 0 if isinstance(site.module, nn.Embedding) else 1
+        self._summed = -2 if isinstance(site.module, nn.Embedding) else -1
         if self.dora:
-            self.magnitude = nn.Parameter(torch.zeros(columns if self._summed == 0 else rows))
+            outs = columns if self._summed == -2 else rows
+            self.magnitude = nn.Parameter(torch.zeros(*stack, outs))
         if self.bias:
             vector = bias_vector(site.module, site.part, site.parameter)
             if vector is None:

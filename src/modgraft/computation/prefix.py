@@ -16,7 +16,7 @@ from modgraft.core.sites import Site
 
 # the names that models give to the width of a head, the number of heads, and the key projection
 _WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
-_COUNTS = ("num_key_value_heads", "num_heads", "n_heads", "num_attention_heads")
+_COUNTS = ("kv_heads", "num_key_value_heads", "num_heads", "n_heads", "num_attention_heads")
 _KEYS = ("k_proj", "key", "k")
 
 

@@ -1,166 +1,468 @@
-"""The paths of the parts of known architectures, as data.
+"""Where the parts of known architectures are, as data: a row a family.
 
-Each family is one row of role → path pattern, relative to the base model. In a pattern ``*`` is a
-layer number, ``{a,b}`` is either, and a trailing ``[i/n]`` is the i-th of n equal parts of a fused
-projection's output. An architecture that is not here works by path and by type.
+A row says where a block is, and where its parts are within it. Rows that share a layout are
+written as what differs. :meth:`Family.roles` makes path patterns of a row; ``core/roles.py`` finds
+the known models in a host. An architecture that is not here has guessed roles, paths and types.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
+
+from modgraft.core.parts import Part
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture family.
+    """Models of one layout. Paths are relative: first to the base model, then to a block.
+
+    In a path ``*`` is a layer's number and ``{a,b}`` is either; ``""`` is a part that they lack.
 
     Attributes:
         types: the ``config.model_type`` values it covers.
-        roles: role → pattern.
+        block: a block, relative to the base model.
+        attention: its self-attention, relative to a block.
+        cross: its cross-attention, relative to a block.
+        inner: the layer that attends within either, relative to it.
+        query: the layer that makes queries, relative to ``attention``; so ``key``, ``value`` and
+            ``output``.
+        qkv: the one layer that makes queries, keys and values.
+        parts: where one layer makes several of them, which part of it each is, by the config.
+        feedforward: relative to a block; so ``up``, ``down``.
+        experts: the layer that holds the weights of all experts, relative to a block.
+        router: the weight that chooses among them.
+        embedding: what embeds the input, relative to the base model; so ``encoder`` and
+            ``decoder``, the layers whose output is an encoder's or a decoder's.
+        more: further patterns of roles, or further roles, relative to a block.
+        sense: what it reads, where that is no text: its roles are apart from those of a language
+            model in one host, as ``"vision.query"``.
+        one_input: whether query, key and value are called one after another with one input, in
+            cross-attention key and value.
         prompt_at: how many positions stay first when tokens are put before the input: 1 for hosts
             that read a class token at position 0.
         counts_positions: whether the host takes the tokens' positions as an argument.
         position_table: the embedding that positions are looked up in, empty where there is none.
         embedded: in a host that reads no text, the layers whose outputs are the first sequence of
             tokens and the last.
-        one_input: the layers that are called one after another with the same input: the path of
-            their parent, and their names in it.
     """
 
     types: tuple[str, ...]
-    roles: dict[str, str]
+    block: str = "layers.*"
+    attention: str = "self_attn"
+    cross: str = ""
+    inner: str = ""
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    qkv: str = ""
+    parts: Callable[[Any], tuple[Part | None, Part, Part]] | None = None
+    feedforward: str = "mlp"
+    up: str = "mlp.{gate_proj,up_proj,gate_up_proj}"
+    down: str = "mlp.down_proj"
+    experts: str = ""
+    router: str = ""
+    embedding: str = "embed_tokens"
+    encoder: str = ""
+    decoder: str = ""
+    more: Mapping[str, str] = field(default_factory=dict)
+    sense: str = ""
+    one_input: bool = True
     prompt_at: int = 0
-    counts_positions: bool = True
+    counts_positions: bool = False
     position_table: str = ""
     embedded: tuple[str, str] | None = None
-    one_input: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def roles(self, config: Any) -> dict[str, tuple[str, ...]]:
+        """Return role → patterns, relative to the base model, of a model with this config."""
+        attends = [a for a in (self.attention, self.cross) if a]
+        parts = (None, None, None) if self.parts is None else self.parts(config)
+        last = [("encoder.output", self.encoder), ("decoder.output", self.decoder)]
+        if self.encoder and not self.decoder and getattr(config, "is_decoder", False):
+            last = [("decoder.output", self.encoder)]  # an encoder's layers, that attend as one
+        makes = zip((self.query, self.key, self.value), parts, strict=True)
+        query, key, value = (f"{self.qkv or layer}{part or ''}" for layer, part in makes)
+        found: dict[str, tuple[str, ...]] = {
+            "query": tuple(f"{a}.{query}" for a in attends),
+            "key": tuple(f"{a}.{key}" for a in attends),
+            "value": tuple(f"{a}.{value}" for a in attends),
+            "output": tuple(f"{a}.{self.output}" for a in attends),
+            "attention": tuple(attends),
+            "self_attention": (joined(self.attention, self.inner),) if self.attention else (),
+            "cross_attention": (joined(self.cross, self.inner),) if self.cross else (),
+            "feedforward": (self.feedforward,),
+            "up": (self.up,),
+            "down": (self.down,),
+        }
+        if self.experts:
+            found["experts"] = (self.experts,)
+            found["experts.up"] = (f"{self.experts}.gate_up_proj",)
+            found["experts.down"] = (f"{self.experts}.down_proj",)
+            found["up"] += found["experts.up"]
+            found["down"] += found["experts.down"]
+            found["router"] = (self.router,)
+        for role, path in self.more.items():
+            found[role] = (*found.get(role, ()), path)
+        roles = {
+            role: tuple(f"{self.block}.{p}" for p in some if p) for role, some in found.items()
+        }
+        roles["block"] = (self.block,)
+        whole = [("embedding", self.embedding), *last]
+        roles |= {role: (path,) if path else () for role, path in whole}
+        return {role: patterns for role, patterns in roles.items() if patterns}
+
+    def same_input(self) -> list[tuple[str, ...]]:
+        """Return patterns of layers; those of one group in one parent read the same input."""
+        if self.parts is not None or not self.attention:
+            return []
+        both = [f"{self.block}.{self.attention}.{n}" for n in (self.query, self.key, self.value)]
+        groups = [tuple(both)] if self.one_input else []
+        if self.one_input and self.cross:
+            groups.append(tuple(f"{self.block}.{self.cross}.{n}" for n in (self.key, self.value)))
+        return [*groups, (f"{self.block}.{self.up}",)]
 
 
-_T5 = "{encoder,decoder}.block.*.layer.*"
+# -- where one layer makes queries, keys and values ------------------------------------------------
 
-_LLAMA = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "smollm3",
-    "olmo2",
+
+def _thirds(_: Any) -> tuple[Part, Part, Part]:
+    return Part(0, 1, 3), Part(1, 2, 3), Part(2, 3, 3)
+
+
+def _in_each_head(config: Any) -> tuple[Part, Part, Part]:
+    heads = config.num_attention_heads
+    return Part(0, 1, 3, heads), Part(1, 2, 3, heads), Part(2, 3, 3, heads)
+
+
+def _shared_keys(queries: int, keys: int, groups: int = 1) -> tuple[Part, Part, Part]:
+    """Return the parts of ``queries`` heads and the ``keys`` heads of keys, and of values."""
+    values, units = queries + keys, queries + 2 * keys
+    bounds = (0, queries), (queries, values), (values, units)
+    query, key, value = (Part(*each, units, groups) for each in bounds)
+    return query, key, value
+
+
+def _grouped(config: Any) -> tuple[Part, Part, Part]:
+    return _shared_keys(config.num_attention_heads, config.num_key_value_heads)
+
+
+def _falcon(config: Any) -> tuple[Part, Part, Part]:
+    if config.new_decoder_architecture:
+        groups = config.num_kv_heads
+        return _shared_keys(config.num_attention_heads // groups, 1, groups)
+    return _bigcode(config)
+
+
+def _bigcode(config: Any) -> tuple[Part, Part, Part]:
+    if config.multi_query:
+        return _shared_keys(config.num_attention_heads, 1)
+    return _in_each_head(config)
+
+
+def _latent(config: Any) -> tuple[None, Part, Part]:
+    """Return the parts of the layer that makes keys and values of what both are compressed to."""
+    heads, key = config.num_attention_heads, config.qk_nope_head_dim
+    whole = key + config.v_head_dim
+    return None, Part(0, key, whole, heads), Part(key, whole, whole, heads)
+
+
+# -- decoders --------------------------------------------------------------------------------------
+
+_LLAMA = Family(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2"),
+    decoder="norm",
+    counts_positions=True,
 )
+_LLAMA_LIKE = replace(
+    _LLAMA,
+    types=(
+        "granite", "cohere", "cohere2", "stablelm", "nemotron", "glm", "glm4", "olmo", "olmo3",
+        "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm4v_text",
+    ),
+    counts_positions=False,
+)  # fmt: skip
+_MOE = replace(
+    _LLAMA_LIKE,
+    types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe"),
+    up="mlp.{,shared_expert.,shared_experts.}{gate_proj,up_proj}",
+    down="mlp.{,shared_expert.,shared_experts.}down_proj",
+    experts="mlp.experts",
+    router="mlp.{gate,router}.weight",
+)
+_DEEPSEEK = replace(
+    _MOE,
+    types=("deepseek_v2", "deepseek_v3"),
+    query="{q_proj,q_b_proj}", key="kv_b_proj", value="kv_b_proj", parts=_latent,
+)  # fmt: skip
+_LLAMA4 = replace(
+    _MOE,
+    types=("llama4_text",),
+    feedforward="feed_forward",
+    up="feed_forward.{,shared_expert.}{gate_proj,up_proj}",
+    down="feed_forward.{,shared_expert.}down_proj",
+    experts="feed_forward.experts",
+    router="feed_forward.router.weight",
+)
+_PHI = replace(
+    _LLAMA_LIKE,
+    types=("phi",),
+    output="dense", up="mlp.fc1", down="mlp.fc2", decoder="final_layernorm",
+)  # fmt: skip
+_PHI3 = replace(_LLAMA_LIKE, types=("phi3",), qkv="qkv_proj", parts=_grouped)
+_STARCODER2 = replace(_LLAMA_LIKE, types=("starcoder2",), up="mlp.c_fc", down="mlp.c_proj")
+_GPT2 = Family(
+    ("gpt2",),
+    block="h.*",
+    attention="attn", qkv="c_attn", parts=_thirds, output="c_proj",
+    up="mlp.c_fc", down="mlp.c_proj",
+    embedding="wte", decoder="ln_f",
+    more={
+        "query": "crossattention.q_attn",
+        "key": "crossattention.c_attn[0/2]",
+        "value": "crossattention.c_attn[1/2]",
+        "output": "crossattention.c_proj",
+        "attention": "crossattention",
+        "cross_attention": "crossattention",
+    },
+    counts_positions=True, position_table="wpe",
+)  # fmt: skip
+_BIGCODE = replace(
+    _GPT2, types=("gpt_bigcode",), parts=_bigcode, counts_positions=False, position_table=""
+)
+_GPTJ = Family(
+    ("gptj",),
+    block="h.*",
+    attention="attn", output="out_proj",
+    up="mlp.fc_in", down="mlp.fc_out",
+    embedding="wte", decoder="ln_f",
+)  # fmt: skip
+_GPT_NEO = replace(
+    _GPTJ, types=("gpt_neo",), attention="attn.attention", up="mlp.c_fc", down="mlp.c_proj"
+)
+_NEOX = Family(
+    ("gpt_neox",),
+    attention="attention", qkv="query_key_value", parts=_in_each_head, output="dense",
+    up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
+    embedding="embed_in", decoder="final_layer_norm",
+)  # fmt: skip
+_BLOOM = replace(
+    _NEOX,
+    types=("bloom",),
+    block="h.*", attention="self_attention", embedding="word_embeddings", decoder="ln_f",
+)  # fmt: skip
+_FALCON = replace(_BLOOM, types=("falcon",), parts=_falcon)
+_MPT = Family(
+    ("mpt",),
+    block="blocks.*",
+    attention="attn", qkv="Wqkv", parts=_thirds, output="out_proj",
+    feedforward="ffn", up="ffn.up_proj", down="ffn.down_proj",
+    embedding="wte", decoder="norm_f",
+)  # fmt: skip
+_OPT = Family(
+    ("opt",),
+    block="decoder.layers.*",
+    output="out_proj",
+    feedforward="fc2", up="fc1", down="fc2",
+    embedding="decoder.embed_tokens", decoder="decoder",
+)  # fmt: skip
+_MAMBA = Family(
+    ("mamba", "mamba2", "falcon_mamba"),
+    attention="", feedforward="", up="mixer.in_proj", down="mixer.out_proj",
+    embedding="embeddings", decoder="norm_f",
+    more={"mixer": "mixer"},
+)  # fmt: skip
 
-_BERT = {
-    "query": "encoder.layer.*.attention.self.query",
-    "key": "encoder.layer.*.attention.self.key",
-    "value": "encoder.layer.*.attention.self.value",
-    "output": "encoder.layer.*.attention.output.dense",
-    "attention": "encoder.layer.*.attention",
-    "self_attention": "encoder.layer.*.attention.self",
-    "feedforward": "encoder.layer.*.output",
-    "up": "encoder.layer.*.intermediate.dense",
-    "down": "encoder.layer.*.output.dense",
-    "block": "encoder.layer.*",
-    "embedding": "embeddings.word_embeddings",
-    "encoder.output": "encoder",
-}
+# -- encoders and decoders -------------------------------------------------------------------------
+
+_T5 = Family(
+    ("t5", "mt5", "umt5"),
+    block="{encoder,decoder}.block.*",
+    attention="layer.*.SelfAttention", cross="layer.*.EncDecAttention",
+    query="q", key="k", value="v", output="o",
+    feedforward="layer.*.DenseReluDense",
+    up="layer.*.DenseReluDense.{wi,wi_0,wi_1}", down="layer.*.DenseReluDense.wo",
+    embedding="{encoder,decoder}.embed_tokens", encoder="encoder", decoder="decoder",
+)  # fmt: skip
+_BART = Family(
+    ("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "plbart"),
+    block="{encoder,decoder}.layers.*",
+    cross="encoder_attn", output="out_proj",
+    feedforward="fc2", up="fc1", down="fc2",
+    embedding="{encoder,decoder}.embed_tokens", encoder="encoder", decoder="decoder",
+)  # fmt: skip
+_WHISPER = replace(_BART, types=("whisper",), embedding="decoder.embed_tokens")
+_DETR = replace(
+    _BART,
+    types=("detr",),
+    output="o_proj",
+    feedforward="mlp", up="mlp.fc1", down="mlp.fc2",
+    embedding="",
+    one_input=False,  # positions are added to what becomes queries and keys
+    sense="vision",
+)  # fmt: skip
+
+# -- encoders of text ------------------------------------------------------------------------------
+
+_BERT = Family(
+    ("bert", "electra", "roberta", "xlm-roberta", "camembert"),
+    block="encoder.layer.*",
+    attention="attention", cross="crossattention", inner="self",
+    query="self.query", key="self.key", value="self.value", output="output.dense",
+    feedforward="output", up="intermediate.dense", down="output.dense",
+    embedding="embeddings.word_embeddings", encoder="encoder",
+    prompt_at=1, counts_positions=True, position_table="embeddings.position_embeddings",
+)  # fmt: skip
+_BERT_LIKE = replace(
+    _BERT,
+    types=("esm", "ernie", "data2vec-text", "xlm-roberta-xl", "roberta-prelayernorm"),
+    prompt_at=0, counts_positions=False, position_table="",
+)  # fmt: skip
+_LONGFORMER = replace(
+    _BERT_LIKE,
+    types=("longformer",),
+    query="self.{query,query_global}",
+    key="self.{key,key_global}",
+    value="self.{value,value_global}",
+)
+_DEBERTA2 = replace(
+    _BERT_LIKE,
+    types=("deberta-v2",),
+    query="self.query_proj", key="self.key_proj", value="self.value_proj", cross="",
+)  # fmt: skip
+_DEBERTA = replace(_DEBERTA2, types=("deberta",), qkv="self.in_proj", parts=_in_each_head)
+_MOBILEBERT = replace(
+    _BERT_LIKE,
+    types=("mobilebert",),
+    cross="",
+    feedforward="{,ffn.*.}output",
+    up="{,ffn.*.}intermediate.dense",
+    down="{,ffn.*.}output.dense",
+    one_input=False,  # queries and keys are made of a bottleneck
+)
+_MPNET = replace(
+    _BERT_LIKE,
+    types=("mpnet",),
+    cross="", inner="attn", query="attn.q", key="attn.k", value="attn.v", output="attn.o",
+)  # fmt: skip
+_DISTILBERT = Family(
+    ("distilbert",),
+    block="transformer.layer.*",
+    attention="attention", query="q_lin", key="k_lin", value="v_lin", output="out_lin",
+    feedforward="ffn", up="ffn.lin1", down="ffn.lin2",
+    embedding="embeddings.word_embeddings", encoder="transformer",
+)  # fmt: skip
+_ALBERT = Family(
+    ("albert",),
+    block="encoder.albert_layer_groups.*.albert_layers.*",
+    attention="attention", query="query", key="key", value="value", output="dense",
+    feedforward="ffn_output", up="ffn", down="ffn_output",
+    embedding="embeddings.word_embeddings", encoder="encoder",
+)  # fmt: skip
+_MODERNBERT = Family(
+    ("modernbert",),
+    attention="attn", qkv="Wqkv", parts=_thirds, output="Wo",
+    up="mlp.Wi", down="mlp.Wo",
+    embedding="embeddings.tok_embeddings", encoder="final_norm",
+)  # fmt: skip
+
+# -- images and sound ------------------------------------------------------------------------------
+
+_VIT = Family(
+    ("vit",),
+    attention="attention", up="mlp.fc1", down="mlp.fc2",
+    embedding="embeddings", encoder="layernorm",
+    sense="vision",
+    prompt_at=1, embedded=("embeddings", "layernorm"),
+)  # fmt: skip
+_VIT_LIKE = replace(_VIT, types=("deit", "vit_mae", "vit_msn"), prompt_at=0, embedded=None)
+_BEIT = replace(_VIT_LIKE, types=("beit",), encoder="")
+_DINO2 = replace(
+    _VIT_LIKE,
+    types=("dinov2", "dinov2_with_registers"),
+    block="encoder.layer.*", up="mlp.{fc1,gate_proj,up_proj}", down="mlp.{fc2,down_proj}",
+)  # fmt: skip
+_DINO3 = replace(
+    _VIT_LIKE,
+    types=("dinov3_vit",),
+    block="model.layer.*", up="mlp.{gate_proj,up_proj}", down="mlp.down_proj", encoder="norm",
+)  # fmt: skip
+_SWIN = replace(_VIT_LIKE, types=("swin",), block="encoder.layers.*.blocks.*")
+_CLIP_EYE = replace(
+    _VIT_LIKE,
+    types=("clip_vision_model", "siglip_vision_model"),
+    block="encoder.layers.*", attention="self_attn", output="out_proj", encoder="encoder",
+)  # fmt: skip
+_CLIP_TEXT = replace(
+    _CLIP_EYE,
+    types=("clip_text_model", "siglip_text_model"),
+    embedding="embeddings.token_embedding", sense="",
+)  # fmt: skip
+_BLIP2_EYE = replace(
+    _CLIP_EYE,
+    types=("blip_2_vision_model",),
+    qkv="qkv", parts=_thirds, output="projection",
+)  # fmt: skip
+_QFORMER = replace(
+    _BERT_LIKE,
+    types=("blip_2_qformer",),
+    inner="attention",
+    query="attention.query", key="attention.key", value="attention.value",
+    feedforward="{output,output_query}",
+    up="{intermediate,intermediate_query}.dense", down="{output,output_query}.dense",
+    embedding="",
+    sense="qformer",
+)  # fmt: skip
+_QWEN_EYE = replace(
+    _VIT_LIKE,
+    types=("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "glm4v_vision"),
+    block="blocks.*",
+    attention="attn", qkv="qkv", parts=_thirds, output="proj",
+    up="mlp.{fc1,gate_proj,up_proj,linear_fc1}", down="mlp.{fc2,down_proj,linear_fc2}",
+    embedding="patch_embed", encoder="merger",
+)  # fmt: skip
+_LLAMA4_EYE = replace(
+    _VIT_LIKE,
+    types=("llama4_vision_model",),
+    block="model.layers.*", attention="self_attn",
+    embedding="patch_embedding", encoder="layernorm_post",
+)  # fmt: skip
+_SAM_EYE = replace(
+    _VIT_LIKE,
+    types=("sam_vision_model",),
+    attention="attn", qkv="qkv", parts=_thirds, output="proj",
+    up="mlp.lin1", down="mlp.lin2",
+    embedding="patch_embed", encoder="",
+)  # fmt: skip
+_SAM_MASKS = Family(
+    ("sam_mask_decoder",),
+    block="transformer.layers.*",
+    cross="{cross_attn_token_to_image,cross_attn_image_to_token}", output="out_proj",
+    up="mlp.lin1", down="mlp.lin2",
+    embedding="",
+    one_input=False,  # positions are added to what becomes queries and keys
+    sense="mask",
+)  # fmt: skip
+_WAV2VEC2 = Family(
+    ("wav2vec2", "hubert", "unispeech", "unispeech-sat", "data2vec-audio"),
+    block="encoder.layers.*",
+    attention="attention", output="out_proj",
+    feedforward="feed_forward",
+    up="feed_forward.intermediate_dense", down="feed_forward.output_dense",
+    embedding="", encoder="encoder",
+    sense="audio",
+)  # fmt: skip
 
 FAMILIES = (
-    Family(
-        ("t5", "mt5", "umt5"),
-        {
-            "query": f"{_T5}.{{SelfAttention,EncDecAttention}}.q",
-            "key": f"{_T5}.{{SelfAttention,EncDecAttention}}.k",
-            "value": f"{_T5}.{{SelfAttention,EncDecAttention}}.v",
-            "output": f"{_T5}.{{SelfAttention,EncDecAttention}}.o",
-            "attention": f"{_T5}.SelfAttention",
-            "self_attention": f"{_T5}.SelfAttention",
-            "cross_attention": "decoder.block.*.layer.1.EncDecAttention",
-            "feedforward": f"{_T5}.DenseReluDense",
-            "up": f"{_T5}.DenseReluDense.{{wi,wi_0,wi_1}}",
-            "down": f"{_T5}.DenseReluDense.wo",
-            "block": "{encoder,decoder}.block.*",
-            "embedding": "{encoder,decoder}.embed_tokens",
-            "encoder.output": "encoder",
-            "decoder.output": "decoder",
-        },
-        counts_positions=False,  # relative ones
-        one_input=(
-            (f"{_T5}.SelfAttention", ("q", "k", "v")),
-            ("decoder.block.*.layer.1.EncDecAttention", ("k", "v")),
-            (f"{_T5}.DenseReluDense", ("wi_0", "wi_1")),
-        ),
-    ),
-    Family(
-        ("bert", "electra", "roberta", "xlm-roberta", "camembert"),
-        _BERT,
-        prompt_at=1,
-        position_table="embeddings.position_embeddings",
-        one_input=(("encoder.layer.*.attention.self", ("query", "key", "value")),),
-    ),
-    Family(
-        ("gpt2",),
-        {
-            "query": "h.*.attn.c_attn[0/3]",
-            "key": "h.*.attn.c_attn[1/3]",
-            "value": "h.*.attn.c_attn[2/3]",
-            "output": "h.*.attn.c_proj",
-            "attention": "h.*.attn",
-            "self_attention": "h.*.attn",
-            "feedforward": "h.*.mlp",
-            "up": "h.*.mlp.c_fc",
-            "down": "h.*.mlp.c_proj",
-            "block": "h.*",
-            "embedding": "wte",
-            "decoder.output": "ln_f",
-        },
-        position_table="wpe",
-    ),
-    Family(
-        _LLAMA,
-        {
-            "query": "layers.*.self_attn.q_proj",
-            "key": "layers.*.self_attn.k_proj",
-            "value": "layers.*.self_attn.v_proj",
-            "output": "layers.*.self_attn.o_proj",
-            "attention": "layers.*.self_attn",
-            "self_attention": "layers.*.self_attn",
-            "feedforward": "layers.*.mlp",
-            "up": "layers.*.mlp.{gate_proj,up_proj}",
-            "down": "layers.*.mlp.down_proj",
-            "block": "layers.*",
-            "embedding": "embed_tokens",
-            "decoder.output": "norm",
-        },
-        one_input=(
-            ("layers.*.self_attn", ("q_proj", "k_proj", "v_proj")),
-            ("layers.*.mlp", ("gate_proj", "up_proj")),
-        ),
-    ),
-    Family(
-        ("vit",),
-        {
-            "query": "layers.*.attention.q_proj",
-            "key": "layers.*.attention.k_proj",
-            "value": "layers.*.attention.v_proj",
-            "output": "layers.*.attention.o_proj",
-            "attention": "layers.*.attention",
-            "self_attention": "layers.*.attention",
-            "feedforward": "layers.*.mlp",
-            "up": "layers.*.mlp.fc1",
-            "down": "layers.*.mlp.fc2",
-            "block": "layers.*",
-            "embedding": "embeddings",
-            "encoder.output": "layernorm",
-        },
-        prompt_at=1,
-        counts_positions=False,
-        embedded=("embeddings", "layernorm"),
-        one_input=(("layers.*.attention", ("q_proj", "k_proj", "v_proj")),),
-    ),
-)
+    _LLAMA, _LLAMA_LIKE, _MOE, _DEEPSEEK, _LLAMA4, _PHI, _PHI3, _STARCODER2, _GPT2, _BIGCODE, _GPTJ,
+    _GPT_NEO, _NEOX, _BLOOM, _FALCON, _MPT, _OPT, _MAMBA, _T5, _BART, _WHISPER, _DETR, _BERT,
+    _BERT_LIKE, _LONGFORMER, _DEBERTA2, _DEBERTA, _MOBILEBERT, _MPNET, _DISTILBERT, _ALBERT,
+    _MODERNBERT, _VIT, _VIT_LIKE, _BEIT, _DINO2, _DINO3, _SWIN, _CLIP_EYE, _CLIP_TEXT, _BLIP2_EYE,
+    _QFORMER, _QWEN_EYE, _LLAMA4_EYE, _SAM_EYE, _SAM_MASKS, _WAV2VEC2,
+)  # fmt: skip
 
 
 def family_of(model: nn.Module) -> Family | None:
@@ -177,3 +479,8 @@ def base_path(model: nn.Module) -> str:
     model."""
     prefix = getattr(model, "base_model_prefix", "")
     return prefix if prefix and prefix in dict(model.named_children()) else ""
+
+
+def joined(path: str, name: str) -> str:
+    """Join two parts of a dotted path, of which either may be empty."""
+    return f"{path}.{name}" if path and name else path or name

@@ -1,7 +1,7 @@
 """A layer's weights as matrices, and how the layers that are linear in a weight apply it.
 
 A weight is seen as a matrix [out, in] whatever its layout; a convolution's is
-[out, in/groups · k…].
+[out, in/groups · k…], and that of a layer of experts a stack of matrices [experts, out, in].
 """
 
 from __future__ import annotations
@@ -16,18 +16,29 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.core.errors import SiteError
-from modgraft.core.sites import WEIGHTED, Site, weight_labels
+from modgraft.core.parts import Part, share
+from modgraft.core.sites import Site
+from modgraft.core.weights import (
+    WEIGHTED,
+    is_stack,
+    keeps_inputs_first,
+    stored,
+    weight_labels,
+)
 
 STATE = "_modgraft_state"
 """The attribute of a layer under which the engine keeps what is implanted there; it is no child."""
 
 _POINTWISE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
-Part = tuple[int, int] | None
 
-
-def check_weight(method: str, site: Site) -> None:
+def check_weight(method: str, site: Site, experts: bool = False) -> None:
     """Refuse a site that is not one weight matrix, or a part that its weight does not have.
+
+    Args:
+        method: the method's name.
+        site: the site.
+        experts: whether the method changes a stack of matrices, one an expert, too.
 
     Raises:
         SiteError: with what to select instead, at a layer with several weights.
@@ -36,14 +47,20 @@ def check_weight(method: str, site: Site) -> None:
     if site.parameter is None and not isinstance(layer, WEIGHTED):
         raise _several(method, site)
     weight = stored(layer, site.parameter)
-    if weight.dim() != 2 and site.parameter is not None:
+    stack = site.parameter is not None and is_stack(layer, site.parameter)
+    if stack and not experts:
+        raise SiteError(
+            f"{method} at {site.label}: these are the weights of {len(weight)} experts, and "
+            f"{method} changes one matrix [out, in]; LoRA(rank=8) changes each of them"
+        )
+    if weight.dim() != 2 and site.parameter is not None and not stack:
         raise SiteError(
             f"{method} at {site.label}: this parameter is {list(weight.shape)}, and {method} "
             f"changes weights [out, in]"
         )
     if site.part is None:
         return
-    rows, count = weight_matrix(layer, None, site.parameter).shape[0], site.part[1]
+    rows, count = weight_matrix(layer, None, site.parameter).shape[-2], site.part.pieces
     whole = site.label.rpartition("[")[0]
     if isinstance(layer, nn.Embedding):
         raise SiteError(f"{method} at {site.label}: a table has no parts; write at={whole!r}")
@@ -76,7 +93,7 @@ def check_features(method: str, site: Site) -> None:
         )
     if site.part is None:
         return
-    whole, count = site.label.rpartition("[")[0], site.part[1]
+    whole, count = site.label.rpartition("[")[0], site.part.pieces
     full = replace(site, part=None).width
     if full % count or (site.channels_first and feature_axis(site.module) == -1):
         raise SiteError(
@@ -94,14 +111,23 @@ def _several(method: str, site: Site) -> SiteError:
             f"{', '.join(k.__name__ for k in WEIGHTED)}, and on parameters [out, in] by their names"
         )
     some = ", ".join(f"{label!r}{f' ({what})' if what else ''}" for label, what in labels[:8])
+    if len(labels) == 1:
+        return SiteError(
+            f"{method} at {site.label or 'the host itself'}: a {kind} reads its weight itself, and "
+            f"is not called as a linear layer; name the weight: at={labels[0][0]!r}"
+        )
     return SiteError(
         f"{method} at {site.label or 'the host itself'}: a {kind} has several weights, "
         f"{some}{' …' if len(labels) > 8 else ''}; say which: at={labels[0][0]!r}"
     )
 
 
-def weight_matrix(layer: nn.Module, part: Part = None, parameter: str | None = None) -> Tensor:
+def weight_matrix(
+    layer: nn.Module, part: Part | None = None, parameter: str | None = None
+) -> Tensor:
     """Return a weight of ``layer`` as ``[out, in]``, or the rows of one part of a fused one.
+
+    The weights of experts are ``[experts, out, in]``.
 
     Raises:
         SiteError: where there is no such weight; :func:`check_weight` says what to select instead.
@@ -109,43 +135,53 @@ def weight_matrix(layer: nn.Module, part: Part = None, parameter: str | None = N
     if parameter is None and not isinstance(layer, WEIGHTED):
         raise SiteError(f"a {type(layer).__name__} is not linear in one weight")
     weight = stored(layer, parameter)
-    if isinstance(layer, Conv1D) and parameter is None:
-        weight = weight.T  # stored [in, out]
-    matrix = weight.flatten(1)  # [out, in/groups, k…] → [out, in/groups · k…]
-    return matrix if part is None else matrix.chunk(part[1])[part[0]]
+    if keeps_inputs_first(layer, parameter):
+        matrix = weight.mT
+    elif parameter is None:
+        matrix = weight.flatten(1)  # [out, in/groups, k…] → [out, in/groups · k…]
+    else:
+        matrix = weight
+    return share(matrix, part, -2)
 
 
-def bias_vector(layer: nn.Module, part: Part = None, parameter: str | None = None) -> Tensor | None:
+def bias_vector(
+    layer: nn.Module, part: Part | None = None, parameter: str | None = None
+) -> Tensor | None:
     """Return the bias ``[out]`` of a weight of ``layer``, or a part of it.
 
     None if there is none.
     """
-    place = _bias_place(layer, part, parameter)
-    return None if place is None else stored(layer, place[0])[place[1] : place[2]]
+    place = _bias_place(layer, parameter)
+    if place is None:
+        return None
+    return share(stored(layer, place[0])[place[1] : place[2]], part, -1)
 
 
 def add_to_weight(
-    weight: Tensor, delta: Tensor, layer: nn.Module, part: Part, parameter: str | None
+    weight: Tensor, delta: Tensor, layer: nn.Module, part: Part | None, parameter: str | None
 ) -> Tensor:
-    """Return ``weight``, as ``layer`` stores it, plus ``delta`` ``[out, in]`` of it or of a
+    """Return ``weight``, as ``layer`` stores it, plus ``delta`` ``[…, out, in]`` of it or of a
     part."""
     if part is not None:
-        before = part[0] * delta.shape[0]
-        after = (part[1] - part[0] - 1) * delta.shape[0]
-        delta = F.pad(delta, (0, 0, before, after))  # [out / n, in] → [out, in]
-    if isinstance(layer, Conv1D) and parameter is None:
-        delta = delta.T
+        delta = part.padded(delta, -2)
+    if keeps_inputs_first(layer, parameter):
+        delta = delta.mT
     return weight + delta.reshape(weight.shape)
 
 
 def add_to_bias(
-    layer: nn.Module, part: Part, parameter: str | None, change: Tensor, new: dict[str, Tensor]
+    layer: nn.Module,
+    part: Part | None,
+    parameter: str | None,
+    change: Tensor,
+    new: dict[str, Tensor],
 ) -> None:
     """Add ``change`` to the bias of a weight; the result is put into ``new`` by its name."""
-    place = _bias_place(layer, part, parameter)
+    place = _bias_place(layer, parameter)
     if place is not None:
         name, start, end = place
         bias = new.get(name, stored(layer, name))
+        change = change if part is None else part.padded(change, -1)
         new[name] = bias + F.pad(change, (start, bias.shape[0] - end))
 
 
@@ -182,27 +218,6 @@ def over_output(layer: nn.Module, values: Tensor) -> Tensor:
 def feature_axis(layer: nn.Module) -> int:
     """Return the axis of the features in the layer's output: the last, except for convolutions."""
     return next((-k - 2 for k, kind in enumerate(_POINTWISE) if isinstance(layer, kind)), -1)
-
-
-def stored(layer: nn.Module, name: str | None) -> Tensor:
-    """Return the parameter called ``name`` (None: the weight), as ``layer`` stores it.
-
-    A layer with modules answers whoever else asks with its changed weight.
-    """
-    value: Any = layer
-    for each in (name or "weight").split("."):
-        value = _own(value, each)
-    return value
-
-
-def _own(layer: nn.Module, name: str) -> Any:
-    for place in (layer._parameters, layer._buffers, layer.__dict__):
-        if name in place:
-            return place[name]
-    for kind in type(layer).__mro__:  # a parametrised layer computes it
-        if type(found := kind.__dict__.get(name)) is property:
-            return found.__get__(layer)
-    return layer.__getattr__(name)
 
 
 def linear_forward(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Tensor] | None:
@@ -251,7 +266,7 @@ _BY_WEIGHT: dict[Callable[..., Any], Callable[..., Tensor]] = {
 }
 
 
-def _bias_place(layer: nn.Module, part: Part, parameter: str | None) -> tuple[str, int, int] | None:
+def _bias_place(layer: nn.Module, parameter: str | None) -> tuple[str, int, int] | None:
     """Return the parameter that holds the bias of a weight, with its first row and the one after
     it."""
     weight = parameter or "weight"
@@ -264,8 +279,4 @@ def _bias_place(layer: nn.Module, part: Part, parameter: str | None) -> tuple[st
         return None
     if name == weight or not isinstance(bias, Tensor) or bias.dim() != 1:
         return None
-    rows = weight_matrix(layer, None, parameter).shape[0]
-    if part is not None:
-        rows //= part[1]
-        start += part[0] * rows
-    return name, start, start + rows
+    return name, start, start + weight_matrix(layer, None, parameter).shape[0]

@@ -5,22 +5,25 @@ A site is a sub-module, or one parameter of a sub-module with several (attention
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from modgraft.core.architectures import base_path, family_of
+from modgraft.core.architectures import family_of, joined
 from modgraft.core.errors import SiteError
+from modgraft.core.parts import Part, split_part
+from modgraft.core.patterns import pattern, starred
+from modgraft.core.roles import roles_of, same_input
+from modgraft.core.weights import CONVOLUTIONS, LINEAR, WEIGHTED, is_stack, weight_labels
+from modgraft.core.widths import inner_width, own_width
 
 RESIDUAL = "[residual]"
-# the layers that are linear in one weight: there the sub-module and its weight are the same site
-WEIGHTED = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_WHOLE = Part(0, 0, 0)  # it comes before all parts
 
 At = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence["At"]
 
@@ -32,27 +35,28 @@ class Site:
     Attributes:
         path: dotted path of the sub-module; ``""`` is the host itself.
         module: the sub-module there.
-        part: ``(i, n)`` for the i-th of n equal parts of a fused projection's output, else None.
+        part: which part of a fused projection's output; None: all of it.
         root: the host's model, whose config says what the sub-module alone does not.
         residual: whether effects enter the sub-module's residual input rather than its output; see
             :mod:`modgraft.engine.residual`.
         parameter: the name within the sub-module of the parameter that is meant,
             ``"in_proj_weight"``; None: the sub-module, and the one weight of a layer that has one.
+        guessed: whether it was selected by a role that was guessed, in a host of no known family.
     """
 
     path: str
     module: nn.Module
-    part: tuple[int, int] | None = None
-    root: nn.Module | None = None
+    part: Part | None = None
+    root: nn.Module | None = field(default=None, repr=False)
     residual: bool = False
     parameter: str | None = None
+    guessed: bool = field(default=False, compare=False)
 
     @property
     def label(self) -> str:
         """The site as a selection, ``"h.0.attn.c_attn[0/3]"``."""
         whole = joined(self.path, (self.parameter or "").removesuffix(".weight"))
-        part = f"[{self.part[0]}/{self.part[1]}]" if self.part else ""
-        return whole + part + (RESIDUAL if self.residual else "")
+        return f"{whole}{self.part or ''}{RESIDUAL if self.residual else ''}"
 
     @property
     def in_width(self) -> int:
@@ -73,33 +77,34 @@ class Site:
         """The number of features of the output, or of the selected part of it.
 
         Raises:
-            SiteError: where neither the module nor its model's config says.
+            SiteError: where neither the module nor what it is made of says.
         """
-        full = _out_width(self.module) or _config_width(self.module) or _config_width(self.root)
+        full = own_width(self.module) or inner_width(self._around())
         if full is None:
             raise self._widthless("output")
-        return full // self.part[1] if self.part else full
+        return self.part.size(full) if self.part else full
 
     @property
     def channels_first(self) -> bool:
         """Whether the output is a feature map ``[B, C, …]`` rather than ``[B, …, d]``."""
         last = self.module
         while isinstance(last, nn.Sequential) and len(last):
-            known = [child for child in last if _out_width(child) is not None]
+            known = [child for child in last if own_width(child) is not None]
             if not known:
                 break
             last = known[-1]
-        return isinstance(last, (*_CONVOLUTIONS, nn.BatchNorm2d))
+        return isinstance(last, (*CONVOLUTIONS, nn.BatchNorm2d))
 
     @property
     def embeds(self) -> bool:
         """Whether this layer embeds the host's input."""
         if isinstance(self.module, nn.Embedding):
             return True
-        family = None if self.root is None else family_of(self.root)
-        if self.root is None or family is None or "embedding" not in family.roles:
+        if self.root is None:
             return False
-        return self.path in [site.path for site in _find_one(self.root, "embedding")]
+        known = roles_of(self.root).patterns.items()
+        some = [p for role, paths in known if role.endswith("embedding") for p in paths]
+        return any(pattern(each, numbers=True).matches(self.path) for each in some)
 
     @property
     def time_first(self) -> bool:
@@ -113,54 +118,40 @@ class Site:
 
     @property
     def stepwise(self) -> bool:
-        """Whether the host generates token by token here, so that no token sees a later one."""
-        config = getattr(self.root, "config", None)
-        if getattr(config, "is_encoder_decoder", False):
-            return "encoder" not in self.path.split(".")
-        if getattr(config, "is_decoder", False):
+        """Whether tokens come one by one here, so that none may see a later one.
+
+        What attends decides, in the nearest model around the site: an eye's tokens see each other,
+        though the language model that it belongs to generates.
+        """
+        around = self._around()
+        model = next((m for m in around if getattr(m, "base_model_prefix", None) is not None), None)
+        model = around[-1] if model is None else model
+        said = [c for m in model.modules() if isinstance(c := getattr(m, "is_causal", None), bool)]
+        if said:
+            return any(said)
+        if getattr(getattr(model, "config", None), "is_decoder", False):
             return True
-        family = None if self.root is None else family_of(self.root)
+        family = family_of(model)
         if family is not None:
-            return "encoder.output" not in family.roles
-        can = getattr(self.root, "can_generate", None)
+            return bool(family.decoder)
+        can = getattr(around[-1], "can_generate", None)
         return bool(can and can())
+
+    def _around(self) -> list[nn.Module]:
+        """Return the sub-module and what it is in, up to the host's model."""
+        if self.root is None or self.module is self.root:
+            return [self.module]
+        names = self.path.split(".")
+        above = [
+            self.root.get_submodule(".".join(names[:n])) for n in range(len(names) - 1, -1, -1)
+        ]
+        return [self.module, *above]
 
     def _widthless(self, end: str) -> SiteError:
         return SiteError(
             f"cannot tell how wide the {end} of {self.path or 'the host'} "
             f"({type(self.module).__name__}) is; choose a layer that knows, such as nn.Linear"
         )
-
-
-def _out_width(module: nn.Module) -> int | None:
-    match module:
-        case nn.Linear(out_features=width) | Conv1D(nf=width) | nn.Embedding(embedding_dim=width):
-            return int(width)
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            return int(module.out_channels)
-        case nn.MultiheadAttention(embed_dim=width):
-            return int(width)
-        case nn.RNNBase():
-            return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
-        case nn.TransformerEncoderLayer() | nn.TransformerDecoderLayer():
-            return module.linear2.out_features
-        case nn.TransformerEncoder() | nn.TransformerDecoder():
-            return _out_width(module.layers[0])
-        case nn.BatchNorm2d(num_features=width):
-            return int(width)
-        case nn.LayerNorm(normalized_shape=shape):
-            return int(shape[-1])
-        case nn.Sequential():
-            widths = [w for child in module if (w := _out_width(child)) is not None]
-            return widths[-1] if widths else None
-    direct = dict(module.named_parameters(recurse=False))
-    if direct.keys() == {"weight"} and direct["weight"].dim() == 1:  # any class of RMSNorm
-        return direct["weight"].shape[0]
-    return None
-
-
-def _config_width(module: nn.Module | None) -> int | None:
-    return getattr(getattr(module, "config", None), "hidden_size", None)
 
 
 def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
@@ -171,7 +162,7 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
         at: a role (``"query"``), a path pattern (``"decoder.*.SelfAttention.{q,v}"``, in which
             ``*`` is anything) of sub-modules or, if it matches none, of parameters
             (``"attn.in_proj_weight[0/3]"``), a type (``nn.Linear``), a predicate on path and
-            module, or a list of these. ``"block"`` means the role where the architecture is known.
+            module, or a list of these. A name that is a path and a role means the path.
             With ``[residual]`` at its end, a role or pattern means the residual inputs of the same
             sub-modules.
         expect: how many sites there must be.
@@ -181,12 +172,17 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
 
     Raises:
         SiteError: if nothing matches, or not as many as expected; it lists what there is.
+
+    Warns:
+        UserWarning: if ``nn.Linear`` leaves out the weights of experts, which are no layers.
     """
     several: Sequence[Any] = at if isinstance(at, list | tuple) else [at]
     found = {site.label: site for each in several for site in _find_one(model, each)}
+    if any(isinstance(each, type) and issubclass(each, LINEAR) for each in several):
+        _warn_of_experts(model, found)
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     sites = sorted(
-        found.values(), key=lambda s: (order[s.path], s.parameter or "", s.part or (0, 0))
+        found.values(), key=lambda s: (order[s.path], s.parameter or "", s.part or _WHOLE)
     )
     if expect is not None and len(sites) != expect:
         raise SiteError(
@@ -196,18 +192,32 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
     return sites
 
 
+def _warn_of_experts(model: nn.Module, found: Mapping[str, Site]) -> None:
+    """Say which weights of experts a selection of linear layers leaves out."""
+    modules = model.named_modules()
+    left = [
+        label
+        for path, module in modules
+        for label, _ in weight_labels(path, module)
+        if label not in found and is_stack(module, label.rpartition(".")[2])
+    ]
+    if left:
+        some = ", ".join(map(repr, dict.fromkeys(map(starred, left))))
+        warnings.warn(
+            f"linear layers are selected, and {len(left)} weights of experts, which are parameters "
+            f"and no layers, are left out; at=[nn.Linear, {some}] takes them too",
+            stacklevel=4,
+        )
+
+
 def one_input(model: nn.Module) -> list[list[nn.Module]]:
     """Return the groups of layers that share an input (query, key and value), in a known
     architecture."""
-    family = family_of(model)
-    if family is None:
-        return []
-    base = base_path(model)
-    return [
-        [layer for name in names if (layer := getattr(above.module, name, None)) is not None]
-        for pattern, names in family.one_input
-        for above in _match(model, joined(base, pattern), r"\d+")
-    ]
+    groups: dict[tuple[int, str], list[nn.Module]] = {}
+    for number, patterns in enumerate(same_input(model)):
+        for site in _sites_of(model, patterns):
+            groups.setdefault((number, site.path.rpartition(".")[0]), []).append(site.module)
+    return list(groups.values())
 
 
 def _find_one(model: nn.Module, at: At) -> list[Site]:
@@ -231,37 +241,43 @@ def _find_one(model: nn.Module, at: At) -> list[Site]:
 
 
 def _find_named(model: nn.Module, at: str) -> list[Site]:
-    """Find the sites of a role, or of a path pattern if there is no such role."""
-    family = family_of(model)
-    if family is not None and at in family.roles:
-        sites = _match(model, joined(base_path(model), family.roles[at]), r"\d+")
-    else:
-        sites = _match(model, at, ".*")
+    """Find the sites of a path pattern, or of a role where no path is called so."""
+    sites = _match(model, at)
+    if sites:
+        return sites
+    roles = roles_of(model)
+    sites = _sites_of(model, roles.patterns.get(at, ()))
     if not sites:
         raise _no_match(model, at)
-    return sites
+    return [replace(site, guessed=True) for site in sites] if roles.guessed else sites
 
 
-def _match(model: nn.Module, pattern: str, star: str) -> list[Site]:
-    part, whole = None, pattern
-    if fused := re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", pattern):
-        pattern, part = fused[1], (int(fused[2]), int(fused[3]))
-        if not part[0] < part[1]:
-            last = f"; the last is {pattern}[{part[1] - 1}/{part[1]}]" if part[1] else ""
-            raise SiteError(f"{whole!r}: the {part[1]} parts count from 0{last}")
-    regex = re.compile(_regex(pattern, star))
-    found = [_site(model, p, m, part) for p, m in model.named_modules() if regex.fullmatch(p)]
+def _sites_of(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
+    """Find the sites of a role: where PEFT wraps a layer, that layer, beside what PEFT adds."""
+    found = [site for each in patterns for site in _match(model, each, numbers=True)]
+    for at, site in enumerate(found):
+        inner = getattr(site.module, "base_layer", None)
+        if isinstance(inner, WEIGHTED):
+            found[at] = replace(site, path=joined(site.path, "base_layer"), module=inner)
+    return found
+
+
+def _match(model: nn.Module, selection: str, numbers: bool = False) -> list[Site]:
+    """Find the sub-modules that a pattern means, or if it means none, the parameters."""
+    text, part = split_part(selection)
+    wanted = pattern(text, numbers)
+    found = [_site(model, p, m, part) for p, m in model.named_modules() if wanted.matches(p)]
     if found:
         return found
     named = [
         (path, module, name, value)
         for path, module in model.named_modules()
         for name, value in module._parameters.items()
-        if regex.fullmatch(joined(path, name))
+        if wanted.matches(joined(path, name))
     ]
     found = [_site(model, p, m, part, name) for p, m, name, v in named if v is not None]
     if named and not found:
-        raise _absent(named[0][0], named[0][1], named[0][2], whole)
+        raise _absent(named[0][0], named[0][1], named[0][2], selection)
     return found
 
 
@@ -269,7 +285,7 @@ def _site(
     model: nn.Module,
     path: str,
     module: nn.Module,
-    part: tuple[int, int] | None = None,
+    part: Part | None = None,
     name: str | None = None,
 ) -> Site:
     """Return the site at a sub-module, or at its parameter ``name``."""
@@ -283,22 +299,6 @@ def _site(
     return Site(path, module, part, model, parameter=name)
 
 
-def joined(path: str, name: str) -> str:
-    """Join two parts of a dotted path, of which either may be empty."""
-    return f"{path}.{name}" if path and name else path or name
-
-
-def weight_labels(path: str, module: nn.Module) -> list[tuple[str, str]]:
-    """Return the selections of each weight of a layer with several, with the weight's role or
-    ``""``."""
-    matrices = [n for n, p in module._parameters.items() if p is not None and p.dim() == 2]
-    if not isinstance(module, nn.MultiheadAttention) or len(matrices) not in (1, 3):
-        return [(joined(path, name), "") for name in matrices]
-    names = [f"{matrices[0]}[{i}/3]" for i in range(3)] if len(matrices) == 1 else matrices
-    said = zip([*names, "out_proj"], ["query", "key", "value", "output"], strict=True)
-    return [(joined(path, name), what) for name, what in said]
-
-
 def _absent(path: str, module: nn.Module, name: str, asked: str) -> SiteError:
     labels, why = weight_labels(path, module), ""
     if isinstance(module, nn.MultiheadAttention):
@@ -310,41 +310,20 @@ def _absent(path: str, module: nn.Module, name: str, asked: str) -> SiteError:
     return SiteError(f"{asked!r}: this {type(module).__name__} has no {name}{why}{here}")
 
 
-def matches(pattern: str, site: Site) -> bool:
-    """Return whether ``pattern`` matches the path of ``site``, with its part or without."""
-    regex = re.compile(_regex(pattern, ".*"))
-    return any(regex.fullmatch(text) for text in (site.label, site.path))
-
-
-def _regex(pattern: str, star: str) -> str:
-    out, depth = "", 0
-    for char in pattern:
-        if char == "*":
-            out += star
-        elif char == "{":
-            out, depth = out + "(?:", depth + 1
-        elif char == "}" and depth:
-            out, depth = out + ")", depth - 1
-        elif char == "," and depth:
-            out += "|"
-        else:
-            out += re.escape(char)
-    if depth:
-        raise SiteError(f"the pattern {pattern!r} opens a brace it does not close")
-    return out
+def matches(selection: str, site: Site) -> bool:
+    """Return whether a pattern matches the path of ``site``, with its part or without."""
+    wanted = pattern(selection)
+    return any(wanted.matches(text) for text in (site.label, site.path))
 
 
 def _no_match(model: nn.Module, at: str) -> SiteError:
-    family = family_of(model)
+    roles = roles_of(model)
+    known = roles.patterns
     paths = [p for p, _ in model.named_modules() if p]
-    if family is None:
-        roles = (
-            f"{type(model).__name__} is of no known family, so it has paths and types but no roles"
-        )
-    else:
-        roles = f"its roles: {', '.join(family.roles)}"
     weights = [label for p, m in model.named_modules() for label, _ in weight_labels(p, m)]
     near = get_close_matches(at, [*paths, *weights], n=3, cutoff=0.4) or paths[:3]
-    near_roles = get_close_matches(at, list(family.roles), n=1) if family else []
+    near_roles = get_close_matches(at, [role for role in known if role != at], n=1)
     hint = f"did you mean at={near_roles[0]!r}? " if near_roles else ""
+    if at in known:
+        hint = f"This {type(model).__name__} has no such part; "
     return SiteError(f"{at!r} matches no site. {hint}{roles}; paths near it: {', '.join(near)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -62,15 +61,6 @@ def with_tensor(out: Any, value: Tensor) -> Any:
         return rest if type(out) is tuple else type(out)(*rest)  # a named tuple
     first = next(iter(out.keys()))  # a ModelOutput: its first key that is not None
     return replace(out, **{first: value})
-
-
-def replaced(
-    y: Tensor, part: tuple[int, int], axis: int, change: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Change one of n equal parts of the features of ``y``."""
-    pieces = list(y.chunk(part[1], dim=axis))
-    pieces[part[0]] = change(pieces[part[0]])
-    return torch.cat(pieces, dim=axis)
 
 
 def device_of(model: nn.Module) -> torch.device:

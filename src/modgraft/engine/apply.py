@@ -17,7 +17,8 @@ from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import EXAMPLE
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
-from modgraft.core.tensors import replaced, tensor_input
+from modgraft.core.parts import share
+from modgraft.core.tensors import tensor_input
 from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.kernels.linear import Change
 from modgraft.engine.plan import Entry
@@ -126,13 +127,13 @@ class Applier:
         if once and isinstance(module, Batched) and module.has_factors(layer):
             return module.added(total, x, self.in_place)
         axis = feature_axis(layer)
-        if bare is not None and part is not None:
-            bare = bare.chunk(part[1], dim=axis)[part[0]]
+        if bare is not None:
+            bare = share(bare, part, axis)
         effect = module.effect(x, layer, weight_matrix(layer, part), bare)  # type: ignore[union-attr]
         effect = weighted(weight, effect)
         if part is None:
             return total + effect
-        return replaced(total, part, axis, lambda own: own + effect)
+        return part.replaced(total, axis, lambda own: own + effect)
 
     def _effect_inside(self, entry: Entry) -> Tensor:
         """Return f(x; θ + Δ) − f(x; θ) for the whole batch, from two runs of the layer."""
@@ -147,14 +148,14 @@ class Applier:
             side = self.side(entry, y.shape[0])
             if side is None:
                 return total
-        own = y if part is None else y.chunk(part[1], dim=entry.axis)[part[0]]
+        own = y if part is None else part.take(y, entry.axis)
         new = module(own, self.x, side)  # type: ignore[operator]
         if total is y and not isinstance(weight, Tensor) and weight == 1.0:
-            return new if part is None else replaced(y, part, entry.axis, lambda _: new)
+            return new if part is None else part.replaced(y, entry.axis, lambda _: new)
         effect = weighted(weight, new - own)
         if part is None:
             return total + effect
-        return replaced(total, part, entry.axis, lambda of_total: of_total + effect)
+        return part.replaced(total, entry.axis, lambda of_total: of_total + effect)
 
 
 def pick(x: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from modgraft.computation.base import Computation
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
-from modgraft.core.tensors import replaced
+from modgraft.core.parts import share
 from modgraft.engine.kernels.batched import Batched, batch_key
 from modgraft.engine.plan import Entry
 
@@ -97,18 +97,15 @@ class ExpertBatch:
             return total
         for entry, batched in self.slots:
             part, picked = entry.part, batched.picking(blocks.module)
-            own_y, own_bare = _part(y, part), _part(y if bare is None else bare, part)
+            own_y = share(y, part, -1)
+            own_bare = own_y if bare is None else share(bare, part, -1)
             effect = _effect(layer, blocks, entry, picked, x, own_bare, own_y)
             effect = weighted(weight, effect.view(own_y.shape))
             if part is None:
                 total = total + effect
             else:
-                total = replaced(total, part, -1, lambda of_total, e=effect: of_total + e)
+                total = part.replaced(total, -1, lambda of_total, e=effect: of_total + e)
         return total
-
-
-def _part(value: Tensor, part: tuple[int, int] | None) -> Tensor:
-    return value if part is None else value.chunk(part[1], dim=-1)[part[0]]
 
 
 def _key(entry: Entry) -> object:

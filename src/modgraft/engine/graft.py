@@ -23,7 +23,8 @@ from modgraft.computation.base import (
 )
 from modgraft.core.context import Context
 from modgraft.core.layers import feature_axis
-from modgraft.core.sites import WEIGHTED, Site, one_input
+from modgraft.core.sites import Site, one_input
+from modgraft.core.weights import WEIGHTED
 from modgraft.engine.inputs.tokens import generate_with_tokens, inner_sites
 from modgraft.engine.own_forward import PATCHED, by_weight, original, runs_changed
 from modgraft.engine.plan import Entry

@@ -24,6 +24,7 @@ from modgraft.computation.base import (
     ParameterComposition,
 )
 from modgraft.core.expression import Chain, Expression, Name, chain
+from modgraft.core.parts import Part
 from modgraft.core.per_example import Each
 from modgraft.engine.kernels.batched import Batched, batch_key
 from modgraft.engine.kernels.linear import Change, MergedWeight
@@ -41,7 +42,7 @@ class Entry:
     Attributes:
         name: what compositions call it.
         module: the computation built for the site, several batched as one, or a routed mixture.
-        part: ``(i, n)``, the i-th of n equal parts of a fused projection; None: the whole output.
+        part: which part of a fused projection; None: the whole output.
         residual: whether it acts on the layer's residual input.
         parameter: which of the layer's weights it changes, where the layer has several.
         axis: the axis of the output's features.
@@ -50,7 +51,7 @@ class Entry:
 
     name: str
     module: Computation | Batched | RoutedMixture
-    part: tuple[int, int] | None
+    part: Part | None
     residual: bool = False
     parameter: str | None = None
     axis: int = -1

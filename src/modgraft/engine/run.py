@@ -23,7 +23,7 @@ from modgraft.computation.base import FunctionComposition
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression, Weight, weighted
 from modgraft.core.per_example import Each
-from modgraft.core.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
+from modgraft.core.tensors import first_tensor, tensor_input, tensor_of, with_tensor
 from modgraft.engine import own_forward, shared_input
 from modgraft.engine.apply import Applier, pick
 from modgraft.engine.inputs.tokens import call_with_tokens
@@ -231,7 +231,7 @@ def _in_residual(site: SiteCall, entry: Entry, y: Tensor, r: Tensor) -> Tensor:
     side = Applier(site, site.state.entries, r).side(entry, y.shape[0])
     if entry.part is None:
         return module(y, r, side)
-    return replaced(y, entry.part, entry.axis, lambda own: module(own, r, side))
+    return entry.part.replaced(y, entry.axis, lambda own: module(own, r, side))
 
 
 # -- attention ------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from modgraft.core.layers import STATE, stored
+from modgraft.core.layers import STATE
+from modgraft.core.weights import stored
 
 COPIED = "_modgraft_copied"
 """Marks a shallow copy of a layer that runs with changed tensors, which it reads as they are."""

@@ -6,21 +6,24 @@ Each row of sites begins with a selection that can be given as ``at=``.
 from __future__ import annotations
 
 import io
-import re
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from rich.box import Box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from modgraft.core.architectures import family_of
 from modgraft.core.errors import SiteError
 from modgraft.core.expression import Expression, Weight
 from modgraft.core.layers import weight_matrix
-from modgraft.core.sites import WEIGHTED, Site, find, weight_labels
+from modgraft.core.patterns import starred
+from modgraft.core.roles import roles_of
+from modgraft.core.sites import Site, find
+from modgraft.core.weights import WEIGHTED, weight_labels
 from modgraft.engine.implant import Implants
 
 SITES = ("sites at", "number", "first", "shape", "type")
@@ -56,7 +59,7 @@ def shape_of(site: Site) -> str:
     unknown."""
     shape = _weight_shape(site)
     try:
-        return f"{site.width:,}" if shape is None else f"{shape[0]:,} × {shape[1]:,}"
+        return f"{site.width:,}" if shape is None else " × ".join(f"{n:,}" for n in shape)
     except SiteError:
         return "–"
 
@@ -69,33 +72,30 @@ def lora_cost(sites: Iterable[Site], rank: int) -> int | None:
     total = 0
     for site in sites:
         shape = _weight_shape(site)
-        if shape is None or rank > min(shape):
+        if shape is None or rank > min(shape[-2:]):
             return None
-        total += rank * sum(shape)
+        total += math.prod(shape[:-2]) * rank * sum(shape[-2:])
     return total
 
 
-def _weight_shape(site: Site) -> tuple[int, int] | None:
+def _weight_shape(site: Site) -> torch.Size | None:
     try:
-        rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
-    except (SiteError, ValueError):
+        shape = weight_matrix(site.module, site.part, site.parameter).shape
+    except SiteError:
         return None
-    return rows, columns
+    return shape if len(shape) > 1 else None
 
 
 def rows_of(model: nn.Module) -> list[Row]:
-    """Return the sites of ``model``: by role where its family is known, else by path pattern and
+    """Return the sites of ``model``: by role, and where roles are guessed, also by path pattern and
     type."""
-    family = family_of(model)
-    if family is None:
-        return _by_pattern(model)
-    rows = []
-    for role in family.roles:
+    roles, rows = roles_of(model), []
+    for role in roles.patterns:
         try:
             rows.append(Row(role, find(model, role)))
         except SiteError:  # a role that this member of the family lacks, such as an encoder alone
             continue
-    return rows
+    return [*rows, *_by_pattern(model)] if roles.guessed else rows
 
 
 def _by_pattern(model: nn.Module) -> list[Row]:
@@ -118,11 +118,6 @@ def _by_pattern(model: nn.Module) -> list[Row]:
                 rows.append(Row(at, sites))
                 break
     return rows
-
-
-def starred(label: str) -> str:
-    """Replace the numbers in a path by ``*``."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", label)
 
 
 def _numbered(paths: Sequence[str]) -> str:
@@ -188,6 +183,12 @@ def describe(model: nn.Module, implants: Implants, composition: Expression | Non
     ]
     if len(implants):
         parts.append(plain(modules_table(model, implants, composition)))
+    roles = roles_of(model)
+    if roles.guessed and roles.patterns:
+        parts.append(
+            f"{type(model).__name__} is of no known family; roles guessed from names and shapes: "
+            f"{', '.join(roles.patterns)}"
+        )
     parts.append(plain(sites_table(model)))
     return "\n\n".join(parts)
 

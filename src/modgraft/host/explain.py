@@ -12,11 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from modgraft.computation.base import KeyValueComposition, ParameterComposition, TokenComposition
 from modgraft.core.expression import Expression
 from modgraft.core.layers import weight_matrix
+from modgraft.core.patterns import starred
 from modgraft.core.per_example import Each
 from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.plan import Entry, Group, Plan
 from modgraft.engine.state import STATE, State
-from modgraft.host.describe import plain, rows_of, starred, table
+from modgraft.host.describe import plain, rows_of, table
 from modgraft.routing.mixture import RoutedMixture
 
 COLUMNS = ("sites at", "number", "examples", "without gradients", "with gradients")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modgraft.core.config import Configured
 from modgraft.core.errors import ModgraftError
+from modgraft.core.parts import Part
 
 Level = Literal["task", "example", "token"]
 LEVELS: tuple[Level, ...] = ("task", "example", "token")
@@ -45,7 +46,7 @@ class Member(NamedTuple):
     """A module built for one site, and the part of a fused projection that it acts on."""
 
     module: nn.Module
-    part: tuple[int, int] | None
+    part: Part | None
 
 
 class Router(Configured):

@@ -177,7 +177,7 @@ def _into_text(
         _keep_lengths(model, kwargs, ids, count, length)
     else:
         _keep_logits(kwargs, length)
-    reads_last = family is not None and not encoder_decoder and "decoder.output" in family.roles
+    reads_last = family is not None and not encoder_decoder and bool(family.decoder)
     unseen = (rows["attention_mask"][:, -1] == 0) if reads_last else None
     trimmed = None if encoder_decoder else keep
     return Splice(kwargs, trimmed, length + count, last_unseen=unseen)

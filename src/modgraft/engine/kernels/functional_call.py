@@ -14,15 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from modgraft.core.architectures import joined
 from modgraft.core.errors import ModgraftError
-from modgraft.core.layers import (
-    add_to_bias,
-    add_to_weight,
-    bias_vector,
-    stored,
-    weight_matrix,
-)
-from modgraft.core.sites import joined
+from modgraft.core.layers import add_to_bias, add_to_weight, bias_vector, weight_matrix
+from modgraft.core.weights import stored
 from modgraft.engine.kernels.linear import Change
 from modgraft.engine.served_weight import COPIED
 

@@ -21,7 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.computation._redirect import is_redirected
 from modgraft.computation.base import ParameterComposition
-from modgraft.core.layers import bias_vector, stored, weight_matrix
+from modgraft.core.layers import bias_vector, weight_matrix
+from modgraft.core.parts import Part
+from modgraft.core.weights import stored
 from modgraft.engine.kernels.low_rank import LowRank
 
 _LINEAR = (nn.Linear, Conv1D)
@@ -41,7 +43,7 @@ class Change:
 
     module: ParameterComposition
     weight: float | Tensor
-    part: tuple[int, int] | None
+    part: Part | None
     parameter: str | None = None
 
 
@@ -113,7 +115,7 @@ def one_product(
     if not _pays(weight, x):
         return None
     bias = _changed_bias(layer, stored(layer, "bias"), changes)
-    low_rank = _low_rank(changes, len(weight))
+    low_rank = _low_rank(changes)
     if low_rank is not None:
         B, A, s = low_rank
         return LowRank.apply(x, (s,), weight, bias, B, A)[0]
@@ -136,7 +138,7 @@ def low_rank_terms(
     if weight is None or _can_merge(x) or not _pays(weight, x):
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
-    low_rank = _low_rank(changes, len(weight))
+    low_rank = _low_rank(changes)
     if low_rank is None:
         return None
     B, A, s = low_rank
@@ -181,7 +183,7 @@ def _changed_weight(layer: nn.Module, weight: Tensor, changes: Sequence[Change])
     for change in changes:
         delta = change.module.delta(weight_matrix(layer, change.part))
         delta = delta if change.weight == 1 else change.weight * delta
-        new = new + (delta if change.part is None else _padded(delta, change.part, len(weight)))
+        new = new + (delta if change.part is None else change.part.padded(delta, -2))
     return new
 
 
@@ -191,7 +193,7 @@ def _laid_out_as(weight: Tensor, new: Tensor) -> Tensor:
     return new.T.contiguous().T
 
 
-def _low_rank(changes: Sequence[Change], outs: int) -> tuple[Tensor, Tensor, float] | None:
+def _low_rank(changes: Sequence[Change]) -> tuple[Tensor, Tensor, float] | None:
     """Return B ``[out, r]``, A ``[r, in]`` and s with Σ w·Δ = s·BA, None if a Δ has no factors.
 
     A sum of low-rank matrices is one: [B₁ B₂] [A₁; A₂]; outside a part, B is 0.
@@ -203,19 +205,12 @@ def _low_rank(changes: Sequence[Change], outs: int) -> tuple[Tensor, Tensor, flo
         if found is None:
             return None
         B, A, s = found
-        B = B if change.part is None else _padded(B, change.part, outs)
+        B = B if change.part is None else change.part.padded(B, -2)
         factors.append((B, A, change.weight * s))
     if len(factors) == 1:
         return factors[0]
     wide, thin = [B for B, _, _ in factors], [s * A for _, A, s in factors]
     return torch.cat(wide, 1), torch.cat(thin), 1.0
-
-
-def _padded(rows: Tensor, part: tuple[int, int], outs: int) -> Tensor:
-    """Put the rows of a part ``[out / n, k]`` into zeros ``[out, k]``."""
-    size = outs // part[1]
-    before = part[0] * size
-    return F.pad(rows, (0, 0, before, outs - before - size))
 
 
 def _changed_bias(
@@ -232,6 +227,6 @@ def _changed_bias(
             continue
         delta = delta if change.weight == 1 else change.weight * delta
         if change.part is not None:
-            delta = _padded(delta[:, None], change.part, bias.shape[0])[:, 0]
+            delta = change.part.padded(delta, -1)
         new = new + delta
     return new

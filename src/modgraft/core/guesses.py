@@ -1,0 +1,111 @@
+"""Roles guessed for a host of no known family: by the names of linear layers, confirmed by shapes.
+
+A wrong role is worse than none. Three layers side by side that known families call query, key and
+value, of fitting widths, are those; so are layers of a feed-forward that undo each other's width. A
+fused projection is left out: nothing tells how its parts lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from modgraft.core.architectures import FAMILIES, joined
+from modgraft.core.patterns import pattern, starred
+from modgraft.core.weights import LINEAR, weight_labels
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+_ATTENTION = dict.fromkeys([
+    ("q_proj", "k_proj", "v_proj"), ("to_q", "to_k", "to_v"), ("wq", "wk", "wv"),
+    *((_last(f.query), _last(f.key), _last(f.value)) for f in FAMILIES if f.parts is None),
+])  # fmt: skip
+_OUTPUT = sorted({"wo", "to_out.0", *(_last(f.output) for f in FAMILIES)})
+_FEEDFORWARD = (
+    (("gate_proj", "up_proj"), "down_proj"), (("up_proj",), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
+    (("fc1",), "fc2"), (("wi_0", "wi_1"), "wo"), (("wi",), "wo"), (("lin1",), "lin2"),
+    (("linear1",), "linear2"), (("linear_fc1",), "linear_fc2"), (("w1", "w3"), "w2"),
+    (("c_fc",), "c_proj"), (("fc_in",), "fc_out"), (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("intermediate_dense",), "output_dense"), (("intermediate.dense",), "output.dense"),
+)  # fmt: skip
+
+
+def guess(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
+    """Return role → patterns, of those roles that names and shapes of the layers leave no doubt
+    about."""
+    modules = dict(model.named_modules())
+    found: dict[str, list[str]] = {
+        name: [] for name in ("query", "key", "value", "output", "attention", "up", "down", "block")
+    }
+    for path, module in modules.items():
+        for role, label in [*_attention(path, module), *_feedforward(path, module)]:
+            found[role].append(label)
+    for path, module in modules.items():
+        blocks = [joined(path, name) for name, _ in module.named_children()]
+        if isinstance(module, nn.ModuleList) and blocks and all(
+            any(label.startswith(f"{b}.") for label in found[role])
+            for b in blocks for role in ("query", "down")
+        ):  # fmt: skip
+            found["block"] += blocks
+    labels = [*modules, *(label for p, m in modules.items() for label, _ in weight_labels(p, m))]
+    return {role: _patterns(some, labels) for role, some in found.items() if some}
+
+
+def _attention(path: str, module: nn.Module) -> list[tuple[str, str]]:
+    """Return the roles in a layer that attends."""
+    if isinstance(module, nn.MultiheadAttention):
+        own = [(what, label) for label, what in weight_labels(path, module) if what]
+        return [*own, ("attention", path)] if own else []
+    for names in _ATTENTION:
+        query, key, value = (_linear(module, name) for name in names)
+        if query is None or key is None or value is None or key[0] != value[0]:
+            continue
+        roles = zip(("query", "key", "value"), names, strict=True)
+        found = [(role, joined(path, name)) for role, name in roles]
+        for name in _OUTPUT:
+            output = _linear(module, name)
+            if output is not None and output[0] in (query[1], value[1]):
+                found.append(("output", joined(path, name)))
+        return [*found, ("attention", path)]
+    return []
+
+
+def _feedforward(path: str, module: nn.Module) -> list[tuple[str, str]]:
+    """Return the roles in a layer that widens its input and narrows it again."""
+    for ups, down in _FEEDFORWARD:
+        wide, narrow = [_linear(module, name) for name in ups], _linear(module, down)
+        if narrow is None or any(
+            one is None or one[0] != narrow[1] or one[1] not in (narrow[0], 2 * narrow[0])
+            for one in wide
+        ):
+            continue
+        return [*(("up", joined(path, name)) for name in ups), ("down", joined(path, down))]
+    return []
+
+
+def _linear(module: nn.Module, name: str) -> tuple[int, int] | None:
+    """Return the inputs and outputs of the linear layer called ``name`` in ``module``, or in what
+    wraps it."""
+    try:
+        layer = module.get_submodule(name)
+    except AttributeError:
+        return None
+    layer = getattr(layer, "base_layer", layer)  # PEFT's layers are beside the one they change
+    if not isinstance(layer, LINEAR):
+        return None
+    outs, ins = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
+    return ins, outs
+
+
+def _patterns(labels: list[str], every: Iterable[str]) -> tuple[str, ...]:
+    """Return patterns of ``labels`` in which ``*`` is a number, if they mean no others."""
+    short = list(dict.fromkeys(starred(label) for label in labels))
+    wanted, meant = set(labels), set()
+    for each in short:
+        meant |= {label for label in every if pattern(each, numbers=True).matches(label)}
+    return tuple(short) if meant == wanted else tuple(labels)

@@ -1,0 +1,96 @@
+"""How wide the output of a layer is, as far as it can be told without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from modgraft.core.weights import CONVOLUTIONS, is_stack, keeps_inputs_first
+
+
+def own_width(layer: nn.Module) -> int | None:
+    """Return the number of features that a layer of a known class puts out, None for another."""
+    match layer:
+        case nn.Linear(out_features=width) | Conv1D(nf=width) | nn.Embedding(embedding_dim=width):
+            return int(width)
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            return int(layer.out_channels)
+        case nn.MultiheadAttention(embed_dim=width):
+            return int(width)
+        case nn.RNNBase():
+            return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+        case nn.TransformerEncoderLayer() | nn.TransformerDecoderLayer():
+            return layer.linear2.out_features
+        case nn.TransformerEncoder() | nn.TransformerDecoder():
+            return own_width(layer.layers[0])
+        case nn.BatchNorm2d(num_features=width):
+            return int(width)
+        case nn.Sequential():
+            widths = [w for child in layer if (w := own_width(child)) is not None]
+            return widths[-1] if widths else None
+    if shape := getattr(layer, "normalized_shape", None):  # any class of LayerNorm
+        return None if getattr(layer, "data_format", "") == "channels_first" else int(shape[-1])
+    direct = dict(layer.named_parameters(recurse=False))
+    if direct.keys() == {"weight"} and direct["weight"].dim() == 1:  # any class of RMSNorm
+        return direct["weight"].shape[0]
+    return None
+
+
+def inner_width(around: Sequence[nn.Module]) -> int | None:
+    """Return the width of a layer made of others, such as a block, from what it is made of.
+
+    A model of several stages, or one with towers, has no one width: that of the nearest config
+    counts only where the layer's own linear layers agree. Where these neither end in it nor in what
+    they begin with, nothing says how wide the output is.
+
+    Args:
+        around: the layer, and what it is in, up to the host's model.
+
+    Returns:
+        The width, None where it cannot be told.
+    """
+    layer = around[0]
+    config = next((c for m in around if (c := getattr(m, "config", None)) is not None), None)
+    if config is None:
+        return None
+    staged = any(getattr(config, name, None) for name in ("depths", "hidden_sizes"))
+    hidden = None if staged else getattr(config, "hidden_size", None)
+    maps = list(_linear_maps(layer))
+    if not maps:
+        return _table_width(layer, hidden)
+    first, last = maps[0][0], maps[-1][1]
+    if len(maps) == 1 or last == hidden:
+        return last
+    inner = hidden in {out for _, out in maps}
+    if first == last:
+        return hidden if inner else last
+    in_a_stack = any(isinstance(m, nn.ModuleList) for m in around[1:])
+    return hidden if inner and first == hidden and in_a_stack else None
+
+
+def _linear_maps(layer: nn.Module) -> Iterator[tuple[int, int]]:
+    """Yield the inputs and outputs of the linear layers within, in order; a gate is none."""
+    for each in layer.modules():
+        match each:
+            case nn.Linear(in_features=ins, out_features=outs) | Conv1D(nx=ins, nf=outs):
+                if outs > 1:
+                    yield ins, outs
+            case _:
+                for name, value in each._parameters.items():
+                    if value is not None and is_stack(each, name):
+                        one, two = value.shape[1:]
+                        yield (one, two) if keeps_inputs_first(each, name) else (two, one)
+
+
+def _table_width(layer: nn.Module, hidden: int | None) -> int | None:
+    """Return the width of what looks its input up, or cuts it into patches."""
+    inside = [m for m in layer.modules() if m is not layer]
+    patches = [m for m in inside if isinstance(m, CONVOLUTIONS)]
+    widths = [w for m in inside if m not in patches and (w := own_width(m)) is not None]
+    if patches:
+        last = patches[-1]
+        known = last.out_channels in (hidden, widths[-1] if widths else None)
+        return last.out_channels if known and not isinstance(last, nn.Conv1d) else None
+    return widths[-1] if widths else None
