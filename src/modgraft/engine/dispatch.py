@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from modgraft.computation.base import Computation
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
+from modgraft.core.precision import as_the_layer
 from modgraft.core.tensors import replaced
 from modgraft.engine.kernels.batched import Batched, batch_key
 from modgraft.engine.plan import Entry
@@ -98,8 +99,9 @@ class ExpertBatch:
         for entry, batched in self.slots:
             part, picked = entry.part, batched.picking(blocks.module)
             own_y, own_bare = _part(y, part), _part(y if bare is None else bare, part)
-            effect = _effect(layer, blocks, entry, picked, x, own_bare, own_y)
-            effect = weighted(weight, effect.view(own_y.shape))
+            with as_the_layer(y):
+                effect = _effect(layer, blocks, entry, picked, x, own_bare, own_y)
+            effect = weighted(weight, effect.view(own_y.shape).to(total.dtype))
             if part is None:
                 total = total + effect
             else:

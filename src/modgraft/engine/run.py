@@ -23,6 +23,7 @@ from modgraft.computation.base import FunctionComposition
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression, Weight, weighted
 from modgraft.core.per_example import Each
+from modgraft.core.precision import as_the_layer
 from modgraft.core.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
 from modgraft.engine import shared_input
 from modgraft.engine.apply import Applier, pick
@@ -221,9 +222,10 @@ def _in_residual(site: SiteCall, entry: Entry, y: Tensor, r: Tensor) -> Tensor:
     module = entry.module
     assert isinstance(module, FunctionComposition)  # noqa: S101
     side = Applier(site, site.state.entries, r).side(entry, y.shape[0])
-    if entry.part is None:
-        return module(y, r, side)
-    return replaced(y, entry.part, entry.axis, lambda own: module(own, r, side))
+    with as_the_layer(y):
+        if entry.part is None:
+            return module(y, r, side).to(y.dtype)
+        return replaced(y, entry.part, entry.axis, lambda own: module(own, r, side).to(y.dtype))
 
 
 # -- attention ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from modgraft.core.layers import (
     stored,
     weight_matrix,
 )
+from modgraft.core.precision import wide
 from modgraft.core.sites import joined
 from modgraft.engine.kernels.linear import Change
 
@@ -54,16 +55,19 @@ def with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def new_weights(layer: nn.Module, changes: Sequence[Change]) -> dict[str, Tensor]:
-    """Return θ + Σ w·Δ by the name of the parameter; every Δ is that of the layer's own θ."""
+    """Return θ + Σ w·Δ by the name of the parameter; every Δ is that of the layer's own θ.
+
+    Of half precision it is the sum in float32, see :mod:`modgraft.core.precision`.
+    """
     new: dict[str, Tensor] = {}
     for each in changes:
         at, name = (each.part, each.parameter), each.parameter or "weight"
-        own = new[name] if name in new else stored(layer, name)
-        delta = each.weight * each.module.delta(weight_matrix(layer, *at))
+        own = new[name] if name in new else wide(stored(layer, name))
+        delta = each.weight * each.module.delta(wide(weight_matrix(layer, *at)))
         new[name] = add_to_weight(own, delta, layer, *at)
         change = each.module.bias_delta(bias_vector(layer, *at))
         if change is not None:
-            add_to_bias(layer, *at, each.weight * change, new)
+            add_to_bias(layer, *at, wide(each.weight * change), new)
     return new
 
 
@@ -75,7 +79,8 @@ def run(
     kwargs: dict,
 ) -> Any:
     """Run ``forward`` of ``layer`` with changed weights."""
-    changed = with_tensors(layer, new_weights(layer, changes))
+    new = {k: v.to(stored(layer, k).dtype) for k, v in new_weights(layer, changes).items()}
+    changed = with_tensors(layer, new)
     before = dict(changed.__dict__)
     out = forward(changed, *args, **kwargs)
     if not torch.compiler.is_compiling():  # attributes that the layer set while it ran are its own
