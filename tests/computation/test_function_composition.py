@@ -266,9 +266,12 @@ def test_half_precision_stays_half(method: mg.Computation) -> None:
         assert host(torch.randn(2, 3, 4).bfloat16()).dtype == torch.bfloat16
     half = mg.Host(nn.Sequential(nn.Linear(4, 4)).bfloat16())
     half.implant("m", method, at="0")
-    assert {p.dtype for p in half["m"].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half["m"].parameters()} == {torch.float32}
     x = torch.randn(2, 3, 4).bfloat16()
-    assert torch.equal(half(x), half(x, modules=None))
+    for kind in (torch.float32, torch.bfloat16):  # whoever asks has the module in half precision
+        out = half.implants.to(kind) and half(x)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, half(x, modules=None))
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])

@@ -280,32 +280,44 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 
 class Pressing(Line):
-    """Presses Ctrl-C in its n-th forward."""
+    """Presses Ctrl-C in its n-th forward, or raises another signal."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, number: signal.Signals = signal.SIGINT) -> None:
         super().__init__()
-        self.at = at
+        self.at, self.number = at, number
 
     def forward(self, **batch):
         self.at -= 1
         if self.at == 0:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
         return super().forward(**batch)
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
     whole = Line()
     history = fit(whole, points(5), folder=tmp_path / "whole", **GIVEN)
-    host = Pressing(5)
+    host = Pressing(5, number)
     with pytest.raises(KeyboardInterrupt, match=r"after step 5 and saved.*goes on.*step-000005"):
         fit(host, points(5), folder=tmp_path / "parts", **GIVEN)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     resumed = fit(host, points(5), folder=tmp_path / "parts", **GIVEN)
     assert resumed.resumed_from == 5
     assert resumed.losses == history.losses
     assert same(whole, host)
     with pytest.raises(KeyboardInterrupt, match="nothing is kept, since fit has no folder="):
-        fit(Pressing(2), points(5), **GIVEN)
+        fit(Pressing(2, number), points(5), **GIVEN)
+
+
+def test_a_handler_that_the_program_has_set_is_left_alone():
+    found = []
+    before = signal.signal(signal.SIGTERM, lambda *_: found.append("mine"))
+    try:
+        fit(Pressing(3, signal.SIGTERM), points(5), **GIVEN)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == ["mine"]
 
 
 @pytest.mark.parametrize("at", [1, 4])  # the last one: nothing but the evaluation is left to do

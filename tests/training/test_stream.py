@@ -105,7 +105,8 @@ def test_loaders_that_cannot_serve():
 
 def test_first_ids_and_ids():
     stream = Stream(loader(), seed=4)
-    assert stream.first_ids(("ids",)) == next(stream.read(0))["ids"]
+    assert ids_of(stream.first()) == next(stream.read(0))["ids"]
+    assert ids_of(stream.reread(2, 3)) == list(stream.read(2))[3]["ids"]
     assert ids_of({"qid": [1, 2]}, ("qid",)) == ["1", "2"]
     assert ids_of({"x": 1}) is None
 

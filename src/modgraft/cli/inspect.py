@@ -160,7 +160,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
     from modgraft.store.folder import from_json, read
 
     card, tensors = read(folder)
-    here = fingerprint(model) if weights else shape_fingerprint(model)
+    here = fingerprint(model, card.beside) if weights else shape_fingerprint(model)
     differs = [key for key, value in here.items() if card.host.get(key) != value]
     absent = []
     for path in card.sites:

@@ -28,6 +28,7 @@ from modgraft.core.context import Side
 from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.layers import check_features, check_weight, linear_map
+from modgraft.core.precision import parameter_type, wide
 from modgraft.core.sites import Site
 
 
@@ -91,7 +92,8 @@ class Computation(Configured):
     def at(self, site: Site) -> Self:
         """Return a copy built for ``site``, on its device and in its floating type.
 
-        Override it to refuse a site before anything is built.
+        Beside half precision that is float32, see :mod:`modgraft.core.precision`. Override it to
+        refuse a site before anything is built.
 
         Raises:
             ModgraftError: if the method is not defined at such a site.
@@ -116,7 +118,9 @@ class Computation(Configured):
         like = next((p for p in site.module.parameters() if p.is_floating_point()), None)
         if like is None and site.root is not None:
             like = next((p for p in site.root.parameters() if p.is_floating_point()), None)
-        return built if like is None else built.to(device=like.device, dtype=like.dtype)
+        if like is None:
+            return built
+        return built.to(device=like.device, dtype=parameter_type(like.dtype))
 
     def build_all(self, sites: Sequence[Site]) -> list[Computation]:
         """Return the module built for all its sites, one computation for each.
@@ -178,7 +182,10 @@ class ParameterComposition(Computation):
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
-        """Return Δ for ``weight`` ``[out, in]`` (an embedding's: ``[entries, width]``)."""
+        """Return Δ for ``weight`` ``[out, in]`` (an embedding's: ``[entries, width]``).
+
+        A weight in half precision is given in float32.
+        """
 
     def bias_delta(self, bias: Tensor | None) -> Tensor | None:
         """Return the change ``[out]`` of the layer's bias, None if there is no change.
@@ -219,7 +226,7 @@ class ParameterComposition(Computation):
             weight: the layer's weight, or the rows of one part of a fused projection.
             y: f(x; θ) ``[B, …, out]`` if it has been computed already.
         """
-        return linear_map(layer, x, self.delta(weight), self.bias_delta(None))
+        return linear_map(layer, x, self.delta(wide(weight)), self.bias_delta(None))
 
 
 class FunctionComposition(Computation):

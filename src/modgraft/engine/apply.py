@@ -18,6 +18,7 @@ from modgraft.core.context import EXAMPLE
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
 from modgraft.core.parts import share
+from modgraft.core.precision import as_the_layer
 from modgraft.core.tensors import tensor_input
 from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.kernels.linear import Change
@@ -129,8 +130,9 @@ class Applier:
         axis = feature_axis(layer)
         if bare is not None:
             bare = share(bare, part, axis)
-        effect = module.effect(x, layer, weight_matrix(layer, part), bare)  # type: ignore[union-attr]
-        effect = weighted(weight, effect)
+        with as_the_layer(total):
+            effect = module.effect(x, layer, weight_matrix(layer, part), bare)  # type: ignore[union-attr]
+        effect = weighted(weight, effect.to(total.dtype))
         if part is None:
             return total + effect
         return part.replaced(total, axis, lambda own: own + effect)
@@ -149,7 +151,8 @@ class Applier:
             if side is None:
                 return total
         own = y if part is None else part.take(y, entry.axis)
-        new = module(own, self.x, side)  # type: ignore[operator]
+        with as_the_layer(own):
+            new = module(own, self.x, side).to(own.dtype)  # type: ignore[operator]
         if total is y and not isinstance(weight, Tensor) and weight == 1.0:
             return new if part is None else part.replaced(y, entry.axis, lambda _: new)
         effect = weighted(weight, new - own)
@@ -181,9 +184,8 @@ def _mix(at: Applier, routed: RoutedMixture, y: Tensor, total: Tensor, weight: W
     if mixture.side_source == EXAMPLE and EXAMPLE not in at.site.call.side:
         return total  # compiled code holds every module of the host: this one is not in force
     members = [at.entries.get(name, ()) for name in routed.members]
-    if mixture.router is None:
-        new = mixture.combine(_apply_module(at, routed.members, sparse=False), [], y)
-    else:
+    names, weights, sparse = list(routed.members), [], False
+    if mixture.router is not None:
         sparse = mixture.route.sparse and not torch.compiler.is_compiling()
         sparse = sparse and not any(entry.inside for some in members for entry in some)
         chosen = _choose(at, routed, members, y)
@@ -194,8 +196,9 @@ def _mix(at: Applier, routed: RoutedMixture, y: Tensor, total: Tensor, weight: W
         used = list(range(len(members)))
         if sparse:
             used = chosen.detach().reshape(-1, len(used)).ne(0).any(0).nonzero()[:, 0].tolist()
-        names = [routed.members[j] for j in used]
-        new = mixture.combine(_apply_module(at, names, sparse), [chosen[..., j] for j in used], y)
+        names, weights = [names[j] for j in used], [chosen[..., j] for j in used]
+    with as_the_layer(y):
+        new = mixture.combine(_apply_module(at, names, sparse), weights, y).to(y.dtype)
     if new is y:  # none of its modules acts on the output here
         return total
     if total is y and not isinstance(weight, Tensor) and weight == 1.0:

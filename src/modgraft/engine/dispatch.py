@@ -19,6 +19,7 @@ from modgraft.computation.base import Computation
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
 from modgraft.core.parts import share
+from modgraft.core.precision import as_the_layer
 from modgraft.engine.kernels.batched import Batched, batch_key
 from modgraft.engine.plan import Entry
 
@@ -99,8 +100,9 @@ class ExpertBatch:
             part, picked = entry.part, batched.picking(blocks.module)
             own_y = share(y, part, -1)
             own_bare = own_y if bare is None else share(bare, part, -1)
-            effect = _effect(layer, blocks, entry, picked, x, own_bare, own_y)
-            effect = weighted(weight, effect.view(own_y.shape))
+            with as_the_layer(y):
+                effect = _effect(layer, blocks, entry, picked, x, own_bare, own_y)
+            effect = weighted(weight, effect.view(own_y.shape).to(total.dtype))
             if part is None:
                 total = total + effect
             else:

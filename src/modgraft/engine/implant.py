@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
@@ -25,6 +26,9 @@ class Implant(nn.Module, ex.Composable):
         method: the computation as the user wrote it, without parameters.
         paths: the labels of its sites, in order.
         places: the built computations, one a site.
+        beside: the names of the host's weights that trained with it, such as a head's; they are
+            saved beside it.
+        replaced: those weights as they were before the module was loaded with its own, by name.
     """
 
     def __init__(self, name: str, method: Computation, sites: Sequence[Site]) -> None:
@@ -33,6 +37,8 @@ class Implant(nn.Module, ex.Composable):
         self.describe(method)
         self.paths = tuple(site.label for site in sites)
         self.places = nn.ModuleList(method.build_all(sites))
+        self.beside: frozenset[str] = frozenset()
+        self.replaced: dict[str, Tensor] = {}
 
     @property
     def method(self) -> Computation:
@@ -148,6 +154,32 @@ class Implants(Mapping[str, Implant]):
     def __len__(self) -> int:
         return len(self._modules)
 
+    def put_beside(self, implant: Implant, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Write the weights of the host that trained with ``implant`` into ``model``, by name."""
+        others = self._beside(implant)
+        implant.beside = frozenset(tensors)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own = model.get_parameter(name)
+                if name not in others:
+                    implant.replaced[name] = own.detach().clone()
+                own.copy_(tensor)
+
+    def take_back(self, implant: Implant, model: nn.Module) -> None:
+        """Undo :meth:`put_beside`, where no other module has the same weights beside it."""
+        others = self._beside(implant)
+        with torch.no_grad():
+            for name, before in implant.replaced.items():
+                if name in others:
+                    others[name].replaced[name] = before
+                else:
+                    model.get_parameter(name).copy_(before)
+
+    def _beside(self, implant: Implant) -> dict[str, Implant]:
+        """Return by name the weights of the host that belong beside another module, and which."""
+        others = [other for other in self.values() if other is not implant]
+        return {name: other for other in reversed(others) for name in other.beside}
+
     def computation(self, name: str) -> Computation:
         """Return the computation, without parameters, that ``name`` in a composition means."""
         return self[ex.module_of(name)].method.unwrapped
@@ -173,6 +205,17 @@ def learner(model: nn.Module, name: str) -> nn.Module | None:
     except AttributeError as error:
         children = ", ".join(f"'host.{child}'" for child, _ in model.named_children())
         raise UnknownNameError(f"train={name!r}: {error}; there are {children}") from error
+
+
+def learning_parts(model: nn.Module) -> frozenset[str]:
+    """Return the names of the weights of ``model`` that require a gradient, if not all of them do.
+
+    A part that trains with a module, such as a head, belongs to it; a host that trains as a whole
+    is another host.
+    """
+    every = dict(model.named_parameters())
+    learns = frozenset(name for name, p in every.items() if p.requires_grad)
+    return frozenset() if len(learns) == len(every) else learns
 
 
 def check_learns(name: str, part: nn.Module) -> nn.Module:

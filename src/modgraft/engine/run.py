@@ -23,6 +23,7 @@ from modgraft.computation.base import FunctionComposition
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression, Weight, weighted
 from modgraft.core.per_example import Each
+from modgraft.core.precision import as_the_layer
 from modgraft.core.tensors import first_tensor, tensor_input, tensor_of, with_tensor
 from modgraft.engine import own_forward, shared_input
 from modgraft.engine.apply import Applier, pick
@@ -229,9 +230,10 @@ def _in_residual(site: SiteCall, entry: Entry, y: Tensor, r: Tensor) -> Tensor:
     module = entry.module
     assert isinstance(module, FunctionComposition)  # noqa: S101
     side = Applier(site, site.state.entries, r).side(entry, y.shape[0])
-    if entry.part is None:
-        return module(y, r, side)
-    return entry.part.replaced(y, entry.axis, lambda own: module(own, r, side))
+    with as_the_layer(y):
+        if entry.part is None:
+            return module(y, r, side).to(y.dtype)
+        return entry.part.replaced(y, entry.axis, lambda own: module(own, r, side).to(y.dtype))
 
 
 # -- attention ------------------------------------------------------------------------------------

@@ -43,10 +43,12 @@ from modgraft.engine.implant import (
     check_module,
     check_name,
     learner,
+    learning_parts,
 )
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.kernels.functional_call import new_weights, write
 from modgraft.engine.kernels.linear import Change
+from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
     Composition,
     Compositions,
@@ -72,11 +74,12 @@ if TYPE_CHECKING:
     from modgraft.training.fit import History
 
 
-class Host(nn.Module):
+class Host(AsModel):
     """A model in which modules are implanted, composed and trained.
 
     It is an ``nn.Module`` whose ``forward`` is the model's with two more arguments, ``side`` and
-    ``modules``. Optimisers, ``accelerate`` and the Hugging Face ``Trainer`` use it as any model.
+    ``modules``. Optimisers, ``accelerate``, transformers' ``Trainer`` and pipelines use it as the
+    model that it holds, whose attributes it has beside its own (:mod:`modgraft.host.as_model`).
 
     Args:
         model: any ``nn.Module``; known Hugging Face architectures get roles.
@@ -195,6 +198,7 @@ class Host(nn.Module):
                 ungraft(module, each)
             self._context.remove(each)
         link_shared_inputs(self.model)
+        self._implants.take_back(self[name], self.model)
         del self.implants[name]
         if not self.implants:
             unwatch_forwards(self.model)
@@ -378,18 +382,29 @@ class Host(nn.Module):
             **settings: steps, lr, schedule, … of ``fit``.
         """
         from modgraft.training.fit import fit
+        from modgraft.training.processes import alone
 
-        with self.training_only(train):
+        with alone(self), self.training_only(train):
+            for implant in self._implants.values():
+                if any(p.requires_grad for p in implant.parameters()):
+                    implant.beside |= learning_parts(self.model)
             return fit(self, loader, **settings)
 
     def save(self, name: str, folder: str | Path) -> Path:
-        """Write one module to a folder; see :mod:`modgraft.store.folder`."""
+        """Write one module to a folder; see :mod:`modgraft.store.folder`.
+
+        A part of the host that trained with it (``train=["qa", "host.classifier"]``) goes into the
+        folder too, and into the host that the module is loaded into.
+        """
         from modgraft.store.folder import save
 
         return save(self[name], self.model, Path(folder))
 
     def load(self, folder: str | Path, name: str | None = None, *, strict: bool = True) -> Implant:
         """Implant a saved module; see :mod:`modgraft.store.folder`.
+
+        Weights of the host that trained with it are written into this host; ``remove`` brings back
+        those that they replace.
 
         Args:
             folder: where :meth:`save` put it.
@@ -440,11 +455,6 @@ class Host(nn.Module):
         return plain
 
     # -- looking --------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> Any:
-        """The model's config (Hugging Face models have one)."""
-        return self.model.config
 
     def plan(self, composition: Compositions | EllipsisType = ...) -> str:
         """Show how a composition is computed at its sites; left out, the one in force."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field
+from itertools import chain
 from typing import Self, final
 
 import torch
@@ -18,6 +19,7 @@ from modgraft.computation.base import Computation, KeyValueComposition, TokenCom
 from modgraft.core.context import EXAMPLE, Call
 from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SiteError
+from modgraft.core.precision import HALF, wide
 from modgraft.core.sites import Site
 from modgraft.routing.base import Router, Routing
 from modgraft.routing.learned import Soft
@@ -183,9 +185,9 @@ class Mixture(Computation):
             routing = first.route(torch.tensor(task, device=y.device))
         elif self.level == "example":
             side = call.side[EXAMPLE]
-            seen = side.seen().to(side.tensor.dtype)[..., None]  # [B, m, 1]
-            query = (side.tensor * seen).sum(1) / seen.sum(1).clamp_min(1)  # [B, d]
-            routing = first.route(query.to(y.dtype))
+            tensor = _as_router(first.route, side.tensor, y)
+            seen = side.seen().to(tensor.dtype)[..., None]  # [B, m, 1]
+            routing = first.route((tensor * seen).sum(1) / seen.sum(1).clamp_min(1))  # [B, d]
         else:
             query = x if self._reads_input and x is not None else y
             if y.dim() < 3 or query.shape[:-1] != y.shape[:-1]:
@@ -194,7 +196,7 @@ class Mixture(Computation):
                     f"{list(y.shape)} for {list(query.shape)}, which has none; route examples, "
                     f"router=Soft(level='example'), or implant its modules elsewhere"
                 )
-            routing = self.route(query)
+            routing = self.route(_as_router(self.route, query, y))
         if self.level != "token":
             call.choices[key] = routing
         if self.training and torch.is_grad_enabled():
@@ -226,6 +228,14 @@ class Mixture(Computation):
             else:
                 self.baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
         return total
+
+
+def _as_router(route: Router, query: Tensor, y: Tensor) -> Tensor:
+    """Return ``query`` in the type that ``route`` chooses in: float32 beside half precision."""
+    if y.dtype not in HALF:
+        return query.to(y.dtype)
+    like = next(chain(route.parameters(), route.buffers()), None)
+    return wide(query) if like is None else query.to(like.dtype)
 
 
 class RoutedMixture:

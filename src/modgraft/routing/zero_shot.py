@@ -261,7 +261,7 @@ def linear_part(member: Member, layer: nn.Module) -> Factors | str:
     if isinstance(module, Adapter | ParallelAdapter):
         down = module.down.weight
         if isinstance(module, Adapter) and linear:
-            down = down @ weight_matrix(layer, member.part)  # [m, out] [out, in]
+            down = down @ weight_matrix(layer, member.part).to(down.dtype)  # [m, out] [out, in]
         return module.scale * module.up.weight, down
     return "has no linear map from what a layer reads, whose first direction could stand for it"
 

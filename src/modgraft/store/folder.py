@@ -1,10 +1,15 @@
-"""Save a module to a folder and load it: ``module.json`` (its card) and ``module.safetensors``."""
+"""Save a module to a folder and load it: ``module.json`` (its card) and ``module.safetensors``.
+
+Weights of the host that trained with the module, such as a classifier's, are beside it in
+``host.safetensors``, and are written into the host that it is loaded into.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +23,7 @@ from torch import nn
 from modgraft.computation.base import Computation
 from modgraft.core.config import C, Configured, resolve
 from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.engine.implant import Implant
+from modgraft.engine.implant import Implant, learning_parts
 from modgraft.routing.mixture import Mixture
 from modgraft.store.fingerprint import fingerprint
 from modgraft.training.host_like import HostLike
@@ -35,7 +40,8 @@ class Card(BaseModel):
         type: the class of its computation.
         config: the arguments of that class; a computation among them has a type and config too.
         sites: the labels of its sites.
-        host: the :func:`fingerprint` of the host that it was trained in.
+        host: the :func:`fingerprint` of the host that it was trained in, without those weights.
+        beside: the names of the host's weights that trained with it, which are in the folder too.
     """
 
     model_config = ConfigDict(strict=True)
@@ -46,10 +52,11 @@ class Card(BaseModel):
     config: dict[str, Any]
     sites: list[str]
     host: dict[str, str]
+    beside: list[str] = []
 
 
 def save(implant: Implant, model: nn.Module, folder: Path) -> Path:
-    """Write a module to ``folder``: its card and its tensors.
+    """Write a module to ``folder``: its card, its tensors, and the host's that trained with it.
 
     The folder appears whole or not at all, and replaces a module that is there already.
 
@@ -61,18 +68,21 @@ def save(implant: Implant, model: nn.Module, folder: Path) -> Path:
     Raises:
         CheckpointError: for a folder that is there and holds no module.
     """
+    beside = sorted(implant.beside | learning_parts(model))
     card = Card(
         format=FORMAT,
         name=implant.name,
         **to_json(implant.method),
         sites=list(implant.paths),
-        host=fingerprint(model),
+        host=fingerprint(model, beside),
+        beside=beside,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     whole = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        tensors = {k: t.detach().cpu().contiguous() for k, t in implant.tensors().items()}
-        save_file(tensors, whole / "module.safetensors", metadata={"format": "pt"})
+        _write(implant.tensors(), whole / "module.safetensors")
+        if beside:
+            _write({k: model.get_parameter(k) for k in beside}, whole / "host.safetensors")
         (whole / "module.json").write_text(
             json.dumps(dict(card), indent=2) + "\n", encoding="utf-8"
         )
@@ -89,6 +99,11 @@ def save(implant: Implant, model: nn.Module, folder: Path) -> Path:
     return folder
 
 
+def _write(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    whole = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    save_file(whole, file, metadata={"format": "pt"})
+
+
 def load(host: HostLike, folder: Path, name: str | None, *, strict: bool) -> Implant:
     """Implant the module saved in ``folder``.
 
@@ -99,11 +114,13 @@ def load(host: HostLike, folder: Path, name: str | None, *, strict: bool) -> Imp
         strict: whether the host must be the one it was trained in, weight for weight.
 
     Raises:
-        CheckpointError: for an incomplete folder, tensors that do not fit or hold NaN, or (with
-            ``strict``) a module trained in another host. The host is then as it was.
+        CheckpointError: for an incomplete folder, tensors that do not fit or hold NaN, weights of
+            the host that another module needs otherwise, or (with ``strict``) a module trained in
+            another host. The host is then as it was.
     """
     card, tensors = read(folder)
-    here, there = fingerprint(host.model), card.host
+    beside = _read_beside(folder, card, host)
+    here, there = fingerprint(host.model, beside), card.host
     if strict and here != there:
         differs = [k for k in here if here[k] != there.get(k)]
         raise CheckpointError(
@@ -130,6 +147,7 @@ def load(host: HostLike, folder: Path, name: str | None, *, strict: bool) -> Imp
         ) from error
     try:
         _fill(implant, tensors, folder)
+        host._implants.put_beside(implant, host.model, beside)
     except BaseException:
         host.remove(name)
         raise
@@ -160,13 +178,49 @@ def read(folder: Path) -> tuple[Card, dict[str, torch.Tensor]]:
         raise CheckpointError(
             f"{path} is not a module's card ({why}); save the module again"
         ) from error
+    return card, _read_tensors(folder / "module.safetensors")
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        return card, load_file(folder / "module.safetensors")
+        return load_file(file)
     except (FileNotFoundError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder / 'module.safetensors'} cannot be read ({error}); it is missing or cut "
-            f"short: copy the folder again"
+            f"{file} cannot be read ({error}); it is missing or cut short: copy the folder again"
         ) from error
+
+
+def _read_beside(folder: Path, card: Card, host: HostLike) -> dict[str, torch.Tensor]:
+    """Read the weights of the host that trained with the module, if they can be written into it.
+
+    Raises:
+        CheckpointError: for a weight that this host has not, or not in that shape, or that trained
+            with another of its modules to another value.
+    """
+    if not card.beside:
+        return {}
+    tensors = _read_tensors(folder / "host.safetensors")
+    own = dict(host.model.named_parameters())
+    for name in card.beside:
+        stored, found = tensors.get(name), own.get(name)
+        if stored is None or found is None or stored.shape != found.shape:
+            said = ["is not there" if t is None else f"is {list(t.shape)}" for t in (stored, found)]
+            raise CheckpointError(
+                f"{folder}: {card.name!r} was trained together with the host's {name}, which "
+                f"{said[0]} in the folder and {said[1]} in this host; make the host as it was there"
+            )
+        if not torch.isfinite(stored).all():
+            raise CheckpointError(
+                f"{folder}: {name} holds NaN or infinity; the run that wrote it had diverged"
+            )
+        users = [n for n, implant in host._implants.items() if name in implant.beside]
+        if users and not torch.equal(stored.to(found), found):
+            raise CheckpointError(
+                f"{folder}: {card.name!r} was trained together with the host's {name}, and so was "
+                f"{users[0]!r} here, to another value; one host has room for one of them: "
+                f"host.remove({users[0]!r}) first, or load it into another host"
+            )
+    return tensors
 
 
 def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> None:

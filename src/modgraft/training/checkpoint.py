@@ -3,7 +3,8 @@
     folder/checkpoints/step-000123/
         state.json                  position, early stopping, settings, size and hash of the rest,
                                     and the hash of all this
-        fingerprint.json            every tensor of the host: shape, dtype, whether it trains, hash
+        fingerprint.json            every tensor of the host: shape, dtype, whether it trains, hash;
+                                    what its modules are, and the composition in force
         tensors.safetensors         the trainable parameters, and the buffers that changed
         optimizer.safetensors       the optimiser's state, "<parameter>#<entry>"
 
@@ -32,9 +33,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
+from modgraft.engine.implant import Implant
 from modgraft.training.history import METRICS
 
-FORMAT = "modgraft.checkpoint/2"
+FORMAT = "modgraft.checkpoint/3"
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = (".tmp-", ".old-")
 _SHOWN = 4  # differences that an error lists
@@ -56,7 +58,9 @@ def fingerprint(host: nn.Module) -> dict[str, Any]:
     """Identify a host: name → {"shape", "dtype", "trains"} and a hash of the content.
 
     Trainable parameters and buffers have no hash, since a checkpoint restores their content. All
-    frozen weights are read once.
+    frozen weights are read once. What computes without tensors is there as text: layers such as
+    dropout by their arguments, the numbers of the model's config, implanted modules with their
+    hyper-parameters and sites, and the composition in force.
     """
     found: dict[str, Any] = {}
     for name, p in host.named_parameters():
@@ -65,6 +69,26 @@ def fingerprint(host: nn.Module) -> dict[str, Any]:
             found[name]["sha256"] = _digest(p)
     for name, buffer in host.named_buffers():
         found[name] = _describe(buffer)
+    for name, module in host.named_modules():
+        if isinstance(module, Implant):
+            found[name] = f"{module.method!r} at {', '.join(module.paths)}"
+            found["composition"] = str(getattr(host, "composition", None))
+        elif not module._parameters and not module._buffers and (text := module.extra_repr()):
+            found[name] = f"{type(module).__name__}({text})"
+    config: Any = getattr(host, "config", None)
+    said: Any = config.to_dict() if hasattr(config, "to_dict") else {}
+    found |= _numbers(said, "config")
+    return found
+
+
+def _numbers(config: Mapping[str, Any], path: str) -> dict[str, float]:
+    """Return the numbers with a fraction in a config: rates of dropout, scales, epsilons."""
+    found: dict[str, float] = {}
+    for key, value in config.items():
+        if isinstance(value, float):
+            found[f"{path}.{key}"] = value
+        elif isinstance(value, Mapping):
+            found |= _numbers(value, f"{path}.{key}")
     return found
 
 

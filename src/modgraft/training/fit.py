@@ -14,10 +14,10 @@ from torch import nn
 from modgraft.training.history import History
 from modgraft.training.note import noted
 from modgraft.training.optim import trainable
-from modgraft.training.processes import accelerator_for, check_world
+from modgraft.training.processes import accelerator_for, alone, check_world
 from modgraft.training.run import Run
 from modgraft.training.settings import Settings
-from modgraft.training.stream import Batch, Stream
+from modgraft.training.stream import Batch, Stream, digest, ids_of
 
 
 def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
@@ -27,7 +27,8 @@ def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
     epoch), dropout of (seed, step). On the CPU an interrupted run that is started again with the
     same arguments therefore continues to the same losses and weights, bit for bit. The global
     generators of torch, numpy and python are left as they were found, `host` in the modes
-    (`train`/`eval`) it came in.
+    (`train`/`eval`) it came in. Fits in several threads, each of another host, take their steps in
+    turn, since all draw from those generators.
 
     Args:
         host: any module whose `forward(**batch)` returns an object with a scalar `.loss`.
@@ -38,9 +39,11 @@ def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
 
     Raises:
         ModgraftError: nothing trains; a setting means nothing; a loss or gradient is not finite
-            (nothing is written); the folder's checkpoint is damaged, or of another model, data or
-            settings; processes are missing. Each names what, where and the remedy.
-        KeyboardInterrupt: after saving a checkpoint; its message says how to go on.
+            (nothing is written); the folder's checkpoint is damaged, or of another model,
+            composition, data or settings; processes are missing; another thread trains the same
+            host. Each names what, where and the remedy.
+        KeyboardInterrupt: for Ctrl-C or SIGTERM, after saving a checkpoint; its message says how to
+            go on.
     """
     if unknown := settings.keys() - {f.name for f in fields(Settings)}:
         raise TypeError(f"fit() got an unexpected keyword argument {min(unknown)!r}")
@@ -48,10 +51,11 @@ def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
     trainable(host)
     accelerator = accelerator_for()
     check_world(accelerator.num_processes, given.world)
-    run = planned(host, loader, accelerator, given)
-    if given.note:
-        run.noted = partial(noted, run, loader, given.label)
-    return run.start()
+    with alone(host):
+        run = planned(host, loader, accelerator, given)
+        if given.note:
+            run.noted = partial(noted, run, loader, given.label)
+        return run.start()
 
 
 # so that help(), an editor and a notebook show every setting with its default
@@ -82,10 +86,11 @@ def planned(
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     stream = Stream(loader, seed=given.seed, rank=rank, world=world)
+    first = {} if given.folder is None else stream.first()
     settings = given.decided(
         batches=stream.length,
-        first_ids=None if given.folder is None else stream.first_ids(given.ignore),
+        first_ids=ids_of(first, given.ignore) if stream.indexed else None,
         processes=world,
         beside=beside,
     )
-    return Run(host, stream, settings, accelerator, part)
+    return Run(host, stream, settings, accelerator, part, digest(first))

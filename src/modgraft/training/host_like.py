@@ -11,7 +11,7 @@ from torch import nn
 
 from modgraft.computation.base import Computation
 from modgraft.core.expression import Expression
-from modgraft.engine.implant import Implant
+from modgraft.engine.implant import Implant, Implants
 from modgraft.training.history import History
 
 
@@ -19,6 +19,7 @@ class HostLike(Protocol):
     """A :class:`modgraft.Host`; each method is described there."""
 
     training: bool
+    _implants: Implants
 
     @property
     def model(self) -> nn.Module: ...

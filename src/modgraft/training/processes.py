@@ -1,19 +1,27 @@
-"""The processes of a run: their device, their number, and Ctrl-C at a safe moment."""
+"""The processes and threads of a run: device, number, and an interruption at a safe moment."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 
 from modgraft.core.errors import ModgraftError
 from modgraft.training.malloc import keep_freed_memory
 
 #: where launchers say how many processes they start
 ANNOUNCED = ("WORLD_SIZE", "ACCELERATE_NUM_PROCESSES")
+#: the signals that interrupt a run, and the handler that each has where the program set none
+INTERRUPTING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+_trained_by: dict[int, list[int]] = {}  # the id of a host that trains → [the thread that does]
 
 
 def accelerator_for() -> Accelerator:
@@ -66,8 +74,30 @@ def check_world(found: int, expected: int | None = None) -> None:
         )
 
 
+@contextmanager
+def alone(host: nn.Module) -> Iterator[None]:
+    """Let no other thread train ``host`` in a ``with`` block: what requires a gradient is one for
+    all.
+
+    Raises:
+        ModgraftError: another thread trains it.
+    """
+    mine = [threading.get_ident()]
+    found = _trained_by.setdefault(id(host), mine)
+    if found != mine:
+        raise ModgraftError(
+            f"this {type(host).__name__} is being trained in another thread: wait for that fit, or "
+            f"train several modules in one pass, mg.fit_side_by_side(host, {{name: loader, …}})"
+        )
+    try:
+        yield
+    finally:
+        if found is mine:  # else it is within another fit of the same thread
+            del _trained_by[id(host)]
+
+
 class Interrupt:
-    """Hold a Ctrl-C back until the step is complete; a second one stops at once.
+    """Hold a Ctrl-C or a SIGTERM back until the step is complete; a second one stops at once.
 
     Outside the main thread, or where the program has set a handler, it does nothing.
     """
@@ -75,17 +105,18 @@ class Interrupt:
     def __init__(self) -> None:
         self.requested = False
         self.hold = True  # False during evaluation, which may be interrupted anywhere
-        self._before: object = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        here = threading.current_thread() is threading.main_thread()
-        if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._before = signal.signal(signal.SIGINT, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number, default in INTERRUPTING.items():
+                if signal.getsignal(number) == default:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested or not self.hold:

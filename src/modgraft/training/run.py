@@ -44,6 +44,7 @@ class Run:
         settings: of `fit`, decided for this run.
         accelerator: device and processes.
         part: the part of the host that trains and is saved; None: all that requires a gradient.
+        first: the digest of the stream's first batch.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Run:
         settings: Decided,
         accelerator: Accelerator,
         part: nn.Module | None = None,
+        first: str = "",
     ) -> None:
-        self.host, self.stream = host, stream
+        self.host, self.stream, self.first = host, stream, first
         self.part = host if part is None else part
         self.settings, self.accelerator = settings, accelerator
         self.store: disk.Checkpoints | None = None
@@ -64,6 +66,7 @@ class Run:
 
         self.step, self.place = 0, (0, 0)  # completed steps, and the next (epoch, batch)
         self.at = (0, 0)  # the (epoch, batch) at which the step under way began
+        self.batch: Batch | None = None  # the one that is there
         self.evaluated = 0  # the last step that was evaluated
         self.worse = 0  # evaluations since the best one
         self.best_tensors: dict[str, Tensor] | None = None
@@ -78,9 +81,8 @@ class Run:
     # --- the run --------------------------------------------------------------------------------
 
     def start(self) -> History:
-        """Set up, resume, train, and restore random generators and modes."""
+        """Set up, resume, train, and restore modes."""
         with ExitStack() as stack:
-            stack.enter_context(data.own_randomness())
             stack.enter_context(own_modes(self.host.modules()))
             self.prepare(stack)
             self.open(stack)
@@ -122,7 +124,7 @@ class Run:
         """Resume from the last checkpoint up to step `until`, if there is one.
 
         Raises:
-            ModgraftError: it is damaged, or of another host or other settings.
+            ModgraftError: it is damaged, or of another host, other data or other settings.
         """
         paths = [] if self.store is None else self.store.paths(until)
         if self.store is None or not paths:
@@ -133,11 +135,13 @@ class Run:
         disk.refuse_other(found.path, "other settings", found.state["settings"], settings)
         disk.refuse_other(found.path, "another model", found.fingerprint, self.fingerprint)
         state, history = found.state, self.history
+        self.step, self.at = state["step"], (state["at"][0], state["at"][1])
+        self._check_rows(found)
         for line in self.metrics.start(state["metrics_bytes"]):
             history.add(line)
         disk.restore(self.part, found.tensors)
         disk.restore_optimizer(self.optimizer, self.names, found.optimizer)
-        self.step, self.place = state["step"], (state["epoch"], state["batch"])
+        self.place = (state["epoch"], state["batch"])
         self.evaluated, self.worse = state["evaluated"], state["worse"]
         self.changed |= found.tensors.keys() - self.parameters.keys()
         history.resumed_from, history.stopped = self.step, state["stopped"]
@@ -150,6 +154,14 @@ class Run:
             self.best_tensors = best.tensors
         if self.accelerator.is_main_process:
             self.store.prune()
+
+    def _check_rows(self, found: disk.Checkpoint) -> None:
+        """Refuse a checkpoint of other data; rows that differ at every reading tell nothing."""
+        there, here = found.state["rows"], self._rows()
+        if there == here:
+            return
+        if data.digest(self.stream.first()) == self.first and self._rows() == here:
+            disk.refuse_other(found.path, "other data", there, here)
 
     def finish(self) -> None:
         """Restore the best weights, where that was asked for."""
@@ -184,7 +196,9 @@ class Run:
         while self.history.stopped is None:
             batches, self.at, place = next(groups)
             self.complete = False
-            self.record(self._take(batches), place)
+            with data.own_randomness():
+                line = self._take(batches)
+            self.record(line, place)
             self.complete = True
             show.step(self.step, self.history.last, self.lr, self.history.parts[-1])
             if self.judge(show):
@@ -226,6 +240,7 @@ class Run:
         while True:
             read = self.stream.read(epoch, batch)
             while group := list(islice(read, self.settings.accumulate)):
+                self.batch = group[0]
                 yield group, (epoch, batch), (epoch, batch + len(group))
                 batch += len(group)
             if batch == 0:
@@ -320,8 +335,8 @@ class Run:
         """Measure, record, and return whether it is the best so far."""
         self.host.eval()
         self.interrupt.hold = self.accelerator.num_processes > 1
-        data.seed_everything(self.settings.seed, "evaluate", self.step)
-        with torch.no_grad():
+        with torch.no_grad(), data.own_randomness():
+            data.seed_everything(self.settings.seed, "evaluate", self.step)
             measured = self._measure()
         self.interrupt.hold = True
         self.host.train()
@@ -361,6 +376,14 @@ class Run:
                 self.changed.add(name)
         return self.changed
 
+    def _rows(self) -> dict[str, str]:
+        """Return what tells the data from others: digests of the first batch and the last one."""
+        rows = {"the first batch": self.first}
+        if self.stream.rereads:
+            last = self.stream.reread(*self.at) if self.batch is None else self.batch
+            rows[f"the batch of step {self.step}"] = data.digest(last)
+        return rows
+
     def save(self) -> None:
         """Write a checkpoint of the last completed step, in the main process."""
         self.history.seconds = self._seconds()
@@ -378,6 +401,8 @@ class Run:
                 "untouched": self.history.untouched,
                 "error": self.history.error,
                 "settings": self.settings.record(),
+                "at": list(self.at),
+                "rows": self._rows(),
             }
             self.store.save(
                 self.step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from hashlib import sha256
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
 
 #: what a loader yields: named tensors, `modgraft.Side`s, a list of ids
@@ -33,19 +35,27 @@ def seed_everything(*position: int | str) -> None:
     np.random.seed(seed % 2**32)
 
 
+#: held by whoever seeds the generators of the process, so that two threads do not share a seed
+_SEEDED = threading.RLock()
+
+
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """Leave the caller's torch, numpy and python generators as they were found."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+    """Leave the caller's torch, numpy and python generators as they were found.
+
+    No other thread is in such a block at the same time: all of them draw from one generator.
+    """
+    with _SEEDED:
+        state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        try:
+            yield
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+            torch.set_rng_state(state[2])
+            if cuda:
+                torch.cuda.set_rng_state_all(cuda)
 
 
 def _generators(loader: object) -> list[torch.Generator]:
@@ -164,16 +174,27 @@ class Stream:
                 )
             yield batch
 
-    def first_ids(self, ignore: Sequence[str]) -> list[str] | None:
-        """Return the ids in the first batch of all, where the loader can tell without being used
-        up."""
-        if not self.indexed:
-            return None
+    def first(self) -> Batch:
+        """Read the first batch of all, by which the data are recognised."""
+        if self.indexed or isinstance(self.loader, Sequence):
+            return self.reread(0, 0)
+        return _Isolated(self.loader, (self.seed, "order", 0)).next() or {}
+
+    @property
+    def rereads(self) -> bool:
+        """Whether a batch can be read again by itself, as it was."""
+        replayed = isinstance(self.loader, DataLoader) and self.loader.num_workers == 0
+        return isinstance(self.loader, Sequence) or (self.indexed and replayed)
+
+    def reread(self, epoch: int, batch: int) -> Batch:
+        """Read the first process's batch at a position, where batches have positions."""
+        if isinstance(self.loader, Sequence):
+            return self.loader[batch * self.world % len(self.loader)]
+        loader, order = cast(DataLoader, self.loader), self.order(epoch)
         with own_randomness():
-            seed_everything(self.seed, "batch", 0, 0)
-            loader = cast(DataLoader, self.loader)
-            batch = loader.collate_fn([loader.dataset[i] for i in self.order(0)[0]])
-        return ids_of(batch, ignore)
+            seed_everything(self.seed, "batch", epoch, batch, 0)
+            rows = [loader.dataset[i] for i in order[batch * self.world % len(order)]]
+            return cast(Batch, loader.collate_fn(rows))
 
     def _indexed(self, epoch: int, start: int) -> Iterator[Batch]:
         loader, order = cast(DataLoader, self.loader), self.order(epoch)
@@ -249,6 +270,33 @@ def ids_of(batch: Batch, ignore: Sequence[str] = ("ids",)) -> list[str] | None:
         if isinstance(batch.get(name), list | tuple):
             return [str(i) for i in batch[name]]
     return None
+
+
+def digest(batch: Batch) -> str:
+    """Return a hash of a batch's content."""
+    return sha256(b"".join(_bytes_of(batch))).hexdigest()[:16]
+
+
+def _bytes_of(value: Any) -> Iterator[bytes]:
+    """Yield what tells ``value`` from another; of an unknown object, its type."""
+    if isinstance(value, Side):
+        value = (value.tensor, value.mask)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        yield f"{value.dtype}{list(value.shape)}".encode()
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    elif isinstance(value, Mapping):
+        for key in value:
+            yield repr(key).encode()
+            yield from _bytes_of(value[key])
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _bytes_of(each)
+    else:
+        plain = isinstance(value, str | bytes | int | float | bool | None)
+        yield (repr(value) if plain else type(value).__name__).encode()
 
 
 def to_device(value: Any, device: torch.device) -> Any:

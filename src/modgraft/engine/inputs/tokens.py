@@ -147,7 +147,7 @@ def _padded(batch: int, some: list[tuple[Tensor, list[Tokens]]]) -> list[Tokens]
             "one batch has tokens before and behind the class token; call the host once for each"
         )
     most = max(sum(own.seen.shape[1] for own in tokens) for _, tokens in found)
-    width, device = like.embeddings.shape[-1], like.embeddings.device
+    width, device, dtype = like.embeddings.shape[-1], like.embeddings.device, like.embeddings.dtype
     embeddings = like.embeddings.new_zeros(batch, most, width)
     seen = torch.zeros(batch, most, dtype=torch.bool, device=device)
     for rows, tokens in found:
@@ -155,7 +155,7 @@ def _padded(batch: int, some: list[tuple[Tensor, list[Tokens]]]) -> list[Tokens]
         unseen = own.new_zeros(len(rows), most - own.shape[1], width)
         shown = torch.cat([one.seen for one in tokens], 1)
         hidden = shown.new_zeros(len(rows), most - own.shape[1])
-        embeddings = embeddings.index_copy(0, rows, torch.cat([unseen, own], 1))
+        embeddings = embeddings.index_copy(0, rows, torch.cat([unseen, own], 1).to(dtype))
         seen[rows] = torch.cat([hidden, shown], 1)
     names = ", ".join(dict.fromkeys(own.name for _, tokens in found for own in tokens))
     return [Tokens(names, embeddings, seen, like.after, not bool(seen.all()))]

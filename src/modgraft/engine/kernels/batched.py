@@ -9,6 +9,7 @@ picked tensors are kept until one of them changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -67,21 +68,22 @@ class Batched:
 
     # -- tensors ----------------------------------------------------------------------------------
 
-    def _picked(self, kind: str, times: int) -> dict[str, Tensor]:
+    def _every(self, kind: str | torch.dtype) -> dict[str, Tensor]:
+        """Return the tensors ``[N, …]`` of all modules: their state, or factors of a type."""
+        return self._state() if isinstance(kind, str) else self._factors(kind)
+
+    def _picked(self, kind: str | torch.dtype, times: int) -> dict[str, Tensor]:
         """Return the tensors ``[g, …]`` of each example, each repeated ``times``."""
 
-        def every() -> dict[str, Tensor]:
-            return self._factors() if kind == "factors" else self._state()
-
         def make() -> dict[str, Tensor]:
-            made = every()
+            made = self._every(kind)
             if times == 1 and self.all:
                 return made
             pick = [i for i in self.pick for _ in range(times)]
             return {name: value[pick] for name, value in made.items()}
 
         if isinstance(self.pick, Tensor):
-            made = self._kept.get(kind, every)
+            made = self._kept.get(kind, partial(self._every, kind))
             return {name: value.index_select(0, self.pick) for name, value in made.items()}
         return self._kept.get((kind, times), make)
 
@@ -89,15 +91,15 @@ class Batched:
         own = [_tensors(m) for m in self.different]
         return {key: torch.stack([tensors[key] for tensors in own]) for key in own[0]}
 
-    def _factors(self) -> dict[str, Tensor]:
+    def _factors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         parts = [m.factors() for m in self.different]  # type: ignore[attr-defined]
         made = {
-            "B": torch.stack([s * B for B, _, s in parts]).mT.contiguous(),  # [N, r, out]
-            "A": torch.stack([A for _, A, _ in parts]).mT,  # [N, in, r]
+            "B": torch.stack([s * B for B, _, s in parts]).to(dtype).mT.contiguous(),  # [N, r, out]
+            "A": torch.stack([A for _, A, _ in parts]).to(dtype).mT,  # [N, in, r]
         }
         bias = [m.bias_delta(None) for m in self.different]  # type: ignore[attr-defined]
         if bias[0] is not None:
-            made["b"] = torch.stack(bias)
+            made["b"] = torch.stack(bias).to(dtype)
         return made
 
     # -- computing --------------------------------------------------------------------------------
@@ -124,10 +126,10 @@ class Batched:
     def _hidden(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return x A ``[g, n, r]`` with the picked factors, and these."""
         if self.in_blocks:
-            own = self._kept.get("factors", self._factors)
+            own = self._kept.get(x.dtype, partial(self._factors, x.dtype))
             rows = x.reshape(len(self.different), -1, x.shape[-1])  # [N, g/N · n, in]
         else:
-            own = self._picked("factors", x.shape[0] // len(self.pick))
+            own = self._picked(x.dtype, x.shape[0] // len(self.pick))
             rows = x.reshape(x.shape[0], -1, x.shape[-1])  # [g, n, in]
         return torch.bmm(rows, own["A"]), own
 
@@ -147,18 +149,18 @@ class Batched:
             weights: ``[P]``.
             offsets: ``[T]``, where the picks of each row begin.
         """
-        pick, every = self.pick, self._kept.get("factors", self._factors)
+        pick, every = self.pick, self._kept.get(x.dtype, partial(self._factors, x.dtype))
         assert isinstance(pick, Tensor)  # noqa: S101
         hidden = torch.bmm(x[:, None], every["A"].index_select(0, pick))[:, 0]  # [P, r]
         rank, B = hidden.shape[1], every["B"]
         places = pick[:, None] * rank + torch.arange(rank, device=pick.device)
         total = F.embedding_bag(
             places.view(-1), B.view(-1, B.shape[2]), offsets * rank, mode="sum",
-            per_sample_weights=(hidden * weights[:, None]).view(-1),
+            per_sample_weights=(hidden * weights[:, None]).to(B.dtype).view(-1),
         )  # fmt: skip
         if "b" in every:
             total = total + F.embedding_bag(
-                pick, every["b"], offsets, mode="sum", per_sample_weights=weights
+                pick, every["b"], offsets, mode="sum", per_sample_weights=weights.to(B.dtype)
             )
         return total
 

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from modgraft.core.architectures import joined
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import add_to_bias, add_to_weight, bias_vector, weight_matrix
+from modgraft.core.precision import wide
 from modgraft.core.weights import stored
 from modgraft.engine.kernels.linear import Change
 from modgraft.engine.served_weight import COPIED
@@ -51,17 +52,20 @@ def with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def new_weights(layer: nn.Module, changes: Sequence[Change]) -> dict[str, Tensor]:
-    """Return θ + Σ w·Δ by the name of the parameter; every Δ is that of the layer's own θ."""
+    """Return θ + Σ w·Δ by the name of the parameter; every Δ is that of the layer's own θ.
+
+    In half precision the sum is float32's, rounded once, see :mod:`modgraft.core.precision`.
+    """
     new: dict[str, Tensor] = {}
     for each in changes:
         at, name = (each.part, each.parameter), each.parameter or "weight"
-        own = new[name] if name in new else stored(layer, name)
-        delta = each.weight * each.module.delta(weight_matrix(layer, *at))
+        own = new[name] if name in new else wide(stored(layer, name))
+        delta = each.weight * each.module.delta(wide(weight_matrix(layer, *at)))
         new[name] = add_to_weight(own, delta, layer, *at)
         change = each.module.bias_delta(bias_vector(layer, *at))
         if change is not None:
-            add_to_bias(layer, *at, each.weight * change, new)
-    return new
+            add_to_bias(layer, *at, wide(each.weight * change), new)
+    return {name: value.to(stored(layer, name).dtype) for name, value in new.items()}
 
 
 def run(

@@ -115,7 +115,7 @@ def one_product(
     if not _pays(weight, x):
         return None
     bias = _changed_bias(layer, stored(layer, "bias"), changes)
-    low_rank = _low_rank(changes)
+    low_rank = _low_rank(changes, weight)
     if low_rank is not None:
         B, A, s = low_rank
         return LowRank.apply(x, (s,), weight, bias, B, A)[0]
@@ -138,7 +138,7 @@ def low_rank_terms(
     if weight is None or _can_merge(x) or not _pays(weight, x):
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
-    low_rank = _low_rank(changes)
+    low_rank = _low_rank(changes, weight)
     if low_rank is None:
         return None
     B, A, s = low_rank
@@ -193,10 +193,11 @@ def _laid_out_as(weight: Tensor, new: Tensor) -> Tensor:
     return new.T.contiguous().T
 
 
-def _low_rank(changes: Sequence[Change]) -> tuple[Tensor, Tensor, float] | None:
+def _low_rank(changes: Sequence[Change], weight: Tensor) -> tuple[Tensor, Tensor, float] | None:
     """Return B ``[out, r]``, A ``[r, in]`` and s with Σ w·Δ = s·BA, None if a Δ has no factors.
 
-    A sum of low-rank matrices is one: [B₁ B₂] [A₁; A₂]; outside a part, B is 0.
+    They are small, and are cast to the type of the layer's ``weight`` ``[out, in]``. A sum of
+    low-rank matrices is one: [B₁ B₂] [A₁; A₂]; outside a part, B is 0.
     """
     factors: list[tuple[Tensor, Tensor, float]] = []
     for change in changes:
@@ -206,7 +207,7 @@ def _low_rank(changes: Sequence[Change]) -> tuple[Tensor, Tensor, float] | None:
             return None
         B, A, s = found
         B = B if change.part is None else change.part.padded(B, -2)
-        factors.append((B, A, change.weight * s))
+        factors.append((B.to(weight.dtype), A.to(weight.dtype), change.weight * s))
     if len(factors) == 1:
         return factors[0]
     wide, thin = [B for B, _, _ in factors], [s * A for _, A, s in factors]
@@ -229,4 +230,4 @@ def _changed_bias(
         if change.part is not None:
             delta = change.part.padded(delta, -1)
         new = new + delta
-    return new
+    return new.to(bias.dtype)

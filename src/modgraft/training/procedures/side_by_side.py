@@ -26,7 +26,7 @@ from modgraft.training.host_like import HostLike
 from modgraft.training.note import noted_together
 from modgraft.training.optim import gradient_norm
 from modgraft.training.parts import together
-from modgraft.training.processes import Interrupt, accelerator_for
+from modgraft.training.processes import Interrupt, accelerator_for, alone
 from modgraft.training.progress import Show
 from modgraft.training.run import Run
 from modgraft.training.settings import Settings
@@ -80,7 +80,8 @@ def fit_side_by_side(
         check_learns(name, host[name])
     by_name = {name: _settings_of(name, names, settings) for name in names}
     shared = by_name[names[0]]
-    with host.training_only(names):
+    assert isinstance(host, nn.Module)  # noqa: S101
+    with alone(host), host.training_only(names):
         runs = _runs(host, loaders, by_name)
         if shared.note:
             runs[names[0]].noted = partial(noted_together, runs, loaders, shared.label)
@@ -153,7 +154,6 @@ class _Pass:
 
     def start(self) -> dict[str, History]:
         with ExitStack() as stack:
-            stack.enter_context(own_randomness())
             stack.enter_context(own_modes(self.host.modules()))
             self._open(stack)
             if self.going():
@@ -187,7 +187,8 @@ class _Pass:
             self._judge({n: run for n, run in self.going().items() if run.judge_now}, show)
             while going := self.going():
                 read = {name: next(groups[name]) for name in going}
-                self._step(going, read, show)
+                with own_randomness():
+                    self._step(going, read, show)
                 self._judge(going, show)
                 if self.interrupt.requested and self.going():
                     raise KeyboardInterrupt(self._interrupted(show))

@@ -1,0 +1,111 @@
+"""A part of the host that trained with a module, such as a head, is saved and loaded with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
+
+import modgraft as mg
+
+CONFIG: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 24, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+HEAD = {"classifier.weight", "classifier.bias"}
+
+
+def fresh(head: int = 1, labels: int = 4) -> mg.Host:
+    """Make a pretrained encoder with a head that is drawn anew in every process."""
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**CONFIG, num_labels=labels))
+    torch.manual_seed(head)
+    with torch.no_grad():
+        model.classifier.weight.normal_(0, 0.5)
+    return mg.Host(model).eval()
+
+
+def batch(shift: int = 0) -> dict[str, Tensor]:
+    """Texts whose class is their first word."""
+    ids = torch.randint(4, 40, (64, 6), generator=torch.Generator().manual_seed(3))
+    labels = (ids[:, 1] + shift) % 4
+    return {"input_ids": ids, "labels": labels}
+
+
+def accuracy(host: mg.Host, **given: Any) -> float:
+    with torch.no_grad():
+        found = host(input_ids=batch()["input_ids"]).logits.argmax(-1)
+    return (found == batch(**given)["labels"]).float().mean().item()
+
+
+def trained(name: str = "qa", **given: Any) -> mg.Host:
+    host = fresh()
+    host.implant(name, mg.LoRA(rank=4), at=["query", "value", "up", "down"])
+    host.fit([batch(**given)], train=[name, "host.classifier"], steps=90, lr=3e-2, progress=False)
+    return host
+
+
+def test_a_head_is_saved_and_loaded_with_its_module(tmp_path: Path) -> None:
+    host = trained()
+    right = accuracy(host)
+    assert right > 0.7  # chance is a quarter
+    host.save("qa", tmp_path / "qa")
+    assert load_file(tmp_path / "qa/host.safetensors").keys() == HEAD
+    for strict in (True, False):  # the same host, but for the head
+        other = fresh(head=2)
+        before = {k: v.clone() for k, v in other.model.state_dict().items()}
+        other.load(tmp_path / "qa", strict=strict)
+        assert accuracy(other) == right
+        other.save("qa", tmp_path / "again")  # it still belongs to the module
+        assert load_file(tmp_path / "again/host.safetensors").keys() == HEAD
+        other.load(tmp_path / "qa", name="twice")
+        other.remove("qa")
+        assert accuracy(other) == right
+        other.remove("twice")
+        assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
+
+
+def test_a_part_that_requires_a_gradient_is_saved_too(tmp_path: Path) -> None:
+    """In a loop of one's own nobody names what trains."""
+    host = fresh()
+    host.implant("qa", mg.LoRA(rank=2), at="query")
+    host.save("qa", tmp_path / "alone")
+    assert not (tmp_path / "alone/host.safetensors").exists()
+    host.model.classifier.requires_grad_(True)
+    host.save("qa", tmp_path / "qa")
+    assert load_file(tmp_path / "qa/host.safetensors").keys() == HEAD
+    host.model.requires_grad_(True)  # another host, and not a part of one
+    host.save("qa", tmp_path / "whole")
+    assert not (tmp_path / "whole/host.safetensors").exists()
+
+
+def test_two_heads_for_one_place_are_refused(tmp_path: Path) -> None:
+    trained("qa").save("qa", tmp_path / "qa")
+    trained("nli", shift=1).save("nli", tmp_path / "nli")
+    host = fresh(head=2)
+    host.load(tmp_path / "qa")
+    right = accuracy(host)
+    with pytest.raises(mg.ModgraftError, match=r"host's classifier\.bias, and so was 'qa' here"):
+        host.load(tmp_path / "nli")
+    assert "nli" not in host
+    assert accuracy(host) == right
+    host.remove("qa")
+    host.load(tmp_path / "nli")
+    assert accuracy(host, shift=1) > 0.6
+
+
+def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    trained().save("qa", tmp_path / "qa")
+    host = fresh(labels=3)
+    words = r"host's classifier\.bias, which is \[4\] in the folder and is \[3\] in this host"
+    with pytest.raises(mg.ModgraftError, match=words):
+        host.load(tmp_path / "qa", strict=False)
+    (tmp_path / "qa/host.safetensors").unlink()
+    with pytest.raises(mg.ModgraftError, match=r"host\.safetensors cannot be read"):
+        fresh().load(tmp_path / "qa")
+    assert not list(host.implants)

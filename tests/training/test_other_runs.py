@@ -1,0 +1,87 @@
+"""A folder is resumed by the run that it is of: the same rows, modules, dropout and composition."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import modgraft as mg
+from training.tiny import Pairs, collate, loader, t5
+
+GIVEN = {"steps": 4, "save_every": 2, "progress": False, "ignore": ("ids",)}
+
+
+def host(alpha: float = 4.0, dropout: float = 0.1, at: str = "query", **lora: Any) -> mg.Host:
+    torch.manual_seed(2)
+    made = mg.Host(t5(dropout=dropout))
+    made.implant("a", mg.LoRA(rank=2, alpha=alpha, **lora), at=at)
+    made.implant("b", mg.LoRA(rank=2), at=at, active=False)
+    return made
+
+
+def rows(change: int | None = None) -> DataLoader:
+    """Return batches with the same ids, of which one row may be another."""
+    data = Pairs(noisy=False)
+    if change is not None:
+        data.rows[change] = data.rows[change].flip(0)
+    return DataLoader(data, batch_size=4, collate_fn=collate)
+
+
+def using(composition: str) -> mg.Host:
+    made = host()
+    made.use(composition)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("other", "data", "words"),
+    [
+        (lambda: host(alpha=8.0), rows(), r"implants\.a: .*alpha=4.0.* there, .*alpha=8.0.* here"),
+        (lambda: host(dropout=0.5), rows(), r"Dropout\(p=0.1.* there, .*Dropout\(p=0.5.* here"),
+        (lambda: host(at="key"), rows(), r"implants\.a: .*SelfAttention\.q.* there, .*SelfAtt.*k"),
+        (lambda: using("a >> b"), rows(), "composition: 'a' there, 'a >> b' here"),
+        (host, rows(change=0), "other data .*the first batch: '[0-9a-f]+' there, '[0-9a-f]+' here"),
+        (host, rows(change=14), "other data .*the batch of step 4: "),
+    ],
+    ids=["alpha", "dropout", "sites", "composition", "first row", "last row"],
+)
+def test_another_run_is_refused(other: Any, data: DataLoader, words: str, tmp_path: Path) -> None:
+    history = host().fit(rows(), train="a", folder=tmp_path, **GIVEN)
+    with pytest.raises(mg.ModgraftError, match=words):
+        other().fit(data, train="a", folder=tmp_path, **GIVEN)
+    assert host().fit(rows(), train="a", folder=tmp_path, **GIVEN).losses == history.losses
+
+
+def test_lists_of_batches_are_told_apart(tmp_path: Path) -> None:
+    batches, others = list(rows()), list(rows(change=14))
+    first = host().fit(batches, train="a", folder=tmp_path, **GIVEN)
+    with pytest.raises(mg.ModgraftError, match="the batch of step 4"):
+        host().fit(others, train="a", folder=tmp_path, **GIVEN)
+    assert host().fit(batches, train="a", folder=tmp_path, **GIVEN).losses == first.losses
+
+
+def test_rows_that_differ_at_every_reading_tell_nothing(tmp_path: Path) -> None:
+    class Augmented(Pairs):
+        own = random.Random(0)  # a generator that nobody seeds
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return super().__getitem__(i) | {"extra": self.own.random()}
+
+    data = DataLoader(
+        Augmented(),
+        batch_size=4,
+        collate_fn=lambda r: collate(r) | {"extra": [o["extra"] for o in r]},
+    )
+    given = GIVEN | {"ignore": ("ids", "extra")}
+    first = host().fit(data, train="a", folder=tmp_path, **given)
+    assert host().fit(data, train="a", folder=tmp_path, **given).losses == first.losses
+
+
+def test_the_loader_of_the_other_tests_is_read_the_same_twice() -> None:
+    data = loader()
+    assert [b["ids"] for b in data] != [b["ids"] for b in data]  # it shuffles
