@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from modgraft.core.architectures import FAMILIES, joined
+from modgraft.core.architectures import FAMILIES
+from modgraft.core.family import joined
 from modgraft.core.patterns import pattern, starred
 from modgraft.core.weights import LINEAR, weight_labels
 

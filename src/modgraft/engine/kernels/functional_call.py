@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.architectures import joined
 from modgraft.core.errors import ModgraftError
+from modgraft.core.family import joined
 from modgraft.core.layers import add_to_bias, add_to_weight, bias_vector, weight_matrix
 from modgraft.core.weights import stored
 from modgraft.engine.kernels.linear import Change
