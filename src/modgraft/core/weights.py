@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,11 +16,24 @@ WEIGHTED = (*LINEAR, nn.Embedding, *CONVOLUTIONS)
 
 
 def stored(layer: nn.Module, name: str | None) -> Tensor:
-    """Return the parameter called ``name`` (None: the weight), as ``layer`` stores it."""
-    value = layer
+    """Return the parameter called ``name`` (None: the weight), as ``layer`` stores it.
+
+    A layer with modules answers whoever else asks with its changed weight.
+    """
+    value: Any = layer
     for each in (name or "weight").split("."):
-        value = getattr(value, each)
-    return value  # type: ignore[return-value]
+        value = _own(value, each)
+    return value
+
+
+def _own(layer: nn.Module, name: str) -> Any:
+    for place in (layer._parameters, layer._buffers, layer.__dict__):
+        if name in place:
+            return place[name]
+    for kind in type(layer).__mro__:  # a parametrised layer computes it
+        if type(found := kind.__dict__.get(name)) is property:
+            return found.__get__(layer)
+    return layer.__getattr__(name)
 
 
 def keeps_inputs_first(layer: nn.Module, name: str | None) -> bool:
