@@ -1,130 +1,18 @@
 """Where the parts of known architectures are, as data: a row a family.
 
-A row says where a block is, and where its parts are within it. Rows that share a layout are
-written as what differs. :meth:`Family.roles` makes path patterns of a row; ``core/roles.py`` finds
-the known models in a host. An architecture that is not here has guessed roles, paths and types.
+Rows that share a layout are written as what differs. ``core/roles.py`` finds the known models in a
+host. An architecture that is not here has guessed roles, paths and types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from modgraft.core.family import Family
 from modgraft.core.parts import Part
-
-
-@dataclass(frozen=True)
-class Family:
-    """Models of one layout. Paths are relative: first to the base model, then to a block.
-
-    In a path ``*`` is a layer's number and ``{a,b}`` is either; ``""`` is a part that they lack.
-
-    Attributes:
-        types: the ``config.model_type`` values it covers.
-        block: a block, relative to the base model.
-        attention: its self-attention, relative to a block.
-        cross: its cross-attention, relative to a block.
-        inner: the layer that attends within either, relative to it.
-        query: the layer that makes queries, relative to ``attention``; so ``key``, ``value`` and
-            ``output``.
-        qkv: the one layer that makes queries, keys and values.
-        parts: where one layer makes several of them, which part of it each is, by the config.
-        feedforward: relative to a block; so ``up``, ``down``.
-        experts: the layer that holds the weights of all experts, relative to a block.
-        router: the weight that chooses among them.
-        embedding: what embeds the input, relative to the base model; so ``encoder`` and
-            ``decoder``, the layers whose output is an encoder's or a decoder's.
-        more: further patterns of roles, or further roles, relative to a block.
-        sense: what it reads, where that is no text: its roles are apart from those of a language
-            model in one host, as ``"vision.query"``.
-        one_input: whether query, key and value are called one after another with one input, in
-            cross-attention key and value.
-        prompt_at: how many positions stay first when tokens are put before the input: 1 for hosts
-            that read a class token at position 0.
-        counts_positions: whether the host takes the tokens' positions as an argument.
-        position_table: the embedding that positions are looked up in, empty where there is none.
-        embedded: in a host that reads no text, the layers whose outputs are the first sequence of
-            tokens and the last.
-    """
-
-    types: tuple[str, ...]
-    block: str = "layers.*"
-    attention: str = "self_attn"
-    cross: str = ""
-    inner: str = ""
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    output: str = "o_proj"
-    qkv: str = ""
-    parts: Callable[[Any], tuple[Part | None, Part, Part]] | None = None
-    feedforward: str = "mlp"
-    up: str = "mlp.{gate_proj,up_proj,gate_up_proj}"
-    down: str = "mlp.down_proj"
-    experts: str = ""
-    router: str = ""
-    embedding: str = "embed_tokens"
-    encoder: str = ""
-    decoder: str = ""
-    more: Mapping[str, str] = field(default_factory=dict)
-    sense: str = ""
-    one_input: bool = True
-    prompt_at: int = 0
-    counts_positions: bool = False
-    position_table: str = ""
-    embedded: tuple[str, str] | None = None
-
-    def roles(self, config: Any) -> dict[str, tuple[str, ...]]:
-        """Return role → patterns, relative to the base model, of a model with this config."""
-        attends = [a for a in (self.attention, self.cross) if a]
-        parts = (None, None, None) if self.parts is None else self.parts(config)
-        last = [("encoder.output", self.encoder), ("decoder.output", self.decoder)]
-        if self.encoder and not self.decoder and getattr(config, "is_decoder", False):
-            last = [("decoder.output", self.encoder)]  # an encoder's layers, that attend as one
-        makes = zip((self.query, self.key, self.value), parts, strict=True)
-        query, key, value = (f"{self.qkv or layer}{part or ''}" for layer, part in makes)
-        found: dict[str, tuple[str, ...]] = {
-            "query": tuple(f"{a}.{query}" for a in attends),
-            "key": tuple(f"{a}.{key}" for a in attends),
-            "value": tuple(f"{a}.{value}" for a in attends),
-            "output": tuple(f"{a}.{self.output}" for a in attends),
-            "attention": tuple(attends),
-            "self_attention": (joined(self.attention, self.inner),) if self.attention else (),
-            "cross_attention": (joined(self.cross, self.inner),) if self.cross else (),
-            "feedforward": (self.feedforward,),
-            "up": (self.up,),
-            "down": (self.down,),
-        }
-        if self.experts:
-            found["experts"] = (self.experts,)
-            found["experts.up"] = (f"{self.experts}.gate_up_proj",)
-            found["experts.down"] = (f"{self.experts}.down_proj",)
-            found["up"] += found["experts.up"]
-            found["down"] += found["experts.down"]
-            found["router"] = (self.router,)
-        for role, path in self.more.items():
-            found[role] = (*found.get(role, ()), path)
-        roles = {
-            role: tuple(f"{self.block}.{p}" for p in some if p) for role, some in found.items()
-        }
-        roles["block"] = (self.block,)
-        whole = [("embedding", self.embedding), *last]
-        roles |= {role: (path,) if path else () for role, path in whole}
-        return {role: patterns for role, patterns in roles.items() if patterns}
-
-    def same_input(self) -> list[tuple[str, ...]]:
-        """Return patterns of layers; those of one group in one parent read the same input."""
-        if self.parts is not None or not self.attention:
-            return []
-        both = [f"{self.block}.{self.attention}.{n}" for n in (self.query, self.key, self.value)]
-        groups = [tuple(both)] if self.one_input else []
-        if self.one_input and self.cross:
-            groups.append(tuple(f"{self.block}.{self.cross}.{n}" for n in (self.key, self.value)))
-        return [*groups, (f"{self.block}.{self.up}",)]
-
 
 # -- where one layer makes queries, keys and values ------------------------------------------------
 
@@ -479,8 +367,3 @@ def base_path(model: nn.Module) -> str:
     model."""
     prefix = getattr(model, "base_model_prefix", "")
     return prefix if prefix and prefix in dict(model.named_children()) else ""
-
-
-def joined(path: str, name: str) -> str:
-    """Join two parts of a dotted path, of which either may be empty."""
-    return f"{path}.{name}" if path and name else path or name

@@ -6,8 +6,9 @@ import inspect
 
 from torch import nn
 
-from modgraft.core.architectures import base_path, family_of, joined
+from modgraft.core.architectures import base_path, family_of
 from modgraft.core.errors import ModgraftError
+from modgraft.core.family import joined
 
 
 def token_table(host: nn.Module) -> nn.Embedding:

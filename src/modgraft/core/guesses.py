@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from modgraft.core.architectures import FAMILIES, joined
+from modgraft.core.architectures import FAMILIES
+from modgraft.core.family import joined
 from modgraft.core.patterns import pattern, starred
-from modgraft.core.weights import LINEAR, weight_labels
+from modgraft.core.weights import weight_labels
 
 
 def _last(path: str) -> str:
@@ -96,10 +98,10 @@ def _linear(module: nn.Module, name: str) -> tuple[int, int] | None:
     except AttributeError:
         return None
     layer = getattr(layer, "base_layer", layer)  # PEFT's layers are beside the one they change
-    if not isinstance(layer, LINEAR):
-        return None
-    outs, ins = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
-    return ins, outs
+    match layer:
+        case nn.Linear(in_features=ins, out_features=outs) | Conv1D(nx=ins, nf=outs):
+            return ins, outs
+    return None
 
 
 def _patterns(labels: list[str], every: Iterable[str]) -> tuple[str, ...]:

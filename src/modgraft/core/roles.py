@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from modgraft.core.architectures import Family, family_of, joined
+from modgraft.core.architectures import family_of
+from modgraft.core.family import Family, joined
 from modgraft.core.guesses import guess
 from modgraft.core.patterns import pattern
 

@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from modgraft.core.architectures import family_of, joined
+from modgraft.core.architectures import family_of
 from modgraft.core.errors import SiteError
+from modgraft.core.family import joined
 from modgraft.core.parts import Part, split_part
 from modgraft.core.patterns import pattern, starred
 from modgraft.core.roles import roles_of, same_input

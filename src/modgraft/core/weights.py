@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from modgraft.core.architectures import joined
+from modgraft.core.family import joined
 
 LINEAR = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

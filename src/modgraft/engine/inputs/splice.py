@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.architectures import Family, base_path, family_of
+from modgraft.core.architectures import base_path, family_of
 from modgraft.core.embeddings import check_room, token_positions
 from modgraft.core.errors import ModgraftError
+from modgraft.core.family import Family
 
 IGNORED = -100
 """The label that transformers' losses leave out."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from modgraft.core.architectures import joined
 from modgraft.core.errors import ModgraftError
+from modgraft.core.family import joined
 from modgraft.core.layers import add_to_bias, add_to_weight, bias_vector, weight_matrix
 from modgraft.core.precision import wide
 from modgraft.core.weights import stored
