@@ -9,32 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.architectures import Family, base_path, family_of
-from modgraft.core.embeddings import check_room, token_positions
+from modgraft.core.embeddings import Reading
 from modgraft.core.errors import ModgraftError
+from modgraft.engine.inputs.relays import FIRST_ID, AroundImage, NewIds, Relay, Tokens
 
 IGNORED = -100
 """The label that transformers' losses leave out."""
 
-
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens that one module puts before the input.
-
-    Attributes:
-        name: the module's name.
-        embeddings: ``[B, k, d]``.
-        seen: ``[B, k]`` bool, True where a token is seen.
-        after: how many of the input's own positions stay before them.
-        masked: whether some of them may be unseen.
-    """
-
-    name: str
-    embeddings: Tensor
-    seen: Tensor
-    after: int
-    masked: bool = False
-
+_NONE_AT_TOKENS = ("token_type_ids", "global_attention_mask", "bbox")  # ends of names; 0 at tokens
 
 Source = Callable[[int], list[Tokens]]
 """The batch size → what each module puts before the input, in order."""
@@ -46,17 +28,22 @@ class Splice:
 
     Attributes:
         kwargs: the arguments to call the model with.
+        text: the text as it was given, ids ``[B, T]`` or embeddings ``[B, T, d]``.
         keep: ``[B, T]``, the text's own positions among all; None: nothing is to be trimmed.
         total: how many positions there are with the tokens.
-        relay: puts tokens in and takes them out inside a host that reads no text.
-        last_unseen: ``[B]`` bool, for a decoder: whether its last position is padding.
+        last: how many of the last logits are wanted; 0: what the model gives.
+        ends_unseen: ``[B]`` bool, whether what a decoder reads a class at is padding; None: it is
+            known to be none.
+        relay: acts at the layers inside the host where the tokens come in or leave.
     """
 
     kwargs: dict[str, Any]
+    text: Tensor | None = None
     keep: Tensor | None = None
     total: int = 0
+    last: int = 0
+    ends_unseen: Tensor | None = None
     relay: Relay | None = None
-    last_unseen: Tensor | None = None
 
     def trim(self, out: Any) -> Any:
         """Return the model's output without the positions of the tokens."""
@@ -65,56 +52,42 @@ class Splice:
         if type(out) is tuple:
             raise ModgraftError("with an input module, call the host without return_dict=False")
         logits = getattr(out, "logits", None)
-        if self.last_unseen is not None and isinstance(logits, Tensor) and logits.dim() == 2:
-            _check_last(out, self.last_unseen)
+        if self.ends_unseen is not None and isinstance(logits, Tensor) and logits.dim() == 2:
+            _check_end(out, self.ends_unseen)
         for key, dims in (
-            ("logits", 3), ("last_hidden_state", 3), ("start_logits", 2), ("end_logits", 2)
+            ("logits", 3), ("prediction_logits", 3), ("last_hidden_state", 3),
+            ("start_logits", 2), ("end_logits", 2),
         ):  # fmt: skip
             value = getattr(out, key, None)
             if isinstance(value, Tensor) and value.dim() == dims and value.shape[1] == self.total:
-                out = replace(out, **{key: _gather(value, self.keep)})
+                value = _gather(value, self.keep)
+                out = replace(out, **{key: value[:, -self.last :] if key == "logits" else value})
         return out
 
-
-@dataclass(frozen=True)
-class Relay:
-    """Puts tokens into a host's first sequence of tokens, and takes them out of its last.
-
-    Attributes:
-        enter: the layer whose output is the first sequence ``[B, N, d]``.
-        leave: the layer whose output is the last.
-        tokens: what the modules put in, in order.
-    """
-
-    enter: str
-    leave: str
-    tokens: tuple[Tokens, ...]
-
-    def __call__(self, path: str, y: Tensor) -> Tensor:
-        """Return the output y of the layer at ``path`` with the tokens, or without them again."""
-        if path == self.enter:
-            for own in reversed(self.tokens):
-                _check_width(own, y)
-                new = own.embeddings.to(y.dtype)
-                y = torch.cat([y[:, : own.after], new, y[:, own.after :]], dim=1)  # [B, k + N, d]
-        elif path == self.leave:
-            for own in self.tokens:
-                end = own.after + own.embeddings.shape[1]
-                y = torch.cat([y[:, : own.after], y[:, end:]], dim=1)  # [B, k + N, d] → [B, N, d]
-        return y
+    def without_tokens(self, ids: Tensor) -> Tensor:
+        """Return ids ``[R, n]`` that a decoder has written on, beams of an example together."""
+        if self.keep is None:
+            return ids
+        keep = self.keep.to(ids.device).repeat_interleave(len(ids) // len(self.keep), dim=0)
+        return torch.cat([ids.gather(1, keep), ids[:, self.total :]], dim=1)
 
 
 def splice(
-    model: nn.Module, kwargs: dict[str, Any], source: Source, generating: bool = False
+    model: nn.Module,
+    reading: Reading,
+    kwargs: dict[str, Any],
+    source: Source,
+    generating: bool = False,
 ) -> Splice:
     """Rewrite the arguments of a model's ``forward`` or ``generate``.
 
     Tokens go right before the first one of the text that is seen (after it, where it is a class
-    token): padding on the left stays on the left. Positions are the model's own, moved by the
-    tokens that are seen.
+    token): padding on the left stays on the left. Those that are not seen go to the end of the
+    text, where they move none of it; for a decoder that writes on, to its front.
 
     Args:
         model: a Hugging Face model.
+        reading: what it reads.
         kwargs: its arguments by name, with ``input_ids`` or ``inputs_embeds`` ``[B, T(, d)]``, or
             ``pixel_values`` ``[B, C, H, W]`` for one that reads images.
         source: gives the tokens.
@@ -124,78 +97,155 @@ def splice(
         ModgraftError: if there is no text to put the tokens before, or no positions for both.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    family = family_of(model)
-    if family is not None and family.embedded is not None:
-        return _into_images(model, family, kwargs, source)
-    return _into_text(model, family, kwargs, source, generating)
+    if reading.inside:
+        return _into_images(model, reading, kwargs, source)
+    return _into_text(model, reading, kwargs, source, generating)
 
 
 def _into_text(
     model: nn.Module,
-    family: Family | None,
+    reading: Reading,
     kwargs: dict[str, Any],
     source: Source,
     generating: bool,
 ) -> Splice:
     """Put tokens before the text of a call."""
-    config = getattr(model, "config", None)
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
-    embeds = _embedded(model, kwargs, ids, embeds)
-    batch, length = embeds.shape[:2]
-    groups = [_unseen_first(own) for own in source(batch)]
+    what, text = _text(kwargs)
+    if what == "inputs_embeds" and not generating:
+        kwargs.pop("input_ids", None)
+    batch, length = text.shape[:2]
+    groups = source(batch)
+    masked = any(own.masked for own in groups)
     count = sum(own.embeddings.shape[1] for own in groups)
-    check_room(model, count, length)
+    reading.check_room(count, length)
+    width = reading.width if what == "input_ids" else text.shape[-1]
+    for own in groups:
+        _check_width(own, batch, width)
 
     given = kwargs.get("attention_mask")
-    mask = _text_mask(model, given, ids if generating else None, embeds)
-    rows: dict[str, Tensor] = {"inputs_embeds": embeds, "attention_mask": mask}
-    if "token_type_ids" in kwargs:
-        rows["token_type_ids"] = kwargs["token_type_ids"]
+    _check_mask(given, text)
+    decodes = _decodes(model, reading, kwargs, generating)
+    writes_on = generating and not decodes
+    mask = _mask_of_padding(model, text) if writes_on and given is None else given
+    if mask is None:
+        mask = torch.ones(batch, length, dtype=torch.long, device=text.device)
+    rows = {what: text, "attention_mask": mask} | {
+        key: value
+        for key, value in kwargs.items()
+        if key.endswith(_NONE_AT_TOKENS) and value.shape[:2] == text.shape[:2]
+    }
     labels = kwargs.get("labels")
     if (
         isinstance(labels, Tensor)
         and labels.shape == (batch, length)
         and not labels.is_floating_point()  # one for each token, not one for each class
-        and not encoder_decoder
+        and not decodes
     ):
         rows["labels"] = _first_unpredicted(model, labels, groups)
-    if "position_ids" in kwargs:
-        rows["position_ids"] = kwargs["position_ids"].expand(batch, length)
-    elif not generating and family is not None and family.counts_positions:
-        rows["position_ids"] = _own_positions(model, ids, embeds)
+    positions = kwargs.get("position_ids")
+    if positions is not None:  # [B or 1, T], or in several dimensions [D, B, T]
+        rows["position_ids"] = positions.reshape(-1, *positions.shape[-2:]).permute(1, 2, 0)
+        rows["position_ids"] = rows["position_ids"].expand(batch, length, -1)  # [B, T, D]
 
-    padded = given is not None or generating or any(own.masked for own in groups)
-    keep = torch.arange(length, device=embeds.device).expand(batch, length)
+    relay = NewIds.of(dict(reading.tables), groups) if what == "input_ids" and groups else None
+    keep = torch.arange(length, device=text.device).expand(batch, length)
+    unseen = torch.zeros(batch, length, dtype=torch.bool, device=text.device)
+    padded = given is not None or writes_on or masked
+    start = count * batch
     for own in reversed(groups):
-        _check_width(own, embeds)
-        rows, moved = _insert(rows, own, padded)
+        start -= own.seen.numel()
+        ids = FIRST_ID + start + torch.arange(own.seen.numel(), device=text.device)
+        ids = ids.reshape(own.seen.shape)
+        if reading.padding is not None:  # which some hosts tell by its id
+            ids = torch.where(own.seen, ids, reading.padding)
+        new = {what: ids if what == "input_ids" else own.embeddings, "attention_mask": own.seen}
+        rows, unseen, moved = _insert(rows, new, own, unseen, padded)
         keep = moved.gather(1, keep)
+    if masked:
+        order = (~unseen if writes_on else unseen).int().argsort(dim=1, stable=True)
+        rows = {key: _gather(value, order) for key, value in rows.items()}
+        keep = order.argsort(dim=1).gather(1, keep)
+    if not padded or not ("attention_mask" in reading.arguments or given is not None):
+        del rows["attention_mask"]  # it is what the model takes for granted
+        if masked:
+            raise ModgraftError(
+                f"{reading.host} takes no attention_mask, so it would see tokens that are "
+                f"not there; give each example as many, all of them seen"
+            )
+    if positions is not None:
+        moved = rows["position_ids"].permute(2, 0, 1)  # [D, B, T + k]
+        rows["position_ids"] = moved if positions.dim() == 3 else moved[0]
     kwargs |= rows
+    if decodes:
+        return Splice(kwargs, text, relay=relay)
+    if writes_on:
+        if what == "inputs_embeds":  # what is returned has no tokens, and its length is subtracted
+            _keep_lengths(model, kwargs, count + length if "input_ids" in kwargs else count)
+            return Splice(kwargs)
+        _keep_lengths(model, kwargs, count)
+        return Splice(kwargs, text, keep, length + count, relay=relay)
     _move_spans(kwargs, keep, count)
-    if generating and not encoder_decoder:
-        _keep_lengths(model, kwargs, ids, count, length)
-    else:
-        _keep_logits(kwargs, length)
-    reads_last = family is not None and not encoder_decoder and "decoder.output" in family.roles
-    unseen = (rows["attention_mask"][:, -1] == 0) if reads_last else None
-    trimmed = None if encoder_decoder else keep
-    return Splice(kwargs, trimmed, length + count, last_unseen=unseen)
+    last = _keep_logits(kwargs, length, masked)
+    ends = None if given is None or reading.first else _ends_unseen(reading, text, given)
+    return Splice(kwargs, text, keep, length + count, last, ends, relay)
 
 
-def _text_mask(model: nn.Module, given: Any, ids: Tensor | None, embeds: Tensor) -> Tensor:
-    """Return the text's mask ``[B, T]``: as given, or as ``generate`` infers it from ``ids``.
+def _text(kwargs: dict[str, Any]) -> tuple[str, Tensor]:
+    """Take the text out of ``kwargs``, embeddings ``[B, T, d]`` if there are some, else ids.
 
     Raises:
-        ModgraftError: for a mask of another shape.
+        ModgraftError: where there is no text, or more than that.
     """
-    batch, length = embeds.shape[:2]
-    if given is None:
-        ones = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
-        return ones if ids is None else _mask_of_padding(model, ids, ones)
-    if not isinstance(given, Tensor) or given.shape != (batch, length):
-        raise ModgraftError(f"with an input module, attention_mask is [{batch}, {length}]")
-    return given
+    if kwargs.get("past_key_values") is not None or kwargs.get("encoder_outputs") is not None:
+        raise ModgraftError(
+            "with an input module, continue from a cache by host.generate(...): a single call with "
+            "past_key_values or encoder_outputs cannot tell whether they hold the module's tokens"
+        )
+    for name, dims in (("inputs_embeds", 3), ("input_ids", 2)):
+        text = kwargs.get(name)
+        if text is None:
+            continue
+        if text.dim() != dims:
+            raise ModgraftError(
+                f"an input module puts tokens before texts [batch, T], not before "
+                f"{list(text.shape)}"
+            )
+        return name, text
+    raise ModgraftError(
+        "an input module puts tokens before input_ids or inputs_embeds, and this call has "
+        f"neither (it has {', '.join(kwargs) or 'nothing'})"
+    )
+
+
+def _decodes(model: nn.Module, reading: Reading, kwargs: dict[str, Any], generating: bool) -> bool:
+    """Return whether the outputs are those of a decoder with a text of its own.
+
+    Raises:
+        ModgraftError: where the model would make that text of the encoder's.
+    """
+    config = getattr(model, "config", None)
+    two = getattr(config, "is_encoder_decoder", False)
+    if not (two and "decoder_input_ids" in reading.arguments):
+        return False
+    can_generate = getattr(model, "can_generate", None)
+    from_labels = can_generate is not None and can_generate() and "labels" in kwargs
+    own = {"decoder_input_ids", "decoder_inputs_embeds"} & set(kwargs)
+    if not (generating or own or from_labels):
+        raise ModgraftError(
+            f"an input module puts tokens before the encoder's text alone, and {reading.host} was "
+            f"given none for its decoder; pass decoder_input_ids"
+        )
+    return True
+
+
+def _check_mask(given: Any, text: Tensor) -> None:
+    """Refuse a mask that is not ``[B, T]``.
+
+    Raises:
+        ModgraftError: with the shape.
+    """
+    if given is not None and (not isinstance(given, Tensor) or given.shape != text.shape[:2]):
+        raise ModgraftError(f"with an input module, attention_mask is {list(text.shape[:2])}")
 
 
 def _move_spans(kwargs: dict[str, Any], keep: Tensor, count: int) -> None:
@@ -208,19 +258,53 @@ def _move_spans(kwargs: dict[str, Any], keep: Tensor, count: int) -> None:
             kwargs[key] = torch.where(at < length, moved, at + count)
 
 
-def _keep_logits(kwargs: dict[str, Any], length: int) -> None:
+def _keep_logits(kwargs: dict[str, Any], length: int, masked: bool) -> int:
     """Bound ``logits_to_keep`` by the text's length.
+
+    Returns:
+        How many of the last are to be picked from all logits: tokens that are not seen are behind
+        the text.
 
     Raises:
         ModgraftError: where it names positions.
     """
-    last = kwargs.get("logits_to_keep")
-    if isinstance(last, int):
-        kwargs["logits_to_keep"] = min(last, length)
-    elif last is not None:
+    last = kwargs.get("logits_to_keep", 0)
+    if not isinstance(last, int):
         raise ModgraftError(
             "with an input module, logits_to_keep is how many of the last, not which; pick from "
             "the logits of the whole text"
+        )
+    if not last:
+        return 0
+    last = kwargs["logits_to_keep"] = min(last, length)
+    if not masked:
+        return 0
+    del kwargs["logits_to_keep"]
+    return last
+
+
+def _ends_unseen(reading: Reading, text: Tensor, mask: Tensor) -> Tensor:
+    """Return ``[B]``, whether the position that a decoder reads a class at is masked.
+
+    That is the last one that is not padding by its id; of embeddings, the last.
+    """
+    if text.dim() > 2 or reading.padding is None:
+        return mask[:, -1] == 0
+    at = torch.arange(text.shape[1], device=text.device) * (text != reading.padding)
+    return mask.gather(1, at.argmax(1, keepdim=True))[:, 0] == 0
+
+
+def _check_end(out: Any, unseen: Tensor) -> None:
+    """Refuse padding where a decoder's class is read.
+
+    Raises:
+        ModgraftError: with the remedy.
+    """
+    if not torch.compiler.is_compiling() and bool(unseen.any()):
+        raise ModgraftError(
+            f"{type(out).__name__} is read at the last position that is not padding by its id, "
+            f"which attention_mask hides in some texts of this batch; pad input_ids with the id "
+            f"of padding, or pad on the left (padding_side='left')"
         )
 
 
@@ -237,44 +321,21 @@ def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens
     return torch.cat([labels[:, :1].masked_fill(none, IGNORED), labels[:, 1:]], dim=1)
 
 
-def _embedded(
-    model: nn.Module, kwargs: dict[str, Any], ids: Tensor | None, embeds: Tensor | None
-) -> Tensor:
-    """Return the text's embeddings ``[B, T, d]``."""
-    if kwargs.get("past_key_values") is not None or kwargs.get("encoder_outputs") is not None:
-        raise ModgraftError(
-            "with an input module, continue from a cache by host.generate(...): a single call with "
-            "past_key_values or encoder_outputs cannot tell whether they hold the module's tokens"
-        )
-    if embeds is None:
-        if ids is None:
-            raise ModgraftError(
-                "an input module puts tokens before input_ids or inputs_embeds, and this call has "
-                f"neither (it has {', '.join(kwargs) or 'nothing'})"
-            )
-        embeds = model.get_input_embeddings()(ids)  # type: ignore[operator]
-    assert isinstance(embeds, Tensor)  # noqa: S101
-    if embeds.dim() != 3:
-        raise ModgraftError(
-            f"an input module puts tokens before texts [batch, T], not before {list(embeds.shape)}"
-        )
-    return embeds
+def _insert(
+    rows: dict[str, Tensor], new: dict[str, Tensor], own: Tokens, unseen: Tensor, padded: bool
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Insert the tokens of one module into every row.
 
+    Args:
+        rows: what there is for each position, ``[B, T, …]``.
+        new: what there is at the tokens, ``[B, k, …]``; for any other row, 0.
+        own: the tokens.
+        unseen: ``[B, T]`` bool, the tokens inserted before that are not seen.
+        padded: whether texts may begin with padding.
 
-def _unseen_first(own: Tokens) -> Tokens:
-    """Move unseen tokens to the front, so that none lies between the seen ones and the text.
-
-    Relative positions are counted from the text.
+    Returns:
+        The rows, ``unseen``, and where the old positions are now, ``[B, T]``.
     """
-    if not own.masked:
-        return own
-    order = own.seen.int().argsort(dim=1, stable=True)
-    embeddings, seen = (_gather(value, order) for value in (own.embeddings, own.seen))
-    return replace(own, embeddings=embeddings, seen=seen)
-
-
-def _insert(rows: dict[str, Tensor], own: Tokens, padded: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Insert tokens into every row; return also where the old positions are now, ``[B, T]``."""
     mask, seen = rows["attention_mask"], own.seen
     (batch, length), count = mask.shape, seen.shape[1]
     start = torch.full((batch, 1), own.after, device=mask.device)
@@ -287,24 +348,22 @@ def _insert(rows: dict[str, Tensor], own: Tokens, padded: bool) -> tuple[dict[st
     out = {}
     for key, value in rows.items():
         match key:
-            case "inputs_embeds":
-                new = own.embeddings
-            case "attention_mask":
-                new = seen
             case "labels":
-                new = torch.full_like(seen, IGNORED, dtype=torch.long)
+                there = torch.full_like(seen, IGNORED, dtype=torch.long)
             case "position_ids":  # the tokens take the place of the one they go before
-                beyond = torch.cat([value, value[:, -1:] + 1], dim=1)
-                shown = seen.long().cumsum(1)
-                new = beyond.gather(1, start) + (shown - 1).clamp(min=0)
+                beyond = torch.cat([value, value[:, -1:] + 1], dim=1)  # [B, T + 1, D]
+                shown = seen.long().cumsum(1)[..., None]
+                there = _gather(beyond, start) + (shown - 1).clamp(min=0)
                 after = torch.arange(length, device=mask.device)[None] >= start
-                value = value + after * shown[:, -1:]
+                value = value + after[..., None] * shown[:, -1:]
             case _:
-                new = torch.zeros_like(seen)
+                none = value.new_zeros(batch, count, *value.shape[2:])
+                there = new.get(key, none)
         # [B, T, …], [B, k, …] → [B, T + k, …]
-        out[key] = _gather(torch.cat([value, new.to(value.dtype)], dim=1), index)
+        out[key] = _gather(torch.cat([value, there.to(value.dtype)], dim=1), index)
+    unseen = _gather(torch.cat([unseen, ~seen], dim=1), index)
     t = torch.arange(length, device=mask.device)[None]
-    return out, torch.where(t < start, t, t + count)
+    return out, unseen, torch.where(t < start, t, t + count)
 
 
 def _gather(value: Tensor, index: Tensor) -> Tensor:
@@ -313,36 +372,17 @@ def _gather(value: Tensor, index: Tensor) -> Tensor:
     return value.gather(1, index.expand(*index.shape[:2], *value.shape[2:]))
 
 
-def _own_positions(model: nn.Module, ids: Tensor | None, embeds: Tensor) -> Tensor:
-    """Return the positions ``[B, T]`` that the model gives a text by itself."""
-    batch, length = embeds.shape[:2]
-    positions = token_positions(model)
-    first = 0 if positions is None else positions[0]
-    if first and ids is not None:  # RoBERTa's: padding has a position of its own, the one before
-        text = ids.ne(first - 1).long()
-        return text.cumsum(1) * text + first - 1
-    return torch.arange(first, first + length, device=embeds.device).expand(batch, length)
-
-
-def _mask_of_padding(model: nn.Module, ids: Tensor, ones: Tensor) -> Tensor:
-    """Return the mask that ``generate`` infers for a text without one."""
+def _mask_of_padding(model: nn.Module, text: Tensor) -> Tensor | None:
+    """Return the mask that ``generate`` infers for ids ``[B, T]`` without one, if it does."""
     settings = model.generation_config
     pad: Any = settings.pad_token_id  # type: ignore[union-attr]
     eos: Any = settings.eos_token_id  # type: ignore[union-attr]
     ends = eos if isinstance(eos, list) else [eos]
-    return ones if pad is None or pad in ends else ids.ne(pad).long()
+    return None if pad is None or pad in ends or text.dim() > 2 else text.ne(pad).long()
 
 
-def _keep_lengths(
-    model: nn.Module, kwargs: dict[str, Any], ids: Tensor | None, count: int, length: int
-) -> None:
-    """Have ``generate`` return the text itself, and count lengths as it does without tokens.
-
-    It subtracts the length of ``inputs_embeds`` from the bounds of the whole length.
-    """
-    off = count if ids is None else count + length
-    if ids is not None:
-        kwargs["input_ids"] = ids
+def _keep_lengths(model: nn.Module, kwargs: dict[str, Any], count: int) -> None:
+    """Have ``generate`` count whole lengths as it does without the tokens."""
     sources = (kwargs.get("generation_config"), model.generation_config)
 
     def setting(name: str) -> Any:
@@ -352,11 +392,11 @@ def _keep_lengths(
     for bound in ("max", "min"):
         whole = setting(f"{bound}_length")
         if whole and setting(f"{bound}_new_tokens") is None:
-            kwargs[f"{bound}_length"] = whole + off
+            kwargs[f"{bound}_length"] = whole + count
 
 
 def _into_images(
-    model: nn.Module, family: Family, kwargs: dict[str, Any], source: Source
+    model: nn.Module, reading: Reading, kwargs: dict[str, Any], source: Source
 ) -> Splice:
     pixels = kwargs.get("pixel_values")
     if pixels is None:
@@ -364,43 +404,27 @@ def _into_images(
             f"an input module puts tokens before the patches of pixel_values here, and this call "
             f"has none (it has {', '.join(kwargs) or 'nothing'})"
         )
-    assert family.embedded is not None  # noqa: S101
-    base = base_path(model)
-    enter, leave = (f"{base}.{p}" if base else p for p in family.embedded)
     groups = source(pixels.shape[0])
+    for own in groups:
+        _check_width(own, len(pixels), reading.width)
     mask = kwargs.get("attention_mask")
     if mask is not None or any(own.masked for own in groups):
         if mask is None:
             size: Any = model.config.patch_size  # type: ignore[union-attr]
             rows, columns = (size, size) if isinstance(size, int) else size
             patches = (pixels.shape[-2] // rows) * (pixels.shape[-1] // columns)
-            mask = pixels.new_ones(len(pixels), family.prompt_at + patches, dtype=torch.bool)
+            mask = pixels.new_ones(len(pixels), reading.first + patches, dtype=torch.bool)
         for own in reversed(groups):  # [B, N] → [B, k + N]
             seen = own.seen.to(mask.dtype)
             mask = torch.cat([mask[:, : own.after], seen, mask[:, own.after :]], dim=1)
         kwargs["attention_mask"] = mask
-    return Splice(kwargs, relay=Relay(enter, leave, tuple(groups)))
+    return Splice(kwargs, relay=AroundImage(*reading.inside, tuple(groups)))
 
 
-def _check_width(own: Tokens, embeds: Tensor) -> None:
-    made, width = own.embeddings.shape, embeds.shape[-1]
-    if made[0] != embeds.shape[0] or made[-1] != width or own.seen.shape != made[:2]:
+def _check_width(own: Tokens, batch: int, width: int) -> None:
+    made = own.embeddings.shape
+    if made[0] != batch or made[-1] != width or own.seen.shape != made[:2]:
         raise ModgraftError(
             f"{own.name!r} gave tokens {list(made)} and a mask {list(own.seen.shape)} where this "
-            f"host reads [{embeds.shape[0]}, k, {width}] and [{embeds.shape[0]}, k]"
-        )
-
-
-def _check_last(out: Any, unseen: Tensor) -> None:
-    """Refuse padding at the last position, where a decoder's class is read.
-
-    The model finds that position from the ids, which it is not given here.
-
-    Raises:
-        ModgraftError: with the remedy.
-    """
-    if not torch.compiler.is_compiling() and bool(unseen.any()):
-        raise ModgraftError(
-            f"{type(out).__name__} is read at the last position, where some texts of this batch "
-            f"have padding; with an input module, pad on the left (padding_side='left')"
+            f"host reads [{batch}, k, {width}] and [{batch}, k]"
         )
