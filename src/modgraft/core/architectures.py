@@ -19,22 +19,12 @@ class Family:
     Attributes:
         types: the ``config.model_type`` values it covers.
         roles: role → pattern.
-        prompt_at: how many positions stay first when tokens are put before the input: 1 for hosts
-            that read a class token at position 0.
-        counts_positions: whether the host takes the tokens' positions as an argument.
-        position_table: the embedding that positions are looked up in, empty where there is none.
-        embedded: in a host that reads no text, the layers whose outputs are the first sequence of
-            tokens and the last.
         one_input: the layers that are called one after another with the same input: the path of
             their parent, and their names in it.
     """
 
     types: tuple[str, ...]
     roles: dict[str, str]
-    prompt_at: int = 0
-    counts_positions: bool = True
-    position_table: str = ""
-    embedded: tuple[str, str] | None = None
     one_input: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
@@ -86,7 +76,6 @@ FAMILIES = (
             "encoder.output": "encoder",
             "decoder.output": "decoder",
         },
-        counts_positions=False,  # relative ones
         one_input=(
             (f"{_T5}.SelfAttention", ("q", "k", "v")),
             ("decoder.block.*.layer.1.EncDecAttention", ("k", "v")),
@@ -96,8 +85,6 @@ FAMILIES = (
     Family(
         ("bert", "electra", "roberta", "xlm-roberta", "camembert"),
         _BERT,
-        prompt_at=1,
-        position_table="embeddings.position_embeddings",
         one_input=(("encoder.layer.*.attention.self", ("query", "key", "value")),),
     ),
     Family(
@@ -116,7 +103,6 @@ FAMILIES = (
             "embedding": "wte",
             "decoder.output": "ln_f",
         },
-        position_table="wpe",
     ),
     Family(
         _LLAMA,
@@ -155,9 +141,6 @@ FAMILIES = (
             "embedding": "embeddings",
             "encoder.output": "layernorm",
         },
-        prompt_at=1,
-        counts_positions=False,
-        embedded=("embeddings", "layernorm"),
         one_input=(("layers.*.attention", ("q_proj", "k_proj", "v_proj")),),
     ),
 )

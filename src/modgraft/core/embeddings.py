@@ -37,11 +37,12 @@ class Reading:
         first: how many positions stay first: 1 where a class token is read there.
         room: how many positions a table of them has; None where there is no such table, since
             relative and rotary positions have no last one.
+        longest: how many positions the configuration speaks of, which may be no limit.
         table: where a text host looks its token ids up; None for one that reads images.
         tables: the paths of the layers that look token ids up: whether they hold ``table``'s
             weight (T5's encoder has a layer of its own) or other rows for the same ids (Gemma 3n
             has some for each block).
-        padding: the id of padding, if there is one.
+        config: the configuration of what reads the text, if it has one.
         inside: in a host that reads images, the layers whose output is the first sequence of
             tokens, and whose input is the last.
     """
@@ -51,15 +52,21 @@ class Reading:
     width: int
     first: int
     room: int | None = None
+    longest: int | None = None
     table: nn.Embedding | None = None
     tables: tuple[tuple[str, bool], ...] = ()
-    padding: int | None = None
-    inside: tuple[str, ...] = ()
+    config: Any = None
+    inside: tuple[str, str] | None = None
+
+    @property
+    def padding(self) -> int | None:
+        """The id of padding, if there is one now."""
+        return getattr(self.config, "pad_token_id", None)
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The layers where tokens are put in or taken out inside the host."""
-        return (*(path for path, _ in self.tables), *self.inside)
+        return (*(path for path, _ in self.tables), *(self.inside or ()))
 
     def check_room(self, count: int, text: int = 0) -> None:
         """Refuse ``count`` tokens before a text of ``text`` tokens, if positions are too few.
@@ -68,8 +75,11 @@ class Reading:
             ModgraftError: with the numbers and what would fit.
         """
         room = self.room
-        if room is None or (count + text <= room and (text or count < room)):
-            return
+        if room is not None and not (count + text <= room and (text or count < room)):
+            raise self.no_room(room, count, text)
+
+    def no_room(self, room: int, count: int, text: int) -> ModgraftError:
+        """Return the error of ``count`` tokens and ``text`` more for ``room`` positions."""
         if text:
             remedy = f"leave the text {room - count} tokens (truncation=True, max_length="
             remedy += f"{room - count} in the tokenizer), or take at most {max(room - text, 0)} "
@@ -78,7 +88,7 @@ class Reading:
         else:
             remedy = f"take fewer, such as length={max(room // 8, 1)}: the text needs positions too"
             wanted = f"{count} tokens before the text"
-        raise ModgraftError(f"{wanted}, and this {self.host} has {room} positions; {remedy}")
+        return ModgraftError(f"{wanted}, and this {self.host} has {room} positions; {remedy}")
 
 
 def reading_of(host: nn.Module) -> Reading:
@@ -101,10 +111,21 @@ def reading_of(host: nn.Module) -> Reading:
         for path, module in host.named_modules()
         if isinstance(module, nn.Embedding) and _looks_ids_up(module, table)
     )
-    padding = getattr(getattr(reader, "config", None), "pad_token_id", None)
-    first = int(_class_is_first(reader))
-    width, room = table.embedding_dim, _room(reader)
-    return Reading(name, arguments, width, first, room, table, tables, padding)
+    config, first = getattr(reader, "config", None), int(_class_is_first(reader))
+    longest = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
+    longest = longest if isinstance(longest, int) else None
+    rooms = [rows if longest is None else min(rows, longest) for rows in _position_rows(reader)]
+    return Reading(
+        name,
+        arguments,
+        table.embedding_dim,
+        first,
+        min(rooms, default=None),
+        longest,
+        table,
+        tables,
+        config,
+    )
 
 
 def token_table(host: nn.Module) -> nn.Embedding:
@@ -200,16 +221,8 @@ def _source(module: str) -> str:
     return inspect.getsource(_files[module])
 
 
-def _room(reader: nn.Module) -> int | None:
-    """Return how many positions the table has that ``reader`` looks them up in, if it has one."""
-    longest = getattr(getattr(reader, "config", None), "max_position_embeddings", None)
-    rooms = list(_position_rows(reader))
-    if not rooms:
-        return None
-    return min([*rooms, longest] if isinstance(longest, int) else rooms)
-
-
 def _position_rows(reader: nn.Module) -> Iterator[int]:
+    """Yield how many positions each table of them has that ``reader`` looks them up in."""
     for path, module in reader.named_modules():
         if not _POSITIONS.fullmatch(path.rpartition(".")[2]) or hasattr(module, "make_weight"):
             continue  # one that makes its weight anew is as long as it has to be
@@ -224,17 +237,17 @@ def _position_rows(reader: nn.Module) -> Iterator[int]:
 # -- images ---------------------------------------------------------------------------------------
 
 
-def _image_layers(host: nn.Module) -> tuple[str, ...]:
+def _image_layers(host: nn.Module) -> tuple[str, str] | None:
     """Return where the tokens of a vision transformer's image begin and end, if it is one."""
     base = base_path(host)
     model = host.get_submodule(base)
     children = dict(model.named_children())
     if not isinstance(getattr(children.get("embeddings"), "cls_token", None), Tensor):
-        return ()
+        return None
     if "layernorm" not in children or any(
         "relative_position" in n for n, _ in model.named_modules()
     ):
-        return ()
+        return None
     return joined(base, "embeddings"), joined(base, "layernorm")
 
 

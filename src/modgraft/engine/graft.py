@@ -17,7 +17,7 @@ from torch import nn
 
 from modgraft.computation.base import Computation, ParameterComposition, TokenComposition
 from modgraft.core.context import Context
-from modgraft.core.embeddings import reading_of
+from modgraft.core.embeddings import Reading, reading_of
 from modgraft.core.layers import feature_axis
 from modgraft.core.sites import Site, one_input
 from modgraft.engine.inputs.generation import processors
@@ -59,7 +59,7 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
     if isinstance(module, TokenComposition) and not site.path:
         context.token_modules.add(name)
         state.relink = partial(_link_tokens, layer)
-        state.relink()
+        _link_tokens(layer)
 
 
 def _state_of(layer: nn.Module, path: str, context: Context) -> State:
@@ -72,13 +72,18 @@ def _state_of(layer: nn.Module, path: str, context: Context) -> State:
     return state
 
 
-def _link_tokens(host: nn.Module) -> None:
-    """Graft the layers of ``host`` where the tokens of its modules come in or leave."""
+def _link_tokens(host: nn.Module) -> Reading:
+    """Graft the layers of ``host`` where the tokens of its modules come in or leave.
+
+    Returns:
+        What the host reads, which says where these layers are.
+    """
     state: State = host.__dict__[STATE]
-    state.reading = reading_of(host)
+    reading = state.reading = reading_of(host)
     names = [entry.name for entry in state.of_kind(TokenComposition)]
-    for path in state.reading.paths:
+    for path in reading.paths:
         _state_of(host.get_submodule(path), path, state.context).relays.update(names)
+    return reading
 
 
 def ungraft(layer: nn.Module, name: str) -> None:

@@ -61,7 +61,7 @@ class State:
     same_input: tuple[nn.Module, ...] = ()
     relays: set[str] = field(default_factory=set)
     reading: Reading | None = None
-    relink: Callable[[], None] = field(default=lambda: None)
+    relink: Callable[[], Reading] | None = None
 
     def add(self, entry: Entry) -> None:
         """Add a module."""

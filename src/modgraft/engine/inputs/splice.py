@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from modgraft.core.embeddings import Reading
 from modgraft.core.errors import ModgraftError
 from modgraft.engine.inputs.relays import FIRST_ID, AroundImage, NewIds, Relay, Tokens
+from modgraft.engine.inputs.rows import IGNORED, LABELS, MASK, POSITIONS, Rows, gather
 
-IGNORED = -100
-"""The label that transformers' losses leave out."""
-
+IDS, EMBEDDINGS = "input_ids", "inputs_embeds"
 _NONE_AT_TOKENS = ("token_type_ids", "global_attention_mask", "bbox")  # ends of names; 0 at tokens
 
 Source = Callable[[int], list[Tokens]]
@@ -60,7 +59,7 @@ class Splice:
         ):  # fmt: skip
             value = getattr(out, key, None)
             if isinstance(value, Tensor) and value.dim() == dims and value.shape[1] == self.total:
-                value = _gather(value, self.keep)
+                value = gather(value, self.keep)
                 out = replace(out, **{key: value[:, -self.last :] if key == "logits" else value})
         return out
 
@@ -83,7 +82,7 @@ def splice(
 
     Tokens go right before the first one of the text that is seen (after it, where it is a class
     token): padding on the left stays on the left. Those that are not seen go to the end of the
-    text, where they move none of it; for a decoder that writes on, to its front.
+    text, where they move none of it; where a decoder writes on there, to the front.
 
     Args:
         model: a Hugging Face model.
@@ -98,119 +97,74 @@ def splice(
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     if reading.inside:
-        return _into_images(model, reading, kwargs, source)
-    return _into_text(model, reading, kwargs, source, generating)
-
-
-def _into_text(
-    model: nn.Module,
-    reading: Reading,
-    kwargs: dict[str, Any],
-    source: Source,
-    generating: bool,
-) -> Splice:
-    """Put tokens before the text of a call."""
+        return _into_image(model, reading, kwargs, source)
     what, text = _text(kwargs)
-    if what == "inputs_embeds" and not generating:
-        kwargs.pop("input_ids", None)
     batch, length = text.shape[:2]
-    groups = source(batch)
-    masked = any(own.masked for own in groups)
-    count = sum(own.embeddings.shape[1] for own in groups)
-    reading.check_room(count, length)
-    width = reading.width if what == "input_ids" else text.shape[-1]
-    for own in groups:
-        _check_width(own, batch, width)
-
-    given = kwargs.get("attention_mask")
+    given = kwargs.get(MASK)
     _check_mask(given, text)
     decodes = _decodes(model, reading, kwargs, generating)
     writes_on = generating and not decodes
-    mask = _mask_of_padding(model, text) if writes_on and given is None else given
-    if mask is None:
-        mask = torch.ones(batch, length, dtype=torch.long, device=text.device)
-    rows = {what: text, "attention_mask": mask} | {
-        key: value
-        for key, value in kwargs.items()
-        if key.endswith(_NONE_AT_TOKENS) and value.shape[:2] == text.shape[:2]
-    }
-    labels = kwargs.get("labels")
-    if (
-        isinstance(labels, Tensor)
-        and labels.shape == (batch, length)
-        and not labels.is_floating_point()  # one for each token, not one for each class
-        and not decodes
-    ):
-        rows["labels"] = _first_unpredicted(model, labels, groups)
-    positions = kwargs.get("position_ids")
-    if positions is not None:  # [B or 1, T], or in several dimensions [D, B, T]
-        rows["position_ids"] = positions.reshape(-1, *positions.shape[-2:]).permute(1, 2, 0)
-        rows["position_ids"] = rows["position_ids"].expand(batch, length, -1)  # [B, T, D]
+    groups = source(batch)
+    count = sum(own.seen.shape[1] for own in groups)
+    reading.check_room(count, length)
+    for own in groups:
+        _check_width(own, batch, reading.width if what == IDS else text.shape[-1])
 
-    relay = NewIds.of(dict(reading.tables), groups) if what == "input_ids" and groups else None
-    keep = torch.arange(length, device=text.device).expand(batch, length)
-    unseen = torch.zeros(batch, length, dtype=torch.bool, device=text.device)
+    masked = any(own.masked for own in groups)
     padded = given is not None or writes_on or masked
-    start = count * batch
+    mask = _mask_of_padding(model, text) if given is None and writes_on else given
+    rows = Rows.of(_rows(kwargs, what, text, mask))
+    if not decodes and _by_token(kwargs.get(LABELS), text):
+        rows.values[LABELS] = _first_unpredicted(model, kwargs[LABELS], groups)
+    first_id = FIRST_ID + batch * count
     for own in reversed(groups):
-        start -= own.seen.numel()
-        ids = FIRST_ID + start + torch.arange(own.seen.numel(), device=text.device)
-        ids = ids.reshape(own.seen.shape)
-        if reading.padding is not None:  # which some hosts tell by its id
-            ids = torch.where(own.seen, ids, reading.padding)
-        new = {what: ids if what == "input_ids" else own.embeddings, "attention_mask": own.seen}
-        rows, unseen, moved = _insert(rows, new, own, unseen, padded)
-        keep = moved.gather(1, keep)
+        first_id -= own.seen.numel()
+        ids = _new_ids(first_id, own, reading.padding)
+        rows.insert(own, {IDS: ids} if what == IDS else {EMBEDDINGS: own.embeddings}, padded)
     if masked:
-        order = (~unseen if writes_on else unseen).int().argsort(dim=1, stable=True)
-        rows = {key: _gather(value, order) for key, value in rows.items()}
-        keep = order.argsort(dim=1).gather(1, keep)
-    if not padded or not ("attention_mask" in reading.arguments or given is not None):
-        del rows["attention_mask"]  # it is what the model takes for granted
-        if masked:
-            raise ModgraftError(
-                f"{reading.host} takes no attention_mask, so it would see tokens that are "
-                f"not there; give each example as many, all of them seen"
-            )
-    if positions is not None:
-        moved = rows["position_ids"].permute(2, 0, 1)  # [D, B, T + k]
-        rows["position_ids"] = moved if positions.dim() == 3 else moved[0]
-    kwargs |= rows
+        rows.move_unseen(front=writes_on)
+        _check_masks(reading)
+    if not padded or (given is None and MASK not in reading.arguments):
+        del rows.values[MASK]  # all of it is seen, which goes without saying
+    kwargs |= rows.values
+    if POSITIONS in kwargs:
+        moved = kwargs[POSITIONS].permute(2, 0, 1)  # [B, T + k, D] → [D, B, T + k]
+        kwargs[POSITIONS] = moved if len(moved) > 1 else moved[0]
+
+    relay = NewIds.of(dict(reading.tables), groups) if what == IDS and groups else None
+    whole = Splice(kwargs, text, rows.keep, length + count, relay=relay)
     if decodes:
-        return Splice(kwargs, text, relay=relay)
+        return replace(whole, keep=None)
     if writes_on:
-        if what == "inputs_embeds":  # what is returned has no tokens, and its length is subtracted
-            _keep_lengths(model, kwargs, count + length if "input_ids" in kwargs else count)
-            return Splice(kwargs)
-        _keep_lengths(model, kwargs, count)
-        return Splice(kwargs, text, keep, length + count, relay=relay)
-    _move_spans(kwargs, keep, count)
-    last = _keep_logits(kwargs, length, masked)
+        # of embeddings, transformers subtracts the length, and gives back what is new
+        _keep_lengths(model, kwargs, count + length if what != IDS and IDS in kwargs else count)
+        return whole if what == IDS else Splice(kwargs)
+    kwargs.pop(IDS if what == EMBEDDINGS else EMBEDDINGS, None)
+    _move_spans(kwargs, rows.keep, count)
     ends = None if given is None or reading.first else _ends_unseen(reading, text, given)
-    return Splice(kwargs, text, keep, length + count, last, ends, relay)
+    return replace(whole, last=_keep_logits(kwargs, length, masked), ends_unseen=ends)
 
 
 def _text(kwargs: dict[str, Any]) -> tuple[str, Tensor]:
-    """Take the text out of ``kwargs``, embeddings ``[B, T, d]`` if there are some, else ids.
+    """Return the text of a call: embeddings ``[B, T, d]`` if there are some, else ids ``[B, T]``.
 
     Raises:
         ModgraftError: where there is no text, or more than that.
     """
-    if kwargs.get("past_key_values") is not None or kwargs.get("encoder_outputs") is not None:
+    if "past_key_values" in kwargs or "encoder_outputs" in kwargs:
         raise ModgraftError(
             "with an input module, continue from a cache by host.generate(...): a single call with "
             "past_key_values or encoder_outputs cannot tell whether they hold the module's tokens"
         )
-    for name, dims in (("inputs_embeds", 3), ("input_ids", 2)):
-        text = kwargs.get(name)
-        if text is None:
+    for name, dims in ((EMBEDDINGS, 3), (IDS, 2)):
+        if name not in kwargs:
             continue
-        if text.dim() != dims:
+        if kwargs[name].dim() != dims:
             raise ModgraftError(
                 f"an input module puts tokens before texts [batch, T], not before "
-                f"{list(text.shape)}"
+                f"{list(kwargs[name].shape)}"
             )
-        return name, text
+        return name, kwargs[name]
     raise ModgraftError(
         "an input module puts tokens before input_ids or inputs_embeds, and this call has "
         f"neither (it has {', '.join(kwargs) or 'nothing'})"
@@ -221,21 +175,69 @@ def _decodes(model: nn.Module, reading: Reading, kwargs: dict[str, Any], generat
     """Return whether the outputs are those of a decoder with a text of its own.
 
     Raises:
-        ModgraftError: where the model would make that text of the encoder's.
+        ModgraftError: where it was given none.
     """
-    config = getattr(model, "config", None)
-    two = getattr(config, "is_encoder_decoder", False)
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if not (two and "decoder_input_ids" in reading.arguments):
         return False
-    can_generate = getattr(model, "can_generate", None)
-    from_labels = can_generate is not None and can_generate() and "labels" in kwargs
-    own = {"decoder_input_ids", "decoder_inputs_embeds"} & set(kwargs)
-    if not (generating or own or from_labels):
+    from_labels = LABELS in kwargs and _can_generate(model)
+    if not (
+        generating or from_labels or kwargs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
+    ):
         raise ModgraftError(
             f"an input module puts tokens before the encoder's text alone, and {reading.host} was "
-            f"given none for its decoder; pass decoder_input_ids"
+            f"given none for its decoder; pass decoder_input_ids, or implant a Prefix, which takes "
+            f"no place in a text"
         )
     return True
+
+
+def _can_generate(model: nn.Module) -> bool:
+    can = getattr(model, "can_generate", None)
+    return can is not None and can()
+
+
+def _rows(
+    kwargs: dict[str, Any], what: str, text: Tensor, mask: Tensor | None
+) -> dict[str, Tensor]:
+    """Return what the call has for each position, but its labels."""
+    if mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+    rows = {what: text, MASK: mask}
+    for key, value in kwargs.items():
+        if key.endswith(_NONE_AT_TOKENS) and value.shape[:2] == mask.shape:
+            rows[key] = value
+    if POSITIONS in kwargs:  # [B or 1, T], or in several dimensions [D, B, T]
+        positions = kwargs[POSITIONS]
+        positions = positions.reshape(-1, *positions.shape[-2:]).permute(1, 2, 0)
+        rows[POSITIONS] = positions.expand(*mask.shape, -1)  # [B, T, D]
+    return rows
+
+
+def _by_token(labels: Any, text: Tensor) -> bool:
+    """Return whether there is one label for each token, not one for each class."""
+    if not isinstance(labels, Tensor):
+        return False
+    return labels.shape == text.shape[:2] and not labels.is_floating_point()
+
+
+def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens]) -> Tensor:
+    """Return ``labels`` ``[B, T]`` for a batch with tokens before its texts.
+
+    A model of the next token predicts a text's first one from a prompt. An example without a
+    prompt, in a batch where others have one, has no such prediction: its first label is ignored.
+    """
+    if not any(own.masked for own in groups) or not _can_generate(model):
+        return labels
+    none = ~torch.cat([own.seen for own in groups], dim=1).any(1, keepdim=True)  # [B, 1]
+    return torch.cat([labels[:, :1].masked_fill(none, IGNORED), labels[:, 1:]], dim=1)
+
+
+def _new_ids(first: int, own: Tokens, padding: int | None) -> Tensor:
+    """Return ids ``[B, k]`` for tokens, from ``first`` on; those not seen are padding."""
+    ids = torch.arange(first, first + own.seen.numel(), device=own.seen.device)
+    ids = ids.reshape(own.seen.shape)
+    return ids if padding is None else torch.where(own.seen, ids, padding)
 
 
 def _check_mask(given: Any, text: Tensor) -> None:
@@ -246,6 +248,42 @@ def _check_mask(given: Any, text: Tensor) -> None:
     """
     if given is not None and (not isinstance(given, Tensor) or given.shape != text.shape[:2]):
         raise ModgraftError(f"with an input module, attention_mask is {list(text.shape[:2])}")
+
+
+def _check_masks(reading: Reading) -> None:
+    """Refuse tokens that may be unseen, where the host sees all that it is given.
+
+    Raises:
+        ModgraftError: with the remedy.
+    """
+    if MASK not in reading.arguments:
+        raise ModgraftError(
+            f"{reading.host} takes no attention_mask, so it would see tokens that are not there; "
+            f"give each example as many, by a module without a side input"
+        )
+
+
+def _mask_of_padding(model: nn.Module, text: Tensor) -> Tensor | None:
+    """Return the mask that ``generate`` infers for ids ``[B, T]`` without one, if it does."""
+    settings = model.generation_config
+    pad: Any = settings.pad_token_id  # type: ignore[union-attr]
+    eos: Any = settings.eos_token_id  # type: ignore[union-attr]
+    ends = eos if isinstance(eos, list) else [eos]
+    return None if pad is None or pad in ends or text.dim() > 2 else text.ne(pad).long()
+
+
+def _keep_lengths(model: nn.Module, kwargs: dict[str, Any], more: int) -> None:
+    """Have ``generate`` count whole lengths as it does without the tokens."""
+    sources = (kwargs.get("generation_config"), model.generation_config)
+
+    def setting(name: str) -> Any:
+        found = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
+        return next((value for value in found if value is not None), None)
+
+    for bound in ("max", "min"):
+        whole = setting(f"{bound}_length")
+        if whole and setting(f"{bound}_new_tokens") is None:
+            kwargs[f"{bound}_length"] = whole + more
 
 
 def _move_spans(kwargs: dict[str, Any], keep: Tensor, count: int) -> None:
@@ -276,11 +314,8 @@ def _keep_logits(kwargs: dict[str, Any], length: int, masked: bool) -> int:
         )
     if not last:
         return 0
-    last = kwargs["logits_to_keep"] = min(last, length)
-    if not masked:
-        return 0
-    del kwargs["logits_to_keep"]
-    return last
+    kwargs["logits_to_keep"] = 0 if masked else min(last, length)
+    return min(last, length) if masked else 0
 
 
 def _ends_unseen(reading: Reading, text: Tensor, mask: Tensor) -> Tensor:
@@ -308,94 +343,7 @@ def _check_end(out: Any, unseen: Tensor) -> None:
         )
 
 
-def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens]) -> Tensor:
-    """Return ``labels`` ``[B, T]`` for a batch with tokens before its texts.
-
-    A model of the next token predicts a text's first one from a prompt. An example without a
-    prompt, in a batch where others have one, has no such prediction: its first label is ignored.
-    """
-    can = getattr(model, "can_generate", None)  # whose labels are those of the tokens before
-    if not any(own.masked for own in groups) or can is None or not can():
-        return labels
-    none = ~torch.cat([own.seen for own in groups], dim=1).any(1, keepdim=True)  # [B, 1]
-    return torch.cat([labels[:, :1].masked_fill(none, IGNORED), labels[:, 1:]], dim=1)
-
-
-def _insert(
-    rows: dict[str, Tensor], new: dict[str, Tensor], own: Tokens, unseen: Tensor, padded: bool
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Insert the tokens of one module into every row.
-
-    Args:
-        rows: what there is for each position, ``[B, T, …]``.
-        new: what there is at the tokens, ``[B, k, …]``; for any other row, 0.
-        own: the tokens.
-        unseen: ``[B, T]`` bool, the tokens inserted before that are not seen.
-        padded: whether texts may begin with padding.
-
-    Returns:
-        The rows, ``unseen``, and where the old positions are now, ``[B, T]``.
-    """
-    mask, seen = rows["attention_mask"], own.seen
-    (batch, length), count = mask.shape, seen.shape[1]
-    start = torch.full((batch, 1), own.after, device=mask.device)
-    if padded:  # argmax: the first that is seen
-        start = start + (mask != 0).int().argmax(dim=1, keepdim=True)
-    start = start.clamp(max=length)
-    j = torch.arange(length + count, device=mask.device)[None]  # [1, T + k]
-    old = torch.where(j < start, j, j - count)
-    index = torch.where((j >= start) & (j < start + count), length + j - start, old)
-    out = {}
-    for key, value in rows.items():
-        match key:
-            case "labels":
-                there = torch.full_like(seen, IGNORED, dtype=torch.long)
-            case "position_ids":  # the tokens take the place of the one they go before
-                beyond = torch.cat([value, value[:, -1:] + 1], dim=1)  # [B, T + 1, D]
-                shown = seen.long().cumsum(1)[..., None]
-                there = _gather(beyond, start) + (shown - 1).clamp(min=0)
-                after = torch.arange(length, device=mask.device)[None] >= start
-                value = value + after[..., None] * shown[:, -1:]
-            case _:
-                none = value.new_zeros(batch, count, *value.shape[2:])
-                there = new.get(key, none)
-        # [B, T, …], [B, k, …] → [B, T + k, …]
-        out[key] = _gather(torch.cat([value, there.to(value.dtype)], dim=1), index)
-    unseen = _gather(torch.cat([unseen, ~seen], dim=1), index)
-    t = torch.arange(length, device=mask.device)[None]
-    return out, unseen, torch.where(t < start, t, t + count)
-
-
-def _gather(value: Tensor, index: Tensor) -> Tensor:
-    """Return ``value`` ``[B, n, …]`` at ``index`` ``[B, m]``: ``[B, m, …]``."""
-    index = index.reshape(*index.shape, *(1,) * (value.dim() - 2))
-    return value.gather(1, index.expand(*index.shape[:2], *value.shape[2:]))
-
-
-def _mask_of_padding(model: nn.Module, text: Tensor) -> Tensor | None:
-    """Return the mask that ``generate`` infers for ids ``[B, T]`` without one, if it does."""
-    settings = model.generation_config
-    pad: Any = settings.pad_token_id  # type: ignore[union-attr]
-    eos: Any = settings.eos_token_id  # type: ignore[union-attr]
-    ends = eos if isinstance(eos, list) else [eos]
-    return None if pad is None or pad in ends or text.dim() > 2 else text.ne(pad).long()
-
-
-def _keep_lengths(model: nn.Module, kwargs: dict[str, Any], count: int) -> None:
-    """Have ``generate`` count whole lengths as it does without the tokens."""
-    sources = (kwargs.get("generation_config"), model.generation_config)
-
-    def setting(name: str) -> Any:
-        found = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
-        return next((value for value in found if value is not None), None)
-
-    for bound in ("max", "min"):
-        whole = setting(f"{bound}_length")
-        if whole and setting(f"{bound}_new_tokens") is None:
-            kwargs[f"{bound}_length"] = whole + count
-
-
-def _into_images(
+def _into_image(
     model: nn.Module, reading: Reading, kwargs: dict[str, Any], source: Source
 ) -> Splice:
     pixels = kwargs.get("pixel_values")
@@ -407,7 +355,7 @@ def _into_images(
     groups = source(pixels.shape[0])
     for own in groups:
         _check_width(own, len(pixels), reading.width)
-    mask = kwargs.get("attention_mask")
+    mask = kwargs.get(MASK)
     if mask is not None or any(own.masked for own in groups):
         if mask is None:
             size: Any = model.config.patch_size  # type: ignore[union-attr]
@@ -417,8 +365,10 @@ def _into_images(
         for own in reversed(groups):  # [B, N] → [B, k + N]
             seen = own.seen.to(mask.dtype)
             mask = torch.cat([mask[:, : own.after], seen, mask[:, own.after :]], dim=1)
-        kwargs["attention_mask"] = mask
-    return Splice(kwargs, relay=AroundImage(*reading.inside, tuple(groups)))
+        kwargs[MASK] = mask
+    assert reading.inside is not None  # noqa: S101
+    enter, leave = reading.inside
+    return Splice(kwargs, relay=AroundImage(enter, leave, tuple(groups)))
 
 
 def _check_width(own: Tokens, batch: int, width: int) -> None:

@@ -48,7 +48,9 @@ def call_with_tokens(
     kwargs = {**dict(zip(reading.arguments, args, strict=False)), **kwargs}
     plan = splice(host, reading, kwargs, _source(reading, entries, call))
     with state.context.call(replace(call, spliced=plan)):
-        out = run((), plan.kwargs)
+        if torch.compiler.is_compiling():
+            return plan.trim(run((), plan.kwargs))
+        out = _explained(reading, plan, lambda: run((), plan.kwargs))
     _check_served(host, plan, entries)
     return plan.trim(out)
 
@@ -65,6 +67,11 @@ def generate_with_tokens(
     """Generate with the tokens of ``entries`` before the text; the result has none of them."""
     if len(args) > 1:
         raise ModgraftError("generate with input modules takes its arguments by name")
+    if kwargs.get("assistant_model") is not None:
+        raise ModgraftError(
+            "generate(assistant_model=…) would give the assistant the tokens of this host's input "
+            "modules, which it cannot read; leave it out, or pass prompt_lookup_num_tokens="
+        )
     names = list(inspect.signature(generate).parameters)[1:]  # the first is self
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     text = kwargs.pop("inputs", None)
@@ -73,7 +80,7 @@ def generate_with_tokens(
     reading = _reading(host, state)
     plan = splice(host, reading, kwargs, _source(reading, entries, call), generating=True)
     with state.context.call(replace(call, spliced=plan, generating=True)):
-        out = generate(host, **on_text(plan))
+        out = _explained(reading, plan, lambda: generate(host, **on_text(plan)))
     _check_served(host, plan, entries)
     return text_alone(plan, out)
 
@@ -108,12 +115,37 @@ def _reading(host: nn.Module, state: State) -> Reading:
     """Return what the host reads, which is another table after ``resize_token_embeddings``."""
     reading = state.reading
     assert reading is not None  # noqa: S101
+    assert state.relink is not None  # noqa: S101
     if torch.compiler.is_compiling() or reading.table is None:
         return reading
-    if host.get_input_embeddings() is not reading.table:  # type: ignore[operator]
-        state.relink()
-    assert state.reading is not None  # noqa: S101
-    return state.reading
+    if host.get_input_embeddings() is reading.table:  # type: ignore[operator]
+        return reading
+    return state.relink()
+
+
+def _explained(reading: Reading, plan: Splice, run: Callable[[], Any]) -> Any:
+    """Return ``run()``; say of an error of the host that its input is longer by the tokens.
+
+    Raises:
+        ModgraftError: where the tokens are what the host did not run with.
+    """
+    try:
+        return run()
+    except (IndexError, RuntimeError) as error:
+        text, table, longest = plan.text, reading.table, reading.longest
+        if text is None or table is None:
+            raise
+        length = text.shape[1]
+        if longest is not None and length <= longest < plan.total:
+            raise reading.no_room(longest, plan.total - length, length) from error
+        known = text.dim() == 2 and bool((text < table.num_embeddings).all())
+        if not (known and isinstance(error, IndexError)):
+            raise
+        raise ModgraftError(
+            f"{reading.host} does not run with tokens before its text: {error}. It reads ids "
+            f"elsewhere than in its table of {table.num_embeddings} embeddings; implant a Prefix, "
+            f"which takes no place in a text"
+        ) from error
 
 
 def _check_served(host: nn.Module, plan: Splice, entries: Sequence[Entry]) -> None:
@@ -123,7 +155,7 @@ def _check_served(host: nn.Module, plan: Splice, entries: Sequence[Entry]) -> No
         ModgraftError: with the remedy.
     """
     relay = plan.relay
-    if isinstance(relay, NewIds) and not relay.served and not torch.compiler.is_compiling():
+    if isinstance(relay, NewIds) and not relay.served:
         names = ", ".join(repr(entry.name) for entry in entries)
         raise ModgraftError(
             f"{names} had no effect: this {type(host).__name__} does not look its ids up in the "
