@@ -284,7 +284,7 @@ class TokenComposition(InputComposition):
         """Return ``[batch, k, d]`` embeddings and a ``[batch, k]`` bool mask, False at padding."""
 
     @property
-    def token_ids(self) -> Tensor | None:
+    def words(self) -> Tensor | None:
         """The tokens' ids ``[k]``, where they are words of the host; None: they are none."""
         return None
 

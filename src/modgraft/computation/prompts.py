@@ -153,11 +153,11 @@ class Prompt(TokenComposition):
         self.register_buffer("_ids", torch.tensor(self.ids), persistent=False)
 
     @property
-    def token_ids(self) -> Tensor:
+    def words(self) -> Tensor:
         return self.get_buffer("_ids")
 
     def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
-        ids = self.token_ids.expand(batch, -1)  # [k] → [B, k]
+        ids = self.words.expand(batch, -1)  # [k] → [B, k]
         table = self._host[0].get_input_embeddings()  # type: ignore[operator]
         return table(ids), torch.ones_like(ids, dtype=torch.bool)  # [B, k, d], [B, k]
 

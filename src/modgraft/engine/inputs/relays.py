@@ -8,7 +8,7 @@ whatever it then does with the ids, it does with the tokens among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,7 +29,8 @@ class Tokens:
         name: the module's name.
         embeddings: ``[B, k, d]``.
         seen: ``[B, k]`` bool, True where a token is seen.
-        known: ``[B, k]`` int64, the ids that a host's other tables are read at.
+        words: ``[B, k]`` int64, the ids of those that are words of the host, −1 for others; None:
+            there are no words.
         after: how many of the input's own positions stay before them.
         masked: whether some of them may be unseen.
     """
@@ -37,7 +38,7 @@ class Tokens:
     name: str
     embeddings: Tensor
     seen: Tensor
-    known: Tensor
+    words: Tensor | None
     after: int
     masked: bool = False
 
@@ -59,23 +60,15 @@ class NewIds:
     Attributes:
         tables: the paths of the tables: whether they hold the host's own embeddings.
         rows: ``[n, d]``, the embeddings of the ids from :data:`FIRST_ID` on.
-        known: ``[n]`` int64, the ids that other tables are read at instead: a prompt's own, or the
-            padding's.
+        blank: the id that other tables are read at instead: padding's, as hosts have it where
+            there is an image.
         served: the paths of the tables that have read ``rows``.
     """
 
     tables: Mapping[str, bool]
     rows: Tensor
-    known: Tensor
+    blank: int
     served: set[str] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, tables: Mapping[str, bool], several: Sequence[Tokens]) -> NewIds:
-        """Make the rows of ``several``, those of one module after those of another."""
-        embeddings = [own.embeddings.flatten(0, 1) for own in several]  # [B, k, d] → [B·k, d]
-        return cls(
-            tables, torch.cat(embeddings), torch.cat([own.known.flatten() for own in several])
-        )
 
     def __call__(
         self, path: str, run: Callable[[tuple, dict], Any], args: tuple, kwargs: dict[str, Any]
@@ -83,13 +76,13 @@ class NewIds:
         """Look known ids up as the table does, and the new ones in ``rows``."""
         (ids,) = args or kwargs.values()
         new = ids >= FIRST_ID
-        at = (ids - FIRST_ID).clamp(min=0)  # any layout: a new id is one token of one example
-        out = run((torch.where(new, self.known[at], ids),), {})
+        out = run((ids.masked_fill(new, self.blank),), {})
         if not self.tables[path]:
             return out
         if not torch.compiler.is_compiling():
             self.served.add(path)
         y = tensor_of(out)
+        at = (ids - FIRST_ID).clamp(min=0)  # any layout: a new id is one token of one example
         return with_tensor(out, torch.where(new[..., None], self.rows.to(y.dtype)[at], y))
 
 

@@ -131,7 +131,10 @@ def splice(
         moved = kwargs[POSITIONS].permute(2, 0, 1)  # [B, T + k, D] → [D, B, T + k]
         kwargs[POSITIONS] = moved if len(moved) > 1 else moved[0]
 
-    relay = NewIds.of(dict(reading.tables), groups) if what == IDS and groups else None
+    relay = None
+    if what == IDS and groups:
+        embeddings = [own.embeddings.flatten(0, 1) for own in groups]  # [B, k, d] → [B·k, d]
+        relay = NewIds(dict(reading.tables), torch.cat(embeddings), reading.padding or 0)
     whole = Splice(kwargs, text, rows.keep, length + count, relay=relay)
     if decodes:
         return replace(whole, keep=None)
@@ -234,9 +237,13 @@ def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens
 
 
 def _new_ids(first: int, own: Tokens, padding: int | None) -> Tensor:
-    """Return ids ``[B, k]`` for tokens, from ``first`` on; those not seen are padding."""
+    """Return ids ``[B, k]`` for tokens: of words their own, of others new ones from ``first`` on,
+    and of those that are not seen the padding's.
+    """
     ids = torch.arange(first, first + own.seen.numel(), device=own.seen.device)
     ids = ids.reshape(own.seen.shape)
+    if own.words is not None:
+        ids = torch.where(own.words < 0, ids, own.words)
     return ids if padding is None else torch.where(own.seen, ids, padding)
 
 

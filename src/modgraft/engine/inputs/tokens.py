@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -155,7 +154,10 @@ def _check_served(host: nn.Module, plan: Splice, entries: Sequence[Entry]) -> No
         ModgraftError: with the remedy.
     """
     relay = plan.relay
-    if isinstance(relay, NewIds) and not relay.served:
+    made = any(
+        not isinstance(e.module, TokenComposition) or e.module.words is None for e in entries
+    )
+    if made and isinstance(relay, NewIds) and not relay.served:
         names = ", ".join(repr(entry.name) for entry in entries)
         raise ModgraftError(
             f"{names} had no effect: this {type(host).__name__} does not look its ids up in the "
@@ -173,16 +175,16 @@ def _source(reading: Reading, entries: Sequence[Entry], call: Call) -> Source:
         source = module.side_source
         side = None if source is None else call.resolve(source, entry.name, batch, rows)
         embeddings, seen = module.tokens(batch if rows is None else len(rows), side)
-        known = module.token_ids
-        known = _blank(reading, seen) if known is None else known.expand(seen.shape)
+        words = module.words
+        words = None if words is None else words.expand(seen.shape)
         after = module.after(reading.first)
-        return Tokens(entry.name, embeddings, seen, known, after, side is not None)
+        return Tokens(entry.name, embeddings, seen, words, after, side is not None)
 
     def of(expression: Expression, batch: int, rows: Tensor | None) -> list[Tokens]:
         def one(name: str) -> list[Tokens]:
             return [of_module(named[name], batch, rows)] if name in named else []
 
-        return fold(expression, one, partial(_mean, reading))
+        return fold(expression, one, _mean)
 
     def tokens(batch: int) -> list[Tokens]:
         composition = call.composition
@@ -195,17 +197,12 @@ def _source(reading: Reading, entries: Sequence[Entry], call: Call) -> Source:
         for row, examples in composition.different.items():
             rows = torch.tensor([i * times + k for i in examples for k in range(times)])
             some.append((rows, [] if row is None else of(row, batch, rows)))
-        return _padded(reading, batch, some)
+        return _padded(batch, some)
 
     return tokens
 
 
-def _blank(reading: Reading, seen: Tensor) -> Tensor:
-    """Return ids for tokens that are no words: those of padding, as hosts give images."""
-    return torch.full_like(seen, reading.padding or 0, dtype=torch.long)
-
-
-def _mean(reading: Reading, several: list[Tokens]) -> Tokens:
+def _mean(several: list[Tokens]) -> Tokens:
     """Return the mean of prompts, token by token.
 
     Raises:
@@ -218,11 +215,10 @@ def _mean(reading: Reading, several: list[Tokens]) -> Tokens:
             f"each, and there are {', '.join(map(str, lengths))}"
         )
     mean = torch.stack([own.embeddings for own in several]).mean(0)
-    known = _blank(reading, several[0].seen)
-    return replace(several[0], embeddings=mean, known=known, name="average")
+    return replace(several[0], embeddings=mean, words=None, name="average")
 
 
-def _padded(reading: Reading, batch: int, some: list[tuple[Tensor, list[Tokens]]]) -> list[Tokens]:
+def _padded(batch: int, some: list[tuple[Tensor, list[Tokens]]]) -> list[Tokens]:
     """Pad tokens that differ between examples to the longest, and mask the padding."""
     found = [(rows, own) for rows, own in some if own]
     if not found:
@@ -236,13 +232,18 @@ def _padded(reading: Reading, batch: int, some: list[tuple[Tensor, list[Tokens]]
     width, device = like.embeddings.shape[-1], like.embeddings.device
     embeddings = like.embeddings.new_zeros(batch, most, width)
     seen = torch.zeros(batch, most, dtype=torch.bool, device=device)
-    known = _blank(reading, seen)
+    words = torch.full_like(seen, -1, dtype=torch.long)
     for rows, tokens in found:
         own = torch.cat([one.embeddings for one in tokens], 1)  # [g, k, d]
         count = own.shape[1]
         unseen = own.new_zeros(len(rows), most - count, width)
         embeddings = embeddings.index_copy(0, rows, torch.cat([own, unseen], 1))
         seen[rows, :count] = torch.cat([one.seen for one in tokens], 1)
-        known[rows, :count] = torch.cat([one.known for one in tokens], 1)
+        start = 0
+        for one in tokens:
+            end = start + one.seen.shape[1]
+            if one.words is not None:
+                words[rows, start:end] = one.words
+            start = end
     names = ", ".join(dict.fromkeys(own.name for _, tokens in found for own in tokens))
-    return [Tokens(names, embeddings, seen, known, like.after, not bool(seen.all()))]
+    return [Tokens(names, embeddings, seen, words, like.after, not bool(seen.all()))]
