@@ -12,18 +12,18 @@ from torch import Tensor, nn
 import modgraft as mg
 
 LENGTH, PAD = 3, 0
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 41,
     "hidden_size": 32,
     "intermediate_size": 40,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-ROOM = {"max_position_embeddings": 24}
-HEADS = {"num_key_value_heads": 2}
-SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": PAD}
-GPT = {"vocab_size": 41, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
-GEMMA = {
+ROOM: dict[str, Any] = {"max_position_embeddings": 24}
+HEADS: dict[str, Any] = {"num_key_value_heads": 2}
+SPECIAL: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": PAD}
+GPT: dict[str, Any] = {"vocab_size": 41, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
+GEMMA: dict[str, Any] = {
     **SHAPE, **ROOM, **HEADS, "head_dim": 8, "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
@@ -61,7 +61,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "XLNet": {"vocab_size": 41, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 40},
     "CTRL": {**GPT, "dff": 40},
 }  # fmt: skip
-RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+RELATIVE: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 ENCODERS: dict[str, dict[str, Any]] = {  # whose texts begin with a class token
     "Bert": {**SHAPE, **ROOM},
     "Roberta": {**SHAPE, **ROOM, "pad_token_id": PAD},
@@ -80,7 +80,7 @@ ENCODERS: dict[str, dict[str, Any]] = {  # whose texts begin with a class token
     "Esm": {**SHAPE, **ROOM, "position_embedding_type": "rotary", "mask_token_id": 4},
 }  # fmt: skip
 HOSTS = {**DECODERS, **ENCODERS}
-SEQ2SEQ = {
+SEQ2SEQ: dict[str, Any] = {
     "vocab_size": 41, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 40,
     "decoder_ffn_dim": 40, "max_position_embeddings": 24, "decoder_start_token_id": 1, **SPECIAL,
@@ -116,7 +116,9 @@ def prompted(model: nn.Module) -> tuple[mg.Host, nn.Parameter]:
     """Implant a soft prompt; return its tokens φ ``[3, d]`` too."""
     host = mg.Host(model).eval()
     host.implant("m", mg.SoftPrompt(length=LENGTH, bound=1.0))
-    return host, host["m"].places[0].phi
+    phi = host["m"].places[0].phi
+    assert isinstance(phi, nn.Parameter)
+    return host, phi
 
 
 def ids(batch: int = 3, length: int = 7) -> Tensor:
