@@ -107,7 +107,7 @@ def reading_of(host: nn.Module) -> Reading:
     table = token_table(host)
     reader = _reader(host, table)
     tables = tuple(
-        (path, module.weight is table.weight)
+        (path, _weight(module) is _weight(table))
         for path, module in host.named_modules()
         if isinstance(module, nn.Embedding) and _looks_ids_up(module, table)
     )
@@ -176,6 +176,11 @@ def _looks_ids_up(layer: nn.Embedding, table: nn.Embedding) -> bool:
     OPT's positions, for one, are worked out from a mask by their own layer.
     """
     return len(_arguments(layer)) == 1 and 2 * layer.num_embeddings >= table.num_embeddings
+
+
+def _weight(layer: nn.Embedding) -> nn.Parameter | None:
+    """Return the layer's own weight, not what modules make of it for who reads it."""
+    return dict(layer.named_parameters(recurse=False)).get("weight")
 
 
 def _reader(host: nn.Module, table: nn.Embedding) -> nn.Module:
