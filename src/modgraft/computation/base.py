@@ -293,6 +293,11 @@ class TokenComposition(InputComposition):
     def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         """Return ``[batch, k, d]`` embeddings and a ``[batch, k]`` bool mask, False at padding."""
 
+    @property
+    def words(self) -> Tensor | None:
+        """The tokens' ids ``[k]``, where they are words of the host; None: they are none."""
+        return None
+
     def after(self, first: int) -> int:
         """Return how many of the input's positions stay before the tokens.
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from modgraft.computation._checks import check_at_least_one
 from modgraft.computation.base import TokenComposition
-from modgraft.core.architectures import family_of
 from modgraft.core.context import Side
-from modgraft.core.embeddings import check_room, token_table, token_width
+from modgraft.core.embeddings import Reading, reading_of, token_table
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site
 
@@ -78,10 +77,10 @@ class SoftPrompt(TokenComposition):
 
     def build(self, site: Site) -> None:
         host = site.module
-        _check_start(self.at_start, host)
-        width = token_width(host)
-        check_room(host, self.length)
-        phi = torch.empty(self.length, width).uniform_(-self.bound, self.bound)
+        reading = reading_of(host)
+        _check_start(self.at_start, reading)
+        reading.check_room(self.length)
+        phi = torch.empty(self.length, reading.width).uniform_(-self.bound, self.bound)
         if self.init != "random":
             phi = self._from_vocabulary(token_table(host))
         self.phi = nn.Parameter(phi)
@@ -146,14 +145,19 @@ class Prompt(TokenComposition):
 
     def build(self, site: Site) -> None:
         host = site.module
-        _check_start(self.at_start, host)
+        reading = reading_of(host)
+        _check_start(self.at_start, reading)
         _check_ids(self.ids, token_table(host).num_embeddings)
-        check_room(host, len(self.ids))
+        reading.check_room(len(self.ids))
         self._host = (host,)  # not its table, which may be replaced; in a tuple, not as a child
         self.register_buffer("_ids", torch.tensor(self.ids), persistent=False)
 
+    @property
+    def words(self) -> Tensor:
+        return self.get_buffer("_ids")
+
     def tokens(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
-        ids = self.get_buffer("_ids").expand(batch, -1)  # [k] → [B, k]
+        ids = self.words.expand(batch, -1)  # [k] → [B, k]
         table = self._host[0].get_input_embeddings()  # type: ignore[operator]
         return table(ids), torch.ones_like(ids, dtype=torch.bool)  # [B, k, d], [B, k]
 
@@ -194,10 +198,9 @@ def _check_ids(ids: Sequence[int], size: int) -> None:
         )
 
 
-def _check_start(at_start: bool, host: nn.Module) -> None:
-    family = family_of(host)
-    if at_start and family is not None and family.embedded is not None:
+def _check_start(at_start: bool, reading: Reading) -> None:
+    if at_start and reading.inside:
         raise ModgraftError(
-            f"{type(host).__name__} reads its class at position 0, before which nothing goes; "
+            f"{reading.host} reads its class at position 0, before which nothing goes; "
             f"leave out at_start=True"
         )

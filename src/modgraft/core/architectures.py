@@ -61,20 +61,15 @@ def _latent(config: Any) -> tuple[None, Part, Part]:
 # -- decoders --------------------------------------------------------------------------------------
 
 _LLAMA = Family(
-    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2"),
-    decoder="norm",
-    counts_positions=True,
-)
-_LLAMA_LIKE = replace(
-    _LLAMA,
-    types=(
-        "granite", "cohere", "cohere2", "stablelm", "nemotron", "glm", "glm4", "olmo", "olmo3",
+    (
+        "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo",
+        "olmo2", "olmo3", "granite", "cohere", "cohere2", "stablelm", "nemotron", "glm", "glm4",
         "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm4v_text",
     ),
-    counts_positions=False,
+    decoder="norm",
 )  # fmt: skip
 _MOE = replace(
-    _LLAMA_LIKE,
+    _LLAMA,
     types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe"),
     up="mlp.{,shared_expert.,shared_experts.}{gate_proj,up_proj}",
     down="mlp.{,shared_expert.,shared_experts.}down_proj",
@@ -96,12 +91,12 @@ _LLAMA4 = replace(
     router="feed_forward.router.weight",
 )
 _PHI = replace(
-    _LLAMA_LIKE,
+    _LLAMA,
     types=("phi",),
     output="dense", up="mlp.fc1", down="mlp.fc2", decoder="final_layernorm",
 )  # fmt: skip
-_PHI3 = replace(_LLAMA_LIKE, types=("phi3",), qkv="qkv_proj", parts=_grouped)
-_STARCODER2 = replace(_LLAMA_LIKE, types=("starcoder2",), up="mlp.c_fc", down="mlp.c_proj")
+_PHI3 = replace(_LLAMA, types=("phi3",), qkv="qkv_proj", parts=_grouped)
+_STARCODER2 = replace(_LLAMA, types=("starcoder2",), up="mlp.c_fc", down="mlp.c_proj")
 _GPT2 = Family(
     ("gpt2",),
     block="h.*",
@@ -116,11 +111,8 @@ _GPT2 = Family(
         "attention": "crossattention",
         "cross_attention": "crossattention",
     },
-    counts_positions=True, position_table="wpe",
 )  # fmt: skip
-_BIGCODE = replace(
-    _GPT2, types=("gpt_bigcode",), parts=_bigcode, counts_positions=False, position_table=""
-)
+_BIGCODE = replace(_GPT2, types=("gpt_bigcode",), parts=_bigcode)
 _GPTJ = Family(
     ("gptj",),
     block="h.*",
@@ -196,34 +188,31 @@ _DETR = replace(
 # -- encoders of text ------------------------------------------------------------------------------
 
 _BERT = Family(
-    ("bert", "electra", "roberta", "xlm-roberta", "camembert"),
+    (
+        "bert", "electra", "roberta", "xlm-roberta", "camembert", "esm", "ernie", "data2vec-text",
+        "xlm-roberta-xl", "roberta-prelayernorm",
+    ),
     block="encoder.layer.*",
     attention="attention", cross="crossattention", inner="self",
     query="self.query", key="self.key", value="self.value", output="output.dense",
     feedforward="output", up="intermediate.dense", down="output.dense",
     embedding="embeddings.word_embeddings", encoder="encoder",
-    prompt_at=1, counts_positions=True, position_table="embeddings.position_embeddings",
-)  # fmt: skip
-_BERT_LIKE = replace(
-    _BERT,
-    types=("esm", "ernie", "data2vec-text", "xlm-roberta-xl", "roberta-prelayernorm"),
-    prompt_at=0, counts_positions=False, position_table="",
 )  # fmt: skip
 _LONGFORMER = replace(
-    _BERT_LIKE,
+    _BERT,
     types=("longformer",),
     query="self.{query,query_global}",
     key="self.{key,key_global}",
     value="self.{value,value_global}",
 )
 _DEBERTA2 = replace(
-    _BERT_LIKE,
+    _BERT,
     types=("deberta-v2",),
     query="self.query_proj", key="self.key_proj", value="self.value_proj", cross="",
 )  # fmt: skip
 _DEBERTA = replace(_DEBERTA2, types=("deberta",), qkv="self.in_proj", parts=_in_each_head)
 _MOBILEBERT = replace(
-    _BERT_LIKE,
+    _BERT,
     types=("mobilebert",),
     cross="",
     feedforward="{,ffn.*.}output",
@@ -232,7 +221,7 @@ _MOBILEBERT = replace(
     one_input=False,  # queries and keys are made of a bottleneck
 )
 _MPNET = replace(
-    _BERT_LIKE,
+    _BERT,
     types=("mpnet",),
     cross="", inner="attn", query="attn.q", key="attn.k", value="attn.v", output="attn.o",
 )  # fmt: skip
@@ -260,27 +249,25 @@ _MODERNBERT = Family(
 # -- images and sound ------------------------------------------------------------------------------
 
 _VIT = Family(
-    ("vit",),
+    ("vit", "deit", "vit_mae", "vit_msn"),
     attention="attention", up="mlp.fc1", down="mlp.fc2",
     embedding="embeddings", encoder="layernorm",
     sense="vision",
-    prompt_at=1, embedded=("embeddings", "layernorm"),
 )  # fmt: skip
-_VIT_LIKE = replace(_VIT, types=("deit", "vit_mae", "vit_msn"), prompt_at=0, embedded=None)
-_BEIT = replace(_VIT_LIKE, types=("beit",), encoder="")
+_BEIT = replace(_VIT, types=("beit",), encoder="")
 _DINO2 = replace(
-    _VIT_LIKE,
+    _VIT,
     types=("dinov2", "dinov2_with_registers"),
     block="encoder.layer.*", up="mlp.{fc1,gate_proj,up_proj}", down="mlp.{fc2,down_proj}",
 )  # fmt: skip
 _DINO3 = replace(
-    _VIT_LIKE,
+    _VIT,
     types=("dinov3_vit",),
     block="model.layer.*", up="mlp.{gate_proj,up_proj}", down="mlp.down_proj", encoder="norm",
 )  # fmt: skip
-_SWIN = replace(_VIT_LIKE, types=("swin",), block="encoder.layers.*.blocks.*")
+_SWIN = replace(_VIT, types=("swin",), block="encoder.layers.*.blocks.*")
 _CLIP_EYE = replace(
-    _VIT_LIKE,
+    _VIT,
     types=("clip_vision_model", "siglip_vision_model"),
     block="encoder.layers.*", attention="self_attn", output="out_proj", encoder="encoder",
 )  # fmt: skip
@@ -295,7 +282,7 @@ _BLIP2_EYE = replace(
     qkv="qkv", parts=_thirds, output="projection",
 )  # fmt: skip
 _QFORMER = replace(
-    _BERT_LIKE,
+    _BERT,
     types=("blip_2_qformer",),
     inner="attention",
     query="attention.query", key="attention.key", value="attention.value",
@@ -305,7 +292,7 @@ _QFORMER = replace(
     sense="qformer",
 )  # fmt: skip
 _QWEN_EYE = replace(
-    _VIT_LIKE,
+    _VIT,
     types=("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "glm4v_vision"),
     block="blocks.*",
     attention="attn", qkv="qkv", parts=_thirds, output="proj",
@@ -313,13 +300,13 @@ _QWEN_EYE = replace(
     embedding="patch_embed", encoder="merger",
 )  # fmt: skip
 _LLAMA4_EYE = replace(
-    _VIT_LIKE,
+    _VIT,
     types=("llama4_vision_model",),
     block="model.layers.*", attention="self_attn",
     embedding="patch_embedding", encoder="layernorm_post",
 )  # fmt: skip
 _SAM_EYE = replace(
-    _VIT_LIKE,
+    _VIT,
     types=("sam_vision_model",),
     attention="attn", qkv="qkv", parts=_thirds, output="proj",
     up="mlp.lin1", down="mlp.lin2",
@@ -345,10 +332,10 @@ _WAV2VEC2 = Family(
 )  # fmt: skip
 
 FAMILIES = (
-    _LLAMA, _LLAMA_LIKE, _MOE, _DEEPSEEK, _LLAMA4, _PHI, _PHI3, _STARCODER2, _GPT2, _BIGCODE, _GPTJ,
+    _LLAMA, _MOE, _DEEPSEEK, _LLAMA4, _PHI, _PHI3, _STARCODER2, _GPT2, _BIGCODE, _GPTJ,
     _GPT_NEO, _NEOX, _BLOOM, _FALCON, _MPT, _OPT, _MAMBA, _T5, _BART, _WHISPER, _DETR, _BERT,
-    _BERT_LIKE, _LONGFORMER, _DEBERTA2, _DEBERTA, _MOBILEBERT, _MPNET, _DISTILBERT, _ALBERT,
-    _MODERNBERT, _VIT, _VIT_LIKE, _BEIT, _DINO2, _DINO3, _SWIN, _CLIP_EYE, _CLIP_TEXT, _BLIP2_EYE,
+    _LONGFORMER, _DEBERTA2, _DEBERTA, _MOBILEBERT, _MPNET, _DISTILBERT, _ALBERT, _MODERNBERT,
+    _VIT, _BEIT, _DINO2, _DINO3, _SWIN, _CLIP_EYE, _CLIP_TEXT, _BLIP2_EYE,
     _QFORMER, _QWEN_EYE, _LLAMA4_EYE, _SAM_EYE, _SAM_MASKS, _WAV2VEC2,
 )  # fmt: skip
 

@@ -91,8 +91,7 @@ class Call:
         side: the side inputs by name.
         generating: whether this is a ``generate``.
         in_forward: whether the host runs, and not only a ``using`` block.
-        spliced: whether input modules have already put their tokens into this call.
-        relay: puts tokens in inside the host: a site's path and its output → the new output.
+        spliced: what the input modules have put into this call already, and where.
         choices: the routers' choices that hold at all sites, by (router, task).
         routings: each mixture that is learning with its choice, for the losses that they add.
         outputs: outputs computed ahead, of layers that share an input with one that has run.
@@ -104,8 +103,7 @@ class Call:
     side: Mapping[str, Side] = field(default_factory=dict)
     generating: bool = False
     in_forward: bool = False
-    spliced: bool = False
-    relay: Callable[[str, Tensor], Tensor] | None = None
+    spliced: Any = None
     choices: dict[Hashable, Any] = field(default_factory=dict, compare=False)
     routings: list[tuple[Any, Any]] = field(default_factory=list, compare=False)
     outputs: dict[Hashable, Any] = field(default_factory=dict, compare=False)

@@ -1,14 +1,131 @@
-"""The tokens that a host reads: their embedding table, width and number of positions."""
+"""What a host reads, and where tokens can go before it.
+
+All of it follows from what the host is: its modules, its configuration, the file that it is
+written in.
+"""
 
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from sys import modules as _files
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from modgraft.core.architectures import base_path, family_of
+from modgraft.core.architectures import base_path
 from modgraft.core.errors import ModgraftError
 from modgraft.core.family import joined
+
+_READS_FIRST = re.compile(r"\w\[:, 0(, :)?\](?!\s*=[^=])")  # of code: position 0 of every example
+_MASKED = re.compile(r"^class \w+ForMaskedLM\b", re.MULTILINE)
+_WRITES = re.compile(r"^class \w+(CausalLM|LMHead\w*|ForConditionalGeneration)\b", re.MULTILINE)
+_POSITIONS = re.compile(r"wpe|(char_)?(embed_)?pos(ition)?s?(_emb(ed(ding)?)?s?|_encoding)?")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a host reads, and where tokens can go before it.
+
+    Attributes:
+        host: the name of its class, for errors.
+        arguments: the names of the arguments that it takes, in order.
+        width: the number of features of a token at the first layer.
+        first: how many positions stay first: 1 where a class token is read there.
+        room: how many positions a table of them has; None where there is no such table, since
+            relative and rotary positions have no last one.
+        longest: how many positions the configuration speaks of, which may be no limit.
+        table: where a text host looks its token ids up; None for one that reads images.
+        tables: the paths of the layers that look token ids up: whether they hold ``table``'s
+            weight (T5's encoder has a layer of its own) or other rows for the same ids (Gemma 3n
+            has some for each block).
+        config: the configuration of what reads the text, if it has one.
+        inside: in a host that reads images, the layers whose output is the first sequence of
+            tokens, and whose input is the last.
+    """
+
+    host: str
+    arguments: tuple[str, ...]
+    width: int
+    first: int
+    room: int | None = None
+    longest: int | None = None
+    table: nn.Embedding | None = None
+    tables: tuple[tuple[str, bool], ...] = ()
+    config: Any = None
+    inside: tuple[str, str] | None = None
+
+    @property
+    def padding(self) -> int | None:
+        """The id of padding, if there is one now."""
+        return getattr(self.config, "pad_token_id", None)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The layers where tokens are put in or taken out inside the host."""
+        return (*(path for path, _ in self.tables), *(self.inside or ()))
+
+    def check_room(self, count: int, text: int = 0) -> None:
+        """Refuse ``count`` tokens before a text of ``text`` tokens, if positions are too few.
+
+        Raises:
+            ModgraftError: with the numbers and what would fit.
+        """
+        room = self.room
+        if room is not None and not (count + text <= room and (text or count < room)):
+            raise self.no_room(room, count, text)
+
+    def no_room(self, room: int, count: int, text: int) -> ModgraftError:
+        """Return the error of ``count`` tokens and ``text`` more for ``room`` positions."""
+        if text:
+            remedy = f"leave the text {room - count} tokens (truncation=True, max_length="
+            remedy += f"{room - count} in the tokenizer), or take at most {max(room - text, 0)} "
+            remedy += "before it"
+            wanted = f"{count} tokens before a text of {text}, {count + text} in all"
+        else:
+            remedy = f"take fewer, such as length={max(room // 8, 1)}: the text needs positions too"
+            wanted = f"{count} tokens before the text"
+        return ModgraftError(f"{wanted}, and this {self.host} has {room} positions; {remedy}")
+
+
+def reading_of(host: nn.Module) -> Reading:
+    """Work out what ``host`` reads, and where tokens can go before it.
+
+    Raises:
+        ModgraftError: for a host that reads no tokens.
+    """
+    name, arguments = type(host).__name__, _arguments(host)
+    inside = _image_layers(host)
+    if inside:
+        embeddings = host.get_submodule(inside[0])
+        first = sum(p.shape[1] for n, p in embeddings.named_parameters(recurse=False) if _leads(n))
+        width = int(host.config.hidden_size)  # type: ignore[union-attr]
+        return Reading(name, arguments, width, first, inside=inside)
+    table = token_table(host)
+    reader = _reader(host, table)
+    tables = tuple(
+        (path, _weight(module) is _weight(table))
+        for path, module in host.named_modules()
+        if isinstance(module, nn.Embedding) and _looks_ids_up(module, table)
+    )
+    config, first = getattr(reader, "config", None), int(_class_is_first(reader))
+    longest = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
+    longest = longest if isinstance(longest, int) else None
+    rooms = [rows if longest is None else min(rows, longest) for rows in _position_rows(reader)]
+    return Reading(
+        name,
+        arguments,
+        table.embedding_dim,
+        first,
+        min(rooms, default=None),
+        longest,
+        table,
+        tables,
+        config,
+    )
 
 
 def token_table(host: nn.Module) -> nn.Embedding:
@@ -21,11 +138,9 @@ def token_table(host: nn.Module) -> nn.Embedding:
         table = host.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         table = None
-    takes = inspect.signature(type(host).forward).parameters
-    if isinstance(table, nn.Embedding) and "inputs_embeds" in takes:
+    if isinstance(table, nn.Embedding) and "inputs_embeds" in _arguments(host):
         return table
-    family = family_of(host)
-    if family is not None and family.embedded is not None:
+    if _image_layers(host):
         raise ModgraftError(
             f"{type(host).__name__} reads no text and has no vocabulary to look tokens up in; "
             f"what goes before its input here is SoftPrompt(init='random') or a LinearMap"
@@ -42,42 +157,105 @@ def token_width(host: nn.Module) -> int:
     Raises:
         ModgraftError: for a host that reads no tokens.
     """
-    family = family_of(host)
-    if family is not None and family.embedded is not None:
+    if _image_layers(host):
         return int(host.config.hidden_size)  # type: ignore[union-attr]
     return token_table(host).embedding_dim
 
 
-def token_positions(host: nn.Module) -> tuple[int, int] | None:
-    """Return the first position and the number of positions, where the host looks them up in a
-    table.
+def _arguments(host: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments that the host's ``forward`` takes, in order."""
+    return tuple(inspect.signature(type(host).forward).parameters)[1:]  # the first is self
 
-    None where it does not: relative and rotary positions have no last one.
+
+# -- text -----------------------------------------------------------------------------------------
+
+
+def _looks_ids_up(layer: nn.Embedding, table: nn.Embedding) -> bool:
+    """Return whether ``layer`` is called with ids alone, and has rows for most of the vocabulary.
+
+    OPT's positions, for one, are worked out from a mask by their own layer.
     """
-    family = family_of(host)
-    if family is None or not family.position_table:
+    return len(_arguments(layer)) == 1 and 2 * layer.num_embeddings >= table.num_embeddings
+
+
+def _weight(layer: nn.Embedding) -> nn.Parameter | None:
+    """Return the layer's own weight, not what modules make of it for who reads it."""
+    return dict(layer.named_parameters(recurse=False)).get("weight")
+
+
+def _reader(host: nn.Module, table: nn.Embedding) -> nn.Module:
+    """Return the innermost model that holds ``table``: of a model of images and text, the text's.
+
+    Of an encoder-decoder it is the encoder, where that is a model by itself.
+    """
+    if getattr(getattr(host, "config", None), "is_encoder_decoder", False):
+        encoder = getattr(host, "get_encoder", lambda: None)()
+        if encoder is not None and _is_model(encoder):
+            return encoder
+    found = host
+    for module in host.modules():  # from the outside in
+        if _is_model(module) and any(m is table for m in module.modules()):
+            found = module
+    return found
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Return whether ``module`` is a model of transformers, by itself or as a part of another."""
+    return getattr(type(module), "base_model_prefix", None) is not None
+
+
+def _class_is_first(reader: nn.Module) -> bool:
+    """Return whether texts begin with a token that the class is read at.
+
+    A few configurations say so. Otherwise the file that the model is written in does: it reads
+    position 0 of every example, and is that of an encoder. A head that reads each token is put on
+    the same encoder, whose texts begin alike.
+    """
+    config = getattr(reader, "config", None)
+    if (summary := getattr(config, "summary_type", None)) is not None:
+        return summary == "first"
+    if not _is_model(reader) or getattr(config, "is_decoder", False):
+        return False
+    source = _source(type(reader).__module__)
+    encodes = _MASKED.search(source) or not _WRITES.search(source)
+    return bool(encodes and _READS_FIRST.search(source))
+
+
+@cache
+def _source(module: str) -> str:
+    return inspect.getsource(_files[module])
+
+
+def _position_rows(reader: nn.Module) -> Iterator[int]:
+    """Yield how many positions each table of them has that ``reader`` looks them up in."""
+    for path, module in reader.named_modules():
+        if not _POSITIONS.fullmatch(path.rpartition(".")[2]) or hasattr(module, "make_weight"):
+            continue  # one that makes its weight anew is as long as it has to be
+        if isinstance(module, nn.Embedding):
+            padding: Any = module.padding_idx
+            yield module.num_embeddings - (0 if padding is None else padding + 1)
+    for path, buffer in reader.named_buffers():  # GPT-J's rotations, which are looked up
+        if _POSITIONS.fullmatch(path.rpartition(".")[2]) and buffer.dim() == 2:
+            yield len(buffer)
+
+
+# -- images ---------------------------------------------------------------------------------------
+
+
+def _image_layers(host: nn.Module) -> tuple[str, str] | None:
+    """Return where the tokens of a vision transformer's image begin and end, if it is one."""
+    base = base_path(host)
+    model = host.get_submodule(base)
+    children = dict(model.named_children())
+    if not isinstance(getattr(children.get("embeddings"), "cls_token", None), Tensor):
         return None
-    table = host.get_submodule(joined(base_path(host), family.position_table))
-    assert isinstance(table, nn.Embedding)  # noqa: S101
-    first = 0 if table.padding_idx is None else table.padding_idx + 1
-    return first, table.num_embeddings - first
+    if "layernorm" not in children or any(
+        "relative_position" in n for n, _ in model.named_modules()
+    ):
+        return None
+    return joined(base, "embeddings"), joined(base, "layernorm")
 
 
-def check_room(host: nn.Module, count: int, text: int = 0) -> None:
-    """Refuse ``count`` tokens before a text of ``text`` tokens, if there are too few positions.
-
-    Raises:
-        ModgraftError: with the numbers and what would fit.
-    """
-    positions = token_positions(host)
-    if positions is None or (count + text <= positions[1] and (text or count < positions[1])):
-        return
-    room = positions[1]
-    if text:
-        remedy = f"leave the text {room - count} tokens (truncation=True, max_length={room - count}"
-        remedy += f" in the tokenizer), or take at most {max(room - text, 0)} before it"
-        wanted = f"{count} tokens before a text of {text}, {count + text} in all"
-    else:
-        remedy = f"take fewer, such as length={max(room // 8, 1)}: the text needs positions too"
-        wanted = f"{count} tokens before the text"
-    raise ModgraftError(f"{wanted}, and this {type(host).__name__} has {room} positions; {remedy}")
+def _leads(name: str) -> bool:
+    """Return whether a parameter of an image's embeddings stands before its patches."""
+    return name.endswith(("_token", "_tokens")) and name != "mask_token"

@@ -35,12 +35,6 @@ class Family:
             model in one host, as ``"vision.query"``.
         one_input: whether query, key and value are called one after another with one input, in
             cross-attention key and value.
-        prompt_at: how many positions stay first when tokens are put before the input: 1 for hosts
-            that read a class token at position 0.
-        counts_positions: whether the host takes the tokens' positions as an argument.
-        position_table: the embedding that positions are looked up in, empty where there is none.
-        embedded: in a host that reads no text, the layers whose outputs are the first sequence of
-            tokens and the last.
     """
 
     types: tuple[str, ...]
@@ -65,10 +59,6 @@ class Family:
     more: Mapping[str, str] = field(default_factory=dict)
     sense: str = ""
     one_input: bool = True
-    prompt_at: int = 0
-    counts_positions: bool = False
-    position_table: str = ""
-    embedded: tuple[str, str] | None = None
 
     def roles(self, config: Any) -> dict[str, tuple[str, ...]]:
         """Return role → patterns, relative to the base model, of a model with this config."""

@@ -9,7 +9,7 @@ registered children.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ from modgraft.computation.base import (
     TokenComposition,
 )
 from modgraft.core.context import Context
+from modgraft.core.embeddings import Reading, reading_of
 from modgraft.core.layers import feature_axis
 from modgraft.core.sites import Site, one_input
 from modgraft.core.weights import WEIGHTED
-from modgraft.engine.inputs.tokens import generate_with_tokens, inner_sites
+from modgraft.engine.inputs.generation import processors
+from modgraft.engine.inputs.tokens import generate_with_tokens
 from modgraft.engine.own_forward import PATCHED, by_weight, original, runs_changed
 from modgraft.engine.plan import Entry
 from modgraft.engine.run import run
@@ -64,23 +66,43 @@ def graft_everywhere(
 def graft(site: Site, name: str, module: Computation, context: Context) -> None:
     """Add ``module`` to the modules of ``site``, under ``name``."""
     layer = site.module
-    state: State | None = layer.__dict__.get(STATE)
-    if state is None:
-        state = State(site.path, context)
-        kind = _grafted(type(layer))
-        layer.__dict__[STATE] = state
-        layer.__class__ = kind
-        if "forward" in layer.__dict__:
-            layer.__dict__[PATCHED] = layer.__dict__.pop("forward")
-        state.by_weight = by_weight(layer)
+    state = _state_of(layer, site.path, context)
     axis = feature_axis(layer)
     entry = Entry(name, module, site.part, site.residual, site.parameter, axis)
     entry.inside = _is_inside(entry, layer)
     state.add(entry)
     if isinstance(module, TokenComposition) and not site.path:
         context.token_modules.add(name)
-        for inner in inner_sites(site):
-            graft(inner, name, module, context)
+        state.relink = partial(_link_tokens, layer)
+        _link_tokens(layer)
+
+
+def _state_of(layer: nn.Module, path: str, context: Context) -> State:
+    """Return the state of a layer, grafted if it was not."""
+    state: State | None = layer.__dict__.get(STATE)
+    if state is None:
+        state = State(path, context)
+        kind = _grafted(type(layer))
+        layer.__dict__[STATE] = state
+        layer.__class__ = kind
+        if "forward" in layer.__dict__:
+            layer.__dict__[PATCHED] = layer.__dict__.pop("forward")
+        state.by_weight = by_weight(layer)
+    return state
+
+
+def _link_tokens(host: nn.Module) -> Reading:
+    """Graft the layers of ``host`` where the tokens of its modules come in or leave.
+
+    Returns:
+        What the host reads, which says where these layers are.
+    """
+    state: State = host.__dict__[STATE]
+    reading = state.reading = reading_of(host)
+    names = [entry.name for entry in state.of_kind(TokenComposition)]
+    for path in reading.paths:
+        _state_of(host.get_submodule(path), path, state.context).relays.update(names)
+    return reading
 
 
 def ungraft(layer: nn.Module, name: str) -> None:
@@ -91,9 +113,7 @@ def ungraft(layer: nn.Module, name: str) -> None:
     gone = state.remove(name)
     if not state.path and any(isinstance(e.module, TokenComposition) for e in gone):
         state.context.token_modules.discard(name)
-        for inner in inner_sites(Site("", layer, None, layer)):
-            ungraft(inner.module, name)
-    if not state.entries:
+    if not (state.entries or state.relays):
         restore(layer)
 
 
@@ -109,7 +129,7 @@ def ungraft_all(model: nn.Module) -> nn.Module:
     """Remove every module from ``model``, and return it."""
     for layer in model.modules():
         while (state := layer.__dict__.get(STATE)) is not None:
-            ungraft(layer, next(iter(state.entries)))
+            ungraft(layer, next(iter(state.entries or state.relays)))
     return model
 
 
@@ -164,6 +184,15 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
             return _generate(self, generate, args, kwargs)
 
         body["generate"] = grafted_generate
+    make_processors = getattr(kind, "_get_logits_processor", None)
+    if make_processors is not None:
+
+        @wraps(make_processors)
+        def grafted_processors(self: nn.Module, **kwargs: Any) -> Any:
+            call = self.__dict__[STATE].context.current()
+            return processors(self, call, make_processors, kwargs)
+
+        body["_get_logits_processor"] = grafted_processors
     made: Any = type(kind.__name__, (kind,), body)
     return made
 
@@ -195,6 +224,6 @@ def _generate(host: nn.Module, generate: Callable[..., Any], args: tuple, kwargs
     call = state.context.current()
     names = () if call.composition is None else call.composition.names()
     inputs = state.token_modules(names)
-    if not inputs or call.spliced:
+    if not inputs or call.spliced is not None:
         return generate(host, *args, **kwargs)
     return generate_with_tokens(host, state, call, inputs, generate, args, kwargs)

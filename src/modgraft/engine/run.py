@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import FunctionComposition
+from modgraft.core.context import Call
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression, Weight, weighted
 from modgraft.core.per_example import Each
@@ -27,7 +28,7 @@ from modgraft.core.precision import as_the_layer
 from modgraft.core.tensors import first_tensor, tensor_input, tensor_of, with_tensor
 from modgraft.engine import own_forward, shared_input
 from modgraft.engine.apply import Applier, pick
-from modgraft.engine.inputs.tokens import call_with_tokens
+from modgraft.engine.inputs.tokens import call_with_tokens, relayed
 from modgraft.engine.kernels.linear import Change, one_product
 from modgraft.engine.plan import Entry, Group, make_groups
 from modgraft.engine.residual import Step, shifted
@@ -49,13 +50,28 @@ def run(layer: nn.Module, args: tuple, kwargs: dict) -> Any:
     composition = call.composition
     if composition is None:
         return own_forward.run(layer, (), args, kwargs)
+    if state.relays:
+        inside = partial(_run, layer, state, call, composition)
+        return relayed(layer, state, call, inside, args, kwargs)
+    return _run(layer, state, call, composition, args, kwargs)
+
+
+def _run(
+    layer: nn.Module,
+    state: State,
+    call: Call,
+    composition: Expression,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
     groups = state.groups(composition)
     if not groups:
         return own_forward.run(layer, (), args, kwargs)
-    inputs = state.token_modules(state.context.token_modules_in(composition))
-    if inputs and not call.spliced:
-        run_inside = partial(run, layer)
-        return call_with_tokens(layer, state, call, inputs, run_inside, args, kwargs)
+    if call.spliced is None:
+        inputs = state.token_modules(state.context.token_modules_in(composition))
+        if inputs:
+            run_inside = partial(run, layer)
+            return call_with_tokens(layer, state, call, inputs, run_inside, args, kwargs)
 
     site = SiteCall(layer, state, call, args, kwargs)
     if any(group.residual for group in groups):
@@ -66,8 +82,7 @@ def run(layer: nn.Module, args: tuple, kwargs: dict) -> Any:
     out, left = _run_layer(site, groups, composition, x)
     _check_attended(site, groups, attended)
 
-    relay = call.relay if inputs else None
-    if relay is None and not any(group.changes_output for group in groups):
+    if not any(group.changes_output for group in groups):
         return out
     before = tensor_of(out)
     if whole is None or whole.by_example:
@@ -75,8 +90,6 @@ def run(layer: nn.Module, args: tuple, kwargs: dict) -> Any:
     y = start = site.examples_first(before)
     if site.axis and x is not None and x.shape[: site.axis + 1] == before.shape[: site.axis + 1]:
         x = site.examples_first(x)
-    if relay is not None:
-        y = relay(state.path, y)
     if whole is None:
         y = _per_example(site, groups, composition, x, y)
     elif left is not None:
@@ -168,7 +181,7 @@ def _per_example(
     assert isinstance(composition, Each)  # noqa: S101
     count = len(composition.rows)
     times = site.rows_each(count, y)
-    fresh = not (site.call.relay or torch.is_grad_enabled() or y.shape[0] == 1)
+    fresh = not (torch.is_grad_enabled() or y.shape[0] == 1)
     if y.shape[0] != times * count:  # one row that stands for all examples
         y = y.expand(count, *y.shape[1:])
         x = None if x is None or len(x) > 1 else x.expand(count, *x.shape[1:])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import Computation, TokenComposition
 from modgraft.core.context import Call, Context, once_in_a_call
+from modgraft.core.embeddings import Reading
 from modgraft.core.errors import CompositionError, SiteError
 from modgraft.core.expression import Expression, Weight
 from modgraft.core.layers import STATE as STATE
@@ -49,6 +50,9 @@ class State:
         merged: the layer's weight with the changes of the composition used last.
         experts: for each mixture here, the modules it was made of and those modules as one batch.
         same_input: the grafted layers that read the same input as this one, itself among them.
+        relays: the modules whose tokens come in or leave here, inside the host.
+        reading: at the host itself, what it reads, where modules put tokens before that.
+        relink: there, works it out anew and grafts the layers where tokens come in or leave.
         by_weight: what computes the layer by its weight; None where it has to run itself.
         called: whether the layer has run.
         served: its weight and bias as others read them.
@@ -63,6 +67,9 @@ class State:
     merged: MergedWeight | None = None
     experts: dict[RoutedMixture, tuple[Any, ExpertBatch | None]] = field(default_factory=dict)
     same_input: tuple[nn.Module, ...] = ()
+    relays: set[str] = field(default_factory=set)
+    reading: Reading | None = None
+    relink: Callable[[], Reading] | None = None
     by_weight: Callable[..., Tensor] | None = None
     called: bool = False
     served: Shells = field(default_factory=Shells)
@@ -78,6 +85,7 @@ class State:
         self.plans.clear()
         self.experts.clear()
         self.merged = None
+        self.relays.discard(name)
         return self.entries.pop(name, [])
 
     def of_kind(self, kind: type[Computation]) -> list[Entry]:

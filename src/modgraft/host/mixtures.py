@@ -19,7 +19,7 @@ from modgraft.core.expression import Name, module_of
 from modgraft.core.parse import parse
 from modgraft.core.sites import Site, find
 from modgraft.engine.implant import Implant, Implants
-from modgraft.engine.inputs.splice import IGNORED
+from modgraft.engine.inputs.rows import IGNORED
 from modgraft.routing.base import Member, Router
 from modgraft.routing.losses import example_losses
 from modgraft.routing.mixture import Mixture

@@ -9,33 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.architectures import base_path, family_of
-from modgraft.core.embeddings import check_room, token_positions
+from modgraft.core.embeddings import Reading
 from modgraft.core.errors import ModgraftError
-from modgraft.core.family import Family
+from modgraft.engine.inputs.relays import FIRST_ID, AroundImage, NewIds, Relay, Tokens
+from modgraft.engine.inputs.rows import IGNORED, LABELS, MASK, POSITIONS, Rows, gather
 
-IGNORED = -100
-"""The label that transformers' losses leave out."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens that one module puts before the input.
-
-    Attributes:
-        name: the module's name.
-        embeddings: ``[B, k, d]``.
-        seen: ``[B, k]`` bool, True where a token is seen.
-        after: how many of the input's own positions stay before them.
-        masked: whether some of them may be unseen.
-    """
-
-    name: str
-    embeddings: Tensor
-    seen: Tensor
-    after: int
-    masked: bool = False
-
+IDS, EMBEDDINGS = "input_ids", "inputs_embeds"
+_NONE_AT_TOKENS = ("token_type_ids", "global_attention_mask", "bbox")  # ends of names; 0 at tokens
 
 Source = Callable[[int], list[Tokens]]
 """The batch size → what each module puts before the input, in order."""
@@ -47,17 +27,22 @@ class Splice:
 
     Attributes:
         kwargs: the arguments to call the model with.
+        text: the text as it was given, ids ``[B, T]`` or embeddings ``[B, T, d]``.
         keep: ``[B, T]``, the text's own positions among all; None: nothing is to be trimmed.
         total: how many positions there are with the tokens.
-        relay: puts tokens in and takes them out inside a host that reads no text.
-        last_unseen: ``[B]`` bool, for a decoder: whether its last position is padding.
+        last: how many of the last logits are wanted; 0: what the model gives.
+        ends_unseen: ``[B]`` bool, whether what a decoder reads a class at is padding; None: it is
+            known to be none.
+        relay: acts at the layers inside the host where the tokens come in or leave.
     """
 
     kwargs: dict[str, Any]
+    text: Tensor | None = None
     keep: Tensor | None = None
     total: int = 0
+    last: int = 0
+    ends_unseen: Tensor | None = None
     relay: Relay | None = None
-    last_unseen: Tensor | None = None
 
     def trim(self, out: Any) -> Any:
         """Return the model's output without the positions of the tokens."""
@@ -66,56 +51,42 @@ class Splice:
         if type(out) is tuple:
             raise ModgraftError("with an input module, call the host without return_dict=False")
         logits = getattr(out, "logits", None)
-        if self.last_unseen is not None and isinstance(logits, Tensor) and logits.dim() == 2:
-            _check_last(out, self.last_unseen)
+        if self.ends_unseen is not None and isinstance(logits, Tensor) and logits.dim() == 2:
+            _check_end(out, self.ends_unseen)
         for key, dims in (
-            ("logits", 3), ("last_hidden_state", 3), ("start_logits", 2), ("end_logits", 2)
+            ("logits", 3), ("prediction_logits", 3), ("last_hidden_state", 3),
+            ("start_logits", 2), ("end_logits", 2),
         ):  # fmt: skip
             value = getattr(out, key, None)
             if isinstance(value, Tensor) and value.dim() == dims and value.shape[1] == self.total:
-                out = replace(out, **{key: _gather(value, self.keep)})
+                value = gather(value, self.keep)
+                out = replace(out, **{key: value[:, -self.last :] if key == "logits" else value})
         return out
 
-
-@dataclass(frozen=True)
-class Relay:
-    """Puts tokens into a host's first sequence of tokens, and takes them out of its last.
-
-    Attributes:
-        enter: the layer whose output is the first sequence ``[B, N, d]``.
-        leave: the layer whose output is the last.
-        tokens: what the modules put in, in order.
-    """
-
-    enter: str
-    leave: str
-    tokens: tuple[Tokens, ...]
-
-    def __call__(self, path: str, y: Tensor) -> Tensor:
-        """Return the output y of the layer at ``path`` with the tokens, or without them again."""
-        if path == self.enter:
-            for own in reversed(self.tokens):
-                _check_width(own, y)
-                new = own.embeddings.to(y.dtype)
-                y = torch.cat([y[:, : own.after], new, y[:, own.after :]], dim=1)  # [B, k + N, d]
-        elif path == self.leave:
-            for own in self.tokens:
-                end = own.after + own.embeddings.shape[1]
-                y = torch.cat([y[:, : own.after], y[:, end:]], dim=1)  # [B, k + N, d] → [B, N, d]
-        return y
+    def without_tokens(self, ids: Tensor) -> Tensor:
+        """Return ids ``[R, n]`` that a decoder has written on, beams of an example together."""
+        if self.keep is None:
+            return ids
+        keep = self.keep.to(ids.device).repeat_interleave(len(ids) // len(self.keep), dim=0)
+        return torch.cat([ids.gather(1, keep), ids[:, self.total :]], dim=1)
 
 
 def splice(
-    model: nn.Module, kwargs: dict[str, Any], source: Source, generating: bool = False
+    model: nn.Module,
+    reading: Reading,
+    kwargs: dict[str, Any],
+    source: Source,
+    generating: bool = False,
 ) -> Splice:
     """Rewrite the arguments of a model's ``forward`` or ``generate``.
 
     Tokens go right before the first one of the text that is seen (after it, where it is a class
-    token): padding on the left stays on the left. Positions are the model's own, moved by the
-    tokens that are seen.
+    token): padding on the left stays on the left. Those that are not seen go to the end of the
+    text, where they move none of it; where a decoder writes on there, to the front.
 
     Args:
         model: a Hugging Face model.
+        reading: what it reads.
         kwargs: its arguments by name, with ``input_ids`` or ``inputs_embeds`` ``[B, T(, d)]``, or
             ``pixel_values`` ``[B, C, H, W]`` for one that reads images.
         source: gives the tokens.
@@ -125,78 +96,201 @@ def splice(
         ModgraftError: if there is no text to put the tokens before, or no positions for both.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    family = family_of(model)
-    if family is not None and family.embedded is not None:
-        return _into_images(model, family, kwargs, source)
-    return _into_text(model, family, kwargs, source, generating)
+    if reading.inside:
+        return _into_image(model, reading, kwargs, source)
+    what, text = _text(kwargs)
+    batch, length = text.shape[:2]
+    given = kwargs.get(MASK)
+    _check_mask(given, text)
+    decodes = _decodes(model, reading, kwargs, generating)
+    writes_on = generating and not decodes
+    groups = source(batch)
+    count = sum(own.seen.shape[1] for own in groups)
+    reading.check_room(count, length)
+    for own in groups:
+        _check_width(own, batch, reading.width if what == IDS else text.shape[-1])
 
-
-def _into_text(
-    model: nn.Module,
-    family: Family | None,
-    kwargs: dict[str, Any],
-    source: Source,
-    generating: bool,
-) -> Splice:
-    """Put tokens before the text of a call."""
-    config = getattr(model, "config", None)
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
-    embeds = _embedded(model, kwargs, ids, embeds)
-    batch, length = embeds.shape[:2]
-    groups = [_unseen_first(own) for own in source(batch)]
-    count = sum(own.embeddings.shape[1] for own in groups)
-    check_room(model, count, length)
-
-    given = kwargs.get("attention_mask")
-    mask = _text_mask(model, given, ids if generating else None, embeds)
-    rows: dict[str, Tensor] = {"inputs_embeds": embeds, "attention_mask": mask}
-    if "token_type_ids" in kwargs:
-        rows["token_type_ids"] = kwargs["token_type_ids"]
-    labels = kwargs.get("labels")
-    if (
-        isinstance(labels, Tensor)
-        and labels.shape == (batch, length)
-        and not labels.is_floating_point()  # one for each token, not one for each class
-        and not encoder_decoder
-    ):
-        rows["labels"] = _first_unpredicted(model, labels, groups)
-    if "position_ids" in kwargs:
-        rows["position_ids"] = kwargs["position_ids"].expand(batch, length)
-    elif not generating and family is not None and family.counts_positions:
-        rows["position_ids"] = _own_positions(model, ids, embeds)
-
-    padded = given is not None or generating or any(own.masked for own in groups)
-    keep = torch.arange(length, device=embeds.device).expand(batch, length)
+    masked = any(own.masked for own in groups)
+    padded = given is not None or writes_on or masked
+    mask = _mask_of_padding(model, text) if given is None and writes_on else given
+    rows = Rows.of(_rows(kwargs, what, text, mask))
+    if not decodes and _by_token(kwargs.get(LABELS), text):
+        rows.values[LABELS] = _first_unpredicted(model, kwargs[LABELS], groups)
+    first_id = FIRST_ID + batch * count
     for own in reversed(groups):
-        _check_width(own, embeds)
-        rows, moved = _insert(rows, own, padded)
-        keep = moved.gather(1, keep)
-    kwargs |= rows
-    _move_spans(kwargs, keep, count)
-    if generating and not encoder_decoder:
-        _keep_lengths(model, kwargs, ids, count, length)
-    else:
-        _keep_logits(kwargs, length)
-    reads_last = family is not None and not encoder_decoder and bool(family.decoder)
-    unseen = (rows["attention_mask"][:, -1] == 0) if reads_last else None
-    trimmed = None if encoder_decoder else keep
-    return Splice(kwargs, trimmed, length + count, last_unseen=unseen)
+        first_id -= own.seen.numel()
+        ids = _new_ids(first_id, own, reading.padding)
+        rows.insert(own, {IDS: ids} if what == IDS else {EMBEDDINGS: own.embeddings}, padded)
+    if masked:
+        rows.move_unseen(front=writes_on)
+        _check_masks(reading)
+    if not padded or (given is None and MASK not in reading.arguments):
+        del rows.values[MASK]  # all of it is seen, which goes without saying
+    kwargs |= rows.values
+    if POSITIONS in kwargs:
+        moved = kwargs[POSITIONS].permute(2, 0, 1)  # [B, T + k, D] → [D, B, T + k]
+        kwargs[POSITIONS] = moved if len(moved) > 1 else moved[0]
+
+    relay = None
+    if what == IDS and groups:
+        embeddings = [own.embeddings.flatten(0, 1) for own in groups]  # [B, k, d] → [B·k, d]
+        relay = NewIds(dict(reading.tables), torch.cat(embeddings), reading.padding or 0)
+    whole = Splice(kwargs, text, rows.keep, length + count, relay=relay)
+    if decodes:
+        return replace(whole, keep=None)
+    if writes_on:
+        # of embeddings, transformers subtracts the length, and gives back what is new
+        _keep_lengths(model, kwargs, count + length if what != IDS and IDS in kwargs else count)
+        return whole if what == IDS else Splice(kwargs)
+    kwargs.pop(IDS if what == EMBEDDINGS else EMBEDDINGS, None)
+    _move_spans(kwargs, rows.keep, count)
+    ends = None if given is None or reading.first else _ends_unseen(reading, text, given)
+    return replace(whole, last=_keep_logits(kwargs, length, masked), ends_unseen=ends)
 
 
-def _text_mask(model: nn.Module, given: Any, ids: Tensor | None, embeds: Tensor) -> Tensor:
-    """Return the text's mask ``[B, T]``: as given, or as ``generate`` infers it from ``ids``.
+def _text(kwargs: dict[str, Any]) -> tuple[str, Tensor]:
+    """Return the text of a call: embeddings ``[B, T, d]`` if there are some, else ids ``[B, T]``.
 
     Raises:
-        ModgraftError: for a mask of another shape.
+        ModgraftError: where there is no text, or more than that.
     """
-    batch, length = embeds.shape[:2]
-    if given is None:
-        ones = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
-        return ones if ids is None else _mask_of_padding(model, ids, ones)
-    if not isinstance(given, Tensor) or given.shape != (batch, length):
-        raise ModgraftError(f"with an input module, attention_mask is [{batch}, {length}]")
-    return given
+    if "past_key_values" in kwargs or "encoder_outputs" in kwargs:
+        raise ModgraftError(
+            "with an input module, continue from a cache by host.generate(...): a single call with "
+            "past_key_values or encoder_outputs cannot tell whether they hold the module's tokens"
+        )
+    for name, dims in ((EMBEDDINGS, 3), (IDS, 2)):
+        if name not in kwargs:
+            continue
+        if kwargs[name].dim() != dims:
+            raise ModgraftError(
+                f"an input module puts tokens before texts [batch, T], not before "
+                f"{list(kwargs[name].shape)}"
+            )
+        return name, kwargs[name]
+    raise ModgraftError(
+        "an input module puts tokens before input_ids or inputs_embeds, and this call has "
+        f"neither (it has {', '.join(kwargs) or 'nothing'})"
+    )
+
+
+def _decodes(model: nn.Module, reading: Reading, kwargs: dict[str, Any], generating: bool) -> bool:
+    """Return whether the outputs are those of a decoder with a text of its own.
+
+    Raises:
+        ModgraftError: where it was given none.
+    """
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not (two and "decoder_input_ids" in reading.arguments):
+        return False
+    from_labels = LABELS in kwargs and _can_generate(model)
+    if not (
+        generating or from_labels or kwargs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
+    ):
+        raise ModgraftError(
+            f"an input module puts tokens before the encoder's text alone, and {reading.host} was "
+            f"given none for its decoder; pass decoder_input_ids, or implant a Prefix, which takes "
+            f"no place in a text"
+        )
+    return True
+
+
+def _can_generate(model: nn.Module) -> bool:
+    can = getattr(model, "can_generate", None)
+    return can is not None and can()
+
+
+def _rows(
+    kwargs: dict[str, Any], what: str, text: Tensor, mask: Tensor | None
+) -> dict[str, Tensor]:
+    """Return what the call has for each position, but its labels."""
+    if mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+    rows = {what: text, MASK: mask}
+    for key, value in kwargs.items():
+        if key.endswith(_NONE_AT_TOKENS) and value.shape[:2] == mask.shape:
+            rows[key] = value
+    if POSITIONS in kwargs:  # [B or 1, T], or in several dimensions [D, B, T]
+        positions = kwargs[POSITIONS]
+        positions = positions.reshape(-1, *positions.shape[-2:]).permute(1, 2, 0)
+        rows[POSITIONS] = positions.expand(*mask.shape, -1)  # [B, T, D]
+    return rows
+
+
+def _by_token(labels: Any, text: Tensor) -> bool:
+    """Return whether there is one label for each token, not one for each class."""
+    if not isinstance(labels, Tensor):
+        return False
+    return labels.shape == text.shape[:2] and not labels.is_floating_point()
+
+
+def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens]) -> Tensor:
+    """Return ``labels`` ``[B, T]`` for a batch with tokens before its texts.
+
+    A model of the next token predicts a text's first one from a prompt. An example without a
+    prompt, in a batch where others have one, has no such prediction: its first label is ignored.
+    """
+    if not any(own.masked for own in groups) or not _can_generate(model):
+        return labels
+    none = ~torch.cat([own.seen for own in groups], dim=1).any(1, keepdim=True)  # [B, 1]
+    return torch.cat([labels[:, :1].masked_fill(none, IGNORED), labels[:, 1:]], dim=1)
+
+
+def _new_ids(first: int, own: Tokens, padding: int | None) -> Tensor:
+    """Return ids ``[B, k]`` for tokens: of words their own, of others new ones from ``first`` on,
+    and of those that are not seen the padding's.
+    """
+    ids = torch.arange(first, first + own.seen.numel(), device=own.seen.device)
+    ids = ids.reshape(own.seen.shape)
+    if own.words is not None:
+        ids = torch.where(own.words < 0, ids, own.words)
+    return ids if padding is None else torch.where(own.seen, ids, padding)
+
+
+def _check_mask(given: Any, text: Tensor) -> None:
+    """Refuse a mask that is not ``[B, T]``.
+
+    Raises:
+        ModgraftError: with the shape.
+    """
+    if given is not None and (not isinstance(given, Tensor) or given.shape != text.shape[:2]):
+        raise ModgraftError(f"with an input module, attention_mask is {list(text.shape[:2])}")
+
+
+def _check_masks(reading: Reading) -> None:
+    """Refuse tokens that may be unseen, where the host sees all that it is given.
+
+    Raises:
+        ModgraftError: with the remedy.
+    """
+    if MASK not in reading.arguments:
+        raise ModgraftError(
+            f"{reading.host} takes no attention_mask, so it would see tokens that are not there; "
+            f"give each example as many, by a module without a side input"
+        )
+
+
+def _mask_of_padding(model: nn.Module, text: Tensor) -> Tensor | None:
+    """Return the mask that ``generate`` infers for ids ``[B, T]`` without one, if it does."""
+    settings = model.generation_config
+    pad: Any = settings.pad_token_id  # type: ignore[union-attr]
+    eos: Any = settings.eos_token_id  # type: ignore[union-attr]
+    ends = eos if isinstance(eos, list) else [eos]
+    return None if pad is None or pad in ends or text.dim() > 2 else text.ne(pad).long()
+
+
+def _keep_lengths(model: nn.Module, kwargs: dict[str, Any], more: int) -> None:
+    """Have ``generate`` count whole lengths as it does without the tokens."""
+    sources = (kwargs.get("generation_config"), model.generation_config)
+
+    def setting(name: str) -> Any:
+        found = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
+        return next((value for value in found if value is not None), None)
+
+    for bound in ("max", "min"):
+        whole = setting(f"{bound}_length")
+        if whole and setting(f"{bound}_new_tokens") is None:
+            kwargs[f"{bound}_length"] = whole + more
 
 
 def _move_spans(kwargs: dict[str, Any], keep: Tensor, count: int) -> None:
@@ -209,155 +303,55 @@ def _move_spans(kwargs: dict[str, Any], keep: Tensor, count: int) -> None:
             kwargs[key] = torch.where(at < length, moved, at + count)
 
 
-def _keep_logits(kwargs: dict[str, Any], length: int) -> None:
+def _keep_logits(kwargs: dict[str, Any], length: int, masked: bool) -> int:
     """Bound ``logits_to_keep`` by the text's length.
+
+    Returns:
+        How many of the last are to be picked from all logits: tokens that are not seen are behind
+        the text.
 
     Raises:
         ModgraftError: where it names positions.
     """
-    last = kwargs.get("logits_to_keep")
-    if isinstance(last, int):
-        kwargs["logits_to_keep"] = min(last, length)
-    elif last is not None:
+    last = kwargs.get("logits_to_keep", 0)
+    if not isinstance(last, int):
         raise ModgraftError(
             "with an input module, logits_to_keep is how many of the last, not which; pick from "
             "the logits of the whole text"
         )
+    if not last:
+        return 0
+    kwargs["logits_to_keep"] = 0 if masked else min(last, length)
+    return min(last, length) if masked else 0
 
 
-def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens]) -> Tensor:
-    """Return ``labels`` ``[B, T]`` for a batch with tokens before its texts.
+def _ends_unseen(reading: Reading, text: Tensor, mask: Tensor) -> Tensor:
+    """Return ``[B]``, whether the position that a decoder reads a class at is masked.
 
-    A model of the next token predicts a text's first one from a prompt. An example without a
-    prompt, in a batch where others have one, has no such prediction: its first label is ignored.
+    That is the last one that is not padding by its id; of embeddings, the last.
     """
-    can = getattr(model, "can_generate", None)  # whose labels are those of the tokens before
-    if not any(own.masked for own in groups) or can is None or not can():
-        return labels
-    none = ~torch.cat([own.seen for own in groups], dim=1).any(1, keepdim=True)  # [B, 1]
-    return torch.cat([labels[:, :1].masked_fill(none, IGNORED), labels[:, 1:]], dim=1)
+    if text.dim() > 2 or reading.padding is None:
+        return mask[:, -1] == 0
+    at = torch.arange(text.shape[1], device=text.device) * (text != reading.padding)
+    return mask.gather(1, at.argmax(1, keepdim=True))[:, 0] == 0
 
 
-def _embedded(
-    model: nn.Module, kwargs: dict[str, Any], ids: Tensor | None, embeds: Tensor | None
-) -> Tensor:
-    """Return the text's embeddings ``[B, T, d]``."""
-    if kwargs.get("past_key_values") is not None or kwargs.get("encoder_outputs") is not None:
+def _check_end(out: Any, unseen: Tensor) -> None:
+    """Refuse padding where a decoder's class is read.
+
+    Raises:
+        ModgraftError: with the remedy.
+    """
+    if not torch.compiler.is_compiling() and bool(unseen.any()):
         raise ModgraftError(
-            "with an input module, continue from a cache by host.generate(...): a single call with "
-            "past_key_values or encoder_outputs cannot tell whether they hold the module's tokens"
+            f"{type(out).__name__} is read at the last position that is not padding by its id, "
+            f"which attention_mask hides in some texts of this batch; pad input_ids with the id "
+            f"of padding, or pad on the left (padding_side='left')"
         )
-    if embeds is None:
-        if ids is None:
-            raise ModgraftError(
-                "an input module puts tokens before input_ids or inputs_embeds, and this call has "
-                f"neither (it has {', '.join(kwargs) or 'nothing'})"
-            )
-        embeds = model.get_input_embeddings()(ids)  # type: ignore[operator]
-    assert isinstance(embeds, Tensor)  # noqa: S101
-    if embeds.dim() != 3:
-        raise ModgraftError(
-            f"an input module puts tokens before texts [batch, T], not before {list(embeds.shape)}"
-        )
-    return embeds
 
 
-def _unseen_first(own: Tokens) -> Tokens:
-    """Move unseen tokens to the front, so that none lies between the seen ones and the text.
-
-    Relative positions are counted from the text.
-    """
-    if not own.masked:
-        return own
-    order = own.seen.int().argsort(dim=1, stable=True)
-    embeddings, seen = (_gather(value, order) for value in (own.embeddings, own.seen))
-    return replace(own, embeddings=embeddings, seen=seen)
-
-
-def _insert(rows: dict[str, Tensor], own: Tokens, padded: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Insert tokens into every row; return also where the old positions are now, ``[B, T]``."""
-    mask, seen = rows["attention_mask"], own.seen
-    (batch, length), count = mask.shape, seen.shape[1]
-    start = torch.full((batch, 1), own.after, device=mask.device)
-    if padded:  # argmax: the first that is seen
-        start = start + (mask != 0).int().argmax(dim=1, keepdim=True)
-    start = start.clamp(max=length)
-    j = torch.arange(length + count, device=mask.device)[None]  # [1, T + k]
-    old = torch.where(j < start, j, j - count)
-    index = torch.where((j >= start) & (j < start + count), length + j - start, old)
-    out = {}
-    for key, value in rows.items():
-        match key:
-            case "inputs_embeds":
-                new = own.embeddings
-            case "attention_mask":
-                new = seen
-            case "labels":
-                new = torch.full_like(seen, IGNORED, dtype=torch.long)
-            case "position_ids":  # the tokens take the place of the one they go before
-                beyond = torch.cat([value, value[:, -1:] + 1], dim=1)
-                shown = seen.long().cumsum(1)
-                new = beyond.gather(1, start) + (shown - 1).clamp(min=0)
-                after = torch.arange(length, device=mask.device)[None] >= start
-                value = value + after * shown[:, -1:]
-            case _:
-                new = torch.zeros_like(seen)
-        # [B, T, …], [B, k, …] → [B, T + k, …]
-        out[key] = _gather(torch.cat([value, new.to(value.dtype)], dim=1), index)
-    t = torch.arange(length, device=mask.device)[None]
-    return out, torch.where(t < start, t, t + count)
-
-
-def _gather(value: Tensor, index: Tensor) -> Tensor:
-    """Return ``value`` ``[B, n, …]`` at ``index`` ``[B, m]``: ``[B, m, …]``."""
-    index = index.reshape(*index.shape, *(1,) * (value.dim() - 2))
-    return value.gather(1, index.expand(*index.shape[:2], *value.shape[2:]))
-
-
-def _own_positions(model: nn.Module, ids: Tensor | None, embeds: Tensor) -> Tensor:
-    """Return the positions ``[B, T]`` that the model gives a text by itself."""
-    batch, length = embeds.shape[:2]
-    positions = token_positions(model)
-    first = 0 if positions is None else positions[0]
-    if first and ids is not None:  # RoBERTa's: padding has a position of its own, the one before
-        text = ids.ne(first - 1).long()
-        return text.cumsum(1) * text + first - 1
-    return torch.arange(first, first + length, device=embeds.device).expand(batch, length)
-
-
-def _mask_of_padding(model: nn.Module, ids: Tensor, ones: Tensor) -> Tensor:
-    """Return the mask that ``generate`` infers for a text without one."""
-    settings = model.generation_config
-    pad: Any = settings.pad_token_id  # type: ignore[union-attr]
-    eos: Any = settings.eos_token_id  # type: ignore[union-attr]
-    ends = eos if isinstance(eos, list) else [eos]
-    return ones if pad is None or pad in ends else ids.ne(pad).long()
-
-
-def _keep_lengths(
-    model: nn.Module, kwargs: dict[str, Any], ids: Tensor | None, count: int, length: int
-) -> None:
-    """Have ``generate`` return the text itself, and count lengths as it does without tokens.
-
-    It subtracts the length of ``inputs_embeds`` from the bounds of the whole length.
-    """
-    off = count if ids is None else count + length
-    if ids is not None:
-        kwargs["input_ids"] = ids
-    sources = (kwargs.get("generation_config"), model.generation_config)
-
-    def setting(name: str) -> Any:
-        found = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
-        return next((value for value in found if value is not None), None)
-
-    for bound in ("max", "min"):
-        whole = setting(f"{bound}_length")
-        if whole and setting(f"{bound}_new_tokens") is None:
-            kwargs[f"{bound}_length"] = whole + off
-
-
-def _into_images(
-    model: nn.Module, family: Family, kwargs: dict[str, Any], source: Source
+def _into_image(
+    model: nn.Module, reading: Reading, kwargs: dict[str, Any], source: Source
 ) -> Splice:
     pixels = kwargs.get("pixel_values")
     if pixels is None:
@@ -365,43 +359,29 @@ def _into_images(
             f"an input module puts tokens before the patches of pixel_values here, and this call "
             f"has none (it has {', '.join(kwargs) or 'nothing'})"
         )
-    assert family.embedded is not None  # noqa: S101
-    base = base_path(model)
-    enter, leave = (f"{base}.{p}" if base else p for p in family.embedded)
     groups = source(pixels.shape[0])
-    mask = kwargs.get("attention_mask")
+    for own in groups:
+        _check_width(own, len(pixels), reading.width)
+    mask = kwargs.get(MASK)
     if mask is not None or any(own.masked for own in groups):
         if mask is None:
             size: Any = model.config.patch_size  # type: ignore[union-attr]
             rows, columns = (size, size) if isinstance(size, int) else size
             patches = (pixels.shape[-2] // rows) * (pixels.shape[-1] // columns)
-            mask = pixels.new_ones(len(pixels), family.prompt_at + patches, dtype=torch.bool)
+            mask = pixels.new_ones(len(pixels), reading.first + patches, dtype=torch.bool)
         for own in reversed(groups):  # [B, N] → [B, k + N]
             seen = own.seen.to(mask.dtype)
             mask = torch.cat([mask[:, : own.after], seen, mask[:, own.after :]], dim=1)
-        kwargs["attention_mask"] = mask
-    return Splice(kwargs, relay=Relay(enter, leave, tuple(groups)))
+        kwargs[MASK] = mask
+    assert reading.inside is not None  # noqa: S101
+    enter, leave = reading.inside
+    return Splice(kwargs, relay=AroundImage(enter, leave, tuple(groups)))
 
 
-def _check_width(own: Tokens, embeds: Tensor) -> None:
-    made, width = own.embeddings.shape, embeds.shape[-1]
-    if made[0] != embeds.shape[0] or made[-1] != width or own.seen.shape != made[:2]:
+def _check_width(own: Tokens, batch: int, width: int) -> None:
+    made = own.embeddings.shape
+    if made[0] != batch or made[-1] != width or own.seen.shape != made[:2]:
         raise ModgraftError(
             f"{own.name!r} gave tokens {list(made)} and a mask {list(own.seen.shape)} where this "
-            f"host reads [{embeds.shape[0]}, k, {width}] and [{embeds.shape[0]}, k]"
-        )
-
-
-def _check_last(out: Any, unseen: Tensor) -> None:
-    """Refuse padding at the last position, where a decoder's class is read.
-
-    The model finds that position from the ids, which it is not given here.
-
-    Raises:
-        ModgraftError: with the remedy.
-    """
-    if not torch.compiler.is_compiling() and bool(unseen.any()):
-        raise ModgraftError(
-            f"{type(out).__name__} is read at the last position, where some texts of this batch "
-            f"have padding; with an input module, pad on the left (padding_side='left')"
+            f"host reads [{batch}, k, {width}] and [{batch}, k]"
         )

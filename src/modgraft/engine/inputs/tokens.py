@@ -1,7 +1,8 @@
 """Puts the tokens of prompts into a call of the host.
 
-Prompts act where the host is called, so that changing its arguments is enough. A host that reads no
-text takes them inside instead: they enter at its first sequence of tokens and leave at its last.
+Prompts act where the host is called, by its arguments (``splice``), and inside it where ids become
+embeddings (``relays``). A host that reads no text takes them inside alone: they enter at its first
+sequence of tokens and leave at its last.
 """
 
 from __future__ import annotations
@@ -15,26 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import TokenComposition
-from modgraft.core.architectures import base_path, family_of
 from modgraft.core.context import Call, switched
+from modgraft.core.embeddings import Reading
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression
 from modgraft.core.per_example import Each
-from modgraft.core.sites import Site
 from modgraft.engine.inputs.expressions import fold
-from modgraft.engine.inputs.splice import Source, Tokens, splice
+from modgraft.engine.inputs.generation import on_text, text_alone
+from modgraft.engine.inputs.relays import NewIds, Tokens
+from modgraft.engine.inputs.splice import Source, Splice, splice
 from modgraft.engine.plan import Entry
 from modgraft.engine.state import State
-
-
-def inner_sites(site: Site) -> list[Site]:
-    """Return where tokens enter and leave inside the host at ``site``, if it reads no text."""
-    family = family_of(site.module)
-    if family is None or family.embedded is None:
-        return []
-    base = base_path(site.module)
-    paths = [f"{base}.{path}" if base else path for path in family.embedded]
-    return [Site(p, site.module.get_submodule(p), None, site.root) for p in paths]
 
 
 def call_with_tokens(
@@ -49,18 +41,17 @@ def call_with_tokens(
     """Return ``run(args, kwargs)`` with the tokens of ``entries`` before the host's input.
 
     Raises:
-        ModgraftError: for a part of a host that was called alone, or a call that has no room for
-            tokens.
+        ModgraftError: for a call that has no room for tokens, or a host that they did not reach.
     """
-    if state.path:
-        names = ", ".join(entry.name for entry in entries)
-        raise ModgraftError(
-            f"{names}: the tokens are put in where the whole host is called, and {state.path} was "
-            f"called without it; call host(...), or host.use(None) first"
-        )
-    plan = splice(host, _named(host, args, kwargs), _source(host, entries, call))
-    with state.context.call(replace(call, spliced=True, relay=plan.relay)):
-        return plan.trim(run((), plan.kwargs))
+    reading = _reading(host, state)
+    kwargs = {**dict(zip(reading.arguments, args, strict=False)), **kwargs}
+    plan = splice(host, reading, kwargs, _source(reading, entries, call))
+    with state.context.call(replace(call, spliced=plan)):
+        if torch.compiler.is_compiling():
+            return plan.trim(run((), plan.kwargs))
+        out = _explained(reading, plan, lambda: run((), plan.kwargs))
+    _check_served(host, plan, entries)
+    return plan.trim(out)
 
 
 def generate_with_tokens(
@@ -75,19 +66,107 @@ def generate_with_tokens(
     """Generate with the tokens of ``entries`` before the text; the result has none of them."""
     if len(args) > 1:
         raise ModgraftError("generate with input modules takes its arguments by name")
-    kwargs = {**dict(zip(("inputs",), args, strict=False)), **kwargs}
+    if kwargs.get("assistant_model") is not None:
+        raise ModgraftError(
+            "generate(assistant_model=…) would give the assistant the tokens of this host's input "
+            "modules, which it cannot read; leave it out, or pass prompt_lookup_num_tokens="
+        )
+    names = list(inspect.signature(generate).parameters)[1:]  # the first is self
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     text = kwargs.pop("inputs", None)
     if text is not None:
         kwargs["input_ids"] = text
-    plan = splice(host, kwargs, _source(host, entries, call), generating=True)
-    with state.context.call(replace(call, spliced=True, generating=True)):
-        return generate(host, **plan.kwargs)
+    reading = _reading(host, state)
+    plan = splice(host, reading, kwargs, _source(reading, entries, call), generating=True)
+    with state.context.call(replace(call, spliced=plan, generating=True)):
+        out = _explained(reading, plan, lambda: generate(host, **on_text(plan)))
+    _check_served(host, plan, entries)
+    return text_alone(plan, out)
 
 
-def _source(host: nn.Module, entries: Sequence[Entry], call: Call) -> Source:
+def relayed(
+    layer: nn.Module,
+    state: State,
+    call: Call,
+    run: Callable[[tuple, dict[str, Any]], Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Return the output of a layer at which tokens come in or leave, which ``run`` computes.
+
+    Raises:
+        ModgraftError: where a layer that needs them was called without the host.
+    """
+    plan: Splice | None = call.spliced
+    if plan is not None and plan.relay is not None:
+        return plan.relay(state.path, run, args, kwargs)
+    assert call.composition is not None  # noqa: S101
+    names = [n for n in state.context.token_modules_in(call.composition) if n in state.relays]
+    if plan is None and names and not isinstance(layer, nn.Embedding):
+        raise ModgraftError(
+            f"{', '.join(names)}: the tokens are put in where the whole host is called, and "
+            f"{state.path} was called without it; call host(...), or host.use(None) first"
+        )
+    return run(args, kwargs)
+
+
+def _reading(host: nn.Module, state: State) -> Reading:
+    """Return what the host reads, which is another table after ``resize_token_embeddings``."""
+    reading = state.reading
+    assert reading is not None  # noqa: S101
+    assert state.relink is not None  # noqa: S101
+    if torch.compiler.is_compiling() or reading.table is None:
+        return reading
+    if host.get_input_embeddings() is reading.table:  # type: ignore[operator]
+        return reading
+    return state.relink()
+
+
+def _explained(reading: Reading, plan: Splice, run: Callable[[], Any]) -> Any:
+    """Return ``run()``; say of an error of the host that its input is longer by the tokens.
+
+    Raises:
+        ModgraftError: where the tokens are what the host did not run with.
+    """
+    try:
+        return run()
+    except (IndexError, RuntimeError) as error:
+        text, table, longest = plan.text, reading.table, reading.longest
+        if text is None or table is None:
+            raise
+        length = text.shape[1]
+        if longest is not None and length <= longest < plan.total:
+            raise reading.no_room(longest, plan.total - length, length) from error
+        known = text.dim() == 2 and bool((text < table.num_embeddings).all())
+        if not (known and isinstance(error, IndexError)):
+            raise
+        raise ModgraftError(
+            f"{reading.host} does not run with tokens before its text: {error}. It reads ids "
+            f"elsewhere than in its table of {table.num_embeddings} embeddings; implant a Prefix, "
+            f"which takes no place in a text"
+        ) from error
+
+
+def _check_served(host: nn.Module, plan: Splice, entries: Sequence[Entry]) -> None:
+    """Refuse a call in which no table was asked for the tokens' embeddings.
+
+    Raises:
+        ModgraftError: with the remedy.
+    """
+    relay = plan.relay
+    made = any(
+        not isinstance(e.module, TokenComposition) or e.module.words is None for e in entries
+    )
+    if made and isinstance(relay, NewIds) and not relay.served:
+        names = ", ".join(repr(entry.name) for entry in entries)
+        raise ModgraftError(
+            f"{names} had no effect: this {type(host).__name__} does not look its ids up in the "
+            f"table that its get_input_embeddings() gives; pass inputs_embeds="
+        )
+
+
+def _source(reading: Reading, entries: Sequence[Entry], call: Call) -> Source:
     """Return what gives, for a batch of so many examples, the tokens that go before each."""
-    family = family_of(host)
-    first = 0 if family is None else family.prompt_at
     named = {entry.name: entry for entry in entries}
 
     def of_module(entry: Entry, batch: int, rows: Tensor | None) -> Tokens:
@@ -96,7 +175,10 @@ def _source(host: nn.Module, entries: Sequence[Entry], call: Call) -> Source:
         source = module.side_source
         side = None if source is None else call.resolve(source, entry.name, batch, rows)
         embeddings, seen = module.tokens(batch if rows is None else len(rows), side)
-        return Tokens(entry.name, embeddings, seen, module.after(first), side is not None)
+        words = module.words
+        words = None if words is None else words.expand(seen.shape)
+        after = module.after(reading.first)
+        return Tokens(entry.name, embeddings, seen, words, after, side is not None)
 
     def of(expression: Expression, batch: int, rows: Tensor | None) -> list[Tokens]:
         def one(name: str) -> list[Tokens]:
@@ -133,7 +215,7 @@ def _mean(several: list[Tokens]) -> Tokens:
             f"each, and there are {', '.join(map(str, lengths))}"
         )
     mean = torch.stack([own.embeddings for own in several]).mean(0)
-    return replace(several[0], embeddings=mean, name="average")
+    return replace(several[0], embeddings=mean, words=None, name="average")
 
 
 def _padded(batch: int, some: list[tuple[Tensor, list[Tokens]]]) -> list[Tokens]:
@@ -150,19 +232,18 @@ def _padded(batch: int, some: list[tuple[Tensor, list[Tokens]]]) -> list[Tokens]
     width, device, dtype = like.embeddings.shape[-1], like.embeddings.device, like.embeddings.dtype
     embeddings = like.embeddings.new_zeros(batch, most, width)
     seen = torch.zeros(batch, most, dtype=torch.bool, device=device)
+    words = torch.full_like(seen, -1, dtype=torch.long)
     for rows, tokens in found:
         own = torch.cat([one.embeddings for one in tokens], 1)  # [g, k, d]
-        unseen = own.new_zeros(len(rows), most - own.shape[1], width)
-        shown = torch.cat([one.seen for one in tokens], 1)
-        hidden = shown.new_zeros(len(rows), most - own.shape[1])
-        embeddings = embeddings.index_copy(0, rows, torch.cat([unseen, own], 1).to(dtype))
-        seen[rows] = torch.cat([hidden, shown], 1)
+        count = own.shape[1]
+        unseen = own.new_zeros(len(rows), most - count, width)
+        embeddings = embeddings.index_copy(0, rows, torch.cat([own, unseen], 1).to(dtype))
+        seen[rows, :count] = torch.cat([one.seen for one in tokens], 1)
+        start = 0
+        for one in tokens:
+            end = start + one.seen.shape[1]
+            if one.words is not None:
+                words[rows, start:end] = one.words
+            start = end
     names = ", ".join(dict.fromkeys(own.name for _, tokens in found for own in tokens))
-    return [Tokens(names, embeddings, seen, like.after, not bool(seen.all()))]
-
-
-def _named(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    names = list(inspect.signature(type(host).forward).parameters)[1:]  # the first is self
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return [Tokens(names, embeddings, seen, words, like.after, not bool(seen.all()))]

@@ -1,0 +1,97 @@
+"""What a call holds for each position of its texts, and tokens put among these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modgraft.engine.inputs.relays import Tokens
+
+IGNORED = -100
+"""The label that transformers' losses leave out."""
+
+MASK, LABELS, POSITIONS = "attention_mask", "labels", "position_ids"
+
+
+@dataclass
+class Rows:
+    """What there is for each position of a batch of texts.
+
+    Attributes:
+        values: by the argument's name, ``[B, T, …]``; the mask is among them, and positions are
+            ``[B, T, D]`` in D dimensions.
+        keep: ``[B, T₀]``, where the text's own positions are.
+        unseen: ``[B, T]`` bool, the tokens put in that are not seen.
+    """
+
+    values: dict[str, Tensor]
+    keep: Tensor
+    unseen: Tensor
+
+    @classmethod
+    def of(cls, values: dict[str, Tensor]) -> Rows:
+        """Begin with what there is without any token."""
+        mask = values[MASK]
+        own = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        return cls(values, own, torch.zeros_like(mask, dtype=torch.bool))
+
+    def insert(self, own: Tokens, new: Mapping[str, Tensor], padded: bool) -> None:
+        """Insert the tokens of one module into every row.
+
+        Args:
+            own: the tokens.
+            new: what there is at them, ``[B, k, …]``; of anything else, 0.
+            padded: whether texts may begin with padding, which they then stay behind.
+        """
+        mask, seen = self.values[MASK], own.seen
+        (batch, length), count = mask.shape, seen.shape[1]
+        start = torch.full((batch, 1), own.after, device=mask.device)
+        if padded:  # argmax: the first that is seen
+            start = start + (mask != 0).int().argmax(dim=1, keepdim=True)
+        start = start.clamp(max=length)
+        j = torch.arange(length + count, device=mask.device)[None]  # [1, T + k]
+        old = torch.where(j < start, j, j - count)
+        index = torch.where((j >= start) & (j < start + count), length + j - start, old)
+        out = {}
+        for key, value in self.values.items():
+            none = value.new_zeros(batch, count, *value.shape[2:])
+            there = new.get(key, none)
+            if key == MASK:
+                there = seen
+            elif key == LABELS:
+                there = none + IGNORED
+            elif key == POSITIONS:
+                value, there = _moved(value, start, seen)
+            # [B, T, …], [B, k, …] → [B, T + k, …]
+            out[key] = gather(torch.cat([value, there.to(value.dtype)], dim=1), index)
+        self.values = out
+        self.unseen = gather(torch.cat([self.unseen, ~seen], dim=1), index)
+        t = torch.arange(length, device=mask.device)[None]
+        self.keep = torch.where(t < start, t, t + count).gather(1, self.keep)
+
+    def move_unseen(self, front: bool) -> None:
+        """Move tokens that are not seen to the end of each row, or to its front."""
+        order = (~self.unseen if front else self.unseen).int().argsort(dim=1, stable=True)
+        self.values = {key: gather(value, order) for key, value in self.values.items()}
+        self.keep = order.argsort(dim=1).gather(1, self.keep)
+
+
+def _moved(positions: Tensor, start: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the text's positions ``[B, T, D]``, moved by the tokens at ``start``, and theirs.
+
+    The tokens take the place of what they go before.
+    """
+    shown = seen.long().cumsum(1)[..., None]  # [B, k, 1]
+    beyond = torch.cat([positions, positions[:, -1:] + 1], dim=1)
+    there = gather(beyond, start) + (shown - 1).clamp(min=0)
+    after = torch.arange(positions.shape[1], device=start.device)[None] >= start
+    return positions + after[..., None] * shown[:, -1:], there
+
+
+def gather(value: Tensor, index: Tensor) -> Tensor:
+    """Return ``value`` ``[B, n, …]`` at ``index`` ``[B, m]``: ``[B, m, …]``."""
+    index = index.reshape(*index.shape, *(1,) * (value.dim() - 2))
+    return value.gather(1, index.expand(*index.shape[:2], *value.shape[2:]))
