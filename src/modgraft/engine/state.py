@@ -137,7 +137,7 @@ class SiteCall:
         """Return ``weight`` ``[B]`` for the rows of ``y``: an example's beams have its weight."""
         if not isinstance(weight, Tensor) or not weight.dim():
             return weight
-        times = self.rows_each(len(weight), y, "mg.Weighted gives {} rows of weights")
+        times = self.rows_each(len(weight), y, "there are weights for {} examples")
         return weight if times == 1 else weight.repeat_interleave(times)
 
     def rows_each(
@@ -154,6 +154,9 @@ class SiteCall:
         if rows == examples or (self.call.generating and rows % examples == 0):
             return rows // examples
         raise CompositionError(
-            f"{given.format(examples)} where {self.state.path or 'the host'} works on {rows} "
-            f"examples; pass one for each example of the batch"
+            f"{given.format(examples)} where {self.state.path or 'the host'} puts out "
+            f"{list(y.shape)}; pass one for each example of the batch. If you did, the first axis "
+            f"is not the batch (flattened tokens, or [n, B, d]), whose examples cannot be told "
+            f"apart: call the host once for each composition, or implant at layers that have the "
+            f"batch first"
         )

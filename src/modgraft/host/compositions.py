@@ -192,5 +192,6 @@ def check_batch(composition: ex.Expression | None, args: tuple, kwargs: dict[str
     batch = first_tensor(args, kwargs)
     if batch is not None and batch.dim() and batch.shape[0] != have:
         raise CompositionError(
-            f"{what.format(have)} for a batch of {batch.shape[0]} examples; pass one for each"
+            f"{what.format(have)} for a batch of {batch.shape[0]} examples (the first axis of the "
+            f"first tensor); pass one for each"
         )

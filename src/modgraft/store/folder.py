@@ -20,7 +20,11 @@ from modgraft.core.config import C, Configured, resolve
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.engine.implant import Implant
 from modgraft.routing.mixture import Mixture
-from modgraft.store.fingerprint import fingerprint
+from modgraft.store.fingerprint import (
+    fingerprint,
+    half_fingerprints,
+    is_in_another_precision,
+)
 from modgraft.training.host_like import HostLike
 
 FORMAT = 1
@@ -35,7 +39,7 @@ class Card(BaseModel):
         type: the class of its computation.
         config: the arguments of that class; a computation among them has a type and config too.
         sites: the labels of its sites.
-        host: the :func:`fingerprint` of the host that it was trained in.
+        host: the :func:`fingerprint` of the host that it was trained in, and in half precision.
     """
 
     model_config = ConfigDict(strict=True)
@@ -66,7 +70,7 @@ def save(implant: Implant, model: nn.Module, folder: Path) -> Path:
         name=implant.name,
         **to_json(implant.method),
         sites=list(implant.paths),
-        host=fingerprint(model),
+        host={**fingerprint(model), **half_fingerprints(model)},
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     whole = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -104,10 +108,12 @@ def load(host: HostLike, folder: Path, name: str | None, *, strict: bool) -> Imp
     """
     card, tensors = read(folder)
     here, there = fingerprint(host.model), card.host
-    if strict and here != there:
-        differs = [k for k in here if here[k] != there.get(k)]
+    differs = [k for k in here if here[k] != there.get(k)]
+    if strict and differs:
+        rounded = differs == ["weights"] and is_in_another_precision(host.model, there)
+        other = "this host in another precision" if rounded else "another host"
         raise CheckpointError(
-            f"{folder}: the module was trained in another host ({', '.join(differs)} differ: "
+            f"{folder}: the module was trained in {other} ({', '.join(differs)} differ: "
             f"{there.get('architecture')} there, {here['architecture']} here); load it into the "
             f"host it was trained in, or say host.load(..., strict=False) to try it all the same"
         )
@@ -165,7 +171,7 @@ def read(folder: Path) -> tuple[Card, dict[str, torch.Tensor]]:
     except (FileNotFoundError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder / 'module.safetensors'} cannot be read ({error}); it is missing or cut "
-            f"short: copy the folder again"
+            f"short, or was changed: copy the folder again"
         ) from error
 
 
