@@ -155,7 +155,7 @@ def _padded(batch: int, some: list[tuple[Tensor, list[Tokens]]]) -> list[Tokens]
         unseen = own.new_zeros(len(rows), most - own.shape[1], width)
         shown = torch.cat([one.seen for one in tokens], 1)
         hidden = shown.new_zeros(len(rows), most - own.shape[1])
-        embeddings = embeddings.index_copy(0, rows, torch.cat([unseen, own], 1))
+        embeddings = embeddings.index_copy(0, rows.to(device), torch.cat([unseen, own], 1))
         seen[rows] = torch.cat([hidden, shown], 1)
     names = ", ".join(dict.fromkeys(own.name for _, tokens in found for own in tokens))
     return [Tokens(names, embeddings, seen, like.after, not bool(seen.all()))]
