@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import modgraft as mg
 from contract.hosts import HOSTS
@@ -129,34 +129,3 @@ def test_gradients(kind: str) -> None:
     assert together.keys() == alone.keys()
     for name, gradient in alone.items():
         torch.testing.assert_close(together[name], gradient, rtol=1e-7, atol=1e-8)
-
-
-class Turned(nn.Module):
-    """A layer that reads the batch second, and one whose rows are the tokens of all texts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.second, self.flat = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.second(x.transpose(0, 1)).transpose(0, 1)  # [B, n, d] → [n, B, d]
-        return self.flat(x.flatten(0, 1)).view_as(x)
-
-
-@pytest.mark.parametrize("at", ["second", "flat"])
-def test_a_layer_whose_first_axis_is_not_the_batch_is_told_so(at: str) -> None:
-    host, x = mg.Host(Turned()), torch.randn(3, 5, 4)
-    for name in "ab":
-        host.implant(name, mg.LoRA(rank=2), at, active=False)
-    bare = host(x)
-    rows = {"second": "5, 3, 4", "flat": "15, 4"}[at]
-    says = rf"{at} puts out \[{rows}\]; .* the first axis is not the batch"
-    with pytest.raises(mg.ModgraftError, match=f"gives 3 compositions where {says}"):
-        host(x, modules=["a", "b", None])
-    weights = mg.Weighted(["a", "b"], torch.ones(3, 2))
-    with pytest.raises(mg.ModgraftError, match=f"there are weights for 3 examples where {says}"):
-        host(x, modules=weights)
-    host.implant("eye", mg.GatedFusion(dim=2), "second", active=False)
-    with pytest.raises(mg.ModgraftError, match="3 examples where 'eye' meets a first axis of 5"):
-        host(x, modules="eye", side={"image": mg.Side(torch.randn(3, 1, 2))})
-    assert torch.equal(host(x), bare)
