@@ -368,7 +368,7 @@ def test_bad_calls_are_refused_and_leave_the_host(case: HostCase, module: Module
         wide = mg.Side(torch.randn(BATCH, 4, FEATURES + 1))
         with pytest.raises(mg.ModgraftError, match=f"{FEATURES + 1} wide"):
             run(host, case, side={"image": wide})
-        with pytest.raises(mg.ModgraftError, match="examples where 'm' meets a first axis"):
+        with pytest.raises(mg.ModgraftError, match="examples where 'mod' meets a first axis"):
             run(host, case, side={"image": side(BATCH + 1)})
         with pytest.raises(mg.ModgraftError, match=r"mg\.Side"):
             run(host, case, side={"image": torch.randn(BATCH, 4, FEATURES)})
