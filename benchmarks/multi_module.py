@@ -60,9 +60,9 @@ def bare_model() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def ours(count: int, kinds: Sequence[str]) -> mg.Host:
+def ours(count: int, kinds: Sequence[str], model: GPT2LMHeadModel | None = None) -> mg.Host:
     """A host with ``count`` modules of each kind, ``lora_0`` and so on; none in force."""
-    host = mg.Host(bare_model())
+    host = mg.Host(bare_model() if model is None else model)
     for kind in kinds:
         module, at = KINDS[kind]
         for i in range(count):
@@ -126,9 +126,9 @@ def prompts() -> dict[str, Tensor]:
 
 def write(model: Any, inputs: dict[str, Tensor], **how: Any) -> Tensor:
     """The prompts with 32 tokens more."""
-    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **how}
     with torch.no_grad():
-        return model.generate(**inputs, **settings, pad_token_id=0, **how)
+        return model.generate(**inputs, pad_token_id=0, **settings)
 
 
 @torch.no_grad()

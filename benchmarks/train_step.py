@@ -57,7 +57,7 @@ def limit(data: dict[str, Tensor]) -> Callable[[], Any]:
 def ours(data: dict[str, Tensor]) -> tuple[Callable[[], Any], mg.Host]:
     host = mg.Host(classifier())
     host.implant("m", mg.LoRA(rank=RANK, alpha=2 * RANK), at=LINEAR, expect=36)
-    return _step(host, data), host
+    return step_of(host, data), host
 
 
 def pefts(data: dict[str, Tensor]) -> tuple[Callable[[], Any], Any]:
@@ -69,10 +69,10 @@ def pefts(data: dict[str, Tensor]) -> tuple[Callable[[], Any], Any]:
             r=RANK, lora_alpha=2 * RANK, target_modules=["query", "key", "value", "dense"]
         )
         model = peft.get_peft_model(classifier(), config).eval()
-    return _step(model, data), model
+    return step_of(model, data), model
 
 
-def _step(model: nn.Module, data: dict[str, Tensor]) -> Callable[[], Any]:
+def step_of(model: nn.Module, data: dict[str, Tensor]) -> Callable[[], Any]:
     learn = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learn, lr=1e-4, fused=True)
 

@@ -68,7 +68,7 @@ def test_options_that_mean_nothing(make: Any, message: str) -> None:
         ("t5", mg.ConvAdapter(kernel=3), "decoder.output", "one at a time"),
         ("t5", mg.ConvAdapter(kernel=3), "lm_head", "one at a time"),
         ("bert", mg.Compacter(width=6), "down", r"bottleneck's 6; use Compacter\(width=4, n=4\)"),
-        ("bert", mg.Compacter(width=3, n=3), "down", "an n that divides 16"),
+        ("bert", mg.Compacter(width=3, n=3), "down", r"use Compacter\(width=2, n=2\)"),
         ("bert", mg.Compacter(width=8, rank=3), "down", "the rank is at most 2"),
         ("bert", mg.Rescale(where="input"), "embedding", "an embedding's input is ids"),
         ("bert", mg.Rescale(), "block", "no weight that a parameter module can change"),

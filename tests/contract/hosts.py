@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
 
 import modgraft as mg
 
+DEVICE = torch.device(os.environ.get("MODGRAFT_TEST_DEVICE", "cpu"))  # make gpu sets it
 WIDTH, FEATURES, BATCH = 16, 6, 3
 VOCAB = {"vocab_size": 41}
 SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
@@ -44,7 +46,7 @@ class HostCase:
 
     name: str
     make: Callable[..., nn.Module]
-    batch: Callable[[], dict[str, Any]]
+    make_batch: Callable[[], dict[str, Any]]
     lora_at: Any
     output_at: str
     generates: bool = False
@@ -57,6 +59,9 @@ class HostCase:
     attention_at: Any = "self_attention"
     deep: bool = False
 
+    def batch(self) -> dict[str, Any]:
+        return {key: value.to(DEVICE) for key, value in self.make_batch().items()}
+
     def seen(self) -> Tensor:
         """Return a mask [B, …], true at the outputs that are no padding."""
         batch = self.batch()
@@ -67,7 +72,7 @@ class HostCase:
     def model(self, seed: int = 0, shallow: bool = False) -> nn.Module:
         """Make the bare model, where ``shallow`` with a single layer if its layers are alike."""
         torch.manual_seed(seed)
-        model = (self.make(1) if shallow and self.deep else self.make()).eval()
+        model = (self.make(1) if shallow and self.deep else self.make()).eval().to(DEVICE)
         with torch.no_grad():  # the default initialisation is so small that nothing shows
             for parameter in model.parameters():
                 parameter.normal_(0.0, 0.3) if parameter.dim() > 1 else parameter.add_(0.1)
@@ -80,7 +85,7 @@ def tensor_of(out: Any) -> Tensor:
 
 def ids(length: int = 7, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 41, (BATCH, length), generator=generator)
+    return torch.randint(3, 41, (BATCH, length), generator=generator).to(DEVICE)
 
 
 def side(rows: int = BATCH, seed: int = 2, dtype: torch.dtype = torch.float32) -> mg.Side:
@@ -90,7 +95,7 @@ def side(rows: int = BATCH, seed: int = 2, dtype: torch.dtype = torch.float32) -
     mask = torch.ones(rows, 4, dtype=torch.bool)
     mask[1] = False
     mask[-1, 2:] = False
-    return mg.Side(features, mask)
+    return mg.Side(features, mask).to(DEVICE)
 
 
 def _t5(layers: int = 2) -> nn.Module:

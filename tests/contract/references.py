@@ -115,11 +115,12 @@ def dense(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
 def intrinsic(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
     """W' = W + φM, M written out: a Hadamard, a diagonal, a permutation … matrix a block."""
     d, wide = 6, 8
-    H = torch.tensor(hadamard(wide), dtype=torch.float64)
-    pad = torch.eye(wide, dtype=torch.float64)[:, :d]
+    like = {"dtype": torch.float64, "device": weight.device}
+    H = torch.tensor(hadamard(wide), **like)
+    pad = torch.eye(wide, **like)[:, :d]
     blocks = []
     for i, (b, p, g) in enumerate(zip(place.signs, place.order, place.gauss, strict=True)):
-        P = torch.eye(wide, dtype=torch.float64)[p - i * wide]
+        P = torch.eye(wide, **like)[p - i * wide]
         blocks.append(H @ g.double().diag() @ P @ H @ b.double().diag() @ pad)
     n = weight.numel()
     M = torch.cat(blocks)[:n] / math.sqrt(wide * n)  # [n, d]
@@ -259,7 +260,7 @@ def convolved(v: Tensor, F: Tensor, depthwise: bool) -> Tensor:
     if tokens:
         v, F = v.transpose(1, 2)[:, :, None], F[:, :, None]  # [B, d, 1, n], [d, d, 1, k]
     (h, w), (rows, columns) = v.shape[2:], F.shape[2:]
-    wide = torch.zeros(*v.shape[:2], h + rows - 1, w + columns - 1, dtype=v.dtype)
+    wide = v.new_zeros(*v.shape[:2], h + rows - 1, w + columns - 1)
     wide[:, :, rows // 2 : rows // 2 + h, columns // 2 : columns // 2 + w] = v
     out = torch.zeros_like(v)
     for i in range(rows):

@@ -46,7 +46,7 @@ TOO_LARGE: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
     ),
     "compacter_products": (
         lambda: mg.Compacter(width=8, n=3), "down",
-        (DOWN, "width 16", "bottleneck's 8", "use Compacter(width=6, n=3)", "divides 16"),
+        (DOWN, "width 16", "bottleneck's 8", "use Compacter(width=8, n=2)"),
     ),
     "intrinsic": (
         lambda: mg.IntrinsicDimension(dim=999), "query",

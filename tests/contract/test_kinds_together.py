@@ -44,7 +44,7 @@ def implanted(case: HostCase, kinds: tuple[str, ...], stir: bool = True) -> mg.H
 
 def batch_of(case: HostCase) -> dict[str, Any]:
     """Make a batch with labels."""
-    labels = torch.tensor([1, 4, 2]) if case.name == "vit" else ids()
+    labels = ids().new_tensor([1, 4, 2]) if case.name == "vit" else ids()
     return {"labels": labels, **case.batch()}
 
 

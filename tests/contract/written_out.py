@@ -30,7 +30,7 @@ def _attention(
     batch, heads, length, width = query.shape
     group, n = heads // key.shape[1], key.shape[2]
     scale = width**-0.5 if scaling is None else scaling
-    bias = torch.zeros(batch, heads, length, n, dtype=query.dtype)
+    bias = query.new_zeros(batch, heads, length, n)
     for each in (attention_mask, position_bias):
         bias = bias if each is None else bias + each
     rows = []
@@ -41,7 +41,7 @@ def _attention(
             V = torch.cat([*(vals[:, h // group] for _, vals, _ in given), value[b, h // group]])
             for i in range(length):
                 added = [
-                    torch.zeros(len(keys), dtype=K.dtype) if more is None else more[h, i]
+                    K.new_zeros(len(keys)) if more is None else more[h, i]
                     for keys, _, more in given
                 ]
                 scores = scale * K @ query[b, h, i] + torch.cat([*added, bias[b, h, i]])

@@ -154,3 +154,14 @@ def test_the_plan_says_so() -> None:
     host.implant("both", mg.Mixture(["m0", "other"], router=mg.TopK(1, level="token")))
     assert "stacked tensors" not in str(host.plan("both"))
     assert "those picked, one after another" in str(host.plan("both"))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 6))
+def test_no_module_sees_a_row_that_did_not_choose_it(seed: int, rows: int, count: int) -> None:
+    """So that a NaN of one example gets into no product with another's module."""
+    draw = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(rows, count, generator=draw)
+    chosen = drawn * (torch.rand(rows, count, generator=draw) < 0.5)
+    blocks = Blocks.of(chosen)
+    if blocks is not None:
+        assert chosen[blocks.rows, blocks.module[:, None]].ne(0).all()

@@ -179,3 +179,31 @@ def test_examples_of_one_module_side_by_side(kind: str) -> None:
         for i, own in enumerate(modules):
             alone = host(input_ids=ids[i : i + 1], modules=own).logits[0]
             torch.testing.assert_close(together[i], alone, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["plain", "cnn", "vit"])
+def test_odd_numbers_of_an_example_reach_no_other(name: str, odd: float) -> None:
+    """Neither in value nor in gradient: the last example's are NaN, the loss is of the others."""
+    host = made(name)
+    (key, given), *_ = batch_of(HOSTS[name]).items()
+
+    def outcome(modules: list[Any], last: float) -> list[Tensor]:
+        x = given.clone()
+        x[-1] = last
+        x.requires_grad_()
+        host.zero_grad()
+        out = tensor_of(
+            host(**{key: x}, side={"image": side(dtype=torch.float64)}, modules=modules)
+        )
+        out[:-1].square().sum().backward()
+        first, second, third = (() if m is None else host.read(m).names() for m in modules)
+        used = [n for n in (*first, *second) if n not in third]
+        grads = [p.grad for n in used for p in host[n].parameters() if p.grad is not None]
+        return [out[:-1].detach(), x.grad[:-1], *(grad.clone() for grad in grads)]
+
+    for modules in LISTS + (INPUTS if name == "vit" else []):
+        zero = outcome(modules, 0.0)
+        assert all(tensor.isfinite().all() for tensor in zero)
+        for got, want in zip(outcome(modules, odd), zero, strict=True):
+            assert torch.equal(got, want)

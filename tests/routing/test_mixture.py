@@ -281,3 +281,33 @@ def test_pooled_output_has_no_tokens() -> None:
     host.implant("m", mg.Mixture(["a"], router=mg.Soft(level="token")))
     with pytest.raises(mg.ModgraftError, match="tokens are routed, and this site puts out"):
         host(torch.randn(3, 5))
+
+
+def test_a_host_that_reads_no_text_is_told_what_routes_examples() -> None:
+    host = mg.Host(torch.nn.Sequential(torch.nn.Linear(5, 4)))
+    host.implant("a", mg.LoRA(rank=2), "0", active=False)
+    with pytest.raises(mg.ModgraftError, match=r"Sequential reads none; say Mixture\(…, width=d\)"):
+        host.implant("m", mg.Mixture(["a"]))
+    host.implant("m", mg.Mixture(["a"], width=3))
+    host(torch.randn(2, 5), side={"example": mg.Side(torch.randn(2, 1, 3))})
+
+
+def test_a_text_that_is_all_padding_is_not_called_labelled() -> None:
+    host = made("gpt2", torch.float32)
+    host.implant("m", mg.Mixture(["a", "b"]), active=False)
+    host.implant("s", mg.SoftPrompt(length=2), active=False)
+    host.implant("t", mg.Attempt(over=["s"], length=2, rank=2), active=False)
+    given = batch() | {"labels": batch()["input_ids"].clone()}
+    given["labels"][:, :3] = -100
+    given["attention_mask"] = torch.ones(3, 6, dtype=torch.long)
+    given["attention_mask"][2] = 0
+    for name in "mt":
+        with pytest.raises(mg.ModgraftError, match="every token of example 2 has a label or is ma"):
+            host(**given, modules=name)
+
+
+def test_a_mixture_cannot_be_merged() -> None:
+    host = made("gpt2")
+    host.implant("m", mg.Mixture(["a", "b"], router=mg.Fixed()), active=False)
+    with pytest.raises(mg.ModgraftError, match="weighs modules at each call; merge a sum"):
+        host.merge("m")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,26 @@ def test_damaged_module_folders(tmp_path: Path) -> None:
     assert (tmp_path / "other" / "mine.txt").read_text() == "keep me"
     assert not list(fresh.implants)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("there", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("here", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_same_host_in_another_precision_is_called_that(
+    tmp_path: Path, there: torch.dtype, here: torch.dtype
+) -> None:
+    case = HOSTS["gpt2"]
+    exact = case.model()
+    host = mg.Host(copy.deepcopy(exact).to(there))
+    host.implant("qa", mg.LoRA(rank=2), at=QV)
+    host.save("qa", tmp_path / "qa")
+    fresh = mg.Host(copy.deepcopy(exact).to(here))
+    if here == there:
+        fresh.load(tmp_path / "qa")
+        return
+    halves = torch.float32 not in (here, there)  # of one another they cannot be told
+    says = "another host" if halves else "this host in another precision"
+    with pytest.raises(mg.ModgraftError, match=rf"was trained in {says} \(weights differ"):
+        fresh.load(tmp_path / "qa")
+    fresh.load(tmp_path / "qa", strict=False)
+    with pytest.raises(mg.ModgraftError, match="was trained in another host"):
+        mg.Host(case.model(seed=5).to(here)).load(tmp_path / "qa")

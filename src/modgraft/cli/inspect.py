@@ -156,7 +156,11 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
     from modgraft.computation.base import Computation
     from modgraft.core.errors import SiteError, UnknownNameError
     from modgraft.core.sites import find
-    from modgraft.store.fingerprint import fingerprint, shape_fingerprint
+    from modgraft.store.fingerprint import (
+        fingerprint,
+        is_in_another_precision,
+        shape_fingerprint,
+    )
     from modgraft.store.folder import from_json, read
 
     card, tensors = read(folder)
@@ -184,6 +188,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
         "fits": not differs and not absent,
         "compared": list(here),
         "differs": differs,
+        "rounded": differs == ["weights"] and is_in_another_precision(model, card.host),
         "absent": absent,
     }
 
@@ -249,5 +254,6 @@ def _verdict(card: dict[str, Any]) -> str:
     if card["absent"]:
         return f"no: {len(card['absent'])} of its sites are not here, {card['absent'][0]} for one"
     if card["differs"]:
-        return f"no: another host ({', '.join(card['differs'])})"
+        other = "this host in another precision" if card["rounded"] else "another host"
+        return f"no: {other} ({', '.join(card['differs'])})"
     return "yes" if "weights" in card["compared"] else "in shape; weights not compared (--weights)"

@@ -42,9 +42,12 @@ def check_output(name: str, y: Tensor, d: int) -> None:
         ModgraftError: if ``y`` is not ``[B, …, d]``.
     """
     if y.dim() < 2 or y.shape[-1] != d:
+        remedy = "choose a layer that knows its width, such as nn.Linear"
+        if y.shape == (d,):
+            remedy = "call the host with a batch"
         raise ModgraftError(
             f"{name} was built for an output [B, …, {d}] and this site puts out {list(y.shape)}; "
-            f"choose a layer that knows its width, such as nn.Linear"
+            f"{remedy}"
         )
 
 

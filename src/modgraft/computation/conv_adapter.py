@@ -50,9 +50,10 @@ class ConvAdapter(FunctionComposition):
         if self.form not in ("series", "parallel"):
             raise ModgraftError(f"ConvAdapter(form={self.form!r}): 'series' or 'parallel'")
         if self.kernel < 1 or self.kernel % 2 == 0:
+            below, above = max(1, self.kernel - 1), max(3, self.kernel + 1)
             raise ModgraftError(
-                f"ConvAdapter(kernel={self.kernel}): the kernel is odd, so that the shape stays; "
-                f"use kernel={max(1, self.kernel - 1)} or kernel={max(1, self.kernel + 1)}"
+                f"ConvAdapter(kernel={self.kernel}): the kernel is odd and at least 1, so that the "
+                f"shape stays; use kernel={below} or kernel={above}"
             )
 
     def build(self, site: Site) -> None:

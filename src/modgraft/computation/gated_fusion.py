@@ -105,7 +105,11 @@ class GatedFusion(FunctionComposition):
         if side is None:
             raise ModgraftError(f"a fusion needs the side input {self.source!r}")
         if y.dim() != 3:
-            raise ModgraftError(f"a fusion acts on [B, n, d], not on {list(y.shape)}")
-        _, attended, gate = self.maps(y, side)
-        fused = (1 - gate) * y + gate * attended
-        return torch.where(side.seen().any(dim=1)[:, None, None], fused, y)
+            raise ModgraftError(
+                f"GatedFusion acts on tokens [B, n, d], and this site puts out {list(y.shape)}; "
+                f"choose a site of tokens, at='encoder.output' for instance"
+            )
+        some = side.seen().any(dim=1)[:, None, None]  # [B, 1, 1]
+        h = torch.where(some, y, 0.0)  # nor does a NaN of the others get into a gradient
+        _, attended, gate = self.maps(h, side)
+        return torch.where(some, (1 - gate) * h + gate * attended, y)

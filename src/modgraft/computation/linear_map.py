@@ -53,7 +53,8 @@ class LinearMap(TokenComposition):
         if side.tensor.shape[-1] != self.dim:
             raise ModgraftError(
                 f"side input {self.source!r} is {side.tensor.shape[-1]} wide where this map was "
-                f"made for {self.dim}"
+                f"made for {self.dim}; use LinearMap(dim={side.tensor.shape[-1]}) or the features "
+                f"it was trained on"
             )
         mapped = self.map(side.tensor.to(self.map.weight.dtype))  # [B, m, tokens_each·d]
         seen = side.seen().repeat_interleave(self.tokens_each, dim=1)  # [B, m·tokens_each]

@@ -24,8 +24,9 @@ class Side:
 
     Args:
         tensor: ``[B, m, d]`` floating point: ``m`` vectors of ``d`` features for each example.
-        mask: ``[B, m]`` bool, True where there is something to see; None: everything is seen. An
-            example whose row is all False has no such input, and is left exactly as it was.
+        mask: ``[B, m]`` bool, True where there is something to see; None: everything is seen. What
+            is behind False is read as 0, whatever it is. An example whose row is all False has no
+            such input, and is left exactly as it was.
 
     Raises:
         SideError: for a tensor that is not ``[B, m, d]`` floating point, or a mask of another
@@ -36,22 +37,26 @@ class Side:
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.tensor.dim() != 3 or not self.tensor.is_floating_point():
+        tensor, mask = self.tensor, self.mask
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3 or not tensor.is_floating_point():
             raise SideError(
-                f"a side input is a floating-point tensor [batch, m, d], got {self.tensor.dtype} "
-                f"{list(self.tensor.shape)}; one vector an example is written tensor[:, None]"
+                f"a side input is a floating-point tensor [batch, m, d], got {_kind(tensor)}; one "
+                f"vector an example is written tensor[:, None]"
             )
-        mask = self.mask
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != self.tensor.shape[:2]):
+        shape = tensor.shape[:2]
+        if mask is not None and (
+            not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape
+        ):
             raise SideError(
-                f"the mask of a side input is bool {list(self.tensor.shape[:2])} (True where there "
-                f"is something to see), got {mask.dtype} {list(mask.shape)}"
+                f"the mask of a side input is bool {list(shape)} (True where there is something to "
+                f"see), got {_kind(mask)}"
             )
+        if mask is not None and mask.device != tensor.device:
+            object.__setattr__(self, "mask", mask.to(tensor.device))
 
     def to(self, *args: object, **kwargs: object) -> Side:
         """Move it to a device (or to a floating type), as :meth:`torch.Tensor.to` does."""
-        tensor = self.tensor.to(*args, **kwargs)  # type: ignore[arg-type]
-        return Side(tensor, None if self.mask is None else self.mask.to(tensor.device))
+        return Side(self.tensor.to(*args, **kwargs), self.mask)  # type: ignore[arg-type]
 
     def pin_memory(self) -> Side:
         """Copy it to page-locked memory, as ``DataLoader(pin_memory=True)`` asks."""
@@ -62,6 +67,15 @@ class Side:
         if self.mask is not None:
             return self.mask
         return torch.ones(self.tensor.shape[:2], dtype=torch.bool, device=self.tensor.device)
+
+    def shown(self) -> Side:
+        """Put 0 where the mask hides what is there, so that it reaches no value and no gradient.
+
+        A weight of 0 would not do: 0 · NaN is NaN.
+        """
+        if self.mask is None:
+            return self
+        return Side(self.tensor.masked_fill(~self.mask[..., None], 0.0), self.mask)
 
     def picked(self, rows: Tensor) -> Side:
         """Take the examples ``rows`` alone."""
@@ -77,6 +91,12 @@ class Side:
             return self
         mask = None if self.mask is None else self.mask.repeat_interleave(times, dim=0)
         return Side(self.tensor.repeat_interleave(times, dim=0), mask)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 EXAMPLE = "example"  # the side input that examples are routed by
@@ -111,7 +131,7 @@ class Call:
     reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
 
     def resolve(self, source: str, name: str, batch: int, rows: Tensor | None = None) -> Side:
-        """Return the side input ``source`` that the module ``name`` reads at a site.
+        """Return the side input ``source`` that the module ``name`` reads at a site, masked.
 
         Args:
             source: the side input's name.
@@ -130,11 +150,13 @@ class Call:
         if have != batch:
             if not self.generating or batch % have:
                 raise SideError(
-                    f"side input {source!r} has {have} examples where the host works on {batch}; "
-                    f"pass one row for each example of the batch"
+                    f"side input {source!r} has {have} examples where {name!r} meets a first axis "
+                    f"of {batch}; pass one row for each example of the batch. If you did, this "
+                    f"axis is not the batch (flattened tokens, [n, B, d]): implant {name!r} at a "
+                    f"layer that has the batch first"
                 )
             side = side.follow(batch)
-        return side if rows is None else side.picked(rows)
+        return (side if rows is None else side.picked(rows)).shown()
 
 
 def missing_side(name: str, source: str) -> SideError:

@@ -301,7 +301,7 @@ def weighted(weight: Weight, effect: Any) -> Any:
     if not isinstance(weight, Tensor):
         return effect if weight == 1.0 else weight * effect
     if isinstance(effect, Tensor):
-        weight = weight.to(effect.dtype)
+        weight = weight.to(effect)
         missing = effect.dim() - weight.dim()
         weight = weight[(..., *[None] * missing)] if weight.dim() else weight
     return weight * effect

@@ -146,8 +146,8 @@ class Blocks:
 
     Attributes:
         module: ``[G]``, the module of each block.
-        rows: ``[G, c]``, the token or example of each pick; the end of a module's last block may
-            be filled up with any.
+        rows: ``[G, c]``, the token or example of each pick; a module's last block is filled up with
+            its last pick, so that no module sees a row that did not choose it.
         weights: ``[G, c]``, 0 where a block is filled up.
         routed: the shape of what was routed, ``(B,)`` or ``(B, n)``: B·n rows.
         offsets: ``[B·n]``, where the picks of each row begin, if they lie in the order of rows.
@@ -184,9 +184,9 @@ class Blocks:
         of = torch.arange(len(counts), device=row.device).repeat_interleave(blocks)  # [G]
         at = start[of] + long * (torch.arange(len(of), device=row.device) - first[of])
         place = at[:, None] + torch.arange(long, device=row.device)  # [G, c]
-        real = place < (start + counts)[of][:, None]
-        rows = row[place.clamp(max=len(row) - 1)]
-        return cls(of, rows, table[rows, of[:, None]] * real, chosen.shape[:-1])
+        end = (start + counts)[of][:, None]
+        rows = row[place.minimum(end - 1)]
+        return cls(of, rows, table[rows, of[:, None]] * (place < end), chosen.shape[:-1])
 
     def lay(self, value: Tensor) -> Tensor:
         """Return ``value`` ``[B, …, d]`` as ``[G, c·…, d]``; ``…`` is not routed by itself."""

@@ -270,7 +270,7 @@ class SiteCall:
         """Return ``weight`` ``[B]`` for the rows of ``y``: an example's beams have its weight."""
         if not isinstance(weight, Tensor) or not weight.dim():
             return weight
-        times = self.rows_each(len(weight), y, "mg.Weighted gives {} rows of weights")
+        times = self.rows_each(len(weight), y, "there are weights for {} examples")
         return weight if times == 1 else weight.repeat_interleave(times)
 
     def rows_each(

@@ -212,5 +212,6 @@ def check_batch(
         if 1 in axes and batch.dim() > 1 and batch.shape[1] == have:
             return
         raise CompositionError(
-            f"{what.format(have)} for a batch of {batch.shape[0]} examples; pass one for each"
+            f"{what.format(have)} for a batch of {batch.shape[0]} examples (the first axis of the "
+            f"first tensor); pass one for each"
         )

@@ -431,11 +431,14 @@ class Host(AsModel):
         for name in weights:
             method = self._implants.computation(name)
             if not isinstance(method, ParameterComposition):
-                before = isinstance(method, InputComposition)
-                does = "puts vectors before what is read" if before else "computes on activations"
+                does = "computes on activations, and no weight of the host has its effect"
+                if isinstance(method, InputComposition):
+                    does = "puts vectors before what is read, and no weight of the host does that"
+                elif isinstance(method, Mixture):
+                    does = "weighs modules at each call; merge a sum of those that change weights"
                 raise ModgraftError(
-                    f"{name!r} cannot be merged: {type(method).__name__} {does}, and no weight of "
-                    f"the host has its effect; leave it out, or keep it implanted"
+                    f"{name!r} cannot be merged: {type(method).__name__} {does}; leave it out, or "
+                    f"keep it implanted"
                 )
         changes: dict[str, list[Change]] = {}
         for name, weight in weights.items():

@@ -113,7 +113,7 @@ def routed(
         ``call``, with the side input that examples are routed by where it was missing.
 
     Raises:
-        SideError: where an example has no token that may be read, or the host reads no text.
+        SideError: where an example has no token that may be read, or the call has no text.
     """
     compiling = torch.compiler.is_compiling()
     active = () if call.composition is None else call.composition.names()
@@ -158,9 +158,9 @@ def _example(
         if not strict:  # the module may not be in force
             return None
         raise SideError(
-            f"{name!r} routes examples, and this call has no text to route them by; pass "
-            f"side={{'{EXAMPLE}': mg.Side(vectors[:, None])}}, [batch, 1, d], and say "
-            f"Mixture(…, width=d)"
+            f"{name!r} goes by the text of each example, and this call has none; pass "
+            f"side={{'{EXAMPLE}': mg.Side(vectors[:, None])}}, [batch, 1, d], with d the width of "
+            f"the host's embeddings, or that of Mixture(…, width=d)"
         )
     mask = given.get("attention_mask")
     seen = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
@@ -173,8 +173,8 @@ def _example(
         if strict and not bool(seen.any(1).all()):
             row = int((~seen.any(1)).nonzero()[0])
             raise SideError(
-                f"{name!r} routes examples by what comes before the answer, and every token of "
-                f"example {row} has a label; label the prompt {IGNORED}, or pass "
+                f"{name!r} goes by what comes before the answer, and every token of example {row} "
+                f"has a label or is masked; label the prompt {IGNORED}, or pass "
                 f"side={{'{EXAMPLE}': mg.Side(vectors[:, None])}}"
             )
     return Side(embeddings.detach(), seen)

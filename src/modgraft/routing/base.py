@@ -98,7 +98,7 @@ class Router(Configured):
         if self.tasks and self.level != "task":
             raise ModgraftError(
                 f"{name}(level={self.level!r}, tasks={self.tasks!r}): tasks have logits of their "
-                f"own with level='task'; an {self.level} is routed by what it is"
+                f"own with level='task'; {self.level}s are routed by what they are"
             )
         if len(set(self.tasks)) != len(self.tasks):
             raise ModgraftError(f"{name}(tasks={self.tasks!r}): a task is named twice")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from itertools import chain
 from typing import Self, final
 
@@ -41,7 +41,8 @@ class Mixture(Computation):
     A token's query is the input x at a linear layer, elsewhere the output y that the modules act
     on. An example's query is the mean of its input embeddings: an encoder's text; in a decoder the
     prompt (where ``labels`` are −100, so that no answer chooses the module that writes it), or the
-    whole input in ``generate``. ``side={"example": mg.Side(v[:, None])}`` gives another query.
+    whole input in ``generate``. ``side={"example": mg.Side(v[:, None])}`` gives another query. No
+    module acts on an example that has nothing to be read.
 
     Args:
         over: the names of modules, mixtures among them, or of tasks as ``"h['fr']"``.
@@ -145,9 +146,25 @@ class Mixture(Computation):
         if self.level == "token":
             width = site.in_width if self._reads_input else site.width
         elif self.level == "example":
-            assert site.root is not None  # noqa: S101
-            width = self.width or token_width(site.root)
+            width = self.width or self._embedding_width(site)
         self.route = self.router.fresh(tuple(self.over), width)
+
+    def _embedding_width(self, site: Site) -> int:
+        """Return the width of an example's query, that of the host's embeddings.
+
+        Raises:
+            ModgraftError: for a host without any.
+        """
+        assert site.root is not None  # noqa: S101
+        try:
+            return token_width(site.root)
+        except ModgraftError as error:
+            raise ModgraftError(
+                f"Mixture({list(self.over)}) routes examples by the embeddings of their text, and "
+                f"{type(site.root).__name__} reads none; say Mixture(…, width=d) and pass "
+                f"side={{'{EXAMPLE}': mg.Side(vectors[:, None])}}, [batch, 1, d], or route tokens "
+                f"or tasks, router=Soft(level='token')"
+            ) from error
 
     def share_with(self, first: Computation) -> None:
         """Read the first site's router, if one choice holds for the whole network."""
@@ -184,10 +201,13 @@ class Mixture(Computation):
         if self.level == "task":
             routing = first.route(torch.tensor(task, device=y.device))
         elif self.level == "example":
-            side = call.side[EXAMPLE]
+            side = call.side[EXAMPLE].shown()
             tensor = _as_router(first.route, side.tensor, y)
-            seen = side.seen().to(tensor.dtype)[..., None]  # [B, m, 1]
-            routing = first.route((tensor * seen).sum(1) / seen.sum(1).clamp_min(1))  # [B, d]
+            count = side.seen().sum(1, keepdim=True)  # [B, 1]
+            routing = first.route(tensor.sum(1) / count.clamp_min(1))  # [B, d]
+            if side.mask is not None:
+                weights = routing.weights.masked_fill(count == 0, 0.0)  # [B, N]
+                routing = replace(routing, weights=weights)
         else:
             query = x if self._reads_input and x is not None else y
             if y.dim() < 3 or query.shape[:-1] != y.shape[:-1]:

@@ -25,7 +25,11 @@ from modgraft.core.config import C, Configured, resolve
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.engine.implant import Implant, learning_parts
 from modgraft.routing.mixture import Mixture
-from modgraft.store.fingerprint import fingerprint
+from modgraft.store.fingerprint import (
+    fingerprint,
+    half_fingerprints,
+    is_in_another_precision,
+)
 from modgraft.training.host_like import HostLike
 
 FORMAT = 1
@@ -40,7 +44,8 @@ class Card(BaseModel):
         type: the class of its computation.
         config: the arguments of that class; a computation among them has a type and config too.
         sites: the labels of its sites.
-        host: the :func:`fingerprint` of the host that it was trained in, without those weights.
+        host: the :func:`fingerprint` of the host that it was trained in, without those weights, and
+            that in half precision.
         beside: the names of the host's weights that trained with it, which are in the folder too.
     """
 
@@ -74,7 +79,7 @@ def save(implant: Implant, model: nn.Module, folder: Path) -> Path:
         name=implant.name,
         **to_json(implant.method),
         sites=list(implant.paths),
-        host=fingerprint(model, beside),
+        host={**fingerprint(model, beside), **half_fingerprints(model, beside)},
         beside=beside,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -121,10 +126,12 @@ def load(host: HostLike, folder: Path, name: str | None, *, strict: bool) -> Imp
     card, tensors = read(folder)
     beside = _read_beside(folder, card, host)
     here, there = fingerprint(host.model, beside), card.host
-    if strict and here != there:
-        differs = [k for k in here if here[k] != there.get(k)]
+    differs = [k for k in here if here[k] != there.get(k)]
+    if strict and differs:
+        rounded = differs == ["weights"] and is_in_another_precision(host.model, there, beside)
+        other = "this host in another precision" if rounded else "another host"
         raise CheckpointError(
-            f"{folder}: the module was trained in another host ({', '.join(differs)} differ: "
+            f"{folder}: the module was trained in {other} ({', '.join(differs)} differ: "
             f"{there.get('architecture')} there, {here['architecture']} here); load it into the "
             f"host it was trained in, or say host.load(..., strict=False) to try it all the same"
         )
@@ -186,7 +193,8 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (FileNotFoundError, SafetensorError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error}); it is missing or cut short: copy the folder again"
+            f"{file} cannot be read ({error}); it is missing or cut short, or was changed: copy the "
+            f"folder again"
         ) from error
 
 

@@ -45,7 +45,8 @@ class Forward:
         if torch.is_grad_enabled() and not losses.requires_grad:
             raise ModgraftError(
                 "the loss depends on none of the parameters that train: "
-                f"{', '.join(list(learners)[:4])} … Is the module active?"
+                f"{', '.join(list(learners)[:4])} …; a module learns where it is in force "
+                f"(host.use(…), or modules in the batch) and its sites' outputs reach the loss"
             )
         if PARTS not in batch:
             return losses, {}

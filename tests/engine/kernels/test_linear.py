@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product as product_of
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import modgraft as mg
 from common import WEIGHTS
 from modgraft.engine import own_forward, run
-from modgraft.engine.kernels import low_rank
+from modgraft.engine.kernels import linear, low_rank
 from modgraft.engine.kernels.linear import Change, one_product
 from modgraft.engine.kernels.low_rank import LowRank
 from modgraft.engine.own_forward import by_weight
@@ -57,8 +58,9 @@ def test_equals_the_layer_and_its_effects(
     make, at = LAYERS[layer]
     modules = {"m": METHODS[method](), "n": METHODS[method](), "low": mg.LoRA(rank=2)}
     host = host_with(make, at, **modules)
-    x = torch.randn(2, 9, 6, dtype=torch.float64)
-    for host.model[0].weight.requires_grad in (False, True):
+    many = torch.randn(2, 9, 6, dtype=torch.float64)
+    few = many[:, :1, :]  # of which effects are cheaper
+    for host.model[0].weight.requires_grad, x in product_of((False, True), (many, few)):
         fast = results(host, x, composition)
         with monkeypatch.context() as patch:
             patch.setattr(run, "one_product", lambda *a: None)
@@ -136,13 +138,21 @@ def test_keeps_nothing_of_the_size_of_the_weight() -> None:
     assert sum(t.numel() for t in kept if t.data_ptr() not in own) <= 2 * (50 + 32 + 24)
 
 
-def test_few_tokens_take_the_effects() -> None:
+def test_few_tokens_take_the_effects(monkeypatch: pytest.MonkeyPatch) -> None:
     """The changed weight is computed only where N·(in + out) ≥ in·out, for N tokens."""
-    modules = {"m": mg.SparseDelta(), "low": mg.LoRA(rank=2)}
+    modules = {"m": mg.SparseDelta(), "low": mg.LoRA(rank=2), "b": mg.LoRA(rank=2, bias=True)}
     host = host_with(lambda: nn.Linear(30, 60), "0", torch.float32, **modules)
-    for names in (["m"], ["low"], ["m", "low"]):
+    for names in (["m"], ["m", "low"], ["b"], ["b", "low"]):
         assert product(host, torch.randn(19, 30), *names) is None
         assert product(host, torch.randn(1, 20, 30), *names) is not None
+    assert product(host, torch.randn(1, 20, 30), "low") is not None
+    monkeypatch.setattr(linear, "LowRank", None)  # fails if it is used
+    with torch.profiler.profile() as profile:
+        y = product(host, x := torch.randn(19, 30), "low")
+    products = [e for e in profile.events() if e.name in ("aten::addmm", "aten::mm")]
+    assert len(products) == 3
+    layer, place = host.model[0], host["low"].places[0]
+    torch.testing.assert_close(y, host(x, modules=None) + place.effect(x, layer, layer.weight))
 
 
 def test_where_rounding_or_dropout_forbids_it() -> None:

@@ -237,7 +237,9 @@ def _padded(batch: int, some: list[tuple[Tensor, list[Tokens]]]) -> list[Tokens]
         own = torch.cat([one.embeddings for one in tokens], 1)  # [g, k, d]
         count = own.shape[1]
         unseen = own.new_zeros(len(rows), most - count, width)
-        embeddings = embeddings.index_copy(0, rows, torch.cat([own, unseen], 1).to(dtype))
+        embeddings = embeddings.index_copy(
+            0, rows.to(device), torch.cat([own, unseen], 1).to(dtype)
+        )
         seen[rows, :count] = torch.cat([one.seen for one in tokens], 1)
         start = 0
         for one in tokens:

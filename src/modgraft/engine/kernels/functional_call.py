@@ -108,8 +108,8 @@ def write(model: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
         ]
         if len(users) > 1:
             raise ModgraftError(
-                f"{joined(path, name)} cannot be merged into: {', '.join(users)} share it, and the "
-                f"module changes one of them only; keep it implanted"
+                f"{joined(path, name)} cannot be merged into: {', '.join(users)} share it, and "
+                f"what is changed for {path} would change for all of them; keep it implanted"
             )
         own.copy_(tensor)
 

@@ -5,7 +5,8 @@ numbers, their outputs N·out. A module's own ``effect`` passes over both once m
 is of low rank, its share is added into the layer's own product instead. Any other Δ is as large as
 θ: θ + Σ w·Δ is made in one pass over the weight, and then the layer alone runs. Both pay where the
 weight is smaller than the activations, N·(in + out) ≥ in·out; with few tokens, as in decoding,
-effects are cheaper. ``benchmarks/train_step.py`` measures all of it.
+the layer and effects beside it are cheaper, of which those of low rank run as one.
+``benchmarks/train_step.py`` measures all of it.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def one_product(
     changes: Sequence[Change],
     merged: MergedWeight | None = None,
 ) -> Tensor | None:
-    """Return f(x; θ + Σ w·Δ) ``[…, out]`` in one product, None where there is no such way.
+    """Return f(x; θ + Σ w·Δ) ``[…, out]`` in one product, or two; None where there is no such way.
 
     There is none where the layer and each module's effect are cheaper, for another kind of layer,
     under autocast, and with a module that is no change of weights now.
@@ -112,10 +113,12 @@ def one_product(
     assert isinstance(layer, _LINEAR)  # noqa: S101
     if merged is not None and _can_merge(x):
         return merged.product(layer, x, changes)
-    if not _pays(weight, x):
-        return None
-    bias = _changed_bias(layer, stored(layer, "bias"), changes)
     low_rank = _low_rank(changes, weight)
+    if not _pays(weight, x):
+        if low_rank is None or any(c.module.bias_delta(None) is not None for c in changes):
+            return None
+        return _added(f(x), x, *low_rank)
+    bias = _changed_bias(layer, stored(layer, "bias"), changes)
     if low_rank is not None:
         B, A, s = low_rank
         return LowRank.apply(x, (s,), weight, bias, B, A)[0]
@@ -212,6 +215,12 @@ def _low_rank(changes: Sequence[Change], weight: Tensor) -> tuple[Tensor, Tensor
         return factors[0]
     wide, thin = [B for B, _, _ in factors], [s * A for _, A, s in factors]
     return torch.cat(wide, 1), torch.cat(thin), 1.0
+
+
+def _added(y: Tensor, x: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
+    """Return y + s·(x Aᵀ)Bᵀ, the thin product added as it is made, without a pass for s."""
+    hidden = x.reshape(-1, x.shape[-1]) @ A.T  # […, in] → [N, r]
+    return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, B.T, alpha=s).view(y.shape)
 
 
 def _changed_bias(
