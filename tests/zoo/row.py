@@ -53,9 +53,9 @@ class Row:
     class_token: bool = False
 
     def model(self) -> nn.Module:
-        """Make the model with weights by which everything shows, and without dropout."""
+        """Make the model, frozen, with weights by which everything shows and without dropout."""
         torch.manual_seed(0)
-        model = self.make().eval()
+        model = self.make().eval().requires_grad_(False)
         _without_chance(model)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():

@@ -17,10 +17,10 @@ The host is left as it was to the last bit, random numbers, buffers and attribut
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -135,11 +135,11 @@ class Probe:
         return found
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = []
-        key = lambda row: (starred(row.site), row.cells())  # noqa: E731
-        for (at, cells), some in groupby(self.sites, key):
-            count = len(list(some))
-            rows.append((f"{at} ({count})" if count > 1 else at or "the input", *cells))
+        alike = Counter((starred(row.site), row.cells()) for row in self.sites)
+        rows = [
+            (f"{at} ({n})" if n > 1 else at or "the input", *cells)
+            for (at, cells), n in alike.items()
+        ]
         parts = [
             plain(table(SITES, rows)),
             plain(table(MODULES, [(v.module, v.merged, v.each) for v in self.modules])),
@@ -318,7 +318,7 @@ class _Host:
             if where is not None and where[1] > 1:
                 row.examples += f", {where[1]} rows each"
         axis = feature_axis(site.module)
-        if before.output.dim() >= -axis:
+        if label and before.output.dim() >= -axis:
             row.features = f"axis {before.output.dim() + axis}: {before.output.shape[axis]}"
         return row
 
