@@ -6,7 +6,6 @@ hooks on it, and the bare model's own behaviour.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,21 +126,24 @@ class Case:
         self.batch: Batch = row.batch()
 
     @cached_property
-    def model(self) -> nn.Module:
-        return self.row.model()
-
-    @cached_property
     def plain(self) -> nn.Module:
-        """A copy whose weights are plain parameters, to be edited by hand."""
+        """A model whose weights are plain parameters, to be edited by hand."""
+        return self.fresh(plain=True)
+
+    def fresh(self, plain: bool = False) -> nn.Module:
+        """Make the model anew: a copy would share what is bound to the original's layers."""
         model = self.row.model()
-        for module in list(model.modules()):
+        for module in list(model.modules()) if plain else ():
             if parametrize.is_parametrized(module):
                 for name in list(module.parametrizations):  # type: ignore[arg-type]
+                    value = getattr(module, name).detach().clone()
                     parametrize.remove_parametrizations(module, name)
+                    delattr(module, name)
+                    setattr(module, name, nn.Parameter(value, requires_grad=False))
         return model
 
     def host(self) -> mg.Host:
-        return mg.Host(copy.deepcopy(self.model)).eval()
+        return mg.Host(self.fresh()).eval()
 
     def run(self, model: nn.Module, batch: Batch | None = None, **how: Any) -> Outputs:
         with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -100,7 +99,7 @@ def _as_stored(layer: nn.Module, delta: Tensor) -> Tensor:
 
 def _edited_everywhere(case: Case, deltas: dict[str, Tensor]) -> nn.Module:
     """Return a copy of the plain model with every Δ added to its layer's weight by hand."""
-    model = copy.deepcopy(case.plain)
+    model = case.fresh(plain=True)
     for path, delta in deltas.items():
         layer = model.get_submodule(path)
         layer.weight = nn.Parameter(layer.weight.detach() + _as_stored(layer, delta))  # type: ignore[operator]
@@ -113,7 +112,7 @@ def _edited_everywhere(case: Case, deltas: dict[str, Tensor]) -> nn.Module:
 @check
 def birth(case: Case, cell: Cell) -> None:
     """Modules that start as the identity change no bit, and leave none behind."""
-    model = copy.deepcopy(case.model)
+    model = case.fresh()
     bare = case.oracle(model=model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     host = mg.Host(model).eval()
@@ -193,7 +192,7 @@ def peft(case: Case, cell: Cell) -> None:
         handle = host["m"]
         try:
             config = other.LoraConfig(r=2, lora_alpha=2, target_modules=list(handle.paths))
-            theirs = other.get_peft_model(copy.deepcopy(case.plain), config).eval()
+            theirs = other.get_peft_model(case.fresh(plain=True), config).eval()
             for path, place in zip(handle.paths, handle.places, strict=True):
                 layer = theirs.base_model.model.get_submodule(path)
                 layer.lora_A["default"].weight.data.copy_(place.A)
@@ -360,8 +359,8 @@ def gradient(case: Case, cell: Cell) -> None:
 
 
 def _checkpointed(case: Case, cell: Cell, reentrant: bool) -> None:
-    if not getattr(case.model, "supports_gradient_checkpointing", True) or not hasattr(
-        case.model, "gradient_checkpointing_enable"
+    if not getattr(case.plain, "supports_gradient_checkpointing", True) or not hasattr(
+        case.plain, "gradient_checkpointing_enable"
     ):
         raise Meaningless("the host recomputes nothing")
     with cell.at("all"):
@@ -398,7 +397,7 @@ def reentrant(case: Case, cell: Cell) -> None:
 def frozen(case: Case, cell: Cell) -> None:
     """Training leaves every bit of a frozen host as it was, its buffers too."""
     with cell.at("all"):
-        model = copy.deepcopy(case.model)
+        model = case.fresh()
         bare = case.oracle(model=model)
         before = {k: v.clone() for k, v in model.state_dict().items()}
         host = mg.Host(model)
@@ -606,7 +605,7 @@ def _taught(case: Case, vectors: Tensor) -> nn.Module:
 
     A prompt is words that nobody wrote: the oracle writes them, and calls the model as ever.
     """
-    model = copy.deepcopy(case.plain)
+    model = case.fresh(plain=True)
     try:
         table = model.get_input_embeddings()
         words = torch.tensor([PROMPT])
@@ -730,7 +729,7 @@ def _generated(case: Case, model: Any, batch: Batch, cache: bool, **how: Any) ->
 
 
 def _can_generate(case: Case) -> None:
-    can = getattr(case.model, "can_generate", None)
+    can = getattr(case.plain, "can_generate", None)
     if can is None or not can():
         raise Meaningless("writes no text")
 
@@ -755,7 +754,7 @@ def generate(case: Case, cell: Cell) -> None:
     for cache in (True, False):
         where = "cached" if cache else "not cached"
         with cell.at(where):
-            bare = _written(case, copy.deepcopy(case.plain), case.batch, cache)
+            bare = _written(case, case.fresh(plain=True), case.batch, cache)
             truth = _written(case, edited, case.batch, cache)
             ours = _generated(case, host, case.batch, cache, modules="m")
             cell.expect(where, ours, truth, bare)
@@ -772,7 +771,7 @@ def prompted(case: Case, cell: Cell) -> None:
         with cell.at(where):
             host, vectors = _prompted(case)
             taught, batch = _taught(case, vectors), _unpadded(case)
-            bare = _written(case, copy.deepcopy(case.plain), batch, cache)
+            bare = _written(case, case.fresh(plain=True), batch, cache)
             truth = _written(case, taught, _with_prompt(case, batch), cache)
             ours = _generated(case, host, batch, cache, modules="p")
             for values in (ours, truth, bare):  # the words that the oracle was taught
@@ -814,11 +813,11 @@ def prefix(case: Case, cell: Cell) -> None:
         truth = {n: torch.cat([case.examples(alone[r][n])[i] for i, r in enumerate(rows)],
                               case.row.axis) for n in case.local}  # fmt: skip
         cell.expect("each", ours, truth, alone[None])
-    if cell.status == "holds" and hasattr(case.model, "generate"):
+    if cell.status == "holds" and hasattr(case.plain, "generate"):
         with cell.at("generate"):
             _can_generate(case)
-            bare = _written(case, copy.deepcopy(case.plain), case.batch, True)
-            slow = _written(case, copy.deepcopy(case.plain), case.batch, False)
+            bare = _written(case, case.fresh(plain=True), case.batch, True)
+            slow = _written(case, case.fresh(plain=True), case.batch, False)
             if difference(bare, slow) > 1e-3 * size(bare):
                 return
             one, two = (_generated(case, host, case.batch, c, modules="a") for c in (True, False))
@@ -848,9 +847,8 @@ def half(case: Case, cell: Cell) -> None:
              for k, v in case.batch.items()}  # fmt: skip
     half_case = Case(case.row)
     half_case.batch = batch
-    half_case.__dict__["model"] = copy.deepcopy(case.model).to(dtype)
-    half_case.__dict__["plain"] = plain = copy.deepcopy(case.plain).to(dtype)
-    bare, host = half_case.bare, half_case.host()
+    half_case.__dict__["plain"] = plain = case.fresh(plain=True).to(dtype)
+    bare, host = half_case.bare, mg.Host(case.fresh().to(dtype)).eval()
     unchanged = half_case.run(host)
     for path in case.layers:
         module = mg.LoRA(rank=rank_of(plain.get_submodule(path)))
@@ -889,7 +887,7 @@ def compiled(case: Case, cell: Cell) -> None:
 
     bare = case.bare
     try:
-        case.run(compile_(copy.deepcopy(case.plain)))
+        case.run(compile_(case.fresh(plain=True)))
     except Exception as error:
         raise Meaningless(f"the bare model: {type(error).__name__}") from error
     with cell.at("all"):
@@ -902,3 +900,35 @@ def compiled(case: Case, cell: Cell) -> None:
             cell.expect(f"{composition}", case.run(fast), case.run(host), bare)
         if count > 1:
             cell.wrong["graphs"] = f"{count} graphs"
+
+
+@check
+def probed(case: Case, cell: Cell) -> None:
+    """``host.probe`` says that something is wrong where it is, and nothing where nothing is."""
+    with cell.at("all"):
+        host = case.host()
+        deltas = _everywhere(case, host)
+        before = {k: v.clone() for k, v in host.state_dict().items()}
+        found = host.probe(case.batch).faults
+        if any(not torch.equal(v, before[k]) for k, v in host.state_dict().items()):
+            cell.wrong["all"] = "the host is not left as it was"
+            return
+        truth, bare = case.run(_edited_everywhere(case, deltas)), case.bare
+        ours, wrong = case.run(host, modules="m"), ""
+        if difference(ours, truth) > 3e-3 * difference(truth, bare) + 1e-4 * size(truth):
+            wrong = "the host is off the one with edited weights"
+        try:
+            _gradients(host, case.batch)
+        except RuntimeError as error:
+            wrong = f"training raises {error}"
+        with suppress(mg.ModgraftError, Meaningless):
+            mixed = case.run(host, modules=["m", *[None] * (EXAMPLES - 1)])
+            for i in (0, 1):
+                off = difference(case.row_of(mixed, i), case.row_of((bare, ours)[i == 0], i))
+                if off > 1e-2 * difference(ours, bare) + 1e-4 * size(bare):
+                    wrong = "one composition for each example is wrong"
+        if wrong and not found:
+            cell.wrong["all"] = f"it says nothing, and {wrong}"
+        elif found and not wrong:
+            where, faults = next(iter(found.items()))
+            cell.wrong["all"] = f"nothing is wrong, and it says of {where}: {faults[0]}"

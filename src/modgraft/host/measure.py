@@ -80,6 +80,7 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
     attributes = [(m, dict(m.__dict__)) for m in every]
     own = [b for m in model.modules() for b in m._buffers.values() if b is not None]
     own += [v for _, kept in attributes for v in kept.values() if isinstance(v, Tensor)]
+    own += [m.weight for m in every if getattr(m, "max_norm", None)]  # written to when read
     tensors = [(t, t.detach().clone()) for t in [*own, *modules.parameters(), *modules.buffers()]]
     registered = [(m, dict(m._buffers)) for m in every]
     learns = [(p, p.requires_grad) for p in modules.parameters()]
