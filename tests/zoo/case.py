@@ -294,9 +294,9 @@ def randomise(implant: nn.Module, seed: int = 7, scale: float = 0.3) -> None:
             parameter.copy_(noise.to(parameter.dtype))
 
 
-def at(path: str) -> Callable[[str, nn.Module], bool]:
-    """Select one sub-module by its path, whatever roles are called."""
-    return lambda found, _: found == path
+def at(*paths: str) -> Callable[[str, nn.Module], bool]:
+    """Select sub-modules by their paths, whatever roles are called."""
+    return lambda found, _: found in paths
 
 
 def rank_of(layer: nn.Module) -> int:

@@ -106,6 +106,25 @@ def _edited_everywhere(case: Case, deltas: dict[str, Tensor]) -> nn.Module:
     return model
 
 
+def _by_site(cell: Cell, paths: list[str], one: Callable[[list[str], str, Cell], None]) -> None:
+    """Try a check at all sites at once, and one by one only where that does not hold.
+
+    Args:
+        cell: what comes of it.
+        paths: the sites.
+        one: tries some sites; it gets what to call them, and a cell.
+    """
+    together = Cell()
+    with together.at("all"):
+        one(paths, "all", together)
+    if together.status == "holds":
+        cell.holds += len(paths)
+        return
+    for path in paths:
+        with cell.at(path):
+            one([path], path, cell)
+
+
 # -- what it is at birth --------------------------------------------------------------------------
 
 
@@ -116,12 +135,14 @@ def birth(case: Case, cell: Cell) -> None:
     bare = case.oracle(model=model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     host = mg.Host(model).eval()
-    for path in case.layers:
-        rank = rank_of(case.plain.get_submodule(path))
-        for name, module in (("lora", mg.LoRA(rank=rank)), ("adapter", mg.Adapter(width=3))):
-            with cell.at(f"{path}: {name}"), implanted(host, "m", module, at(path)) as implant:
+    for module in (mg.LoRA(rank=1), mg.Adapter(width=3)):
+
+        def one(paths: list[str], where: str, into: Cell, module: mg.Computation = module) -> None:
+            with implanted(host, "m", module, at(*paths)) as implant:
                 if implant is not None:  # a refusal is said of the column of that kind
-                    cell.expect(f"{path}: {name}", case.run(host, modules="m"), bare, None)
+                    into.expect(where, case.run(host, modules="m"), bare, None)
+
+        _by_site(cell, case.layers, one)
     with cell.at("after remove"):
         cell.expect("after remove", case.run(host), bare, None)
         after = host.model.state_dict()
@@ -421,28 +442,30 @@ def each(case: Case, cell: Cell) -> None:
     """Each example with its own composition is what it is where all have that composition."""
     host, rows = case.host(), ["a", "b", None, "a", "0.5*b"]
     local = case.local
-    for path in [*case.layers, *case.blocks]:
-        layer = case.plain.get_submodule(path)
-        module = mg.LoRA(rank=rank_of(layer)) if path in case.layers else mg.Adapter(width=3)
-        with (
-            cell.at(path),
-            implanted(host, "a", module, at(path)) as a,
-            implanted(host, "b", module, at(path)) as b,
-        ):
-            if a is None or b is None:  # a refusal is said of the column of that kind
-                continue
-            randomise(a, 1)
-            randomise(b, 2)
-            try:
-                alone = {row: case.run(host, modules=row) for row in set(rows)}
-            except mg.ModgraftError:
-                continue
-            ours = case.run(host, modules=rows)
-            parts = {
-                n: [case.examples(alone[row][n])[i] for i, row in enumerate(rows)] for n in local
-            }
-            truth = {n: torch.cat(values, case.row.axis) for n, values in parts.items()}
-            cell.expect(path, ours, truth, alone[None])
+    for module, paths in ((mg.LoRA(rank=1), case.layers), (mg.Adapter(width=3), case.blocks)):
+
+        def one(paths: list[str], where: str, into: Cell, module: mg.Computation = module) -> None:
+            with (
+                implanted(host, "a", module, at(*paths)) as a,
+                implanted(host, "b", module, at(*paths)) as b,
+            ):
+                if a is None or b is None:  # a refusal is said of the column of that kind
+                    return
+                randomise(a, 1)
+                randomise(b, 2)
+                try:
+                    alone = {row: case.run(host, modules=row) for row in set(rows)}
+                except mg.ModgraftError:
+                    return
+                ours = case.run(host, modules=rows)
+                parts = {
+                    n: [case.examples(alone[row][n])[i] for i, row in enumerate(rows)]
+                    for n in local
+                }
+                truth = {n: torch.cat(values, case.row.axis) for n, values in parts.items()}
+                into.expect(where, ours, truth, alone[None])
+
+        _by_site(cell, paths, one)
 
 
 @check
@@ -547,36 +570,45 @@ def fusion(case: Case, cell: Cell) -> None:
         raise Meaningless("another order of examples is not that order of results")
     side = torch.randn(EXAMPLES, SIDE, WIDTH, generator=torch.Generator().manual_seed(8))
     host = case.host()
-    for path, shape in case.shapes.items():
-        convolution = isinstance(case.plain.get_submodule(path), nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        if len(shape) != 3 or convolution or shape[case.row.axis] == 1:
-            continue
+
+    def one(path: str) -> None:
         module = mg.GatedFusion(source="image", dim=WIDTH)
-        with cell.at(path), implanted(host, "m", module, at(path), True) as implant:
+        with implanted(host, "m", module, at(path), True) as implant:
             randomise(implant)
             ours = case.run(host, modules="m", side={"image": mg.Side(side)})
             turned = case.run(host, rolled, modules="m",
                               side={"image": mg.Side(side.roll(-1, 0))})  # fmt: skip
             cell.expect(path, turned, in_turn(ours), in_order)
 
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    paths = [
+        path
+        for path, shape in case.shapes.items()
+        if len(shape) == 3
+        and shape[case.row.axis] > 1
+        and not isinstance(case.plain.get_submodule(path), convolutions)
+    ]
+    for path in paths:  # alone: a gate behind it could hide what an earlier one did
+        with cell.at(path):
+            one(path)
+
 
 @check
 def convolution(case: Case, cell: Cell) -> None:
     """A convolution over tokens keeps to its example, and sees no later token where none does."""
-    local = case.local
+    local, whole = case.local, _unpadded(case)
     rolled = case.changed(lambda rows: [rows[1], *rows[1:]])
     name = next((n for n in ("decoder_input_ids", "input_ids") if n in case.batch), None)
-    later: Batch = {}
+    causal: list[str] = []
     if name is not None:
-        words = case.batch[name].clone()
+        words = whole[name].clone()
         words[:, -1] = 5 + (words[:, -1] - 4) % 35  # another word at the end of each text
-        later = {**case.batch, name: words}
-    causal = [
-        n for n in local
-        if later and case.bare[n].dim() == 3 and case.bare[n].shape[1] == words.shape[1]
-        and torch.allclose(case.bare[n][:, :-1], case.oracle(later)[n][:, :-1], atol=1e-4,
-                           equal_nan=True)
-    ]  # fmt: skip
+        later, now = {**whole, name: words}, case.oracle(whole)
+        then, tokens = case.oracle(later), words.shape[1]
+        by_token = [n for n in local if now[n].dim() == 3 and now[n].shape[1] == tokens]
+        causal = [n for n in by_token if torch.allclose(now[n][:, :-1], then[n][:, :-1], atol=1e-4)]
+        if not by_token:
+            raise Meaningless("what it puts out does not show which tokens see which")
     host = case.host()
     for path in case.blocks:
         module = mg.ConvAdapter(kernel=3)
@@ -591,8 +623,9 @@ def convolution(case: Case, cell: Cell) -> None:
                     cell.wrong[path] = f"example {i} moves by {leak:.2g} with example 0"
             if causal:
                 after = case.run(host, later, modules="m")
+                before = case.run(host, whole, modules="m")
                 leak = difference({n: after[n][:, :-1] for n in causal},
-                                  {n: ours[n][:, :-1] for n in causal})  # fmt: skip
+                                  {n: before[n][:, :-1] for n in causal})  # fmt: skip
                 if leak > 1e-3 * size(ours):
                     cell.wrong[path] = f"a token sees a later one: {leak:.2g}"
 
