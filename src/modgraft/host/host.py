@@ -62,7 +62,8 @@ from modgraft.host.mixtures import (
     routed,
     with_routing_losses,
 )
-from modgraft.host.probe import Probe, probe
+from modgraft.host.probe import probe
+from modgraft.host.probe_result import Probe
 from modgraft.routing.mixture import Mixture
 
 if TYPE_CHECKING:
