@@ -113,7 +113,7 @@ class Cell:
             if off:
                 self.wrong[where] = f"off by {off:.2g}, not equal bit for bit"
             return
-        effect = difference(truth, bare)
+        effect = difference(truth, {name: bare[name] for name in truth})
         if not off <= CLOSE * effect + ROUNDING * size(truth):
             self.wrong[where] = f"off by {off:.2g} of {effect:.2g}"
 
@@ -146,6 +146,7 @@ class Case:
         return mg.Host(self.fresh()).eval()
 
     def run(self, model: nn.Module, batch: Batch | None = None, **how: Any) -> Outputs:
+        torch.manual_seed(0)  # some hosts draw what they look at
         with torch.no_grad():
             return outputs(model(**(self.batch if batch is None else batch), **how))
 
@@ -198,15 +199,29 @@ class Case:
 
         Where layers share it, it is that layer's alone.
         """
+        before = self.plain
+        if self.moves:
+            self.__dict__["plain"] = self.fresh(plain=True)
         layer = self.plain.get_submodule(path)
         old = getattr(layer, name)
         delta = delta.T if isinstance(layer, Conv1D) else delta
-        new = old.detach() + delta.detach().to(old.dtype).reshape(old.shape)
-        setattr(layer, name, nn.Parameter(new, requires_grad=False))
+        delta = delta.detach().to(old.dtype)
+        if delta.dim() > 2 and delta.shape != old.shape:  # experts that are stored [E, in, out]
+            delta = delta.mT
+        setattr(layer, name, nn.Parameter(old.detach() + delta.reshape(old.shape), False))
         try:
             yield
         finally:
             setattr(layer, name, old)
+            self.__dict__["plain"] = before
+
+    @cached_property
+    def moves(self) -> bool:
+        """Whether the model writes into its own weights when it runs."""
+        model = self.fresh(plain=True)
+        before = [p.clone() for p in model.parameters()]
+        self.oracle(model=model)
+        return any(not torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
     def examples(self, values: Tensor, axis: int | None = None) -> tuple[Tensor, ...]:
         """Take a tensor apart into what belongs to each example."""

@@ -82,10 +82,13 @@ def _checkpointed(case: Case, cell: Cell, reentrant: bool) -> None:
         host.train()
         everywhere(case, host)
         truth = gradients(host, case.batch)
-        try:
-            host.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        except ValueError as error:
-            raise Meaningless(str(error)) from error
+        try:  # whether the bare model can, when it learns itself
+            bare = case.fresh().train().requires_grad_(True)
+            bare.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            loss(outputs(bare(**case.batch))).backward()
+        except Exception as error:
+            raise Meaningless(f"the bare model: {type(error).__name__}: {error}") from error
+        host.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         batch = case.batch
         if reentrant:  # which gives no gradient to a block whose input has none
             if hasattr(host.model, "enable_input_require_grads"):
