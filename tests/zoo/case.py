@@ -121,9 +121,14 @@ class Cell:
 class Case:
     """A row of the zoo with everything that its checks need."""
 
-    def __init__(self, row: Row) -> None:
-        self.row = row
-        self.batch: Batch = row.batch()
+    def __init__(self, row: Row, dtype: torch.dtype | None = None) -> None:
+        self.row, self.dtype = row, dtype
+        self.batch: Batch = {
+            name: value.to(dtype)
+            if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None
+            else value
+            for name, value in row.batch().items()
+        }
 
     @cached_property
     def plain(self) -> nn.Module:
@@ -140,7 +145,7 @@ class Case:
                     parametrize.remove_parametrizations(module, name)
                     delattr(module, name)
                     setattr(module, name, nn.Parameter(value, requires_grad=False))
-        return model
+        return model if self.dtype is None else model.to(self.dtype)
 
     def host(self) -> mg.Host:
         return mg.Host(self.fresh()).eval()
@@ -194,13 +199,16 @@ class Case:
     # -- oracles
 
     @contextmanager
-    def edited(self, path: str, delta: Tensor, name: str = "weight") -> Iterator[None]:
-        """Add ``delta`` to one weight of the plain copy by hand, in a ``with`` block.
+    def edited(
+        self, path: str, delta: Tensor, name: str = "weight", fresh: bool = False
+    ) -> Iterator[None]:
+        """Add ``delta`` to one weight of the plain model by hand, in a ``with`` block.
 
-        Where layers share it, it is that layer's alone.
+        Where layers share it, it is that layer's alone. A model that writes into its weights as it
+        runs, or may have kept what it made of them, is made anew.
         """
         before = self.plain
-        if self.moves:
+        if fresh or self.moves:
             self.__dict__["plain"] = self.fresh(plain=True)
         layer = self.plain.get_submodule(path)
         old = getattr(layer, name)

@@ -131,6 +131,7 @@ def loss(values: Outputs) -> Tensor:
 
 def gradients(host: mg.Host, batch: Batch) -> dict[str, Tensor]:
     host.zero_grad()
+    torch.manual_seed(0)
     loss(outputs(host(**batch, modules="m"))).backward()
     named = host["m"].named_parameters()
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}

@@ -24,7 +24,7 @@ from zoo.check import (
     everywhere,
     unpadded,
 )
-from zoo.row import PROMPT, TOKENS, Batch
+from zoo.row import PROMPT, SPECIAL, TOKENS, VOCABULARY, Batch
 
 
 def _taught(case: Case, vectors: Tensor) -> nn.Module:
@@ -48,6 +48,9 @@ def _taught(case: Case, vectors: Tensor) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, nn.Embedding) and layer.weight is same:  # not the logits' layer
             layer.weight = taught
+        elif isinstance(layer, nn.Embedding) and layer.num_embeddings == VOCABULARY:
+            with torch.no_grad():  # another table of words: there they are as padding is
+                layer.weight[words[0]] = layer.weight[SPECIAL["pad_token_id"]].clone()
     return model
 
 

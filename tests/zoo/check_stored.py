@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import modgraft as mg
 from zoo.case import (
@@ -47,16 +47,11 @@ def saved(case: Case, cell: Cell) -> None:
 @check
 def half(case: Case, cell: Cell) -> None:
     """In bfloat16 a module is born as the identity, and does what the edited weight does."""
-    dtype = torch.bfloat16
-    batch = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
-             for k, v in case.batch.items()}  # fmt: skip
-    half_case = Case(case.row)
-    half_case.batch = batch
-    half_case.__dict__["plain"] = plain = case.fresh(plain=True).to(dtype)
-    bare, host = half_case.bare, mg.Host(case.fresh().to(dtype)).eval()
+    half_case = Case(case.row, torch.bfloat16)
+    bare, host = half_case.bare, half_case.host()
     unchanged = half_case.run(host)
     for path in case.layers:
-        module = mg.LoRA(rank=rank_of(plain.get_submodule(path)))
+        module = mg.LoRA(rank=rank_of(case.plain.get_submodule(path)))
         with cell.at(path), implanted(host, "m", module, at(path), True) as implant:
             cell.expect(path, half_case.run(host, modules="m"), unchanged, None)
             randomise(implant)

@@ -85,6 +85,8 @@ def _checkpointed(case: Case, cell: Cell, reentrant: bool) -> None:
         try:  # whether the bare model can, when it learns itself
             bare = case.fresh().train().requires_grad_(True)
             bare.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            if reentrant and hasattr(bare, "enable_input_require_grads"):
+                bare.enable_input_require_grads()
             loss(outputs(bare(**case.batch))).backward()
         except Exception as error:
             raise Meaningless(f"the bare model: {type(error).__name__}: {error}") from error

@@ -92,7 +92,7 @@ def weights(case: Case, cell: Cell) -> None:
             with cell.at(label), implanted(host, "m", mg.LoRA(rank=2), label, True) as implant:
                 randomise(implant)
                 place: Any = implant.places[0]
-                with case.edited(path, place.B @ place.A, name):
+                with case.edited(path, place.B @ place.A, name, fresh=True):
                     truth = case.oracle()
                 cell.expect(label, case.run(host, modules="m"), truth, bare)
                 cell.expect(f"{label}, merged", case.run(host.merge("m")), truth, bare)

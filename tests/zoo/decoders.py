@@ -17,7 +17,7 @@ EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
+    "moe_intermediate_size": 16,
 }
 LATENT = {
     "kv_lora_rank": 8,
@@ -30,7 +30,7 @@ ROUTED = {
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
+    "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
     "n_group": 2,
     "topk_group": 1,
@@ -104,7 +104,7 @@ ROWS = (
     # experts
     _of("experts", "mixtral", "MixtralForCausalLM", DECODER, **EXPERTS),
     _of("experts", "qwen2_moe", "Qwen2MoeForCausalLM", DECODER, **EXPERTS,
-        shared_expert_intermediate_size=12),
+        shared_expert_intermediate_size=16),
     _of("experts", "qwen3_moe", "Qwen3MoeForCausalLM", DECODER, **EXPERTS),
     _of("experts", "olmoe", "OlmoeForCausalLM", PLAIN_DECODER, **EXPERTS),
     _of("experts", "gpt_oss", "GptOssForCausalLM", DECODER, **EXPERTS),
@@ -121,7 +121,7 @@ ROWS = (
         num_key_value_heads=2),
     _of("experts", "glm4_moe", "Glm4MoeForCausalLM", DECODER, **ROUTED),
     _of("experts", "ernie4_5_moe", "Ernie4_5_MoeForCausalLM", PLAIN_DECODER, moe_num_experts=4,
-        moe_k=2, moe_intermediate_size=12, moe_num_shared_experts=1, moe_layer_start_index=1),
+        moe_k=2, moe_intermediate_size=16, moe_num_shared_experts=1, moe_layer_start_index=1),
     # states
     _of("state space", "mamba", "MambaForCausalLM", SIZE, state_size=4, conv_kernel=3),
     _of("state space", "mamba2", "Mamba2ForCausalLM", SIZE, state_size=4, conv_kernel=3,
@@ -140,14 +140,14 @@ ROWS = (
     _of("hybrid", "bamba", "BambaForCausalLM", PLAIN_DECODER, **MAMBA, mamba_n_heads=4,
         mamba_d_head=8, mamba_chunk_size=4, attn_layer_indices=[1]),
     _of("hybrid", "qwen3_next", "Qwen3NextForCausalLM", DECODER, **EXPERTS, **LINEAR,
-        shared_expert_intermediate_size=12, layer_types=["linear_attention", "full_attention"]),
+        shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"]),
     _of("hybrid", "lfm2", "Lfm2ForCausalLM", PLAIN_DECODER, full_attn_idxs=[1],
         block_auto_adjust_ff_dim=False, conv_L_cache=3, layer_types=["conv", "full_attention"]),
     _of("hybrid", "nemotron_h", "NemotronHForCausalLM", DECODER, ssm_state_size=4,
         mamba_num_heads=4, mamba_head_dim=8, n_groups=1, conv_kernel=3, chunk_size=4,
         layers_block_type=["mamba", "attention", "moe"], use_mamba_kernels=False,
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=12,
-        moe_shared_expert_intermediate_size=12),
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16),
     _of("hybrid", "falcon_h1", "FalconH1ForCausalLM", DECODER, **MAMBA, mamba_d_ssm=32,
         mamba_n_heads=4, mamba_d_head=8, mamba_chunk_size=4),
 )  # fmt: skip
