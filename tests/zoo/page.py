@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import transformers
+from torch import nn
 
-from modgraft.core.architectures import FAMILIES, Family, family_of
+from modgraft.core.architectures import FAMILIES, family_of
+from modgraft.host.describe import rows_of
 from zoo.case import Cell
 from zoo.matrix import Matrix
 from zoo.rows import ALL
+
+Types = tuple[str, ...]
 
 COLUMNS = {
     "LoRA": ("layers", "merged", "gradient", "saved"),
@@ -42,37 +46,51 @@ is asked by [`host.probe(batch)`](hosts.md).
 
 def page(matrix: Matrix) -> str:
     """Return the page: families with roles, and then hosts that have none."""
-    hosts: dict[tuple[str, ...], list[str]] = {family.types: [] for family in FAMILIES}
+    hosts: dict[Types, list[str]] = {family.types: [] for family in FAMILIES}
+    roles: dict[Types, dict[str, None]] = {family.types: {} for family in FAMILIES}
     others: list[str] = []
     for name in matrix:
-        family = family_of(ALL[name].model())
-        if family is None:
+        model = ALL[name].model()
+        found = [] if ALL[name].kind == "plain" else _families(model)
+        if not found:
             others.append(name)
-            continue
-        hosts[family.types].append(name)
+        for types in found:
+            hosts[types].append(name)
+            roles[types] |= dict.fromkeys(_roles(model))
     parts = [HEAD, "## Families with roles\n", _row(("family", "tried", *COLUMNS)), _rule()]
     parts += [
-        _row((_named(family), ", ".join(hosts[family.types]) or "–",
-              *_marks(matrix, hosts[family.types])))
-        for family in FAMILIES
-    ]  # fmt: skip
-    parts += ["\n## Their roles\n", "| family | roles |", "|---|---|"]
-    parts += [
-        f"| {_named(family)} | {', '.join(f'`{r}`' for r in family.roles)} |" for family in FAMILIES
+        _row((_named(types), ", ".join(tried) or "–", *_marks(matrix, tried)))
+        for types, tried in hosts.items()
     ]
+    parts += ["\n## Their roles\n", "| family | roles, in the hosts that were tried |", "|---|---|"]
     parts += [
-        "\n## Hosts without roles\n",
-        "They take modules by path, type and predicate.\n",
-        _row(("host", "kind", *COLUMNS)),
-        _rule(),
+        _row((_named(types), ", ".join(f"`{role}`" for role in some) or "–"))
+        for types, some in roles.items()
     ]
+    parts += ["\n## Other hosts\n", _row(("host", "kind", *COLUMNS)), _rule()]
     parts += [_row((name, ALL[name].kind, *_marks(matrix, [name]))) for name in others]
     parts.append(f"\nWritten with transformers {transformers.__version__}.")
     return "\n".join(parts) + "\n"
 
 
-def _named(family: Family) -> str:
-    return ", ".join(f"`{kind}`" for kind in family.types)
+def _families(model: nn.Module) -> list[Types]:
+    """Return the types of a model's family, or else of those of the models that it holds."""
+    own = family_of(model)
+    if own is not None:
+        return [own.types]
+    held = [f.types for m in model.modules() if (f := family_of(m)) is not None]
+    return list(dict.fromkeys(held))
+
+
+def _roles(model: nn.Module) -> list[str]:
+    """Return the selections of a host's sites that are roles, and no paths of its own."""
+    paths = dict(model.named_modules())
+    found = [row.at for row in rows_of(model)]
+    return [at for at in found if at not in paths and not set(at) & set("*{[")]
+
+
+def _named(types: Types) -> str:
+    return ", ".join(f"`{kind}`" for kind in types)
 
 
 def _row(cells: tuple[str, ...]) -> str:

@@ -257,10 +257,10 @@ def _plain(name: str, make: Any, batch: Any = tokens, axis: int = 0) -> Row:
 
 
 ROWS = (
-    _plain("encoder", lambda: Encoder(True)),
-    _plain("encoder batch second", lambda: Encoder(False), time_first, 1),
-    _plain("encoder-decoder", lambda: Seq2Seq(True)),
-    _plain("encoder-decoder batch second", lambda: Seq2Seq(False), time_first, 1),
+    _plain("torch encoder", lambda: Encoder(True)),
+    _plain("torch encoder batch second", lambda: Encoder(False), time_first, 1),
+    _plain("torch encoder-decoder", lambda: Seq2Seq(True)),
+    _plain("torch encoder-decoder batch second", lambda: Seq2Seq(False), time_first, 1),
     _plain("cnn in place", CNN, maps),
     _plain("rnn", lambda: RNNs(True)),
     _plain("rnn batch second", lambda: RNNs(False), time_first, 1),

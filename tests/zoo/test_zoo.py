@@ -21,7 +21,7 @@ HOSTS = (
     "mixtral",
     "speech_to_text",
     "levit",
-    "encoder",
+    "torch encoder",
     "rnn",
     "dictionary",
 )
