@@ -56,7 +56,8 @@ def page(matrix: Matrix) -> str:
             others.append(name)
         for types in found:
             hosts[types].append(name)
-            roles[types] |= dict.fromkeys(_roles(model))
+            if len(found) == 1:  # a host of several models has the roles of each
+                roles[types] |= dict.fromkeys(_roles(model))
     parts = [HEAD, "## Families with roles\n", _row(("family", "tried", *COLUMNS)), _rule()]
     parts += [
         _row((_named(types), ", ".join(tried) or "–", *_marks(matrix, tried)))
@@ -83,10 +84,8 @@ def _families(model: nn.Module) -> list[Types]:
 
 
 def _roles(model: nn.Module) -> list[str]:
-    """Return the selections of a host's sites that are roles, and no paths of its own."""
-    paths = dict(model.named_modules())
-    found = [row.at for row in rows_of(model)]
-    return [at for at in found if at not in paths and not set(at) & set("*{[")]
+    """Return the roles of a model of a known family."""
+    return [] if family_of(model) is None else [row.at for row in rows_of(model)]
 
 
 def _named(types: Types) -> str:
