@@ -25,7 +25,9 @@ from modgraft.core.errors import ModgraftError
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
-from modgraft.engine.fast_paths import leave_fast_paths, take_fast_paths
+from modgraft.engine.examples import ask, signature
+from modgraft.engine.fast_paths import check_weights_stay, leave_fast_paths, take_fast_paths
+from modgraft.engine.forwards import unwatch_forwards, watch_forwards
 from modgraft.engine.gradient_checkpointing import unwrap_checkpoints, wrap_checkpoints
 from modgraft.engine.graft import (
     graft_everywhere,
@@ -52,6 +54,8 @@ from modgraft.host.compositions import (
     check_batch,
     check_one,
     check_sides,
+    examples_of,
+    of_batch,
 )
 from modgraft.host.describe import describe
 from modgraft.host.explain import explain
@@ -153,6 +157,7 @@ class Host(nn.Module):
         if at is None:
             raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
         sites = self.sites(at, expect)
+        check_weights_stay(self.model)
         if other := grafted_by_others(self.model, self._context):
             raise ModgraftError(
                 f"another Host has modules in this model (at {other[0] or 'its input'}); work with "
@@ -168,6 +173,7 @@ class Host(nn.Module):
         hook_attention(module.unwrapped)
         self._graft(implant, sites, implant.names)
         link_shared_inputs(self.model)
+        watch_forwards(self.model, self._context)
         implant.train(self.training)
         self.implants[name] = implant
         self._reader.forget()
@@ -192,6 +198,8 @@ class Host(nn.Module):
             self._context.remove(each)
         link_shared_inputs(self.model)
         del self.implants[name]
+        if not self.implants:
+            unwatch_forwards(self.model)
         self._reader.forget()
         self._context.switch(ex.without(self._context.composition, name))
 
@@ -266,7 +274,8 @@ class Host(nn.Module):
             compiled.call = before
             return out
         wrap_checkpoints(self._recomputing, self._context)
-        check_batch(call.composition, args, kwargs)
+        self._find_examples(call, args, kwargs)
+        check_batch(call.composition, args, kwargs, set(self._context.axes.values()))
         with self._context.call(call):
             out = self.model(*args, **kwargs)
         return with_routing_losses(out, call, kwargs) if call.routings else out
@@ -282,9 +291,27 @@ class Host(nn.Module):
         call = self._call(side, modules, generating=True)
         if self._context.routed:
             call = routed(self.model, self._implants, call, args, kwargs)
-        check_batch(call.composition, args, kwargs)
+        check_batch(call.composition, args, kwargs, {0})
         with self._context.call(call):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _find_examples(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Ask the host, once for calls that are alike, where the examples lie at its layers."""
+        context, composition = self._context, call.composition
+        if composition is None or not (
+            of_batch(composition) or any(n in context.by_example for n in composition.names())
+        ):
+            return
+        kind = signature(args, kwargs)
+        if kind is None or kind in context.asked:
+            return
+        count = examples_of(composition, call.side)
+        for path, axis in ask(self.model, args, kwargs, count).items():
+            if axis == 0:
+                context.by_rows.add(path)
+            elif axis is not None or path not in context.by_rows:
+                context.axes[path] = axis
+        context.asked.add(kind)
 
     def _call(
         self,
@@ -304,7 +331,7 @@ class Host(nn.Module):
         composition = now.composition if modules is ... else self.read(modules)
         given = {**now.side, **self._placed({} if side is None else side)}
         check_sides(composition, given, self._context.side_sources)
-        return Call(composition, given, generating)
+        return Call(composition, given, generating, in_forward=True)
 
     def _placed(self, sides: Mapping[str, Side]) -> dict[str, Side]:
         if not isinstance(sides, Mapping):
@@ -407,6 +434,7 @@ class Host(nn.Module):
         plain = ungraft_all(copy.deepcopy(self.model))
         unwrap_checkpoints(plain)
         take_fast_paths(plain)
+        unwatch_forwards(plain)
         with torch.no_grad():
             for path, here in changes.items():
                 # every Δ is relative to the bare host's weight, and is added to that

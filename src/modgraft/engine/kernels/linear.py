@@ -21,11 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.computation._redirect import is_redirected
 from modgraft.computation.base import ParameterComposition
-from modgraft.core.layers import bias_vector, weight_matrix
+from modgraft.core.layers import bias_vector, stored, weight_matrix
 from modgraft.engine.kernels.low_rank import LowRank
-
-PLAIN = (nn.Linear.forward, Conv1D.forward)
-"""The forwards that compute x Wᵀ + b and nothing else."""
 
 _LINEAR = (nn.Linear, Conv1D)
 _ONE_WEIGHT = (*_LINEAR, nn.Embedding)
@@ -67,7 +64,7 @@ class MergedWeight:
         belong to another module, and those of inference mode.
         """
         weight, bias = _weight_and_bias(layer)
-        some: list[Tensor | None] = [layer.weight, bias]
+        some: list[Tensor | None] = [stored(layer, "weight"), bias]
         for change in changes:
             some += [*change.module._parameters.values(), *change.module._buffers.values()]
         tensors = [t for t in some if t is not None]
@@ -84,7 +81,7 @@ class MergedWeight:
 
 def one_product(
     layer: nn.Module,
-    forward: Callable[..., Any],
+    f: Callable[[Tensor], Tensor],
     x: Tensor,
     changes: Sequence[Change],
     merged: MergedWeight | None = None,
@@ -95,8 +92,8 @@ def one_product(
     under autocast, and with a module that is no change of weights now.
 
     Args:
-        layer: the layer.
-        forward: its own forward, unchanged.
+        layer: the layer, linear in its weight.
+        f: the layer as it is, f(x; θ).
         x: ``[…, in]``, its input.
         changes: those of every parameter module in force there.
         merged: where their sum with the layer's weight is kept while nothing needs a gradient.
@@ -104,10 +101,10 @@ def one_product(
     first = changes[0]
     whole = len(changes) == 1 and first.weight == 1 and first.part is None
     if whole and isinstance(layer, _ONE_WEIGHT):
-        fused = first.module.fused_forward(lambda value: forward(layer, value), x)
+        fused = first.module.fused_forward(f, x)
         if fused is not None:
             return fused
-    weight = _plain_weight(layer, forward, x, changes)
+    weight = _plain_weight(layer, x, changes)
     if weight is None:
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
@@ -115,7 +112,7 @@ def one_product(
         return merged.product(layer, x, changes)
     if not _pays(weight, x):
         return None
-    bias = _changed_bias(layer, layer.bias, changes)
+    bias = _changed_bias(layer, stored(layer, "bias"), changes)
     low_rank = _low_rank(changes, len(weight))
     if low_rank is not None:
         B, A, s = low_rank
@@ -126,17 +123,16 @@ def one_product(
 
 
 def low_rank_terms(
-    layer: nn.Module, forward: Callable[..., Any], x: Tensor, changes: Sequence[Change]
+    layer: nn.Module, x: Tensor, changes: Sequence[Change]
 ) -> tuple[float, tuple[Tensor | None, ...]] | None:
     """Return s and W, b, B, A, the layer's arguments of :class:`LowRank`, if it would run so.
 
     Args:
-        layer: the layer.
-        forward: its own forward, unchanged.
+        layer: the layer, linear in its weight.
         x: ``[…, in]``, its input.
         changes: those of every parameter module in force there.
     """
-    weight = _plain_weight(layer, forward, x, changes)
+    weight = _plain_weight(layer, x, changes)
     if weight is None or _can_merge(x) or not _pays(weight, x):
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
@@ -144,20 +140,19 @@ def low_rank_terms(
     if low_rank is None:
         return None
     B, A, s = low_rank
-    return s, (weight, _changed_bias(layer, layer.bias, changes), B, A)
+    return s, (weight, _changed_bias(layer, stored(layer, "bias"), changes), B, A)
 
 
-def _plain_weight(
-    layer: nn.Module, forward: Callable[..., Any], x: Tensor, changes: Sequence[Change]
-) -> Tensor | None:
+def _plain_weight(layer: nn.Module, x: Tensor, changes: Sequence[Change]) -> Tensor | None:
     """Return the layer's weight ``[out, in]`` if changes can be added to it, else None."""
-    if forward not in PLAIN or not all(c.module.is_weight_change for c in changes):
+    if not isinstance(layer, _LINEAR) or not all(c.module.is_weight_change for c in changes):
         return None
-    assert isinstance(layer, _LINEAR)  # noqa: S101
     weight, _ = _weight_and_bias(layer)
     if type(weight) not in (Tensor, nn.Parameter):  # a quantised weight adds in a way of its own
         return None
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    if x.dtype.itemsize < 4 and not x.is_contiguous():  # the layer alone rounds it in another order
         return None
     return weight
 
@@ -170,7 +165,8 @@ def _pays(weight: Tensor, x: Tensor) -> bool:
 
 def _weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
     """Return the layer's weight ``[out, in]`` and bias."""
-    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight, layer.bias
+    weight = stored(layer, "weight")
+    return weight.T if isinstance(layer, Conv1D) else weight, stored(layer, "bias")
 
 
 def _can_merge(x: Tensor) -> bool:
