@@ -251,7 +251,7 @@ class _Host:
                 f"{row.module!r}, and implant it again"
             )
         elif not row.called:
-            row.acts = False
+            row.acts = None  # what learns there acts by another layer, which reads the weight
             if isinstance(place, FunctionComposition) and self._is_read(site):
                 row.faults.append(_READ.format(kind=kind))
         elif row.acts is False and "forward" in layer.__dict__:
@@ -375,6 +375,8 @@ class _Host:
         for row, (site, place) in zip(rows, places.values(), strict=True):
             parameters = list(place.parameters())
             row.learns = any(id(p) in reached for p in parameters) if parameters else None
+            if not row.called and not row.faults:
+                row.acts = row.learns
             if row.acts and row.learns is False and isinstance(place, ParameterComposition):
                 change = Change(place, 1.0, site.part, site.parameter)
                 new = new_weights(site.module, [change])
