@@ -236,6 +236,8 @@ class _Host:
             truth = first_float(copy.forward(*args, **kwargs))
         assert truth is not None  # noqa: S101
         effect = distance(truth, alone)
+        if not apart(truth, alone):  # another forward runs than the copy's own, or Δ does nothing
+            return acts, None
         if not apart(y, truth, effect):
             return acts, 0.0
         return acts, distance(y, truth) / max(effect, 1e-30)
