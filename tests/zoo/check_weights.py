@@ -37,10 +37,9 @@ def birth(case: Case, cell: Cell) -> None:
     for module in (mg.LoRA(rank=1), mg.Adapter(width=3)):
 
         def one(paths: list[str], where: str, into: Cell, module: mg.Computation = module) -> None:
-            with implanted(host, "m", module, at(*paths)) as implant:
-                with suppress(mg.ModgraftError):  # said of the column of that kind
-                    if implant is not None:
-                        into.expect(where, case.run(host, modules="m"), bare, None)
+            with suppress(mg.ModgraftError), implanted(host, "m", module, at(*paths)) as implant:
+                if implant is not None:  # a refusal is said of the column of that kind
+                    into.expect(where, case.run(host, modules="m"), bare, None)
 
         by_site(cell, case.layers, one)
     with cell.at("after remove"):

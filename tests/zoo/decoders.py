@@ -130,6 +130,8 @@ ROWS = (
         conv_kernel=3),
     _of("state space", "rwkv", "RwkvForCausalLM", SIZE, context_length=64, rescale_every=1,
         attention_hidden_size=16),
+    _of("state space", "rwkv unscaled", "RwkvForCausalLM", SIZE, context_length=64,
+        rescale_every=0, attention_hidden_size=16),
     _of("state space", "recurrent_gemma", "RecurrentGemmaForCausalLM", SIZE, num_hidden_layers=2,
         block_types=["recurrent", "attention"], lru_width=16, attention_window_size=8,
         num_key_value_heads=1),

@@ -374,17 +374,11 @@ class _Host:
             verdict.faults.append(fault)
             return
         reached = {id(p) for p, g in zip(own, found, strict=True) if g is not None and g.any()}
-        for row, (site, place) in zip(rows, places.values(), strict=True):
+        for row, (_, place) in zip(rows, places.values(), strict=True):
             parameters = list(place.parameters())
             row.learns = any(id(p) in reached for p in parameters) if parameters else None
             if not row.called and not row.faults:
                 row.acts = row.learns
-            if row.acts and row.learns is False and isinstance(place, ParameterComposition):
-                change = Change(place, 1.0, site.part, site.parameter)
-                new = new_weights(site.module, [change])
-                out = self._with_weights({joined(site.path, n): v for n, v in new.items()})
-                if any(map(apart, out, self.out)):  # else nothing reads what the layer puts out
-                    row.faults.append("the module acts, and no gradient reaches it")
 
     def _judge_examples(
         self, name: str, verdict: Verdict, rows: list[Probed], out: list[Tensor]
