@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu check format clean
+.PHONY: help setup demo test zoo gpu check format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -42,6 +42,9 @@ test: $(STAMP)  ## run the tests, JOBS processes side by side (JOBS=0: in this o
 
 gpu: $(STAMP)  ## on a GPU: the contract suite, a step and decoding in bf16 and fp16 (six minutes)
 	$(BIN)/python -m benchmarks.gpu
+
+zoo: $(STAMP)  ## try every kind of module on 180 small hosts, and print what holds (half an hour)
+	PYTHONPATH=tests $(BIN)/python -m zoo --jobs $(JOBS) $(ARGS)
 
 check: $(STAMP)  ## formatting, lint, types and the rooms' imports
 	$(BIN)/ruff format --check .

@@ -68,6 +68,8 @@ from modgraft.host.mixtures import (
     routed,
     with_routing_losses,
 )
+from modgraft.host.probe import probe
+from modgraft.host.probe_result import Probe
 from modgraft.routing.mixture import Mixture
 
 if TYPE_CHECKING:
@@ -458,6 +460,33 @@ class Host(AsModel):
         return plain
 
     # -- looking --------------------------------------------------------------------------------
+
+    def probe(self, batch: Mapping[str, Any], side: Mapping[str, Side] | None = None) -> Probe:
+        """Run one batch, and say site by site whether the modules act as they are meant to.
+
+        Every module is tried alone with random parameters, whether it is in force or not; the host
+        is left as it was to the last bit. See :mod:`modgraft.host.probe`.
+
+        Args:
+            batch: keyword arguments for :meth:`forward`, with two different examples at least.
+            side: side inputs by name, as there.
+
+        Returns:
+            What was found: ``print`` it; ``.faults`` is what is wrong, by site.
+
+        Raises:
+            ModgraftError: for a batch that shows nothing, or a host without modules.
+        """
+        given, side = dict(batch), side if side is not None else batch.get("side")
+        given.pop("side", None)
+        return probe(
+            self.model,
+            self._implants,
+            self.implants,
+            given,
+            lambda one, modules: self(**one, side=side, modules=modules),
+            lambda: self.using(None),
+        )
 
     def plan(self, composition: Compositions | EllipsisType = ...) -> str:
         """Show how a composition is computed at its sites; left out, the one in force."""

@@ -193,8 +193,8 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (FileNotFoundError, SafetensorError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error}); it is missing or cut short, or was changed: copy the "
-            f"folder again"
+            f"{file} cannot be read ({error}); it is missing or cut short, or was changed: copy "
+            f"the folder again"
         ) from error
 
 

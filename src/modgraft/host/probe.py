@@ -1,0 +1,443 @@
+"""``host.probe(batch)``: whether the modules of a host do there what they are meant to do.
+
+A stranger's model may call a layer in ways that no library foresees: read its weight and never
+call it, run another forward than its class has, put the batch second. One batch shows it before
+hours of training do. It is run as the bare host, once more with its first example changed, and
+with each module alone. The module's parameters are made random for the while, since one that is
+newly built has no effect. What comes of it is compared with what must come of it:
+
+    acts      the layer puts out something else than it does by itself, on the same input
+    learns    a gradient reaches the module there
+    examples  the axis along which the layer's output changes where the first example does
+    merged    the layer puts out what its weight θ + Δ does, and so does the whole host
+    each      modules=["a", None, …] is "a" for the first example, and the bare host for the others
+
+The host is left as it was to the last bit, random numbers, buffers and attributes included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
+
+from modgraft.computation.base import Computation, FunctionComposition, ParameterComposition
+from modgraft.core.errors import ModgraftError, SiteError
+from modgraft.core.expression import module_of
+from modgraft.core.layers import feature_axis
+from modgraft.core.sites import WEIGHTED, Site, find, joined
+from modgraft.engine.implant import Implants
+from modgraft.engine.kernels.functional_call import new_weights, with_tensors
+from modgraft.engine.kernels.linear import Change
+from modgraft.engine.state import STATE
+from modgraft.host.measure import (
+    Seen,
+    apart,
+    as_it_was,
+    changed,
+    distance,
+    first_float,
+    floats,
+    moved,
+    watched,
+)
+from modgraft.host.probe_result import Probe, Probed, Verdict, percent
+
+NOISE = 0.1  # what is added to a module's parameters: as large as a trained module's
+
+Run = Callable[[Mapping[str, Any], Any], Any]
+
+
+def probe(
+    model: nn.Module,
+    implants: Implants,
+    modules: nn.Module,
+    batch: Mapping[str, Any],
+    run: Run,
+    bare: Callable[[], AbstractContextManager[Any]],
+) -> Probe:
+    """Run one batch through a host, and say whether its modules act as they are meant to.
+
+    Args:
+        model: the host's model.
+        implants: its modules, by name.
+        modules: the same, as the module that holds their parameters.
+        batch: keyword arguments of a call, with two different examples at least.
+        run: calls the host: a batch and a composition → its output.
+        bare: in a ``with`` block, every layer runs as it is.
+
+    Raises:
+        ModgraftError: for a batch that shows nothing (no tensor, one example, or the same one
+            twice), or a host without modules.
+    """
+    names = [name for implant in implants.values() for name in implant.names]
+    if not names:
+        raise ModgraftError("no module is implanted that could be probed; host.implant(…) first")
+    with as_it_was(model, modules):
+        generator = torch.Generator().manual_seed(0)
+        for parameter in modules.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * NOISE
+            parameter.add_(noise.to(parameter))
+        host = _Host(model, implants, batch, run, bare)
+        found = Probe([], [], host.notes)
+        for name in names:
+            rows, verdict = host.module(name)
+            found.sites += rows
+            found.modules.append(verdict)
+    return found
+
+
+class _Host:
+    """A host with a batch, and what the bare host did with it.
+
+    Attributes:
+        axis: the axis of the examples in the batch; None where they cannot be told apart.
+        count: how many there are.
+        notes: what holds for the host as a whole.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        implants: Implants,
+        batch: Mapping[str, Any],
+        run: Run,
+        bare: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.model, self.implants, self.batch, self.bare = model, implants, batch, bare
+        self.run = run
+        self.layers = {
+            site.path: site.module
+            for implant in implants.values()
+            for label in implant.paths
+            for site in find(model, label)
+        }
+        self.notes: list[str] = []
+        if max(_first(batch).shape[:2]) < 2:
+            raise ModgraftError("host.probe takes a batch of two different examples at least")
+        with watched(self.layers) as self.alone:
+            self.out = floats(run(batch, None))
+        self._find_examples()
+
+    def _find_examples(self) -> None:
+        """Find the axis of the examples in the batch, and in each layer's output."""
+        shape = _first(self.batch).shape
+        self.axis, self.count, self.other = None, shape[0], {}
+        for axis, count in enumerate(shape[:2]):
+            if count < 2:
+                continue
+            with watched(self.layers) as other:
+                out = floats(self.run(changed(self.batch, axis, count), None))
+            if not any(map(apart, out, self.out)):
+                raise ModgraftError(
+                    "the first two examples of this batch are one to the host, and show nothing; "
+                    "probe it with different ones"
+                )
+            if any(moved(a, b, count) for a, b in zip(self.out, out, strict=True)):
+                self.axis, self.count, self.other = axis, count, other
+                break
+        if self.axis is None:
+            self.notes.append(
+                "Where one example of this batch changes, all outputs do: what belongs to an "
+                "example cannot be told here."
+            )
+        elif self.axis:
+            self.notes.append(
+                f"The examples lie on axis {self.axis} of this batch, and not on the first."
+            )
+
+    # -- one module
+
+    def module(self, name: str) -> tuple[list[Probed], Verdict]:
+        """Return what the batch shows of one module, by site and as a whole."""
+        method = self.implants.computation(name)
+        verdict = Verdict(name)
+        rows = [self._row(name, label) for label, _ in self.implants.at_sites(name)]
+        places = {
+            label: (find(self.model, label)[0], place)
+            for label, place in self.implants.at_sites(name)
+        }
+        changes: dict[str, list[Change]] = {}
+        for site, place in places.values():
+            if isinstance(place, ParameterComposition):
+                change = Change(place, 1.0, site.part, site.parameter)
+                changes.setdefault(site.path, []).append(change)
+        local: dict[str, tuple[bool, float | None]] = {}
+
+        def look(path: str, args: tuple, kwargs: dict, y: Tensor) -> None:
+            if path in changes and isinstance(self.layers[path], WEIGHTED):
+                local[path] = self._local(self.layers[path], changes[path], args, kwargs, y)
+
+        ran: dict[int, int] = {}
+        handles = [
+            place.register_forward_hook(lambda m, *_: ran.update({id(m): ran.get(id(m), 0) + 1}))
+            for _, place in places.values()
+        ]
+        try:
+            with watched(self.layers, look) as seen:
+                out = floats(self.run(self.batch, name))
+        except Exception as error:  # noqa: BLE001 it is what is to be found
+            verdict.faults.append(_said(error))
+            return rows, verdict
+        finally:
+            for handle in handles:
+                handle.remove()
+        for row, (site, place) in zip(rows, places.values(), strict=True):
+            row.called = max(row.called, seen[site.path].calls)
+            if site.path in local:
+                row.acts, row.merged = local[site.path]
+            elif isinstance(place, FunctionComposition):
+                row.acts = id(place) in ran
+            else:
+                row.acts = any(map(apart, out, self.out))
+            self._judge_layer(row, site, place, seen[site.path])
+        if isinstance(method, ParameterComposition):
+            self._judge_merged(verdict, rows, places, changes, out)
+        self._judge_learning(name, verdict, rows, places)
+        self._judge_examples(name, verdict, rows, out)
+        return rows, verdict
+
+    def _row(self, name: str, label: str) -> Probed:
+        site = find(self.model, label)[0]
+        row, before = Probed(label, name), self.alone[site.path]
+        row.called = before.calls
+        if before.output is None:
+            return row
+        after = self.other[site.path].output if self.other else None
+        where = None if after is None else moved(before.output, after, self.count)
+        if after is not None and not apart(before.output, after):
+            row.examples = "alike"
+        elif after is not None:
+            row.examples = "mixed" if where is None else f"axis {where[0]}"
+            if where is not None and where[1] > 1:
+                row.examples += f", {where[1]} rows each"
+        axis = feature_axis(site.module)
+        if label and before.output.dim() >= -axis:
+            row.features = f"axis {before.output.dim() + axis}: {before.output.shape[axis]}"
+        return row
+
+    def _local(
+        self, layer: nn.Module, changes: list[Change], args: tuple, kwargs: dict, y: Tensor
+    ) -> tuple[bool, float | None]:
+        """Return whether a layer put out something else than alone, and how far it is off that
+        with θ + Δ, as a share of the effect."""
+        with self.bare(), torch.no_grad():
+            alone = first_float(layer.forward(*args, **kwargs))
+            assert alone is not None  # noqa: S101
+            acts = apart(y, alone)
+            if "forward" in layer.__dict__ or is_parametrized(layer):
+                return acts, None
+            copy = with_tensors(layer, new_weights(layer, changes))
+            truth = first_float(copy.forward(*args, **kwargs))
+        assert truth is not None  # noqa: S101
+        effect = distance(truth, alone)
+        if not apart(truth, alone):  # another forward runs than the copy's own, or Δ does nothing
+            return acts, None
+        if not apart(y, truth, effect):
+            return acts, 0.0
+        return acts, distance(y, truth) / max(effect, 1e-30)
+
+    def _judge_layer(self, row: Probed, site: Site, place: Computation, seen: Seen) -> None:
+        """Say what is wrong at one site, in the layer itself."""
+        layer, kind = site.module, type(site.module).__name__
+        state = layer.__dict__.get(STATE)
+        if state is None or module_of(row.module) not in map(module_of, state.entries):
+            row.acts = False
+            row.faults.append(
+                f"this {kind} was put there after the module was implanted, and has none: remove "
+                f"{row.module!r}, and implant it again"
+            )
+        elif not row.called:
+            row.acts = None  # what learns there acts by another layer, which reads the weight
+            if isinstance(place, FunctionComposition) and self._is_read(site):
+                row.faults.append(_READ.format(kind=kind))
+        elif row.acts is False and "forward" in layer.__dict__:
+            row.faults.append(
+                f"a forward was put on this very {kind} (a patch, or hooks as accelerate's), and "
+                f"runs in place of the one in which modules act: take it off, or put it on before "
+                f"mg.Host(model) is made"
+            )
+        elif row.acts is False:
+            row.faults.append(f"the {kind} is called, and puts out what it does without the module")
+        if row.merged:
+            row.faults.append(
+                f"the {kind} puts out something else than its forward does with the weight "
+                f"θ + Δ, by {percent(row.merged)} of the effect: leave it out of at="
+            )
+        if isinstance(place, FunctionComposition) and not site.part and seen.output is not None:
+            self._judge_width(row, site, seen.output)
+        if site.residual:
+            self._judge_residual(row, place)
+
+    def _judge_width(self, row: Probed, site: Site, y: Tensor) -> None:
+        try:
+            width = site.width
+        except SiteError:
+            return
+        axis = feature_axis(site.module)
+        if y.dim() >= -axis and y.shape[axis] != width:
+            row.faults.append(
+                f"the module was made for {width} features, and the layer puts out "
+                f"{y.shape[axis]}: implant at the layers inside that tell their width"
+            )
+
+    def _judge_residual(self, row: Probed, place: Computation) -> None:
+        """Let a module in a residual do nothing: the host is then what it is without it."""
+        place.__dict__["forward"] = lambda y, x, side: y
+        try:
+            out = floats(self.run(self.batch, row.module))
+        finally:
+            del place.__dict__["forward"]
+        if any(map(apart, out, self.out)):
+            row.faults.append(
+                "at [residual] the layer is run twice, and the second run sees what the first one "
+                "kept (a cache, a state): leave out [residual]"
+            )
+
+    def _is_read(self, site: Site) -> bool:
+        """Return whether the host's output depends on the weight of a layer."""
+        weight = getattr(site.module, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            return False
+        new = {joined(site.path, "weight"): weight + torch.ones_like(weight)}
+        return any(map(apart, self._with_weights(new), self.out))
+
+    def _with_weights(self, new: dict[str, Tensor]) -> list[Tensor]:
+        with self.bare():
+            out = functional_call(self.model, new, (), dict(self.batch), tie_weights=False)
+        return floats(out)
+
+    def _judge_merged(
+        self,
+        verdict: Verdict,
+        rows: list[Probed],
+        places: dict[str, tuple[Site, Computation]],
+        changes: dict[str, list[Change]],
+        out: list[Tensor],
+    ) -> None:
+        """Compare the host's output with that of the weights θ + Δ."""
+        if any(is_parametrized(self.layers[path]) for path in changes):
+            return
+        new = {
+            path: {joined(path, n): v for n, v in new_weights(self.layers[path], some).items()}
+            for path, some in changes.items()
+        }
+        truth = self._with_weights({n: v for some in new.values() for n, v in some.items()})
+        off = [
+            distance(a, t) / max(distance(t, b), 1e-30)
+            for a, t, b in zip(out, truth, self.out, strict=True)
+            if apart(a, t, distance(t, b))
+        ]
+        verdict.merged = percent(max(off)) if off else "equal"
+        if not off:
+            return
+        for row, (site, _) in zip(rows, places.values(), strict=True):
+            if row.acts or row.faults:
+                continue
+            if any(map(apart, self._with_weights(new[site.path]), self.out)):
+                row.acts = False
+                row.faults.append(_READ.format(kind=type(site.module).__name__))
+        if not any(row.faults for row in rows):
+            verdict.faults.append(
+                f"the host puts out something else than with the weights θ + Δ, by "
+                f"{verdict.merged} of the effect, though each layer does what it should: another "
+                f"part reads these weights too"
+            )
+
+    def _judge_learning(
+        self,
+        name: str,
+        verdict: Verdict,
+        rows: list[Probed],
+        places: dict[str, tuple[Site, Computation]],
+    ) -> None:
+        """Ask for the gradients of the module's parameters, without keeping any."""
+        own = [p for _, place in places.values() for p in place.parameters()]
+        if not own:
+            return
+        for parameter in own:
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                out = [y for y in floats(self.run(self.batch, name)) if y.requires_grad]
+                total = torch.stack([y.nan_to_num(0, 0, 0).float().square().sum() for y in out])
+                found = torch.autograd.grad(total.sum(), own, allow_unused=True)
+        except RuntimeError as error:
+            fault = f"training raises {_said(error)}"
+            if written := [path for path, one in self.alone.items() if one.written]:
+                fault = f"the host writes in place to the output of {', '.join(written)}; {fault}"
+            verdict.faults.append(fault)
+            return
+        reached = {id(p) for p, g in zip(own, found, strict=True) if g is not None and g.any()}
+        for row, (_, place) in zip(rows, places.values(), strict=True):
+            parameters = list(place.parameters())
+            row.learns = any(id(p) in reached for p in parameters) if parameters else None
+            if not row.called and not row.faults:
+                row.acts = row.learns
+
+    def _judge_examples(
+        self, name: str, verdict: Verdict, rows: list[Probed], out: list[Tensor]
+    ) -> None:
+        """Give the module to the first example alone."""
+        if self.axis is None:
+            return
+        axis, count = self.axis, self.count
+        try:
+            mixed = floats(self.run(self.batch, [name, *[None] * (count - 1)]))
+        except ModgraftError as error:  # known, and said to whoever asks for it
+            verdict.each = "refused"
+            self.notes.append(f"For each example by itself, {name!r} is refused: {error}")
+            return
+        except Exception as error:  # noqa: BLE001 it is what is to be found
+            verdict.each = "raises"
+            verdict.faults.append(_said(error))
+            return
+        for new, all_, none in zip(mixed, out, self.out, strict=True):
+            if new.dim() <= axis or new.shape[axis] % count:
+                continue
+            effect, each = distance(all_, none), new.shape[axis] // count
+            truth = torch.cat(
+                [all_.narrow(axis, 0, each), none.narrow(axis, each, new.shape[axis] - each)], axis
+            )
+            if apart(new, truth, effect):
+                verdict.each = percent(distance(new, truth) / max(effect, 1e-30))
+                odd = [row for row in rows if row.examples not in ("axis 0", "alike", "–")]
+                for row in odd:
+                    row.faults.append(
+                        f"an example's rows are elsewhere than on the first axis ({row.examples}), "
+                        f"where modules=[…], mg.Weighted, routing by example and side inputs look "
+                        f"for them: call the host once for each composition"
+                    )
+                if not odd:
+                    verdict.faults.append(
+                        f"modules=[{name!r}, None, …] is not {name!r} for the first example alone, "
+                        f"by {verdict.each}: call the host once for each composition"
+                    )
+                return
+        verdict.each = "equal"
+
+
+def _first(batch: Mapping[str, Any]) -> Tensor:
+    """Return the first tensor of a batch."""
+    first = next((v for v in batch.values() if isinstance(v, Tensor) and v.dim()), None)
+    if first is None:
+        raise ModgraftError(
+            f"host.probe takes the keyword arguments of a call, with a tensor among them; this "
+            f"batch has {', '.join(batch) or 'nothing'}"
+        )
+    return first
+
+
+_READ = (
+    "the layer above reads the weight of this {kind} and never calls it, so that the module has no "
+    "effect here, though its merge would have: leave it out of at="
+)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, ModgraftError) else f"{type(error).__name__}: {error}"
