@@ -17,7 +17,9 @@ from torch import nn
 
 from modgraft.computation.base import Computation, ParameterComposition, TokenComposition
 from modgraft.core.context import Context
+from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import feature_axis
+from modgraft.core.pickling import reduced_by
 from modgraft.core.sites import Site, one_input
 from modgraft.engine.inputs.tokens import generate_with_tokens, inner_sites
 from modgraft.engine.plan import Entry
@@ -112,6 +114,8 @@ def _grafted(original: type[nn.Module]) -> type[nn.Module]:
 
     body: dict[str, Any] = {
         "forward": grafted_forward,
+        "__reduce_ex__": reduced_by(_grafted, original),
+        "_replicate_for_data_parallel": _refuse_replicas,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -125,6 +129,19 @@ def _grafted(original: type[nn.Module]) -> type[nn.Module]:
 
         body["generate"] = grafted_generate
     return type(original.__name__, (original,), body)
+
+
+def _refuse_replicas(layer: nn.Module) -> nn.Module:
+    """Refuse to be copied by ``nn.DataParallel``.
+
+    Raises:
+        ModgraftError: with the remedy.
+    """
+    raise ModgraftError(
+        f"nn.DataParallel copies {layer.__dict__[STATE].path or 'the model'} to several devices at "
+        f"each call, and the modules in it stay on one; use DistributedDataParallel, a process for "
+        f"each device, or let this process see one device (CUDA_VISIBLE_DEVICES)"
+    )
 
 
 def _generate(host: nn.Module, generate: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
