@@ -10,7 +10,7 @@ from torch import Tensor
 
 import modgraft as mg
 from contract.hosts import HOSTS, ids
-from modgraft.engine.kernels.tensor_cache import TensorCache
+from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.plan import Plan
 from modgraft.engine.state import STATE
 
@@ -31,7 +31,8 @@ def made() -> mg.Host:
     return host
 
 
-MERGED = "merged weight, kept (modules=…: as with gradients)"
+PRODUCT = "one product, factorised, from 12 tokens on, effects below"
+MERGED = f"{PRODUCT}; from the second step of a generate on, one product with θ + Δ"
 PICKED = "picked by few, in one batch over stacked tensors; by more than half, one after another"
 KEYS = "keys and values before the layer's own"
 
@@ -44,24 +45,23 @@ KEYS = "keys and values before the layer's own"
             "lora0 + 0.5*lora1 >> adapter0",
             [
                 ["block", "2", "all", "function of adapter0", "function of adapter0"],
-                ["query, value", "2", "all", MERGED,
-                 "one product, factorised, from 12 tokens on, effects below"],
+                ["query, value", "2", "all", MERGED, PRODUCT],
             ],
         ),
         (
             "scale0 >> prefix0 >> prompt",
             [
                 ["the input", "1", "all", "tokens before the input", "tokens before the input"],
-                ["attention", "2", "all", f"{KEYS}, kept", KEYS],
+                ["attention", "2", "all", f"{KEYS}, made once a call", KEYS],
                 ["up", "2", "all", "the layer once, rescaled", "the layer once, rescaled"],
             ],
         ),
         (
             ["lora0", "lora1", None, "prefix0", "lora0 - lora1"],
             [
-                ["attention", "2", "1", f"{KEYS}, kept", KEYS],
+                ["attention", "2", "1", f"{KEYS}, made once a call", KEYS],
                 ["query, value", "2", "2",
-                 "effects of 2 modules, one batch over stacked tensors, kept",
+                 "effects of 2 modules, one batch over stacked tensors once a call",
                  "effects of 2 modules, one batch over stacked tensors"],
                 ["query, value", "2", "1", "effect, one composition after another",
                  "effect, one composition after another"],
@@ -203,8 +203,8 @@ def test_modules_made_in_inference_mode_act_and_their_writes_are_seen() -> None:
         assert torch.equal(host(**batch, modules=composition).logits, bare)
 
 
-@pytest.mark.parametrize(("kind", "question"), [(TensorCache, "_holds"), (Plan, "holds")])
-def test_whether_what_is_remembered_holds_is_asked_once_a_generate(
+@pytest.mark.parametrize(("kind", "question"), [(Batched, "_factors"), (Plan, "holds")])
+def test_a_generate_stacks_and_asks_once(
     monkeypatch: pytest.MonkeyPatch, kind: type, question: str
 ) -> None:
     host, asked = made(), []

@@ -27,7 +27,6 @@ from modgraft.core.expression import Chain, Expression, Name, chain
 from modgraft.core.per_example import Each
 from modgraft.engine.kernels.batched import Batched, batch_key
 from modgraft.engine.kernels.linear import Change, MergedWeight
-from modgraft.engine.kernels.tensor_cache import TensorCache
 from modgraft.routing.mixture import RoutedMixture
 
 _training = attrgetter("training")
@@ -133,15 +132,15 @@ class Plan:
         groups: what it comes to there.
         modules: the modules whose batching depends on whether they train.
         training: whether each of them did when this was planned.
-        keys_values: keeps what goes before an attention layer's own keys and values; None: it
-            differs from call to call.
+        keeps_keys_values: whether what goes before an attention layer's own keys and values is
+            made once in a call.
     """
 
     composition: Expression
     groups: list[Group]
     modules: list[Computation]
     training: list[bool]
-    keys_values: TensorCache | None = None
+    keeps_keys_values: bool = False
 
     def holds(self) -> bool:
         """Return whether it would still be planned in this way."""
@@ -161,7 +160,7 @@ def make_plan(entries: Mapping[str, list[Entry]], composition: Expression) -> Pl
         make_groups(entries, composition, batches=True),
         watched,
         list(map(_training, watched)),
-        TensorCache(keys_values) if keys_values and fixed else None,
+        bool(keys_values) and fixed,
     )
 
 

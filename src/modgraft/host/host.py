@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,8 @@ from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
 from modgraft.engine.fast_paths import leave_fast_paths, take_fast_paths
-from modgraft.engine.gradient_checkpointing import unwrap_checkpoints, wrap_checkpoints
+from modgraft.engine.frozen import Frozen
+from modgraft.engine.gradient_checkpointing import hook_checkpoints
 from modgraft.engine.graft import (
     graft_everywhere,
     grafted_by_others,
@@ -45,6 +46,7 @@ from modgraft.engine.implant import (
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.kernels.functional_call import new_weights, write
 from modgraft.engine.kernels.linear import Change
+from modgraft.engine.places import Places
 from modgraft.host.compositions import (
     Composition,
     Compositions,
@@ -63,6 +65,8 @@ from modgraft.host.mixtures import (
     with_routing_losses,
 )
 from modgraft.routing.mixture import Mixture
+
+hook_checkpoints()
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
@@ -93,11 +97,23 @@ class Host(nn.Module):
         self.implants = nn.ModuleDict()
         self._implants = Implants(self.implants, self._context)
         self._reader = Reader(self._implants)
-        # blocks that recompute their forward in backward, after the call has returned
-        self._recomputing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         leave_fast_paths(model)
         if freeze:
             model.requires_grad_(False)
+        self._places = Places()
+        self._look_around()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hook what the modules of an unpickled host need hooked in this process."""
+        super().__setstate__(state)
+        for implant in self._implants.values():
+            hook_attention(implant.method.unwrapped)
+
+    def _look_around(self) -> None:
+        """See where modules are, and what of the host training would move."""
+        link_shared_inputs(self.model)
+        self._places.update(self)
+        self._frozen = Frozen(self.model, self._context.gate)
 
     # -- implanting -----------------------------------------------------------------------------
 
@@ -130,6 +146,13 @@ class Host(nn.Module):
             ModgraftError: for a name in use, no matching site, another number than expected, or a
                 site the method is not defined at. The host is then as it was.
         """
+        with self._context.gate.change(f"host.implant({name!r}, …)"):
+            return self._implant(name, module, at, expect, active)
+
+    @torch.inference_mode(False)  # a module made in inference mode could never be trained
+    def _implant(
+        self, name: str, module: Computation, at: At | None, expect: int | None, active: bool
+    ) -> Implant:
         check_name(name)
         if name in self.implants:
             raise ModgraftError(
@@ -165,7 +188,6 @@ class Host(nn.Module):
         join_prompts(self._implants, implant)
         hook_attention(module.unwrapped)
         self._graft(implant, sites, implant.names)
-        link_shared_inputs(self.model)
         implant.train(self.training)
         self.implants[name] = implant
         self._reader.forget()
@@ -179,19 +201,21 @@ class Host(nn.Module):
             places = [place for _, place in implant.at_sites(name)]
             sited = list(zip(sites, places, strict=True))
             graft_everywhere(name, implant.method, sited, device_of(self.model), self._context)
+        self._look_around()
 
     def remove(self, name: str) -> None:
         """Remove a module; the host is as it was before it, bit for bit."""
-        names = self[name].names  # raises for an unknown one
-        check_unmixed(self._implants, names)
-        for each in names:
-            for module in self.model.modules():
-                ungraft(module, each)
-            self._context.remove(each)
-        link_shared_inputs(self.model)
-        del self.implants[name]
-        self._reader.forget()
-        self._context.switch(ex.without(self._context.composition, name))
+        with self._context.gate.change(f"host.remove({name!r})"):
+            names = self[name].names  # raises for an unknown one
+            check_unmixed(self._implants, names)
+            for each in names:
+                for layer in list(self._places.layers):
+                    ungraft(layer, each)
+                self._context.remove(each)
+            self._look_around()
+            del self.implants[name]
+            self._reader.forget()
+            self._context.switch(ex.without(self._context.composition, name))
 
     def __getitem__(self, name: str) -> Implant:
         return self._implants[name]
@@ -216,12 +240,14 @@ class Host(nn.Module):
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
         """
-        self._context.switch(self._reader.read(composition))
+        with self._context.gate:
+            self._context.switch(self._reader.read(composition))
 
     @contextmanager
     def using(self, composition: Compositions) -> Iterator[Self]:
         """Put a composition in force in a ``with`` block, in this thread or task alone."""
-        call = replace(self._context.current(), composition=self.read(composition))
+        around = self._context.around() or Call(None)
+        call = replace(around, composition=self.read(composition))
         with self._context.call(call):
             yield self
 
@@ -231,7 +257,18 @@ class Host(nn.Module):
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
         """
-        return self._reader.read(composition)
+        with self._context.gate:
+            return self._reader.read(composition)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, in which what is frozen moves as little as in evaluation.
+
+        A layer of running statistics (``nn.BatchNorm2d``, the power iteration of a spectral norm)
+        stays in evaluation mode while its parameters are frozen.
+        """
+        super().train(mode)
+        self._frozen.hold(mode)
+        return self
 
     # -- running --------------------------------------------------------------------------------
 
@@ -254,19 +291,15 @@ class Host(nn.Module):
         Raises:
             ModgraftError: if an active module's side input is missing.
         """
-        call = self._call(side, modules)
-        if self._context.routed:
-            call = routed(self.model, self._implants, call, args, kwargs)
         if torch.compiler.is_compiling():
-            compiled = self._context.compiled
-            before, compiled.call = compiled.call, call
-            out = self.model(*args, **kwargs)
-            compiled.call = before
-            return out
-        wrap_checkpoints(self._recomputing, self._context)
-        check_batch(call.composition, args, kwargs)
-        with self._context.call(call):
-            out = self.model(*args, **kwargs)
+            call = self._call(side, modules)
+            if self._context.routed:
+                call = routed(self.model, self._implants, call, args, kwargs)
+            with self._context.call(self._context.compiled.filled(call)):
+                return self.model(*args, **kwargs)
+        with self._context.gate:
+            call = self._call(side, modules)
+            out = self._run(self.model, call, args, kwargs)
         return with_routing_losses(out, call, kwargs) if call.routings else out
 
     def generate(
@@ -277,12 +310,24 @@ class Host(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """Call the model's ``generate``; an example's beams share its side inputs."""
-        call = self._call(side, modules, generating=True)
+        with self._context.gate:
+            call = self._call(side, modules, generating=True)
+            return self._run(self.model.generate, call, args, kwargs)  # type: ignore[arg-type]
+
+    def _run(
+        self, run: Callable[..., Any], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._places.check(self)
         if self._context.routed:
             call = routed(self.model, self._implants, call, args, kwargs)
         check_batch(call.composition, args, kwargs)
-        with self._context.call(call):
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        frozen = self._frozen.call(self.training or self.model.training)
+        try:
+            with frozen, self._context.call(call):
+                return run(*args, **kwargs)
+        except (RuntimeError, IndexError) as error:
+            self._places.explain(error)
+            raise
 
     def _call(
         self,
@@ -298,11 +343,13 @@ class Host(nn.Module):
                     "come with the call is modules=mg.Weighted(names, weights)"
                 )
             return Call(None if modules is ... else modules, side or {}, generating)
-        now = self._context.current()
-        composition = now.composition if modules is ... else self.read(modules)
+        now = self._context.around() or Call(self._context.composition)
+        composition = now.composition if modules is ... else self._reader.read(modules)
+        if composition is not self._context.composition:  # of a block around a host.remove
+            self._reader.check_known(composition)
         given = {**now.side, **self._placed({} if side is None else side)}
         check_sides(composition, given, self._context.side_sources)
-        return Call(composition, given, generating)
+        return Call(composition, given, generating, kept={})
 
     def _placed(self, sides: Mapping[str, Side]) -> dict[str, Side]:
         if not isinstance(sides, Mapping):
@@ -371,7 +418,8 @@ class Host(nn.Module):
         """
         from modgraft.store.folder import load
 
-        return load(self, Path(folder), name, strict=strict)
+        with self._context.gate.change(f"host.load({str(folder)!r})"):
+            return load(self, Path(folder), name, strict=strict)
 
     def merge(self, composition: Composition | EllipsisType = ...) -> nn.Module:
         """Merge a composition into a copy of the model, which runs without modgraft.
@@ -385,6 +433,7 @@ class Host(nn.Module):
         """
         read = self.composition if composition is ... else self.read(composition)
         check_one(read)
+        self._places.check(self)
         weights = {} if read is None else read.weights()
         for name in weights:
             method = self._implants.computation(name)
@@ -403,12 +452,15 @@ class Host(nn.Module):
                 change = Change(place, weight, site.part, site.parameter)
                 changes.setdefault(site.path, []).append(change)
         plain = ungraft_all(copy.deepcopy(self.model))
-        unwrap_checkpoints(plain)
         take_fast_paths(plain)
         with torch.no_grad():
             for path, here in changes.items():
-                # every Δ is relative to the bare host's weight, and is added to that
-                write(plain, path, new_weights(self.model.get_submodule(path), here))
+                try:
+                    # every Δ is relative to the bare host's weight, and is added to that
+                    write(plain, path, new_weights(self.model.get_submodule(path), here))
+                except RuntimeError as error:
+                    self._places.explain(error)
+                    raise
         return plain
 
     # -- looking --------------------------------------------------------------------------------

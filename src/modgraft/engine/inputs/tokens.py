@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import TokenComposition
 from modgraft.core.architectures import base_path, family_of
-from modgraft.core.context import Call, switched
+from modgraft.core.compiled import switched
+from modgraft.core.context import Call
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression
 from modgraft.core.per_example import Each

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from modgraft.computation._redirect import is_redirected
 from modgraft.computation.base import ParameterComposition
+from modgraft.core.context import kept_in_call, seen_in_call
 from modgraft.core.layers import bias_vector, weight_matrix
 from modgraft.engine.kernels.low_rank import LowRank
 
@@ -49,37 +49,20 @@ class Change:
 
 
 class MergedWeight:
-    """θ + Σ w·Δ of one layer, kept as long as none of the tensors that it is made of changes."""
+    """θ + Σ w·Δ of one layer, made when a call runs the layer for the second time.
 
-    def __init__(self) -> None:
-        # what it was made of (the tensors are held, so that no other takes their identity), and
-        # the weight and bias
-        self.made: tuple[list[Any], list[Tensor], Tensor, Tensor | None] | None = None
+    That is a ``generate``, whose every step runs it: the first runs it as any other call does. The
+    weight is let go with the call.
+    """
 
-    def drop(self) -> None:
-        """Let go of the weight."""
-        self.made = None
-
-    def product(self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]) -> Tensor:
-        """Return f(x; θ + Σ w·Δ).
-
-        The weight is made anew at every call where its tensors may change unseen: tensors that
-        belong to another module, and those of inference mode.
-        """
-        weight, bias = _weight_and_bias(layer)
-        some: list[Tensor | None] = [layer.weight, bias]
-        for change in changes:
-            some += [*change.module._parameters.values(), *change.module._buffers.values()]
-        tensors = [t for t in some if t is not None]
-        if any(is_redirected(c.module) for c in changes) or any(map(Tensor.is_inference, tensors)):
-            new = _laid_out_as(weight, _changed_weight(layer, weight, changes))
-            return F.linear(x, new, _changed_bias(layer, bias, changes))
-        of = [(id(t), t._version, t.data_ptr()) for t in tensors]
-        made = self.made  # read once: another thread may let go of it, or keep its own
-        if made is None or made[0] != of:
-            new = _laid_out_as(weight, _changed_weight(layer, weight, changes))
-            made = self.made = of, tensors, new, _changed_bias(layer, bias, changes)
-        return F.linear(x, made[2], made[3])
+    def product(
+        self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]
+    ) -> Tensor | None:
+        """Return f(x; θ + Σ w·Δ), None at the first run."""
+        if not seen_in_call(self):
+            return None
+        weight, bias = kept_in_call(self, lambda: _changed(layer, changes))
+        return F.linear(x, weight, bias)
 
 
 def one_product(
@@ -99,7 +82,7 @@ def one_product(
         forward: its own forward, unchanged.
         x: ``[…, in]``, its input.
         changes: those of every parameter module in force there.
-        merged: where their sum with the layer's weight is kept while nothing needs a gradient.
+        merged: where their sum with the layer's weight is kept, in a ``generate``.
     """
     first = changes[0]
     whole = len(changes) == 1 and first.weight == 1 and first.part is None
@@ -112,17 +95,19 @@ def one_product(
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
     if merged is not None and _can_merge(x):
-        return merged.product(layer, x, changes)
+        y = merged.product(layer, x, changes)
+        if y is not None:
+            return y
     if not _pays(weight, x):
         return None
-    bias = _changed_bias(layer, layer.bias, changes)
     low_rank = _low_rank(changes, len(weight))
     if low_rank is not None:
         B, A, s = low_rank
+        bias = _changed_bias(layer, layer.bias, changes)
         return LowRank.apply(x, (s,), weight, bias, B, A)[0]
     if x.dtype.itemsize < 4:  # Δ, small beside θ, would be lost in a sum rounded to 8 bits
         return None
-    return F.linear(x, _laid_out_as(weight, _changed_weight(layer, weight, changes)), bias)
+    return F.linear(x, *_changed(layer, changes))
 
 
 def low_rank_terms(
@@ -177,6 +162,13 @@ def _can_merge(x: Tensor) -> bool:
     """Return whether a merged weight may be kept: nothing learns, and nothing is lost in
     rounding."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype.itemsize < 4)
+
+
+def _changed(layer: nn.Linear | Conv1D, changes: Sequence[Change]) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and the bias with all changes."""
+    weight, bias = _weight_and_bias(layer)
+    new = _laid_out_as(weight, _changed_weight(layer, weight, changes))
+    return new, _changed_bias(layer, bias, changes)
 
 
 def _changed_weight(layer: nn.Module, weight: Tensor, changes: Sequence[Change]) -> Tensor:
