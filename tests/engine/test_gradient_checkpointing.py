@@ -1,4 +1,4 @@
-"""A block that is recomputed in backward runs under the call of its forward, whoever checkpoints it."""
+"""A block that is recomputed in backward runs under the call of its forward, whoever does it."""
 
 from __future__ import annotations
 

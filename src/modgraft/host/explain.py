@@ -100,8 +100,8 @@ def _changed(layer: nn.Module, group: Group) -> Way | None:
     low = all(change.module.factors() is not None for change in changes)
     one = "one product, factorised," if low else "one product with θ + Δ"
     product = f"{one} from {-(-outs * ins // (outs + ins))} tokens on, effects below"
-    merged = f"{product}; from the second step of a generate on, one product with θ + Δ"
-    return Way(product if group.merged is None else merged, product)
+    merged = f"{product}; from the second step of a generate on, one product"
+    return Way(product if low or group.merged is None else merged, product)
 
 
 def _routed(entry: Entry, state: State, group: Group) -> Way:

@@ -49,20 +49,21 @@ class Change:
 
 
 class MergedWeight:
-    """θ + Σ w·Δ of one layer, made when a call runs the layer for the second time.
+    """Σ w·Δ of one layer, as a call without gradients keeps it until it ends.
 
-    That is a ``generate``, whose every step runs it: the first runs it as any other call does. The
-    weight is let go with the call.
+    Low rank is kept as factors. Any other Δ is made into θ + Σ w·Δ when a call runs the layer for
+    the second time, as a ``generate`` does with its second step.
     """
 
-    def product(
-        self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]
-    ) -> Tensor | None:
+    def low_rank(self, changes: Sequence[Change], outs: int) -> tuple[Tensor, Tensor, float] | None:
+        """Return B ``[out, r]``, A ``[r, in]`` and s with Σ w·Δ = s·BA, None without factors."""
+        return kept_in_call((self, "factors"), lambda: _low_rank(changes, outs))
+
+    def product(self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]) -> Any:
         """Return f(x; θ + Σ w·Δ), None at the first run."""
         if not seen_in_call(self):
             return None
-        weight, bias = kept_in_call(self, lambda: _changed(layer, changes))
-        return F.linear(x, weight, bias)
+        return F.linear(x, *kept_in_call(self, lambda: _changed(layer, changes)))
 
 
 def one_product(
@@ -94,20 +95,52 @@ def one_product(
     if weight is None:
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
-    if merged is not None and _can_merge(x):
-        y = merged.product(layer, x, changes)
-        if y is not None:
-            return y
-    if not _pays(weight, x):
+    pays, free = _pays(weight, x), merged is not None and _is_free(x)
+    if not (pays or free):
         return None
-    low_rank = _low_rank(changes, len(weight))
+    if free:
+        assert merged is not None  # noqa: S101
+        low_rank = merged.low_rank(changes, len(weight))
+    else:
+        low_rank = _low_rank(changes, len(weight))
     if low_rank is not None:
-        B, A, s = low_rank
         bias = _changed_bias(layer, layer.bias, changes)
-        return LowRank.apply(x, (s,), weight, bias, B, A)[0]
-    if x.dtype.itemsize < 4:  # Δ, small beside θ, would be lost in a sum rounded to 8 bits
+        return (_in_one if pays else _beside)(layer, forward, x, weight, bias, *low_rank)
+    if free and (y := merged.product(layer, x, changes)) is not None:  # type: ignore[union-attr]
+        return y
+    if not pays or x.dtype.itemsize < 4:  # there Δ would be lost in a sum rounded to 8 bits
         return None
     return F.linear(x, *_changed(layer, changes))
+
+
+def _in_one(
+    layer: nn.Module,
+    forward: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: Tensor,
+    A: Tensor,
+    s: float,
+) -> Tensor:
+    """Return x Wᵀ + b + s·(x Aᵀ)Bᵀ, of many tokens."""
+    return LowRank.apply(x, (s,), weight, bias, B, A)[0]
+
+
+def _beside(
+    layer: nn.Linear | Conv1D,
+    forward: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: Tensor,
+    A: Tensor,
+    s: float,
+) -> Tensor:
+    """Return the same of few tokens: the layer's own product, and the thin ones added to it."""
+    y = forward(layer, x) if bias is layer.bias else F.linear(x, weight, bias)
+    hidden = F.linear(x, A).view(-1, len(A))  # [N, r]
+    return y.view(-1, len(B)).addmm_(hidden, B.T, alpha=s).view(y.shape)
 
 
 def low_rank_terms(
@@ -122,7 +155,7 @@ def low_rank_terms(
         changes: those of every parameter module in force there.
     """
     weight = _plain_weight(layer, forward, x, changes)
-    if weight is None or _can_merge(x) or not _pays(weight, x):
+    if weight is None or _is_free(x) or not _pays(weight, x):
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
     low_rank = _low_rank(changes, len(weight))
@@ -158,9 +191,8 @@ def _weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight, layer.bias
 
 
-def _can_merge(x: Tensor) -> bool:
-    """Return whether a merged weight may be kept: nothing learns, and nothing is lost in
-    rounding."""
+def _is_free(x: Tensor) -> bool:
+    """Return whether no gradient is wanted, and nothing is lost in rounding."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype.itemsize < 4)
 
 
