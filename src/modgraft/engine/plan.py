@@ -116,10 +116,14 @@ class Group:
     def index(self, like: Tensor, times: int) -> Tensor:
         """Return the group's rows of ``like``, where each example has ``times``, side by side."""
         assert self.rows is not None  # noqa: S101
-        key = like.device, times, torch.is_inference_mode_enabled()
-        if key not in self._index:
+        compiling = torch.compiler.is_compiling()
+        key = None if compiling else (like.device, times, torch.is_inference_mode_enabled())
+        if compiling or key not in self._index:
             rows = [i * times + k for i in self.rows for k in range(times)]
-            self._index[key] = torch.tensor(rows, device=like.device)
+            index = torch.tensor(rows, device=like.device)
+            if key is None:
+                return index
+            self._index[key] = index
         return self._index[key]
 
 
