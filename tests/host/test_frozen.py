@@ -118,6 +118,23 @@ def test_the_part_that_trains_moves_and_no_other() -> None:
     assert not host.model["head"][1].training
 
 
+def test_statistics_without_a_memory_are_those_of_the_batch() -> None:
+    """A layer that keeps none has nothing that could move, and computes as it does."""
+    host = mg.Host(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)))
+    x = batches()[0]
+    assert torch.equal(host.train()(x), host.eval()(x))
+    assert host(x).mean().abs() < 1e-4
+
+
+def test_layers_that_were_converted_later_and_a_merged_model() -> None:
+    host = host_of(batch_norm).train()
+    nn.SyncBatchNorm.convert_sync_batchnorm(host.model)
+    assert isinstance(host.model[1], nn.SyncBatchNorm)
+    host.train()
+    assert not host.model[1].training
+    assert host.merge("a")[1].training  # no host's any more
+
+
 def test_modules_on_a_resnet_do_not_see_each_others_training() -> None:
     config = ResNetConfig(
         num_channels=3, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic",

@@ -35,16 +35,19 @@ class Frozen:
 
     def __init__(self, model: nn.Module, gate: Gate) -> None:
         self._gate = gate
-        self._statistics: list[tuple[nn.Module, nn.Module]] = []
-        self._buffers: list[tuple[nn.Module, str, nn.Module]] = []
         self._lent: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._calls = 0  # that have what is lent
+        self._look(model)
+        self._hold()
+
+    def _look(self, model: nn.Module) -> None:
+        self._statistics: list[tuple[nn.Module, nn.Module]] = []
+        self._buffers: list[tuple[nn.Module, str, nn.Module]] = []
         parts = {model: model}  # with parameters of its own, or around a layer that has none
         for layer in model.modules():
             self._find(layer, parts[layer])
             around = parts[layer] if next(layer.parameters(), None) is None else layer
             parts.update((child, around) for child in layer.children() if child not in parts)
-        self._hold()
 
     def _find(self, layer: nn.Module, around: nn.Module) -> None:
         """Find what training moves in ``layer``, which belongs to ``around``."""
@@ -52,13 +55,16 @@ class Frozen:
         if not isinstance(layer, _STATISTICS):
             lasting = layer._buffers.keys() - layer._non_persistent_buffers_set
             self._buffers += [(layer, n, part) for n in lasting if layer._buffers[n] is not None]
-        elif any(buffer is not None for buffer in layer._buffers.values()):
+        else:
             self._statistics.append((layer, part))
 
-    def hold(self, training: bool) -> None:
-        """Put layers of running statistics into the mode of their host, frozen ones excepted."""
+    def hold(self, model: nn.Module) -> None:
+        """Put layers of running statistics into the mode of their model, frozen ones excepted."""
+        now = [layer for layer in model.modules() if isinstance(layer, _STATISTICS)]
+        if not {layer for layer, _ in self._statistics}.issuperset(now):
+            self._look(model)  # some were replaced, by synchronised ones for instance
         for layer, part in self._statistics:
-            layer.training = training and not _frozen(part)
+            layer.training = model.training and not _frozen(part)
 
     def _hold(self) -> None:
         for layer, part in self._statistics:
@@ -106,6 +112,13 @@ class Frozen:
         self._lent.clear()
         if still:
             self._buffers = [each for each in self._buffers if each[:2] not in still]
+
+
+def let_go(model: nn.Module) -> None:
+    """Put layers of running statistics into the mode of ``model``, which is no host's any more."""
+    for layer in model.modules():
+        if isinstance(layer, _STATISTICS):
+            layer.training = model.training
 
 
 def _frozen(part: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
 from modgraft.engine.fast_paths import leave_fast_paths, take_fast_paths
-from modgraft.engine.frozen import Frozen
+from modgraft.engine.frozen import Frozen, let_go
 from modgraft.engine.gradient_checkpointing import hook_checkpoints
 from modgraft.engine.graft import (
     graft_everywhere,
@@ -267,7 +267,7 @@ class Host(nn.Module):
         stays in evaluation mode while its parameters are frozen.
         """
         super().train(mode)
-        self._frozen.hold(mode)
+        self._frozen.hold(self.model)
         return self
 
     # -- running --------------------------------------------------------------------------------
@@ -453,6 +453,7 @@ class Host(nn.Module):
                 changes.setdefault(site.path, []).append(change)
         plain = ungraft_all(copy.deepcopy(self.model))
         take_fast_paths(plain)
+        let_go(plain)
         with torch.no_grad():
             for path, here in changes.items():
                 try:
