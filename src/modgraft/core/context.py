@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -97,6 +97,7 @@ class Call:
         composition: which modules act.
         side: the side inputs by name.
         generating: whether this is a ``generate``.
+        in_forward: whether the host runs, and not only a ``using`` block.
         spliced: whether input modules have already put their tokens into this call.
         relay: puts tokens in inside the host: a site's path and its output → the new output.
         choices: the routers' choices that hold at all sites, by (router, task).
@@ -104,17 +105,20 @@ class Call:
         outputs: outputs computed ahead, of layers that share an input with one that has run.
         kept: what :func:`kept_in_call` keeps until the call ends; None for one without an end of
             its own, such as a ``using`` block.
+        reads: what checks, when the host has run, that a layer whose weight was read was called.
     """
 
     composition: Expression | None
     side: Mapping[str, Side] = field(default_factory=dict)
     generating: bool = False
+    in_forward: bool = False
     spliced: bool = False
     relay: Callable[[str, Tensor], Tensor] | None = None
     choices: dict[Hashable, Any] = field(default_factory=dict, compare=False)
     routings: list[tuple[Any, Any]] = field(default_factory=list, compare=False)
     outputs: dict[Hashable, Any] = field(default_factory=dict, compare=False)
     kept: dict[Hashable, Any] | None = field(default=None, compare=False)
+    reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
 
     def resolve(self, source: str, name: str, batch: int, rows: Tensor | None = None) -> Side:
         """Return the side input ``source`` that the module ``name`` reads at a site.
@@ -203,6 +207,11 @@ class Context:
         token_modules: the implanted modules that put tokens before the input.
         side_sources: for each implanted module that reads a side input, the name of that input.
         routed: the implanted modules that are over others, as mixtures are.
+        by_example: the implanted modules that have to know which rows are an example's.
+        axes: by a layer's path, the axis of its output on which examples lie where that is not the
+            first, None where none is; see :mod:`modgraft.engine.examples`.
+        by_rows: the paths of the layers where it is known to be the first.
+        asked: the signatures of the calls that this was asked for.
         compiled: what code under ``torch.compile`` reads instead.
         gate: what calls enter, and changes of the host wait at.
     """
@@ -212,6 +221,10 @@ class Context:
         self.token_modules: set[str] = set()
         self.side_sources: dict[str, str] = {}
         self.routed: set[str] = set()
+        self.by_example: set[str] = set()
+        self.axes: dict[str, int | None] = {}
+        self.by_rows: set[str] = set()
+        self.asked: set[Hashable] = set()
         self.compiled = Compiled(Call(None))
         self.gate = Gate()
         # what graphs were made under: () nothing yet, one composition, or two: several
@@ -231,10 +244,19 @@ class Context:
         return self.compiled.order
 
     def add(
-        self, name: str, device: torch.device, additive: bool, source: str | None, routed: bool
+        self,
+        name: str,
+        device: torch.device,
+        additive: bool,
+        source: str | None,
+        routed: bool,
+        by_example: bool,
     ) -> None:
         """Register a module: whether it only changes weights, its side input, what it is over."""
         self.compiled.add(name, device, additive)
+        self.asked.clear()
+        if by_example:
+            self.by_example.add(name)
         if source is not None:
             self.side_sources[name] = source
         if routed:
@@ -245,6 +267,7 @@ class Context:
         self.compiled.remove(name)
         self.side_sources.pop(name, None)
         self.routed.discard(name)
+        self.by_example.discard(name)
 
     def now(self) -> Call:
         """Return the call under way, in compiled code or not."""
@@ -287,6 +310,22 @@ class Context:
         """Return whether all sites share ``call``, unlike one that :meth:`current` makes for a
         caller."""
         return any(owner is self and one is call for owner, one, _ in _calls.get())
+
+    def in_forward(self) -> bool:
+        """Return whether the host runs in this thread or task."""
+        return self.current().in_forward
+
+    def enter(self) -> None:
+        """Begin a forward of the host's model, in the call under way or in one of its own."""
+        call = self.current()
+        call = call if call.in_forward else replace(call, in_forward=True)
+        _calls.set((*_calls.get(), (self, call, _backward())))
+
+    def leave(self) -> Call:
+        """End a forward that :meth:`enter` began; return its call."""
+        *before, (_, call, _) = _calls.get()
+        _calls.set(tuple(before))
+        return call
 
     def switch(self, composition: Expression | None) -> None:
         """Put ``composition`` in force."""

@@ -6,14 +6,20 @@ A weight is seen as a matrix [out, in] whatever its layout; a convolution's is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.core.errors import SiteError
 from modgraft.core.sites import WEIGHTED, Site, weight_labels
+
+STATE = "_modgraft_state"
+"""The attribute of a layer under which the engine keeps what is implanted there; it is no child."""
 
 _POINTWISE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -146,7 +152,7 @@ def add_to_bias(
 def linear_map(layer: nn.Module, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply ``layer`` with ``matrix`` as its weight and ``bias`` as its bias."""
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # with its padding mode, stride, …
-        kernel = matrix.reshape(-1, *layer.weight.shape[1:])  # [out, in/groups, k…]
+        kernel = matrix.reshape(-1, *stored(layer, None).shape[1:])  # [out, in/groups, k…]
         return layer._conv_forward(x, kernel, bias)
     y = F.embedding(x, matrix) if isinstance(layer, nn.Embedding) else F.linear(x, matrix)
     return y if bias is None else y + bias
@@ -179,11 +185,70 @@ def feature_axis(layer: nn.Module) -> int:
 
 
 def stored(layer: nn.Module, name: str | None) -> Tensor:
-    """Return the parameter called ``name`` (None: the weight), as ``layer`` stores it."""
-    value = layer
+    """Return the parameter called ``name`` (None: the weight), as ``layer`` stores it.
+
+    A layer with modules answers whoever else asks with its changed weight.
+    """
+    value: Any = layer
     for each in (name or "weight").split("."):
-        value = getattr(value, each)
-    return value  # type: ignore[return-value]
+        value = _own(value, each)
+    return value
+
+
+def _own(layer: nn.Module, name: str) -> Any:
+    for place in (layer._parameters, layer._buffers, layer.__dict__):
+        if name in place:
+            return place[name]
+    for kind in type(layer).__mro__:  # a parametrised layer computes it
+        if type(found := kind.__dict__.get(name)) is property:
+            return found.__get__(layer)
+    return layer.__getattr__(name)
+
+
+def linear_forward(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Tensor] | None:
+    """Return what computes a layer by its weight, None where that is not linear in the weight.
+
+    It takes the layer, its input, a weight as the layer stores it, and a bias. There is none for a
+    class with a ``forward`` of its own, as scaled embeddings, position tables and standardised
+    convolutions have.
+
+    Args:
+        layer: a layer of one weight.
+        forward: its class's ``forward``.
+    """
+    if forward not in _BY_WEIGHT or getattr(layer, "max_norm", None) is not None:
+        return None
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        kind = next(kind for kind in _POINTWISE if isinstance(layer, kind))
+        if type(layer)._conv_forward is not kind._conv_forward:  # type: ignore[attr-defined]
+            return None
+    return _BY_WEIGHT[forward]
+
+
+def _linear(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _conv1d_of_gpt2(layer: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], layer.nf)
+
+
+def _embedding(layer: Any, x: Tensor, weight: Tensor, bias: None) -> Tensor:
+    return F.embedding(
+        x, weight, layer.padding_idx, None, layer.norm_type, layer.scale_grad_by_freq, layer.sparse
+    )
+
+
+def _convolution(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return layer._conv_forward(x, weight, bias)
+
+
+_BY_WEIGHT: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    nn.Linear.forward: _linear,
+    Conv1D.forward: _conv1d_of_gpt2,
+    nn.Embedding.forward: _embedding,
+    **{kind.forward: _convolution for kind in _POINTWISE},
+}
 
 
 def _bias_place(layer: nn.Module, part: Part, parameter: str | None) -> tuple[str, int, int] | None:
@@ -193,9 +258,10 @@ def _bias_place(layer: nn.Module, part: Part, parameter: str | None) -> tuple[st
     name, start = weight.replace("weight", "bias"), 0
     if isinstance(layer, nn.MultiheadAttention) and weight[:6] in ("q_proj", "k_proj", "v_proj"):
         name, start = "in_proj_bias", "qkv".index(weight[0]) * layer.embed_dim
-    bias = layer
-    for each in name.split("."):
-        bias = getattr(bias, each, None)
+    try:
+        bias = stored(layer, name)
+    except AttributeError:
+        return None
     if name == weight or not isinstance(bias, Tensor) or bias.dim() != 1:
         return None
     rows = weight_matrix(layer, None, parameter).shape[0]

@@ -19,6 +19,7 @@ from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix
 from modgraft.core.tensors import replaced, tensor_input
 from modgraft.engine.kernels.batched import Batched
+from modgraft.engine.kernels.linear import Change
 from modgraft.engine.plan import Entry
 from modgraft.engine.state import SiteCall, State
 from modgraft.routing.base import Member
@@ -47,14 +48,26 @@ class Applier:
     batch: int | None = None
     in_place: bool = False
 
-    def __call__(self, name: str, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
-        """Return ``total`` + weight · (the module's result on ``y`` − ``y``)."""
+    def __call__(
+        self, name: str, y: Tensor, total: Tensor, weight: Weight, mixed: bool = False
+    ) -> Tensor:
+        """Return ``total`` + weight · (the module's result on ``y`` − ``y``).
+
+        Args:
+            name: the module's.
+            y: what it acts on.
+            total: what its effect is added to.
+            weight: of the effect.
+            mixed: whether a mixture applies it, after the layer has run.
+        """
         weight = self.site.per_row(weight, y)
         if not isinstance(weight, Tensor) and weight == 0.0:
             return total
         for entry in self.entries.get(name, ()):
-            if entry.residual or entry.parameter is not None:
+            if entry.residual:
                 continue
+            if entry.inside and not mixed and not (isinstance(weight, Tensor) and weight.dim()):
+                continue  # the layer has run with its change
             module = entry.module
             if isinstance(module, RoutedMixture):
                 total = _mix(self, module, y, total, weight)
@@ -76,12 +89,12 @@ class Applier:
         chosen = weight.detach().nonzero()[:, 0]
         if len(chosen) == len(weight):
             some = Applier(self.site, self.entries, x, rows, bare, batch)
-            return some(name, y, total, weight).view(shape)
+            return some(name, y, total, weight, mixed=True).view(shape)
         if batch is None and len(shape) > 0 and weight.shape[0] == shape[0]:
             batch = shape[0]
         picked = chosen if rows is None else rows[chosen]
         some = Applier(self.site, self.entries, pick(x, chosen), picked, pick(bare, chosen), batch)
-        new = some(name, y[chosen], total[chosen], weight[chosen])
+        new = some(name, y[chosen], total[chosen], weight[chosen], mixed=True)
         return total.index_copy(0, chosen, new).view(shape)
 
     def side(self, entry: Entry, rows: int) -> Any:
@@ -104,6 +117,9 @@ class Applier:
     def _changed_weight(self, entry: Entry, total: Tensor, weight: Weight) -> Tensor:
         """Return ``total`` + w·(f(x; θ + Δ) − f(x; θ)), on the part that the module acts on."""
         layer, part, module = self.site.layer, entry.part, entry.module
+        if entry.inside:
+            effect = self._effect_inside(entry)
+            return total + weighted(weight, effect if self.rows is None else effect[self.rows])
         x = tensor_input(self.x, self.site.state.path)
         bare = self.bare
         once = part is None and not isinstance(weight, Tensor) and weight == 1.0
@@ -117,6 +133,11 @@ class Applier:
         if part is None:
             return total + effect
         return replaced(total, part, axis, lambda own: own + effect)
+
+    def _effect_inside(self, entry: Entry) -> Tensor:
+        """Return f(x; θ + Δ) − f(x; θ) for the whole batch, from two runs of the layer."""
+        change = Change(entry.module, 1.0, entry.part, entry.parameter)  # type: ignore[arg-type]
+        return self.site.output([change]) - self.site.output([])
 
     def _function(self, entry: Entry, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
         """Return ``total`` + w·(f(y, x) − y), on the part that the module acts on."""
@@ -163,6 +184,7 @@ def _mix(at: Applier, routed: RoutedMixture, y: Tensor, total: Tensor, weight: W
         new = mixture.combine(_apply_module(at, routed.members, sparse=False), [], y)
     else:
         sparse = mixture.route.sparse and not torch.compiler.is_compiling()
+        sparse = sparse and not any(entry.inside for some in members for entry in some)
         chosen = _choose(at, routed, members, y)
         if sparse and chosen.dim() > 1 and mixture.aggregate.is_weighted_sum and _few(chosen):
             batch = at.site.state.expert_batch(routed, members)
@@ -189,7 +211,7 @@ def _apply_module(at: Applier, names: Sequence[str], sparse: bool) -> Any:
             return total
         if sparse and isinstance(w, Tensor) and w.dim():
             return at.where_used(name, y, total, w)
-        return at(name, y, total, w)
+        return at(name, y, total, w, mixed=True)
 
     return apply
 

@@ -114,7 +114,7 @@ def _part(value: Tensor, part: tuple[int, int] | None) -> Tensor:
 def _key(entry: Entry) -> object:
     """Return a key that is equal for entries that can be batched, None for one that cannot be."""
     module = entry.module
-    if not isinstance(module, Computation) or entry.residual or entry.parameter is not None:
+    if not isinstance(module, Computation) or entry.residual or entry.inside:
         return None
     key = None if module.side_source is not None else batch_key(module)
     return None if key is None else (key, entry.part)

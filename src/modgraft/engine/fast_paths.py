@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from modgraft.core.errors import ModgraftError
+
 
 class _Unfused:
     """A forward pre-hook that only has to be there; it remembers what else was changed."""
@@ -69,3 +71,24 @@ def _logits(model: nn.Module) -> nn.Linear | None:
 def _hooks(module: nn.Module) -> list[tuple[int, _Unfused | _Contiguous]]:
     hooks = module._forward_pre_hooks.items()
     return [(key, hook) for key, hook in hooks if isinstance(hook, _Unfused | _Contiguous)]
+
+
+def check_weights_stay(model: nn.Module) -> None:
+    """Refuse a host that divides weights and activations in evaluation and not in training.
+
+    RWKV does so from layer ``rescale_every`` on, against overflow in half precision: modules would
+    act on other numbers than they were trained on.
+
+    Raises:
+        ModgraftError: with the setting that turns it off.
+    """
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        every = getattr(config, "rescale_every", 0)
+        if every and getattr(config, "num_hidden_layers", 0) > every:
+            raise ModgraftError(
+                f"this {type(model).__name__} divides the weights and activations of its layers "
+                f"from the {every + 1}th on by 2 in evaluation, and does not in training, so that "
+                f"a module would act differently in both; set model.config.rescale_every = 0 "
+                f"(the outputs of the host stay the same)"
+            )

@@ -15,15 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from modgraft.computation.base import Computation, ParameterComposition, TokenComposition
+from modgraft.computation.base import (
+    Computation,
+    InputComposition,
+    ParameterComposition,
+    TokenComposition,
+)
 from modgraft.core.context import Context
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import feature_axis
 from modgraft.core.pickling import reduced_by
-from modgraft.core.sites import Site, one_input
+from modgraft.core.sites import WEIGHTED, Site, one_input
 from modgraft.engine.inputs.tokens import generate_with_tokens, inner_sites
+from modgraft.engine.own_forward import PATCHED, by_weight, original, runs_changed
 from modgraft.engine.plan import Entry
 from modgraft.engine.run import run
+from modgraft.engine.served_weight import SERVED, is_serving, served
 from modgraft.engine.state import STATE, State
 
 
@@ -47,7 +54,12 @@ def graft_everywhere(
         graft(site, name, place, context)
     inner = method.unwrapped
     additive = isinstance(inner, ParameterComposition)
-    context.add(name, device, additive, inner.side_source, bool(inner.members))
+    by_example = (
+        not isinstance(inner, InputComposition)
+        and not additive
+        and (inner.side_source is not None or not inner.by_token)
+    )
+    context.add(name, device, additive, inner.side_source, bool(inner.members), by_example)
 
 
 def graft(site: Site, name: str, module: Computation, context: Context) -> None:
@@ -56,10 +68,16 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
     state: State | None = layer.__dict__.get(STATE)
     if state is None:
         state = State(site.path, context)
+        kind = _grafted(type(layer))
         layer.__dict__[STATE] = state
-        layer.__class__ = _grafted(type(layer))
+        layer.__class__ = kind
+        if "forward" in layer.__dict__:
+            layer.__dict__[PATCHED] = layer.__dict__.pop("forward")
+        state.by_weight = by_weight(layer)
     axis = feature_axis(layer)
-    state.add(Entry(name, module, site.part, site.residual, site.parameter, axis))
+    entry = Entry(name, module, site.part, site.residual, site.parameter, axis)
+    entry.inside = _is_inside(entry, layer)
+    state.add(entry)
     if isinstance(module, TokenComposition) and not site.path:
         context.token_modules.add(name)
         for inner in inner_sites(site):
@@ -77,8 +95,15 @@ def ungraft(layer: nn.Module, name: str) -> None:
         for inner in inner_sites(Site("", layer, None, layer)):
             ungraft(inner.module, name)
     if not state.entries:
-        layer.__class__ = type(layer).__mro__[1]
-        del layer.__dict__[STATE]
+        restore(layer)
+
+
+def restore(layer: nn.Module) -> None:
+    """Make a grafted layer what it was before its first module came."""
+    layer.__class__ = original(layer)
+    del layer.__dict__[STATE]
+    if PATCHED in layer.__dict__:
+        layer.__dict__["forward"] = layer.__dict__.pop(PATCHED)
 
 
 def ungraft_all(model: nn.Module) -> nn.Module:
@@ -104,23 +129,37 @@ def grafted_by_others(model: nn.Module, context: Context) -> list[str]:
 
 
 @cache
-def _grafted(original: type[nn.Module]) -> type[nn.Module]:
-    """Make the subclass that runs a layer of class ``original`` with its modules."""
-    forward = original.forward
+def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
+    """Make the subclass that runs a layer of class ``kind`` with its modules."""
+    forward = kind.forward
 
     @wraps(forward)  # transformers inspects the signature, which has to be the original's
     def grafted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return run(self, forward, args, kwargs)
+        own = self.__dict__
+        if STATE not in own or (PATCHED in own and is_serving(self)):
+            return forward(self, *args, **kwargs)  # a patched forward calls the layer's
+        return run(self, args, kwargs)
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        if name == "forward":
+            _patch(self, value)
+        else:
+            kind.__setattr__(self, name, value)
 
     body: dict[str, Any] = {
         "forward": grafted_forward,
-        "__reduce_ex__": reduced_by(_grafted, original),
+        "__setattr__": set_attribute,
+        "__reduce_ex__": reduced_by(_grafted, kind),
         "_replicate_for_data_parallel": _refuse_replicas,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
     }
-    generate = getattr(original, "generate", None)
+    if issubclass(kind, WEIGHTED):
+        for name in SERVED:
+            own = getattr(kind, name, None)
+            body[name] = served(name, own if isinstance(own, property) else None)
+    generate = getattr(kind, "generate", None)
     if generate is not None:
 
         @wraps(generate)
@@ -128,7 +167,30 @@ def _grafted(original: type[nn.Module]) -> type[nn.Module]:
             return _generate(self, generate, args, kwargs)
 
         body["generate"] = grafted_generate
-    return type(original.__name__, (original,), body)
+    made: Any = type(kind.__name__, (kind,), body)
+    return made
+
+
+def _is_inside(entry: Entry, layer: nn.Module) -> bool:
+    """Return whether only the layer itself can run with the module's change of its weight."""
+    return entry.parameter is not None or (entry.changes_weight and runs_changed(layer))
+
+
+def _patch(layer: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a grafted layer run ``forward``, which was set on it, as the layer's own."""
+    kind, state = type(layer), layer.__dict__[STATE]
+    function = getattr(forward, "__func__", None)
+    if getattr(forward, "__self__", None) is layer and function in (
+        kind.forward,
+        original(layer).forward,
+    ):  # its own, as when hooks are taken off
+        layer.__dict__.pop(PATCHED, None)
+    else:
+        layer.__dict__[PATCHED] = forward
+    state.by_weight = by_weight(layer)
+    for entry in [entry for some in state.entries.values() for entry in some]:
+        entry.inside = _is_inside(entry, layer)
+    state.plans.clear()
 
 
 def _refuse_replicas(layer: nn.Module) -> nn.Module:

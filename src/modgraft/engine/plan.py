@@ -44,6 +44,7 @@ class Entry:
         residual: whether it acts on the layer's residual input.
         parameter: which of the layer's weights it changes, where the layer has several.
         axis: the axis of the output's features.
+        inside: whether it changes a weight that only the layer itself can run with.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     residual: bool = False
     parameter: str | None = None
     axis: int = -1
+    inside: bool = False
 
     @property
     def changes_weight(self) -> bool:
@@ -83,6 +85,7 @@ class Group:
         changes_output: whether a module acts on the layer's output.
         input_only: whether every module puts vectors before an input.
         single: whether it is one module, once.
+        by_example: whether a module has to know which rows are an example's.
     """
 
     rows: list[int] | None
@@ -96,13 +99,15 @@ class Group:
     def __post_init__(self) -> None:
         every = [entry for some in self.entries.values() for entry in some]
         self.residual = any(entry.residual for entry in every)
-        self.inside = [entry for entry in every if entry.parameter is not None]
+        self.inside = [entry for entry in every if entry.inside]
         self.keys_values = [e.name for e in every if isinstance(e.module, KeyValueComposition)]
         self.changes_output = any(entry.changes_output for entry in every)
         self.single = len(every) == 1 and isinstance(self.expression, Name)
+        self.by_example = any(map(_is_by_example, every))
         self.input_only = all(isinstance(e.module, InputComposition) for e in every)
         if torch.compiler.is_compiling():  # all weights are tensors there, and stay apart
             return
+        self.by_example = self.by_example or self.expression.is_data
         first, self.rest = _weights_first(self.expression, self.entries)
         self.changes = [
             Change(entry.module, weight, entry.part, entry.parameter)  # type: ignore[arg-type]
@@ -125,6 +130,16 @@ class Group:
                 return index
             self._index[key] = index
         return self._index[key]
+
+
+def _is_by_example(entry: Entry) -> bool:
+    """Return whether the module has to know which rows of an output are one example's."""
+    module = entry.module
+    if isinstance(module, RoutedMixture):
+        return module.mixture.level == "example"
+    if isinstance(module, InputComposition | Batched) or entry.changes_weight:
+        return False
+    return module.side_source is not None or not module.by_token
 
 
 @dataclass(eq=False)
@@ -235,11 +250,7 @@ def _shape(expression: Expression, entries: Mapping[str, list[Entry]]) -> object
     kinds = []
     for name in slots:
         for entry in entries[name]:
-            if (
-                entry.residual
-                or entry.parameter
-                or isinstance(entry.module, RoutedMixture | Batched)
-            ):
+            if entry.residual or entry.inside or isinstance(entry.module, RoutedMixture | Batched):
                 return None
             kind = batch_key(entry.module)
             if kind is None:
@@ -275,7 +286,7 @@ def _weights_first(
 
     def simple(part: Expression) -> bool:
         return all(
-            isinstance(e.module, ParameterComposition) and not e.residual
+            isinstance(e.module, ParameterComposition) and not (e.residual or e.inside)
             for name in part.names()
             for e in entries[name]
         ) and not any(isinstance(w, Tensor) for w in part.weights().values())

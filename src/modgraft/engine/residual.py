@@ -40,8 +40,16 @@ def shifted(
         path: the layer's path, for the error.
 
     Raises:
-        SiteError: where no argument has the output's shape.
+        SiteError: where no argument has the output's shape, or one of them is a cache, which each
+            run of the layer writes to.
     """
+    for value in (*args, *kwargs.values()):
+        if not _is_data(value):
+            raise SiteError(
+                f"{path}[residual]: to add to its residual a layer is run more than once, and this "
+                f"one is called with a {type(value).__name__}, which every run writes to; call the "
+                f"host with use_cache=False, or leave out [residual]"
+            )
     bare = f(args, kwargs)
     like = [k for k, v in enumerate(args) if _same(v, bare)]
     named = [k for k, v in kwargs.items() if _same(v, bare)]
@@ -63,6 +71,13 @@ def shifted(
         return e + (effect(y, r) - y)
 
     return put(fold(step, start))
+
+
+def _is_data(value: Any) -> bool:
+    """Return whether running a layer with ``value`` leaves it as it is."""
+    if isinstance(value, tuple):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
 
 
 def _same(value: Any, output: Tensor) -> bool:

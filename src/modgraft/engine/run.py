@@ -4,7 +4,7 @@ A call of the layer goes through these stages, each only where the composition a
 
 1. tokens before the host's input            ``inputs/tokens.py``
 2. a shift of the layer's residual input     ``residual.py``
-3. the layer, with changed weights           ``kernels/``
+3. the layer, with changed weights           ``own_forward.py``, ``kernels/``
 4. the composition, applied to its output    ``apply.py``
 
 Compiled code goes the same way, with every implanted module in it behind a switch.
@@ -12,7 +12,7 @@ Compiled code goes the same way, with every implanted module in it behind a swit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,51 +24,56 @@ from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression, Weight, weighted
 from modgraft.core.per_example import Each
 from modgraft.core.tensors import first_tensor, replaced, tensor_input, tensor_of, with_tensor
-from modgraft.engine import shared_input
+from modgraft.engine import own_forward, shared_input
 from modgraft.engine.apply import Applier, pick
 from modgraft.engine.inputs.tokens import call_with_tokens
-from modgraft.engine.kernels import functional_call
 from modgraft.engine.kernels.linear import Change, one_product
 from modgraft.engine.plan import Entry, Group, make_groups
 from modgraft.engine.residual import Step, shifted
 from modgraft.engine.state import STATE, SiteCall, State
 
 
-def run(layer: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+def run(layer: nn.Module, args: tuple, kwargs: dict) -> Any:
     """Run a layer with its active modules.
 
     Args:
         layer: the grafted layer.
-        forward: its own forward, of the class that it had before.
         args: what it is called with.
         kwargs: what it is called with by name.
     """
     state: State = layer.__dict__[STATE]
+    if not torch.compiler.is_compiling():
+        state.called = True
     call = state.context.now()
     composition = call.composition
     if composition is None:
-        return forward(layer, *args, **kwargs)
+        return own_forward.run(layer, (), args, kwargs)
     groups = state.groups(composition)
     if not groups:
-        return forward(layer, *args, **kwargs)
+        return own_forward.run(layer, (), args, kwargs)
     inputs = state.token_modules(state.context.token_modules_in(composition))
     if inputs and not call.spliced:
-        run_inside = partial(run, layer, forward)
+        run_inside = partial(run, layer)
         return call_with_tokens(layer, state, call, inputs, run_inside, args, kwargs)
 
-    site = SiteCall(layer, state, call, forward)
+    site = SiteCall(layer, state, call, args, kwargs)
     if any(group.residual for group in groups):
-        args, kwargs = _shift_residual(site, composition, args, kwargs)
-    x = first_tensor(args, kwargs)
+        site.args, site.kwargs = _shift_residual(site, composition)
+    x = first_tensor(site.args, site.kwargs)
     whole = None if isinstance(composition, Each) else groups[0]
     attended = _attended(state)
-    out, left = _run_layer(site, groups, composition, x, args, kwargs)
+    out, left = _run_layer(site, groups, composition, x)
     _check_attended(site, groups, attended)
 
     relay = call.relay if inputs else None
     if relay is None and not any(group.changes_output for group in groups):
         return out
-    y = before = tensor_of(out)
+    before = tensor_of(out)
+    if whole is None or whole.by_example:
+        site.find_axis(", ".join(map(repr, composition.names())))
+    y = start = site.examples_first(before)
+    if site.axis and x is not None and x.shape[: site.axis + 1] == before.shape[: site.axis + 1]:
+        x = site.examples_first(x)
     if relay is not None:
         y = relay(state.path, y)
     if whole is None:
@@ -76,19 +81,16 @@ def run(layer: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
     elif left is not None:
         bare = y if left is whole.expression else None
         y = left.apply(Applier(site, whole.entries, x, bare=bare), y)
-    return out if y is before else with_tensor(out, y)
+    if y is start:
+        return out
+    return with_tensor(out, y.movedim(0, site.axis) if site.axis else y)
 
 
 # -- the layer and its weights --------------------------------------------------------------------
 
 
 def _run_layer(
-    site: SiteCall,
-    groups: Sequence[Group],
-    composition: Expression,
-    x: Tensor | None,
-    args: tuple,
-    kwargs: dict,
+    site: SiteCall, groups: Sequence[Group], composition: Expression, x: Tensor | None
 ) -> tuple[Any, Expression | None]:
     """Run the layer with its changed weights; return also what of the composition is left to do.
 
@@ -99,49 +101,54 @@ def _run_layer(
         y = _with_changed_weight(site, whole, x)
         if y is not None:
             return y, whole.rest
-    changes = _inside(site, groups, composition)
-    if changes:
-        out = functional_call.run(site.layer, site.forward, changes, args, kwargs)
-    else:
-        out = site.forward(site.layer, *args, **kwargs)
-    return out, None if whole is None else whole.expression
+    if whole is None:
+        _check_inside(site, groups)
+        return site.run(), None
+    return site.run(_inside(site, whole, composition)), whole.expression
 
 
 def _with_changed_weight(site: SiteCall, group: Group, x: Tensor | None) -> Tensor | None:
     """Run a layer whose one weight a group changes, None where each effect is added instead."""
     changes = group.changes
-    if any(change.parameter is not None for change in changes):
-        return None
     x = tensor_input(x, site.state.path)
     if site.state.same_input:
         y = shared_input.run(site, group, x)
         if y is not None:
             return y
-    return one_product(site.layer, site.forward, x, changes, group.merged)
+    return one_product(site.layer, lambda x: site.run((), (x,), {}), x, changes, group.merged)
 
 
-def _inside(site: SiteCall, groups: Sequence[Group], composition: Expression) -> list[Change]:
-    """Return the changes of weights that only the layer itself can run with.
+def _inside(site: SiteCall, group: Group, composition: Expression) -> list[Change]:
+    """Return the changes of weights that only the layer itself can run with, but for weights that
+    differ between examples: those effects are added to the output.
 
     Raises:
-        CompositionError: where they differ between the examples of the batch.
+        CompositionError: where the layer puts out more than one tensor, and they differ.
     """
-    entries = [entry for group in groups for entry in group.inside]
-    if not entries:
-        return []
-    weights = composition.weights()
-    if isinstance(composition, Each) or any(
-        isinstance(w := weights.get(e.name), Tensor) and w.dim() > 0 for e in entries
-    ):
+    weights = composition.weights() if group.inside else {}
+    changes = []
+    for entry in group.inside:
+        weight = weights.get(entry.name)
+        if isinstance(weight, Tensor) and weight.dim() > 0:
+            _check_inside(site, [group])
+        elif weight is not None:  # else of a mixture, which chooses first
+            changes.append(Change(entry.module, weight, entry.part, entry.parameter))  # type: ignore[arg-type]
+    return changes
+
+
+def _check_inside(site: SiteCall, groups: Sequence[Group]) -> None:
+    """Refuse different weights for the examples of one call of attention, an RNN, ….
+
+    Raises:
+        CompositionError: with the module's name.
+    """
+    entries = [e for group in groups for e in group.inside if e.parameter is not None]
+    if entries:
         raise CompositionError(
             f"{entries[0].name!r} changes weights inside {site.state.path}, a "
             f"{type(site.layer).__name__}, which runs with one set of weights a call; call the "
             f"host once for each composition"
         )
-    return [
-        Change(e.module, weights.get(e.name, 0.0), e.part, e.parameter)  # type: ignore[arg-type]
-        for e in entries
-    ]
 
 
 # -- the output -----------------------------------------------------------------------------------
@@ -162,14 +169,17 @@ def _per_example(
     for group in groups:
         if group.input_only:
             continue
+        changes = _inside(site, group, group.expression)
+        changed = site.output(changes) if changes else y
         if group.rows is None:
             at = Applier(site, group.entries, x, bare=y, in_place=fresh and group.single)
-            return group.expression.apply(at, y)
+            return group.expression.apply(at, changed)
         rows = group.index(y, times)
-        own = y[rows]
-        at = Applier(site, group.entries, pick(x, rows), rows, own, y.shape[0])
+        bare = y[rows]
+        own = changed[rows] if changes else bare
+        at = Applier(site, group.entries, pick(x, rows), rows, bare, y.shape[0])
         result = group.expression.apply(at, own)
-        if result is not own:
+        if result is not bare:
             new = new.index_copy(0, rows, result)
     return new
 
@@ -177,14 +187,12 @@ def _per_example(
 # -- the residual ---------------------------------------------------------------------------------
 
 
-def _shift_residual(
-    site: SiteCall, composition: Expression, args: tuple, kwargs: dict
-) -> tuple[tuple, dict]:
+def _shift_residual(site: SiteCall, composition: Expression) -> tuple[tuple, dict]:
     """Return the layer's arguments with the modules' effects added to its residual input."""
     entries = site.state.entries
 
     def f(args: tuple, kwargs: dict) -> Tensor:
-        return tensor_of(site.forward(site.layer, *args, **kwargs))
+        return tensor_of(site.run((), args, kwargs))
 
     def fold(step: Step, e: Tensor) -> Tensor:
         def add(name: str, base: Tensor, total: Tensor, weight: Weight) -> Tensor:
@@ -207,7 +215,7 @@ def _shift_residual(
                 e = e.index_copy(0, rows, new[rows])
         return e
 
-    return shifted(f, args, kwargs, fold, site.state.path)
+    return shifted(f, site.args, site.kwargs, fold, site.state.path)
 
 
 def _in_residual(site: SiteCall, entry: Entry, y: Tensor, r: Tensor) -> Tensor:

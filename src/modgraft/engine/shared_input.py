@@ -35,7 +35,7 @@ def run(site: SiteCall, group: Group, x: Tensor) -> Tensor | None:
         return None
     if not site.state.context.under_way(site.call):
         return None
-    own = low_rank_terms(site.layer, site.forward, x, group.changes)
+    own = low_rank_terms(site.layer, x, group.changes)
     if own is None:
         return None
     terms = {site.layer: own}
@@ -61,4 +61,4 @@ def _terms(layer: nn.Module, site: SiteCall, x: Tensor) -> Terms | None:
     groups = state.groups(composition)
     if not groups or groups[0].residual or groups[0].inside or not groups[0].changes:
         return None
-    return low_rank_terms(layer, type(layer).__mro__[1].forward, x, groups[0].changes)
+    return low_rank_terms(layer, x, groups[0].changes)

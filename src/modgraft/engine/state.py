@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -12,15 +13,19 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import Computation, TokenComposition
 from modgraft.core.context import Call, Context, kept_in_call
-from modgraft.core.errors import CompositionError
+from modgraft.core.errors import CompositionError, SiteError
 from modgraft.core.expression import Expression, Weight
+from modgraft.core.layers import STATE as STATE
 from modgraft.core.per_example import Each
+from modgraft.core.tensors import tensor_of
+from modgraft.engine import own_forward
 from modgraft.engine.dispatch import ExpertBatch
+from modgraft.engine.kernels.batched import Batched
+from modgraft.engine.kernels.functional_call import new_weights
+from modgraft.engine.kernels.linear import Change
 from modgraft.engine.plan import Entry, Group, Plan, make_groups, make_plan
+from modgraft.engine.served_weight import Shells
 from modgraft.routing.mixture import RoutedMixture
-
-STATE = "_modgraft_state"
-"""The attribute of a grafted layer that holds its :class:`State`; it is no child of the layer."""
 
 MAX_PLANS = 64
 """How many compositions a layer remembers its plan of."""
@@ -43,6 +48,10 @@ class State:
         plans: what compositions come to here, by the identity of the expression.
         experts: for each mixture here, the modules it was made of and those modules as one batch.
         same_input: the grafted layers that read the same input as this one, itself among them.
+        by_weight: what computes the layer by its weight; None where it has to run itself.
+        called: whether the layer has run.
+        served: its weight and bias as others read them.
+        compiled_bare: whether compiled code runs the layer's own forward, which reads θ.
     """
 
     path: str
@@ -52,6 +61,10 @@ class State:
     plans: dict[int, Plan] = field(default_factory=dict)
     experts: dict[RoutedMixture, tuple[Any, ExpertBatch | None]] = field(default_factory=dict)
     same_input: tuple[nn.Module, ...] = ()
+    by_weight: Callable[..., Tensor] | None = None
+    called: bool = False
+    served: Shells = field(default_factory=Shells)
+    compiled_bare: bool = False
 
     def add(self, entry: Entry) -> None:
         """Add a module."""
@@ -108,6 +121,68 @@ class State:
             kept = self.experts[routed] = made_of, ExpertBatch.of(members)
         return kept[1]
 
+    # -- the weight as others read it -------------------------------------------------------------
+
+    def changes_now(self) -> bool:
+        """Return whether a module of the composition under way acts at this layer."""
+        composition = self.context.current().composition
+        return composition is not None and bool(self.groups(composition))
+
+    def changed(self, layer: nn.Module, name: str, theta: Tensor) -> Tensor:
+        """Return the tensor ``theta`` of ``layer``, as the composition under way changes it.
+
+        Raises:
+            CompositionError: where the examples of the batch have different compositions.
+        """
+        call = self.context.now()
+        composition = call.composition
+        groups = [] if composition is None else self.groups(composition)
+        if composition is None or not groups:
+            return theta
+        weights = composition.weights()
+        entries = [entry for some in groups[0].entries.values() for entry in some]
+        used = [entry for entry in entries if entry.changes_weight]
+        each = len(groups) > 1 or groups[0].rows is not None
+        each = each or any(isinstance(entry.module, Batched) for entry in entries)
+        each = each or any(isinstance(w := weights.get(e.name), Tensor) and w.dim() for e in used)
+        if each and torch.compiler.is_compiling() and self.called:
+            return theta  # the layer is called, and what reads its type leaves the graph
+        if each:
+            raise CompositionError(
+                f"the examples of this batch have different modules at {self.path}, whose weight "
+                f"another module computes with, for the whole batch at once; call the host once "
+                f"for each composition"
+            )
+        if len(used) < len(entries) and not self.called:
+            call.reads.append(partial(self._check_called, entries))
+        return self.with_changes(
+            layer,
+            name,
+            theta,
+            [Change(e.module, weights[e.name], e.part) for e in used],  # type: ignore[arg-type]
+        )
+
+    def with_changes(
+        self, layer: nn.Module, name: str, theta: Tensor, changes: Sequence[Change]
+    ) -> Tensor:
+        """Return the tensor ``theta`` that ``layer`` stores as ``name``, with ``changes``."""
+        return new_weights(layer, changes).get(name, theta)
+
+    def _check_called(self, entries: Sequence[Entry]) -> None:
+        """Refuse modules on the output of a layer that the host has run without calling it.
+
+        Raises:
+            SiteError: with what acts there.
+        """
+        if self.called:
+            return
+        first = next(e for e in entries if not e.changes_weight)
+        raise SiteError(
+            f"{first.name!r} acts on the output of {self.path}, which this host never calls: "
+            f"another module computes with its weight. A change of the weight acts there, such as "
+            f"LoRA(rank=8); for an effect on activations choose the layer around it"
+        )
+
 
 @dataclass
 class SiteCall:
@@ -117,13 +192,64 @@ class SiteCall:
         layer: the grafted layer.
         state: what is implanted in it.
         call: the call of the host that it is part of.
-        forward: the layer's own forward, of the class that it had before.
+        args: what the layer is called with.
+        kwargs: what it is called with by name.
+        axis: where the examples lie in its output.
     """
 
     layer: nn.Module
     state: State
     call: Call
-    forward: Callable[..., Any]
+    args: tuple
+    kwargs: dict[str, Any]
+    axis: int = 0
+
+    def find_axis(self, names: str) -> None:
+        """Find out on which axis of the layer's output the examples lie.
+
+        Args:
+            names: the modules that have to know, for the error.
+
+        Raises:
+            CompositionError: where they lie on none.
+        """
+        axis = self.state.context.axes.get(self.state.path, 0)
+        if axis is None:
+            raise CompositionError(
+                f"{names} acts on each example by itself, and the output of {self.state.path}, a "
+                f"{type(self.layer).__name__}, has no axis of the examples: run on one example "
+                f"more, it put out other numbers for the others, or other rows. Implant at another "
+                f"layer, or call the host once for each composition and example"
+            )
+        self.axis = axis
+
+    def examples_first(self, value: Tensor) -> Tensor:
+        """Return an output of the layer, or what is shaped as one, with the examples first."""
+        return value.movedim(self.axis, 0) if self.axis else value
+
+    def run(
+        self,
+        changes: Sequence[Change] = (),
+        args: tuple | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the layer itself, with changed weights or its own.
+
+        Args:
+            changes: of its weights.
+            args: what it takes; None: what it is called with.
+            kwargs: by name; None: what it is called with.
+        """
+        return own_forward.run(
+            self.layer,
+            changes,
+            self.args if args is None else args,
+            self.kwargs if kwargs is None else kwargs,
+        )
+
+    def output(self, changes: Sequence[Change]) -> Tensor:
+        """Return the tensor that the layer puts out with changed weights."""
+        return self.examples_first(tensor_of(self.run(changes)))
 
     def per_row(self, weight: Weight, y: Tensor) -> Weight:
         """Return ``weight`` ``[B]`` for the rows of ``y``: an example's beams have its weight."""
@@ -143,9 +269,14 @@ class SiteCall:
         rows = y.shape[0]
         if rows == 1:
             return 1
-        if rows == examples or (self.call.generating and rows % examples == 0):
+        if rows == examples:
+            return 1
+        known = not torch.compiler.is_compiling() and self.state.path in self.state.context.by_rows
+        if (self.call.generating or known) and rows % examples == 0:
             return rows // examples
+        where = f"{self.state.path}, a {type(self.layer).__name__}," if self.state.path else "host"
         raise CompositionError(
-            f"{given.format(examples)} where {self.state.path or 'the host'} works on {rows} "
-            f"examples; pass one for each example of the batch"
+            f"{given.format(examples)}, and the output of the {where} is {list(y.shape)}, whose "
+            f"rows are not as many: pass one for each example where the batch is of another size, "
+            f"else implant where the output is [batch, …]"
         )

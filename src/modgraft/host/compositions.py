@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -191,8 +191,26 @@ def check_sides(
             raise missing_side(name, source)
 
 
-def check_batch(composition: ex.Expression | None, args: tuple, kwargs: dict[str, Any]) -> None:
+def examples_of(composition: ex.Expression, sides: Mapping[str, Side]) -> int | None:
+    """Return how many examples a call has, as far as its compositions or side inputs say."""
+    if isinstance(composition, Each):
+        return len(composition.rows)
+    for part in walk(composition):
+        if isinstance(part, Weighted):
+            return len(part.tensor)
+    return next((len(side.tensor) for side in sides.values()), None)
+
+
+def check_batch(
+    composition: ex.Expression | None, args: tuple, kwargs: dict[str, Any], axes: Collection[Any]
+) -> None:
     """Refuse a call whose batch has another number of examples than its compositions.
+
+    Args:
+        composition: what is in force.
+        args: what the host is called with.
+        kwargs: what it is called with by name.
+        axes: on which the examples lie inside the host, as far as is known.
 
     Raises:
         CompositionError: with both numbers.
@@ -206,6 +224,8 @@ def check_batch(composition: ex.Expression | None, args: tuple, kwargs: dict[str
         have, what = len(weights.tensor), "mg.Weighted gives {} rows of weights"
     batch = first_tensor(args, kwargs)
     if batch is not None and batch.dim() and batch.shape[0] != have:
+        if 1 in axes and batch.dim() > 1 and batch.shape[1] == have:
+            return
         raise CompositionError(
             f"{what.format(have)} for a batch of {batch.shape[0]} examples; pass one for each"
         )

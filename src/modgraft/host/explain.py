@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from modgraft.computation.base import KeyValueComposition, ParameterComposition, TokenComposition
 from modgraft.core.expression import Expression
 from modgraft.core.layers import weight_matrix
 from modgraft.core.per_example import Each
 from modgraft.engine.kernels.batched import Batched
-from modgraft.engine.kernels.linear import PLAIN
 from modgraft.engine.plan import Entry, Group, Plan
 from modgraft.engine.state import STATE, State
 from modgraft.host.describe import plain, rows_of, starred, table
@@ -86,13 +86,11 @@ def _way(layer: nn.Module, state: State, group: Group, plan: Plan) -> Way:
 def _changed(layer: nn.Module, group: Group) -> Way | None:
     """Say how the first changes of weights are computed together; None if each alone."""
     changes = group.changes
-    if any(change.parameter is not None for change in changes):
-        return None
     only = changes[0]
     alone = type(only.module).fused_forward is not ParameterComposition.fused_forward
     if alone and len(changes) == 1 and only.weight == 1 and only.part is None:
         return _same("the layer once, rescaled")
-    if type(layer).__mro__[1].forward not in PLAIN or not all(
+    if not isinstance(layer, nn.Linear | Conv1D) or not all(
         c.module.is_weight_change for c in changes
     ):
         return None
@@ -137,7 +135,7 @@ def _step(entry: Entry, state: State, plan: Plan, group: Group) -> Way:
     if isinstance(module, KeyValueComposition):
         before = "keys and values before the layer's own"
         return Way(f"{before}, made once a call" if plan.keeps_keys_values else before, before)
-    if entry.parameter is not None:
+    if entry.inside:
         return _same("the layer, run with changed weights")
     kind = "effect" if isinstance(module, ParameterComposition) else "function"
     kind += " in the residual" if entry.residual else ""

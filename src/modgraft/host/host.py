@@ -25,7 +25,9 @@ from modgraft.core.errors import ModgraftError
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
-from modgraft.engine.fast_paths import leave_fast_paths, take_fast_paths
+from modgraft.engine.examples import ask, signature
+from modgraft.engine.fast_paths import check_weights_stay, leave_fast_paths, take_fast_paths
+from modgraft.engine.forwards import unwatch_forwards, watch_forwards
 from modgraft.engine.frozen import Frozen, let_go
 from modgraft.engine.gradient_checkpointing import hook_checkpoints
 from modgraft.engine.graft import (
@@ -54,6 +56,8 @@ from modgraft.host.compositions import (
     check_batch,
     check_one,
     check_sides,
+    examples_of,
+    of_batch,
 )
 from modgraft.host.describe import describe
 from modgraft.host.explain import explain
@@ -174,6 +178,7 @@ class Host(nn.Module):
         if at is None:
             raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
         sites = self.sites(at, expect)
+        check_weights_stay(self.model)
         if other := grafted_by_others(self.model, self._context):
             raise ModgraftError(
                 f"another Host has modules in this model (at {other[0] or 'its input'}); work with "
@@ -188,6 +193,7 @@ class Host(nn.Module):
         join_prompts(self._implants, implant)
         hook_attention(module.unwrapped)
         self._graft(implant, sites, implant.names)
+        watch_forwards(self.model, self._context)
         implant.train(self.training)
         self.implants[name] = implant
         self._reader.forget()
@@ -214,6 +220,8 @@ class Host(nn.Module):
                 self._context.remove(each)
             self._look_around()
             del self.implants[name]
+            if not self.implants:
+                unwatch_forwards(self.model)
             self._reader.forget()
             self._context.switch(ex.without(self._context.composition, name))
 
@@ -320,14 +328,37 @@ class Host(nn.Module):
         self._places.check(self)
         if self._context.routed:
             call = routed(self.model, self._implants, call, args, kwargs)
-        check_batch(call.composition, args, kwargs)
         frozen = self._frozen.call(self.training or self.model.training)
         try:
-            with frozen, self._context.call(call):
-                return run(*args, **kwargs)
+            with frozen:
+                axes: set[int | None] = {0}
+                if not call.generating:
+                    self._find_examples(call, args, kwargs)
+                    axes = set(self._context.axes.values())
+                check_batch(call.composition, args, kwargs, axes)
+                with self._context.call(call):
+                    return run(*args, **kwargs)
         except (RuntimeError, IndexError) as error:
             self._places.explain(error)
             raise
+
+    def _find_examples(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Ask the host, once for calls that are alike, where the examples lie at its layers."""
+        context, composition = self._context, call.composition
+        if composition is None or not (
+            of_batch(composition) or any(n in context.by_example for n in composition.names())
+        ):
+            return
+        kind = signature(args, kwargs)
+        if kind is None or kind in context.asked:
+            return
+        count = examples_of(composition, call.side)
+        for path, axis in ask(self.model, args, kwargs, count).items():
+            if axis == 0:
+                context.by_rows.add(path)
+            elif axis is not None or path not in context.by_rows:
+                context.axes[path] = axis
+        context.asked.add(kind)
 
     def _call(
         self,
@@ -349,7 +380,7 @@ class Host(nn.Module):
             self._reader.check_known(composition)
         given = {**now.side, **self._placed({} if side is None else side)}
         check_sides(composition, given, self._context.side_sources)
-        return Call(composition, given, generating, kept={})
+        return Call(composition, given, generating, in_forward=True, kept={})
 
     def _placed(self, sides: Mapping[str, Side]) -> dict[str, Side]:
         if not isinstance(sides, Mapping):
@@ -453,6 +484,7 @@ class Host(nn.Module):
                 changes.setdefault(site.path, []).append(change)
         plain = ungraft_all(copy.deepcopy(self.model))
         take_fast_paths(plain)
+        unwatch_forwards(plain)
         let_go(plain)
         with torch.no_grad():
             for path, here in changes.items():

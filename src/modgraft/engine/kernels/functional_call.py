@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import (
@@ -23,6 +24,7 @@ from modgraft.core.layers import (
 )
 from modgraft.core.sites import joined
 from modgraft.engine.kernels.linear import Change
+from modgraft.engine.served_weight import COPIED
 
 
 def with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
@@ -76,6 +78,7 @@ def run(
 ) -> Any:
     """Run ``forward`` of ``layer`` with changed weights."""
     changed = with_tensors(layer, new_weights(layer, changes))
+    changed.__dict__[COPIED] = True
     before = dict(changed.__dict__)
     out = forward(changed, *args, **kwargs)
     if not torch.compiler.is_compiling():  # attributes that the layer set while it ran are its own
@@ -88,10 +91,15 @@ def run(
 def write(model: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
     """Write ``tensors`` into the parameters of the layer at ``path``, for good.
 
+    A weight that is computed, by a parametrisation or by a hook such as pruning's, becomes an
+    ordinary one.
+
     Raises:
         ModgraftError: for a parameter that other layers share.
     """
     for name, tensor in tensors.items():
+        inner, _, last = name.rpartition(".")
+        _make_ordinary(model.get_submodule(joined(path, inner)), last)
         own = model.get_submodule(path).get_parameter(name)
         users = [
             joined(at, each).removesuffix(".weight")
@@ -105,3 +113,26 @@ def write(model: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
                 f"module changes one of them only; keep it implanted"
             )
         own.copy_(tensor)
+
+
+def _make_ordinary(layer: nn.Module, name: str) -> None:
+    """Make a tensor that ``layer``, a copy of the host's, computes a parameter of it."""
+    if name in layer._parameters:
+        return
+    value = stored(layer, name).detach().clone()
+    if is_parametrized(layer, name):  # torch's own function would change the class of both layers
+        kind: Any = type(layer)
+        others: Any = layer.parametrizations
+        del others[name]
+        body = {k: v for k, v in vars(kind).items() if k not in (name, "__dict__", "__weakref__")}
+        base = kind.__bases__[0]
+        layer.__class__ = type(kind.__name__, (base,), body) if others else base
+        if not others:
+            del layer.parametrizations
+    for key, hook in list(layer._forward_pre_hooks.items()):  # weight_norm, spectral_norm, pruning
+        if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
+            hook.remove(layer)  # type: ignore[attr-defined]
+            del layer._forward_pre_hooks[key]
+    for place in (layer.__dict__, layer._buffers, layer._parameters):
+        place.pop(name, None)
+    layer.register_parameter(name, nn.Parameter(value, requires_grad=False))

@@ -21,11 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.computation.base import ParameterComposition
 from modgraft.core.context import kept_in_call, seen_in_call
-from modgraft.core.layers import bias_vector, weight_matrix
+from modgraft.core.layers import bias_vector, stored, weight_matrix
 from modgraft.engine.kernels.low_rank import LowRank
-
-PLAIN = (nn.Linear.forward, Conv1D.forward)
-"""The forwards that compute x Wᵀ + b and nothing else."""
 
 _LINEAR = (nn.Linear, Conv1D)
 _ONE_WEIGHT = (*_LINEAR, nn.Embedding)
@@ -68,7 +65,7 @@ class MergedWeight:
 
 def one_product(
     layer: nn.Module,
-    forward: Callable[..., Any],
+    f: Callable[[Tensor], Tensor],
     x: Tensor,
     changes: Sequence[Change],
     merged: MergedWeight | None = None,
@@ -79,8 +76,8 @@ def one_product(
     under autocast, and with a module that is no change of weights now.
 
     Args:
-        layer: the layer.
-        forward: its own forward, unchanged.
+        layer: the layer, linear in its weight.
+        f: the layer as it is, f(x; θ).
         x: ``[…, in]``, its input.
         changes: those of every parameter module in force there.
         merged: where their sum with the layer's weight is kept, in a ``generate``.
@@ -88,10 +85,10 @@ def one_product(
     first = changes[0]
     whole = len(changes) == 1 and first.weight == 1 and first.part is None
     if whole and isinstance(layer, _ONE_WEIGHT):
-        fused = first.module.fused_forward(lambda value: forward(layer, value), x)
+        fused = first.module.fused_forward(f, x)
         if fused is not None:
             return fused
-    weight = _plain_weight(layer, forward, x, changes)
+    weight = _plain_weight(layer, x, changes)
     if weight is None:
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
@@ -104,8 +101,12 @@ def one_product(
     else:
         low_rank = _low_rank(changes, len(weight))
     if low_rank is not None:
-        bias = _changed_bias(layer, layer.bias, changes)
-        return (_in_one if pays else _beside)(layer, forward, x, weight, bias, *low_rank)
+        bias = _changed_bias(layer, stored(layer, "bias"), changes)
+        if pays:
+            B, A, s = low_rank
+            return LowRank.apply(x, (s,), weight, bias, B, A)[0]
+        y = f(x) if bias is stored(layer, "bias") else F.linear(x, weight, bias)
+        return _beside(y, x, *low_rank)
     if free and (y := merged.product(layer, x, changes)) is not None:  # type: ignore[union-attr]
         return y
     if not pays or x.dtype.itemsize < 4:  # there Δ would be lost in a sum rounded to 8 bits
@@ -113,48 +114,23 @@ def one_product(
     return F.linear(x, *_changed(layer, changes))
 
 
-def _in_one(
-    layer: nn.Module,
-    forward: Callable[..., Any],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    B: Tensor,
-    A: Tensor,
-    s: float,
-) -> Tensor:
-    """Return x Wᵀ + b + s·(x Aᵀ)Bᵀ, of many tokens."""
-    return LowRank.apply(x, (s,), weight, bias, B, A)[0]
-
-
-def _beside(
-    layer: nn.Linear | Conv1D,
-    forward: Callable[..., Any],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    B: Tensor,
-    A: Tensor,
-    s: float,
-) -> Tensor:
-    """Return the same of few tokens: the layer's own product, and the thin ones added to it."""
-    y = forward(layer, x) if bias is layer.bias else F.linear(x, weight, bias)
+def _beside(y: Tensor, x: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
+    """Add s·(x Aᵀ)Bᵀ to ``y``, the layer's own output, in place: of few tokens."""
     hidden = F.linear(x, A).view(-1, len(A))  # [N, r]
     return y.view(-1, len(B)).addmm_(hidden, B.T, alpha=s).view(y.shape)
 
 
 def low_rank_terms(
-    layer: nn.Module, forward: Callable[..., Any], x: Tensor, changes: Sequence[Change]
+    layer: nn.Module, x: Tensor, changes: Sequence[Change]
 ) -> tuple[float, tuple[Tensor | None, ...]] | None:
     """Return s and W, b, B, A, the layer's arguments of :class:`LowRank`, if it would run so.
 
     Args:
-        layer: the layer.
-        forward: its own forward, unchanged.
+        layer: the layer, linear in its weight.
         x: ``[…, in]``, its input.
         changes: those of every parameter module in force there.
     """
-    weight = _plain_weight(layer, forward, x, changes)
+    weight = _plain_weight(layer, x, changes)
     if weight is None or _is_free(x) or not _pays(weight, x):
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
@@ -162,20 +138,19 @@ def low_rank_terms(
     if low_rank is None:
         return None
     B, A, s = low_rank
-    return s, (weight, _changed_bias(layer, layer.bias, changes), B, A)
+    return s, (weight, _changed_bias(layer, stored(layer, "bias"), changes), B, A)
 
 
-def _plain_weight(
-    layer: nn.Module, forward: Callable[..., Any], x: Tensor, changes: Sequence[Change]
-) -> Tensor | None:
+def _plain_weight(layer: nn.Module, x: Tensor, changes: Sequence[Change]) -> Tensor | None:
     """Return the layer's weight ``[out, in]`` if changes can be added to it, else None."""
-    if forward not in PLAIN or not all(c.module.is_weight_change for c in changes):
+    if not isinstance(layer, _LINEAR) or not all(c.module.is_weight_change for c in changes):
         return None
-    assert isinstance(layer, _LINEAR)  # noqa: S101
     weight, _ = _weight_and_bias(layer)
     if type(weight) not in (Tensor, nn.Parameter):  # a quantised weight adds in a way of its own
         return None
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    if x.dtype.itemsize < 4 and not x.is_contiguous():  # the layer alone rounds it in another order
         return None
     return weight
 
@@ -188,7 +163,8 @@ def _pays(weight: Tensor, x: Tensor) -> bool:
 
 def _weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
     """Return the layer's weight ``[out, in]`` and bias."""
-    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight, layer.bias
+    weight = stored(layer, "weight")
+    return weight.T if isinstance(layer, Conv1D) else weight, stored(layer, "bias")
 
 
 def _is_free(x: Tensor) -> bool:

@@ -48,7 +48,8 @@ class LowRank(torch.autograd.Function):
             else:  # as one product: a row of ones carries the bias
                 ones = thin.new_ones(1, thin.shape[1])
                 y = torch.cat([thin, ones]).T @ torch.cat([B, b[:, None]], 1).T
-            outs.append(y.addmm_(X, W.T).view(*x.shape[:-1], W.shape[0]))
+            y = y.addmm_(X, W.T)  # no view of it: the host may write to its layer's output in place
+            outs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], W.shape[0]]))
         return *outs, hidden
 
     @staticmethod

@@ -1,0 +1,191 @@
+"""Finds where the examples of a batch lie in the outputs of a host's layers, by asking the host.
+
+Most layers put out ``[B, …]``. Others put out ``[n, B, d]``, windows or tokens of all examples in
+one axis, or the tokens that a router chose. The numbers of a batch do not tell: 4 steps of 4
+examples fit either way. So a copy of the host, which shares its weights, runs on a few examples and
+on the same with one of them again. The axis that grew is that of the examples, if the others come
+out of it as before; they do not where the axis is another one, since then what was added changes
+what the others attend to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.core.layers import STATE
+from modgraft.core.tensors import first_tensor
+from modgraft.engine.forwards import unwatch_forwards
+from modgraft.engine.graft import restore
+
+Seen = dict[str, list[Tensor]]
+
+REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+"""What a host raises on a batch that it cannot read."""
+
+TOLERANCE = {4: 1e-3, 8: 1e-6}
+"""How far the same example may be off in a larger batch, as a part of the largest number, by the
+bytes of a number; products are summed in another order there."""
+
+
+def signature(args: tuple, kwargs: Mapping[str, Any]) -> Hashable | None:
+    """Return what calls that lie alike have in common; None for a call that cannot be repeated.
+
+    A cache among the arguments, for instance, is written to by every call.
+    """
+    named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    if not all(_is_data(value) for value in named.values()):
+        return None
+    return tuple((k, v.dim()) for k, v in sorted(named.items()) if isinstance(v, Tensor))
+
+
+def ask(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], count: int | None
+) -> dict[str, int | None]:
+    """Return the axis of the examples in the output of each grafted layer, by its path.
+
+    None stands for a layer where no axis is that of the examples, or that did not run, as an expert
+    without tokens. A layer whose output does not grow with the batch is left out.
+
+    Args:
+        model: the host's model.
+        args: what it is called with.
+        kwargs: what it is called with by name.
+        count: how many examples this is; None: as many as the first tensor has, along any axis.
+    """
+    first = first_tensor(args, dict(kwargs))
+    sizes = () if first is None else first.shape[:2]
+    twin, best = _twin(model), None
+    for axis, size in enumerate(sizes):
+        if count not in (None, size):
+            continue
+        try:
+            found = _ask_along(twin, args, kwargs, size, axis)
+        except REFUSALS:  # a host that takes no other number along this axis cannot be asked so
+            continue
+        if best is None or _told(found) > _told(best):
+            best = found
+        if _told(found) == len(found):
+            break
+    return best or {}
+
+
+def _told(found: Mapping[str, int | None]) -> int:
+    return sum(axis is not None for axis in found.values())
+
+
+def _ask_along(
+    twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], count: int, axis: int
+) -> dict[str, int | None]:
+    device = next((v.device for v in twin.parameters()), torch.device("cpu"))
+
+    def run(rows: list[int]) -> Seen:
+        index = torch.tensor(rows, device=device)
+
+        def some(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() > axis and value.shape[axis] == count:
+                return value.detach().index_select(axis, index.to(value.device))
+            return value
+
+        return _outputs(twin, tuple(map(some, args)), {k: some(v) for k, v in kwargs.items()})
+
+    few = list(range(min(count, 4))) if count > 1 else [0, 0]
+    before = run(few)
+    after = [run([*few, one]) for one in (few[0], few[-1])]  # two: a router may choose by chance
+    found: dict[str, int | None] = {}
+    for path, outputs in before.items():
+        others = [of.get(path, []) for of in after]
+        pairs = [pair for some in others for pair in zip(outputs, some, strict=False)]
+        axes = {_axis(*pair, len(few)) for pair in pairs}
+        if any(len(some) != len(outputs) for some in others) or len(axes) > 1:
+            found[path] = None
+        elif (one := axes.pop()) != -1:
+            found[path] = one
+    sites = [path for path, layer in twin.named_modules() if _SITE in layer.__dict__]
+    return {**{path: None for path in sites if path not in before}, **found}
+
+
+def _axis(before: Tensor, after: Tensor, count: int) -> int | None:
+    """Return the axis of the examples, None if none is, -1 if the output does not grow with them.
+
+    Args:
+        before: what a layer put out for ``count`` examples.
+        after: what it put out for the same and one more.
+        count: how many they are.
+    """
+    if before.shape == after.shape:
+        return -1
+    if before.dim() != after.dim():
+        return None
+    grown = [a for a in range(before.dim()) if before.shape[a] != after.shape[a]]
+    axis = grown[0]
+    each, left = divmod(before.shape[axis], count)
+    if len(grown) > 1 or left or after.shape[axis] != each * (count + 1):
+        return None
+    same = after.narrow(axis, 0, before.shape[axis])
+    scale = before.abs().amax() if before.numel() else 0.0
+    tolerance = TOLERANCE.get(before.dtype.itemsize, 3e-2) * scale
+    return axis if bool(((same - before).abs() <= tolerance).all()) else None
+
+
+def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
+    """Run ``twin``; return what each grafted layer put out, at every call, without the features."""
+    found: Seen = {}
+    handles = []
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            value = out if isinstance(out, Tensor) else next(iter(_tensors(out)), None)
+            if value is not None and value.is_floating_point():
+                some = value.detach()
+                some = some.flatten(2).abs().sum(-1) if some.dim() > 2 else some
+                found.setdefault(path, []).append(some)
+
+        return hook
+
+    for path, layer in twin.named_modules():
+        if _SITE in layer.__dict__:
+            handles.append(layer.register_forward_hook(keep(path)))
+    try:
+        devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
+        with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+            twin(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+_SITE = "_modgraft_site"
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` without modules, in evaluation mode, that shares its weights."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    for layer in model.modules():
+        if STATE in layer.__dict__:
+            state = layer.__dict__[STATE]
+            memo[id(state)] = state
+            memo[id(state.context)] = state.context
+    twin = copy.deepcopy(model, memo)
+    for layer in twin.modules():
+        if STATE in layer.__dict__:
+            restore(layer)
+            layer.__dict__[_SITE] = True
+    unwatch_forwards(twin)
+    return twin.eval()
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_data(each) for each in value)
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    values = out.values() if isinstance(out, Mapping) else out
+    return [v for v in values if isinstance(v, Tensor)] if isinstance(out, Mapping | tuple) else []

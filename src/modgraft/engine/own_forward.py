@@ -1,0 +1,82 @@
+"""Runs a layer's own forward, f(x; θ) or f(x; θ + Δ), whatever that forward is.
+
+A layer that is linear in its weight is computed by its weight. Any other layer runs itself: a
+shallow copy of it that has the changed tensors, or, where its forward was replaced on the instance
+(accelerate's hooks, a patched ``layer.forward``), the layer itself, which then reads its weight
+through :mod:`~modgraft.engine.served_weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.core.errors import ModgraftError
+from modgraft.core.layers import STATE, linear_forward, stored
+from modgraft.core.sites import WEIGHTED
+from modgraft.engine.kernels import functional_call
+from modgraft.engine.kernels.linear import Change
+from modgraft.engine.served_weight import serving
+
+PATCHED = "_modgraft_forward"
+"""The attribute of a grafted layer that holds the forward which was set on the instance."""
+
+
+def original(layer: nn.Module) -> type[nn.Module]:
+    """Return the layer's class as it is without modules."""
+    kind = type(layer)
+    return kind.__mro__[1] if STATE in layer.__dict__ else kind
+
+
+def by_weight(layer: nn.Module) -> Callable[..., Tensor] | None:
+    """Return what computes the layer by its weight; None where it has to run itself."""
+    if not isinstance(layer, WEIGHTED) or {PATCHED, "forward"} & layer.__dict__.keys():
+        return None
+    return linear_forward(layer, original(layer).forward)
+
+
+def runs_changed(layer: nn.Module) -> bool:
+    """Return whether a change of the weight has to be run by the layer itself.
+
+    A quantised weight cannot be changed in place of θ; effects are added to its layer's output.
+    """
+    if not isinstance(layer, WEIGHTED) or by_weight(layer) is not None:
+        return False
+    weight = stored(layer, "weight")
+    return weight.is_floating_point() and type(weight) in (Tensor, nn.Parameter)
+
+
+def run(layer: nn.Module, changes: Sequence[Change], args: tuple, kwargs: dict) -> Any:
+    """Run the layer with θ + Σ w·Δ for its weights, or with its own where nothing changes them.
+
+    Args:
+        layer: a grafted layer.
+        changes: of its weights.
+        args: what it is called with.
+        kwargs: what it is called with by name.
+    """
+    patched = layer.__dict__.get(PATCHED)
+    if patched is not None:
+        if changes and torch.compiler.is_compiling():
+            raise ModgraftError(
+                f"{layer.__dict__[STATE].path} runs a forward that was set on the layer itself, as "
+                f"accelerate's hooks are, and its weight is changed: torch.compile cannot follow "
+                f"that; accelerate.hooks.remove_hook_from_submodules(host.model) takes hooks off"
+            )
+        with serving(layer, changes):
+            return patched(*args, **kwargs)
+    state, forward = layer.__dict__[STATE], original(layer).forward
+    if changes:
+        return functional_call.run(layer, forward, changes, args, kwargs)
+    if state.by_weight is not None and len(args) == 1 and not kwargs:
+        return state.by_weight(layer, args[0], stored(layer, "weight"), _bias(layer))
+    if isinstance(layer, WEIGHTED):  # which would read its weight as another module does
+        return functional_call.run(layer, forward, (), args, kwargs)
+    return forward(layer, *args, **kwargs)
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    return None if isinstance(layer, nn.Embedding) else stored(layer, "bias")

@@ -1,0 +1,155 @@
+"""The weight that a grafted layer shows to others: θ + Δ, to whoever computes with it.
+
+Some hosts never call a layer but compute with its weight themselves: state-space models read that
+of their convolution in decoding, an attention may hand the weights of its projections to one
+function. There a module acts through the weight that is read. While the host runs, reading the
+weight of a grafted layer gives a :class:`ServedWeight`, which tells its shape and type as the
+layer's own does; the first computation with it makes θ + Σ w·Δ, by the composition of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from modgraft.core.layers import STATE, stored
+
+COPIED = "_modgraft_copied"
+"""Marks a shallow copy of a layer that runs with changed tensors, which it reads as they are."""
+
+SERVED = ("weight", "bias")
+
+_changes: ContextVar[dict[nn.Module, Sequence[Any]] | None] = ContextVar(
+    "modgraft_changes", default=None
+)
+
+# what a tensor says of itself without being computed with
+_FACTS = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("dtype", "device", "shape", "ndim", "is_cuda", "layout", "requires_grad")
+) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
+
+_WRITES = {"__setitem__", "__set__"} | {
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+}
+
+
+class ServedWeight(Tensor):
+    """The weight (or bias) of a layer, which becomes θ + Δ where something is computed with it.
+
+    Its own data lie on the meta device, so that a kernel that passes PyTorch by fails.
+    """
+
+    layer: nn.Module
+    stored_as: str
+
+    @staticmethod
+    def of(layer: nn.Module, name: str, theta: Tensor) -> ServedWeight:
+        """Make it for the tensor ``theta``, which ``layer`` stores as ``name``."""
+        shell = torch.empty_like(theta, device="meta").as_subclass(ServedWeight)
+        shell.layer, shell.stored_as = layer, name
+        return shell
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Compute ``func`` with the tensors that the served ones stand for."""
+        called = func.__name__
+        writes = called in _WRITES or (called.endswith("_") and not called.endswith("__"))
+        bare = func in _FACTS or writes  # a host that writes to its weight writes to θ
+
+        def real(value: Any) -> Any:
+            if not isinstance(value, ServedWeight):
+                return value
+            layer, name = value.layer, value.stored_as
+            theta = stored(layer, name)
+            return theta if bare else layer.__dict__[STATE].changed(layer, name, theta)
+
+        return func(*tree_map(real, args), **tree_map(real, kwargs or {}))
+
+
+def served(name: str, original: property | None) -> property:
+    """Return the property that a grafted class has in place of its tensor ``name``.
+
+    Args:
+        name: the tensor's.
+        original: the class's own property of that name, as parametrised layers have.
+    """
+
+    def read(layer: nn.Module) -> Any:
+        own, state = stored(layer, name), layer.__dict__.get(STATE)
+        if own is None or state is None or COPIED in layer.__dict__:
+            return own
+        try:
+            return shown(layer, state, own)
+        except AttributeError as error:  # which would make nn.Module look for the plain tensor
+            raise RuntimeError(f"the weight of {state.path}: {error}") from error
+
+    def shown(layer: nn.Module, state: Any, own: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # what nothing is computed with leaves the graph
+            return own if state.compiled_bare else state.changed(layer, name, own)
+        running = _changes.get()
+        if running is not None and layer in running:
+            return state.with_changes(layer, name, own, running[layer])
+        if not state.context.in_forward() or not state.changes_now():
+            return own
+        kept = state.served.get(name)
+        if kept is None:
+            kept = state.served[name] = ServedWeight.of(layer, name, own)
+        return kept
+
+    def write(layer: nn.Module, value: Any) -> None:
+        if original is not None and original.fset is not None:
+            original.fset(layer, value)
+        else:
+            layer.__dict__[name] = value
+
+    def delete(layer: nn.Module) -> None:
+        if name not in layer.__dict__:
+            raise AttributeError(name)
+        del layer.__dict__[name]
+
+    return _Served(read, write, delete)
+
+
+class Shells(dict[str, ServedWeight]):
+    """The served weights of a layer, by name; a copy of the layer makes its own."""
+
+    def __deepcopy__(self, memo: Any) -> Shells:
+        return Shells()
+
+    def __reduce__(self) -> Any:
+        return Shells, ()
+
+
+class _Served(property):
+    """A property of the engine's; :func:`~modgraft.core.layers.stored` passes it by."""
+
+
+@contextmanager
+def serving(layer: nn.Module, changes: Sequence[Any]) -> Iterator[None]:
+    """Let ``layer`` read its weight with ``changes`` in a ``with`` block, in this thread alone."""
+    if torch.compiler.is_compiling():
+        state = layer.__dict__[STATE]
+        state.compiled_bare = True
+        yield
+        state.compiled_bare = False
+        return
+    token = _changes.set({**(_changes.get() or {}), layer: changes})
+    try:
+        yield
+    finally:
+        _changes.reset(token)
+
+
+def is_serving(layer: nn.Module) -> bool:
+    """Return whether the layer's own forward runs in this thread, by :func:`serving`."""
+    running = _changes.get()
+    return running is not None and layer in running

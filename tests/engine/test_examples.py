@@ -1,0 +1,154 @@
+"""Where the examples of a batch lie at each layer: asked of the host, not told by numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    SwinConfig,
+    SwinModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
+
+import modgraft as mg
+
+B = 3
+IDS = torch.randint(3, 41, (B, B), generator=torch.Generator().manual_seed(0))  # n = B
+
+
+def stirred(model: nn.Module, at: Any, module: mg.Computation | None = None) -> mg.Host:
+    """Return a host in float64 with two modules at ``at``, of which none is in force."""
+    host = mg.Host(model.double()).eval()
+    for name in "ab":
+        host.implant(name, module or mg.LoRA(rank=2), at=at, active=False)
+    with torch.no_grad():
+        for p in host.parameters():
+            p.normal_(0.0, 0.3)
+    return host
+
+
+def encoder(batch_first: bool) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def opt() -> nn.Module:
+    config = OPTConfig(
+        vocab_size=41, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24,
+        word_embed_proj_dim=16,
+    )  # fmt: skip
+    return OPTForCausalLM(config)
+
+
+def xlnet() -> nn.Module:
+    return XLNetLMHeadModel(XLNetConfig(vocab_size=41, d_model=16, n_layer=2, n_head=2, d_inner=24))
+
+
+def swin() -> nn.Module:
+    return SwinModel(
+        SwinConfig(
+            image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4],
+            window_size=4,
+        )
+    )  # fmt: skip
+
+
+def hidden(rows: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, length, 8, dtype=torch.float64, generator=generator)
+
+
+CASES = {
+    "batch second": (lambda: encoder(False), "*.linear1", hidden(B, B), 1, 1),
+    "batch second, few steps": (lambda: encoder(False), "*.linear1", hidden(2, B), 1, 1),
+    "batch first": (lambda: encoder(True), "*.linear1", hidden(B, B), 0, 0),
+    "tokens of all examples": (opt, "*.fc1", IDS, 0, 0),
+    "xlnet": (xlnet, "*.ff.layer_1", IDS, 1, 0),
+    "windows": (swin, "*.q_proj", torch.randn(B, 3, 16, 16, dtype=torch.float64), 0, 0),
+}
+
+
+def tensor(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out[0]
+
+
+@pytest.mark.parametrize(("make", "at", "x", "axis", "of_output"), CASES.values(), ids=CASES)
+def test_each_example_is_what_it_is_alone(
+    make: Any, at: str, x: Tensor, axis: int, of_output: int
+) -> None:
+    host = stirred(make(), at)
+    out = tensor(host(x, modules=["a", "b", None]))
+    assert set(host._context.axes.values()) == ({axis} if axis else set())
+    assert bool(host._context.by_rows) == (axis == 0)
+    alone = [tensor(host(x, modules=m)) for m in ("a", "b", None)]
+    for row, whole in enumerate(alone):
+        torch.testing.assert_close(out.select(of_output, row), whole.select(of_output, row))
+    weights = torch.tensor([[1.0, 0], [0, 1], [0, 0]], dtype=torch.float64)
+    weighted = tensor(host(x, modules=mg.Weighted(["a", "b"], weights)))
+    torch.testing.assert_close(weighted, out)
+
+
+def test_a_convolution_over_tokens_leaves_other_examples_alone() -> None:
+    host = stirred(encoder(False), "*.linear2", mg.ConvAdapter(kernel=3))
+    x = hidden(5, B)
+    other = x.clone()
+    other[:, 1] += 1
+    out, changed = host(x, modules="a"), host(other, modules="a")
+    torch.testing.assert_close(changed[:, [0, 2]], out[:, [0, 2]])
+    one = host(x[:, :1], modules="a")  # a batch of one
+    torch.testing.assert_close(one, out[:, :1])
+
+
+def test_experts_have_no_rows_of_examples_and_say_so() -> None:
+    config = SwitchTransformersConfig(
+        vocab_size=41, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, num_experts=2,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = SwitchTransformersForConditionalGeneration(config)
+    host = stirred(model, "encoder.*.experts.*.wi")
+    batch = {"input_ids": torch.randint(3, 41, (B, 11)), "labels": IDS}
+    host(**batch, modules="a")
+    with pytest.raises(mg.ModgraftError, match="no axis of the examples"):
+        host(**batch, modules=["a", "b", None])
+
+
+def test_asking_leaves_the_host_and_the_random_numbers_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 8))
+    host = stirred(model, "0").train()
+    before = {k: v.clone() for k, v in host.state_dict().items()}
+    handles = {m: dict(m._forward_hooks) for m in model.modules()}
+    torch.manual_seed(0)
+    host(hidden(4, 8)[:, 0], modules="a")
+    want = torch.rand(1)
+    host.load_state_dict(before)
+    torch.manual_seed(0)
+    host(hidden(4, 8)[:, 0], modules=["a", "b", None, "a"])
+    assert torch.equal(torch.rand(1), want)
+    assert host._context.by_rows == {"0"}
+    assert all(m.training for m in model.modules())
+    assert handles == {m: dict(m._forward_hooks) for m in model.modules()}
+
+
+def test_it_is_asked_once_for_calls_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    import modgraft.host.host as module
+
+    asked: list[int | None] = []
+    ask = module.ask
+    monkeypatch.setattr(module, "ask", lambda *a: asked.append(a[-1]) or ask(*a))
+    host = stirred(encoder(True), "*.linear1")
+    host(hidden(2, 4), modules="a")
+    assert not asked  # every example has the same module
+    host(hidden(2, 4), modules=["a", "b"])
+    host(hidden(3, 5), modules=["a", "b", None])
+    assert asked == [2]
+    host.implant("c", mg.LoRA(rank=1), at="*.linear2", active=False)
+    host(hidden(2, 4), modules=["a", "c"])
+    assert asked == [2, 2]

@@ -1,0 +1,174 @@
+"""Layers that their host never calls, since another module computes with their weight."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    WavLMConfig,
+    WavLMModel,
+)
+
+import modgraft as mg
+from modgraft.engine.served_weight import ServedWeight
+
+
+class Reads(nn.Module):
+    """Computes with the weights of one layer, and calls the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(F.linear(x, self.read.weight, self.read.bias).tanh())
+
+
+def stirred(model: nn.Module, at: Any, module: mg.Computation, active: bool = True) -> mg.Host:
+    host = mg.Host(model.double()).eval()
+    host.implant("a", module, at=at, active=active)
+    with torch.no_grad():
+        for p in host.implants.parameters():
+            p.normal_(0.0, 0.3)
+    return host
+
+
+def mamba() -> nn.Module:
+    config = MambaConfig(
+        vocab_size=41, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4,
+        bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = MambaForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.0, 0.3)
+    return model
+
+
+def wavlm() -> nn.Module:
+    config = WavLMConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        conv_dim=(8,), conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    return WavLMModel(config)
+
+
+def out_of(host: nn.Module, x: Tensor, **kw: Any) -> Tensor:
+    out = host(x, **kw)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+IDS = torch.randint(3, 41, (2, 7), generator=torch.Generator().manual_seed(0))
+HOSTS = {
+    "reads": (Reads, "{read,called}", torch.randn(3, 6, dtype=torch.float64)),
+    "mamba": (mamba, "*.{dt_proj,conv1d,in_proj}", IDS),
+    "wavlm": (wavlm, "*.attention.*_proj", torch.randn(2, 80, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize(("make", "at", "x"), HOSTS.values(), ids=HOSTS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_changed_weight_is_what_others_read(make: Any, at: str, x: Tensor, bias: bool) -> None:
+    if bias and make is not Reads:
+        pytest.skip("some of its layers have no bias")
+    host = stirred(make(), at, mg.LoRA(rank=2, bias=bias))
+    bare, plain = out_of(host, x, modules=None), host.merge("a")
+    got = out_of(host, x)
+    torch.testing.assert_close(got, out_of(plain, x))
+    assert (got - bare).abs().max() > 1e-3
+    torch.testing.assert_close(out_of(host.model, x), got)  # called without the host
+    host.use(None)
+    with host.using("0.5*a"):
+        torch.testing.assert_close(out_of(host.model, x), out_of(host.merge("0.5*a"), x))
+    assert torch.equal(out_of(host, x), bare)
+    assert not any(isinstance(v, ServedWeight) for v in copy.deepcopy(host).state_dict().values())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_reach_the_module_through_the_weight(training: bool) -> None:
+    host, x = stirred(mamba(), "*.dt_proj", mg.LoRA(rank=2)), IDS
+    host.train(training)
+    if training:
+        host.model.activation_checkpointing_enable()
+    out_of(host, x).square().sum().backward()
+    for layer, place in zip((0, 1), host["a"].places, strict=True):
+        twin = copy.deepcopy(host.model)
+        host.use(None)
+        plain = host.merge(None)
+        host.use("a")
+        factors = {k: p.detach().clone().requires_grad_() for k, p in place.named_parameters()}
+        other = host["a"].places[1 - layer]
+        weights = {
+            f"backbone.layers.{layer}.mixer.dt_proj.weight": factors["B"] @ factors["A"],
+            f"backbone.layers.{1 - layer}.mixer.dt_proj.weight": (other.B @ other.A).detach(),
+        }
+        tensors = {k: plain.get_parameter(k) + v for k, v in weights.items()}
+        loss = torch.func.functional_call(plain.eval(), tensors, (x,))[0].square().sum()
+        loss.backward()
+        for key, factor in factors.items():
+            torch.testing.assert_close(place.get_parameter(key).grad, factor.grad)
+        del twin
+
+
+def test_decoding_reads_it_as_well() -> None:
+    host = stirred(mamba(), "*.{dt_proj,conv1d}", mg.LoRA(rank=2))
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    want = host.merge("a").generate(IDS, **settings)
+    assert torch.equal(host.generate(IDS, **settings), want)
+    assert torch.equal(host.model.generate(IDS, **settings), want)
+
+
+def test_a_compiled_host_reads_it_in_one_graph() -> None:
+    host, x = stirred(Reads(), "{read,called}", mg.LoRA(rank=2)), HOSTS["reads"][2]
+    compiled = torch.compile(host, backend="eager", fullgraph=True)
+    for text in ("a", None, "0.5*a"):
+        host.use(text)
+        torch.testing.assert_close(compiled(x), host(x))
+
+
+def test_outside_of_a_call_a_layer_shows_its_own_weight() -> None:
+    host = stirred(Reads(), "{read,called}", mg.LoRA(rank=2))
+    layer = host.model.read
+    assert layer.weight is layer._parameters["weight"]
+    with host.using("a"):
+        assert layer.weight is layer._parameters["weight"]
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert not layer._parameters["weight"].any()
+
+
+def test_asking_a_weight_for_its_type_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = T5Config(
+        vocab_size=41, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    host = stirred(T5ForConditionalGeneration(config), "down", mg.LoRA(rank=2))
+    made: list[str] = []
+    from modgraft.engine.state import State
+
+    monkeypatch.setattr(State, "with_changes", lambda *a: made.append("Δ"))
+    host(input_ids=IDS, labels=IDS)  # its feed-forward asks for wo.weight.dtype
+    assert not made
+
+
+def test_what_cannot_act_there_is_refused() -> None:
+    host = stirred(Reads(), "{read,called}", mg.LoRA(rank=2))
+    x = HOSTS["reads"][2]
+    with pytest.raises(mg.ModgraftError, match="once for each composition"):
+        host(x, modules=["a", None, "a"])
+    host.implant("b", mg.Adapter(width=2), at="read", active=False)
+    with pytest.raises(mg.ModgraftError, match=r"'b' acts on the output of read.*never calls"):
+        host(x, modules="b")
+    host.remove("b")
+    host.implant("b", mg.Adapter(width=2), at="called", active=False)
+    host(x, modules="b")
