@@ -9,6 +9,7 @@ thread runs another one's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +24,10 @@ from modgraft.core.per_example import Each
 REMEMBERED = 256
 """How many compositions that weights cannot express keep their number."""
 
-DATA = -1
+DATA = "data"
 """The number of a program that holds weights for one batch, and is never met again."""
+
+_numbers = itertools.count()  # of the process: threads never draw one twice
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Program:
     composition: Expression | None
     by_weights: bool
     token_modules: tuple[str, ...]
-    number: int
+    number: str  # an int that differs would become a symbol in the graph, and bind it to nothing
 
 
 class Compiled:
@@ -108,8 +111,7 @@ class Compiled:
         self.traced: Any = None
         self.by_parts = False
         self._additive: set[str] = set()  # changes of weights, whose order does not matter
-        self._numbers: dict[tuple[str, ...], int] = {}  # by token modules
-        self._last = DATA
+        self._numbers: dict[tuple[str, ...], str] = {}  # by token modules
         self._known: dict[int, Program] = {}
         self._own = torch.zeros(0)
         self.program = self.program_of(None, ())
@@ -162,7 +164,7 @@ class Compiled:
             self._known[id(composition)] = made
         return made
 
-    def read(self, composition: Expression | None, number: int, tokens: Container[str]) -> Tensor:
+    def read(self, composition: Expression | None, number: str, tokens: Container[str]) -> Tensor:
         """Return the weights ``[modules]`` of ``composition``, for code of the program ``number``.
 
         Raises:
@@ -204,11 +206,8 @@ class Compiled:
         with torch.inference_mode(False):  # the operator's argument, of which it reads the size
             self._own = torch.zeros(len(self.order), device=device)
 
-    def _number(self, tokens: tuple[str, ...] | None) -> int:
+    def _number(self, tokens: tuple[str, ...] | None) -> str:
         """Return the number of the programs by weights with these ``tokens``; None: a new one."""
-        if tokens in self._numbers:
-            return self._numbers[tokens]
-        self._last += 1
-        if tokens is not None:
-            self._numbers[tokens] = self._last
-        return self._last
+        if tokens is None:
+            return str(next(_numbers))
+        return self._numbers.setdefault(tokens, str(next(_numbers)))

@@ -407,16 +407,16 @@ _numbers = itertools.count()
 @torch.library.custom_op(
     "modgraft::weights_now",
     mutates_args=("own",),  # it writes nothing, but is so never left out as code without an effect
-    schema="(Tensor(a!) own, int host, int program) -> Tensor",
+    schema="(Tensor(a!) own, int host, str program) -> Tensor",
 )
-def _weights_now(own: Tensor, host: int, program: int) -> Tensor:
+def _weights_now(own: Tensor, host: int, program: str) -> Tensor:
     """Return the weights of all modules, as the composition of this thread has them."""
     context = _contexts[host]
     return context.compiled.read(context.current().composition, program, context.token_modules)
 
 
 @_weights_now.register_fake
-def _(own: Tensor, host: int, program: int) -> Tensor:
+def _(own: Tensor, host: int, program: str) -> Tensor:
     return torch.empty_like(own)
 
 
