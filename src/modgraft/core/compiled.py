@@ -164,7 +164,9 @@ class Compiled:
             self._known[id(composition)] = made
         return made
 
-    def read(self, composition: Expression | None, number: str, tokens: Container[str]) -> Tensor:
+    def read(
+        self, composition: Expression | None, number: str, tokens: Container[str], alone: bool
+    ) -> Tensor:
         """Return the weights ``[modules]`` of ``composition``, for code of the program ``number``.
 
         Raises:
@@ -172,7 +174,7 @@ class Compiled:
         """
         own = self.program_of(composition, tokens)
         of_this = own.number == number and (own.number != DATA or self.composition is composition)
-        if not of_this:
+        if not of_this or not (own.by_weights or alone):  # it may be traced while others write
             raise ModgraftError(
                 f"this compiled host was about to run {self.composition or 'the bare host'} of "
                 f"another thread where this one has {composition or 'the bare host'} in force: "

@@ -412,7 +412,9 @@ _numbers = itertools.count()
 def _weights_now(own: Tensor, host: int, program: str) -> Tensor:
     """Return the weights of all modules, as the composition of this thread has them."""
     context = _contexts[host]
-    return context.compiled.read(context.current().composition, program, context.token_modules)
+    alone = len(context._threads) < 2
+    composition = context.current().composition
+    return context.compiled.read(composition, program, context.token_modules, alone)
 
 
 @_weights_now.register_fake
