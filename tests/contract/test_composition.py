@@ -227,7 +227,8 @@ def test_handles_write_the_expression_that_the_text_is_read_as(
     read = host.composition
     host.use(of_handles(tree, host))
     assert host.composition == read
-    assert of_handles(tree, host).expression() == read
-    host.use(str(read))
-    assert host.composition is read or host.composition == read
+    assert of_handles(tree, host).expression().mapped(str) == read  # 0*m is left out
+    if read is not None:
+        host.use(str(read))
+        assert host.composition is read or host.composition == read
     host.use(None)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import modgraft as mg
 from contract.hosts import HOSTS, ids
-from modgraft.engine.kernels.tensor_cache import TensorCache
+from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.plan import Plan
 from modgraft.engine.state import STATE
 
@@ -31,7 +35,7 @@ def made() -> mg.Host:
     return host
 
 
-MERGED = "merged weight, kept (modules=…: as with gradients)"
+PRODUCT = "one product, factorised, from 12 tokens on, effects below"
 PICKED = "picked by few, in one batch over stacked tensors; by more than half, one after another"
 KEYS = "keys and values before the layer's own"
 
@@ -44,24 +48,23 @@ KEYS = "keys and values before the layer's own"
             "lora0 + 0.5*lora1 >> adapter0",
             [
                 ["block", "2", "all", "function of adapter0", "function of adapter0"],
-                ["query, value", "2", "all", MERGED,
-                 "one product, factorised, from 12 tokens on, effects below"],
+                ["query, value", "2", "all", PRODUCT, PRODUCT],
             ],
         ),
         (
             "scale0 >> prefix0 >> prompt",
             [
                 ["the input", "1", "all", "tokens before the input", "tokens before the input"],
-                ["attention", "2", "all", f"{KEYS}, kept", KEYS],
+                ["attention", "2", "all", f"{KEYS}, made once a call", KEYS],
                 ["up", "2", "all", "the layer once, rescaled", "the layer once, rescaled"],
             ],
         ),
         (
             ["lora0", "lora1", None, "prefix0", "lora0 - lora1"],
             [
-                ["attention", "2", "1", f"{KEYS}, kept", KEYS],
+                ["attention", "2", "1", f"{KEYS}, made once a call", KEYS],
                 ["query, value", "2", "2",
-                 "effects of 2 modules, one batch over stacked tensors, kept",
+                 "effects of 2 modules, one batch over stacked tensors once a call",
                  "effects of 2 modules, one batch over stacked tensors"],
                 ["query, value", "2", "1", "effect, one composition after another",
                  "effect, one composition after another"],
@@ -103,11 +106,15 @@ def test_what_is_kept_follows_the_tensors(kind: str) -> None:
     host = made()
     before = run(host, kind)
     assert torch.equal(run(host, kind), before)
-    for change in ("in place", "of data", "of the object", "of type"):
+    for change in ("in place", "through data", "of data", "of the object", "of type"):
         place = host[f"{kind}1"].places[0]
         name, parameter = next(iter(place.named_parameters()))
         if change == "in place":
             parameter.mul_(2.0)
+        elif (
+            change == "through data"
+        ):  # as moving averages of weights are copied; no version counts
+            parameter.data.mul_(0.7)
         elif change == "of data":
             parameter.data = parameter.data * 1.5
         elif change == "of the object":
@@ -124,6 +131,69 @@ def test_what_is_kept_follows_the_tensors(kind: str) -> None:
         alone = host(input_ids=ids(3)[1:2], modules=f"{kind}1").logits[0]
         torch.testing.assert_close(now[1], alone, rtol=1e-4, atol=1e-5)
         before = now
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "through data": lambda p, new: p.data.copy_(new),
+    "through numpy": lambda p, new: np.copyto(p.detach().numpy(), new.numpy()),
+    "in place": lambda p, new: p.copy_(new),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("of", ["module", "host"])
+@pytest.mark.parametrize(
+    "modules", ["l", "l + s", "m", "p", ["l", "k", "l"], ["a", "p", None], "0.5*l >> a"], ids=str
+)
+@torch.no_grad()
+def test_no_write_is_missed(modules: Any, of: str, write: str) -> None:
+    """The result is that of a host that was made with the written tensors, in forward and
+    generate."""
+    host = mg.Host(HOSTS["gpt2"].model()).eval()
+    host.implant("l", mg.LoRA(rank=2), ["query", "value", "up"], active=False)
+    host.implant("k", mg.LoRA(rank=2), ["query", "value", "up"], active=False)
+    host.implant("s", mg.LoRA(rank=2, dora=True), ["query", "value", "up"], active=False)
+    host.implant("a", mg.Adapter(width=3), "block", active=False)
+    host.implant("p", mg.Prefix(length=2), active=False)
+    host.implant("m", mg.Mixture(["l", "k"], router=mg.TopK(1, level="token")), active=False)
+    for parameter in host.implants.parameters():
+        parameter.normal_(0, 0.3)
+
+    def answers(host: mg.Host) -> list[Tensor]:
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        found = host.generate(ids(2), modules=modules, output_logits=True,
+                              return_dict_in_generate=True, **settings)  # fmt: skip
+        return [host(input_ids=ids(2), modules=modules).logits, *found.logits]
+
+    answers(host)
+    part = host.implants if of == "module" else host.model.transformer.h
+    for parameter in part.parameters():
+        WRITES[write](parameter, torch.randn_like(parameter) * 0.3)
+    fresh = copy.deepcopy(host)
+    for one, other in zip(answers(host), answers(fresh), strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_a_generate_merges_weights_and_keeps_none() -> None:
+    host = made()
+    bare = host.generate(ids(2), max_new_tokens=8, min_new_tokens=8, do_sample=False, modules=None)
+    plain = host.merge("lora0 - 2*lora1")
+    wanted = plain.generate(ids(2), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    for composition in ("lora0 - 2*lora1", ["lora0 - 2*lora1"] * 3):
+        found = host.generate(
+            ids(2), max_new_tokens=8, min_new_tokens=8, do_sample=False, modules=composition
+        )
+        assert torch.equal(found, wanted)
+        assert not torch.equal(found, bare)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(each) is Tensor for each in gc.get_objects())
+
+    before = alive()
+    host.generate(ids(2), max_new_tokens=8, min_new_tokens=8, modules="lora0 - 2*lora1")
+    assert alive() == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,8 +273,8 @@ def test_modules_made_in_inference_mode_act_and_their_writes_are_seen() -> None:
         assert torch.equal(host(**batch, modules=composition).logits, bare)
 
 
-@pytest.mark.parametrize(("kind", "question"), [(TensorCache, "_holds"), (Plan, "holds")])
-def test_whether_what_is_remembered_holds_is_asked_once_a_generate(
+@pytest.mark.parametrize(("kind", "question"), [(Batched, "_factors"), (Plan, "holds")])
+def test_a_generate_stacks_and_asks_once(
     monkeypatch: pytest.MonkeyPatch, kind: type, question: str
 ) -> None:
     host, asked = made(), []

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from modgraft.core.config import Configured
+from modgraft.core.pickling import reduced_by
 
 _REDIRECTED = "_redirected"  # in a module: by tensor name, the source and the key to read there
 
@@ -72,6 +73,7 @@ def _redirecting(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
     body: dict[str, Any] = {name: _property(name) for name in names}
     body |= {
         "get_buffer": get_buffer,  # torch's finds registered buffers only
+        "__reduce_ex__": reduced_by(_redirecting, original, names),
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,

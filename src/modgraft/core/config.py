@@ -21,10 +21,13 @@ from typing import (
     get_type_hints,
 )
 
+import torch
 from torch import nn
 
 import modgraft
 from modgraft.core.errors import ModgraftError, UnknownNameError
+
+_LARGEST = torch.finfo(torch.float32).max
 
 REGISTRY: dict[str, type[Configured]] = {}
 
@@ -182,8 +185,9 @@ def mismatch(values: Mapping[str, Any], types: Mapping[str, Any]) -> tuple[str, 
         if name in types and not _fits(value, types[name]):
             shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:59]}…"
             wanted = re.sub(r"[a-z_]+\.", "", formatannotation(types[name]))
-            nan = isinstance(value, float) and value != value
-            found = "NaN" if nan else type(value).__name__
+            found = type(value).__name__
+            if isinstance(value, float) and not abs(value) <= _LARGEST:
+                found = "NaN" if value != value else "infinite as a float32"
             return f"{name}={shown}", f"{name} is {wanted}, not {found}"
     return None
 
@@ -203,7 +207,8 @@ def _fits(value: Any, wanted: Any) -> bool:
         return any(isinstance(value, type(one)) for one in inner)
     if kind in (int, float):
         number = isinstance(value, int if kind is int else (int, float))
-        return number and not isinstance(value, bool) and value == value  # NaN is no number
+        # NaN is no number, and what is infinite as a float32 makes one
+        return number and not isinstance(value, bool) and (kind is int or abs(value) <= _LARGEST)
     if kind is dict and inner:
         pairs = value.items() if isinstance(value, dict) else [(None, None)]
         return all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in pairs)

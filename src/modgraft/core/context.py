@@ -5,17 +5,24 @@ A host's ``forward`` has no argument for an image or a task, so the sites read b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping
+import itertools
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from modgraft.core.errors import SideError
-from modgraft.core.expression import Chain, Expression, Run, T
+from modgraft.core.compiled import Compiled, switched
+from modgraft.core.errors import ModgraftError, SideError
+from modgraft.core.expression import Expression
+from modgraft.core.gate import Gate
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,8 @@ class Call:
         choices: the routers' choices that hold at all sites, by (router, task).
         routings: each mixture that is learning with its choice, for the losses that they add.
         outputs: outputs computed ahead, of layers that share an input with one that has run.
-        valid: the caches that were found to be up to date; see :func:`once_in_a_call`.
+        kept: what :func:`kept_in_call` keeps until the call ends; None for one without an end of
+            its own, such as a ``using`` block.
         reads: what checks, when the host has run, that a layer whose weight was read was called.
     """
 
@@ -127,7 +135,7 @@ class Call:
     choices: dict[Hashable, Any] = field(default_factory=dict, compare=False)
     routings: list[tuple[Any, Any]] = field(default_factory=list, compare=False)
     outputs: dict[Hashable, Any] = field(default_factory=dict, compare=False)
-    valid: dict[Hashable, bool] = field(default_factory=dict, compare=False)
+    kept: dict[Hashable, Any] | None = field(default=None, compare=False)
     reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
 
     def resolve(self, source: str, name: str, batch: int, rows: Tensor | None = None) -> Side:
@@ -168,130 +176,47 @@ def missing_side(name: str, source: str) -> SideError:
     )
 
 
-@dataclass(frozen=True)
-class Switch(Expression):
-    """y + w (f(y) − y), with w a 0-dimensional tensor: how compiled code runs one module.
+# The calls under way, the innermost last: each with its host's context, and with the backward pass
+# that it was begun in, NO_BACKWARD outside of any.
+Calls = tuple[tuple["Context", Call, int], ...]
+_calls: ContextVar[Calls] = ContextVar("modgraft_calls", default=())
 
-    Putting another composition in force writes into ``weight`` and so changes no graph. The result
-    is exactly y where w is 0, and exactly f(y) where it is 1.
-    """
-
-    name: str
-    weight: Tensor
-
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        return (self.name,)
-
-    def weights(self) -> dict[str, Any]:  # noqa: D102
-        return {self.name: self.weight}
-
-    def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
-        name = to(self.name)
-        return None if name is None else Switch(name, self.weight)
-
-    def apply(self, run: Run[T], y: T) -> T:  # noqa: D102
-        before, after = y, run(self.name, y, y, 1.0)
-        if after is before:  # a module that does not act here
-            return y
-        assert isinstance(before, Tensor)  # noqa: S101
-        assert isinstance(after, Tensor)  # noqa: S101
-        weight = self.weight.to(before.dtype)
-        mixed = torch.where(weight == 1, after, before + weight * (after - before))
-        return torch.where(weight == 0, before, mixed)  # type: ignore[return-value]
+NO_BACKWARD = -1
+_backward = torch._C._current_graph_task_id
 
 
-def switched(composition: Expression | None) -> bool:
-    """Return whether ``composition`` is the chain of all modules' switches that compiled code
-    runs."""
-    return type(composition) is Chain and any(isinstance(p, Switch) for p in composition.parts)
-
-
-class Compiled:
-    """What compiled code reads instead of the composition in force and the call under way.
-
-    ``torch.compile`` cannot trace a context variable, and would compile anew for each composition.
-    So the call is an attribute here, and where weights alone can express the composition, the code
-    runs every implanted module behind a :class:`Switch`.
-
-    Attributes:
-        call: the call under way.
-        composition: the composition that the weights express.
-        weights: for each implanted module the 0-dimensional float32 tensor of its switch.
-        switches: all implanted modules in a chain, each behind its switch.
-        by_weights: whether the weights alone express the composition.
-        token_modules: the composition's modules that put tokens before the input, in order.
-    """
-
-    def __init__(self) -> None:
-        self.call = Call(None)
-        self.composition: Expression | None = None
-        self.weights: dict[str, Tensor] = {}
-        self.switches: Expression | None = None
-        self.by_weights = True
-        self.token_modules: tuple[str, ...] = ()
-        self._order: dict[str, int] = {}  # in which the modules were implanted
-        self._additive: set[str] = set()  # changes of weights, whose order does not matter
-        self._on: tuple[str, ...] = ()  # the modules whose weights are not 0
-
-    def current(self) -> Call:
-        """Return the call under way, with the composition that the code runs."""
-        if self.call.composition is not None:  # given with the call: its weights are data
-            return self.call
-        composition = self.switches if self.by_weights else self.composition
-        return replace(self.call, composition=composition)
-
-    def write(self, composition: Expression | None, token_modules: Container[str]) -> None:
-        """Make ``composition`` the one that the weights express."""
-        self.composition = composition
-        weights = {} if composition is None else composition.weights()
-        weights = {n: w for n, w in weights.items() if not isinstance(w, Tensor)}
-        self.token_modules = tuple(name for name in weights if name in token_modules)
-        self.by_weights = (
-            composition is None
-            or all(name in self._additive for name in composition.names())
-            or composition.is_line(self._order)
-        )
-        for name in self._on:  # the cost grows with the composition, not with all that is implanted
-            if name not in weights and name in self.weights:
-                self.weights[name].zero_()
-        for name, weight in weights.items():
-            self.weights[name].fill_(weight)
-        self._on = tuple(weights)
-
-    def add(self, name: str, device: torch.device, additive: bool) -> None:
-        """Give a new module a switch; ``additive`` says that it is a change of weights."""
-        if additive:
-            self._additive.add(name)
-        self.weights[name] = torch.zeros((), device=device)
-        self._order[name] = 1 + max(self._order.values(), default=0)
-        self._chain()
-
-    def remove(self, name: str) -> None:
-        """Take out the switch of a module."""
-        del self.weights[name], self._order[name]
-        self._additive.discard(name)
-        self._chain()
-
-    def _chain(self) -> None:
-        self.switches = Chain(tuple(Switch(n, w) for n, w in self.weights.items()))
-        self.switches.weights()  # computed now and cached: compiled code reads it
-
-
-_calls: ContextVar[tuple[tuple[int, Call], ...]] = ContextVar("modgraft_calls", default=())
-
-
-def once_in_a_call(key: Hashable, ask: Callable[[], bool]) -> bool:
-    """Return ``ask()``, which without gradients is not asked again in one call once it was True.
-
-    The call is the innermost one under way in this thread or task, of any host, so that a
-    ``generate`` does not check its caches at each step.
-    """
+def _store() -> dict[Hashable, Any] | None:
+    """Return where the innermost call under way keeps things; None where nothing may be kept."""
     calls = () if torch.is_grad_enabled() else _calls.get()
-    if not calls:
-        return ask()
-    valid = calls[-1][1].valid
-    valid[key] = valid.get(key) or ask()
-    return valid[key]
+    if not calls or calls[-1][2] != NO_BACKWARD:
+        return None
+    return calls[-1][1].kept
+
+
+def kept_in_call(key: Hashable, make: Callable[[], R]) -> R:
+    """Return what ``make`` makes, kept by ``key`` until the innermost call under way ends.
+
+    Nothing trains or is written to within one call, of any host, and so a ``generate`` makes it
+    once. Between calls nothing can be kept: a write through ``.data`` leaves no trace. Where a
+    gradient may be wanted it is made anew.
+    """
+    kept = _store()
+    if kept is None:
+        return make()
+    key = key, torch.is_inference_mode_enabled()  # its tensors cannot be used outside of it
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
+
+
+def seen_in_call(key: Hashable) -> bool:
+    """Return whether the same was asked before in this call, where :func:`kept_in_call` keeps."""
+    kept = _store()
+    if kept is None:
+        return False
+    seen = (seen_in_call, key) in kept
+    kept[seen_in_call, key] = True
+    return seen
 
 
 class Context:
@@ -308,6 +233,7 @@ class Context:
         by_rows: the paths of the layers where it is known to be the first.
         asked: the signatures of the calls that this was asked for.
         compiled: what code under ``torch.compile`` reads instead.
+        gate: what calls enter, and changes of the host wait at.
     """
 
     def __init__(self) -> None:
@@ -319,12 +245,23 @@ class Context:
         self.axes: dict[str, int | None] = {}
         self.by_rows: set[str] = set()
         self.asked: set[Hashable] = set()
-        self.compiled = Compiled()
+        self.compiled = Compiled(Call(None))
+        self.gate = Gate()
+        # what graphs were made under: () nothing yet, one composition, or two: several
+        self._graphs: tuple[Expression | None, ...] = ()
+        self.__setstate__({})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Register the context, also that of a host that was copied or unpickled."""
+        self.__dict__.update(state)
+        self._threads: dict[int, int] = {}  # how many calls are under way in each thread
+        self.compiled.host = next(_numbers)
+        _contexts[self.compiled.host] = self
 
     @property
     def names(self) -> Mapping[str, object]:
         """The names that a composition may use: a module's, or one for each of its tasks."""
-        return self.compiled.weights
+        return self.compiled.order
 
     def add(
         self,
@@ -362,23 +299,37 @@ class Context:
         They change shapes, so a graph is compiled for each set of them.
         """
         if torch.compiler.is_compiling():
-            given = self.compiled.call.composition
-            by_names = given is not None and not switched(given)
-            return composition.names() if by_names else self.compiled.token_modules
+            by_names = not switched(composition)
+            return composition.names() if by_names else self.compiled.program.token_modules
         return tuple(name for name in composition.names() if name in self.token_modules)
 
     def current(self) -> Call:
-        """Return the call under way, or else one with the composition in force and no side
-        input."""
-        for owner, call in reversed(_calls.get()):
-            if owner == id(self):
+        """Return the call that a layer is part of, or else one with the composition in force and no
+        side input.
+
+        Raises:
+            ModgraftError: in a backward pass that computes a layer again by itself, where it cannot
+                be told under which composition.
+        """
+        backward = _backward()
+        for owner, call, begun_in in reversed(_calls.get()):
+            if owner is self and begun_in == backward:
                 return call
-        return Call(self.composition)
+        call = Call(self.composition)
+        if backward != NO_BACKWARD:
+            self._check_recomputed()
+        else:  # also without gradients, as the forward of another checkpoint function runs it
+            self._remember(call)
+        return call
+
+    def around(self) -> Call | None:
+        """Return the call or ``using`` block that a new call is within; None: it is within none."""
+        return next((call for owner, call, _ in reversed(_calls.get()) if owner is self), None)
 
     def under_way(self, call: Call) -> bool:
         """Return whether all sites share ``call``, unlike one that :meth:`current` makes for a
         caller."""
-        return any(owner == id(self) and one is call for owner, one in _calls.get())
+        return any(owner is self and one is call for owner, one, _ in _calls.get())
 
     def in_forward(self) -> bool:
         """Return whether the host runs in this thread or task."""
@@ -388,35 +339,123 @@ class Context:
         """Begin a forward of the host's model, in the call under way or in one of its own."""
         call = self.current()
         call = call if call.in_forward else replace(call, in_forward=True)
-        _calls.set((*_calls.get(), (id(self), call)))
+        _calls.set((*_calls.get(), (self, call, _backward())))
 
     def leave(self) -> Call:
         """End a forward that :meth:`enter` began; return its call."""
-        *before, (_, call) = _calls.get()
+        *before, (_, call, _) = _calls.get()
         _calls.set(tuple(before))
         return call
 
     def switch(self, composition: Expression | None) -> None:
         """Put ``composition`` in force."""
-        self.composition = composition
         self.compiled.write(composition, self.token_modules)
+        self.composition = composition
 
     @contextmanager
     def call(self, call: Call) -> Iterator[None]:
         """Make ``call`` the one under way, for this thread or task only."""
-        before, self.compiled.call = self.compiled.call, call
+        compiled = self.compiled
         if torch.compiler.is_compiling():
+            before, compiled.traced = compiled.traced, call
             yield
-            self.compiled.call = before
+            compiled.traced = before
             return
-        other = call.composition is not self.composition
-        if other:
-            self.compiled.write(call.composition, self.token_modules)
-        token = _calls.set((*_calls.get(), (id(self), call)))
+        if torch.is_grad_enabled():
+            self._remember(call)
+        me = threading.get_ident()
+        depth = self._threads.get(me, 0)
+        if compiled.by_parts and not depth and self._threads:
+            raise ModgraftError(
+                "parts of this host's model are compiled, and read the call that was begun last: a "
+                "call of another thread is under way; compile the host as a whole, "
+                "torch.compile(host), or call it in one thread at a time"
+            )
+        self._threads[me] = depth + 1
+        token = _calls.set((*_calls.get(), (self, call, _backward())))
+        self._show(call)
         try:
             yield
         finally:
             _calls.reset(token)
-            self.compiled.call = before
-            if other:
-                self.compiled.write(self.composition, self.token_modules)
+            if depth:
+                self._threads[me] = depth
+            else:
+                del self._threads[me]
+            self._show(self.around())
+
+    def _show(self, call: Call | None) -> None:
+        """Let compiled code see ``call``; None: no call is under way."""
+        self.compiled.call = self.compiled.bare if call is None else call
+        self.compiled.write(
+            self.composition if call is None else call.composition, self.token_modules
+        )
+
+    def _remember(self, call: Call) -> None:
+        """Remember that a graph is made under ``call``; see :meth:`_check_recomputed`."""
+        if len(self._graphs) == 2:
+            return
+        if call.side:
+            self._graphs = None, None
+        elif not self._graphs or self._graphs[0] == call.composition:
+            self._graphs = (call.composition,)
+        else:
+            self._graphs = self._graphs[0], call.composition
+
+    def _check_recomputed(self) -> None:
+        """Refuse to compute a layer again in backward, outside of the call of its forward.
+
+        ``torch.utils.checkpoint`` does so within it (``engine/gradient_checkpointing.py``); what
+        another function computes again is right where all graphs were made under what is in force.
+
+        Raises:
+            ModgraftError: with the remedy.
+        """
+        if len(self._graphs) == 2 or (self._graphs and self._graphs[0] != self.composition):
+            raise ModgraftError(
+                "a layer is computed again in backward, outside of the call of its forward, and "
+                "this host has run under several compositions or with side inputs, so which of "
+                "them it was cannot be told; checkpoint it with torch.utils.checkpoint.checkpoint, "
+                "which modgraft follows, or call host(...) there, not host.model(...)"
+            )
+
+
+_contexts: WeakValueDictionary[int, Context] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op(
+    "modgraft::weights_now",
+    mutates_args=("own",),  # it writes nothing, but is so never left out as code without an effect
+    schema="(Tensor(a!) own, int host, str program) -> Tensor",
+)
+def _weights_now(own: Tensor, host: int, program: str) -> Tensor:
+    """Return the weights of all modules, as the composition of this thread has them."""
+    context = _contexts[host]
+    alone = len(context._threads) < 2
+    composition = context.current().composition
+    return context.compiled.read(composition, program, context.token_modules, alone)
+
+
+@_weights_now.register_fake
+def _(own: Tensor, host: int, program: str) -> Tensor:
+    return torch.empty_like(own)
+
+
+def calls_under_way() -> tuple[tuple[Context, Call], ...]:
+    """Return the calls under way here, before them one of each host with what is in force there."""
+    contexts = [context for ref in _contexts.valuerefs() if (context := ref()) is not None]
+    return (
+        *((context, Call(context.composition)) for context in contexts),
+        *((owner, call) for owner, call, _ in _calls.get()),
+    )
+
+
+@contextmanager
+def under(calls: tuple[tuple[Context, Call], ...]) -> Iterator[None]:
+    """Run a ``with`` block under calls that were under way elsewhere, or earlier."""
+    token = _calls.set(tuple((owner, call, _backward()) for owner, call in calls))
+    try:
+        yield
+    finally:
+        _calls.reset(token)

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import keyword
-import math
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +29,9 @@ Weight = float | Tensor  # a tensor [B]: one for each example
 Run = Callable[[str, T, T, Weight], T]
 
 RESERVED = ("host", "average", "concat")
+
+LARGEST = 3.4028234663852886e38
+"""The largest float32: a weight beyond it would be infinite where it is used."""
 
 
 class Composable(ABC):
@@ -203,7 +206,7 @@ class WeightedSum(Expression):
 
 @dataclass(frozen=True)
 class Sum(WeightedSum):
-    """y + Σ wᵢ (fᵢ(y) − y), the weights numbers."""
+    """y + Σ wᵢ (fᵢ(y) − y), the weights numbers; a term with the weight 0 is left out."""
 
     terms: tuple[tuple[float, Expression], ...]
 
@@ -211,7 +214,7 @@ class Sum(WeightedSum):
         return self.terms
 
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
-        return _sum_of((w, t.mapped(to)) for w, t in self.terms)
+        return _sum_of((w, t.mapped(to)) for w, t in self.terms if w != 0)
 
     def is_line(self, order: Mapping[str, int]) -> bool:  # noqa: D102
         return len(self.terms) == 1 and isinstance(self.terms[0][1], Name)
@@ -326,15 +329,16 @@ def scale(weight: float, expression: Expression) -> Expression:
     """Return ``weight * expression``.
 
     Raises:
-        CompositionError: for a weight that is, or becomes, no finite number.
+        CompositionError: for a weight that is, or becomes, no finite float32.
     """
     try:
         terms = tuple((float(weight) * w, term) for w, term in _terms(expression))
     except OverflowError:
         terms = ()
-    if not terms or not all(math.isfinite(w) for w, _ in terms):
+    if not terms or not all(abs(w) <= LARGEST for w, _ in terms):  # nor is NaN
         raise CompositionError(
-            f"{shown(weight)} * {shown(expression)}: a weight is a finite number, at most 1e308"
+            f"{shown(weight)} * {shown(expression)}: a weight is a finite number, at most "
+            f"{LARGEST:g}, the largest float32"
         )
     return plain(terms)
 
@@ -365,13 +369,19 @@ def check_name(name: str) -> str:
     """Return ``name`` if it can stand in an expression.
 
     Raises:
-        CompositionError: if it is no identifier, a Python keyword, or a reserved word.
+        CompositionError: if it is no identifier, a Python keyword, or a reserved word, or if Python
+            reads another name there.
     """
     known = isinstance(name, str) and name.isidentifier()
     if not known or keyword.iskeyword(name) or name in RESERVED:
         raise CompositionError(
             f"{name!r} cannot name a module: a name is a Python identifier other than "
             f"{', '.join(RESERVED)} and the keywords, since it stands in expressions as 'fr >> qa'"
+        )
+    if (read := unicodedata.normalize("NFKC", name)) != name:
+        raise CompositionError(
+            f"{name!r} cannot name a module: in an expression Python reads {read!r} for it; take "
+            f"{read!r}"
         )
     return name
 

@@ -1,49 +1,47 @@
-"""Gradient checkpointing: recomputes a block in backward under the call of its forward.
+"""Gradient checkpointing: recomputes a block in backward under the calls of its forward.
 
-By then that call has returned, and another composition or other side inputs may be in force.
+By then those calls have returned, and another composition or other side inputs may be in force. The
+hook is where ``torch.utils.checkpoint`` takes the function that it will run again, in either form:
+whoever checkpoints by it (transformers, timm, ``apply_activation_checkpointing``, a model's own
+forward), and by whatever name it was imported, comes past there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
-from torch import nn
+from torch.utils import checkpoint
 
-from modgraft.core.context import Call, Context
-
-_FUNCTION = "_gradient_checkpointing_func"
-"""The attribute through which transformers' layers checkpoint themselves."""
+from modgraft.core.context import calls_under_way, under
 
 
-class CallCheckpoint:
-    """Wraps a checkpoint function, so that it recomputes under the call of its forward."""
+def _again(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` as it runs under the calls that are under way now."""
+    calls = calls_under_way()
+    if not calls:  # there is no host
+        return function
 
-    def __init__(self, function: Any, context: Context) -> None:
-        self.function = function
-        self.context = context
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with under(calls):
+            return function(*args, **kwargs)
 
-    def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint ``run``, which is called now and once more in backward."""
-        return self.function(partial(self._under, self.context.current(), run), *args, **kwargs)
-
-    def _under(self, call: Call, run: Any, *args: Any) -> Any:
-        with self.context.call(call):
-            return run(*args)
+    return run
 
 
-def wrap_checkpoints(layers: Iterable[nn.Module], context: Context) -> None:
-    """Wrap the checkpoint functions of those ``layers`` that have one."""
-    for layer in layers:
-        function = layer.__dict__.get(_FUNCTION)
-        if function is not None and not isinstance(function, CallCheckpoint):
-            layer.__dict__[_FUNCTION] = CallCheckpoint(function, context)
+def hook_checkpoints() -> None:
+    """Hook ``torch.utils.checkpoint``, once a process."""
+    frame, reentrant = checkpoint._CheckpointFrame, checkpoint.CheckpointFunction
+    init, forward = frame.__init__, reentrant.forward
 
+    @wraps(init)
+    def new_init(self: Any, recompute: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        init(self, _again(recompute), *args, **kwargs)
 
-def unwrap_checkpoints(model: nn.Module) -> None:
-    """Undo :func:`wrap_checkpoints` everywhere in ``model``."""
-    for layer in model.modules():
-        function = layer.__dict__.get(_FUNCTION)
-        if isinstance(function, CallCheckpoint):
-            layer.__dict__[_FUNCTION] = function.function
+    @wraps(forward)
+    def new_forward(ctx: Any, run: Callable[..., Any], *args: Any) -> Any:
+        return forward(ctx, _again(run), *args)
+
+    frame.__init__ = new_init  # type: ignore[method-assign]
+    reentrant.forward = staticmethod(new_forward)  # type: ignore[assignment]

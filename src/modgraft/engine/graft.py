@@ -23,7 +23,9 @@ from modgraft.computation.base import (
 )
 from modgraft.core.context import Context
 from modgraft.core.embeddings import Reading, reading_of
+from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import feature_axis
+from modgraft.core.pickling import reduced_by
 from modgraft.core.sites import Site, one_input
 from modgraft.core.weights import WEIGHTED
 from modgraft.engine.inputs.generation import processors
@@ -168,6 +170,8 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {
         "forward": grafted_forward,
         "__setattr__": set_attribute,
+        "__reduce_ex__": reduced_by(_grafted, kind),
+        "_replicate_for_data_parallel": _refuse_replicas,
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
@@ -217,6 +221,19 @@ def _patch(layer: nn.Module, forward: Callable[..., Any]) -> None:
     for entry in [entry for some in state.entries.values() for entry in some]:
         entry.inside = _is_inside(entry, layer)
     state.plans.clear()
+
+
+def _refuse_replicas(layer: nn.Module) -> nn.Module:
+    """Refuse to be copied by ``nn.DataParallel``.
+
+    Raises:
+        ModgraftError: with the remedy.
+    """
+    raise ModgraftError(
+        f"nn.DataParallel copies {layer.__dict__[STATE].path or 'the model'} to several devices at "
+        f"each call, and the modules in it stay on one; use DistributedDataParallel, a process for "
+        f"each device, or let this process see one device (CUDA_VISIBLE_DEVICES)"
+    )
 
 
 def _generate(host: nn.Module, generate: Callable[..., Any], args: tuple, kwargs: dict) -> Any:

@@ -28,7 +28,6 @@ from modgraft.core.parts import Part
 from modgraft.core.per_example import Each
 from modgraft.engine.kernels.batched import Batched, batch_key
 from modgraft.engine.kernels.linear import Change, MergedWeight
-from modgraft.engine.kernels.tensor_cache import TensorCache
 from modgraft.routing.mixture import RoutedMixture
 
 _training = attrgetter("training")
@@ -123,10 +122,14 @@ class Group:
     def index(self, like: Tensor, times: int) -> Tensor:
         """Return the group's rows of ``like``, where each example has ``times``, side by side."""
         assert self.rows is not None  # noqa: S101
-        key = like.device, times, torch.is_inference_mode_enabled()
-        if key not in self._index:
+        compiling = torch.compiler.is_compiling()
+        key = None if compiling else (like.device, times, torch.is_inference_mode_enabled())
+        if compiling or key not in self._index:
             rows = [i * times + k for i in self.rows for k in range(times)]
-            self._index[key] = torch.tensor(rows, device=like.device)
+            index = torch.tensor(rows, device=like.device)
+            if key is None:
+                return index
+            self._index[key] = index
         return self._index[key]
 
 
@@ -149,15 +152,15 @@ class Plan:
         groups: what it comes to there.
         modules: the modules whose batching depends on whether they train.
         training: whether each of them did when this was planned.
-        keys_values: keeps what goes before an attention layer's own keys and values; None: it
-            differs from call to call.
+        keeps_keys_values: whether what goes before an attention layer's own keys and values is
+            made once in a call.
     """
 
     composition: Expression
     groups: list[Group]
     modules: list[Computation]
     training: list[bool]
-    keys_values: TensorCache | None = None
+    keeps_keys_values: bool = False
 
     def holds(self) -> bool:
         """Return whether it would still be planned in this way."""
@@ -177,7 +180,7 @@ def make_plan(entries: Mapping[str, list[Entry]], composition: Expression) -> Pl
         make_groups(entries, composition, batches=True),
         watched,
         list(map(_training, watched)),
-        TensorCache(keys_values) if keys_values and fixed else None,
+        bool(keys_values) and fixed,
     )
 
 

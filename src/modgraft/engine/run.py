@@ -129,13 +129,7 @@ def _with_changed_weight(site: SiteCall, group: Group, x: Tensor | None) -> Tens
         y = shared_input.run(site, group, x)
         if y is not None:
             return y
-    merged = group.merged  # however a composition is given, so that no bit depends on that
-    if merged is not None:
-        kept = site.state.merged
-        if kept is not None and kept is not merged:  # a layer keeps one merged weight
-            kept.drop()
-        site.state.merged = merged
-    return one_product(site.layer, lambda x: site.run((), (x,), {}), x, changes, merged)
+    return one_product(site.layer, lambda x: site.run((), (x,), {}), x, changes, group.merged)
 
 
 def _inside(site: SiteCall, group: Group, composition: Expression) -> list[Change]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import Computation, TokenComposition
-from modgraft.core.context import Call, Context, once_in_a_call
+from modgraft.core.context import Call, Context, kept_in_call
 from modgraft.core.embeddings import Reading
 from modgraft.core.errors import CompositionError, SiteError
 from modgraft.core.expression import Expression, Weight
@@ -23,7 +23,7 @@ from modgraft.engine import own_forward
 from modgraft.engine.dispatch import ExpertBatch
 from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.kernels.functional_call import new_weights
-from modgraft.engine.kernels.linear import Change, MergedWeight
+from modgraft.engine.kernels.linear import Change
 from modgraft.engine.plan import Entry, Group, Plan, make_groups, make_plan
 from modgraft.engine.served_weight import Shells
 from modgraft.routing.mixture import RoutedMixture
@@ -47,7 +47,6 @@ class State:
         entries: the modules here, by the name that compositions call them.
         attended: how often the layer's attention function ran with keys and values of modules.
         plans: what compositions come to here, by the identity of the expression.
-        merged: the layer's weight with the changes of the composition used last.
         experts: for each mixture here, the modules it was made of and those modules as one batch.
         same_input: the grafted layers that read the same input as this one, itself among them.
         relays: the modules whose tokens come in or leave here, inside the host.
@@ -64,7 +63,6 @@ class State:
     entries: dict[str, list[Entry]] = field(default_factory=dict)
     attended: int = 0
     plans: dict[int, Plan] = field(default_factory=dict)
-    merged: MergedWeight | None = None
     experts: dict[RoutedMixture, tuple[Any, ExpertBatch | None]] = field(default_factory=dict)
     same_input: tuple[nn.Module, ...] = ()
     relays: set[str] = field(default_factory=set)
@@ -84,7 +82,6 @@ class State:
         """Remove a module, and let go of everything that was kept."""
         self.plans.clear()
         self.experts.clear()
-        self.merged = None
         self.relays.discard(name)
         return self.entries.pop(name, [])
 
@@ -106,11 +103,7 @@ class State:
         """Return the plan of ``composition``, made once and kept for the ones used last."""
         plans = self.plans
         plan = plans.get(id(composition))
-        if (
-            plan is not None
-            and plan.composition is composition
-            and once_in_a_call(plan, plan.holds)
-        ):
+        if plan is not None and plan.composition is composition and kept_in_call(plan, plan.holds):
             return plan
         plan = make_plan(self.entries, composition)
         if composition.is_data:  # it holds weights, and the graph that they were computed by

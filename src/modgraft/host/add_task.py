@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from modgraft.computation.hypernetwork import HyperNetwork
@@ -54,9 +55,10 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     sites = [find(host.model, label)[0] for label in implant.paths]
     start = None if like is None else method.tasks.index(like)
     grown = method.with_task(task)
-    new = grown.extend(list(implant.places), sites, start)  # type: ignore[arg-type]
-    implant.describe(grown)
-    host._graft(implant, sites, implant.names[-1:])
-    host._reader.forget()
-    host._context.switch(host.composition)
+    with host._context.gate.change(call), torch.inference_mode(False):
+        new = grown.extend(list(implant.places), sites, start)  # type: ignore[arg-type]
+        implant.describe(grown)
+        host._graft(implant, sites, implant.names[-1:])
+        host._reader.forget()
+        host._context.switch(host.composition)
     return new

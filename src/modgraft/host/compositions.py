@@ -101,9 +101,7 @@ class Reader:
         if isinstance(composition, str):
             return self._checked(parse(composition, self._implants.names))
         if isinstance(composition, ex.Composable):
-            read = composition.expression().mapped(str)  # without its handles
-            assert read is not None  # noqa: S101
-            return self._checked(read)
+            return self._checked(composition.expression())
         raise CompositionError(
             f"a composition is a text or an expression of handles, as 'fr >> qa', or a list of "
             f"them, one for each example; not {composition!r:.200}"
@@ -119,19 +117,36 @@ class Reader:
             )
         return Each(read)
 
-    def _checked(self, read: ex.Expression) -> ex.Expression:
-        """Return ``read`` if its names are known and its modules go together."""
-        joins = [part for part in walk(read) if isinstance(part, ex.Concat)]  # raises if too deep
-        names = read.names()
-        for name in names:
+    def check_known(self, composition: ex.Expression | None) -> None:
+        """Refuse a composition of modules that are not in this host (any more).
+
+        Raises:
+            CompositionError: with the nearest name.
+        """
+        for name in () if composition is None else composition.names():
             if name not in self._implants.names:
                 parse(name, self._implants.names)  # raises with the nearest name
+
+    def _checked(self, read: ex.Expression) -> ex.Expression | None:
+        """Return ``read`` if its names are known and its modules go together.
+
+        It is returned without its handles, and without what has the weight 0.
+        """
+        joins = [part for part in walk(read) if isinstance(part, ex.Concat)]  # raises if too deep
+        names = read.names()
+        self.check_known(read)
+        for name, weight in read.weights().items():
+            if not isinstance(weight, Tensor) and abs(weight) > ex.LARGEST:
+                raise CompositionError(
+                    f"{str(read)!r:.80}: the weights of {name!r} add up to {weight:g}, and the "
+                    f"largest float32 is {ex.LARGEST:g}"
+                )
         inputs = {
             n: a for n in names if isinstance(a := self._implants.computation(n), InputComposition)
         }
         if inputs or joins:
             check_inputs(read, inputs)
-        return read
+        return read.mapped(str)
 
 
 def of_batch(expression: ex.Expression) -> bool:

@@ -99,8 +99,8 @@ def _changed(layer: nn.Module, group: Group) -> Way | None:
     low = all(change.module.factors() is not None for change in changes)
     one = "one product, factorised," if low else "one product with θ + Δ"
     product = f"{one} from {-(-outs * ins // (outs + ins))} tokens on, effects below"
-    merged = "merged weight, kept (modules=…: as with gradients)"
-    return Way(product if group.merged is None else merged, product)
+    merged = f"{product}; from the second step of a generate on, one product"
+    return Way(product if low or group.merged is None else merged, product)
 
 
 def _routed(entry: Entry, state: State, group: Group) -> Way:
@@ -128,14 +128,14 @@ def _step(entry: Entry, state: State, plan: Plan, group: Group) -> Way:
     if isinstance(module, Batched):
         kind = "effects" if module.is_weight_change else "functions"
         batched = f"{kind} of {len(module.different)} modules, one batch over stacked tensors"
-        return Way(f"{batched}, kept", batched)
+        return Way(f"{batched} once a call", batched)
     if isinstance(module, RoutedMixture):
         return _routed(entry, state, group)
     if isinstance(module, TokenComposition):
         return _same("tokens before the input")
     if isinstance(module, KeyValueComposition):
         before = "keys and values before the layer's own"
-        return Way(before if plan.keys_values is None else f"{before}, kept", before)
+        return Way(f"{before}, made once a call" if plan.keeps_keys_values else before, before)
     if entry.inside:
         return _same("the layer, run with changed weights")
     kind = "effect" if isinstance(module, ParameterComposition) else "function"

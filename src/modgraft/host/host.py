@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,8 @@ from modgraft.core.tensors import device_of
 from modgraft.engine.examples import ask, signature
 from modgraft.engine.fast_paths import check_weights_stay, leave_fast_paths, take_fast_paths
 from modgraft.engine.forwards import unwatch_forwards, watch_forwards
-from modgraft.engine.gradient_checkpointing import unwrap_checkpoints, wrap_checkpoints
+from modgraft.engine.frozen import Frozen, let_go
+from modgraft.engine.gradient_checkpointing import hook_checkpoints
 from modgraft.engine.graft import (
     graft_everywhere,
     grafted_by_others,
@@ -48,6 +49,7 @@ from modgraft.engine.implant import (
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.kernels.functional_call import new_weights, write
 from modgraft.engine.kernels.linear import Change
+from modgraft.engine.places import Places
 from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
     Composition,
@@ -71,6 +73,8 @@ from modgraft.host.mixtures import (
 from modgraft.host.probe import probe
 from modgraft.host.probe_result import Probe
 from modgraft.routing.mixture import Mixture
+
+hook_checkpoints()
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
@@ -102,11 +106,23 @@ class Host(AsModel):
         self.implants = nn.ModuleDict()
         self._implants = Implants(self.implants, self._context)
         self._reader = Reader(self._implants)
-        # blocks that recompute their forward in backward, after the call has returned
-        self._recomputing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         leave_fast_paths(model)
         if freeze:
             model.requires_grad_(False)
+        self._places = Places()
+        self._look_around()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hook what the modules of an unpickled host need hooked in this process."""
+        super().__setstate__(state)
+        for implant in self._implants.values():
+            hook_attention(implant.method.unwrapped)
+
+    def _look_around(self) -> None:
+        """See where modules are, and what of the host training would move."""
+        link_shared_inputs(self.model)
+        self._places.update(self)
+        self._frozen = Frozen(self.model, self._context.gate)
 
     # -- implanting -----------------------------------------------------------------------------
 
@@ -139,6 +155,13 @@ class Host(AsModel):
             ModgraftError: for a name in use, no matching site, another number than expected, or a
                 site the method is not defined at. The host is then as it was.
         """
+        with self._context.gate.change(f"host.implant({name!r}, …)"):
+            return self._implant(name, module, at, expect, active)
+
+    @torch.inference_mode(False)  # a module made in inference mode could never be trained
+    def _implant(
+        self, name: str, module: Computation, at: At | None, expect: int | None, active: bool
+    ) -> Implant:
         check_name(name)
         if name in self.implants:
             raise ModgraftError(
@@ -175,7 +198,6 @@ class Host(AsModel):
         join_prompts(self._implants, implant)
         hook_attention(module.unwrapped)
         self._graft(implant, sites, implant.names)
-        link_shared_inputs(self.model)
         watch_forwards(self.model, self._context)
         implant.train(self.training)
         self.implants[name] = implant
@@ -190,22 +212,24 @@ class Host(AsModel):
             places = [place for _, place in implant.at_sites(name)]
             sited = list(zip(sites, places, strict=True))
             graft_everywhere(name, implant.method, sited, device_of(self.model), self._context)
+        self._look_around()
 
     def remove(self, name: str) -> None:
         """Remove a module; the host is as it was before it, bit for bit."""
-        names = self[name].names  # raises for an unknown one
-        check_unmixed(self._implants, names)
-        for each in names:
-            for module in self.model.modules():
-                ungraft(module, each)
-            self._context.remove(each)
-        link_shared_inputs(self.model)
-        self._implants.take_back(self[name], self.model)
-        del self.implants[name]
-        if not self.implants:
-            unwatch_forwards(self.model)
-        self._reader.forget()
-        self._context.switch(ex.without(self._context.composition, name))
+        with self._context.gate.change(f"host.remove({name!r})"):
+            names = self[name].names  # raises for an unknown one
+            check_unmixed(self._implants, names)
+            for each in names:
+                for layer in list(self._places.layers):
+                    ungraft(layer, each)
+                self._context.remove(each)
+            self._look_around()
+            self._implants.take_back(self[name], self.model)
+            del self.implants[name]
+            if not self.implants:
+                unwatch_forwards(self.model)
+            self._reader.forget()
+            self._context.switch(ex.without(self._context.composition, name))
 
     def __getitem__(self, name: str) -> Implant:
         return self._implants[name]
@@ -230,12 +254,14 @@ class Host(AsModel):
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
         """
-        self._context.switch(self._reader.read(composition))
+        with self._context.gate:
+            self._context.switch(self._reader.read(composition))
 
     @contextmanager
     def using(self, composition: Compositions) -> Iterator[Self]:
         """Put a composition in force in a ``with`` block, in this thread or task alone."""
-        call = replace(self._context.current(), composition=self.read(composition))
+        around = self._context.around() or Call(None)
+        call = replace(around, composition=self.read(composition))
         with self._context.call(call):
             yield self
 
@@ -245,7 +271,18 @@ class Host(AsModel):
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
         """
-        return self._reader.read(composition)
+        with self._context.gate:
+            return self._reader.read(composition)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, in which what is frozen moves as little as in evaluation.
+
+        A layer of running statistics (``nn.BatchNorm2d``, the power iteration of a spectral norm)
+        stays in evaluation mode while its parameters are frozen.
+        """
+        super().train(mode)
+        self._frozen.hold(self.model)
+        return self
 
     # -- running --------------------------------------------------------------------------------
 
@@ -268,20 +305,15 @@ class Host(AsModel):
         Raises:
             ModgraftError: if an active module's side input is missing.
         """
-        call = self._call(side, modules)
-        if self._context.routed:
-            call = routed(self.model, self._implants, call, args, kwargs)
         if torch.compiler.is_compiling():
-            compiled = self._context.compiled
-            before, compiled.call = compiled.call, call
-            out = self.model(*args, **kwargs)
-            compiled.call = before
-            return out
-        wrap_checkpoints(self._recomputing, self._context)
-        self._find_examples(call, args, kwargs)
-        check_batch(call.composition, args, kwargs, set(self._context.axes.values()))
-        with self._context.call(call):
-            out = self.model(*args, **kwargs)
+            call = self._call(side, modules)
+            if self._context.routed:
+                call = routed(self.model, self._implants, call, args, kwargs)
+            with self._context.call(self._context.compiled.filled(call)):
+                return self.model(*args, **kwargs)
+        with self._context.gate:
+            call = self._call(side, modules)
+            out = self._run(self.model, call, args, kwargs)
         return with_routing_losses(out, call, kwargs) if call.routings else out
 
     def generate(
@@ -292,12 +324,29 @@ class Host(AsModel):
         **kwargs: Any,
     ) -> Any:
         """Call the model's ``generate``; an example's beams share its side inputs."""
-        call = self._call(side, modules, generating=True)
+        with self._context.gate:
+            call = self._call(side, modules, generating=True)
+            return self._run(self.model.generate, call, args, kwargs)  # type: ignore[arg-type]
+
+    def _run(
+        self, run: Callable[..., Any], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._places.check(self)
         if self._context.routed:
             call = routed(self.model, self._implants, call, args, kwargs)
-        check_batch(call.composition, args, kwargs, {0})
-        with self._context.call(call):
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        frozen = self._frozen.call(self.training or self.model.training)
+        try:
+            with frozen:
+                axes: set[int | None] = {0}
+                if not call.generating:
+                    self._find_examples(call, args, kwargs)
+                    axes = set(self._context.axes.values())
+                check_batch(call.composition, args, kwargs, axes)
+                with self._context.call(call):
+                    return run(*args, **kwargs)
+        except (RuntimeError, IndexError) as error:
+            self._places.explain(error)
+            raise
 
     def _find_examples(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> None:
         """Ask the host, once for calls that are alike, where the examples lie at its layers."""
@@ -331,11 +380,13 @@ class Host(AsModel):
                     "come with the call is modules=mg.Weighted(names, weights)"
                 )
             return Call(None if modules is ... else modules, side or {}, generating)
-        now = self._context.current()
-        composition = now.composition if modules is ... else self.read(modules)
+        now = self._context.around() or Call(self._context.composition)
+        composition = now.composition if modules is ... else self._reader.read(modules)
+        if composition is not self._context.composition:  # of a block around a host.remove
+            self._reader.check_known(composition)
         given = {**now.side, **self._placed({} if side is None else side)}
         check_sides(composition, given, self._context.side_sources)
-        return Call(composition, given, generating, in_forward=True)
+        return Call(composition, given, generating, in_forward=True, kept={})
 
     def _placed(self, sides: Mapping[str, Side]) -> dict[str, Side]:
         if not isinstance(sides, Mapping):
@@ -415,7 +466,8 @@ class Host(AsModel):
         """
         from modgraft.store.folder import load
 
-        return load(self, Path(folder), name, strict=strict)
+        with self._context.gate.change(f"host.load({str(folder)!r})"):
+            return load(self, Path(folder), name, strict=strict)
 
     def merge(self, composition: Composition | EllipsisType = ...) -> nn.Module:
         """Merge a composition into a copy of the model, which runs without modgraft.
@@ -429,6 +481,7 @@ class Host(AsModel):
         """
         read = self.composition if composition is ... else self.read(composition)
         check_one(read)
+        self._places.check(self)
         weights = {} if read is None else read.weights()
         for name in weights:
             method = self._implants.computation(name)
@@ -450,13 +503,17 @@ class Host(AsModel):
                 change = Change(place, weight, site.part, site.parameter)
                 changes.setdefault(site.path, []).append(change)
         plain = ungraft_all(copy.deepcopy(self.model))
-        unwrap_checkpoints(plain)
         take_fast_paths(plain)
         unwatch_forwards(plain)
+        let_go(plain)
         with torch.no_grad():
             for path, here in changes.items():
-                # every Δ is relative to the bare host's weight, and is added to that
-                write(plain, path, new_weights(self.model.get_submodule(path), here))
+                try:
+                    # every Δ is relative to the bare host's weight, and is added to that
+                    write(plain, path, new_weights(self.model.get_submodule(path), here))
+                except RuntimeError as error:
+                    self._places.explain(error)
+                    raise
         return plain
 
     # -- looking --------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modgraft.computation.base import Computation, KeyValueComposition
-from modgraft.core.context import switched
+from modgraft.core.compiled import switched
+from modgraft.core.context import kept_in_call
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression, weighted
 from modgraft.core.per_example import Each
@@ -144,15 +145,15 @@ class Before:
 
 
 def _kept_before(state: State, key: Tensor) -> Before | None:
-    """Return what goes before ``key`` ``[B, h, n, d]``, kept while no module of it changes."""
+    """Return what goes before ``key`` ``[B, h, n, d]``, made once in a call."""
     composition = state.context.now().composition
     if torch.compiler.is_compiling() or composition is None:
         return _before(state, key)
-    cache = state.plan(composition).keys_values
-    if cache is None:
+    plan = state.plan(composition)
+    if not plan.keeps_keys_values:
         return _before(state, key)
     alike = key.shape[0], key.shape[1], key.shape[3], key.dtype, key.device
-    return cache.get(alike, lambda: _before(state, key))
+    return kept_in_call((plan, alike), lambda: _before(state, key))
 
 
 def _before(state: State, key: Tensor) -> Before | None:
@@ -185,11 +186,11 @@ def _before(state: State, key: Tensor) -> Before | None:
         return fold(expression, lambda name: one(name, rows), partial(_mean, expression))
 
     if switched(composition):
-        made, seen = [], []
+        made, seen, weights = [], [], composition.weights()
         for name in (*entries, *mixed):
             for own in one(name, None):
                 made.append(own)
-                seen.append((state.context.compiled.weights[name] != 0).expand(own[0].shape[2]))
+                seen.append((weights[name] != 0).expand(own[0].shape[2]))  # type: ignore[union-attr]
         return Before(names, *_joined(made), seen=torch.cat(seen))
     if not isinstance(composition, Each):
         made = of(composition, None)
@@ -286,9 +287,7 @@ def _keys_values(entry: Entry, state: State, key: Tensor, rows: Tensor | None) -
     assert isinstance(module, KeyValueComposition)  # noqa: S101
     side = None
     if module.side_source is not None:
-        compiling = torch.compiler.is_compiling()
-        call = state.context.compiled.call if compiling else state.context.current()
-        side = call.resolve(module.side_source, entry.name, batch, rows)
+        side = state.context.now().resolve(module.side_source, entry.name, batch, rows)
     batch = batch if rows is None else len(rows)
     keys, values = module.keys_values(batch, side)
     for made in (keys, values):

@@ -2,15 +2,15 @@
 
 The tensors of the modules in use lie in ``[N, …]``, and an index picks those of each example. The
 module's own computation runs over the examples: as it is written where the method is ``by_row``,
-else mapped by ``torch.vmap``. A change of low rank is two batched products. Without gradients the
-picked tensors are kept until one of them changes.
+else mapped by ``torch.vmap``. A change of low rank is two batched products. Without gradients a
+call stacks the tensors once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ from torch.nn import functional as F
 
 from modgraft.computation._redirect import is_redirected
 from modgraft.computation.base import Computation, ParameterComposition
+from modgraft.core.context import kept_in_call
 from modgraft.core.layers import feature_axis
 from modgraft.engine.kernels.functional_call import with_tensors
-from modgraft.engine.kernels.tensor_cache import TensorCache
+
+T = TypeVar("T")
 
 
 def batch_key(module: Computation) -> object:
@@ -54,7 +56,7 @@ class Batched:
         self.is_weight_change = isinstance(self.like, ParameterComposition)
         self._is_low_rank = self.is_weight_change and self.like.factors() is not None  # type: ignore[attr-defined]
         self.side_source = self.like.side_source
-        self._kept = TensorCache(self.different)
+        self._modules = object()  # under which a call keeps what it makes of their tensors
 
     def picking(self, pick: Tensor) -> Self:
         """Return the same modules for other examples: their numbers are ``pick`` ``[g]`` (int64).
@@ -65,6 +67,9 @@ class Batched:
         made.__dict__.update(self.__dict__)
         made.pick, made.all, made.in_blocks = pick, False, False
         return made
+
+    def _kept(self, key: object, make: Callable[[], T]) -> T:
+        return kept_in_call((self._modules, key), make)
 
     # -- tensors ----------------------------------------------------------------------------------
 
@@ -83,9 +88,9 @@ class Batched:
             return {name: value[pick] for name, value in made.items()}
 
         if isinstance(self.pick, Tensor):
-            made = self._kept.get(kind, partial(self._every, kind))
+            made = self._kept(kind, partial(self._every, kind))
             return {name: value.index_select(0, self.pick) for name, value in made.items()}
-        return self._kept.get((kind, times), make)
+        return self._kept((kind, times), make)
 
     def _state(self) -> dict[str, Tensor]:
         own = [_tensors(m) for m in self.different]
@@ -126,7 +131,7 @@ class Batched:
     def _hidden(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return x A ``[g, n, r]`` with the picked factors, and these."""
         if self.in_blocks:
-            own = self._kept.get(x.dtype, partial(self._factors, x.dtype))
+            own = self._kept(x.dtype, partial(self._factors, x.dtype))
             rows = x.reshape(len(self.different), -1, x.shape[-1])  # [N, g/N · n, in]
         else:
             own = self._picked(x.dtype, x.shape[0] // len(self.pick))
@@ -149,7 +154,7 @@ class Batched:
             weights: ``[P]``.
             offsets: ``[T]``, where the picks of each row begin.
         """
-        pick, every = self.pick, self._kept.get(x.dtype, partial(self._factors, x.dtype))
+        pick, every = self.pick, self._kept(x.dtype, partial(self._factors, x.dtype))
         assert isinstance(pick, Tensor)  # noqa: S101
         hidden = torch.bmm(x[:, None], every["A"].index_select(0, pick))[:, 0]  # [P, r]
         rank, B = hidden.shape[1], every["B"]
@@ -187,7 +192,7 @@ class Batched:
             and all(feature_axis(layer) == -1 for layer in fixed[:1])
         ):
             if self.in_blocks and self.like.by_token:
-                one = self._kept.get("module", lambda: _by_row(self.like, self._state()))
+                one = self._kept("module", lambda: _by_row(self.like, self._state()))
                 rows = [self._in_blocks(value) for value in given]
                 return run(one, rows).reshape(*y.shape[:2], -1)
 
@@ -195,7 +200,7 @@ class Batched:
                 return _by_row(self.like, self._picked("state", times))
 
             chosen = isinstance(self.pick, Tensor)
-            return run(make() if chosen else self._kept.get(("module", times), make), given)
+            return run(make() if chosen else self._kept(("module", times), make), given)
 
         def one(tensors: dict[str, Tensor], *rows: Any) -> Tensor:
             rows = tuple(None if row is None else row[None] for row in rows)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from modgraft.computation._redirect import is_redirected
 from modgraft.computation.base import ParameterComposition
+from modgraft.core.context import kept_in_call, seen_in_call
 from modgraft.core.layers import bias_vector, weight_matrix
 from modgraft.core.parts import Part
 from modgraft.core.weights import stored
@@ -49,37 +49,23 @@ class Change:
 
 
 class MergedWeight:
-    """θ + Σ w·Δ of one layer, kept as long as none of the tensors that it is made of changes."""
+    """Σ w·Δ of one layer, as a call without gradients keeps it until it ends.
 
-    def __init__(self) -> None:
-        # what it was made of (the tensors are held, so that no other takes their identity), and
-        # the weight and bias
-        self.made: tuple[list[Any], list[Tensor], Tensor, Tensor | None] | None = None
+    Low rank is kept as factors. Any other Δ is made into θ + Σ w·Δ when a call runs the layer for
+    the second time, as a ``generate`` does with its second step.
+    """
 
-    def drop(self) -> None:
-        """Let go of the weight."""
-        self.made = None
+    def low_rank(
+        self, changes: Sequence[Change], weight: Tensor
+    ) -> tuple[Tensor, Tensor, float] | None:
+        """Return B ``[out, r]``, A ``[r, in]`` and s with Σ w·Δ = s·BA, None without factors."""
+        return kept_in_call((self, "factors"), lambda: _low_rank(changes, weight))
 
-    def product(self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]) -> Tensor:
-        """Return f(x; θ + Σ w·Δ).
-
-        The weight is made anew at every call where its tensors may change unseen: tensors that
-        belong to another module, and those of inference mode.
-        """
-        weight, bias = _weight_and_bias(layer)
-        some: list[Tensor | None] = [stored(layer, "weight"), bias]
-        for change in changes:
-            some += [*change.module._parameters.values(), *change.module._buffers.values()]
-        tensors = [t for t in some if t is not None]
-        if any(is_redirected(c.module) for c in changes) or any(map(Tensor.is_inference, tensors)):
-            new = _laid_out_as(weight, _changed_weight(layer, weight, changes))
-            return F.linear(x, new, _changed_bias(layer, bias, changes))
-        of = [(id(t), t._version, t.data_ptr()) for t in tensors]
-        made = self.made  # read once: another thread may let go of it, or keep its own
-        if made is None or made[0] != of:
-            new = _laid_out_as(weight, _changed_weight(layer, weight, changes))
-            made = self.made = of, tensors, new, _changed_bias(layer, bias, changes)
-        return F.linear(x, made[2], made[3])
+    def product(self, layer: nn.Linear | Conv1D, x: Tensor, changes: Sequence[Change]) -> Any:
+        """Return f(x; θ + Σ w·Δ), None at the first run."""
+        if not seen_in_call(self):
+            return None
+        return F.linear(x, *kept_in_call(self, lambda: _changed(layer, changes)))
 
 
 def one_product(
@@ -99,7 +85,7 @@ def one_product(
         f: the layer as it is, f(x; θ).
         x: ``[…, in]``, its input.
         changes: those of every parameter module in force there.
-        merged: where their sum with the layer's weight is kept while nothing needs a gradient.
+        merged: where their sum with the layer's weight is kept, in a ``generate``.
     """
     first = changes[0]
     whole = len(changes) == 1 and first.weight == 1 and first.part is None
@@ -111,20 +97,31 @@ def one_product(
     if weight is None:
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
-    if merged is not None and _can_merge(x):
-        return merged.product(layer, x, changes)
-    low_rank = _low_rank(changes, weight)
-    if not _pays(weight, x):
-        if low_rank is None or any(c.module.bias_delta(None) is not None for c in changes):
-            return None
-        return _added(f(x), x, *low_rank)
-    bias = _changed_bias(layer, stored(layer, "bias"), changes)
+    pays, free = _pays(weight, x), merged is not None and _is_free(x)
+    if free:
+        assert merged is not None  # noqa: S101
+        low_rank = merged.low_rank(changes, weight)
+    else:
+        low_rank = _low_rank(changes, weight)
     if low_rank is not None:
-        B, A, s = low_rank
-        return LowRank.apply(x, (s,), weight, bias, B, A)[0]
-    if x.dtype.itemsize < 4:  # Δ, small beside θ, would be lost in a sum rounded to 8 bits
+        bias = _changed_bias(layer, stored(layer, "bias"), changes)
+        if pays:
+            B, A, s = low_rank
+            return LowRank.apply(x, (s,), weight, bias, B, A)[0]
+        y = f(x) if bias is stored(layer, "bias") else F.linear(x, weight, bias)
+        return _beside(y, x, *low_rank)
+    if free and (y := merged.product(layer, x, changes)) is not None:  # type: ignore[union-attr]
+        return y
+    if not pays or x.dtype.itemsize < 4:  # there Δ would be lost in a sum rounded to 8 bits
         return None
-    return F.linear(x, _laid_out_as(weight, _changed_weight(layer, weight, changes)), bias)
+    return F.linear(x, *_changed(layer, changes))
+
+
+def _beside(y: Tensor, x: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
+    """Add s·(x Aᵀ)Bᵀ to ``y``, the layer's own output, as it is made: of few tokens."""
+    hidden = F.linear(x, A).view(-1, len(A))  # […, in] → [N, r]
+    add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+    return add(y.reshape(-1, len(B)), hidden, B.T, alpha=s).view(y.shape)
 
 
 def low_rank_terms(
@@ -138,7 +135,7 @@ def low_rank_terms(
         changes: those of every parameter module in force there.
     """
     weight = _plain_weight(layer, x, changes)
-    if weight is None or _can_merge(x) or not _pays(weight, x):
+    if weight is None or _is_free(x) or not _pays(weight, x):
         return None
     assert isinstance(layer, _LINEAR)  # noqa: S101
     low_rank = _low_rank(changes, weight)
@@ -174,10 +171,16 @@ def _weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
     return weight.T if isinstance(layer, Conv1D) else weight, stored(layer, "bias")
 
 
-def _can_merge(x: Tensor) -> bool:
-    """Return whether a merged weight may be kept: nothing learns, and nothing is lost in
-    rounding."""
+def _is_free(x: Tensor) -> bool:
+    """Return whether no gradient is wanted, and nothing is lost in rounding."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype.itemsize < 4)
+
+
+def _changed(layer: nn.Linear | Conv1D, changes: Sequence[Change]) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and the bias with all changes."""
+    weight, bias = _weight_and_bias(layer)
+    new = _laid_out_as(weight, _changed_weight(layer, weight, changes))
+    return new, _changed_bias(layer, bias, changes)
 
 
 def _changed_weight(layer: nn.Module, weight: Tensor, changes: Sequence[Change]) -> Tensor:
@@ -215,12 +218,6 @@ def _low_rank(changes: Sequence[Change], weight: Tensor) -> tuple[Tensor, Tensor
         return factors[0]
     wide, thin = [B for B, _, _ in factors], [s * A for _, A, s in factors]
     return torch.cat(wide, 1), torch.cat(thin), 1.0
-
-
-def _added(y: Tensor, x: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
-    """Return y + s·(x Aᵀ)Bᵀ, the thin product added as it is made, without a pass for s."""
-    hidden = x.reshape(-1, x.shape[-1]) @ A.T  # […, in] → [N, r]
-    return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, B.T, alpha=s).view(y.shape)
 
 
 def _changed_bias(
