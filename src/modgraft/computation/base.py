@@ -30,6 +30,7 @@ from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.layers import check_features, check_weight, linear_map
 from modgraft.core.precision import parameter_type, wide
 from modgraft.core.sites import Site
+from modgraft.core.tensors import device_of
 
 
 class Computation(Configured):
@@ -120,7 +121,8 @@ class Computation(Configured):
             like = next((p for p in site.root.parameters() if p.is_floating_point()), None)
         if like is None:
             return built
-        return built.to(device=like.device, dtype=parameter_type(like.dtype))
+        device = like.device if like.device.type != "meta" else device_of(site.module)
+        return built.to(device=device, dtype=parameter_type(like.dtype))
 
     def build_all(self, sites: Sequence[Site]) -> list[Computation]:
         """Return the module built for all its sites, one computation for each.

@@ -6,9 +6,10 @@ A host's ``forward`` has no argument for an image or a task, so the sites read b
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -291,14 +292,14 @@ class Context:
 
     def now(self) -> Call:
         """Return the call under way, in compiled code or not."""
-        return self.compiled.current() if torch.compiler.is_compiling() else self.current()
+        return self.compiled.current() if torch.compiler.is_dynamo_compiling() else self.current()
 
     def token_modules_in(self, composition: Expression) -> tuple[str, ...]:
         """Return the modules that put tokens before the input, in the order of ``composition``.
 
         They change shapes, so a graph is compiled for each set of them.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             by_names = not switched(composition)
             return composition.names() if by_names else self.compiled.program.token_modules
         return tuple(name for name in composition.names() if name in self.token_modules)
@@ -356,7 +357,7 @@ class Context:
     def call(self, call: Call) -> Iterator[None]:
         """Make ``call`` the one under way, for this thread or task only."""
         compiled = self.compiled
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             before, compiled.traced = compiled.traced, call
             yield
             compiled.traced = before
@@ -385,11 +386,16 @@ class Context:
             self._show(self.around())
 
     def _show(self, call: Call | None) -> None:
-        """Let compiled code see ``call``; None: no call is under way."""
-        self.compiled.call = self.compiled.bare if call is None else call
-        self.compiled.write(
-            self.composition if call is None else call.composition, self.token_modules
-        )
+        """Let compiled code see ``call``; None: no call is under way.
+
+        Code that another thread is tracing now goes on to read what it began with.
+        """
+        dynamo = sys.modules.get("torch._dynamo.convert_frame")
+        with nullcontext() if dynamo is None else dynamo.compile_lock:
+            self.compiled.call = self.compiled.bare if call is None else call
+            self.compiled.write(
+                self.composition if call is None else call.composition, self.token_modules
+            )
 
     def _remember(self, call: Call) -> None:
         """Remember that a graph is made under ``call``; see :meth:`_check_recomputed`."""

@@ -84,7 +84,7 @@ def _check(names: tuple[str, ...], w: Tensor) -> None:
         )
     if not w.is_floating_point():
         raise CompositionError(f"weights are floating point, not {w.dtype}; weights.float()")
-    if not torch.compiler.is_compiling() and not bool(w.detach().isfinite().all()):
+    if not torch.compiler.is_dynamo_compiling() and not bool(w.detach().isfinite().all()):
         row, column = (int(i) for i in (~w.detach().isfinite()).nonzero()[0])
         raise CompositionError(
             f"weights[{row}, {column}] = {float(w[row, column])}, for {names[column]!r}; a weight "

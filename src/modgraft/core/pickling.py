@@ -20,7 +20,9 @@ def reduced_by(make: Callable[..., type], original: type, *arguments: Any) -> Ca
 
     def reduce_ex(self: Any, protocol: int) -> tuple[Any, ...]:
         how, given, *rest = original.__reduce_ex__(self, max(2, protocol))  # type: ignore[misc]
-        if how is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        if how is _made_again:  # of a class that was made on the fly itself
+            given = (None, *given[2])
+        elif how is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise ModgraftError(
                 f"a {original.__name__} with modules in it cannot be pickled or copied: its class "
                 f"has a way of its own to do that; host.save writes the modules, and "

@@ -64,6 +64,16 @@ def with_tensor(out: Any, value: Tensor) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the parameters of ``model``; the CPU if it has none."""
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
+    """Return the device that ``model`` runs on: that of its parameters, the CPU if it has none.
+
+    Parameters that accelerate has offloaded lie on no device between calls; its hooks say where the
+    layers run.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return torch.device("cpu")

@@ -112,7 +112,11 @@ class Applier:
         if source is None:
             return None
         absent = source not in call.side
-        if absent and torch.compiler.is_compiling() and not _in_force(self.site.state, entry.name):
+        if (
+            absent
+            and torch.compiler.is_dynamo_compiling()
+            and not _in_force(self.site.state, entry.name)
+        ):
             return None
         return call.resolve(source, entry.name, self.batch or rows, self.rows)
 
@@ -186,7 +190,7 @@ def _mix(at: Applier, routed: RoutedMixture, y: Tensor, total: Tensor, weight: W
     members = [at.entries.get(name, ()) for name in routed.members]
     names, weights, sparse = list(routed.members), [], False
     if mixture.router is not None:
-        sparse = mixture.route.sparse and not torch.compiler.is_compiling()
+        sparse = mixture.route.sparse and not torch.compiler.is_dynamo_compiling()
         sparse = sparse and not any(entry.inside for some in members for entry in some)
         chosen = _choose(at, routed, members, y)
         if sparse and chosen.dim() > 1 and mixture.aggregate.is_weighted_sum and _few(chosen):

@@ -49,7 +49,7 @@ def ask(
     """Return the axis of the examples in the output of each grafted layer, by its path.
 
     None stands for a layer where no axis is that of the examples, or that did not run, as an expert
-    without tokens. A layer whose output does not grow with the batch is left out.
+    without tokens. A layer whose output has one row for all examples is left out.
 
     Args:
         model: the host's model.
@@ -71,7 +71,8 @@ def ask(
             best = found
         if _told(found) == len(found):
             break
-    return best or {}
+    own = best or {}
+    return {path: axis for path, axis in own.items() if path or STATE in model.__dict__}
 
 
 def _told(found: Mapping[str, int | None]) -> int:
@@ -105,6 +106,8 @@ def _ask_along(
             found[path] = None
         elif (one := axes.pop()) != -1:
             found[path] = one
+        elif outputs[0].dim() and outputs[0].shape[0] > 1:  # as a table of positions [n, d]
+            found[path] = None
     sites = [path for path, layer in twin.named_modules() if _SITE in layer.__dict__]
     return {**{path: None for path in sites if path not in before}, **found}
 
@@ -139,8 +142,9 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            value = out if isinstance(out, Tensor) else next(iter(_tensors(out)), None)
-            if value is not None and value.is_floating_point():
+            values = [out] if isinstance(out, Tensor) else _tensors(out)
+            value = next((v for v in values if v.dim() and v.is_floating_point()), None)
+            if value is not None:
                 some = value.detach()
                 some = some.flatten(2).abs().sum(-1) if some.dim() > 2 else some
                 found.setdefault(path, []).append(some)
@@ -176,6 +180,7 @@ def _twin(model: nn.Module) -> nn.Module:
         if STATE in layer.__dict__:
             restore(layer)
             layer.__dict__[_SITE] = True
+    twin.__dict__[_SITE] = True  # what comes out in the end tells most
     unwatch_forwards(twin)
     return twin.eval()
 

@@ -25,7 +25,7 @@ class _Enter:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Leave the call as it is."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             self.context.enter()
 
 
@@ -34,7 +34,7 @@ class _Leave(_Enter):
 
     def __call__(self, module: nn.Module, args: Any, out: Any = None) -> None:
         """Leave the output as it is."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return
         call = self.context.leave()
         for check in call.reads if self.is_root else ():

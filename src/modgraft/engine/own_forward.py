@@ -9,6 +9,7 @@ through :mod:`~modgraft.engine.served_weight`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import STATE, linear_forward
+from modgraft.core.sites import Site
 from modgraft.core.weights import WEIGHTED, stored
 from modgraft.engine.kernels import functional_call
 from modgraft.engine.kernels.linear import Change
@@ -60,7 +62,7 @@ def run(layer: nn.Module, changes: Sequence[Change], args: tuple, kwargs: dict) 
     """
     patched = layer.__dict__.get(PATCHED)
     if patched is not None:
-        if changes and torch.compiler.is_compiling():
+        if changes and torch.compiler.is_dynamo_compiling():
             raise ModgraftError(
                 f"{layer.__dict__[STATE].path} runs a forward that was set on the layer itself, as "
                 f"accelerate's hooks are, and its weight is changed: torch.compile cannot follow "
@@ -80,3 +82,23 @@ def run(layer: nn.Module, changes: Sequence[Change], args: tuple, kwargs: dict) 
 
 def _bias(layer: nn.Module) -> Tensor | None:
     return None if isinstance(layer, nn.Embedding) else stored(layer, "bias")
+
+
+def check_copies(site: Site) -> None:
+    """Refuse to merge into a copy of a layer whose forward holds on to the layer itself.
+
+    Raises:
+        ModgraftError: with the remedy.
+    """
+    patched = site.module.__dict__.get(PATCHED)
+    function = getattr(patched, "__func__", patched)
+    if not isinstance(function, FunctionType):  # functools.partial, as accelerate's, is copied
+        return
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    held += [function.__globals__.get(name) for name in function.__code__.co_names]
+    if any(isinstance(getattr(value, "__self__", value), nn.Module) for value in held):
+        raise ModgraftError(
+            f"{site.path} cannot be merged into: its forward was set to {function.__qualname__}, "
+            f"which holds on to this layer, and would in a copy; make it a method of a class, or "
+            f"keep the modules implanted"
+        )

@@ -106,7 +106,7 @@ class Group:
         self.single = len(every) == 1 and isinstance(self.expression, Name)
         self.by_example = any(map(_is_by_example, every))
         self.input_only = all(isinstance(e.module, InputComposition) for e in every)
-        if torch.compiler.is_compiling():  # all weights are tensors there, and stay apart
+        if torch.compiler.is_dynamo_compiling():  # all weights are tensors there, and stay apart
             return
         self.by_example = self.by_example or self.expression.is_data
         first, self.rest = _weights_first(self.expression, self.entries)
@@ -122,7 +122,7 @@ class Group:
     def index(self, like: Tensor, times: int) -> Tensor:
         """Return the group's rows of ``like``, where each example has ``times``, side by side."""
         assert self.rows is not None  # noqa: S101
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_dynamo_compiling()
         key = None if compiling else (like.device, times, torch.is_inference_mode_enabled())
         if compiling or key not in self._index:
             rows = [i * times + k for i in self.rows for k in range(times)]

@@ -44,7 +44,7 @@ def run(layer: nn.Module, args: tuple, kwargs: dict) -> Any:
         kwargs: what it is called with by name.
     """
     state: State = layer.__dict__[STATE]
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         state.called = True
     call = state.context.now()
     composition = call.composition
@@ -116,9 +116,14 @@ def _run_layer(
         if y is not None:
             return y, whole.rest
     if whole is None:
-        _check_inside(site, groups)
-        return site.run(), None
-    return site.run(_inside(site, whole, composition)), whole.expression
+        out = site.run()
+        _check_inside(site, groups, out)
+        return out, None
+    changes = _inside(site, whole, composition)
+    out = site.run(changes)
+    if len(changes) < len(whole.inside):  # the weights of others differ between examples
+        _check_inside(site, groups, out)
+    return out, whole.expression
 
 
 def _with_changed_weight(site: SiteCall, group: Group, x: Tensor | None) -> Tensor | None:
@@ -133,30 +138,29 @@ def _with_changed_weight(site: SiteCall, group: Group, x: Tensor | None) -> Tens
 
 
 def _inside(site: SiteCall, group: Group, composition: Expression) -> list[Change]:
-    """Return the changes of weights that only the layer itself can run with, but for weights that
-    differ between examples: those effects are added to the output.
+    """Return the changes of weights that only the layer itself can run with.
 
-    Raises:
-        CompositionError: where the layer puts out more than one tensor, and they differ.
+    Those whose weights differ between examples, or that a mixture chooses, are left out: their
+    effects are added to the output.
     """
     weights = composition.weights() if group.inside else {}
     changes = []
     for entry in group.inside:
         weight = weights.get(entry.name)
-        if isinstance(weight, Tensor) and weight.dim() > 0:
-            _check_inside(site, [group])
-        elif weight is not None:  # else of a mixture, which chooses first
+        if weight is not None and not (isinstance(weight, Tensor) and weight.dim()):
             changes.append(Change(entry.module, weight, entry.part, entry.parameter))  # type: ignore[arg-type]
     return changes
 
 
-def _check_inside(site: SiteCall, groups: Sequence[Group]) -> None:
-    """Refuse different weights for the examples of one call of attention, an RNN, ….
+def _check_inside(site: SiteCall, groups: Sequence[Group], out: Any) -> None:
+    """Refuse different weights for the examples of one call of a layer that puts out more than one
+    tensor, as attention, an RNN or a router does.
 
     Raises:
         CompositionError: with the module's name.
     """
-    entries = [e for group in groups for e in group.inside if e.parameter is not None]
+    several = not isinstance(out, Tensor)
+    entries = [e for group in groups for e in group.inside if several or e.parameter is not None]
     if entries:
         raise CompositionError(
             f"{entries[0].name!r} changes weights inside {site.state.path}, a "
@@ -248,7 +252,9 @@ def _in_residual(site: SiteCall, entry: Entry, y: Tensor, r: Tensor) -> Tensor:
 
 def _attended(state: State) -> int:
     """Return how often the layer's attention function ran with keys and values of modules."""
-    if torch.compiler.is_compiling():  # written before it is read: no graph is bound to a count
+    if (
+        torch.compiler.is_dynamo_compiling()
+    ):  # written before it is read: no graph is bound to a count
         state.attended = 0
     return state.attended
 

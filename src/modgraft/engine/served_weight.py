@@ -86,15 +86,15 @@ def served(name: str, original: property | None) -> property:
 
     def read(layer: nn.Module) -> Any:
         own, state = stored(layer, name), layer.__dict__.get(STATE)
-        if own is None or state is None or COPIED in layer.__dict__:
-            return own
+        if own is None or state is None or COPIED in layer.__dict__ or own.is_meta:
+            return own  # with an offloaded weight nothing is computed
         try:
             return shown(layer, state, own)
         except AttributeError as error:  # which would make nn.Module look for the plain tensor
             raise RuntimeError(f"the weight of {state.path}: {error}") from error
 
     def shown(layer: nn.Module, state: Any, own: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # what nothing is computed with leaves the graph
+        if torch.compiler.is_dynamo_compiling():  # what nothing is computed with leaves the graph
             return own if state.compiled_bare else state.changed(layer, name, own)
         running = _changes.get()
         if running is not None and layer in running:
@@ -137,7 +137,7 @@ class _Served(property):
 @contextmanager
 def serving(layer: nn.Module, changes: Sequence[Any]) -> Iterator[None]:
     """Let ``layer`` read its weight with ``changes`` in a ``with`` block, in this thread alone."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         state = layer.__dict__[STATE]
         state.compiled_bare = True
         yield

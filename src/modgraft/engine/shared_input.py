@@ -31,7 +31,7 @@ def run(site: SiteCall, group: Group, x: Tensor) -> Tensor | None:
     if left is not None:
         of, version, y = left
         return y if of is x and version == x._version else None
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
         return None
     if not site.state.context.under_way(site.call):
         return None

@@ -95,7 +95,7 @@ class State:
 
     def groups(self, composition: Expression) -> list[Group]:
         """Return what ``composition`` comes to here: compiled code plans while it is traced."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return make_groups(self.entries, composition, batches=False)
         return self.plan(composition).groups
 
@@ -149,11 +149,11 @@ class State:
             return theta
         weights = composition.weights()
         entries = [entry for some in groups[0].entries.values() for entry in some]
-        used = [entry for entry in entries if entry.changes_weight]
+        used = [e for e in entries if e.changes_weight and e.name in weights]
         each = len(groups) > 1 or groups[0].rows is not None
         each = each or any(isinstance(entry.module, Batched) for entry in entries)
         each = each or any(isinstance(w := weights.get(e.name), Tensor) and w.dim() for e in used)
-        if each and torch.compiler.is_compiling() and self.called:
+        if each and torch.compiler.is_dynamo_compiling() and self.called:
             return theta  # the layer is called, and what reads its type leaves the graph
         if each:
             raise CompositionError(
@@ -279,7 +279,10 @@ class SiteCall:
             return 1
         if rows == examples:
             return 1
-        known = not torch.compiler.is_compiling() and self.state.path in self.state.context.by_rows
+        known = (
+            not torch.compiler.is_dynamo_compiling()
+            and self.state.path in self.state.context.by_rows
+        )
         if (self.call.generating or known) and rows % examples == 0:
             return rows // examples
         where = f"{self.state.path}, a {type(self.layer).__name__}," if self.state.path else "host"

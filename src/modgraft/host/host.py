@@ -49,6 +49,7 @@ from modgraft.engine.implant import (
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.kernels.functional_call import new_weights, write
 from modgraft.engine.kernels.linear import Change
+from modgraft.engine.own_forward import check_copies
 from modgraft.engine.places import Places
 from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
@@ -305,7 +306,7 @@ class Host(AsModel):
         Raises:
             ModgraftError: if an active module's side input is missing.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             call = self._call(side, modules)
             if self._context.routed:
                 call = routed(self.model, self._implants, call, args, kwargs)
@@ -372,7 +373,7 @@ class Host(AsModel):
         modules: Compositions | EllipsisType,
         generating: bool = False,
     ) -> Call:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             if modules is not ... and not isinstance(modules, Weighted):
                 raise ModgraftError(
                     "under torch.compile a composition is put in force before the call: "
@@ -501,6 +502,7 @@ class Host(AsModel):
                 assert isinstance(place, ParameterComposition)  # noqa: S101
                 site = find(self.model, label)[0]
                 change = Change(place, weight, site.part, site.parameter)
+                check_copies(site)
                 changes.setdefault(site.path, []).append(change)
         plain = ungraft_all(copy.deepcopy(self.model))
         take_fast_paths(plain)

@@ -115,7 +115,7 @@ def routed(
     Raises:
         SideError: where an example has no token that may be read, or the call has no text.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling = torch.compiler.is_dynamo_compiling()
     active = () if call.composition is None else call.composition.names()
     names = implants.names if compiling else active
     mixtures = [found for name in names for found in _mixtures(implants, name)]

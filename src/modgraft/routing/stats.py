@@ -61,7 +61,7 @@ class UsageCounter:
     @torch.no_grad()
     def add(self, routing: Routing) -> None:
         """Count the choices of ``routing``."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return
         weights = routing.weights.detach().reshape(-1, self.size).double().cpu()
         probabilities = routing.probabilities.detach().reshape(-1, self.size).double().cpu()

@@ -98,7 +98,7 @@ class Arrow(ZeroShotRouter):
     def inspect(self, members: Sequence[Sequence[Member]], layer: nn.Module) -> None:
         parameters = [p for parts in members for m in parts for p in m.module.parameters()]
         of_layer = layer.parameters() if isinstance(layer, nn.Linear | Conv1D) else ()
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_dynamo_compiling()
         version = None if compiling else _version([*parameters, *of_layer])
         if not compiling and version == self._computed_from:
             return
@@ -150,7 +150,7 @@ class Phatgoose(ZeroShotRouter):
 
     def inspect(self, members: Sequence[Sequence[Member]], layer: nn.Module) -> None:
         self._present = tuple(bool(parts) for parts in members)
-        if self.only_module is not None or torch.compiler.is_compiling():
+        if self.only_module is not None or torch.compiler.is_dynamo_compiling():
             return
         version = _version(list(self.gates))
         if version != self._checked:
@@ -226,7 +226,7 @@ class Similarity(ZeroShotRouter):
 
     def logits(self, query: Tensor) -> Tensor:
         embeddings = self.get_buffer("embeddings")  # [N, d]
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_dynamo_compiling()
         if not compiling and (version := _version([embeddings])) != self._checked:
             if len(missing := (~embeddings.any(1)).nonzero()):
                 name = self.names[int(missing[0])]

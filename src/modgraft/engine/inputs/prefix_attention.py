@@ -87,7 +87,7 @@ def _attend(
     """Call ``function`` with what is in force at ``module`` before its keys ``[B, h, n, d]``."""
     state: State | None = module.__dict__.get(STATE)
     before = None if state is None else _kept_before(state, key)
-    if not torch.compiler.is_compiling() and (found := _observed.get()) is not None:
+    if not torch.compiler.is_dynamo_compiling() and (found := _observed.get()) is not None:
         found[module] = key, value
     if state is None or before is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
@@ -147,7 +147,7 @@ class Before:
 def _kept_before(state: State, key: Tensor) -> Before | None:
     """Return what goes before ``key`` ``[B, h, n, d]``, made once in a call."""
     composition = state.context.now().composition
-    if torch.compiler.is_compiling() or composition is None:
+    if torch.compiler.is_dynamo_compiling() or composition is None:
         return _before(state, key)
     plan = state.plan(composition)
     if not plan.keeps_keys_values:

@@ -79,7 +79,7 @@ class NewIds:
         out = run((ids.masked_fill(new, self.blank),), {})
         if not self.tables[path]:
             return out
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             self.served.add(path)
         y = tensor_of(out)
         at = (ids - FIRST_ID).clamp(min=0)  # any layout: a new id is one token of one example

@@ -342,7 +342,7 @@ def _check_end(out: Any, unseen: Tensor) -> None:
     Raises:
         ModgraftError: with the remedy.
     """
-    if not torch.compiler.is_compiling() and bool(unseen.any()):
+    if not torch.compiler.is_dynamo_compiling() and bool(unseen.any()):
         raise ModgraftError(
             f"{type(out).__name__} is read at the last position that is not padding by its id, "
             f"which attention_mask hides in some texts of this batch; pad input_ids with the id "

@@ -48,7 +48,7 @@ def call_with_tokens(
     kwargs = {**dict(zip(reading.arguments, args, strict=False)), **kwargs}
     plan = splice(host, reading, kwargs, _source(reading, entries, call))
     with state.context.call(replace(call, spliced=plan)):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return plan.trim(run((), plan.kwargs))
         out = _explained(reading, plan, lambda: run((), plan.kwargs))
     _check_served(host, plan, entries)
@@ -116,7 +116,7 @@ def _reading(host: nn.Module, state: State) -> Reading:
     reading = state.reading
     assert reading is not None  # noqa: S101
     assert state.relink is not None  # noqa: S101
-    if torch.compiler.is_compiling() or reading.table is None:
+    if torch.compiler.is_dynamo_compiling() or reading.table is None:
         return reading
     if host.get_input_embeddings() is reading.table:  # type: ignore[operator]
         return reading

@@ -24,7 +24,7 @@ def applies(function: Any, query: Tensor, kwargs: dict[str, Any]) -> bool:
         and query.dtype.itemsize >= 4  # scores are added up in it
         and not kwargs.get("dropout")
         and not any(kwargs.get(name) is not None for name in _UNSUPPORTED)
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_dynamo_compiling()
         and not torch.is_autocast_enabled(query.device.type)
     )
 

@@ -80,7 +80,9 @@ def run(
     changed.__dict__[COPIED] = True
     before = dict(changed.__dict__)
     out = forward(changed, *args, **kwargs)
-    if not torch.compiler.is_compiling():  # attributes that the layer set while it ran are its own
+    if (
+        not torch.compiler.is_dynamo_compiling()
+    ):  # attributes that the layer set while it ran are its own
         for name, value in changed.__dict__.items():
             if name not in before or before[name] is not value:
                 layer.__dict__[name] = value

@@ -173,7 +173,9 @@ def _weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
 
 def _is_free(x: Tensor) -> bool:
     """Return whether no gradient is wanted, and nothing is lost in rounding."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype.itemsize < 4)
+    return not (
+        torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or x.dtype.itemsize < 4
+    )
 
 
 def _changed(layer: nn.Linear | Conv1D, changes: Sequence[Change]) -> tuple[Tensor, Tensor | None]:

@@ -128,7 +128,9 @@ def _thinly(
 
 def _pieces(X: Tensor) -> Sequence[Tensor]:
     """Split X ``[N, d]`` into rows that stay in a core's cache."""
-    if not X.is_cpu or torch.compiler.is_compiling():  # no graph is bound to how many they are
+    if (
+        not X.is_cpu or torch.compiler.is_dynamo_compiling()
+    ):  # no graph is bound to how many they are
         return (X,)
     rows = max(1, CACHED // (X.shape[1] * X.element_size()))
     return (X,) if X.shape[0] <= rows else X.split(rows)
