@@ -59,7 +59,7 @@ class Compacter(FunctionComposition):
         n, r = self.n, self.rank
         d, m = bottleneck("Compacter", site, self.reduction, self.width)
         if d % n or m % n:
-            fits = next(k for k in range(n, 0, -1) if d % k == 0)
+            fits = next(k for k in range(min(n, d), 0, -1) if d % k == 0)
             raise ModgraftError(
                 f"Compacter(n={n}) at {site.label}: n divides the site's width {d} and the "
                 f"bottleneck's {m}; use Compacter(width={max(fits, m // fits * fits)}, n={fits})"
