@@ -317,7 +317,7 @@ def test_ones_own_computation_from_a_side_input_follows_the_beams() -> None:
     out = host.generate(**batch, side={"image": given}, **settings)
     for i in range(BATCH):
         one = {k: v[i : i + 1] for k, v in batch.items()}
-        own = {"image": mg.Side(given.tensor[i : i + 1])}
+        own = {"image": mg.Side(given.tensor[i : i + 1], given.mask[i : i + 1])}
         assert torch.equal(host.generate(**one, side=own, **settings), out[i : i + 1])
     with pytest.raises(mg.ModgraftError, match="needs the side input 'image'"):
         host(**batch)

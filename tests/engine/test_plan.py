@@ -279,7 +279,9 @@ def test_a_generate_stacks_and_asks_once(
 ) -> None:
     host, asked = made(), []
     holds = getattr(kind, question)
-    monkeypatch.setattr(kind, question, lambda self: asked.append(self) or holds(self))
+    monkeypatch.setattr(
+        kind, question, lambda self, *a: asked.append((self, *a)) or holds(self, *a)
+    )
     modules = ["lora0", "lora1", "adapter2", "prefix0"]
     prompts = torch.arange(3, 23).view(4, 5)
     for _ in range(2):

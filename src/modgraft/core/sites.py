@@ -127,7 +127,8 @@ class Site:
         around = self._around()
         model = next((m for m in around if getattr(m, "base_model_prefix", None) is not None), None)
         model = around[-1] if model is None else model
-        said = [c for m in model.modules() if isinstance(c := getattr(m, "is_causal", None), bool)]
+        flags = [getattr(m, "is_causal", None) for m in model.modules()]
+        said = [flag for flag in flags if isinstance(flag, bool)]
         if said:
             return any(said)
         if getattr(getattr(model, "config", None), "is_decoder", False):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from modgraft.core.layers import STATE
 from modgraft.core.tensors import first_tensor
-from modgraft.engine.forwards import unwatch_forwards
 from modgraft.engine.graft import restore
 
 Seen = dict[str, list[Tensor]]
@@ -181,7 +180,10 @@ def _twin(model: nn.Module) -> nn.Module:
             restore(layer)
             layer.__dict__[_SITE] = True
     twin.__dict__[_SITE] = True  # what comes out in the end tells most
-    unwatch_forwards(twin)
+    for layer in twin.modules():  # of hooks, only those by which torch computes weights
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [k for k, v in hooks.items() if not type(v).__module__.startswith("torch.")]:
+                del hooks[key]
     return twin.eval()
 
 

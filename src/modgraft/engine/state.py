@@ -161,7 +161,9 @@ class State:
                 f"another module computes with, for the whole batch at once; call the host once "
                 f"for each composition"
             )
-        if len(used) < len(entries) and not self.called:
+        if torch.compiler.is_dynamo_compiling():
+            pass  # a graph is bound to nothing that is not the same at its next run
+        elif len(used) < len(entries) and not self.called:
             call.reads.append(partial(self._check_called, entries))
         return self.with_changes(
             layer,

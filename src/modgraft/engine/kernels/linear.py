@@ -119,7 +119,9 @@ def one_product(
 
 def _beside(y: Tensor, x: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
     """Add s·(x Aᵀ)Bᵀ to ``y``, the layer's own output, as it is made: of few tokens."""
-    hidden = F.linear(x, A).view(-1, len(A))  # […, in] → [N, r]
+    hidden = F.linear(x, A).reshape(-1, len(A))  # […, in] → [N, r]
+    if not y.is_contiguous():
+        return y + torch.mm(s * hidden, B.T).view(y.shape)
     add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
     return add(y.reshape(-1, len(B)), hidden, B.T, alpha=s).view(y.shape)
 
@@ -154,15 +156,16 @@ def _plain_weight(layer: nn.Module, x: Tensor, changes: Sequence[Change]) -> Ten
         return None
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         return None
-    if x.dtype.itemsize < 4 and not x.is_contiguous():  # the layer alone rounds it in another order
-        return None
     return weight
 
 
 def _pays(weight: Tensor, x: Tensor) -> bool:
-    """Return whether the weight is smaller than the activations, N·(in + out) ≥ in·out."""
+    """Return whether the weight is smaller than the activations, N·(in + out) ≥ in·out.
+
+    Never for an input that is not contiguous, which the layer alone sums up in another order.
+    """
     outs, ins = weight.shape
-    return x.numel() // ins * (ins + outs) >= ins * outs
+    return x.is_contiguous() and x.numel() // ins * (ins + outs) >= ins * outs
 
 
 def _weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
