@@ -121,7 +121,7 @@ class Computation(Configured):
             like = next((p for p in site.root.parameters() if p.is_floating_point()), None)
         if like is None:
             return built
-        device = like.device if like.device.type != "meta" else device_of(site.module)
+        device = device_of(site.module) if like.is_meta else like.device
         return built.to(device=device, dtype=parameter_type(like.dtype))
 
     def build_all(self, sites: Sequence[Site]) -> list[Computation]:

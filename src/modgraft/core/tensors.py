@@ -69,11 +69,11 @@ def device_of(model: nn.Module) -> torch.device:
     Parameters that accelerate has offloaded lie on no device between calls; its hooks say where the
     layers run.
     """
-    for parameter in model.parameters():
-        if parameter.device.type != "meta":
-            return parameter.device
-    for module in model.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return torch.device("cpu")
+    devices = [parameter.device for parameter in model.parameters()]
+    if all(device.type == "meta" for device in devices):
+        for module in model.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    here = [device for device in devices if device.type != "meta"] or devices
+    return here[0] if here else torch.device("cpu")
