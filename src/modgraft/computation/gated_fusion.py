@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from modgraft.computation._checks import check_output
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
@@ -109,6 +110,7 @@ class GatedFusion(FunctionComposition):
                 f"GatedFusion acts on tokens [B, n, d], and this site puts out {list(y.shape)}; "
                 f"choose a site of tokens, at='encoder.output' for instance"
             )
+        check_output("GatedFusion", y, self.W_h.out_features)
         some = side.seen().any(dim=1)[:, None, None]  # [B, 1, 1]
         h = torch.where(some, y, 0.0)  # nor does a NaN of the others get into a gradient
         _, attended, gate = self.maps(h, side)

@@ -56,6 +56,8 @@ def with_tensor(out: Any, value: Tensor) -> Any:
     """Replace :func:`tensor_of` of ``out`` by ``value``."""
     if isinstance(out, Tensor):
         return value
+    if isinstance(out, list):
+        return [value, *out[1:]]
     if isinstance(out, tuple):
         rest = (value, *out[1:])
         return rest if type(out) is tuple else type(out)(*rest)  # a named tuple

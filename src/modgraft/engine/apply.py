@@ -82,6 +82,11 @@ class Applier:
     def where_used(self, name: str, y: Tensor, total: Tensor, weight: Tensor) -> Tensor:
         """Do the same for a weight ``[B]`` or ``[B, n]``, on the rows alone where it is not 0."""
         x, bare, rows, batch = self.x, self.bare, self.rows, self.batch
+        if weight.dim() == 1 and total.shape[0] == 1 < len(weight):  # one row for all examples
+            one = (len(weight), *[-1] * (total.dim() - 1))
+            y, total = y.expand(one), total.expand(one)
+            x = x if x is None or len(x) > 1 else x.expand(len(weight), *x.shape[1:])
+            bare = None if bare is None else bare.expand(one)
         shape = total.shape
         if weight.dim() == 2:  # each token is an example of one token
             y, total = y.reshape(-1, 1, y.shape[-1]), total.reshape(-1, 1, shape[-1])

@@ -195,4 +195,5 @@ def _is_data(value: Any) -> bool:
 
 def _tensors(out: Any) -> list[Tensor]:
     values = out.values() if isinstance(out, Mapping) else out
-    return [v for v in values if isinstance(v, Tensor)] if isinstance(out, Mapping | tuple) else []
+    several = isinstance(out, Mapping | tuple | list)
+    return [v for v in values if isinstance(v, Tensor)] if several else []

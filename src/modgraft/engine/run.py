@@ -183,12 +183,14 @@ def _per_example(
     if y.shape[0] != times * count:  # one row that stands for all examples
         y = y.expand(count, *y.shape[1:])
         x = None if x is None or len(x) > 1 else x.expand(count, *x.shape[1:])
+    if x is not None and len(x) != y.shape[0]:  # not what the examples are in, as positions
+        x = None
     new = y
     for group in groups:
         if group.input_only:
             continue
         changes = _inside(site, group, group.expression)
-        changed = site.output(changes) if changes else y
+        changed = site.output(changes).expand_as(y) if changes else y
         if group.rows is None:
             at = Applier(site, group.entries, x, bare=y, in_place=fresh and group.single)
             return group.expression.apply(at, changed)
