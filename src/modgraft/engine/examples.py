@@ -105,10 +105,18 @@ def _ask_along(
             found[path] = None
         elif (one := axes.pop()) != -1:
             found[path] = one
-        elif outputs[0].dim() and outputs[0].shape[0] > 1:  # as a table of positions [n, d]
+        elif path and not _stands_for_all(twin.get_submodule(path), outputs[0]):
             found[path] = None
     sites = [path for path, layer in twin.named_modules() if _SITE in layer.__dict__]
     return {**{path: None for path in sites if path not in before}, **found}
+
+
+def _stands_for_all(layer: nn.Module, out: Tensor) -> bool:
+    """Return whether ``out`` is one row that the host adds to each example, as of positions.
+
+    Other layers without examples compute what the host shares between them in its own way.
+    """
+    return isinstance(layer, nn.Embedding) and (not out.dim() or out.shape[0] == 1)
 
 
 def _axis(before: Tensor, after: Tensor, count: int) -> int | None:

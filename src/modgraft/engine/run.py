@@ -97,7 +97,9 @@ def _run(
         y = left.apply(Applier(site, whole.entries, x, bare=bare), y)
     if y is start:
         return out
-    return with_tensor(out, y.movedim(0, site.axis) if site.axis else y)
+    if site.axis:  # as the layer laid it out: the host may view it
+        y = y.movedim(0, site.axis).contiguous()
+    return with_tensor(out, y)
 
 
 # -- the layer and its weights --------------------------------------------------------------------
