@@ -150,20 +150,17 @@ class State:
         weights = composition.weights()
         entries = [entry for some in groups[0].entries.values() for entry in some]
         used = [e for e in entries if e.changes_weight and e.name in weights]
-        each = len(groups) > 1 or groups[0].rows is not None
-        each = each or any(isinstance(entry.module, Batched) for entry in entries)
-        each = each or any(isinstance(w := weights.get(e.name), Tensor) and w.dim() for e in used)
-        if each and torch.compiler.is_dynamo_compiling() and self.called:
-            return theta  # the layer is called, and what reads its type leaves the graph
-        if each:
+        if _differs(groups, entries, [weights[e.name] for e in used]):
+            if torch.compiler.is_dynamo_compiling() and self.called:
+                return theta  # the layer is called, and what reads its type leaves the graph
             raise CompositionError(
                 f"the examples of this batch have different modules at {self.path}, whose weight "
                 f"another module computes with, for the whole batch at once; call the host once "
                 f"for each composition"
             )
-        if torch.compiler.is_dynamo_compiling():
-            pass  # a graph is bound to nothing that is not the same at its next run
-        elif len(used) < len(entries) and not self.called:
+        # a graph is bound to nothing that is not the same at its next run
+        eager = not torch.compiler.is_dynamo_compiling()
+        if eager and len(used) < len(entries) and not self.called:
             call.reads.append(partial(self._check_called, entries))
         return self.with_changes(
             layer,
@@ -192,6 +189,14 @@ class State:
             f"another module computes with its weight. A change of the weight acts there, such as "
             f"LoRA(rank=8); for an effect on activations choose the layer around it"
         )
+
+
+def _differs(groups: Sequence[Group], entries: Sequence[Entry], weights: Sequence[Weight]) -> bool:
+    """Return whether the examples of a batch have different modules, or weights of them."""
+    if len(groups) > 1 or groups[0].rows is not None:
+        return True
+    batched = any(isinstance(entry.module, Batched) for entry in entries)
+    return batched or any(isinstance(w, Tensor) and w.dim() > 0 for w in weights)
 
 
 @dataclass
