@@ -28,13 +28,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from modgraft.computation.base import Computation, FunctionComposition, ParameterComposition
 from modgraft.core.errors import ModgraftError, SiteError
-from modgraft.core.expression import module_of
 from modgraft.core.layers import feature_axis
 from modgraft.core.sites import WEIGHTED, Site, find, joined
 from modgraft.engine.implant import Implants
 from modgraft.engine.kernels.functional_call import new_weights, with_tensors
 from modgraft.engine.kernels.linear import Change
-from modgraft.engine.state import STATE
 from modgraft.host.measure import (
     Seen,
     apart,
@@ -244,24 +242,11 @@ class _Host:
 
     def _judge_layer(self, row: Probed, site: Site, place: Computation, seen: Seen) -> None:
         """Say what is wrong at one site, in the layer itself."""
-        layer, kind = site.module, type(site.module).__name__
-        state = layer.__dict__.get(STATE)
-        if state is None or module_of(row.module) not in map(module_of, state.entries):
-            row.acts = False
-            row.faults.append(
-                f"this {kind} was put there after the module was implanted, and has none: remove "
-                f"{row.module!r}, and implant it again"
-            )
-        elif not row.called:
+        kind = type(site.module).__name__
+        if not row.called:
             row.acts = None  # what learns there acts by another layer, which reads the weight
             if isinstance(place, FunctionComposition) and self._is_read(site):
                 row.faults.append(_READ.format(kind=kind))
-        elif row.acts is False and "forward" in layer.__dict__:
-            row.faults.append(
-                f"a forward was put on this very {kind} (a patch, or hooks as accelerate's), and "
-                f"runs in place of the one in which modules act: take it off, or put it on before "
-                f"mg.Host(model) is made"
-            )
         elif row.acts is False:
             row.faults.append(f"the {kind} is called, and puts out what it does without the module")
         if row.merged:
