@@ -11,8 +11,8 @@ from torch import nn
 
 import modgraft as mg
 from core.families import CASES, Batch, first_output
-from modgraft.core.architectures import FAMILIES, family_of
-from modgraft.core.roles import known_models, roles_of
+from modgraft.core.architectures import FAMILIES
+from modgraft.core.roles import family_of, known_models, roles_of
 from modgraft.core.sites import Site, one_input
 from modgraft.core.tensors import tensor_of
 

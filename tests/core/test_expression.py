@@ -20,9 +20,10 @@ from modgraft.core.expression import (
     chain,
     check_name,
     module_of,
+    walk,
     without,
 )
-from modgraft.core.parse import average, concat, parse, walk
+from modgraft.core.parse import average, concat, parse
 
 TASK = "h['q\\'a b\"']"  # any string is a task's name; this is how it is printed
 NAMES = ["fr", "qa", "toxic", "a1", "h['fr']", TASK, "one['only']"]

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 import modgraft as mg
 from core.families import CASES, first_output
-from modgraft.core.weights import keeps_inputs_first
+from modgraft.core.layers import keeps_inputs_first
 from modgraft.host.describe import lora_cost
 
 EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "llama4_text", "deepseek_v3")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import transformers
 from torch import nn
 
-from modgraft.core.architectures import FAMILIES, family_of
+from modgraft.core.architectures import FAMILIES
+from modgraft.core.roles import family_of
 from modgraft.host.describe import rows_of
 from zoo.case import Cell
 from zoo.matrix import Matrix

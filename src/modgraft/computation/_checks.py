@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, SiteError
+from modgraft.core.layers import (
+    WEIGHTED,
+    feature_axis,
+    is_stack,
+    stored,
+    weight_labels,
+    weight_matrix,
+)
 from modgraft.core.sites import Site
 
 
@@ -88,3 +97,93 @@ def check_input(name: str, y: Tensor, x: Tensor | None) -> Tensor:
             f"or use the method that reads the output"
         )
     return x
+
+
+def check_weight(method: str, site: Site, experts: bool = False) -> None:
+    """Refuse a site that is not one weight matrix, or a part that its weight does not have.
+
+    Args:
+        method: the method's name.
+        site: the site.
+        experts: whether the method changes a stack of matrices, one an expert, too.
+
+    Raises:
+        SiteError: with what to select instead, at a layer with several weights.
+    """
+    layer, kind = site.module, type(site.module).__name__
+    if site.parameter is None and not isinstance(layer, WEIGHTED):
+        raise _several(method, site)
+    weight = stored(layer, site.parameter)
+    stack = site.parameter is not None and is_stack(layer, site.parameter)
+    if stack and not experts:
+        raise SiteError(
+            f"{method} at {site.label}: these are the weights of {len(weight)} experts, and "
+            f"{method} changes one matrix [out, in]; LoRA(rank=8) changes each of them"
+        )
+    if weight.dim() != 2 and site.parameter is not None and not stack:
+        raise SiteError(
+            f"{method} at {site.label}: this parameter is {list(weight.shape)}, and {method} "
+            f"changes weights [out, in]"
+        )
+    if site.part is None:
+        return
+    rows, count = weight_matrix(layer, None, site.parameter).shape[-2], site.part.pieces
+    whole = site.label.rpartition("[")[0]
+    if isinstance(layer, nn.Embedding):
+        raise SiteError(f"{method} at {site.label}: a table has no parts; write at={whole!r}")
+    if rows % count:
+        better = next((n for n in (3, 2) if rows % n == 0 and n != count), None)
+        parts = f"at='{whole}[0/{better}]', or the whole, " if better else ""
+        raise SiteError(
+            f"{method} at {site.label}: this {kind} has {rows} outputs, which is not {count} equal "
+            f"parts ({rows} / {count} = {rows / count:.4g}); write {parts}at={whole!r}"
+        )
+    if getattr(layer, "groups", 1) > 1:
+        raise SiteError(
+            f"{method} at {site.label}: a convolution of {layer.groups} groups is in parts "
+            f"already; write at={whole!r}"
+        )
+
+
+def check_features(method: str, site: Site) -> None:
+    """Refuse a site whose output has no features, or no such part of them.
+
+    Raises:
+        SiteError: with the corrected call.
+    """
+    kind = type(site.module).__name__
+    if site.parameter is not None:
+        raise SiteError(
+            f"{method} at {site.label}: a {kind} reads this parameter itself, and no activation "
+            f"passes there that {method} could change; act on the layer's output, "
+            f"at={site.path!r}, or take a parameter module such as LoRA(rank=8)"
+        )
+    if site.part is None:
+        return
+    whole, count = site.label.rpartition("[")[0], site.part.pieces
+    full = replace(site, part=None).width
+    if full % count or (site.channels_first and feature_axis(site.module) == -1):
+        raise SiteError(
+            f"{method} at {site.label}: this {kind} puts out {full} features, which is not {count} "
+            f"equal parts; write at={whole!r}"
+        )
+
+
+def _several(method: str, site: Site) -> SiteError:
+    kind, labels = type(site.module).__name__, weight_labels(site.path, site.module)
+    if not labels:
+        return SiteError(
+            f"{method} at {site.label or 'the host itself'}: a {kind} has no weight that a "
+            f"parameter module can change; it acts on "
+            f"{', '.join(k.__name__ for k in WEIGHTED)}, and on parameters [out, in] by their names"
+        )
+    some = ", ".join(f"{label!r}{f' ({what})' if what else ''}" for label, what in labels[:8])
+    if len(labels) == 1:
+        return SiteError(
+            f"{method} at {site.label or 'the host itself'}: a {kind} reads its weight itself, and "
+            f"is not called as a linear layer; name the weight: at={labels[0][0]!r}"
+        )
+    return SiteError(
+        f"{method} at {site.label or 'the host itself'}: a {kind} has several weights, "
+        f"{some}{' …' if len(labels) > 8 else ''}; say which: at={labels[0][0]!r}"
+    )

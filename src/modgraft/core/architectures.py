@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from modgraft.core.family import Family
 from modgraft.core.parts import Part
 
@@ -338,19 +336,3 @@ FAMILIES = (
     _VIT, _BEIT, _DINO2, _DINO3, _SWIN, _CLIP_EYE, _CLIP_TEXT, _BLIP2_EYE,
     _QFORMER, _QWEN_EYE, _LLAMA4_EYE, _SAM_EYE, _SAM_MASKS, _WAV2VEC2,
 )  # fmt: skip
-
-
-def family_of(model: nn.Module) -> Family | None:
-    """Return the family of a Hugging Face model, by its ``config.model_type``.
-
-    None for any other.
-    """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return next((family for family in FAMILIES if kind in family.types), None)
-
-
-def base_path(model: nn.Module) -> str:
-    """Return the path of the base model inside ``model`` (``"bert"``), empty where it is the
-    model."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return prefix if prefix and prefix in dict(model.named_children()) else ""

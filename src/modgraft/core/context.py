@@ -21,7 +21,6 @@ from torch import Tensor
 from modgraft.core.compiled import Compiled, switched
 from modgraft.core.errors import ModgraftError, SideError
 from modgraft.core.expression import Expression
-from modgraft.core.gate import Gate
 
 R = TypeVar("R")
 
@@ -228,13 +227,13 @@ class Context:
         token_modules: the implanted modules that put tokens before the input.
         side_sources: for each implanted module that reads a side input, the name of that input.
         routed: the implanted modules that are over others, as mixtures are.
+        inputs: the implanted modules that put vectors before what is read.
         by_example: the implanted modules that have to know which rows are an example's.
         axes: by a layer's path, the axis of its output on which examples lie where that is not the
             first, None where none is; see :mod:`modgraft.engine.examples`.
         by_rows: the paths of the layers where it is known to be the first.
         asked: the signatures of the calls that this was asked for.
         compiled: what code under ``torch.compile`` reads instead.
-        gate: what calls enter, and changes of the host wait at.
     """
 
     def __init__(self) -> None:
@@ -242,12 +241,12 @@ class Context:
         self.token_modules: set[str] = set()
         self.side_sources: dict[str, str] = {}
         self.routed: set[str] = set()
+        self.inputs: set[str] = set()
         self.by_example: set[str] = set()
         self.axes: dict[str, int | None] = {}
         self.by_rows: set[str] = set()
         self.asked: set[Hashable] = set()
         self.compiled = Compiled(Call(None))
-        self.gate = Gate()
         # what graphs were made under: () nothing yet, one composition, or two: several
         self._graphs: tuple[Expression | None, ...] = ()
         self.__setstate__({})
@@ -268,27 +267,42 @@ class Context:
         self,
         name: str,
         device: torch.device,
-        additive: bool,
         source: str | None,
+        *,
+        additive: bool,
+        inputs: bool,
         routed: bool,
         by_example: bool,
     ) -> None:
-        """Register a module: whether it only changes weights, its side input, what it is over."""
+        """Register a module.
+
+        Args:
+            name: what compositions call it.
+            device: the host's.
+            source: the name of its side input, None where it has none.
+            additive: whether it only changes weights.
+            inputs: whether it puts vectors before what is read.
+            routed: whether it is over others.
+            by_example: whether it has to know which rows are an example's.
+        """
         self.compiled.add(name, device, additive)
         self.asked.clear()
-        if by_example:
-            self.by_example.add(name)
         if source is not None:
             self.side_sources[name] = source
-        if routed:
-            self.routed.add(name)
+        for kind, holds in zip(self._kinds, (inputs, routed, by_example), strict=True):
+            if holds:
+                kind.add(name)
 
     def remove(self, name: str) -> None:
         """Forget a module."""
         self.compiled.remove(name)
         self.side_sources.pop(name, None)
-        self.routed.discard(name)
-        self.by_example.discard(name)
+        for kind in self._kinds:
+            kind.discard(name)
+
+    @property
+    def _kinds(self) -> tuple[set[str], ...]:
+        return self.inputs, self.routed, self.by_example
 
     def now(self) -> Call:
         """Return the call under way, in compiled code or not."""

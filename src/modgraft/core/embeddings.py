@@ -16,9 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modgraft.core.architectures import base_path
 from modgraft.core.errors import ModgraftError
-from modgraft.core.family import joined
+from modgraft.core.patterns import joined
 
 _READS_FIRST = re.compile(r"\w\[:, 0(, :)?\](?!\s*=[^=])")  # of code: position 0 of every example
 _MASKED = re.compile(r"^class \w+ForMaskedLM\b", re.MULTILINE)
@@ -244,7 +243,7 @@ def _position_rows(reader: nn.Module) -> Iterator[int]:
 
 def _image_layers(host: nn.Module) -> tuple[str, str] | None:
     """Return where the tokens of a vision transformer's image begin and end, if it is one."""
-    base = base_path(host)
+    base = _base_path(host)
     model = host.get_submodule(base)
     children = dict(model.named_children())
     if not isinstance(getattr(children.get("embeddings"), "cls_token", None), Tensor):
@@ -259,3 +258,10 @@ def _image_layers(host: nn.Module) -> tuple[str, str] | None:
 def _leads(name: str) -> bool:
     """Return whether a parameter of an image's embeddings stands before its patches."""
     return name.endswith(("_token", "_tokens")) and name != "mask_token"
+
+
+def _base_path(model: nn.Module) -> str:
+    """Return the path of the base model inside ``model`` (``"bert"``), empty where it is the
+    model."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and prefix in dict(model.named_children()) else ""

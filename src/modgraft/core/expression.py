@@ -12,7 +12,7 @@ from __future__ import annotations
 import keyword
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -137,6 +137,11 @@ class Expression(Composable):
     def is_data(self) -> bool:
         """Whether it holds weights for one batch, so that nothing may be cached for it."""
         return False
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether it holds for batches of one size only."""
+        return self.is_data
 
 
 @dataclass(frozen=True)
@@ -404,3 +409,27 @@ def without(expression: Expression | None, name: str) -> Expression | None:
 def module_of(name: str) -> str:
     """Return the module that ``name`` in a composition belongs to: ``"h"`` for ``"h['fr']"``."""
     return name.partition("[")[0]
+
+
+DEEPEST = 50  # levels that an expression may be nested: each is a few calls at every site
+
+
+def walk(expression: Expression, depth: int = 0) -> Iterator[Expression]:
+    """Yield an expression and all its parts, as often as they occur.
+
+    Raises:
+        CompositionError: for an expression nested deeper than a site can run it.
+    """
+    if depth > DEEPEST:
+        raise CompositionError(
+            f"an expression nested more than {DEEPEST} deep; write it flat: a + b + c, not "
+            f"(a + b) + c"
+        )
+    yield expression
+    parts: Sequence[Expression] = ()
+    if isinstance(expression, WeightedSum):
+        parts = [term for _, term in expression.weighted_terms()]
+    elif isinstance(expression, Chain):
+        parts = expression.parts
+    for part in parts:
+        yield from walk(part, depth + 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modgraft.core.parts import Part
+from modgraft.core.patterns import joined
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,3 @@ class Family:
             kinds = [(self.attention, own), (self.cross, across)]
             groups += [tuple(f"{self.block}.{a}.{n}" for n in names) for a, names in kinds if a]
         return groups
-
-
-def joined(path: str, name: str) -> str:
-    """Join two parts of a dotted path, of which either may be empty."""
-    return f"{path}.{name}" if path and name else path or name

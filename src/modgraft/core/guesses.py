@@ -13,9 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.core.architectures import FAMILIES
-from modgraft.core.family import joined
-from modgraft.core.patterns import pattern, starred
-from modgraft.core.weights import weight_labels
+from modgraft.core.layers import weight_labels
+from modgraft.core.patterns import joined, pattern, starred
 
 
 def _last(path: str) -> str:

@@ -7,7 +7,6 @@ A weight is seen as a matrix [out, in] whatever its layout; a convolution's is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,109 +16,84 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.core.errors import SiteError
 from modgraft.core.parts import Part, share
-from modgraft.core.sites import Site
-from modgraft.core.weights import (
-    WEIGHTED,
-    is_stack,
-    keeps_inputs_first,
-    stored,
-    weight_labels,
-)
+from modgraft.core.patterns import joined
 
 STATE = "_modgraft_state"
 """The attribute of a layer under which the engine keeps what is implanted there; it is no child."""
 
+LINEAR = (nn.Linear, Conv1D)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WEIGHTED = (*LINEAR, nn.Embedding, *CONVOLUTIONS)
+"""The layers that are linear in one weight: there the sub-module and its weight are one site."""
+
 _POINTWISE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
-def check_weight(method: str, site: Site, experts: bool = False) -> None:
-    """Refuse a site that is not one weight matrix, or a part that its weight does not have.
+def stored(layer: nn.Module, name: str | None) -> Tensor:
+    """Return the parameter called ``name`` (None: the weight), as ``layer`` stores it.
 
-    Args:
-        method: the method's name.
-        site: the site.
-        experts: whether the method changes a stack of matrices, one an expert, too.
-
-    Raises:
-        SiteError: with what to select instead, at a layer with several weights.
+    A layer with modules answers whoever else asks with its changed weight.
     """
-    layer, kind = site.module, type(site.module).__name__
-    if site.parameter is None and not isinstance(layer, WEIGHTED):
-        raise _several(method, site)
-    weight = stored(layer, site.parameter)
-    stack = site.parameter is not None and is_stack(layer, site.parameter)
-    if stack and not experts:
-        raise SiteError(
-            f"{method} at {site.label}: these are the weights of {len(weight)} experts, and "
-            f"{method} changes one matrix [out, in]; LoRA(rank=8) changes each of them"
-        )
-    if weight.dim() != 2 and site.parameter is not None and not stack:
-        raise SiteError(
-            f"{method} at {site.label}: this parameter is {list(weight.shape)}, and {method} "
-            f"changes weights [out, in]"
-        )
-    if site.part is None:
-        return
-    rows, count = weight_matrix(layer, None, site.parameter).shape[-2], site.part.pieces
-    whole = site.label.rpartition("[")[0]
-    if isinstance(layer, nn.Embedding):
-        raise SiteError(f"{method} at {site.label}: a table has no parts; write at={whole!r}")
-    if rows % count:
-        better = next((n for n in (3, 2) if rows % n == 0 and n != count), None)
-        parts = f"at='{whole}[0/{better}]', or the whole, " if better else ""
-        raise SiteError(
-            f"{method} at {site.label}: this {kind} has {rows} outputs, which is not {count} equal "
-            f"parts ({rows} / {count} = {rows / count:.4g}); write {parts}at={whole!r}"
-        )
-    if getattr(layer, "groups", 1) > 1:
-        raise SiteError(
-            f"{method} at {site.label}: a convolution of {layer.groups} groups is in parts "
-            f"already; write at={whole!r}"
-        )
+    value: Any = layer
+    for each in (name or "weight").split("."):
+        value = _own(value, each)
+    return value
 
 
-def check_features(method: str, site: Site) -> None:
-    """Refuse a site whose output has no features, or no such part of them.
+def _own(layer: nn.Module, name: str) -> Any:
+    for place in (layer._parameters, layer._buffers, layer.__dict__):
+        if name in place:
+            return place[name]
+    for kind in type(layer).__mro__:  # a parametrised layer computes it
+        if type(found := kind.__dict__.get(name)) is property:
+            return found.__get__(layer)
+    return layer.__getattr__(name)
 
-    Raises:
-        SiteError: with the corrected call.
+
+def keeps_inputs_first(layer: nn.Module, name: str | None) -> bool:
+    """Return whether ``layer`` stores a weight ``[…, in, out]`` rather than ``[…, out, in]``."""
+    if name is None:
+        return isinstance(layer, Conv1D)
+    return is_stack(layer, name) and bool(_inputs_first(layer, name))
+
+
+def is_stack(layer: nn.Module, name: str) -> bool:
+    """Return whether the parameter ``name`` holds a matrix for each expert of ``layer``.
+
+    False too where nothing says which of its axes is the output.
     """
-    kind = type(site.module).__name__
-    if site.parameter is not None:
-        raise SiteError(
-            f"{method} at {site.label}: a {kind} reads this parameter itself, and no activation "
-            f"passes there that {method} could change; act on the layer's output, "
-            f"at={site.path!r}, or take a parameter module such as LoRA(rank=8)"
-        )
-    if site.part is None:
-        return
-    whole, count = site.label.rpartition("[")[0], site.part.pieces
-    full = replace(site, part=None).width
-    if full % count or (site.channels_first and feature_axis(site.module) == -1):
-        raise SiteError(
-            f"{method} at {site.label}: this {kind} puts out {full} features, which is not {count} "
-            f"equal parts; write at={whole!r}"
-        )
+    weight = layer._parameters.get(name)
+    if weight is None or weight.dim() != 3 or weight.shape[0] != getattr(layer, "num_experts", 0):
+        return False
+    return _inputs_first(layer, name) is not None
 
 
-def _several(method: str, site: Site) -> SiteError:
-    kind, labels = type(site.module).__name__, weight_labels(site.path, site.module)
-    if not labels:
-        return SiteError(
-            f"{method} at {site.label or 'the host itself'}: a {kind} has no weight that a "
-            f"parameter module can change; it acts on "
-            f"{', '.join(k.__name__ for k in WEIGHTED)}, and on parameters [out, in] by their names"
-        )
-    some = ", ".join(f"{label!r}{f' ({what})' if what else ''}" for label, what in labels[:8])
-    if len(labels) == 1:
-        return SiteError(
-            f"{method} at {site.label or 'the host itself'}: a {kind} reads its weight itself, and "
-            f"is not called as a linear layer; name the weight: at={labels[0][0]!r}"
-        )
-    return SiteError(
-        f"{method} at {site.label or 'the host itself'}: a {kind} has several weights, "
-        f"{some}{' …' if len(labels) > 8 else ''}; say which: at={labels[0][0]!r}"
-    )
+def _inputs_first(layer: nn.Module, name: str) -> bool | None:
+    """Return whether experts store ``[E, in, out]``, None where that cannot be told.
+
+    Most classes say so (transformers' ``is_transposed``). Of others, the width of the model tells:
+    all weights but the last one read it.
+    """
+    said = getattr(layer, "is_transposed", None)
+    if isinstance(said, bool):
+        return said
+    hidden = getattr(layer, "hidden_size", getattr(layer, "hidden_dim", None))
+    one, two = stored(layer, name).shape[1:]
+    if one == two or hidden not in (one, two):
+        return None
+    return (hidden == one) != name.startswith("down")
+
+
+def weight_labels(path: str, module: nn.Module) -> list[tuple[str, str]]:
+    """Return the selections of each weight of a layer with weights of its own, with the weight's
+    role or ``""``."""
+    own = {n: p for n, p in module._parameters.items() if p is not None and "bias" not in n}
+    matrices = [n for n, p in own.items() if p.dim() == 2 or is_stack(module, n)]
+    if not isinstance(module, nn.MultiheadAttention) or len(matrices) not in (1, 3):
+        return [(joined(path, name), "") for name in matrices]
+    names = [f"{matrices[0]}[{i}/3]" for i in range(3)] if len(matrices) == 1 else matrices
+    said = zip([*names, "out_proj"], ["query", "key", "value", "output"], strict=True)
+    return [(joined(path, name), what) for name, what in said]
 
 
 def weight_matrix(

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
 from modgraft.core.errors import CompositionError
 from modgraft.core.expression import (
     Average,
-    Chain,
     Composable,
     Concat,
     Expression,
     Name,
-    WeightedSum,
     add,
     chain,
     module_of,
     scale,
     shown,
 )
-
-DEEPEST = 50  # levels that an expression may be nested: each is a few calls at every site
 
 
 def parse(text: str, known: Collection[str]) -> Expression:
@@ -156,24 +152,3 @@ def _operands(kind: str, parts: Sequence[object]) -> tuple[Expression, ...]:
             f'mg.{kind}(host["a"], host["b"]); a text is read by host.use("{kind}(a, b)")'
         )
     return operands
-
-
-def walk(expression: Expression, depth: int = 0) -> Iterator[Expression]:
-    """Yield an expression and all its parts, as often as they occur.
-
-    Raises:
-        CompositionError: for an expression nested deeper than a site can run it.
-    """
-    if depth > DEEPEST:
-        raise CompositionError(
-            f"an expression nested more than {DEEPEST} deep; write it flat: a + b + c, not "
-            f"(a + b) + c"
-        )
-    yield expression
-    parts: Sequence[Expression] = ()
-    if isinstance(expression, WeightedSum):
-        parts = [term for _, term in expression.weighted_terms()]
-    elif isinstance(expression, Chain):
-        parts = expression.parts
-    for part in parts:
-        yield from walk(part, depth + 1)

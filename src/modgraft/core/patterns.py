@@ -1,4 +1,4 @@
-"""Match dotted paths: ``*`` is anything, or a layer number, and ``{a,b}`` is either.
+"""Join and match dotted paths: ``*`` is anything, or a layer number, and ``{a,b}`` is either.
 
 A path is read once from left to right, with the set of all places that a match of what came before
 may end at. No pattern takes longer than its length times the path's.
@@ -88,3 +88,8 @@ def _digits(path: str, start: int) -> range:
 def starred(path: str) -> str:
     """Replace the numbers in a path by ``*``."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
+def joined(path: str, name: str) -> str:
+    """Join two parts of a dotted path, of which either may be empty."""
+    return f"{path}.{name}" if path and name else path or name

@@ -98,6 +98,10 @@ class Each(Expression):
 
     rows: tuple[Expression | None, ...]
 
+    @property
+    def of_batch(self) -> bool:  # noqa: D102
+        return True
+
     def names(self) -> tuple[str, ...]:  # noqa: D102
         return self._names
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from modgraft.core.architectures import family_of
-from modgraft.core.family import Family, joined
+from modgraft.core.architectures import FAMILIES
+from modgraft.core.family import Family
 from modgraft.core.guesses import guess
-from modgraft.core.patterns import pattern
+from modgraft.core.patterns import joined, pattern
 
 _FIRST = ("", "vision", "audio")
 
@@ -64,6 +64,15 @@ def same_input(model: nn.Module) -> list[tuple[str, ...]]:
         for path, family, _ in known_models(model)
         for patterns in family.same_input()
     ]
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """Return the family of a Hugging Face model, by its ``config.model_type``.
+
+    None for any other.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return next((family for family in FAMILIES if kind in family.types), None)
 
 
 def known_models(model: nn.Module) -> Iterator[tuple[str, Family, Any]]:

@@ -14,13 +14,11 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from modgraft.core.architectures import family_of
 from modgraft.core.errors import SiteError
-from modgraft.core.family import joined
+from modgraft.core.layers import CONVOLUTIONS, LINEAR, WEIGHTED, is_stack, weight_labels
 from modgraft.core.parts import Part, split_part
-from modgraft.core.patterns import pattern, starred
-from modgraft.core.roles import roles_of, same_input
-from modgraft.core.weights import CONVOLUTIONS, LINEAR, WEIGHTED, is_stack, weight_labels
+from modgraft.core.patterns import joined, pattern, starred
+from modgraft.core.roles import family_of, roles_of, same_input
 from modgraft.core.widths import inner_width, own_width
 
 RESIDUAL = "[residual]"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from modgraft.core.weights import CONVOLUTIONS, is_stack, keeps_inputs_first
+from modgraft.core.layers import CONVOLUTIONS, is_stack, keeps_inputs_first
 
 
 def own_width(layer: nn.Module) -> int | None:

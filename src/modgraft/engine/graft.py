@@ -24,10 +24,9 @@ from modgraft.computation.base import (
 from modgraft.core.context import Context
 from modgraft.core.embeddings import Reading, reading_of
 from modgraft.core.errors import ModgraftError
-from modgraft.core.layers import feature_axis
+from modgraft.core.layers import WEIGHTED, feature_axis
 from modgraft.core.pickling import reduced_by
 from modgraft.core.sites import Site, one_input
-from modgraft.core.weights import WEIGHTED
 from modgraft.engine.inputs.generation import processors
 from modgraft.engine.inputs.tokens import generate_with_tokens
 from modgraft.engine.own_forward import PATCHED, by_weight, original, runs_changed
@@ -56,13 +55,16 @@ def graft_everywhere(
     for site, place in places:
         graft(site, name, place, context)
     inner = method.unwrapped
-    additive = isinstance(inner, ParameterComposition)
-    by_example = (
-        not isinstance(inner, InputComposition)
-        and not additive
-        and (inner.side_source is not None or not inner.by_token)
+    additive, inputs = (isinstance(inner, k) for k in (ParameterComposition, InputComposition))
+    context.add(
+        name,
+        device,
+        inner.side_source,
+        additive=additive,
+        inputs=inputs,
+        routed=bool(inner.members),
+        by_example=not (additive or inputs or (inner.side_source is None and inner.by_token)),
     )
-    context.add(name, device, additive, inner.side_source, bool(inner.members), by_example)
 
 
 def graft(site: Site, name: str, module: Computation, context: Context) -> None:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
-from modgraft.core.layers import STATE, linear_forward
+from modgraft.core.layers import STATE, WEIGHTED, linear_forward, stored
 from modgraft.core.sites import Site
-from modgraft.core.weights import WEIGHTED, stored
 from modgraft.engine.kernels import functional_call
 from modgraft.engine.kernels.linear import Change
 from modgraft.engine.served_weight import serving

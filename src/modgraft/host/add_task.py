@@ -55,7 +55,7 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     sites = [find(host.model, label)[0] for label in implant.paths]
     start = None if like is None else method.tasks.index(like)
     grown = method.with_task(task)
-    with host._context.gate.change(call), torch.inference_mode(False):
+    with host._guard.gate.change(call), torch.inference_mode(False):
         new = grown.extend(list(implant.places), sites, start)  # type: ignore[arg-type]
         implant.describe(grown)
         host._graft(implant, sites, implant.names[-1:])

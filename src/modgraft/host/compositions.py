@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from modgraft.computation.base import InputComposition
 from modgraft.core import expression as ex
-from modgraft.core.context import EXAMPLE, Side, missing_side
+from modgraft.core.context import EXAMPLE, Context, Side, missing_side
 from modgraft.core.errors import CompositionError
-from modgraft.core.parse import parse, walk
+from modgraft.core.parse import parse
 from modgraft.core.per_example import Each, Weighted
 from modgraft.core.tensors import first_tensor
 from modgraft.engine.implant import Implants
@@ -30,10 +29,11 @@ class Reader:
 
     Args:
         implants: the host's modules.
+        context: the host's, which knows their names.
     """
 
-    def __init__(self, implants: Implants) -> None:
-        self._implants = implants
+    def __init__(self, implants: Implants, context: Context) -> None:
+        self._implants, self._context = implants, context
         self._known: dict[Any, ex.Expression | None] = {}
 
     def forget(self) -> None:
@@ -79,7 +79,7 @@ class Reader:
         if composition is None or not isinstance(composition, ex.Composable):
             return composition
         expression = composition.expression()
-        for part in walk(expression):
+        for part in ex.walk(expression):
             if isinstance(part, Each) and part is not expression:
                 raise CompositionError(
                     f"{part} has one composition for each example, and is no part of another; "
@@ -99,7 +99,7 @@ class Reader:
         if composition is None:
             return None
         if isinstance(composition, str):
-            return self._checked(parse(composition, self._implants.names))
+            return self._checked(parse(composition, self._context.names))
         if isinstance(composition, ex.Composable):
             return self._checked(composition.expression())
         raise CompositionError(
@@ -111,7 +111,7 @@ class Reader:
         if not rows:
             raise CompositionError("modules=[]: one composition for each example of the batch")
         read = tuple(self.read(row) for row in rows)
-        if nested := [row for row in read if row is not None and of_batch(row)]:
+        if nested := [row for row in read if row is not None and row.of_batch]:
             raise CompositionError(
                 f"{nested[0]} is for a whole batch; a list has one composition an example"
             )
@@ -124,15 +124,17 @@ class Reader:
             CompositionError: with the nearest name.
         """
         for name in () if composition is None else composition.names():
-            if name not in self._implants.names:
-                parse(name, self._implants.names)  # raises with the nearest name
+            if name not in self._context.names:
+                self._implants.computation(name)  # raises with the nearest name
 
     def _checked(self, read: ex.Expression) -> ex.Expression | None:
         """Return ``read`` if its names are known and its modules go together.
 
         It is returned without its handles, and without what has the weight 0.
         """
-        joins = [part for part in walk(read) if isinstance(part, ex.Concat)]  # raises if too deep
+        joins = [
+            part for part in ex.walk(read) if isinstance(part, ex.Concat)
+        ]  # raises if too deep
         names = read.names()
         self.check_known(read)
         for name, weight in read.weights().items():
@@ -141,17 +143,10 @@ class Reader:
                     f"{str(read)!r:.80}: the weights of {name!r} add up to {weight:g}, and the "
                     f"largest float32 is {ex.LARGEST:g}"
                 )
-        inputs = {
-            n: a for n in names if isinstance(a := self._implants.computation(n), InputComposition)
-        }
+        inputs = {n: self._implants.computation(n) for n in names if n in self._context.inputs}
         if inputs or joins:
             check_inputs(read, inputs)
         return read.mapped(str)
-
-
-def of_batch(expression: ex.Expression) -> bool:
-    """Return whether it holds for batches of one size only."""
-    return isinstance(expression, Each) or expression.is_data
 
 
 def check_one(composition: ex.Expression | None) -> None:
@@ -160,7 +155,7 @@ def check_one(composition: ex.Expression | None) -> None:
     Raises:
         CompositionError: for such a composition.
     """
-    if composition is not None and of_batch(composition):
+    if composition is not None and composition.of_batch:
         raise CompositionError(
             f"{composition} differs between the examples of a batch, and a merged model has one "
             f"set of weights; merge the composition of one example"
@@ -195,36 +190,34 @@ def examples_of(composition: ex.Expression, sides: Mapping[str, Side]) -> int | 
     """Return how many examples a call has, as far as its compositions or side inputs say."""
     if isinstance(composition, Each):
         return len(composition.rows)
-    for part in walk(composition):
+    for part in ex.walk(composition):
         if isinstance(part, Weighted):
             return len(part.tensor)
     return next((len(side.tensor) for side in sides.values()), None)
 
 
 def check_batch(
-    composition: ex.Expression | None, args: tuple, kwargs: dict[str, Any], axes: Collection[Any]
+    composition: ex.Expression, args: tuple, kwargs: dict[str, Any], batch_second: bool
 ) -> None:
     """Refuse a call whose batch has another number of examples than its compositions.
 
     Args:
-        composition: what is in force.
+        composition: what is in force, for batches of one size.
         args: what the host is called with.
         kwargs: what it is called with by name.
-        axes: on which the examples lie inside the host, as far as is known.
+        batch_second: whether the examples are known to lie on a second axis inside the host.
 
     Raises:
         CompositionError: with both numbers.
     """
-    if composition is None or not of_batch(composition):
-        return
     if isinstance(composition, Each):
         have, what = len(composition.rows), "modules=[…] gives {} compositions"
     else:
-        weights = next(part for part in walk(composition) if isinstance(part, Weighted))
+        weights = next(part for part in ex.walk(composition) if isinstance(part, Weighted))
         have, what = len(weights.tensor), "mg.Weighted gives {} rows of weights"
     batch = first_tensor(args, kwargs)
     if batch is not None and batch.dim() and batch.shape[0] != have:
-        if 1 in axes and batch.dim() > 1 and batch.shape[1] == have:
+        if batch_second and batch.dim() > 1 and batch.shape[1] == have:
             return
         raise CompositionError(
             f"{what.format(have)} for a batch of {batch.shape[0]} examples (the first axis of the "

@@ -19,11 +19,10 @@ from torch import nn
 
 from modgraft.core.errors import SiteError
 from modgraft.core.expression import Expression, Weight
-from modgraft.core.layers import weight_matrix
+from modgraft.core.layers import WEIGHTED, weight_labels, weight_matrix
 from modgraft.core.patterns import starred
 from modgraft.core.roles import roles_of
 from modgraft.core.sites import Site, find
-from modgraft.core.weights import WEIGHTED, weight_labels
 from modgraft.engine.implant import Implants
 
 SITES = ("sites at", "number", "first", "shape", "type")

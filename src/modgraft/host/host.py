@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,12 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from modgraft.computation.base import (
-    Computation,
-    InputComposition,
-    ParameterComposition,
-    TokenComposition,
-)
+from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
 from modgraft.core import expression as ex
 from modgraft.core.context import Call, Context, Side
 from modgraft.core.errors import ModgraftError
@@ -26,17 +20,15 @@ from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
 from modgraft.engine.examples import ask, signature
-from modgraft.engine.fast_paths import check_weights_stay, leave_fast_paths, take_fast_paths
-from modgraft.engine.forwards import unwatch_forwards, watch_forwards
-from modgraft.engine.frozen import Frozen, let_go
+from modgraft.engine.fast_paths import check_weights_stay, leave_fast_paths
 from modgraft.engine.gradient_checkpointing import hook_checkpoints
 from modgraft.engine.graft import (
     graft_everywhere,
     grafted_by_others,
     link_shared_inputs,
     ungraft,
-    ungraft_all,
 )
+from modgraft.engine.guard import Guard
 from modgraft.engine.implant import (
     Implant,
     Implants,
@@ -47,23 +39,19 @@ from modgraft.engine.implant import (
     learning_parts,
 )
 from modgraft.engine.inputs.prefix_attention import hook_attention
-from modgraft.engine.kernels.functional_call import new_weights, write
-from modgraft.engine.kernels.linear import Change
-from modgraft.engine.own_forward import check_copies
-from modgraft.engine.places import Places
+from modgraft.engine.served_weight import unwatch_forwards, watch_forwards
 from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
     Composition,
     Compositions,
     Reader,
     check_batch,
-    check_one,
     check_sides,
     examples_of,
-    of_batch,
 )
 from modgraft.host.describe import describe
 from modgraft.host.explain import explain
+from modgraft.host.merge import merged
 from modgraft.host.mixtures import (
     check_unmixed,
     join_prompts,
@@ -102,28 +90,32 @@ class Host(AsModel):
         super().__init__()
         if isinstance(model, Host):
             raise ModgraftError("this is a Host already; implant in it, or wrap its .model anew")
-        self.model = model
+        self._modules["model"] = model  # where ``self.model`` finds it
         self._context = Context()
         self.implants = nn.ModuleDict()
         self._implants = Implants(self.implants, self._context)
-        self._reader = Reader(self._implants)
+        self._reader = Reader(self._implants, self._context)
         leave_fast_paths(model)
         if freeze:
             model.requires_grad_(False)
-        self._places = Places()
-        self._look_around()
+        self._guard = Guard(self)
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]
+        """The model, which is called without the checks that a call of the host makes."""
+        return self._modules["model"]  # type: ignore[return-value]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hook what the modules of an unpickled host need hooked in this process."""
         super().__setstate__(state)
         for implant in self._implants.values():
-            hook_attention(implant.method.unwrapped)
+            if isinstance(implant.method.unwrapped, KeyValueComposition):
+                hook_attention()
 
     def _look_around(self) -> None:
-        """See where modules are, and what of the host training would move."""
+        """See where modules are."""
         link_shared_inputs(self.model)
-        self._places.update(self)
-        self._frozen = Frozen(self.model, self._context.gate)
+        self._guard.look(self)
 
     # -- implanting -----------------------------------------------------------------------------
 
@@ -156,7 +148,7 @@ class Host(AsModel):
             ModgraftError: for a name in use, no matching site, another number than expected, or a
                 site the method is not defined at. The host is then as it was.
         """
-        with self._context.gate.change(f"host.implant({name!r}, …)"):
+        with self._guard.gate.change(f"host.implant({name!r}, …)"):
             return self._implant(name, module, at, expect, active)
 
     @torch.inference_mode(False)  # a module made in inference mode could never be trained
@@ -196,10 +188,13 @@ class Host(AsModel):
                 f"host.implant({name!r}, …, active=False), then host.use({names[0]!r})"
             )
         implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
-        join_prompts(self._implants, implant)
-        hook_attention(module.unwrapped)
+        if module.members:
+            join_prompts(self._implants, implant)
+        if isinstance(module.unwrapped, KeyValueComposition):
+            hook_attention()
         self._graft(implant, sites, implant.names)
-        watch_forwards(self.model, self._context)
+        if not self.implants:
+            watch_forwards(self.model, self._context)
         implant.train(self.training)
         self.implants[name] = implant
         self._reader.forget()
@@ -217,11 +212,11 @@ class Host(AsModel):
 
     def remove(self, name: str) -> None:
         """Remove a module; the host is as it was before it, bit for bit."""
-        with self._context.gate.change(f"host.remove({name!r})"):
+        with self._guard.gate.change(f"host.remove({name!r})"):
             names = self[name].names  # raises for an unknown one
             check_unmixed(self._implants, names)
             for each in names:
-                for layer in list(self._places.layers):
+                for layer in self._guard.layers:
                     ungraft(layer, each)
                 self._context.remove(each)
             self._look_around()
@@ -255,7 +250,7 @@ class Host(AsModel):
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
         """
-        with self._context.gate:
+        with self._guard.gate:
             self._context.switch(self._reader.read(composition))
 
     @contextmanager
@@ -272,7 +267,7 @@ class Host(AsModel):
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
         """
-        with self._context.gate:
+        with self._guard.gate:
             return self._reader.read(composition)
 
     def train(self, mode: bool = True) -> Self:
@@ -282,7 +277,7 @@ class Host(AsModel):
         stays in evaluation mode while its parameters are frozen.
         """
         super().train(mode)
-        self._frozen.hold(self.model)
+        self._guard.hold(self.model)
         return self
 
     # -- running --------------------------------------------------------------------------------
@@ -312,7 +307,7 @@ class Host(AsModel):
                 call = routed(self.model, self._implants, call, args, kwargs)
             with self._context.call(self._context.compiled.filled(call)):
                 return self.model(*args, **kwargs)
-        with self._context.gate:
+        with self._guard.call(self):
             call = self._call(side, modules)
             out = self._run(self.model, call, args, kwargs)
         return with_routing_losses(out, call, kwargs) if call.routings else out
@@ -325,41 +320,34 @@ class Host(AsModel):
         **kwargs: Any,
     ) -> Any:
         """Call the model's ``generate``; an example's beams share its side inputs."""
-        with self._context.gate:
+        with self._guard.call(self):
             call = self._call(side, modules, generating=True)
             return self._run(self.model.generate, call, args, kwargs)  # type: ignore[arg-type]
 
     def _run(
         self, run: Callable[..., Any], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        self._places.check(self)
         if self._context.routed:
             call = routed(self.model, self._implants, call, args, kwargs)
-        frozen = self._frozen.call(self.training or self.model.training)
-        try:
-            with frozen:
-                axes: set[int | None] = {0}
-                if not call.generating:
-                    self._find_examples(call, args, kwargs)
-                    axes = set(self._context.axes.values())
-                check_batch(call.composition, args, kwargs, axes)
-                with self._context.call(call):
-                    return run(*args, **kwargs)
-        except (RuntimeError, IndexError) as error:
-            self._places.explain(error)
-            raise
+        if (composition := call.composition) is not None:
+            by_example = not self._context.by_example.isdisjoint(composition.names())
+            if (composition.of_batch or by_example) and not call.generating:
+                self._find_examples(composition, call.side, args, kwargs)
+            if composition.of_batch:
+                batch_second = not call.generating and 1 in self._context.axes.values()
+                check_batch(composition, args, kwargs, batch_second)
+        with self._context.call(call):
+            return run(*args, **kwargs)
 
-    def _find_examples(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _find_examples(
+        self, composition: ex.Expression, sides: Mapping[str, Side], args: tuple, kwargs: Any
+    ) -> None:
         """Ask the host, once for calls that are alike, where the examples lie at its layers."""
-        context, composition = self._context, call.composition
-        if composition is None or not (
-            of_batch(composition) or any(n in context.by_example for n in composition.names())
-        ):
-            return
+        context = self._context
         kind = signature(args, kwargs)
         if kind is None or kind in context.asked:
             return
-        count = examples_of(composition, call.side)
+        count = examples_of(composition, sides)
         for path, axis in ask(self.model, args, kwargs, count).items():
             if axis == 0:
                 context.by_rows.add(path)
@@ -386,7 +374,8 @@ class Host(AsModel):
         if composition is not self._context.composition:  # of a block around a host.remove
             self._reader.check_known(composition)
         given = {**now.side, **self._placed({} if side is None else side)}
-        check_sides(composition, given, self._context.side_sources)
+        if self._context.side_sources:
+            check_sides(composition, given, self._context.side_sources)
         return Call(composition, given, generating, in_forward=True, kept={})
 
     def _placed(self, sides: Mapping[str, Side]) -> dict[str, Side]:
@@ -467,7 +456,7 @@ class Host(AsModel):
         """
         from modgraft.store.folder import load
 
-        with self._context.gate.change(f"host.load({str(folder)!r})"):
+        with self._guard.gate.change(f"host.load({str(folder)!r})"):
             return load(self, Path(folder), name, strict=strict)
 
     def merge(self, composition: Composition | EllipsisType = ...) -> nn.Module:
@@ -481,42 +470,8 @@ class Host(AsModel):
                 weights, or changes a weight that another layer shares.
         """
         read = self.composition if composition is ... else self.read(composition)
-        check_one(read)
-        self._places.check(self)
-        weights = {} if read is None else read.weights()
-        for name in weights:
-            method = self._implants.computation(name)
-            if not isinstance(method, ParameterComposition):
-                does = "computes on activations, and no weight of the host has its effect"
-                if isinstance(method, InputComposition):
-                    does = "puts vectors before what is read, and no weight of the host does that"
-                elif isinstance(method, Mixture):
-                    does = "weighs modules at each call; merge a sum of those that change weights"
-                raise ModgraftError(
-                    f"{name!r} cannot be merged: {type(method).__name__} {does}; leave it out, or "
-                    f"keep it implanted"
-                )
-        changes: dict[str, list[Change]] = {}
-        for name, weight in weights.items():
-            for label, place in self._implants.at_sites(name):
-                assert isinstance(place, ParameterComposition)  # noqa: S101
-                site = find(self.model, label)[0]
-                change = Change(place, weight, site.part, site.parameter)
-                check_copies(site)
-                changes.setdefault(site.path, []).append(change)
-        plain = ungraft_all(copy.deepcopy(self.model))
-        take_fast_paths(plain)
-        unwatch_forwards(plain)
-        let_go(plain)
-        with torch.no_grad():
-            for path, here in changes.items():
-                try:
-                    # every Δ is relative to the bare host's weight, and is added to that
-                    write(plain, path, new_weights(self.model.get_submodule(path), here))
-                except RuntimeError as error:
-                    self._places.explain(error)
-                    raise
-        return plain
+        with self._guard.state(self):
+            return merged(self.model, self._implants, read)
 
     # -- looking --------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modgraft.computation.base import Computation, KeyValueComposition
+from modgraft.computation.base import KeyValueComposition
 from modgraft.core.compiled import switched
 from modgraft.core.context import kept_in_call
 from modgraft.core.errors import CompositionError, ModgraftError
@@ -42,10 +42,8 @@ _observed: ContextVar[dict[nn.Module, tuple[Tensor, Tensor]] | None] = ContextVa
 )
 
 
-def hook_attention(module: Computation) -> None:
-    """Hook transformers' attention functions, once a process, if ``module`` has keys and values."""
-    if not isinstance(module, KeyValueComposition):
-        return
+def hook_attention() -> None:
+    """Hook transformers' attention functions, once a process."""
     from transformers.modeling_utils import AttentionInterface
 
     original = AttentionInterface.get_interface

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from modgraft.core.errors import ModgraftError
-from modgraft.core.family import joined
-from modgraft.core.layers import add_to_bias, add_to_weight, bias_vector, weight_matrix
+from modgraft.core.layers import add_to_bias, add_to_weight, bias_vector, stored, weight_matrix
+from modgraft.core.patterns import joined
 from modgraft.core.precision import wide
-from modgraft.core.weights import stored
 from modgraft.engine.kernels.linear import Change
 from modgraft.engine.served_weight import COPIED
 

@@ -22,9 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.computation.base import ParameterComposition
 from modgraft.core.context import kept_in_call, seen_in_call
-from modgraft.core.layers import bias_vector, weight_matrix
+from modgraft.core.layers import bias_vector, stored, weight_matrix
 from modgraft.core.parts import Part
-from modgraft.core.weights import stored
 from modgraft.engine.kernels.low_rank import LowRank
 
 _LINEAR = (nn.Linear, Conv1D)

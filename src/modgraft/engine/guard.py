@@ -1,0 +1,358 @@
+"""Guards the calls of a host: each sees one state of it, from its beginning to its end.
+
+- No module comes or goes while a call runs: :class:`Gate`.
+- The layers with modules stand where they stood when these were implanted: :class:`Places`.
+- What training moves beside parameters stays where it is, in a host that is frozen:
+  :class:`Frozen`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import is_
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+
+from modgraft.core.errors import ModgraftError
+from modgraft.engine.state import STATE, State
+
+_STATISTICS = (_NormBase, _SpectralNorm)
+"""Layers that training moves, and that compute in evaluation mode from where they are."""
+
+_LARGE = 2**20
+"""Numbers in a buffer that is lent only if the first call moves it."""
+
+
+class Guard:
+    """What the calls of one host may rely on.
+
+    Args:
+        host: the host, whose model is ``host.model``.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        self.gate = Gate()
+        self._places = Places()
+        self.look(host)
+
+    def look(self, host: nn.Module) -> None:
+        """See where modules are, and what of the host training would move."""
+        self._places.update(host)
+        self._frozen = Frozen(host.get_submodule("model"), self.gate)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers with modules."""
+        return self._places.layers
+
+    def hold(self, model: nn.Module) -> None:
+        """Put layers of running statistics into the mode of ``model``, frozen ones excepted."""
+        self._frozen.hold(model)
+
+    @contextmanager
+    def state(self, host: nn.Module) -> Iterator[None]:
+        """Keep the host's modules and layers as they are in a ``with`` block.
+
+        Raises:
+            ModgraftError: where a layer was replaced, resized, or moved alone.
+        """
+        with self.gate:
+            self._places.check(host)
+            try:
+                yield
+            except (RuntimeError, IndexError) as error:
+                self._places.explain(error)
+                raise
+
+    @contextmanager
+    def call(self, host: nn.Module) -> Iterator[None]:
+        """Keep them as they are for a call of the host, which may write to copies of its buffers.
+
+        Raises:
+            ModgraftError: as :meth:`state` does.
+        """
+        training = host.training or host.get_submodule("model").training
+        with self.state(host), self._frozen.call(training):
+            yield
+
+
+class Gate:
+    """Calls enter it, ``with gate:``; a change waits for those inside, and holds off the others.
+
+    A call within a call, in the same thread, enters at once. A copy of a host has a gate of its
+    own.
+
+    Attributes:
+        turn: the lock for what takes no longer than an assignment.
+    """
+
+    def __init__(self) -> None:
+        self.turn = threading.Condition()
+        self._inside: dict[int, int] = {}  # how many calls of each thread are inside
+        self._waiting = 0  # changes under way, and those that wait
+        self._changing: int | None = None  # the thread whose change is under way
+
+    def __reduce__(self) -> tuple[Callable[[], Gate], tuple[()]]:
+        return Gate, ()
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        with self.turn:
+            if me not in self._inside and me != self._changing:
+                while self._waiting:
+                    self.turn.wait()
+            self._inside[me] = self._inside.get(me, 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        me = threading.get_ident()
+        with self.turn:
+            left = self._inside.pop(me) - 1
+            if left:
+                self._inside[me] = left
+            elif self._waiting:
+                self.turn.notify_all()
+
+    @contextmanager
+    def change(self, what: str) -> Iterator[None]:
+        """Wait for the calls inside to end, and hold off others in a ``with`` block.
+
+        Args:
+            what: the change, for the error.
+
+        Raises:
+            ModgraftError: inside a call of this thread, which would wait for itself.
+        """
+        me = threading.get_ident()
+        if self._changing == me:  # a part of another change
+            yield
+            return
+        with self.turn:
+            if me in self._inside:
+                raise ModgraftError(
+                    f"{what} within a call of this host, as in a hook or a callback: a call sees "
+                    f"one state of the host from its beginning to its end; do it when it has ended"
+                )
+            self._waiting += 1
+            try:
+                while self._inside or self._changing is not None:
+                    self.turn.wait()
+            except BaseException:  # Ctrl-C while waiting
+                self._leave()
+                raise
+            self._changing = me
+        try:
+            yield
+        finally:
+            with self.turn:
+                self._changing = None
+                self._leave()
+
+    def _leave(self) -> None:
+        self._waiting -= 1
+        self.turn.notify_all()
+
+
+class Places:
+    """The layers of a host that have modules, each where it stands in the tree ``host.model``."""
+
+    def __init__(self) -> None:
+        self._children: list[dict[str, nn.Module | None]] = []  # of the modules above
+        self._names: list[str] = []
+        self._modules: list[nn.Module] = []
+        self._shapes: dict[nn.Module, dict[str, list[int]]] = {}  # of the layers' own weights
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers."""
+        return list(self._shapes)
+
+    def update(self, host: nn.Module) -> None:
+        """Note every step on the ways from the host to its layers, and their weights' shapes."""
+        above: dict[nn.Module, tuple[nn.Module, str]] = {}
+        steps: dict[nn.Module, tuple[nn.Module, str]] = {}
+        shapes = {}
+        above[host.get_submodule("model")] = host, "model"
+        for module in host.get_submodule("model").modules():
+            for name, child in module.named_children():
+                above.setdefault(child, (module, name))
+            if STATE not in module.__dict__:
+                continue
+            shapes[module] = self._shapes.get(module) or _shapes(module)
+            step = module
+            while step is not host and step not in steps:
+                steps[step] = above[step]
+                step = above[step][0]
+        self._children = [parent._modules for parent, _ in steps.values()]
+        self._names = [name for _, name in steps.values()]
+        self._modules, self._shapes = list(steps), shapes
+
+    def check(self, host: nn.Module) -> None:
+        """Refuse a call when a layer with modules is no longer part of the model.
+
+        A layer that was only wrapped, for checkpointing for instance, is found again.
+
+        Raises:
+            ModgraftError: with the layer's path and the remedy.
+        """
+        # C over whole lists: this is asked at every call
+        if all(map(is_, map(dict.get, self._children, self._names), self._modules)):
+            return
+        found = set(host.get_submodule("model").modules())
+        for layer in self.layers:
+            if layer not in found:
+                state = layer.__dict__[STATE]
+                names = ", ".join(map(repr, state.entries))
+                raise ModgraftError(
+                    f"{state.path or 'the model'}, the {type(layer).__name__} that {names} acts "
+                    f"in, is no longer part of the host's model: it was replaced, as "
+                    f"resize_token_embeddings does. Change the model first and implant then: "
+                    f"host.remove({next(iter(state.entries))!r}), and implant it anew"
+                )
+        self.update(host)
+
+    def explain(self, error: Exception) -> None:
+        """Say why a call has failed with ``error``, where the host was changed under its modules.
+
+        Raises:
+            ModgraftError: with the layer's path and the remedy.
+        """
+        for layer, was in self._shapes.items():
+            state: State = layer.__dict__[STATE]
+            for entry in (entry for some in state.entries.values() for entry in some):
+                at = f"{entry.name!r} at {state.path or 'the model'}"
+                if (now := _shapes(layer)) != was:
+                    raise ModgraftError(
+                        f"{at}: the {type(layer).__name__} had {was} when it was implanted and has "
+                        f"{now} now; resize the model first and implant then: "
+                        f"host.remove({entry.name!r}), and implant it anew"
+                    ) from error
+                _compare(at, layer, entry.module, error)
+
+
+def _shapes(layer: nn.Module) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in layer._parameters.items() if p is not None}
+
+
+def _compare(at: str, layer: nn.Module, module: object, error: Exception) -> None:
+    """Refuse a module on another device than its layer, or of another type where types met."""
+    theirs = next((p for p in layer.parameters() if p.is_floating_point()), None)
+    own = next(module.parameters(), None) if isinstance(module, nn.Module) else None
+    if own is None or theirs is None:
+        return
+    types = "type" in str(error)  # torch's words: the same dtype, a scalar type
+    if own.device != theirs.device or (types and own.dtype != theirs.dtype):
+        raise ModgraftError(
+            f"{at} is {own.dtype} on {own.device}, and the layer {theirs.dtype} on "
+            f"{theirs.device}: one of them was moved alone; move both, "
+            f"host.to({str(theirs.device)!r}, {theirs.dtype})"
+        ) from error
+
+
+class Frozen:
+    """The layers of a model that training moves, beside their parameters.
+
+    A layer of running statistics whose parameters are frozen stays in evaluation mode, as the
+    frozen batch normalisation of detection models does: it computes in training what it computes
+    afterwards. What other layers write while they train (the mean of a codebook, a counter) is lent
+    to each call as a copy. Where the parameters train, both move as usual.
+
+    Args:
+        model: the host's.
+        gate: the host's.
+    """
+
+    def __init__(self, model: nn.Module, gate: Gate) -> None:
+        self._gate = gate
+        self._lent: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._calls = 0  # that have what is lent
+        self._look(model)
+        self._hold()
+
+    def _look(self, model: nn.Module) -> None:
+        self._statistics: list[tuple[nn.Module, nn.Module]] = []
+        self._buffers: list[tuple[nn.Module, str, nn.Module]] = []
+        parts = {model: model}  # with parameters of its own, or around a layer that has none
+        for layer in model.modules():
+            self._find(layer, parts[layer])
+            around = parts[layer] if next(layer.parameters(), None) is None else layer
+            parts.update((child, around) for child in layer.children() if child not in parts)
+
+    def _find(self, layer: nn.Module, around: nn.Module) -> None:
+        """Find what training moves in ``layer``, which belongs to ``around``."""
+        part = layer if any(p is not None for p in layer._parameters.values()) else around
+        if not isinstance(layer, _STATISTICS):
+            lasting = layer._buffers.keys() - layer._non_persistent_buffers_set
+            self._buffers += [(layer, n, part) for n in lasting if layer._buffers[n] is not None]
+        else:
+            self._statistics.append((layer, part))
+
+    def hold(self, model: nn.Module) -> None:
+        """Put layers of running statistics into the mode of their model, frozen ones excepted."""
+        now = [layer for layer in model.modules() if isinstance(layer, _STATISTICS)]
+        if not {layer for layer, _ in self._statistics}.issuperset(now):
+            self._look(model)  # some were replaced, by synchronised ones for instance
+        for layer, part in self._statistics:
+            layer.training = model.training and not _frozen(part)
+
+    def _hold(self) -> None:
+        for layer, part in self._statistics:
+            if layer.training and _frozen(part):
+                layer.training = False
+
+    def call(self, training: bool) -> AbstractContextManager[None]:
+        """Return the context of one call of the host, in which what it may write is a copy.
+
+        Args:
+            training: whether the host is in training mode.
+        """
+        self._hold()  # one may have been frozen, or put into training mode by itself
+        return self._lending() if training and self._buffers else nullcontext()
+
+    @contextmanager
+    def _lending(self) -> Iterator[None]:
+        with self._gate.turn:
+            if not self._calls:
+                self._lend()
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._gate.turn:
+                self._calls -= 1
+                if not self._calls:
+                    self._give_back()
+
+    def _lend(self) -> None:
+        for layer, name, part in self._buffers:
+            own = layer._buffers.get(name)
+            if own is not None and _frozen(part):
+                copy = own.clone()
+                layer._buffers[name] = copy
+                self._lent.append((layer, name, own, copy))
+
+    def _give_back(self) -> None:
+        still = set()
+        for layer, name, own, copy in self._lent:
+            moved = layer._buffers.get(name) is not copy or not torch.equal(own, copy)
+            if own.numel() > _LARGE and not moved:
+                still.add((layer, name))
+            layer._buffers[name] = own
+        self._lent.clear()
+        if still:
+            self._buffers = [each for each in self._buffers if each[:2] not in still]
+
+
+def let_go(model: nn.Module) -> None:
+    """Put layers of running statistics into the mode of ``model``, which is no host's any more."""
+    for layer in model.modules():
+        if isinstance(layer, _STATISTICS):
+            layer.training = model.training
+
+
+def _frozen(part: nn.Module) -> bool:
+    return not any(p.requires_grad for p in part.parameters())
