@@ -3,9 +3,10 @@
 Most layers put out ``[B, …]``. Others put out ``[n, B, d]``, windows or tokens of all examples in
 one axis, or the tokens that a router chose. The numbers of a batch do not tell: 4 steps of 4
 examples fit either way. So a copy of the host, which shares its weights, runs on a few examples and
-on the same with one of them again. The axis that grew is that of the examples, if the others come
-out of it as before; they do not where the axis is another one, since then what was added changes
-what the others attend to.
+on the same with one of them again, behind them and before them. The axis that grew is that of the
+examples, if the others come out of it as before; they do not where the axis is another one, since
+then what was added changes what the others attend to, or where they stand. Of the axes of its
+input, the host's own output says which one holds the examples.
 """
 
 from __future__ import annotations
@@ -66,10 +67,11 @@ def ask(
             found = _ask_along(twin, args, kwargs, size, axis)
         except REFUSALS:  # a host that takes no other number along this axis cannot be asked so
             continue
+        if found.get("") is not None:  # the host itself keeps them apart along this axis
+            best = found
+            break
         if best is None or _told(found) > _told(best):
             best = found
-        if _told(found) == len(found):
-            break
     own = best or {}
     return {path: axis for path, axis in own.items() if path or STATE in model.__dict__}
 
@@ -95,12 +97,15 @@ def _ask_along(
 
     few = list(range(min(count, 4))) if count > 1 else [0, 0]
     before = run(few)
-    after = [run([*few, one]) for one in (few[0], few[-1])]  # two: a router may choose by chance
+    behind, ahead = run([*few, few[0]]), run([few[-1], *few])
     found: dict[str, int | None] = {}
     for path, outputs in before.items():
-        others = [of.get(path, []) for of in after]
-        pairs = [pair for some in others for pair in zip(outputs, some, strict=False)]
-        axes = {_axis(*pair, len(few)) for pair in pairs}
+        others = [of.get(path, []) for of in (behind, ahead)]
+        axes = {
+            _axis(old, new, len(few), first)
+            for first, some in zip((True, False), others, strict=True)
+            for old, new in zip(outputs, some, strict=False)
+        }
         if any(len(some) != len(outputs) for some in others) or len(axes) > 1:
             found[path] = None
         elif (one := axes.pop()) != -1:
@@ -119,13 +124,14 @@ def _stands_for_all(layer: nn.Module, out: Tensor) -> bool:
     return isinstance(layer, nn.Embedding) and (not out.dim() or out.shape[0] == 1)
 
 
-def _axis(before: Tensor, after: Tensor, count: int) -> int | None:
+def _axis(before: Tensor, after: Tensor, count: int, first: bool) -> int | None:
     """Return the axis of the examples, None if none is, -1 if the output does not grow with them.
 
     Args:
         before: what a layer put out for ``count`` examples.
         after: what it put out for the same and one more.
         count: how many they are.
+        first: whether they are the first of these, else the last.
     """
     if before.shape == after.shape:
         return -1
@@ -136,7 +142,9 @@ def _axis(before: Tensor, after: Tensor, count: int) -> int | None:
     each, left = divmod(before.shape[axis], count)
     if len(grown) > 1 or left or after.shape[axis] != each * (count + 1):
         return None
-    same = after.narrow(axis, 0, before.shape[axis])
+    if axis and each > 1:  # tokens of all examples in one row
+        return None
+    same = after.narrow(axis, 0 if first else each, before.shape[axis])
     scale = before.abs().amax() if before.numel() else 0.0
     tolerance = TOLERANCE.get(before.dtype.itemsize, 3e-2) * scale
     return axis if bool(((same - before).abs() <= tolerance).all()) else None

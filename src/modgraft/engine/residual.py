@@ -6,12 +6,15 @@ norm(W h + r). A module that acts inside the norm changes r, not f's output:
     f'(…, r) = f(…, r + e),  e = 0 at first and e ← e + m(y, r) − y with y = f(…, r + e) for each m,
 
 so that modules stack and add in the residual as they do in outputs, and one that starts as the
-identity has e = 0. r is the last of the layer's arguments that has the shape of its output.
+identity has e = 0. r is the last of the layer's arguments that has the shape of its output. Each y
+is a run of the layer, on copies of the caches that it writes to; the run on r + e writes to them.
 """
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -40,17 +43,21 @@ def shifted(
         path: the layer's path, for the error.
 
     Raises:
-        SiteError: where no argument has the output's shape, or one of them is a cache, which each
-            run of the layer writes to.
+        SiteError: where no argument has the output's shape, or one of them is an object that a run
+            of the layer may write to, and of which nobody knows how to make a copy.
     """
     for value in (*args, *kwargs.values()):
-        if not _is_data(value):
+        if not _is_copied(value):
             raise SiteError(
                 f"{path}[residual]: to add to its residual a layer is run more than once, and this "
-                f"one is called with a {type(value).__name__}, which every run writes to; call the "
-                f"host with use_cache=False, or leave out [residual]"
+                f"one is called with a {type(value).__name__}, which every run may write to; call "
+                f"the host without it, or leave out [residual]"
             )
-    bare = f(args, kwargs)
+
+    def run(args: tuple, kwargs: dict) -> Tensor:
+        return f(_copied(args), {name: _copied(value) for name, value in kwargs.items()})
+
+    bare = run(args, kwargs)
     like = [k for k, v in enumerate(args) if _same(v, bare)]
     named = [k for k, v in kwargs.items() if _same(v, bare)]
     if not like and not named:
@@ -67,17 +74,51 @@ def shifted(
         return (*args[: like[-1]], r + e, *args[like[-1] + 1 :]), kwargs
 
     def step(effect: Effect, e: Tensor) -> Tensor:
-        y = bare if e is start else f(*put(e))
+        y = bare if e is start else run(*put(e))
         return e + (effect(y, r) - y)
 
     return put(fold(step, start))
 
 
-def _is_data(value: Any) -> bool:
-    """Return whether running a layer with ``value`` leaves it as it is."""
-    if isinstance(value, tuple):
-        return all(map(_is_data, value))
-    return value is None or isinstance(value, Tensor | bool | int | float | str)
+def _is_copied(value: Any) -> bool:
+    """Return whether :func:`_copied` gives all of ``value`` that a layer may write to."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_copied, value))
+    if isinstance(value, dict):
+        return all(map(_is_copied, value.values()))
+    return value is None or isinstance(value, Tensor | bool | int | float | str) or _caches(value)
+
+
+def _copied(value: Any) -> Any:
+    """Return ``value``, an argument of a layer, with copies of what it writes to.
+
+    Those are caches, and what lists and dictionaries hold; gradients pass through the copies.
+    """
+    if type(value) is tuple:
+        return tuple(map(_copied, value))
+    return value if isinstance(value, Tensor) else _fork(value)
+
+
+def _fork(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return type(value)((k, _fork(v)) for k, v in value.items())
+    if type(value) in (tuple, list):
+        return type(value)(map(_fork, value))
+    if _caches(value):
+        new = copy(value)
+        new.__dict__ = {name: _fork(own) for name, own in value.__dict__.items()}
+        return new
+    return value
+
+
+def _caches(value: Any) -> bool:
+    """Return whether ``value`` is a cache of transformers, or a part of one."""
+    kinds = type(value).__mro__
+    return isinstance(value, UserDict) or any(
+        "Cache" in kind.__name__ and kind.__module__.startswith("transformers.") for kind in kinds
+    )
 
 
 def _same(value: Any, output: Tensor) -> bool:
