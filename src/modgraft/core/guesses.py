@@ -40,9 +40,8 @@ def guess(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
     """Return role → patterns, of those roles that names and shapes of the layers leave no doubt
     about."""
     modules = dict(model.named_modules())
-    found: dict[str, list[str]] = {
-        name: [] for name in ("query", "key", "value", "output", "attention", "up", "down", "block")
-    }
+    names = "query key value output attention self_attention cross_attention up down block"
+    found: dict[str, list[str]] = {name: [] for name in names.split()}
     for path, module in modules.items():
         for role, label in [*_attention(path, module), *_feedforward(path, module)]:
             found[role].append(label)
@@ -61,7 +60,7 @@ def _attention(path: str, module: nn.Module) -> list[tuple[str, str]]:
     """Return the roles in a layer that attends."""
     if isinstance(module, nn.MultiheadAttention):
         own = [(what, label) for label, what in weight_labels(path, module) if what]
-        return [*own, ("attention", path)] if own else []
+        return [*own, *_attends(path)] if own else []
     for names in _ATTENTION:
         query, key, value = (_linear(module, name) for name in names)
         if query is None or key is None or value is None or key[0] != value[0]:
@@ -72,8 +71,15 @@ def _attention(path: str, module: nn.Module) -> list[tuple[str, str]]:
             output = _linear(module, name)
             if output is not None and output[0] in (query[1], value[1]):
                 found.append(("output", joined(path, name)))
-        return [*found, ("attention", path)]
+        return [*found, *_attends(path)]
     return []
+
+
+def _attends(path: str) -> list[tuple[str, str]]:
+    """Return the roles of a layer that attends as a whole, by its own name or that of its block."""
+    name = ".".join(path.split(".")[-2:]).lower()
+    crosses = any(part in name for part in ("cross", "encoder_attn", "encdec"))
+    return [("attention", path), ("cross_attention" if crosses else "self_attention", path)]
 
 
 def _feedforward(path: str, module: nn.Module) -> list[tuple[str, str]]:

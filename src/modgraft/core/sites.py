@@ -125,7 +125,8 @@ class Site:
         around = self._around()
         model = next((m for m in around if getattr(m, "base_model_prefix", None) is not None), None)
         model = around[-1] if model is None else model
-        flags = [getattr(m, "is_causal", None) for m in model.modules()]
+        names = "is_causal", "is_decoder"  # some decoders set the second alone
+        flags = [getattr(m, name, None) for m in model.modules() for name in names]
         said = [flag for flag in flags if isinstance(flag, bool)]
         if said:
             return any(said)

@@ -31,9 +31,12 @@ def own_width(layer: nn.Module) -> int | None:
             widths = [w for child in layer if (w := own_width(child)) is not None]
             return widths[-1] if widths else None
     if shape := getattr(layer, "normalized_shape", None):  # any class of LayerNorm
-        return None if getattr(layer, "data_format", "") == "channels_first" else int(shape[-1])
+        if getattr(layer, "data_format", "") == "channels_first":
+            return None
+        return int(shape if isinstance(shape, int) else shape[-1])
     direct = dict(layer.named_parameters(recurse=False))
-    if direct.keys() == {"weight"} and direct["weight"].dim() == 1:  # any class of RMSNorm
+    sizes = {tuple(p.shape) for p in direct.values()}
+    if "weight" in direct and len(sizes) == 1 and direct["weight"].dim() == 1:  # any other norm
         return direct["weight"].shape[0]
     return None
 
@@ -61,7 +64,7 @@ def inner_width(around: Sequence[nn.Module]) -> int | None:
     if not maps:
         return _table_width(layer, hidden)
     first, last = maps[0][0], maps[-1][1]
-    if len(maps) == 1 or last == hidden:
+    if len(maps) == 1 or last in (hidden, getattr(config, "vocab_size", None)):
         return last
     inner = hidden in {out for _, out in maps}
     if first == last:

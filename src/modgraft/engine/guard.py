@@ -286,8 +286,12 @@ class Frozen:
         """Find what training moves in ``layer``, which belongs to ``around``."""
         part = layer if any(p is not None for p in layer._parameters.values()) else around
         if not isinstance(layer, _STATISTICS):
-            lasting = layer._buffers.keys() - layer._non_persistent_buffers_set
-            self._buffers += [(layer, n, part) for n in lasting if layer._buffers[n] is not None]
+            passing = layer._non_persistent_buffers_set
+            self._buffers += [
+                (layer, name, part)
+                for name, own in layer._buffers.items()
+                if own is not None and name not in passing
+            ]
         else:
             self._statistics.append((layer, part))
 
