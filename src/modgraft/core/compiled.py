@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,13 +21,30 @@ from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import Chain, Expression, Run, T
 from modgraft.core.per_example import Each
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 REMEMBERED = 256
 """How many compositions that weights cannot express keep their number."""
 
 DATA = "data"
 """The number of a program that holds weights for one batch, and is never met again."""
 
+NOT_COMPILED = (
+    "torch.compile cannot make one graph of this host, which therefore runs as without it; "
+    "TORCH_LOGS=graph_breaks says where the graph ends. torch.compile(host.model) compiles the "
+    "parts that can be"
+)
+
 _numbers = itertools.count()  # of the process: threads never draw one twice
+
+
+def eagerly(function: F) -> F:
+    """Have ``torch.compile`` leave ``function`` alone, with all that it calls.
+
+    Where it cannot make one graph of a host's forward, it would go on to compile the functions that
+    put a call under way, each by itself.
+    """
+    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -94,29 +93,32 @@ def _check(names: tuple[str, ...], w: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Each(Expression):
-    """One composition for each example of a batch, None the bare host."""
+    """One composition for each example of a batch, None the bare host.
+
+    Attributes:
+        rows: the compositions.
+        different: the different ones, each with the indices of its examples.
+    """
 
     rows: tuple[Expression | None, ...]
+    different: dict[Expression | None, list[int]] = field(init=False, compare=False, repr=False)
+    _names: tuple[str, ...] = field(init=False, compare=False, repr=False)
 
     @property
     def of_batch(self) -> bool:  # noqa: D102
         return True
 
+    def __post_init__(self) -> None:
+        different: dict[Expression | None, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            different.setdefault(row, []).append(i)
+        names = unique(n for row in different if row is not None for n in row.names())
+        # at once: torch.compile does not follow a property that is computed when it is asked for
+        object.__setattr__(self, "different", different)
+        object.__setattr__(self, "_names", names)
+
     def names(self) -> tuple[str, ...]:  # noqa: D102
         return self._names
-
-    @cached_property
-    def _names(self) -> tuple[str, ...]:
-        different = dict.fromkeys(self.rows)
-        return unique(n for row in different if row is not None for n in row.names())
-
-    @cached_property
-    def different(self) -> dict[Expression | None, list[int]]:
-        """The different compositions, each with the indices of its examples."""
-        found: dict[Expression | None, list[int]] = {}
-        for i, row in enumerate(self.rows):
-            found.setdefault(row, []).append(i)
-        return found
 
     def weights(self) -> dict[str, Weight]:  # noqa: D102
         return dict.fromkeys(self._names, 1.0)

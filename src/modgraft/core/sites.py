@@ -178,6 +178,8 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
         UserWarning: if ``nn.Linear`` leaves out the weights of experts, which are no layers.
     """
     several: Sequence[Any] = at if isinstance(at, list | tuple) else [at]
+    if not several:
+        raise SiteError("at=[] selects nothing; write a role, a path, or a list of some")
     found = {site.label: site for each in several for site in _find_one(model, each)}
     if any(isinstance(each, type) and issubclass(each, LINEAR) for each in several):
         _warn_of_experts(model, found)
@@ -226,9 +228,9 @@ def _find_one(model: nn.Module, at: At) -> list[Site]:
         return [replace(s, residual=True) for s in _find_one(model, at.removesuffix(RESIDUAL))]
     if isinstance(at, str):
         return _find_named(model, at)
-    if not callable(at):
+    if not callable(at) or isinstance(at, nn.Module):
         raise SiteError(
-            f"a selection is a role, a path pattern, a type, a predicate or a list, not {at!r}"
+            f"a selection is a role, a path pattern, a type, a predicate or a list, not {at!r:.80}"
         )
     modules = dict(model.named_modules())
     holds = (lambda _, module: isinstance(module, at)) if isinstance(at, type) else at

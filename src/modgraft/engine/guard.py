@@ -84,6 +84,8 @@ class Guard:
 class Gate:
     """Calls enter it, ``with gate:``; a change waits for those inside, and holds off the others.
 
+    What waited while a change was made goes before the next one.
+
     A call within a call, in the same thread, enters at once. A copy of a host has a gate of its
     own.
 
@@ -94,6 +96,8 @@ class Gate:
     def __init__(self) -> None:
         self.turn = threading.Condition()
         self._inside: dict[int, int] = {}  # how many calls of each thread are inside
+        self._queued = 0  # calls that wait
+        self._first = 0  # of these, how many go before the next change
         self._waiting = 0  # changes under way, and those that wait
         self._changing: int | None = None  # the thread whose change is under way
 
@@ -103,9 +107,8 @@ class Gate:
     def __enter__(self) -> None:
         me = threading.get_ident()
         with self.turn:
-            if me not in self._inside and me != self._changing:
-                while self._waiting:
-                    self.turn.wait()
+            if self._waiting and me not in self._inside and me != self._changing:
+                self._wait()
             self._inside[me] = self._inside.get(me, 0) + 1
 
     def __exit__(self, *_: object) -> None:
@@ -116,6 +119,17 @@ class Gate:
                 self._inside[me] = left
             elif self._waiting:
                 self.turn.notify_all()
+
+    def _wait(self) -> None:
+        self._queued += 1
+        try:
+            while self._waiting and not self._first:
+                self.turn.wait()
+            self._first = max(0, self._first - 1)
+        finally:
+            self._queued -= 1
+            self._first = min(self._first, self._queued)
+            self.turn.notify_all()
 
     @contextmanager
     def change(self, what: str) -> Iterator[None]:
@@ -139,7 +153,7 @@ class Gate:
                 )
             self._waiting += 1
             try:
-                while self._inside or self._changing is not None:
+                while self._inside or self._first or self._changing is not None:
                     self.turn.wait()
             except BaseException:  # Ctrl-C while waiting
                 self._leave()
@@ -150,6 +164,7 @@ class Gate:
         finally:
             with self.turn:
                 self._changing = None
+                self._first = self._queued  # change after change would let no call in
                 self._leave()
 
     def _leave(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
+from torch._C._dynamo import eval_frame
+from transformers import PreTrainedModel
 
 from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
 from modgraft.core import expression as ex
+from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import Call, Context, Side
 from modgraft.core.errors import ModgraftError
 from modgraft.core.per_example import Weighted, joined
@@ -63,6 +67,9 @@ from modgraft.host.probe import probe
 from modgraft.host.probe_result import Probe
 from modgraft.routing.mixture import Mixture
 
+TARGETS = {"labels", "return_loss", "num_items_in_batch"}
+"""What a call may be given beside its input."""
+
 hook_checkpoints()
 
 if TYPE_CHECKING:
@@ -90,6 +97,11 @@ class Host(AsModel):
         super().__init__()
         if isinstance(model, Host):
             raise ModgraftError("this is a Host already; implant in it, or wrap its .model anew")
+        if not isinstance(model, nn.Module):
+            raise ModgraftError(
+                f"Host({model!r:.80}): a host is a model, an nn.Module, as "
+                f"AutoModel.from_pretrained('bert-base-uncased') gives"
+            )
         self._modules["model"] = model  # where ``self.model`` finds it
         self._context = Context()
         self.implants = nn.ModuleDict()
@@ -307,10 +319,9 @@ class Host(AsModel):
                 call = routed(self.model, self._implants, call, args, kwargs)
             with self._context.call(self._context.compiled.filled(call)):
                 return self.model(*args, **kwargs)
-        with self._guard.call(self):
-            call = self._call(side, modules)
-            out = self._run(self.model, call, args, kwargs)
-        return with_routing_losses(out, call, kwargs) if call.routings else out
+        if callable(eval_frame.get_eval_frame_callback()):
+            warnings.warn(NOT_COMPILED, stacklevel=4)
+        return self._call_eagerly(False, side, modules, args, kwargs)
 
     def generate(
         self,
@@ -320,9 +331,30 @@ class Host(AsModel):
         **kwargs: Any,
     ) -> Any:
         """Call the model's ``generate``; an example's beams share its side inputs."""
+        return self._call_eagerly(True, side, modules, args, kwargs)
+
+    @eagerly
+    def _call_eagerly(
+        self,
+        generating: bool,
+        side: Mapping[str, Side] | None,
+        modules: Compositions | EllipsisType,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        of_transformers = isinstance(self.model, PreTrainedModel)
+        if of_transformers and not (generating or args or kwargs.keys() - TARGETS):
+            raise ModgraftError(
+                f"the host was called without an input, with {sorted(kwargs) or 'nothing'}; "
+                f"transformers' Trainer leaves out what it does not find in the arguments of "
+                f"forward, unless TrainingArguments(remove_unused_columns=False)"
+            )
         with self._guard.call(self):
-            call = self._call(side, modules, generating=True)
-            return self._run(self.model.generate, call, args, kwargs)  # type: ignore[arg-type]
+            call = self._call(side, modules, generating)
+            run: Any = self.model.generate if generating else self.model
+            out = self._run(run, call, args, kwargs)
+        learns = call.routings and not generating
+        return with_routing_losses(out, call, kwargs) if learns else out
 
     def _run(
         self, run: Callable[..., Any], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -470,7 +502,7 @@ class Host(AsModel):
                 weights, or changes a weight that another layer shares.
         """
         read = self.composition if composition is ... else self.read(composition)
-        with self._guard.state(self):
+        with self._guard.gate.change("host.merge(…)"), self._guard.state(self):
             return merged(self.model, self._implants, read)
 
     # -- looking --------------------------------------------------------------------------------
@@ -491,16 +523,22 @@ class Host(AsModel):
         Raises:
             ModgraftError: for a batch that shows nothing, or a host without modules.
         """
+        if not isinstance(batch, Mapping):
+            raise ModgraftError(
+                f"host.probe takes a batch as host(**batch) does, a dictionary of tensors by name, "
+                f"not a {type(batch).__name__}"
+            )
         given, side = dict(batch), side if side is not None else batch.get("side")
         given.pop("side", None)
-        return probe(
-            self.model,
-            self._implants,
-            self.implants,
-            given,
-            lambda one, modules: self(**one, side=side, modules=modules),
-            lambda: self.using(None),
-        )
+        with self._guard.gate.change("host.probe(…)"):  # it fills the modules with other numbers
+            return probe(
+                self.model,
+                self._implants,
+                self.implants,
+                given,
+                lambda one, modules: self(**one, side=side, modules=modules),
+                lambda: self.using(None),
+            )
 
     def plan(self, composition: Compositions | EllipsisType = ...) -> str:
         """Show how a composition is computed at its sites; left out, the one in force."""
