@@ -86,8 +86,8 @@ def test_each_example_is_what_it_is_alone(
 ) -> None:
     host = stirred(make(), at)
     out = tensor(host(x, modules=["a", "b", None]))
-    assert set(host._context.axes.values()) == ({axis} if axis else set())
-    assert bool(host._context.by_rows) == (axis == 0)
+    found = {path: where for path, where in host._context.layout.items() if path}
+    assert set(found.values()) == {axis}
     alone = [tensor(host(x, modules=m)) for m in ("a", "b", None)]
     for row, whole in enumerate(alone):
         torch.testing.assert_close(out.select(of_output, row), whole.select(of_output, row))
@@ -132,7 +132,7 @@ def test_asking_leaves_the_host_and_the_random_numbers_as_they_were() -> None:
     torch.manual_seed(0)
     host(hidden(4, 8)[:, 0], modules=["a", "b", None, "a"])
     assert torch.equal(torch.rand(1), want)
-    assert host._context.by_rows == {"0"}
+    assert host._context.layout == {"0": 0}
     assert [m.training for m in model.modules()] == [
         True,
         True,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import modgraft as mg
 from zoo.case import (
@@ -133,18 +132,28 @@ def tokens(case: Case, cell: Cell) -> None:
             randomise(b, 2)
             randomise(mix, 3, 1.0)
             route: Any = mix.places[0].route
-            deltas = [(m.places[0].B @ m.places[0].A).detach() for m in (a, b)]
+            edited = [_output(case, path, m.places[0]) for m in (a, b)]
 
             def hook(
-                _: nn.Module, args: Any, out: Tensor, route: Any = route, d: Any = deltas
+                _: nn.Module, args: Any, out: Tensor, route: Any = route, of: Any = edited
             ) -> Tensor:
                 w = route.choose(route.map(args[0]), args[0]).weights
-                return out + sum(w[..., j : j + 1] * F.linear(args[0], d[j]) for j in (0, 1))
+                return out + sum(w[..., j : j + 1] * (of[j] - out) for j in (0, 1))
 
             ours = case.run(host, modules="mix")
             with hooks([(layer, hook)]):
                 truth = case.oracle()
             cell.expect(path, ours, truth, case.bare)
+
+
+def _output(case: Case, path: str, place: Any) -> Tensor:
+    """Return what a layer puts out where its weight is edited by hand."""
+    seen: list[Tensor] = []
+    with case.edited(path, (place.B @ place.A).detach()):
+        layer = case.plain.get_submodule(path)
+        with hooks([(layer, lambda _, __, out: seen.append(out))]):
+            case.oracle()
+    return seen[-1]
 
 
 def _rolled(case: Case) -> Batch:

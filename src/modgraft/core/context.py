@@ -24,6 +24,12 @@ from modgraft.core.expression import Expression
 
 R = TypeVar("R")
 
+Layout = Mapping[str, int | None]
+"""By a layer's path, the axis of its output on which the examples lie; None where none is."""
+
+UNSEEN = -1
+"""The axis of a layer that did not run when this was asked, as an expert without tokens."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -125,6 +131,7 @@ class Call:
         kept: what :func:`kept_in_call` keeps until the call ends; None for one without an end of
             its own, such as a ``using`` block.
         reads: what checks, when the host has run, that a layer whose weight was read was called.
+        layout: where the examples lie; None: not asked.
     """
 
     composition: Expression | None
@@ -137,6 +144,7 @@ class Call:
     outputs: dict[Hashable, Any] = field(default_factory=dict, compare=False)
     kept: dict[Hashable, Any] | None = field(default=None, compare=False)
     reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
+    layout: Layout | None = None
 
     def resolve(self, source: str, name: str, batch: int, rows: Tensor | None = None) -> Side:
         """Return the side input ``source`` that the module ``name`` reads at a site, masked.
@@ -229,10 +237,8 @@ class Context:
         routed: the implanted modules that are over others, as mixtures are.
         inputs: the implanted modules that put vectors before what is read.
         by_example: the implanted modules that have to know which rows are an example's.
-        axes: by a layer's path, the axis of its output on which examples lie where that is not the
-            first, None where none is; see :mod:`modgraft.engine.examples`.
-        by_rows: the paths of the layers where it is known to be the first.
-        asked: the signatures of the calls that this was asked for.
+        layouts: where the examples lie, for calls that are alike; see
+            :mod:`modgraft.engine.examples`.
         compiled: what code under ``torch.compile`` reads instead.
     """
 
@@ -243,9 +249,7 @@ class Context:
         self.routed: set[str] = set()
         self.inputs: set[str] = set()
         self.by_example: set[str] = set()
-        self.axes: dict[str, int | None] = {}
-        self.by_rows: set[str] = set()
-        self.asked: set[Hashable] = set()
+        self.layouts: dict[Hashable, Layout] = {}
         self.compiled = Compiled(Call(None))
         # what graphs were made under: () nothing yet, one composition, or two: several
         self._graphs: tuple[Expression | None, ...] = ()
@@ -257,6 +261,11 @@ class Context:
         self._threads: dict[int, int] = {}  # how many calls are under way in each thread
         self.compiled.host = next(_numbers)
         _contexts[self.compiled.host] = self
+
+    @property
+    def layout(self) -> Layout:
+        """The layout that was found last, for calls that cannot be asked."""
+        return next(reversed(self.layouts.values()), {})
 
     @property
     def names(self) -> Mapping[str, object]:
@@ -286,7 +295,7 @@ class Context:
             by_example: whether it has to know which rows are an example's.
         """
         self.compiled.add(name, device, additive)
-        self.asked.clear()
+        self.layouts.clear()
         if source is not None:
             self.side_sources[name] = source
         for kind, holds in zip(self._kinds, (inputs, routed, by_example), strict=True):

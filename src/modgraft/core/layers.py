@@ -46,7 +46,7 @@ def _own(layer: nn.Module, name: str) -> Any:
             return place[name]
     for kind in type(layer).__mro__:  # a parametrised layer computes it
         if type(found := kind.__dict__.get(name)) is property:
-            return found.__get__(layer)
+            return found.fget(layer)  # type: ignore[misc]
     return layer.__getattr__(name)
 
 

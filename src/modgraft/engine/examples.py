@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modgraft.core.context import UNSEEN
 from modgraft.core.layers import STATE
 from modgraft.core.tensors import first_tensor
 from modgraft.engine.graft import restore
@@ -35,12 +36,20 @@ bytes of a number; products are summed in another order there."""
 def signature(args: tuple, kwargs: Mapping[str, Any]) -> Hashable | None:
     """Return what calls that lie alike have in common; None for a call that cannot be repeated.
 
-    A cache among the arguments, for instance, is written to by every call.
+    A cache among the arguments, for instance, is written to by every call. Where a tensor has as
+    many of the one thing as of the other, calls of its shape alone are alike.
     """
     named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
     if not all(_is_data(value) for value in named.values()):
         return None
-    return tuple((k, v.dim()) for k, v in sorted(named.items()) if isinstance(v, Tensor))
+    return tuple((name, _shape(value)) for name, value in sorted(named.items()))
+
+
+def _shape(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        square = value.dim() > 1 and value.shape[0] == value.shape[1]
+        return tuple(value.shape) if square else value.dim()
+    return tuple(map(_shape, value)) if isinstance(value, tuple | list) else value
 
 
 def ask(
@@ -48,8 +57,8 @@ def ask(
 ) -> dict[str, int | None]:
     """Return the axis of the examples in the output of each grafted layer, by its path.
 
-    None stands for a layer where no axis is that of the examples, or that did not run, as an expert
-    without tokens. A layer whose output has one row for all examples is left out.
+    None stands for a layer where no axis is that of the examples, ``UNSEEN`` for one that did not
+    run, as an expert without tokens. A layer whose output has one row for all examples is left out.
 
     Args:
         model: the host's model.
@@ -113,7 +122,7 @@ def _ask_along(
         elif path and not _stands_for_all(twin.get_submodule(path), outputs[0]):
             found[path] = None
     sites = [path for path, layer in twin.named_modules() if _SITE in layer.__dict__]
-    return {**{path: None for path in sites if path not in before}, **found}
+    return {**{path: UNSEEN for path in sites if path not in before}, **found}
 
 
 def _stands_for_all(layer: nn.Module, out: Tensor) -> bool:

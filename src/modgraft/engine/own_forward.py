@@ -62,7 +62,7 @@ def run(layer: nn.Module, changes: Sequence[Change], args: tuple, kwargs: dict) 
     patched = layer.__dict__.get(PATCHED)
     if patched is not None:
         if changes and torch.compiler.is_dynamo_compiling():
-            raise ModgraftError(
+            torch._dynamo.graph_break(
                 f"{layer.__dict__[STATE].path} runs a forward that was set on the layer itself, as "
                 f"accelerate's hooks are, and its weight is changed: torch.compile cannot follow "
                 f"that; accelerate.hooks.remove_hook_from_submodules(host.model) takes hooks off"

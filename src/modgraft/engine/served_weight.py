@@ -155,6 +155,8 @@ def serving(layer: nn.Module, changes: Sequence[Any]) -> Iterator[None]:
 
 def is_serving(layer: nn.Module) -> bool:
     """Return whether the layer's own forward runs in this thread, by :func:`serving`."""
+    if torch.compiler.is_dynamo_compiling():
+        return layer.__dict__[STATE].compiled_bare
     running = _changes.get()
     return running is not None and layer in running
 

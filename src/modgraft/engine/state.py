@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import Computation, TokenComposition
-from modgraft.core.context import Call, Context, kept_in_call
+from modgraft.core.context import UNSEEN, Call, Context, Layout, kept_in_call
 from modgraft.core.embeddings import Reading
 from modgraft.core.errors import CompositionError, SiteError
 from modgraft.core.expression import Expression, Weight
@@ -219,6 +219,12 @@ class SiteCall:
     kwargs: dict[str, Any]
     axis: int = 0
 
+    @property
+    def layout(self) -> Layout:
+        """Where the examples lie, as far as it is known."""
+        own = self.call.layout
+        return self.state.context.layout if own is None else own
+
     def find_axis(self, names: str) -> None:
         """Find out on which axis of the layer's output the examples lie.
 
@@ -228,8 +234,8 @@ class SiteCall:
         Raises:
             CompositionError: where they lie on none.
         """
-        axis = self.state.context.axes.get(self.state.path, 0)
-        if axis is None:
+        axis = self.layout.get(self.state.path, 0)
+        if axis is None or axis == UNSEEN:
             raise CompositionError(
                 f"{names} acts on each example by itself, and the output of {self.state.path}, a "
                 f"{type(self.layer).__name__}, has no axis of the examples: run on one example "
@@ -284,10 +290,7 @@ class SiteCall:
         rows = y.shape[0]
         if rows == examples or (rows == 1 and isinstance(self.layer, nn.Embedding)):
             return 1  # a table may have one row for all, as of positions
-        known = (
-            not torch.compiler.is_dynamo_compiling()
-            and self.state.path in self.state.context.by_rows
-        )
+        known = not torch.compiler.is_dynamo_compiling() and self.layout.get(self.state.path) == 0
         if (self.call.generating or known) and rows % examples == 0:
             return rows // examples
         where = f"{self.state.path}, a {type(self.layer).__name__}," if self.state.path else "host"

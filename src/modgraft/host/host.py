@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
 from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
-from modgraft.core.context import Call, Context, Side
+from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
 from modgraft.core.errors import ModgraftError
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
@@ -364,28 +364,26 @@ class Host(AsModel):
         if (composition := call.composition) is not None:
             by_example = not self._context.by_example.isdisjoint(composition.names())
             if (composition.of_batch or by_example) and not call.generating:
-                self._find_examples(composition, call.side, args, kwargs)
+                call = replace(call, layout=self._layout(composition, call.side, args, kwargs))
             if composition.of_batch:
-                batch_second = not call.generating and 1 in self._context.axes.values()
+                batch_second = 1 in (call.layout or {}).values()
                 check_batch(composition, args, kwargs, batch_second)
         with self._context.call(call):
             return run(*args, **kwargs)
 
-    def _find_examples(
+    def _layout(
         self, composition: ex.Expression, sides: Mapping[str, Side], args: tuple, kwargs: Any
-    ) -> None:
+    ) -> Layout:
         """Ask the host, once for calls that are alike, where the examples lie at its layers."""
-        context = self._context
+        layouts, last = self._context.layouts, self._context.layout
         kind = signature(args, kwargs)
-        if kind is None or kind in context.asked:
-            return
-        count = examples_of(composition, sides)
-        for path, axis in ask(self.model, args, kwargs, count).items():
-            if axis == 0:
-                context.by_rows.add(path)
-            elif axis is not None or path not in context.by_rows:
-                context.axes[path] = axis
-        context.asked.add(kind)
+        if kind is None:
+            return last
+        if kind not in layouts:
+            found = ask(self.model, args, kwargs, examples_of(composition, sides))
+            unseen = {path: last[path] for path in found if found[path] == UNSEEN and path in last}
+            layouts[kind] = {**found, **unseen}
+        return layouts[kind]
 
     def _call(
         self,

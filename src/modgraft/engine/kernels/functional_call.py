@@ -21,6 +21,8 @@ from modgraft.core.precision import wide
 from modgraft.engine.kernels.linear import Change
 from modgraft.engine.served_weight import COPIED
 
+_OWN = vars(nn.Module()).keys()
+
 
 def with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Return a shallow copy of ``module`` with ``tensors`` for the parameters and buffers so named.
@@ -29,6 +31,7 @@ def with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
+    forget(copy)
     own = {name: tensor for name, tensor in tensors.items() if "." not in name}
     buffers = {k: own.pop(k, v) for k, v in module._buffers.items()}
     copy.__dict__["_parameters"] = {**module._parameters, **own}
@@ -48,6 +51,16 @@ def with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         copy.__dict__["_flat_weights"] = [copy._parameters[name] for name in names]
         copy.__dict__["_flat_weight_refs"] = [None] * len(names)
     return copy
+
+
+def forget(layer: nn.Module) -> None:
+    """Let ``layer`` forget the tensors in its dictionaries, which it has made of its weights.
+
+    LeViT keeps its attention's biases so.
+    """
+    for name, value in layer.__dict__.items():
+        if type(value) is dict and name not in _OWN:
+            layer.__dict__[name] = {k: v for k, v in value.items() if not isinstance(v, Tensor)}
 
 
 def new_weights(layer: nn.Module, changes: Sequence[Change]) -> dict[str, Tensor]:
@@ -113,6 +126,7 @@ def write(model: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
                 f"what is changed for {path} would change for all of them; keep it implanted"
             )
         own.copy_(tensor)
+    forget(model.get_submodule(path))
 
 
 def _make_ordinary(layer: nn.Module, name: str) -> None:
