@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
     OPTConfig,
     OPTForCausalLM,
     SwinConfig,
@@ -158,3 +160,59 @@ def test_it_is_asked_once_for_calls_that_are_alike(monkeypatch: pytest.MonkeyPat
     host.implant("c", mg.LoRA(rank=1), at="*.linear2", active=False)
     host(hidden(2, 4), modules=["a", "c"])
     assert asked == [2, 2]
+
+
+class Guided(nn.Module):
+    """Runs each text beside an empty one, in one batch: two rows an example, far apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        without, own = self.inner(torch.cat([torch.zeros_like(x), x])).cumsum(1).chunk(2)
+        return without + 2 * (own - without)
+
+
+class Turned(nn.Module):
+    """Runs with the batch second where a flag says so, or the text is short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, second: bool = False) -> Tensor:
+        if second or x.shape[1] < B + 1:
+            return self.inner(x.transpose(0, 1)).cumsum(0).transpose(0, 1)
+        return self.inner(x).cumsum(1)
+
+
+@pytest.mark.parametrize("length", [B, B + 1])
+def test_tokens_are_not_taken_for_examples_where_these_have_no_axis(length: int) -> None:
+    host = stirred(Guided(), "inner")
+    with pytest.raises(mg.ModgraftError, match="no axis of the examples"):
+        host(hidden(B, length), modules=["a", "b", None])
+
+
+def test_a_layout_holds_for_calls_that_are_alike() -> None:
+    host = stirred(Turned(), "inner")
+    for length, second in ((B, False), (7, True), (7, False), (B, True), (B, False)):
+        x, compositions = hidden(B, length), ["a", "b", None]
+        out = host(x, second=second, modules=compositions)
+        alone = [host(x[i : i + 1], second=second, modules=m) for i, m in enumerate(compositions)]
+        torch.testing.assert_close(out, torch.cat(alone))
+
+
+def test_one_row_of_positions_for_several_rows_of_an_example_is_refused() -> None:
+    config = BertConfig(
+        vocab_size=41, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24,
+    )  # fmt: skip
+    choices = IDS[:, None].repeat(1, 2, 1)
+    host = stirred(BertForMultipleChoice(config), "*.position_embeddings")
+    with pytest.raises(mg.ModgraftError, match="no axis of the examples"):
+        host(choices, modules=["a", "b", None])
+    host = stirred(BertForMultipleChoice(config), "*.query")
+    out = host(choices, modules=["a", "b", None]).logits
+    for row, name in enumerate(("a", "b", None)):
+        torch.testing.assert_close(out[row], host(choices, modules=name).logits[row])

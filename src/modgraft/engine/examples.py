@@ -121,8 +121,17 @@ def _ask_along(
             found[path] = one
         elif path and not _stands_for_all(twin.get_submodule(path), outputs[0]):
             found[path] = None
+        elif path and _grow_by(before, behind, _AROUND + path) > 1:
+            found[path] = None  # its one row is for several rows of each example
     sites = [path for path, layer in twin.named_modules() if _SITE in layer.__dict__]
-    return {**{path: UNSEEN for path in sites if path not in before}, **found}
+    ran = {path: axis for path, axis in found.items() if not path.startswith(_AROUND)}
+    return {**{path: UNSEEN for path in sites if path not in before}, **ran}
+
+
+def _grow_by(before: Seen, after: Seen, path: str) -> int:
+    """Return by how many rows one example more makes the output of a layer larger."""
+    pairs = zip(before.get(path, ()), after.get(path, ()), strict=False)
+    return max((len(new) - len(old) for old, new in pairs), default=0)
 
 
 def _stands_for_all(layer: nn.Module, out: Tensor) -> bool:
@@ -178,6 +187,9 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
     for path, layer in twin.named_modules():
         if _SITE in layer.__dict__:
             handles.append(layer.register_forward_hook(keep(path)))
+            around = twin.get_submodule(path.rpartition(".")[0])
+            if isinstance(layer, nn.Embedding):
+                handles.append(around.register_forward_hook(keep(_AROUND + path)))
     try:
         devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
         with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
@@ -189,6 +201,7 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
 
 
 _SITE = "_modgraft_site"
+_AROUND = "around "
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -239,8 +239,8 @@ class SiteCall:
             raise CompositionError(
                 f"{names} acts on each example by itself, and the output of {self.state.path}, a "
                 f"{type(self.layer).__name__}, has no axis of the examples: run on one example "
-                f"more, it put out other numbers for the others, or other rows. Implant at another "
-                f"layer, or call the host once for each composition and example"
+                f"more, it did not put out the same as before and as much again for that one. "
+                f"Implant at another layer, or call the host once for each composition and example"
             )
         self.axis = axis
 
