@@ -184,6 +184,14 @@ def low_rank_map(layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return point(hidden, over_output(layer, B), groups=groups)  # 1×1
 
 
+def with_own_gradient(layer: nn.Module, x: Tensor, change: Tensor) -> Tensor:
+    """Return ``change``, what a change of the layer's weight adds to its output for ``x``, with the
+    gradient that the layer's weight has: a table gives none to what it looks up as padding."""
+    if not isinstance(layer, nn.Embedding) or layer.padding_idx is None:
+        return change
+    return torch.where((x == layer.padding_idx)[..., None], change.detach(), change)
+
+
 def over_output(layer: nn.Module, values: Tensor) -> Tensor:
     """Shape ``values`` ``[…, out]`` so that they broadcast over the layer's output."""
     return values[(..., *[None] * (-1 - feature_axis(layer)))]
@@ -199,13 +207,15 @@ def linear_forward(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..
 
     It takes the layer, its input, a weight as the layer stores it, and a bias. There is none for a
     class with a ``forward`` of its own, as scaled embeddings, position tables and standardised
-    convolutions have.
+    convolutions have, nor for a table that writes to its weight or divides its gradient.
 
     Args:
         layer: a layer of one weight.
         forward: its class's ``forward``.
     """
     if forward not in _BY_WEIGHT or getattr(layer, "max_norm", None) is not None:
+        return None
+    if getattr(layer, "scale_grad_by_freq", False):
         return None
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         kind = next(kind for kind in _POINTWISE if isinstance(layer, kind))
