@@ -1,4 +1,4 @@
-"""The gradient of a changed table is that of the layer's own forward: not every row has all of it."""
+"""A changed table has the gradient of the layer's own forward, which some rows lack or share."""
 
 from __future__ import annotations
 
