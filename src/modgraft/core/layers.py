@@ -63,25 +63,28 @@ def is_stack(layer: nn.Module, name: str) -> bool:
     False too where nothing says which of its axes is the output.
     """
     weight = layer._parameters.get(name)
-    if weight is None or weight.dim() != 3 or weight.shape[0] != getattr(layer, "num_experts", 0):
+    if weight is None or weight.dim() != 3:
         return False
-    return _inputs_first(layer, name) is not None
+    counts = [value for said, value in layer.__dict__.items() if "experts" in said]
+    return weight.shape[0] in counts and _inputs_first(layer, name) is not None
 
 
 def _inputs_first(layer: nn.Module, name: str) -> bool | None:
     """Return whether experts store ``[E, in, out]``, None where that cannot be told.
 
     Most classes say so (transformers' ``is_transposed``). Of others, the width of the model tells:
-    all weights but the last one read it.
+    all weights but the last one read it. A square weight lies as the others of its layer.
     """
     said = getattr(layer, "is_transposed", None)
     if isinstance(said, bool):
         return said
     hidden = getattr(layer, "hidden_size", getattr(layer, "hidden_dim", None))
-    one, two = stored(layer, name).shape[1:]
-    if one == two or hidden not in (one, two):
-        return None
-    return (hidden == one) != name.startswith("down")
+    others = [n for n, p in layer._parameters.items() if p is not None and p.dim() == 3]
+    for each in (name, *others):
+        one, two = stored(layer, each).shape[1:]
+        if one != two:
+            return (hidden == one) != each.startswith("down") if hidden in (one, two) else None
+    return None
 
 
 def weight_labels(path: str, module: nn.Module) -> list[tuple[str, str]]:
@@ -261,6 +264,7 @@ def _bias_place(layer: nn.Module, parameter: str | None) -> tuple[str, int, int]
         bias = stored(layer, name)
     except AttributeError:
         return None
-    if name == weight or not isinstance(bias, Tensor) or bias.dim() != 1:
+    matrix = weight_matrix(layer, None, parameter)
+    if name == weight or not isinstance(bias, Tensor) or bias.dim() != 1 or matrix.dim() != 2:
         return None
-    return name, start, start + weight_matrix(layer, None, parameter).shape[0]
+    return name, start, start + matrix.shape[0]

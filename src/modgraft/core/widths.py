@@ -32,6 +32,8 @@ def own_width(layer: nn.Module) -> int | None:
             return widths[-1] if widths else None
     if shape := getattr(layer, "normalized_shape", None):  # any class of LayerNorm
         return None if getattr(layer, "data_format", "") == "channels_first" else int(shape[-1])
+    if isinstance(getattr(layer, "in_features", None), int):  # any class of linear layer
+        return getattr(layer, "out_features", None)
     direct = dict(layer.named_parameters(recurse=False))
     if direct.keys() == {"weight"} and direct["weight"].dim() == 1:  # any class of RMSNorm
         return direct["weight"].shape[0]
@@ -61,7 +63,8 @@ def inner_width(around: Sequence[nn.Module]) -> int | None:
     if not maps:
         return _table_width(layer, hidden)
     first, last = maps[0][0], maps[-1][1]
-    if len(maps) == 1 or last == hidden:
+    routed = any(p.dim() == 3 for m in layer.modules() for p in m.parameters(False))
+    if (len(maps) == 1 and not routed) or last == hidden:
         return last
     inner = hidden in {out for _, out in maps}
     if first == last:
