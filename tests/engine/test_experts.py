@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import (
+    LongcatFlashConfig,
+    LongcatFlashForCausalLM,
+    ZambaConfig,
+    ZambaForCausalLM,
+)
 
 import modgraft as mg
 from core.families import CASES, first_output
@@ -135,16 +142,97 @@ def test_sums_files_and_refusals(tmp_path: Path) -> None:
     assert list(host.implants) == ["m", "n"]
 
 
+class Stacked(nn.Module):
+    """A stack of matrices of which nothing says what they are, nor which axis is the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_size = 3, 8
+        self.up_weight = nn.Parameter(torch.randn(3, 8, 8))
+        self.up_bias = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eio->beo", x, self.up_weight).sum(1) + self.up_bias
+
+
 def test_where_nothing_says_which_axis_is_the_output() -> None:
-    class Square(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.num_experts, self.hidden_size = 3, 8
-            self.up = nn.Parameter(torch.randn(3, 8, 8))
+    host, x = mg.Host(Stacked()), torch.randn(2, 8)
+    for module, words in (
+        (mg.LoRA(rank=2, dora=True), r"\[3, 8, 8\], and nothing says which axis is the output"),
+        (mg.LoRA(rank=2, bias=True), "no bias that could change"),
+        (mg.Rescale(), r"is \[3, 8, 8\], and Rescale .*LoRA\(rank=8\) changes each matrix"),
+    ):
+        with pytest.raises(mg.ModgraftError, match=words):
+            host.implant("m", module, at="up_weight")
+    bare = host(x)
+    place = host.implant("m", mg.LoRA(rank=2), at="up_weight").places[0]
+    assert torch.equal(host(x), bare)
+    with torch.no_grad():
+        place.B.normal_()
+    weight = host.model.up_weight + place.B @ place.A
+    expected = functional_call(host.merge(None), {"up_weight": weight}, (x,))
+    torch.testing.assert_close(host(x), expected)
+    torch.testing.assert_close(host.merge("m")(x), expected)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.einsum("bi,eio->beo", x, self.up).sum(1)
 
-    host = mg.Host(Square())
-    with pytest.raises(mg.ModgraftError, match=r"this parameter is \[3, 8, 8\]"):
-        host.implant("m", mg.LoRA(rank=2), at="up")
+def longcat() -> nn.Module:
+    config = LongcatFlashConfig(
+        vocab_size=41, hidden_size=16, num_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        ffn_hidden_size=24, expert_ffn_hidden_size=16, n_routed_experts=4, zero_expert_num=2,
+        moe_topk=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4,
+        v_head_dim=8, head_dim=4,
+    )  # fmt: skip
+    return LongcatFlashForCausalLM(config)
+
+
+def zamba() -> nn.Module:
+    config = ZambaConfig(
+        vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=5, n_mamba_heads=2,
+        attn_layer_period=2, attn_layer_offset=1, num_attention_heads=2, num_key_value_heads=2,
+        mamba_dt_rank=2, mamba_d_state=4,
+    )  # fmt: skip
+    return ZambaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "at"),
+    [
+        (longcat, ["*.gate_up_proj", "*.experts.down_proj"]),
+        (zamba, ["*.x_proj_weight", "*.dt_proj_weight"]),
+    ],
+)
+def test_stacks_of_other_families(make: Any, at: list[str]) -> None:
+    torch.manual_seed(0)
+    host, ids = mg.Host(make().double().eval()), torch.randint(3, 41, (2, 7))
+    with torch.no_grad():
+        for p in host.model.parameters():
+            p.normal_(0, 0.3)
+    bare = first_output(host(ids))
+    implant = host.implant("m", mg.LoRA(rank=2), at=at)
+    assert torch.equal(first_output(host(ids)), bare)
+    with torch.no_grad():
+        for p in implant.parameters():
+            p.normal_(0, 0.3)
+    plain = host.merge(None)
+    tensors = {
+        path: plain.get_parameter(path) + place.B @ place.A
+        for path, place in zip(implant.paths, implant.places, strict=True)
+    }
+    want = first_output(functional_call(plain, tensors, (ids,)))
+    got = first_output(host(ids))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(first_output(host.merge("m")(ids)), want)
+    parameters = list(implant.parameters())
+    for one, other in zip(
+        torch.autograd.grad(got.square().sum(), parameters),
+        torch.autograd.grad(want.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_experts_put_out_is_as_wide_as_the_model() -> None:
+    host = mg.Host(longcat().eval())
+    implant = host.implant("a", mg.Adapter(width=2), at="model.layers.0.mlp")
+    assert implant.places[0].down.in_features == 16
+    host(torch.randint(3, 41, (2, 7)))

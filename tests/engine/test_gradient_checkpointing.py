@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import modgraft as mg
@@ -112,9 +114,11 @@ def of_the_model(host: mg.Host, x: Tensor) -> list[Tensor]:
 WAYS = [by_use, by_modules, by_using, of_the_model]
 
 
-def gradients(host: mg.Host, way: Callable[..., list[Tensor]]) -> list[Tensor | None]:
+def gradients(
+    host: mg.Host, way: Callable[..., list[Tensor]], of_input: bool = True
+) -> list[Tensor | None]:
     host.zero_grad()
-    x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1)).requires_grad_(of_input)
     first, second = way(host, x)
     host.use("q")
     (first.square() + second).sum().backward()
@@ -123,12 +127,67 @@ def gradients(host: mg.Host, way: Callable[..., list[Tensor]]) -> list[Tensor | 
 
 # where the examples lie is asked without gradients, of which the reentrant form warns
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("of_input", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_are_those_without_checkpointing(form: str, way: Any) -> None:
-    expected = gradients(made(plain), way)
-    for one, other in zip(gradients(made(FORMS[form]), way), expected, strict=True):
+def test_gradients_are_those_without_checkpointing(form: str, way: Any, of_input: bool) -> None:
+    expected = gradients(made(plain), way, of_input)
+    for one, other in zip(gradients(made(FORMS[form]), way, of_input), expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Head(nn.Module):
+    """Two blocks of which each does ``how``, in the reentrant form or plainly, and a head."""
+
+    def __init__(self, how: Callable[[nn.Linear, Tensor], Any], reentrant: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+        self.head, self.how, self.reentrant, self.runs = nn.Linear(6, 2), how, reentrant, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            run = partial(self.run, block)
+            out = checkpoint(run, x, use_reentrant=True) if self.reentrant else run(x)
+            x = out[0] if isinstance(out, tuple) else out
+        return self.head(x)
+
+    def run(self, block: nn.Linear, x: Tensor) -> Any:
+        self.runs += 1
+        return self.how(block, x)
+
+
+LEARNING: dict[str, tuple[Callable[[nn.Linear, Tensor], Any], Any, int]] = {
+    # what a block computes, where it learns, and how often the two blocks run in all
+    "in a layer": (lambda block, x: block(x).tanh(), "blocks.*", 4),
+    "in the second": (lambda block, x: block(x).tanh(), "blocks.1", 3),
+    "in the first": (lambda block, x: block(x).tanh(), "blocks.0", 4),
+    "in the head": (lambda block, x: block(x).tanh(), "head", 2),
+    "of several outputs": (lambda block, x: (block(x).tanh(), 3, x.long()), "blocks.*", 4),
+    "in a weight that is read": (lambda b, x: F.linear(x, b.weight).tanh(), "blocks.*", 4),
+    "in a choice": (
+        lambda block, x: x + block(x).argmax(-1, keepdim=True),
+        ["blocks.*", "head"],
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize(("how", "at", "runs"), LEARNING.values(), ids=LEARNING)
+def test_a_frozen_block_whose_input_has_no_gradient(how: Any, at: Any, runs: int) -> None:
+    """What learns in it has its gradient, and a block that learns nothing runs once."""
+    x, found = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)), []
+    for reentrant in (False, True):
+        torch.manual_seed(0)
+        host = mg.Host(Head(how, reentrant))
+        implant = host.implant("a", mg.LoRA(rank=2), at=at)
+        with torch.no_grad():
+            for p in implant.parameters():
+                p.normal_()
+        host(x).square().sum().backward()
+        found.append([p.grad for p in implant.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert host.model.runs == runs
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")

@@ -339,8 +339,13 @@ def test_a_matrix_of_a_layer_of_ones_own() -> None:
     assert notes.calls == 2
     assert notes.mix is notes._parameters["mix"]
     torch.testing.assert_close(host.merge("m")(X), host(X))
-    with pytest.raises(mg.ModgraftError, match=r"LoRA at 0\.table: this parameter is \[2, 3, 4\]"):
-        host.implant("n", mg.LoRA(rank=2), at="0.table")
+    words = (
+        r"Rescale at 0\.table: this parameter is \[2, 3, 4\].*LoRA\(rank=8\) changes each matrix"
+    )
+    with pytest.raises(mg.ModgraftError, match=words):
+        host.implant("n", mg.Rescale(), at="0.table")
+    place = host.implant("n", mg.LoRA(rank=2), at="0.table").places[0]
+    assert place.delta(notes.table).shape == (2, 3, 4)
 
 
 # -- PyTorch's fused inference -------------------------------------------------------------------

@@ -50,6 +50,11 @@ def check_output(name: str, y: Tensor, d: int) -> None:
     Raises:
         ModgraftError: if ``y`` is not ``[B, …, d]``.
     """
+    if y.is_complex():
+        raise ModgraftError(
+            f"{name} maps real numbers, and this site puts out {y.dtype}; choose a site after it "
+            f"where they are real, or change its weight, by LoRA"
+        )
     if y.dim() < 2 or y.shape[-1] != d:
         remedy = "choose a layer that knows its width, such as nn.Linear"
         if y.shape == (d,):
@@ -58,6 +63,20 @@ def check_output(name: str, y: Tensor, d: int) -> None:
             f"{name} was built for an output [B, …, {d}] and this site puts out {list(y.shape)}; "
             f"{remedy}"
         )
+
+
+def real_width(name: str, site: Site) -> int:
+    """Return the width of a site's output, which a method of real numbers maps.
+
+    Raises:
+        SiteError: where it cannot be told, or the output is complex.
+    """
+    if isinstance(site.module, WEIGHTED) and stored(site.module, None).is_complex():
+        raise SiteError(
+            f"{name} at {site.label}: this {type(site.module).__name__} puts out complex numbers, "
+            f"and {name} maps real ones; LoRA changes its weight"
+        )
+    return site.width
 
 
 def check_parallel(name: str, site: Site) -> None:
@@ -114,16 +133,26 @@ def check_weight(method: str, site: Site, experts: bool = False) -> None:
     if site.parameter is None and not isinstance(layer, WEIGHTED):
         raise _several(method, site)
     weight = stored(layer, site.parameter)
+    if not (weight.is_complex() or weight.is_floating_point()) or weight.itemsize < 2:
+        raise SiteError(
+            f"{method} at {site.label}: its weight is {weight.dtype}, codes that this {kind} reads "
+            f"numbers from, and a change of numbers cannot be added to them. Put a layer with a "
+            f"weight in torch.bfloat16 or float32 there first, or take a module that acts on the "
+            f"output, such as Adapter"
+        )
     stack = site.parameter is not None and is_stack(layer, site.parameter)
     if stack and not experts:
         raise SiteError(
             f"{method} at {site.label}: these are the weights of {len(weight)} experts, and "
             f"{method} changes one matrix [out, in]; LoRA(rank=8) changes each of them"
         )
-    if weight.dim() != 2 and site.parameter is not None and not stack:
+    if site.parameter is not None and not (weight.dim() == 2 or stack):
+        if weight.dim() == 3 and experts:  # each of its matrices is changed
+            return
+        hint = "; LoRA(rank=8) changes each matrix of a stack" if weight.dim() == 3 else ""
         raise SiteError(
             f"{method} at {site.label}: this parameter is {list(weight.shape)}, and {method} "
-            f"changes weights [out, in]"
+            f"changes weights [out, in]{hint}"
         )
     if site.part is None:
         return
@@ -172,10 +201,13 @@ def check_features(method: str, site: Site) -> None:
 def _several(method: str, site: Site) -> SiteError:
     kind, labels = type(site.module).__name__, weight_labels(site.path, site.module)
     if not labels:
+        if kind in [k.__name__ for k in WEIGHTED]:  # another class of that name, a quantised one
+            kind = f"{type(site.module).__module__}.{kind}"
         return SiteError(
             f"{method} at {site.label or 'the host itself'}: a {kind} has no weight that a "
             f"parameter module can change; it acts on "
-            f"{', '.join(k.__name__ for k in WEIGHTED)}, and on parameters [out, in] by their names"
+            f"{', '.join(k.__name__ for k in WEIGHTED)}, and on parameters [out, in] by their "
+            f"names; Adapter acts on what any layer puts out"
         )
     some = ", ".join(f"{label!r}{f' ({what})' if what else ''}" for label, what in labels[:8])
     if len(labels) == 1:

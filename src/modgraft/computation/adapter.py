@@ -15,6 +15,7 @@ from modgraft.computation._checks import (
     check_input,
     check_output,
     check_parallel,
+    real_width,
 )
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import Side
@@ -66,7 +67,7 @@ def bottleneck(name: str, site: Site, reduction: int | None, width: int | None) 
             f"{name} at {site.label}: it acts on [B, …, d], and a {type(site.module).__name__} "
             f"puts out a map [B, C, …]; use ConvAdapter(over='map') there"
         )
-    d = site.width
+    d = real_width(name, site)
     if width is not None:
         return d, width
     reduction = 16 if reduction is None else reduction

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modgraft.computation._checks import check_input, check_parallel
+from modgraft.computation._checks import check_input, check_parallel, real_width
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
@@ -90,7 +90,7 @@ class ConvAdapter(FunctionComposition):
             )
         if self.form == "parallel":
             check_parallel("ConvAdapter(form='parallel')", site)
-        d, axes = site.width, 2 if image else 1
+        d, axes = real_width("ConvAdapter", site), 2 if image else 1
         self.F = nn.Parameter(torch.zeros(d, 1 if self.depthwise else d, *[self.kernel] * axes))
 
     @property

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from modgraft.computation._checks import check_output
+from modgraft.computation._checks import check_output, real_width
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
@@ -71,7 +71,7 @@ class GatedFusion(FunctionComposition):
                 f"{type(site.module).__name__} puts out a map [B, C, …]; choose a site behind "
                 f"which the map is tokens"
             )
-        d, released = site.width, self.form == "released"
+        d, released = real_width("GatedFusion", site), self.form == "released"
         self.W_h = nn.Linear(self.dim, d, bias=released)
         if released:
             self.attention = nn.MultiheadAttention(d, num_heads=1, batch_first=True)

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from modgraft.computation._checks import check_output
+from modgraft.computation._checks import check_output, real_width
 from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.adapter import NONLINEARITIES, Nonlinearity, check_options
 from modgraft.computation.base import Computation, FunctionComposition
@@ -47,7 +47,7 @@ class InvertibleAdapter(FunctionComposition):
         check_options("InvertibleAdapter", self.reduction, None, self.nonlinearity, 1.0)
 
     def build(self, site: Site) -> None:
-        d = site.width
+        d = real_width("InvertibleAdapter", site)
         if site.channels_first or d % 2:
             found = "a map [B, C, …]" if site.channels_first else f"{d} wide, which is odd"
             raise ModgraftError(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from modgraft.computation._checks import check_at_least_one
 from modgraft.computation.base import ParameterComposition
 from modgraft.core.errors import ModgraftError
-from modgraft.core.layers import bias_vector, low_rank_map, over_output, weight_matrix
+from modgraft.core.layers import bias_vector, is_stack, low_rank_map, over_output, weight_matrix
 from modgraft.core.sites import Site
 
 
@@ -27,7 +27,7 @@ class LoRA(ParameterComposition):
     share A (in PEFT each group has r / groups separate rows).
 
     The weights of experts are one stack [E, out, in]: there A is ``[E, r, in]`` and B
-    ``[E, out, r]``, a change of each expert.
+    ``[E, out, r]``, a change of each expert, and so at any other parameter of three axes.
 
     ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732) sets s = α / √r. ``dora`` (Liu et al. 2024,
     arXiv:2402.09353) sets θ' = m ⊙ V / ‖V‖ with V = θ + s·BA; the norm is taken over each output's
@@ -76,6 +76,12 @@ class LoRA(ParameterComposition):
             raise ModgraftError(
                 f"LoRA(rank={self.rank}) at {site.label}: its weight is {rows} × {columns}, "
                 f"so the rank is at most {min(rows, columns)}; use LoRA(rank={min(rows, columns)})"
+            )
+        if self.dora and stack and not is_stack(site.module, site.parameter or ""):
+            raise ModgraftError(
+                f"LoRA(dora=True) at {site.label}: its weight is {[*stack, rows, columns]}, and "
+                f"nothing says which axis is the output, over whose weights the norm is taken; use "
+                f"LoRA(rank={self.rank}) there"
             )
         if self.dropout and site.parameter is not None:
             raise ModgraftError(

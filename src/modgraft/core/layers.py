@@ -63,25 +63,28 @@ def is_stack(layer: nn.Module, name: str) -> bool:
     False too where nothing says which of its axes is the output.
     """
     weight = layer._parameters.get(name)
-    if weight is None or weight.dim() != 3 or weight.shape[0] != getattr(layer, "num_experts", 0):
+    if weight is None or weight.dim() != 3:
         return False
-    return _inputs_first(layer, name) is not None
+    counts = [value for said, value in layer.__dict__.items() if "experts" in said]
+    return weight.shape[0] in counts and _inputs_first(layer, name) is not None
 
 
 def _inputs_first(layer: nn.Module, name: str) -> bool | None:
     """Return whether experts store ``[E, in, out]``, None where that cannot be told.
 
     Most classes say so (transformers' ``is_transposed``). Of others, the width of the model tells:
-    all weights but the last one read it.
+    all weights but the last one read it. A square weight lies as the others of its layer.
     """
     said = getattr(layer, "is_transposed", None)
     if isinstance(said, bool):
         return said
     hidden = getattr(layer, "hidden_size", getattr(layer, "hidden_dim", None))
-    one, two = stored(layer, name).shape[1:]
-    if one == two or hidden not in (one, two):
-        return None
-    return (hidden == one) != name.startswith("down")
+    others = [n for n, p in layer._parameters.items() if p is not None and p.dim() == 3]
+    for each in (name, *others):
+        one, two = stored(layer, each).shape[1:]
+        if one != two:
+            return (hidden == one) != each.startswith("down") if hidden in (one, two) else None
+    return None
 
 
 def weight_labels(path: str, module: nn.Module) -> list[tuple[str, str]]:
@@ -184,6 +187,14 @@ def low_rank_map(layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return point(hidden, over_output(layer, B), groups=groups)  # 1×1
 
 
+def with_own_gradient(layer: nn.Module, x: Tensor, change: Tensor) -> Tensor:
+    """Return ``change``, what a change of the layer's weight adds to its output for ``x``, with the
+    gradient that the layer's weight has: a table gives none to what it looks up as padding."""
+    if not isinstance(layer, nn.Embedding) or layer.padding_idx is None:
+        return change
+    return torch.where((x == layer.padding_idx)[..., None], change.detach(), change)
+
+
 def over_output(layer: nn.Module, values: Tensor) -> Tensor:
     """Shape ``values`` ``[…, out]`` so that they broadcast over the layer's output."""
     return values[(..., *[None] * (-1 - feature_axis(layer)))]
@@ -199,13 +210,15 @@ def linear_forward(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..
 
     It takes the layer, its input, a weight as the layer stores it, and a bias. There is none for a
     class with a ``forward`` of its own, as scaled embeddings, position tables and standardised
-    convolutions have.
+    convolutions have, nor for a table that writes to its weight or divides its gradient.
 
     Args:
         layer: a layer of one weight.
         forward: its class's ``forward``.
     """
     if forward not in _BY_WEIGHT or getattr(layer, "max_norm", None) is not None:
+        return None
+    if getattr(layer, "scale_grad_by_freq", False):
         return None
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         kind = next(kind for kind in _POINTWISE if isinstance(layer, kind))
@@ -251,6 +264,7 @@ def _bias_place(layer: nn.Module, parameter: str | None) -> tuple[str, int, int]
         bias = stored(layer, name)
     except AttributeError:
         return None
-    if name == weight or not isinstance(bias, Tensor) or bias.dim() != 1:
+    matrix = weight_matrix(layer, None, parameter)
+    if name == weight or not isinstance(bias, Tensor) or bias.dim() != 1 or matrix.dim() != 2:
         return None
-    return name, start, start + weight_matrix(layer, None, parameter).shape[0]
+    return name, start, start + matrix.shape[0]

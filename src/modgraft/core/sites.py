@@ -12,7 +12,6 @@ from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from modgraft.core.errors import SiteError
 from modgraft.core.layers import CONVOLUTIONS, LINEAR, WEIGHTED, is_stack, weight_labels
@@ -64,12 +63,10 @@ class Site:
         Raises:
             SiteError: where the module is no linear layer.
         """
-        match self.module:
-            case nn.Linear(in_features=width):
-                return width
-            case Conv1D(nx=width):
-                return width
-        raise self._widthless("input")
+        width = getattr(self.module, "in_features", getattr(self.module, "nx", None))
+        if not isinstance(width, int):
+            raise self._widthless("input")
+        return width
 
     @property
     def width(self) -> int:

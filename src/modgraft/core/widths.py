@@ -34,6 +34,8 @@ def own_width(layer: nn.Module) -> int | None:
         if getattr(layer, "data_format", "") == "channels_first":
             return None
         return int(shape if isinstance(shape, int) else shape[-1])
+    if isinstance(getattr(layer, "in_features", None), int):  # any class of linear layer
+        return getattr(layer, "out_features", None)
     direct = dict(layer.named_parameters(recurse=False))
     sizes = {tuple(p.shape) for p in direct.values()}
     if "weight" in direct and len(sizes) == 1 and direct["weight"].dim() == 1:  # any other norm
@@ -64,7 +66,8 @@ def inner_width(around: Sequence[nn.Module]) -> int | None:
     if not maps:
         return _table_width(layer, hidden)
     first, last = maps[0][0], maps[-1][1]
-    if len(maps) == 1 or last in (hidden, getattr(config, "vocab_size", None)):
+    routed = any(p.dim() == 3 for m in layer.modules() for p in m.parameters(False))
+    if (len(maps) == 1 and not routed) or last in (hidden, getattr(config, "vocab_size", None)):
         return last
     inner = hidden in {out for _, out in maps}
     if first == last:

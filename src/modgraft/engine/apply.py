@@ -16,7 +16,7 @@ from torch import Tensor
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import EXAMPLE
 from modgraft.core.expression import Weight, weighted
-from modgraft.core.layers import feature_axis, weight_matrix
+from modgraft.core.layers import feature_axis, weight_matrix, with_own_gradient
 from modgraft.core.parts import share
 from modgraft.core.precision import as_the_layer
 from modgraft.core.tensors import tensor_input
@@ -141,7 +141,7 @@ class Applier:
             bare = share(bare, part, axis)
         with as_the_layer(total):
             effect = module.effect(x, layer, weight_matrix(layer, part), bare)  # type: ignore[union-attr]
-        effect = weighted(weight, effect.to(total.dtype))
+        effect = weighted(weight, with_own_gradient(layer, x, effect.to(total.dtype)))
         if part is None:
             return total + effect
         return part.replaced(total, axis, lambda own: own + effect)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
 from modgraft.core.expression import Weight, weighted
-from modgraft.core.layers import feature_axis, weight_matrix
+from modgraft.core.layers import feature_axis, weight_matrix, with_own_gradient
 from modgraft.core.parts import share
 from modgraft.core.precision import as_the_layer
 from modgraft.engine.kernels.batched import Batched, batch_key
@@ -137,7 +137,8 @@ def _effect(
     if blocks.offsets is not None and laid.shape[1] == 1 and batched.has_factors(layer):
         return batched.sums(laid[:, 0], blocks.weights[:, 0], blocks.offsets)
     weight = weight_matrix(layer, entry.part)
-    return blocks.sum(batched.effect(laid, layer, weight, blocks.lay(bare)))
+    effect = batched.effect(laid, layer, weight, blocks.lay(bare))
+    return blocks.sum(with_own_gradient(layer, laid, effect))
 
 
 @dataclass

@@ -33,11 +33,11 @@ _changes: ContextVar[dict[nn.Module, Sequence[Any]] | None] = ContextVar(
     "modgraft_changes", default=None
 )
 
-# what a tensor says of itself without being computed with
-_FACTS = frozenset(
+FACTS = frozenset(
     getattr(Tensor, name).__get__
     for name in ("dtype", "device", "shape", "ndim", "is_cuda", "layout", "requires_grad")
 ) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
+"""What a tensor says of itself without being computed with."""
 
 _WRITES = {"__setitem__", "__set__"} | {
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
@@ -67,7 +67,7 @@ class ServedWeight(Tensor):
         """Compute ``func`` with the tensors that the served ones stand for."""
         called = func.__name__
         writes = called in _WRITES or (called.endswith("_") and not called.endswith("__"))
-        bare = func in _FACTS or writes  # a host that writes to its weight writes to θ
+        bare = func in FACTS or writes  # a host that writes to its weight writes to θ
 
         def real(value: Any) -> Any:
             if not isinstance(value, ServedWeight):

@@ -199,7 +199,8 @@ class Host(AsModel):
                 f"{name!r} has {len(names)} tasks, and none is in force by itself: "
                 f"host.implant({name!r}, …, active=False), then host.use({names[0]!r})"
             )
-        implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
+        with torch.device("cpu"):  # also where new tensors are made without data
+            implant = Implant(name, module, sites)  # may raise: nothing has been touched yet
         if module.members:
             join_prompts(self._implants, implant)
         if isinstance(module.unwrapped, KeyValueComposition):

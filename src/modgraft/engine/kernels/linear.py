@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.computation.base import ParameterComposition
 from modgraft.core.context import kept_in_call, seen_in_call
-from modgraft.core.layers import bias_vector, stored, weight_matrix
+from modgraft.core.layers import bias_vector, stored, weight_matrix, with_own_gradient
 from modgraft.core.parts import Part
 from modgraft.engine.kernels.low_rank import LowRank
 
@@ -91,7 +91,7 @@ def one_product(
     if whole and isinstance(layer, _ONE_WEIGHT):
         fused = first.module.fused_forward(f, x)
         if fused is not None:
-            return fused
+            return with_own_gradient(layer, x, fused)
     weight = _plain_weight(layer, x, changes)
     if weight is None:
         return None
