@@ -22,6 +22,10 @@ from modgraft.core.patterns import joined
 _READS_FIRST = re.compile(r"\w\[:, 0(, :)?\](?!\s*=[^=])")  # of code: position 0 of every example
 _MASKED = re.compile(r"^class \w+ForMaskedLM\b", re.MULTILINE)
 _WRITES = re.compile(r"^class \w+(CausalLM|LMHead\w*|ForConditionalGeneration)\b", re.MULTILINE)
+_MASKS_BY_POSITION = re.compile(
+    r"mask(_function|_kwargs|s_for_generate)?( = {|\()(?:[^)}]|\(\))*"
+    r"\bposition_ids\"?[=:] ?(text_)?position_ids\b"
+)
 _POSITIONS = re.compile(r"wpe|(char_)?(embed_)?pos(ition)?s?(_emb(ed(ding)?)?s?|_encoding)?")
 
 
@@ -42,6 +46,7 @@ class Reading:
             weight (T5's encoder has a layer of its own) or other rows for the same ids (Gemma 3n
             has some for each block).
         config: the configuration of what reads the text, if it has one.
+        by_position: whether positions that begin again tell the texts in one row apart.
         inside: in a host that reads images, the layers whose output is the first sequence of
             tokens, and whose input is the last.
     """
@@ -55,12 +60,19 @@ class Reading:
     table: nn.Embedding | None = None
     tables: tuple[tuple[str, bool], ...] = ()
     config: Any = None
+    by_position: bool = False
     inside: tuple[str, str] | None = None
 
     @property
     def padding(self) -> int | None:
         """The id of padding, if there is one now."""
         return getattr(self.config, "pad_token_id", None)
+
+    @property
+    def packs(self) -> bool:
+        """Whether it keeps texts in one row apart, in its mask or in what attends without one."""
+        attention = getattr(self.config, "_attn_implementation", None) or ""
+        return self.by_position or "flash" in attention
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -124,6 +136,7 @@ def reading_of(host: nn.Module) -> Reading:
         table,
         tables,
         config,
+        _packs(reader),
     )
 
 
@@ -218,6 +231,11 @@ def _class_is_first(reader: nn.Module) -> bool:
     source = _source(type(reader).__module__)
     encodes = _MASKED.search(source) or not _WRITES.search(source)
     return bool(encodes and _READS_FIRST.search(source))
+
+
+def _packs(reader: nn.Module) -> bool:
+    """Return whether ``reader`` gives its positions to what makes its mask."""
+    return _is_model(reader) and bool(_MASKS_BY_POSITION.search(_source(type(reader).__module__)))
 
 
 @cache
