@@ -473,8 +473,13 @@ def test_the_last_logits_alone(name: str) -> None:
     for last in (1, 3, 9):  # of 7 positions
         out = host(ids(), logits_to_keep=last).logits
         torch.testing.assert_close(out, whole[:, -last:])
-    with pytest.raises(mg.ModgraftError, match="not which"):
-        host(ids(), logits_to_keep=torch.tensor([0, 2]))
+    mask = torch.ones_like(ids())
+    mask[0, :2] = 0  # padding on the left of one text: the tokens are elsewhere in each row
+    cases: tuple[dict[str, Any], ...] = ({}, {"attention_mask": mask})
+    for kwargs in cases:
+        whole = host(ids(), **kwargs).logits
+        out = host(ids(), logits_to_keep=torch.tensor([0, 2, -1]), **kwargs).logits
+        torch.testing.assert_close(out, whole[:, [0, 2, -1]])
 
 
 @torch.no_grad()

@@ -19,9 +19,17 @@ from torch import Tensor, nn
 from modgraft.core.errors import ModgraftError
 from modgraft.core.patterns import joined
 
-_READS_FIRST = re.compile(r"\w\[:, 0(, :)?\](?!\s*=[^=])")  # of code: position 0 of every example
+_READS_FIRST = re.compile(
+    r"[\w\])]\[:, 0(, :)?\](?!\s*=[^=])"
+)  # of code: position 0 of every example
 _MASKED = re.compile(r"^class \w+ForMaskedLM\b", re.MULTILINE)
-_WRITES = re.compile(r"^class \w+(CausalLM|LMHead\w*|ForConditionalGeneration)\b", re.MULTILINE)
+_WRITES = re.compile(
+    r"^class \w+(CausalLM|(?<!M)LMHead\w*|ForConditionalGeneration)\b", re.MULTILINE
+)
+_MASKS_BY_POSITION = re.compile(
+    r"mask(_function|_kwargs|s_for_generate)?( = {|\()(?:[^)}]|\(\))*"
+    r"\bposition_ids\"?[=:] ?(text_)?position_ids\b"
+)
 _POSITIONS = re.compile(r"wpe|(char_)?(embed_)?pos(ition)?s?(_emb(ed(ding)?)?s?|_encoding)?")
 
 
@@ -42,6 +50,7 @@ class Reading:
             weight (T5's encoder has a layer of its own) or other rows for the same ids (Gemma 3n
             has some for each block).
         config: the configuration of what reads the text, if it has one.
+        by_position: whether positions that begin again tell the texts in one row apart.
         inside: in a host that reads images, the layers whose output is the first sequence of
             tokens, and whose input is the last.
     """
@@ -55,12 +64,19 @@ class Reading:
     table: nn.Embedding | None = None
     tables: tuple[tuple[str, bool], ...] = ()
     config: Any = None
+    by_position: bool = False
     inside: tuple[str, str] | None = None
 
     @property
     def padding(self) -> int | None:
         """The id of padding, if there is one now."""
         return getattr(self.config, "pad_token_id", None)
+
+    @property
+    def packs(self) -> bool:
+        """Whether it keeps texts in one row apart, in its mask or in what attends without one."""
+        attention = getattr(self.config, "_attn_implementation", None) or ""
+        return self.by_position or "flash" in attention
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -110,7 +126,7 @@ def reading_of(host: nn.Module) -> Reading:
         for path, module in host.named_modules()
         if isinstance(module, nn.Embedding) and _looks_ids_up(module, table)
     )
-    config, first = getattr(reader, "config", None), int(_class_is_first(reader))
+    config, first = getattr(reader, "config", None), int(_class_is_first(host, reader))
     longest = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
     longest = longest if isinstance(longest, int) else None
     rooms = [rows if longest is None else min(rows, longest) for rows in _position_rows(reader)]
@@ -124,6 +140,7 @@ def reading_of(host: nn.Module) -> Reading:
         table,
         tables,
         config,
+        _packs(reader),
     )
 
 
@@ -203,21 +220,44 @@ def _is_model(module: nn.Module) -> bool:
     return getattr(type(module), "base_model_prefix", None) is not None
 
 
-def _class_is_first(reader: nn.Module) -> bool:
+def _class_is_first(host: nn.Module, reader: nn.Module) -> bool:
     """Return whether texts begin with a token that the class is read at.
 
-    A few configurations say so. Otherwise the file that the model is written in does: it reads
-    position 0 of every example, and is that of an encoder. A head that reads each token is put on
-    the same encoder, whose texts begin alike.
+    A few configurations say so. Otherwise the file that the model is written in does: it is that
+    of an encoder, and reads position 0 of every example, or tells segments of a text apart, which
+    come after a class token. A head that reads each token is put on the same encoder, whose texts
+    begin alike.
     """
     config = getattr(reader, "config", None)
     if (summary := getattr(config, "summary_type", None)) is not None:
         return summary == "first"
-    if not _is_model(reader) or getattr(config, "is_decoder", False):
+    if not _is_model(reader):
+        return False
+    told = _is_told_to_decode(host, reader)
+    if getattr(config, "is_decoder", False) if told is None else told:
         return False
     source = _source(type(reader).__module__)
-    encodes = _MASKED.search(source) or not _WRITES.search(source)
-    return bool(encodes and _READS_FIRST.search(source))
+    encodes = told is False or _MASKED.search(source) or not _WRITES.search(source)
+    segments = "token_type_ids" in _arguments(reader) and "causal" not in source
+    return bool(encodes and (segments or _READS_FIRST.search(source)))
+
+
+def _is_told_to_decode(host: nn.Module, reader: nn.Module) -> bool | None:
+    """Return whether ``host`` tells ``reader`` to decode; None where no argument says so.
+
+    BLIP's text model is an encoder by itself, whatever its configuration says.
+    """
+    for module in host.modules():  # from the outside in
+        if _is_model(module) and any(m is reader for m in module.modules()):
+            told = inspect.signature(type(module).forward).parameters.get("is_decoder")
+            if told is not None:
+                return bool(told.default)
+    return None
+
+
+def _packs(reader: nn.Module) -> bool:
+    """Return whether ``reader`` gives its positions to what makes its mask."""
+    return _is_model(reader) and bool(_MASKS_BY_POSITION.search(_source(type(reader).__module__)))
 
 
 @cache

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from modgraft.core.context import UNSEEN
 from modgraft.core.layers import STATE
 from modgraft.core.tensors import first_tensor
+from modgraft.engine.capturing import captures
 from modgraft.engine.graft import restore
 
 Seen = dict[str, list[Tensor]]
@@ -218,11 +219,16 @@ def _twin(model: nn.Module) -> nn.Module:
             restore(layer)
             layer.__dict__[_SITE] = True
     twin.__dict__[_SITE] = True  # what comes out in the end tells most
-    for layer in twin.modules():  # of hooks, only those by which torch computes weights
+    for layer in twin.modules():  # of hooks, only those that the host computes with
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-            for key in [k for k, v in hooks.items() if not type(v).__module__.startswith("torch.")]:
+            for key in [key for key, hook in hooks.items() if not _computes(hook)]:
                 del hooks[key]
     return twin.eval()
+
+
+def _computes(hook: Callable[..., Any]) -> bool:
+    """Return whether torch computes weights by ``hook``, or transformers hidden states."""
+    return type(hook).__module__.startswith("torch.") or captures(hook)
 
 
 def _is_data(value: Any) -> bool:

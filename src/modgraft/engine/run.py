@@ -28,6 +28,7 @@ from modgraft.core.precision import as_the_layer
 from modgraft.core.tensors import first_tensor, tensor_input, tensor_of, with_tensor
 from modgraft.engine import own_forward, shared_input
 from modgraft.engine.apply import Applier, pick
+from modgraft.engine.capturing import uncaptured
 from modgraft.engine.inputs.tokens import call_with_tokens, relayed
 from modgraft.engine.kernels.linear import Change, one_product
 from modgraft.engine.plan import Entry, Group, make_groups
@@ -214,7 +215,8 @@ def _shift_residual(site: SiteCall, composition: Expression) -> tuple[tuple, dic
     entries = site.state.entries
 
     def f(args: tuple, kwargs: dict) -> Tensor:
-        return tensor_of(site.run((), args, kwargs))
+        with uncaptured():
+            return tensor_of(site.run((), args, kwargs))
 
     def fold(step: Step, e: Tensor) -> Tensor:
         def add(name: str, base: Tensor, total: Tensor, weight: Weight) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,9 @@ CLOSE = 1e-3
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 3e-5}
 """The same, as a share of the output: what its type loses on the way; another type, 3 %."""
+
+_FILLED = (dict, OrderedDict, defaultdict, list, set)
+"""Attributes that a layer's forward may fill; its hooks and buffers are in some."""
 
 Look = Callable[[str, tuple, dict, Tensor], None]
 
@@ -73,8 +78,8 @@ def watched(layers: Mapping[str, nn.Module], look: Look | None = None) -> Iterat
 def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
     """Run a ``with`` block in evaluation, and leave everything as it was before it.
 
-    Buffers, attributes that layers set on themselves, parameters of ``modules``, what trains, and
-    random numbers are restored, also after an error.
+    Buffers, attributes that layers set on themselves, what these hold, hooks, parameters of
+    ``modules``, what trains, and random numbers are restored, also after an error.
     """
     every = [*model.modules(), *modules.modules()]
     attributes = [(m, dict(m.__dict__)) for m in every]
@@ -82,7 +87,7 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
     own += [v for _, kept in attributes for v in kept.values() if isinstance(v, Tensor)]
     own += [m.weight for m in every if getattr(m, "max_norm", None)]  # written to when read
     tensors = [(t, t.detach().clone()) for t in [*own, *modules.parameters(), *modules.buffers()]]
-    registered = [(m, dict(m._buffers)) for m in every]
+    held = [(v, copy(v)) for _, kept in attributes for v in kept.values() if type(v) in _FILLED]
     learns = [(p, p.requires_grad) for p in modules.parameters()]
     training = [(m, m.training) for m in every]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -96,9 +101,9 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
             for module, kept in attributes:
                 module.__dict__.clear()
                 module.__dict__.update(kept)
-            for module, buffers in registered:
-                module._buffers.clear()
-                module._buffers.update(buffers)
+            for value, before in held:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(before)
             with torch.no_grad():
                 for tensor, value in tensors:
                     if not torch.equal(tensor, value):

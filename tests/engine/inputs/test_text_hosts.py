@@ -25,6 +25,7 @@ from engine.inputs.text_hosts import (
     prompted,
     writer,
 )
+from modgraft.core.embeddings import reading_of
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 every = pytest.mark.parametrize("name", HOSTS)
@@ -245,3 +246,53 @@ def test_tokens_that_a_host_without_a_mask_would_see() -> None:
         host(ids(), side={"image": mg.Side(features, seen)})
     host.implant("soft", mg.SoftPrompt(length=2), active=False)
     assert host(ids(), modules="soft").logits.shape == (3, 7, 41)
+
+
+# -- where the class is read ----------------------------------------------------------------------
+
+SEEN: dict[str, Any] = {"max_position_embeddings": 32, "vocab_size": 41, "pad_token_id": PAD}
+SEEN |= {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+SEEN |= {"num_attention_heads": 4}
+FIRST: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "MarkupLM": (
+        tf.MarkupLMForSequenceClassification, {"xpath_unit_hidden_size": 4, "max_depth": 4},
+        "logits",
+    ),
+    "LayoutLMv3": (
+        tf.LayoutLMv3ForSequenceClassification,
+        {
+            "visual_embed": False, "coordinate_size": 4, "shape_size": 8,
+            "max_2d_position_embeddings": 64, "has_spatial_attention_bias": False,
+            "has_relative_attention_bias": False,
+        },
+        "logits",
+    ),
+    "BlipText": (tf.BlipTextModel, {"encoder_hidden_size": 16}, "pooler_output"),
+    "Splinter": (tf.SplinterModel, {}, "last_hidden_state"),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FIRST)
+def test_encoders_whose_texts_begin_with_a_class_token(name: str) -> None:
+    """The prompt goes after it, whether the head, a pooler or nothing in the file reads it."""
+    kind, own, key = FIRST[name]
+    model = drawn(kind(kind.config_class(**{**SEEN, **own})))
+    host, phi = prompted(model)
+    text = ids()
+    rows = host.model.get_input_embeddings().weight  # type: ignore[union-attr]
+    rows[5 : 5 + LENGTH] = phi  # type: ignore[index]
+    text[text < 5 + LENGTH] = 30
+    ours = host(input_ids=text)[key]
+    words = torch.arange(5, 5 + LENGTH).expand(3, -1)
+    put = torch.cat([text[:, :1], words, text[:, 1:]], 1)
+    whole = host(input_ids=put, modules=None)[key]
+    if key == "last_hidden_state":
+        whole = torch.cat([whole[:, :1], whole[:, 1 + LENGTH :]], 1)
+    torch.testing.assert_close(ours, whole, **CLOSE)
+
+
+def test_a_blip_that_writes_reads_no_class() -> None:
+    config = tf.BlipTextConfig(**SEEN, encoder_hidden_size=16)
+    assert reading_of(tf.BlipTextModel(config)).first == 1
+    assert reading_of(tf.BlipTextLMHeadModel(config)).first == 0

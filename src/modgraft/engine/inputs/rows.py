@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ IGNORED = -100
 """The label that transformers' losses leave out."""
 
 MASK, LABELS, POSITIONS = "attention_mask", "labels", "position_ids"
+LABELED = (LABELS, "shift_labels")  # of what is read at a position, of what is predicted there
+_NONE_AT_TOKENS = ("token_type_ids", "global_attention_mask", "bbox")  # ends of names; 0 at tokens
 
 
 @dataclass
@@ -32,9 +35,25 @@ class Rows:
     unseen: Tensor
 
     @classmethod
-    def of(cls, values: dict[str, Tensor]) -> Rows:
-        """Begin with what there is without any token."""
-        mask = values[MASK]
+    def of(cls, kwargs: Mapping[str, Any], what: str, text: Tensor, mask: Tensor | None) -> Rows:
+        """Begin with what a call has without any token, but its labels.
+
+        Args:
+            kwargs: its arguments.
+            what: the name of the text's.
+            text: ids ``[B, T]`` or embeddings ``[B, T, d]``.
+            mask: ``[B, T]``; None: all of it is seen.
+        """
+        if mask is None:
+            mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+        values = {what: text, MASK: mask}
+        for key, value in kwargs.items():
+            if key.endswith(_NONE_AT_TOKENS) and value.shape[:2] == mask.shape:
+                values[key] = value
+        if POSITIONS in kwargs:  # [B or 1, T], or in several dimensions [D, B, T]
+            positions = kwargs[POSITIONS]
+            positions = positions.reshape(-1, *positions.shape[-2:]).permute(1, 2, 0)
+            values[POSITIONS] = positions.expand(*mask.shape, -1)  # [B, T, D]
         own = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
         return cls(values, own, torch.zeros_like(mask, dtype=torch.bool))
 
@@ -61,7 +80,7 @@ class Rows:
             there = new.get(key, none)
             if key == MASK:
                 there = seen
-            elif key == LABELS:
+            elif key in LABELED:
                 there = none + IGNORED
             elif key == POSITIONS:
                 value, there = _moved(value, start, seen)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from modgraft.core.embeddings import Reading
 from modgraft.core.errors import ModgraftError
+from modgraft.engine.inputs.packed import begins, insert_in_each
 from modgraft.engine.inputs.relays import FIRST_ID, AroundImage, NewIds, Relay, Tokens
-from modgraft.engine.inputs.rows import IGNORED, LABELS, MASK, POSITIONS, Rows, gather
+from modgraft.engine.inputs.rows import IGNORED, LABELED, LABELS, MASK, POSITIONS, Rows, gather
 
 IDS, EMBEDDINGS = "input_ids", "inputs_embeds"
-_NONE_AT_TOKENS = ("token_type_ids", "global_attention_mask", "bbox")  # ends of names; 0 at tokens
 
 Source = Callable[[int], list[Tokens]]
 """The batch size → what each module puts before the input, in order."""
@@ -30,7 +30,7 @@ class Splice:
         text: the text as it was given, ids ``[B, T]`` or embeddings ``[B, T, d]``.
         keep: ``[B, T]``, the text's own positions among all; None: nothing is to be trimmed.
         total: how many positions there are with the tokens.
-        last: how many of the last logits are wanted; 0: what the model gives.
+        wanted: which of the text's logits are.
         ends_unseen: ``[B]`` bool, whether what a decoder reads a class at is padding; None: it is
             known to be none.
         relay: acts at the layers inside the host where the tokens come in or leave.
@@ -40,7 +40,7 @@ class Splice:
     text: Tensor | None = None
     keep: Tensor | None = None
     total: int = 0
-    last: int = 0
+    wanted: Any = ...
     ends_unseen: Tensor | None = None
     relay: Relay | None = None
 
@@ -60,7 +60,7 @@ class Splice:
             value = getattr(out, key, None)
             if isinstance(value, Tensor) and value.dim() == dims and value.shape[1] == self.total:
                 value = gather(value, self.keep)
-                out = replace(out, **{key: value[:, -self.last :] if key == "logits" else value})
+                out = replace(out, **{key: value[:, self.wanted] if key == "logits" else value})
         return out
 
     def without_tokens(self, ids: Tensor) -> Tensor:
@@ -106,21 +106,26 @@ def splice(
     writes_on = generating and not decodes
     groups = source(batch)
     count = sum(own.seen.shape[1] for own in groups)
-    reading.check_room(count, length)
     for own in groups:
         _check_width(own, batch, reading.width if what == IDS else text.shape[-1])
 
     masked = any(own.masked for own in groups)
     padded = given is not None or writes_on or masked
     mask = _mask_of_padding(model, text) if given is None and writes_on else given
-    rows = Rows.of(_rows(kwargs, what, text, mask))
-    if not decodes and _by_token(kwargs.get(LABELS), text):
-        rows.values[LABELS] = _first_unpredicted(model, kwargs[LABELS], groups)
-    first_id = FIRST_ID + batch * count
-    for own in reversed(groups):
-        first_id -= own.seen.numel()
-        ids = _new_ids(first_id, own, reading.padding)
-        rows.insert(own, {IDS: ids} if what == IDS else {EMBEDDINGS: own.embeddings}, padded)
+    rows = Rows.of(kwargs, what, text, mask)
+    if not decodes:
+        rows.values |= _labels(model, kwargs, text, groups)
+    new = [{what: value} for value in _values_of(groups, what, reading)]
+    packed = None
+    if groups and given is None and not generating:
+        packed = begins(reading, rows, kwargs)
+    if packed is not None:
+        insert_in_each(rows, groups, new, packed, reading)
+        padded = masked = False
+    else:
+        reading.check_room(count, length)
+        for own, value in zip(reversed(groups), reversed(new), strict=True):
+            rows.insert(own, value, padded)
     if masked:
         rows.move_unseen(front=writes_on)
         _check_masks(reading)
@@ -135,7 +140,7 @@ def splice(
     if what == IDS and groups:
         embeddings = [own.embeddings.flatten(0, 1) for own in groups]  # [B, k, d] → [B·k, d]
         relay = NewIds(dict(reading.tables), torch.cat(embeddings), reading.padding or 0)
-    whole = Splice(kwargs, text, rows.keep, length + count, relay=relay)
+    whole = Splice(kwargs, text, rows.keep, rows.values[what].shape[1], relay=relay)
     if decodes:
         return replace(whole, keep=None)
     if writes_on:
@@ -145,7 +150,8 @@ def splice(
     kwargs.pop(IDS if what == EMBEDDINGS else EMBEDDINGS, None)
     _move_spans(kwargs, rows.keep, count)
     ends = None if given is None or reading.first else _ends_unseen(reading, text, given)
-    return replace(whole, last=_keep_logits(kwargs, length, masked), ends_unseen=ends)
+    in_order = not masked and packed is None
+    return replace(whole, wanted=_wanted(kwargs, length, in_order), ends_unseen=ends)
 
 
 def _text(kwargs: dict[str, Any]) -> tuple[str, Tensor]:
@@ -200,28 +206,21 @@ def _can_generate(model: nn.Module) -> bool:
     return can is not None and can()
 
 
-def _rows(
-    kwargs: dict[str, Any], what: str, text: Tensor, mask: Tensor | None
-) -> dict[str, Tensor]:
-    """Return what the call has for each position, but its labels."""
-    if mask is None:
-        mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
-    rows = {what: text, MASK: mask}
-    for key, value in kwargs.items():
-        if key.endswith(_NONE_AT_TOKENS) and value.shape[:2] == mask.shape:
-            rows[key] = value
-    if POSITIONS in kwargs:  # [B or 1, T], or in several dimensions [D, B, T]
-        positions = kwargs[POSITIONS]
-        positions = positions.reshape(-1, *positions.shape[-2:]).permute(1, 2, 0)
-        rows[POSITIONS] = positions.expand(*mask.shape, -1)  # [B, T, D]
-    return rows
-
-
 def _by_token(labels: Any, text: Tensor) -> bool:
     """Return whether there is one label for each token, not one for each class."""
     if not isinstance(labels, Tensor):
         return False
     return labels.shape == text.shape[:2] and not labels.is_floating_point()
+
+
+def _labels(
+    model: nn.Module, kwargs: dict[str, Any], text: Tensor, groups: Sequence[Tokens]
+) -> dict[str, Tensor]:
+    """Return the labels ``[B, T]`` of a call that has one for each token."""
+    found = {key: kwargs[key] for key in LABELED if _by_token(kwargs.get(key), text)}
+    if LABELS in found:
+        found[LABELS] = _first_unpredicted(model, found[LABELS], groups)
+    return found
 
 
 def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens]) -> Tensor:
@@ -234,6 +233,17 @@ def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens
         return labels
     none = ~torch.cat([own.seen for own in groups], dim=1).any(1, keepdim=True)  # [B, 1]
     return torch.cat([labels[:, :1].masked_fill(none, IGNORED), labels[:, 1:]], dim=1)
+
+
+def _values_of(groups: Sequence[Tokens], what: str, reading: Reading) -> list[Tensor]:
+    """Return what stands for each module's tokens: ids ``[B, k]``, or embeddings ``[B, k, d]``."""
+    if what == EMBEDDINGS:
+        return [own.embeddings for own in groups]
+    first, found = FIRST_ID, []
+    for own in groups:
+        found.append(_new_ids(first, own, reading.padding))
+        first += own.seen.numel()
+    return found
 
 
 def _new_ids(first: int, own: Tokens, padding: int | None) -> Tensor:
@@ -303,26 +313,24 @@ def _move_spans(kwargs: dict[str, Any], keep: Tensor, count: int) -> None:
             kwargs[key] = torch.where(at < length, moved, at + count)
 
 
-def _keep_logits(kwargs: dict[str, Any], length: int, masked: bool) -> int:
-    """Bound ``logits_to_keep`` by the text's length.
+def _wanted(kwargs: dict[str, Any], length: int, in_order: bool) -> Any:
+    """Return which of the text's logits ``logits_to_keep`` names, of those that the host gives.
 
-    Returns:
-        How many of the last are to be picked from all logits: tokens that are not seen are behind
-        the text.
-
-    Raises:
-        ModgraftError: where it names positions.
+    Args:
+        kwargs: the host is asked for as few as can be said without the text's own positions.
+        length: of the text.
+        in_order: whether the text's last positions are last with the tokens too.
     """
-    last = kwargs.get("logits_to_keep", 0)
-    if not isinstance(last, int):
-        raise ModgraftError(
-            "with an input module, logits_to_keep is how many of the last, not which; pick from "
-            "the logits of the whole text"
-        )
-    if not last:
-        return 0
-    kwargs["logits_to_keep"] = 0 if masked else min(last, length)
-    return min(last, length) if masked else 0
+    wanted = kwargs.get("logits_to_keep", 0)
+    if isinstance(wanted, int):
+        last = min(wanted, length)
+        wanted = slice(-last, None) if last else ...
+        if in_order and last:
+            kwargs["logits_to_keep"] = last
+            return ...
+    if "logits_to_keep" in kwargs:
+        kwargs["logits_to_keep"] = 0  # all
+    return wanted
 
 
 def _ends_unseen(reading: Reading, text: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,36 @@
+"""How transformers captures what layers put out, and how it is kept from capturing what we run.
+
+``output_hidden_states=`` and its like put hooks on a model's layers at the first call that asks for
+them, once: a mark on the model says that they are there. So a copy of a model with its mark needs
+its hooks too. They add to the list of the call under way whatever a layer puts out, and a layer
+that is run once more would be in that list twice.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+def captures(hook: Callable[..., Any]) -> bool:
+    """Return whether ``hook`` is one by which transformers captures outputs."""
+    return getattr(hook, "__module__", None) == _CAPTURING
+
+
+@contextmanager
+def uncaptured() -> Iterator[None]:
+    """Run layers in a ``with`` block without their outputs being captured."""
+    if _CAPTURING not in sys.modules:
+        yield
+        return
+    collector = sys.modules[_CAPTURING]._active_collector
+    collected = collector.get()
+    collector.set(None)
+    try:
+        yield
+    finally:
+        collector.set(collected)
