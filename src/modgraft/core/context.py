@@ -471,6 +471,10 @@ def _(own: Tensor, host: int, program: str) -> Tensor:
     return torch.empty_like(own)
 
 
+# whether this runs in a block that is checkpointed in the reentrant form: its forward has no graph
+reentrant: ContextVar[bool] = ContextVar("modgraft_reentrant", default=False)
+
+
 def calls_under_way() -> tuple[tuple[Context, Call], ...]:
     """Return the calls under way here, before them one of each host with what is in force there."""
     contexts = [context for ref in _contexts.valuerefs() if (context := ref()) is not None]
@@ -482,7 +486,19 @@ def calls_under_way() -> tuple[tuple[Context, Call], ...]:
 
 @contextmanager
 def under(calls: tuple[tuple[Context, Call], ...]) -> Iterator[None]:
-    """Run a ``with`` block under calls that were under way elsewhere, or earlier."""
+    """Run a ``with`` block under calls that were under way elsewhere, or earlier.
+
+    Raises:
+        ModgraftError: where a module of one of them has been removed since.
+    """
+    for owner, call in calls:
+        active = call.composition if call.in_forward else None
+        names = () if active is None else active.names()
+        if gone := [name for name in names if name not in owner.names]:
+            raise ModgraftError(
+                f"{gone[0]!r} was removed between a forward and its backward, which computes a "
+                f"layer of that forward once more; call backward() first"
+            )
     token = _calls.set(tuple((owner, call, _backward()) for owner, call in calls))
     try:
         yield

@@ -209,6 +209,8 @@ def _twin(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` without modules, in evaluation mode, that shares its weights."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     for layer in model.modules():
+        states = [v for v in layer.__dict__.values() if isinstance(v, Tensor)]
+        memo |= {id(v): v.detach().clone() for v in states}  # deepcopy refuses what has a graph
         if STATE in layer.__dict__:
             state = layer.__dict__[STATE]
             memo[id(state)] = state

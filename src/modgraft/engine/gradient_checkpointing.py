@@ -18,19 +18,28 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
-from modgraft.core.context import calls_under_way, under
+from modgraft.core.context import calls_under_way, reentrant, under
 from modgraft.engine.served_weight import FACTS, ServedWeight
 
 
-def _again(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` as it runs under the calls that are under way now."""
+def _again(function: Callable[..., Any], reenters: bool = False) -> Callable[..., Any]:
+    """Return ``function`` as it runs under the calls that are under way now.
+
+    Args:
+        function: what is checkpointed.
+        reenters: whether in the reentrant form.
+    """
     calls = calls_under_way()
     if not calls:  # there is no host
         return function
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with under(calls):
-            return function(*args, **kwargs)
+        token = reentrant.set(reenters)
+        try:
+            with under(calls):
+                return function(*args, **kwargs)
+        finally:
+            reentrant.reset(token)
 
     return run
 
@@ -89,8 +98,8 @@ def _each(out: Any, do: Callable[[Tensor], Tensor]) -> Any:
 
 def hook_checkpoints() -> None:
     """Hook ``torch.utils.checkpoint``, once a process."""
-    frame, reentrant = checkpoint._CheckpointFrame, checkpoint.CheckpointFunction
-    init, apply = frame.__init__, reentrant.apply
+    frame, function = checkpoint._CheckpointFrame, checkpoint.CheckpointFunction
+    init, apply = frame.__init__, function.apply
 
     @wraps(init)
     def new_init(self: Any, recompute: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -98,10 +107,10 @@ def hook_checkpoints() -> None:
 
     @wraps(apply)
     def new_apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        run = _again(function)
+        run = _again(function, reenters=True)
         if run is function or not torch.is_grad_enabled() or any(map(_requires_gradient, args)):
             return apply(run, preserve, *args)
         return _from_no_gradient(apply, run, preserve, args)
 
     frame.__init__ = new_init  # type: ignore[method-assign]
-    reentrant.apply = staticmethod(new_apply)  # type: ignore[assignment]
+    function.apply = staticmethod(new_apply)  # type: ignore[assignment]

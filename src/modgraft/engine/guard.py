@@ -65,7 +65,7 @@ class Guard:
             self._places.check(host)
             try:
                 yield
-            except (RuntimeError, IndexError) as error:
+            except (RuntimeError, LookupError, AttributeError) as error:
                 self._places.explain(error)
                 raise
 

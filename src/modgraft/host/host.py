@@ -318,8 +318,10 @@ class Host(AsModel):
             call = self._call(side, modules)
             if self._context.routed:
                 call = routed(self.model, self._implants, call, args, kwargs)
-            with self._context.call(self._context.compiled.filled(call)):
-                return self.model(*args, **kwargs)
+            call = self._context.compiled.filled(call)
+            with self._context.call(call):
+                out = self.model(*args, **kwargs)
+            return with_routing_losses(out, call, kwargs) if call.routings else out
         if callable(eval_frame.get_eval_frame_callback()):
             warnings.warn(NOT_COMPILED, stacklevel=4)
         return self._call_eagerly(False, side, modules, args, kwargs)

@@ -86,7 +86,8 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
     own = [b for m in model.modules() for b in m._buffers.values() if b is not None]
     own += [v for _, kept in attributes for v in kept.values() if isinstance(v, Tensor)]
     own += [m.weight for m in every if getattr(m, "max_norm", None)]  # written to when read
-    tensors = [(t, t.detach().clone()) for t in [*own, *modules.parameters(), *modules.buffers()]]
+    tensors = [(t, t.detach().clone()) for t in [*own, *modules.buffers()]]
+    data = [(p, p.data) for p in modules.parameters()]  # exchanged, and never written to
     held = [(v, copy(v)) for _, kept in attributes for v in kept.values() if type(v) in _FILLED]
     learns = [(p, p.requires_grad) for p in modules.parameters()]
     training = [(m, m.training) for m in every]
@@ -108,6 +109,8 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
                 for tensor, value in tensors:
                     if not torch.equal(tensor, value):
                         tensor.copy_(value)
+            for parameter, value in data:
+                parameter.data = value
             for parameter, flag in learns:
                 parameter.requires_grad_(flag)
             for module, flag in training:

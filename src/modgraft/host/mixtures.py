@@ -183,14 +183,18 @@ def _example(
 def with_routing_losses(out: Any, call: Call, kwargs: dict[str, Any]) -> Any:
     """Add the losses of the routers that learn in this call to ``out.loss``.
 
-    A score-function estimator needs the loss of each example, which is computed from logits and
+    Without ``return_dict`` the loss is the first of a tuple, where there are labels. A
+    score-function estimator needs the loss of each example, which is computed from logits and
     labels where they have the usual shapes.
     """
-    loss = getattr(out, "loss", None)
-    if not isinstance(loss, Tensor):
+    in_tuple = isinstance(out, tuple) and kwargs.get("labels") is not None
+    loss, logits = out[:2] if in_tuple else (getattr(out, n, None) for n in ("loss", "logits"))
+    if not isinstance(loss, Tensor) or loss.dim():
         return out
-    each = example_losses(getattr(out, "logits", None), kwargs.get("labels"), loss)
+    each = example_losses(logits, kwargs.get("labels"), loss)
     for mixture, routing in call.routings:
         loss = loss + mixture.routing_loss(routing, each)
+    if isinstance(out, tuple):
+        return loss, *out[1:]
     out.loss = loss
     return out

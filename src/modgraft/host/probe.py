@@ -76,12 +76,12 @@ def probe(
     names = [name for implant in implants.values() for name in implant.names]
     if not names:
         raise ModgraftError("no module is implanted that could be probed; host.implant(…) first")
-    with as_it_was(model, modules):
+    with torch.inference_mode(False), as_it_was(model, modules):
         generator = torch.Generator().manual_seed(0)
         for parameter in modules.parameters():
             noise = torch.randn(parameter.shape, generator=generator) * NOISE
-            parameter.add_(noise.to(parameter))
-        host = _Host(model, implants, batch, run, bare)
+            parameter.data = parameter.data + noise.to(parameter)
+        host = _Host(model, implants, {k: _known(v) for k, v in batch.items()}, run, bare)
         found = Probe([], [], host.notes)
         for name in names:
             rows, verdict = host.module(name)
@@ -95,6 +95,7 @@ class _Host:
 
     Attributes:
         axis: the axis of the examples in the batch; None where they cannot be told apart.
+        apart: of each output, whether an example has rows of its own in it.
         count: how many there are.
         notes: what holds for the host as a whole.
     """
@@ -126,6 +127,7 @@ class _Host:
         """Find the axis of the examples in the batch, and in each layer's output."""
         shape = _first(self.batch).shape
         self.axis, self.count, self.other = None, shape[0], {}
+        self.apart: list[bool] = []
         for axis, count in enumerate(shape[:2]):
             if count < 2:
                 continue
@@ -136,7 +138,8 @@ class _Host:
                     "the first two examples of this batch are one to the host, and show nothing; "
                     "probe it with different ones"
                 )
-            if any(moved(a, b, count) for a, b in zip(self.out, out, strict=True)):
+            self.apart = [bool(moved(a, b, count)) for a, b in zip(self.out, out, strict=True)]
+            if any(self.apart):
                 self.axis, self.count, self.other = axis, count, other
                 break
         if self.axis is None:
@@ -156,8 +159,8 @@ class _Host:
         method = self.implants.computation(name)
         verdict = Verdict(name)
         rows = [self._row(name, label) for label, _ in self.implants.at_sites(name)]
-        places = {
-            label: (find(self.model, label)[0], place)
+        places: dict[str, tuple[Site, Computation]] = {
+            label: (find(self.model, label)[0], getattr(place, "mixture", place))
             for label, place in self.implants.at_sites(name)
         }
         changes: dict[str, list[Change]] = {}
@@ -235,7 +238,7 @@ class _Host:
         assert truth is not None  # noqa: S101
         effect = distance(truth, alone)
         if not apart(truth, alone):  # another forward runs than the copy's own, or Δ does nothing
-            return acts, None
+            return acts or any(not bool(x.any()) for x in floats(args)[:1]), None
         if not apart(y, truth, effect):
             return acts, 0.0
         return acts, distance(y, truth) / max(effect, 1e-30)
@@ -382,8 +385,8 @@ class _Host:
             verdict.each = "raises"
             verdict.faults.append(_said(error))
             return
-        for new, all_, none in zip(mixed, out, self.out, strict=True):
-            if new.dim() <= axis or new.shape[axis] % count:
+        for new, all_, none, own in zip(mixed, out, self.out, self.apart, strict=True):
+            if not own or new.dim() <= axis or new.shape[axis] % count:
                 continue
             effect, each = distance(all_, none), new.shape[axis] // count
             truth = torch.cat(
@@ -405,6 +408,11 @@ class _Host:
                     )
                 return
         verdict.each = "equal"
+
+
+def _known(value: Any) -> Any:
+    """Return what autograd can follow of a batch that was made in inference mode."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _first(batch: Mapping[str, Any]) -> Tensor:

@@ -41,6 +41,11 @@ class Routing:
     score: Tensor | None = None
     balance: Tensor | None = None
 
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether it learns by a loss of its own."""
+        return self.score is not None or self.balance is not None
+
 
 class Member(NamedTuple):
     """A module built for one site, and the part of a fused projection that it acts on."""

@@ -16,7 +16,7 @@ from modgraft.aggregation.representation import Average
 from modgraft.computation._checks import distinct_names
 from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
-from modgraft.core.context import EXAMPLE, Call
+from modgraft.core.context import EXAMPLE, Call, reentrant
 from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.precision import HALF, wide
@@ -219,6 +219,12 @@ class Mixture(Computation):
             routing = self.route(_as_router(self.route, query, y))
         if self.level != "token":
             call.choices[key] = routing
+        if self.training and reentrant.get() and routing.adds_to_loss:
+            raise ModgraftError(
+                f"Mixture({list(self.over)}) at {self._path}: its router adds to the loss, which "
+                f"has no gradient out of a block that is checkpointed in the reentrant form; "
+                f"checkpoint with use_reentrant=False"
+            )
         if self.training and torch.is_grad_enabled():
             call.routings.append((first, routing))
         first.counter.add(routing)
