@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.core.architectures import FAMILIES
-from modgraft.core.layers import weight_labels
+from modgraft.core.layers import is_stack, weight_labels
 from modgraft.core.patterns import joined, pattern, starred
 
 
@@ -40,10 +40,14 @@ def guess(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
     """Return role → patterns, of those roles that names and shapes of the layers leave no doubt
     about."""
     modules = dict(model.named_modules())
-    names = "query key value output attention self_attention cross_attention up down block"
+    names = (
+        "query key value output attention self_attention cross_attention up down block "
+        "experts experts.up experts.down"
+    )
     found: dict[str, list[str]] = {name: [] for name in names.split()}
     for path, module in modules.items():
-        for role, label in [*_attention(path, module), *_feedforward(path, module)]:
+        roles = [*_attention(path, module), *_feedforward(path, module), *_experts(path, module)]
+        for role, label in roles:
             found[role].append(label)
     for path, module in modules.items():
         blocks = [joined(path, name) for name, _ in module.named_children()]
@@ -93,6 +97,15 @@ def _feedforward(path: str, module: nn.Module) -> list[tuple[str, str]]:
             continue
         return [*(("up", joined(path, name)) for name in ups), ("down", joined(path, down))]
     return []
+
+
+def _experts(path: str, module: nn.Module) -> list[tuple[str, str]]:
+    """Return the roles of a layer that holds the weights of all experts in stacks."""
+    stacks = [n for n, p in module._parameters.items() if p is not None and is_stack(module, n)]
+    found = [(kind, joined(path, n)) for n in stacks for kind in ("down", "up") if kind in n]
+    if {kind for kind, _ in found} != {"up", "down"}:
+        return []
+    return [("experts", path), *found, *((f"experts.{kind}", label) for kind, label in found)]
 
 
 def _linear(module: nn.Module, name: str) -> tuple[int, int] | None:

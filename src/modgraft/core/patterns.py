@@ -10,6 +10,8 @@ import re
 from functools import lru_cache
 from itertools import takewhile
 
+from torch import nn
+
 from modgraft.core.errors import SiteError
 
 Item = str | None | list  # a text, None for a star, or alternatives, each a list of items
@@ -88,6 +90,20 @@ def _digits(path: str, start: int) -> range:
 def starred(path: str) -> str:
     """Replace the numbers in a path by ``*``."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""The names under which layers stand in what torch wraps around them."""
+
+
+def wraps(module: nn.Module) -> bool:
+    """Return whether ``module`` is a wrapper of torch around one layer."""
+    return not _WRAPPERS.isdisjoint(module._modules)
+
+
+def bare(path: str) -> str:
+    """Return a path without the wrappers in it."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def joined(path: str, name: str) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from modgraft.core.errors import SiteError
 from modgraft.core.layers import CONVOLUTIONS, LINEAR, WEIGHTED, is_stack, weight_labels
 from modgraft.core.parts import Part, split_part
-from modgraft.core.patterns import joined, pattern, starred
+from modgraft.core.patterns import bare, joined, pattern, starred, wraps
 from modgraft.core.roles import family_of, roles_of, same_input
 from modgraft.core.widths import inner_width, own_width
 
@@ -265,8 +265,11 @@ def _sites_of(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
 def _match(model: nn.Module, selection: str, numbers: bool = False) -> list[Site]:
     """Find the sub-modules that a pattern means, or if it means none, the parameters."""
     text, part = split_part(selection)
-    wanted = pattern(text, numbers)
-    found = [_site(model, p, m, part) for p, m in model.named_modules() if wanted.matches(p)]
+    wanted, modules = pattern(text, numbers), list(model.named_modules())
+    found = [_site(model, p, m, part) for p, m in modules if wanted.matches(p)]
+    if not found:  # by the path that a layer has without what is wrapped around it
+        inner = [(p, m) for p, m in modules if not wraps(m)]
+        found = [_site(model, p, m, part) for p, m in inner if wanted.matches(bare(p))]
     if found:
         return found
     named = [
