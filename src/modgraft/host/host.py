@@ -39,7 +39,11 @@ from modgraft.engine.implant import (
     learning_parts,
 )
 from modgraft.engine.inputs.prefix_attention import hook_attention
-from modgraft.engine.served_weight import unwatch_forwards, watch_forwards
+from modgraft.engine.served_weight import (
+    hook_functional_calls,
+    unwatch_forwards,
+    watch_forwards,
+)
 from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
     Composition,
@@ -64,6 +68,7 @@ from modgraft.host.probe_result import Probe
 from modgraft.routing.mixture import Mixture
 
 hook_checkpoints()
+hook_functional_calls()
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
