@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from modgraft.core.context import Context
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import STATE, stored
+from modgraft.core.tensors import check_whole
 
 COPIED = "_modgraft_copied"
 """Marks a shallow copy of a layer that runs with changed tensors, which it reads as they are."""
@@ -110,6 +111,7 @@ def served(name: str, original: property | None) -> property:
             return state.with_changes(layer, name, own, running[layer])
         if not state.context.in_forward() or not state.changes_now():
             return own
+        check_whole(own, state.path)
         kept = state.served.get(name)
         if kept is None:
             kept = state.served[name] = ServedWeight.of(layer, name, own)
