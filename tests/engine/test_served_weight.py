@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -172,3 +173,84 @@ def test_what_cannot_act_there_is_refused() -> None:
     host.remove("b")
     host.implant("b", mg.Adapter(width=2), at="called", active=False)
     host(x, modules="b")
+
+
+class ByName(nn.Module):
+    """Reads the tensors of a layer by their names."""
+
+    def __init__(self, read: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.read, self.inner = read, nn.ModuleList([nn.Linear(6, 6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.read(self.inner[0])
+        return F.linear(x, weight, bias)
+
+
+NAMED: dict[str, Callable[[nn.Module], Any]] = {
+    "get_parameter": lambda layer: map(layer.get_parameter, ("weight", "bias")),
+    "parameters": lambda layer: layer.parameters(),
+    "named_parameters": lambda layer: dict(layer.named_parameters()).values(),
+    "with a prefix": lambda layer: dict(layer.named_parameters(prefix="a")).values(),
+    "getattr": lambda layer: [getattr(layer, name) for name, _ in layer.named_parameters()],
+    "state_dict": lambda layer: layer.state_dict().values(),
+    "keep_vars": lambda layer: layer.state_dict(keep_vars=True).values(),
+}
+
+
+@pytest.mark.parametrize("read", NAMED.values(), ids=NAMED)
+def test_a_layer_shows_it_by_any_name(read: Callable[[nn.Module], Any]) -> None:
+    host, x = stirred(ByName(read), "inner.0", mg.LoRA(rank=2, bias=True)), HOSTS["reads"][2]
+    got, plain = host(x), host.merge("a")
+    torch.testing.assert_close(got, plain(x))
+    assert (got - host(x, modules=None)).abs().max() > 1e-3
+    layer = host.model.inner[0]  # type: ignore[index]
+    for values in (layer.parameters(), dict(layer.named_parameters()).values()):
+        assert all(one is own for one, own in zip(values, layer._parameters.values(), strict=True))
+    assert not any(isinstance(v, ServedWeight) for v in layer.state_dict(keep_vars=True).values())
+    if read is not NAMED["state_dict"]:  # which has no graph
+        got.sum().backward()
+        assert host["a"].places[0].B.grad.abs().max() > 0
+
+
+class Given(nn.Module):
+    """Runs its layer with tensors that ``give`` makes of it."""
+
+    def __init__(self, give: Callable[[nn.Module], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.layer, self.give = nn.Linear(6, 6), give
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.layer, self.give(self.layer), (x,))
+
+
+def test_a_layer_that_the_host_gives_other_weights() -> None:
+    """What modules change is refused, since they would change it twice; its own is right."""
+    x = HOSTS["reads"][2]
+    for give in (
+        lambda layer: {"weight": 2 * layer.weight},
+        lambda layer: {"weight": layer.weight},
+        lambda layer: {"weight": torch.ones(6, 6, dtype=torch.float64), "bias": layer.bias},
+    ):
+        host = stirred(Given(give), "layer", mg.LoRA(rank=2))
+        bare = host.merge(None)(x)
+        with pytest.raises(mg.ModgraftError, match="layer is run with another weight"):
+            host(x)
+        assert torch.equal(host(x, modules=None), bare)
+        assert host.model.layer.weight is host.model.layer._parameters["weight"]
+    for give in (
+        lambda layer: {"bias": 3 * layer.bias},
+        lambda layer: {"weight": layer._parameters["weight"].detach()},
+        lambda layer: {},
+    ):
+        host = stirred(Given(give), "layer", mg.LoRA(rank=2))
+        torch.testing.assert_close(host(x), host.merge("a")(x))
+
+
+def test_a_whole_host_may_be_given_other_weights() -> None:
+    host, x = stirred(Reads(), "called", mg.LoRA(rank=2)), HOSTS["reads"][2]
+    weights = {"model.called.weight": torch.randn(6, 6, dtype=torch.float64)}
+    got = torch.func.functional_call(host, weights, (x,))
+    with torch.no_grad():
+        host.model.called.weight.copy_(weights["model.called.weight"])
+    torch.testing.assert_close(got, host(x))

@@ -17,6 +17,7 @@ from modgraft.core.layers import (
     weight_matrix,
 )
 from modgraft.core.sites import Site
+from modgraft.core.tensors import check_whole
 
 
 def check_at_least_one(method: str, **values: int | None) -> None:
@@ -133,6 +134,7 @@ def check_weight(method: str, site: Site, experts: bool = False) -> None:
     if site.parameter is None and not isinstance(layer, WEIGHTED):
         raise _several(method, site)
     weight = stored(layer, site.parameter)
+    check_whole(weight, site.label)
     if not (weight.is_complex() or weight.is_floating_point()) or weight.itemsize < 2:
         raise SiteError(
             f"{method} at {site.label}: its weight is {weight.dtype}, codes that this {kind} reads "

@@ -65,6 +65,25 @@ def with_tensor(out: Any, value: Tensor) -> Any:
     return replace(out, **{first: value})
 
 
+def check_whole(weight: Tensor, where: str) -> None:
+    """Refuse a weight that lies in parts on several devices, as a ``DTensor`` does.
+
+    Args:
+        weight: of a layer.
+        where: the layer, for the error.
+
+    Raises:
+        ModgraftError: with what holds instead.
+    """
+    if type(weight) not in (Tensor, nn.Parameter) and getattr(weight, "device_mesh", None):
+        raise ModgraftError(
+            f"the weight of {where} is a {type(weight).__name__}, spread over devices by "
+            f"fully_shard or a tensor-parallel plan, and no whole matrix that a module could "
+            f"change; wrap the host in FullyShardedDataParallel(host, use_orig_params=True) or "
+            f"DistributedDataParallel(host), which leave a layer its weight while it runs"
+        )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device that ``model`` runs on: that of its parameters, the CPU if it has none.
 

@@ -32,7 +32,7 @@ from modgraft.engine.inputs.tokens import generate_with_tokens
 from modgraft.engine.own_forward import PATCHED, by_weight, original, runs_changed
 from modgraft.engine.plan import Entry
 from modgraft.engine.run import run
-from modgraft.engine.served_weight import SERVED, is_serving, served
+from modgraft.engine.served_weight import SERVED, is_serving, served, shown_by_name
 from modgraft.engine.state import STATE, State
 
 
@@ -182,6 +182,7 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
         for name in SERVED:
             own = getattr(kind, name, None)
             body[name] = served(name, own if isinstance(own, property) else None)
+        body.update(shown_by_name(kind))
     generate = getattr(kind, "generate", None)
     if generate is not None:
 

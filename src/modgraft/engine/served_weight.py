@@ -14,15 +14,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.utils import stateless
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from modgraft.core.context import Context
+from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import STATE, stored
+from modgraft.core.tensors import check_whole
 
 COPIED = "_modgraft_copied"
 """Marks a shallow copy of a layer that runs with changed tensors, which it reads as they are."""
@@ -58,6 +63,8 @@ class ServedWeight(Tensor):
         """Make it for the tensor ``theta``, which ``layer`` stores as ``name``."""
         shell = torch.empty_like(theta, device="meta").as_subclass(ServedWeight)
         shell.layer, shell.stored_as = layer, name
+        if isinstance(theta, nn.Parameter):  # which is what get_parameter looks for
+            shell._is_param = True  # type: ignore[attr-defined]
         return shell
 
     @classmethod
@@ -104,6 +111,7 @@ def served(name: str, original: property | None) -> property:
             return state.with_changes(layer, name, own, running[layer])
         if not state.context.in_forward() or not state.changes_now():
             return own
+        check_whole(own, state.path)
         kept = state.served.get(name)
         if kept is None:
             kept = state.served[name] = ServedWeight.of(layer, name, own)
@@ -121,6 +129,28 @@ def served(name: str, original: property | None) -> property:
         del layer.__dict__[name]
 
     return _Served(read, write, delete)
+
+
+def shown_by_name(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """Return the methods of a grafted class by which its layer shows its tensors by their names.
+
+    Args:
+        kind: the layer's own class.
+    """
+
+    def named_parameters(layer: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        for name, own in kind.named_parameters(layer, *args, **kwargs):
+            last = name.rpartition(".")[2]
+            read = last in SERVED and layer._parameters.get(last) is own and not is_serving(layer)
+            yield name, getattr(layer, last) if read else own
+
+    def save_to_state_dict(layer: nn.Module, destination: Any, prefix: str, keep: bool) -> None:
+        kind._save_to_state_dict(layer, destination, prefix, keep)
+        for name in SERVED:
+            if isinstance(value := getattr(layer, name, None), ServedWeight):
+                destination[prefix + name] = value if keep else value.detach()
+
+    return {"named_parameters": named_parameters, "_save_to_state_dict": save_to_state_dict}
 
 
 class Shells(dict[str, ServedWeight]):
@@ -151,6 +181,54 @@ def serving(layer: nn.Module, changes: Sequence[Any]) -> Iterator[None]:
         yield
     finally:
         _changes.reset(token)
+
+
+def hook_functional_calls() -> None:
+    """Hook ``torch.func.functional_call``, once a process, where a layer gets other weights."""
+    call = stateless._functional_call
+
+    @wraps(call)
+    def new_call(module: nn.Module, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            for name, value in tensors.items():
+                _check_given(module, name, value)
+        return call(module, tensors, *args, **kwargs)
+
+    stateless._functional_call = new_call
+
+
+def _check_given(module: nn.Module, name: str, value: Tensor) -> None:
+    """Refuse to run a layer with a weight that a host gives it while it runs, if modules change it.
+
+    Their change would be added to what has it already, as ``2 * layer.weight``, or what is no
+    weight of the layer. Its own weight may be given.
+
+    Raises:
+        ModgraftError: with the remedy.
+    """
+    path, _, last = name.rpartition(".")
+    try:
+        layer = module.get_submodule(path)
+    except AttributeError:
+        return
+    state = layer.__dict__.get(STATE)
+    if state is None or not state.context.in_forward() or not state.changes_now():
+        return
+    theta = stored(layer, last)
+    if not _is_same(value, theta) and state.changed(layer, last, theta) is not theta:
+        raise ModgraftError(
+            f"{state.path} is run with another {last} by torch.func.functional_call while the host "
+            f"runs, and modules change that {last}: their change would be added to what is given; "
+            f"compute with what is given, by torch.nn.functional.linear for instance, or call "
+            f"{state.path} as it is"
+        )
+
+
+def _is_same(value: Tensor, theta: Tensor) -> bool:
+    """Return whether ``value`` is ``theta``, or a view of all of it."""
+    if isinstance(value, ServedWeight) or is_functorch_wrapped_tensor(value):
+        return False
+    return value.data_ptr() == theta.data_ptr() and value.shape == theta.shape
 
 
 def is_serving(layer: nn.Module) -> bool:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modgraft.core.errors import CheckpointError
+from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.engine.implant import Implants
 from modgraft.store.fingerprint import fingerprint
 
@@ -47,6 +47,14 @@ class AsModel(nn.Module):
         """The class of the model, for whoever asks ``isinstance``; ``type(host)`` is ``Host``."""
         model = self.__dict__.get("_modules", {}).get("model")
         return type(self) if model is None else type(model)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        raise ModgraftError(
+            f"a host's class was to become {kind.__name__}, as fully_shard does, which spreads "
+            f"weights that modules change over devices; wrap the host, in "
+            f"FullyShardedDataParallel(host, use_orig_params=True) or DistributedDataParallel(host)"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return object.__new__, (type(self),), self.__dict__  # pickle would ask for __class__

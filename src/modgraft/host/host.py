@@ -43,7 +43,11 @@ from modgraft.engine.implant import (
     learning_parts,
 )
 from modgraft.engine.inputs.prefix_attention import hook_attention
-from modgraft.engine.served_weight import unwatch_forwards, watch_forwards
+from modgraft.engine.served_weight import (
+    hook_functional_calls,
+    unwatch_forwards,
+    watch_forwards,
+)
 from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
     Composition,
@@ -71,6 +75,7 @@ TARGETS = {"labels", "return_loss", "num_items_in_batch"}
 """What a call may be given beside its input."""
 
 hook_checkpoints()
+hook_functional_calls()
 
 if TYPE_CHECKING:
     from modgraft.training.fit import History
