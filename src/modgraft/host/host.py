@@ -38,6 +38,7 @@ from modgraft.engine.implant import (
     learner,
     learning_parts,
 )
+from modgraft.engine.inputs.caches import check_goes_on
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.served_weight import unwatch_forwards, watch_forwards
 from modgraft.host.as_model import AsModel
@@ -336,6 +337,10 @@ class Host(AsModel):
             if composition.of_batch:
                 batch_second = not call.generating and 1 in self._context.axes.values()
                 check_batch(composition, args, kwargs, batch_second)
+        if self._context.token_modules and not (
+            composition and self._context.token_modules_in(composition)
+        ):
+            check_goes_on(kwargs, None)
         with self._context.call(call):
             return run(*args, **kwargs)
 
