@@ -150,11 +150,7 @@ def token_table(host: nn.Module) -> nn.Embedding:
     Raises:
         ModgraftError: for a host that has none, or does not take embeddings instead of tokens.
     """
-    try:
-        table = host.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        table = None
-    if isinstance(table, nn.Embedding) and "inputs_embeds" in _arguments(host):
+    if (table := _text_table(host)) is not None:
         return table
     if _image_layers(host):
         raise ModgraftError(
@@ -165,6 +161,15 @@ def token_table(host: nn.Module) -> nn.Embedding:
         f"{type(host).__name__} reads no token embeddings that others could be put before; "
         f"implant a module that acts at a layer, such as LoRA(rank=8)"
     )
+
+
+def _text_table(host: nn.Module) -> nn.Embedding | None:
+    try:
+        table = host.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    reads = isinstance(table, nn.Embedding) and "inputs_embeds" in _arguments(host)
+    return table if reads else None
 
 
 def token_width(host: nn.Module) -> int:
@@ -282,7 +287,12 @@ def _position_rows(reader: nn.Module) -> Iterator[int]:
 
 
 def _image_layers(host: nn.Module) -> tuple[str, str] | None:
-    """Return where the tokens of a vision transformer's image begin and end, if it is one."""
+    """Return where the tokens of a vision transformer's image begin and end, if it is one.
+
+    ViLT, which reads a text before its image, is none.
+    """
+    if _text_table(host) is not None:
+        return None
     base = _base_path(host)
     model = host.get_submodule(base)
     children = dict(model.named_children())

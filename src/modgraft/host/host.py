@@ -42,6 +42,7 @@ from modgraft.engine.implant import (
     learner,
     learning_parts,
 )
+from modgraft.engine.inputs.caches import check_goes_on
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.served_weight import (
     hook_functional_calls,
@@ -376,6 +377,10 @@ class Host(AsModel):
             if composition.of_batch:
                 batch_second = 1 in (call.layout or {}).values()
                 check_batch(composition, args, kwargs, batch_second)
+        if self._context.token_modules and not (
+            composition and self._context.token_modules_in(composition)
+        ):
+            check_goes_on(kwargs, None)
         with self._context.call(call):
             return run(*args, **kwargs)
 

@@ -187,3 +187,25 @@ def test_writes_as_one_step_after_another(name: str) -> None:
         alone["pixel_values"] = batch["pixel_values"][row * size : (row + 1) * size]
         expected = host.generate(**alone, **settings, num_beams=2)
         assert torch.equal(beams[row : row + 1], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_text_and_an_image_in_one_sequence(masked: bool) -> None:
+    """ViLT's tokens go into its text, after the class token, and not among the patches."""
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = tf.ViltConfig(
+        vocab_size=41, num_attention_heads=2, image_size=8, patch_size=4, max_image_length=-1,
+        **size,
+    )  # fmt: skip
+    model = drawn(tf.ViltModel(config))
+    host, phi = prompted(model)
+    text, image = torch.randint(20, 41, (3, 6)), torch.randn(3, 3, 8, 8)
+    batch = {"input_ids": text, "pixel_values": image}
+    longer = {"attention_mask": torch.ones(3, 6)} if masked else {}
+    ours = host(**batch, **longer)
+    model.get_input_embeddings().weight[5 : 5 + LENGTH] = phi  # words that nobody wrote
+    words = torch.arange(5, 5 + LENGTH).expand(3, -1)
+    batch["input_ids"] = torch.cat([text[:, :1], words, text[:, 1:]], 1)
+    whole = host(**batch, modules=None)
+    torch.testing.assert_close(ours.pooler_output, whole.pooler_output, rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modgraft.core.embeddings import Reading
 from modgraft.core.errors import ModgraftError
+from modgraft.engine.inputs.caches import check_whole
 from modgraft.engine.inputs.packed import begins, insert_in_each
 from modgraft.engine.inputs.relays import FIRST_ID, AroundImage, NewIds, Relay, Tokens
 from modgraft.engine.inputs.rows import IGNORED, LABELED, LABELS, MASK, POSITIONS, Rows, gather
@@ -102,6 +103,7 @@ def splice(
     batch, length = text.shape[:2]
     given = kwargs.get(MASK)
     _check_mask(given, text)
+    check_whole(model, kwargs, generating and what == IDS)
     decodes = _decodes(model, reading, kwargs, generating)
     writes_on = generating and not decodes
     groups = source(batch)
@@ -160,10 +162,10 @@ def _text(kwargs: dict[str, Any]) -> tuple[str, Tensor]:
     Raises:
         ModgraftError: where there is no text, or more than that.
     """
-    if "past_key_values" in kwargs or "encoder_outputs" in kwargs:
+    if "encoder_outputs" in kwargs:
         raise ModgraftError(
-            "with an input module, continue from a cache by host.generate(...): a single call with "
-            "past_key_values or encoder_outputs cannot tell whether they hold the module's tokens"
+            "with an input module, give the encoder's text as input_ids: encoder_outputs do not "
+            "tell whether they hold the module's tokens"
         )
     for name, dims in ((EMBEDDINGS, 3), (IDS, 2)):
         if name not in kwargs:

@@ -22,6 +22,7 @@ from modgraft.core.embeddings import Reading
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression
 from modgraft.core.per_example import Each
+from modgraft.engine.inputs.caches import Held, check_goes_on, mark, modules_in
 from modgraft.engine.inputs.expressions import fold
 from modgraft.engine.inputs.generation import on_text, text_alone
 from modgraft.engine.inputs.relays import NewIds, Tokens
@@ -47,11 +48,13 @@ def call_with_tokens(
     reading = _reading(host, state)
     kwargs = {**dict(zip(reading.arguments, args, strict=False)), **kwargs}
     plan = splice(host, reading, kwargs, _source(reading, entries, call))
+    held = _held(call, entries, plan)
     with state.context.call(replace(call, spliced=plan)):
         if torch.compiler.is_dynamo_compiling():
             return plan.trim(run((), plan.kwargs))
         out = _explained(reading, plan, lambda: run((), plan.kwargs))
     _check_served(host, plan, entries)
+    mark(out, held)
     return plan.trim(out)
 
 
@@ -79,9 +82,13 @@ def generate_with_tokens(
         kwargs["input_ids"] = text
     reading = _reading(host, state)
     plan = splice(host, reading, kwargs, _source(reading, entries, call), generating=True)
+    held = _held(call, entries, plan)
+    check_goes_on(kwargs, held)
+    mark(kwargs, held)
     with state.context.call(replace(call, spliced=plan, generating=True)):
         out = _explained(reading, plan, lambda: generate(host, **on_text(plan)))
     _check_served(host, plan, entries)
+    mark(out, held)
     return text_alone(plan, out)
 
 
@@ -109,6 +116,13 @@ def relayed(
             f"{state.path} was called without it; call host(...), or host.use(None) first"
         )
     return run(args, kwargs)
+
+
+def _held(call: Call, entries: Sequence[Entry], plan: Splice) -> Held | None:
+    """Return the tokens that a cache holds after the call; None where it has none of them."""
+    if plan.keep is None or call.composition is None or torch.compiler.is_dynamo_compiling():
+        return None
+    return Held(modules_in(call.composition, {entry.name for entry in entries}), plan.keep)
 
 
 def _reading(host: nn.Module, state: State) -> Reading:
