@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -146,6 +147,7 @@ def test_an_unknown_host_has_guessed_roles_and_says_so() -> None:
         "value": ["parts.0.attn.to_v", "parts.1.attn.to_v"],
         "output": ["parts.0.attn.to_out.0", "parts.1.attn.to_out.0"],
         "attention": ["parts.0.attn", "parts.1.attn"],
+        "self_attention": ["parts.0.attn", "parts.1.attn"],
         "up": ["parts.0.fc1", "parts.1.fc1"],
         "down": ["parts.0.fc2", "parts.1.fc2"],
         "block": ["parts.0", "parts.1"],
@@ -186,3 +188,31 @@ def test_linear_layers_alone_leave_experts_out_aloud() -> None:
         every = host.sites([nn.Linear, "experts.up", "experts.down"])
         assert len(every) > len(linear)
     assert mg.Host(CASES["llama"].model()).sites(nn.Linear)
+
+
+def test_guessed_roles_tell_attention_to_oneself_and_experts() -> None:
+    config = transformers.BioGptConfig(
+        vocab_size=41, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24,
+    )  # fmt: skip
+    host = mg.Host(transformers.BioGptForCausalLM(config))
+    assert [s.path for s in host.sites("self_attention")] == ["biogpt.layers.0.self_attn"]
+    config = transformers.Dots1Config(
+        vocab_size=41, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=24, moe_intermediate_size=8, head_dim=8,
+        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=0, n_group=1, topk_group=1,
+    )  # fmt: skip
+    host = mg.Host(transformers.Dots1ForCausalLM(config))
+    experts = "model.layers.0.mlp.experts"
+    assert [s.label for s in host.sites("experts.up")] == [f"{experts}.gate_up_proj"]
+    assert f"{experts}.down_proj" in [s.label for s in host.sites("down")]
+
+
+def test_layers_are_found_without_what_torch_wraps_around_them() -> None:
+    host = mg.Host(CASES["llama"].model())
+    expected = [site.path for site in host.sites("query")]
+    layers = host.model.get_submodule("model.layers")
+    setattr(layers, "0", torch.compile(layers[0], backend="eager"))  # type: ignore[index]
+    found = [site.path.replace("._orig_mod", "") for site in host.sites("query")]
+    assert found == expected
+    assert any("_orig_mod" in site.path for site in host.sites("query"))

@@ -313,3 +313,64 @@ def test_a_host_without_modules() -> None:
 def test_an_empty_batch() -> None:
     with pytest.raises(ModgraftError, match="keyword arguments of a call"):
         implanted(Two(), "first").probe({})
+
+
+ROUTERS = [mg.Soft(level="token"), mg.TopK(1, level="token"), mg.SkillMatrix(tasks=("u", "v"))]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=repr)
+def test_mixtures_are_probed(router: mg.Router) -> None:
+    host = mg.Host(Two()).eval()
+    for name in "ab":
+        host.implant(name, mg.LoRA(rank=2), at="first", active=False)
+    host.implant("mix", mg.Mixture(["a", "b"], router=router), active=False)
+    assert not host.probe(tokens()).faults
+
+
+def test_in_inference_mode() -> None:
+    host = implanted(Two(), "first")
+    with torch.inference_mode():
+        found = host.probe(tokens())
+    assert not found.faults
+    assert found.sites[0].learns
+
+
+def test_between_a_forward_and_its_backward() -> None:
+    host, batch = implanted(Two(), "first"), tokens()
+    with torch.no_grad():
+        host["m"].places[0].get_parameter("B").normal_()
+    gradients = []
+    for probes in (False, True):
+        host.zero_grad()
+        loss = host(**batch).square().sum()
+        if probes:
+            host.probe(batch)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in host["m"].parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+class Compares(Two):
+    """Puts out how alike the examples are, which is no row of one of them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x).mean(1)
+        return y, y @ y.T
+
+
+class FromZero(Two):
+    """Runs its first layer on 0, where no change of a weight has an effect."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x) + self.first(torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("model", [Compares(), FromZero()], ids=lambda m: type(m).__name__)
+def test_what_is_right_is_no_fault(model: nn.Module) -> None:
+    assert not implanted(model, "first").probe(tokens()).faults
+
+
+@pytest.mark.parametrize("batch", [None, torch.ones(2, 3), (torch.ones(2, 3),)])
+def test_what_is_no_batch_is_refused(batch: Any) -> None:
+    with pytest.raises(ModgraftError, match=r"a batch as host\(\*\*batch\) does"):
+        implanted(Two(), "first").probe(batch)

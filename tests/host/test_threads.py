@@ -262,3 +262,50 @@ def test_parts_that_are_compiled_by_themselves() -> None:
         with pytest.raises(mg.ModgraftError, match="parts of this host's model are compiled"):
             run(host, modules="b")
         torch.testing.assert_close(call.result(), wanted["a"])
+
+
+def test_calls_beside_a_probe_or_a_merge_are_right() -> None:
+    host = host_of("a", "b")
+    expected = {name: host(X, modules=name) for name in "ab"}
+    stop, wrong = threading.Event(), []
+
+    def work() -> None:
+        while not stop.is_set():
+            for name, result in expected.items():
+                with torch.no_grad():
+                    if not torch.allclose(host(X, modules=name), result):
+                        wrong.append(name)
+
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(work) for _ in range(2)]
+        try:
+            for _ in range(5):
+                host.probe({"x": X})
+                host.merge("a")
+        finally:
+            stop.set()
+        for each in running:
+            each.result()
+    assert not wrong
+
+
+def test_change_after_change_lets_calls_in() -> None:
+    host = host_of("a")
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            host.implant("z", mg.LoRA(rank=2), at="layers.0", active=False)
+            host.remove("z")
+
+    with ThreadPoolExecutor(1) as pool:
+        changing = pool.submit(change)
+        try:
+            began = time.monotonic()
+            for _ in range(20):
+                host(X, modules="a")
+            took = time.monotonic() - began
+        finally:
+            stop.set()
+        changing.result()
+    assert took < 30  # one waits for one change at most, and not for a pause between them

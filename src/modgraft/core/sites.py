@@ -265,11 +265,10 @@ def _sites_of(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
 def _match(model: nn.Module, selection: str, numbers: bool = False) -> list[Site]:
     """Find the sub-modules that a pattern means, or if it means none, the parameters."""
     text, part = split_part(selection)
-    wanted, modules = pattern(text, numbers), list(model.named_modules())
-    found = [_site(model, p, m, part) for p, m in modules if wanted.matches(p)]
-    if not found:  # by the path that a layer has without what is wrapped around it
-        inner = [(p, m) for p, m in modules if not wraps(m)]
-        found = [_site(model, p, m, part) for p, m in inner if wanted.matches(bare(p))]
+    wanted = pattern(text, numbers)
+    means = {p: m for p, m in model.named_modules() if wanted.matches(p) or wanted.matches(bare(p))}
+    inner = {p: m for p, m in means.items() if not wraps(m)}  # what torch has wrapped something in
+    found = [_site(model, p, m, part) for p, m in (inner or means).items()]
     if found:
         return found
     named = [

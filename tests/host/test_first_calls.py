@@ -1,0 +1,104 @@
+"""What a newcomer writes first: wrong hosts, batches and selections have errors that say so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    LevitConfig,
+    LevitForImageClassification,
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
+)
+
+import modgraft as mg
+
+SIZE: dict[str, Any] = {
+    "vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 24,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [None, "bert-base-uncased", nn.Linear], ids=repr)
+def test_a_host_is_a_model(model: Any) -> None:
+    with pytest.raises(mg.ModgraftError, match=r"a host is a model, an nn\.Module"):
+        mg.Host(model)
+
+
+@pytest.mark.parametrize("at", [[], nn.Linear(2, 2)], ids=["nothing", "a layer"])
+def test_a_selection_selects(at: Any) -> None:
+    host = mg.Host(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(mg.ModgraftError, match=r"at=\[\] selects nothing|a selection is a role"):
+        host.implant("a", mg.LoRA(rank=1), at=at)
+    assert not host.implants
+
+
+def test_what_the_trainer_leaves_out_is_said() -> None:
+    host = mg.Host(BertForMaskedLM(BertConfig(**SIZE)))
+    for batch in ({}, {"labels": torch.zeros(2, 3, dtype=torch.long)}):
+        with pytest.raises(mg.ModgraftError, match="remove_unused_columns=False"):
+            host(**batch)
+
+
+def test_a_head_is_as_wide_as_its_vocabulary() -> None:
+    host = mg.Host(BertForMaskedLM(BertConfig(**SIZE))).eval()
+    host.implant("a", mg.Adapter(width=2), at="cls.predictions")
+    ids = torch.randint(3, 41, (2, 5))
+    torch.testing.assert_close(host(ids).logits, host(ids, modules=None).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_layer_is_run_as_it_is() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 2))
+    host = mg.Host(model)
+    host.implant("a", mg.LoRA(rank=1), at="1")
+    assert host.train()(torch.randn(3, 4)).shape == (3, 2)
+
+
+DECODERS = {
+    "bart": (BartForConditionalGeneration, BartConfig, {}),
+    "nllb-moe": (NllbMoeForConditionalGeneration, NllbMoeConfig, {"num_experts": 2}),
+}
+
+
+@pytest.mark.parametrize(("kind", "config", "more"), DECODERS.values(), ids=DECODERS)
+def test_no_convolution_over_the_tokens_of_a_decoder(kind: Any, config: Any, more: Any) -> None:
+    model = kind(
+        config(
+            vocab_size=41, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24,
+            decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2,
+            **more,
+        )
+    )  # fmt: skip
+    host = mg.Host(model)
+    with pytest.raises(mg.ModgraftError, match="may not see later"):
+        host.implant("a", mg.ConvAdapter(kernel=3), at="*.decoder.layers.0.self_attn")
+    host.implant("a", mg.ConvAdapter(kernel=3), at="*.encoder.layers.0.self_attn")
+
+
+@torch.no_grad()
+def test_what_a_layer_keeps_of_its_weights_follows_them() -> None:
+    config = LevitConfig(
+        image_size=32, hidden_sizes=[16, 16, 16], num_attention_heads=[2, 2, 2],
+        depths=[1, 1, 1], key_dim=[8, 8, 8], patch_size=16,
+    )  # fmt: skip
+    model = LevitForImageClassification(config)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.3)
+    host = mg.Host(model).eval()
+    x = torch.randn(2, 3, 32, 32)
+    bare = host(x).logits  # in evaluation its attention keeps the biases that it has read
+    host.implant("a", mg.LoRA(rank=1), at="*.stages.0.layers.2.attention_biases", active=False)
+    for parameter in host["a"].parameters():
+        parameter.normal_()
+    changed = host(x, modules="a").logits
+    assert not torch.allclose(changed, bare)
+    torch.testing.assert_close(host.merge("a")(x).logits, changed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(host(x).logits, bare)
