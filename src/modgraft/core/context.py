@@ -353,9 +353,8 @@ class Context:
     def runs_now(self) -> bool:
         """Return whether the host runs in this thread or task, whoever asks, also in backward."""
         backward = _backward()
-        found = (
-            c for owner, c, begun in reversed(_calls.get()) if (owner, begun) == (self, backward)
-        )
+        calls = reversed(_calls.get())
+        found = (call for owner, call, begun in calls if owner is self and begun == backward)
         return next((call.in_forward for call in found), False)
 
     def enter(self) -> None:
