@@ -359,6 +359,13 @@ class Context:
         """Return whether the host runs in this thread or task."""
         return self.current().in_forward
 
+    def runs_now(self) -> bool:
+        """Return whether the host runs in this thread or task, whoever asks, also in backward."""
+        backward = _backward()
+        calls = reversed(_calls.get())
+        found = (call for owner, call, begun in calls if owner is self and begun == backward)
+        return next((call.in_forward for call in found), False)
+
     def enter(self) -> None:
         """Begin a forward of the host's model, in the call under way or in one of its own."""
         call = self.current()

@@ -138,15 +138,20 @@ def shown_by_name(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
         kind: the layer's own class.
     """
 
+    def is_run(layer: nn.Module) -> bool:
+        state = layer.__dict__.get(STATE)
+        return state is not None and state.context.runs_now() and not is_serving(layer)
+
     def named_parameters(layer: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        runs = is_run(layer)
         for name, own in kind.named_parameters(layer, *args, **kwargs):
             last = name.rpartition(".")[2]
-            read = last in SERVED and layer._parameters.get(last) is own and not is_serving(layer)
+            read = runs and last in SERVED and layer._parameters.get(last) is own
             yield name, getattr(layer, last) if read else own
 
     def save_to_state_dict(layer: nn.Module, destination: Any, prefix: str, keep: bool) -> None:
         kind._save_to_state_dict(layer, destination, prefix, keep)
-        for name in SERVED:
+        for name in SERVED if is_run(layer) else ():
             if isinstance(value := getattr(layer, name, None), ServedWeight):
                 destination[prefix + name] = value if keep else value.detach()
 
