@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 _CAPTURING = "transformers.utils.output_capturing"
 
 
@@ -28,6 +30,9 @@ def uncaptured() -> Iterator[None]:
         yield
         return
     collector = sys.modules[_CAPTURING]._active_collector
+    if torch.compiler.is_dynamo_compiling() and not collector.compiling:
+        yield  # nothing is collected in this graph, which could not ask
+        return
     collected = collector.get()
     collector.set(None)
     try:
