@@ -200,7 +200,8 @@ def test_guessed_roles_tell_attention_to_oneself_and_experts() -> None:
     config = transformers.Dots1Config(
         vocab_size=41, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, intermediate_size=24, moe_intermediate_size=8, head_dim=8,
-        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=0, n_group=1, topk_group=1,
+        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=0,
+        n_group=1, topk_group=1,
     )  # fmt: skip
     host = mg.Host(transformers.Dots1ForCausalLM(config))
     experts = "model.layers.0.mlp.experts"

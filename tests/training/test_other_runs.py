@@ -99,11 +99,3 @@ def test_rows_that_differ_at_every_reading_tell_nothing(tmp_path: Path) -> None:
 def test_the_loader_of_the_other_tests_is_read_the_same_twice() -> None:
     data = loader()
     assert [b["ids"] for b in data] != [b["ids"] for b in data]  # it shuffles
-
-
-def test_a_run_that_has_ended_refuses_other_rows_too(tmp_path: Path) -> None:
-    host().fit(rows(), train="a", folder=tmp_path, **GIVEN)
-    with pytest.raises(mg.ModgraftError, match="other data"):
-        host().fit(rows(change=0), train="a", folder=tmp_path, **GIVEN)
-    again = host().fit(rows(), train="a", folder=tmp_path, **GIVEN)
-    assert again.stopped is not None

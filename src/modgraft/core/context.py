@@ -239,6 +239,7 @@ class Context:
         by_example: the implanted modules that have to know which rows are an example's.
         layouts: where the examples lie, for calls that are alike; see
             :mod:`modgraft.engine.examples`.
+        odd: of the layout that was found last, what is not the first axis. A graph is bound to it.
         compiled: what code under ``torch.compile`` reads instead.
     """
 
@@ -250,6 +251,7 @@ class Context:
         self.inputs: set[str] = set()
         self.by_example: set[str] = set()
         self.layouts: dict[Hashable, Layout] = {}
+        self.odd: Layout = {}
         self.compiled = Compiled(Call(None))
         # what graphs were made under: () nothing yet, one composition, or two: several
         self._graphs: tuple[Expression | None, ...] = ()
@@ -261,6 +263,13 @@ class Context:
         self._threads: dict[int, int] = {}  # how many calls are under way in each thread
         self.compiled.host = next(_numbers)
         _contexts[self.compiled.host] = self
+
+    def remember(self, kind: Hashable, layout: Layout) -> None:
+        """Remember where the examples lie in calls of one kind."""
+        self.layouts[kind] = layout
+        odd = {path: axis for path, axis in layout.items() if axis != 0}
+        if odd != self.odd:
+            self.odd = odd
 
     @property
     def layout(self) -> Layout:

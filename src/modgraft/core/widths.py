@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.core.layers import CONVOLUTIONS, is_stack, keeps_inputs_first
@@ -36,6 +37,8 @@ def own_width(layer: nn.Module) -> int | None:
         return int(shape if isinstance(shape, int) else shape[-1])
     if isinstance(getattr(layer, "in_features", None), int):  # any class of linear layer
         return getattr(layer, "out_features", None)
+    if isinstance(layer, nn.GroupNorm | _NormBase):  # [B, C, …]
+        return None
     direct = dict(layer.named_parameters(recurse=False))
     sizes = {tuple(p.shape) for p in direct.values()}
     if "weight" in direct and len(sizes) == 1 and direct["weight"].dim() == 1:  # any other norm
@@ -67,7 +70,8 @@ def inner_width(around: Sequence[nn.Module]) -> int | None:
         return _table_width(layer, hidden)
     first, last = maps[0][0], maps[-1][1]
     routed = any(p.dim() == 3 for m in layer.modules() for p in m.parameters(False))
-    if (len(maps) == 1 and not routed) or last in (hidden, getattr(config, "vocab_size", None)):
+    words = getattr(config, "vocab_size", None) if len(around) > 1 else None  # of a head
+    if (len(maps) == 1 and not routed) or last in (hidden, words):
         return last
     inner = hidden in {out for _, out in maps}
     if first == last:

@@ -254,9 +254,25 @@ class _Enter:
         self.context, self.is_root = context, is_root
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        """Leave the call as it is."""
-        if not torch.compiler.is_dynamo_compiling():
-            self.context.enter()
+        """Leave the call as it is.
+
+        Raises:
+            ModgraftError: where a part that reads the text is called without the host, and prompts
+                are in force, which are put in where the host is called.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return
+        call = self.context.current()
+        self.context.enter()
+        if self.is_root or call.in_forward or call.spliced or call.composition is None:
+            return
+        names = self.context.token_modules_in(call.composition)
+        if names and any(m.__dict__[STATE].relays for m in module.modules() if STATE in m.__dict__):
+            raise ModgraftError(
+                f"{', '.join(names)}: the tokens are put in where the whole host is called, and "
+                f"its {type(module).__name__} was called without it; call host(...), or "
+                f"host.use(None) first"
+            )
 
 
 class _Leave(_Enter):

@@ -222,6 +222,8 @@ class SiteCall:
     @property
     def layout(self) -> Layout:
         """Where the examples lie, as far as it is known."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.state.context.odd
         own = self.call.layout
         return self.state.context.layout if own is None else own
 
@@ -290,7 +292,7 @@ class SiteCall:
         rows = y.shape[0]
         if rows == examples or (rows == 1 and isinstance(self.layer, nn.Embedding)):
             return 1  # a table may have one row for all, as of positions
-        known = not torch.compiler.is_dynamo_compiling() and self.layout.get(self.state.path) == 0
+        known = self.layout.get(self.state.path) == 0
         if (self.call.generating or known) and rows % examples == 0:
             return rows // examples
         where = f"{self.state.path}, a {type(self.layer).__name__}," if self.state.path else "host"

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 from torch._C._dynamo import eval_frame
-from transformers import PreTrainedModel
 
 from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
 from modgraft.core import expression as ex
@@ -351,17 +350,19 @@ class Host(AsModel):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        of_transformers = isinstance(self.model, PreTrainedModel)
-        if of_transformers and not (generating or args or kwargs.keys() - TARGETS):
-            raise ModgraftError(
-                f"the host was called without an input, with {sorted(kwargs) or 'nothing'}; "
-                f"transformers' Trainer leaves out what it does not find in the arguments of "
-                f"forward, unless TrainingArguments(remove_unused_columns=False)"
-            )
         with self._guard.call(self):
             call = self._call(side, modules, generating)
             run: Any = self.model.generate if generating else self.model
-            out = self._run(run, call, args, kwargs)
+            try:
+                out = self._run(run, call, args, kwargs)
+            except (ValueError, TypeError) as error:
+                if generating or args or kwargs.keys() - TARGETS or not kwargs:
+                    raise
+                raise ModgraftError(
+                    f"the host was called without an input, with {', '.join(kwargs)} alone. "
+                    f"transformers' Trainer leaves out what it does not find in the arguments of "
+                    f"forward, unless TrainingArguments(remove_unused_columns=False)"
+                ) from error
         learns = call.routings and not generating
         return with_routing_losses(out, call, kwargs) if learns else out
 
@@ -395,7 +396,7 @@ class Host(AsModel):
         if kind not in layouts:
             found = ask(self.model, args, kwargs, examples_of(composition, sides))
             unseen = {path: last[path] for path in found if found[path] == UNSEEN and path in last}
-            layouts[kind] = {**found, **unseen}
+            self._context.remember(kind, {**found, **unseen})
         return layouts[kind]
 
     def _call(

@@ -18,6 +18,14 @@ from modgraft.engine.inputs.rows import IGNORED, LABELED, LABELS, MASK, POSITION
 
 IDS, EMBEDDINGS = "input_ids", "inputs_embeds"
 
+_PLACES = {
+    "start_positions", "end_positions",  # of an answer
+    "question_positions",  # Splinter: where its answer is asked for
+    "entity_position_ids",  # LUKE: the words of each entity
+    "mc_token_ids",  # GPT-2 with two heads: where a choice is read
+}  # fmt: skip
+"""Arguments that name places in the text."""
+
 Source = Callable[[int], list[Tokens]]
 """The batch size → what each module puts before the input, in order."""
 
@@ -150,7 +158,7 @@ def splice(
         _keep_lengths(model, kwargs, count + length if what != IDS and IDS in kwargs else count)
         return whole if what == IDS else Splice(kwargs)
     kwargs.pop(IDS if what == EMBEDDINGS else EMBEDDINGS, None)
-    _move_spans(kwargs, rows.keep, count)
+    _move_places(kwargs, rows.keep, count)
     ends = None if given is None or reading.first else _ends_unseen(reading, text, given)
     in_order = not masked and packed is None
     return replace(whole, wanted=_wanted(kwargs, length, in_order), ends_unseen=ends)
@@ -305,14 +313,17 @@ def _keep_lengths(model: nn.Module, kwargs: dict[str, Any], more: int) -> None:
             kwargs[f"{bound}_length"] = whole + more
 
 
-def _move_spans(kwargs: dict[str, Any], keep: Tensor, count: int) -> None:
-    """Move the positions of an answer in the text, or past its end, by the tokens."""
+def _move_places(kwargs: dict[str, Any], keep: Tensor, count: int) -> None:
+    """Move the places in the text that a call names, or those past its end, by the tokens.
+
+    A negative place is none, as of an entity with fewer words than another.
+    """
     batch, length = keep.shape
-    for key in ("start_positions", "end_positions"):
-        if key in kwargs:
-            at = kwargs[key].reshape(batch)
-            moved = keep.gather(1, at.clamp(0, length - 1)[:, None])[:, 0]
-            kwargs[key] = torch.where(at < length, moved, at + count)
+    for key in _PLACES & kwargs.keys():
+        at = kwargs[key].reshape(batch, -1)
+        moved = keep.gather(1, at.clamp(0, length - 1))
+        moved = torch.where(at < length, moved, at + count)
+        kwargs[key] = torch.where(at < 0, at, moved).view(kwargs[key].shape)
 
 
 def _wanted(kwargs: dict[str, Any], length: int, in_order: bool) -> Any:
