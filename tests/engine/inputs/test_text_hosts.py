@@ -296,3 +296,56 @@ def test_a_blip_that_writes_reads_no_class() -> None:
     config = tf.BlipTextConfig(**SEEN, encoder_hidden_size=16)
     assert reading_of(tf.BlipTextModel(config)).first == 1
     assert reading_of(tf.BlipTextLMHeadModel(config)).first == 0
+
+
+SIZE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "vocab_size": 60, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+PLACES: dict[str, tuple[Any, Any, int, Tensor]] = {
+    "mc_token_ids": (
+        tf.GPT2DoubleHeadsModel,
+        tf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, num_labels=1, pad_token_id=0),
+        0,
+        torch.tensor([2, 5]),
+    ),
+    "entity_position_ids": (
+        tf.LukeForEntityClassification,
+        tf.LukeConfig(**SIZE, entity_vocab_size=10, entity_emb_size=8, num_labels=2),
+        1,
+        torch.tensor([[[1, 2, -1]], [[3, -1, -1]]]),
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PLACES)
+def test_places_in_the_text_move_with_the_tokens(name: str) -> None:
+    kind, config, first, places = PLACES[name]
+    torch.manual_seed(0)
+    host = mg.Host(drawn(kind(config)))
+    host.implant("p", mg.SoftPrompt(length=3))
+    phi = host["p"].places[0].get_parameter("phi").normal_()
+    plain: Any = host.merge(None)
+    plain.get_input_embeddings().weight[[57, 58, 59]] = phi
+    text = torch.randint(3, 55, (2, 6))
+    words = torch.tensor([[57, 58, 59]]).expand(2, -1)
+    whole = torch.cat([text[:, :first], words, text[:, first:]], 1)
+    more: dict[str, Tensor] = {}
+    if name == "entity_position_ids":
+        one = torch.ones(2, 1, dtype=torch.long)
+        more = {"entity_ids": one, "entity_attention_mask": one}
+    key = "mc_logits" if name == "mc_token_ids" else "logits"
+    moved = torch.where(places < 0, places, places + 3)
+    ours, truth = host(text, **more, **{name: places}), plain(whole, **more, **{name: moved})
+    torch.testing.assert_close(ours[key], truth[key], **CLOSE)
+
+
+def test_a_part_that_reads_the_text_is_not_called_past_a_prompt() -> None:
+    host, _ = prompted(make("Bert", "ForMaskedLM"))
+    bert: Any = host.model.get_submodule("bert")
+    with pytest.raises(mg.ModgraftError, match="its BertModel was called without it"):
+        bert(ids())
+    host(input_ids=ids())  # what was begun has ended
+    host.use(None)
+    bert(ids())
