@@ -109,6 +109,7 @@ def splice(
         return _into_image(model, reading, kwargs, source)
     what, text = _text(kwargs)
     batch, length = text.shape[:2]
+    _check_ids(text)
     given = kwargs.get(MASK)
     _check_mask(given, text)
     check_whole(model, kwargs, generating and what == IDS)
@@ -209,6 +210,14 @@ def _decodes(model: nn.Module, reading: Reading, kwargs: dict[str, Any], generat
             f"no place in a text"
         )
     return True
+
+
+def _check_ids(text: Tensor) -> None:
+    """Refuse ids that stand for tokens of modules, which begin beyond any vocabulary."""
+    if torch.compiler.is_dynamo_compiling() or text.dim() != 2:
+        return
+    if bool((text >= FIRST_ID).any()):
+        raise ModgraftError(f"an id of the text is {int(text.max())}, and no vocabulary has it")
 
 
 def _can_generate(model: nn.Module) -> bool:

@@ -152,13 +152,14 @@ def _explained(reading: Reading, plan: Splice, run: Callable[[], Any]) -> Any:
         length = text.shape[1]
         if longest is not None and length <= longest < plan.total:
             raise reading.no_room(longest, plan.total - length, length) from error
-        known = text.dim() == 2 and bool((text < table.num_embeddings).all())
+        known = text.dim() == 2 and bool(((text >= 0) & (text < table.num_embeddings)).all())
         if not (known and isinstance(error, IndexError)):
             raise
         raise ModgraftError(
-            f"{reading.host} does not run with tokens before its text: {error}. It reads ids "
-            f"elsewhere than in its table of {table.num_embeddings} embeddings; implant a Prefix, "
-            f"which takes no place in a text"
+            f"{reading.host} does not run with {plan.total - length} tokens before its text: "
+            f"{error}. A label, or a position counted with the tokens, is out of range; or it "
+            f"reads ids elsewhere than in its table of {table.num_embeddings} embeddings, and then "
+            f"takes a Prefix, which has no place in a text"
         ) from error
 
 
