@@ -27,6 +27,9 @@ R = TypeVar("R")
 Layout = Mapping[str, int | None]
 """By a layer's path, the axis of its output on which the examples lie; None where none is."""
 
+LAYOUTS = 64
+"""How many kinds of calls a host remembers its layouts of."""
+
 UNSEEN = -1
 """The axis of a layer that did not run when this was asked, as an expert without tokens."""
 
@@ -266,6 +269,8 @@ class Context:
 
     def remember(self, kind: Hashable, layout: Layout) -> None:
         """Remember where the examples lie in calls of one kind."""
+        while len(self.layouts) >= LAYOUTS:
+            self.layouts.pop(next(iter(list(self.layouts))), None)
         self.layouts[kind] = layout
         odd = {path: axis for path, axis in layout.items() if axis != 0}
         if odd != self.odd:
