@@ -60,6 +60,16 @@ def test_a_model_that_breaks_the_graph_runs_with_its_modules(first: object) -> N
         check(torch.compile(host, backend="eager"), host, first)
 
 
+def test_a_forward_that_was_set_on_a_layer() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    own = model[0].forward
+    model[0].forward = lambda x: 2 * own(x)  # type: ignore[method-assign]
+    host = host_of(model)
+    with pytest.warns(UserWarning, match="cannot make one graph"):
+        check(torch.compile(host, backend="eager"), host, "a")
+
+
 @torch.no_grad()
 def test_a_model_in_parts() -> None:
     torch._dynamo.reset()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import modgraft as mg
 from zoo.case import (
@@ -132,13 +134,13 @@ def tokens(case: Case, cell: Cell) -> None:
             randomise(b, 2)
             randomise(mix, 3, 1.0)
             route: Any = mix.places[0].route
-            edited = [_output(case, path, m.places[0]) for m in (a, b)]
+            effects = [_effect(case, path, m.places[0]) for m in (a, b)]
 
             def hook(
-                _: nn.Module, args: Any, out: Tensor, route: Any = route, of: Any = edited
+                _: nn.Module, args: Any, out: Tensor, route: Any = route, of: Any = effects
             ) -> Tensor:
                 w = route.choose(route.map(args[0]), args[0]).weights
-                return out + sum(w[..., j : j + 1] * (of[j] - out) for j in (0, 1))
+                return out + sum(w[..., j : j + 1] * of[j](args[0]) for j in (0, 1))
 
             ours = case.run(host, modules="mix")
             with hooks([(layer, hook)]):
@@ -146,14 +148,18 @@ def tokens(case: Case, cell: Cell) -> None:
             cell.expect(path, ours, truth, case.bare)
 
 
-def _output(case: Case, path: str, place: Any) -> Tensor:
-    """Return what a layer puts out where its weight is edited by hand."""
-    seen: list[Tensor] = []
-    with case.edited(path, (place.B @ place.A).detach()):
-        layer = case.plain.get_submodule(path)
-        with hooks([(layer, lambda _, __, out: seen.append(out))]):
-            case.oracle()
-    return seen[-1]
+def _effect(case: Case, path: str, place: Any) -> Callable[[Tensor], Tensor]:
+    """Return what a change of a layer's weight adds to its output."""
+    delta = (place.B @ place.A).detach()
+    if "forward" not in case.plain.get_submodule(path).__dict__:
+        return lambda x: F.linear(x, delta)
+
+    def patched(x: Tensor) -> Tensor:  # by the forward that was set on it
+        bare = case.plain.get_submodule(path).forward(x)
+        with case.edited(path, delta):
+            return case.plain.get_submodule(path).forward(x) - bare
+
+    return patched
 
 
 def _rolled(case: Case) -> Batch:

@@ -3,10 +3,10 @@
 Most layers put out ``[B, …]``. Others put out ``[n, B, d]``, windows or tokens of all examples in
 one axis, or the tokens that a router chose. The numbers of a batch do not tell: 4 steps of 4
 examples fit either way. So a copy of the host, which shares its weights, runs on a few examples and
-on the same with one of them again, behind them and before them. The axis that grew is that of the
-examples, if the others come out of it as before; they do not where the axis is another one, since
-then what was added changes what the others attend to, or where they stand. Of the axes of its
-input, the host's own output says which one holds the examples.
+on the same with one of them again behind them. The axis that grew is that of the examples, if the
+others come out of it as before, and do so too where the first of them is another; they do not where
+the axis is another one, since then what was added or changed is what they attend to. Of the axes of
+its input, the host's own output says which one holds the examples.
 """
 
 from __future__ import annotations
@@ -107,22 +107,19 @@ def _ask_along(
 
     few = list(range(min(count, 4))) if count > 1 else [0, 0]
     before = run(few)
-    behind, ahead = run([*few, few[0]]), run([few[-1], *few])
+    more = run([*few, few[0]])
+    other = run([few[-1], *few[1:]])
     found: dict[str, int | None] = {}
     for path, outputs in before.items():
-        others = [of.get(path, []) for of in (behind, ahead)]
-        axes = {
-            _axis(old, new, len(few), first)
-            for first, some in zip((True, False), others, strict=True)
-            for old, new in zip(outputs, some, strict=False)
-        }
+        others = more.get(path, []), other.get(path, [])
+        axes = {_axis(*outs, len(few)) for outs in zip(outputs, *others, strict=False)}
         if any(len(some) != len(outputs) for some in others) or len(axes) > 1:
             found[path] = None
         elif (one := axes.pop()) != -1:
             found[path] = one
         elif path and not _stands_for_all(twin.get_submodule(path), outputs[0]):
             found[path] = None
-        elif path and _grow_by(before, behind, _AROUND + path) > 1:
+        elif path and _grow_by(before, more, _AROUND + path) > 1:
             found[path] = None  # its one row is for several rows of each example
     sites = [path for path, layer in twin.named_modules() if _SITE in layer.__dict__]
     ran = {path: axis for path, axis in found.items() if not path.startswith(_AROUND)}
@@ -143,30 +140,36 @@ def _stands_for_all(layer: nn.Module, out: Tensor) -> bool:
     return isinstance(layer, nn.Embedding) and (not out.dim() or out.shape[0] == 1)
 
 
-def _axis(before: Tensor, after: Tensor, count: int, first: bool) -> int | None:
+def _axis(before: Tensor, more: Tensor, other: Tensor, count: int) -> int | None:
     """Return the axis of the examples, None if none is, -1 if the output does not grow with them.
 
     Args:
         before: what a layer put out for ``count`` examples.
-        after: what it put out for the same and one more.
+        more: what it put out for the same and one behind them.
+        other: what it put out where the first is another.
         count: how many they are.
-        first: whether they are the first of these, else the last.
     """
-    if before.shape == after.shape:
+    if before.shape == more.shape:
         return -1
-    if before.dim() != after.dim():
+    if before.dim() != more.dim() or before.shape != other.shape:
         return None
-    grown = [a for a in range(before.dim()) if before.shape[a] != after.shape[a]]
+    grown = [a for a in range(before.dim()) if before.shape[a] != more.shape[a]]
     axis = grown[0]
     each, left = divmod(before.shape[axis], count)
-    if len(grown) > 1 or left or after.shape[axis] != each * (count + 1):
+    if len(grown) > 1 or left or more.shape[axis] != each * (count + 1):
         return None
     if axis and each > 1:  # tokens of all examples in one row
         return None
-    same = after.narrow(axis, 0 if first else each, before.shape[axis])
-    scale = before.abs().amax() if before.numel() else 0.0
-    tolerance = TOLERANCE.get(before.dtype.itemsize, 3e-2) * scale
-    return axis if bool(((same - before).abs() <= tolerance).all()) else None
+    rest = before.shape[axis] - each
+    kept = _same(before, more.narrow(axis, 0, before.shape[axis]))
+    kept = kept and _same(before.narrow(axis, each, rest), other.narrow(axis, each, rest))
+    return axis if kept else None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    scale = one.abs().amax() if one.numel() else 0.0
+    tolerance = TOLERANCE.get(one.dtype.itemsize, 3e-2) * scale
+    return bool(((one - other).abs() <= tolerance).all())
 
 
 def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from modgraft.core.compiled import eagerly
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import STATE, WEIGHTED, linear_forward, stored
 from modgraft.core.sites import Site
@@ -59,16 +59,8 @@ def run(layer: nn.Module, changes: Sequence[Change], args: tuple, kwargs: dict) 
         args: what it is called with.
         kwargs: what it is called with by name.
     """
-    patched = layer.__dict__.get(PATCHED)
-    if patched is not None:
-        if changes and torch.compiler.is_dynamo_compiling():
-            torch._dynamo.graph_break(
-                f"{layer.__dict__[STATE].path} runs a forward that was set on the layer itself, as "
-                f"accelerate's hooks are, and its weight is changed: torch.compile cannot follow "
-                f"that; accelerate.hooks.remove_hook_from_submodules(host.model) takes hooks off"
-            )
-        with serving(layer, changes):
-            return patched(*args, **kwargs)
+    if PATCHED in layer.__dict__:
+        return (_run_patched_eagerly if changes else _run_patched)(layer, changes, args, kwargs)
     state, forward = layer.__dict__[STATE], original(layer).forward
     if changes:
         return functional_call.run(layer, forward, changes, args, kwargs)
@@ -77,6 +69,15 @@ def run(layer: nn.Module, changes: Sequence[Change], args: tuple, kwargs: dict) 
     if isinstance(layer, WEIGHTED):  # which would read its weight as another module does
         return functional_call.run(layer, forward, (), args, kwargs)
     return forward(layer, *args, **kwargs)
+
+
+def _run_patched(layer: nn.Module, changes: Sequence[Change], args: tuple, kwargs: dict) -> Any:
+    """Run the forward that was set on a layer, which reads its weight as others do."""
+    with serving(layer, changes):
+        return layer.__dict__[PATCHED](*args, **kwargs)
+
+
+_run_patched_eagerly = eagerly(_run_patched)  # torch.compile cannot follow what is read so
 
 
 def _bias(layer: nn.Module) -> Tensor | None:
