@@ -80,14 +80,14 @@ def ask(
         if found.get("") is not None:  # the host itself keeps them apart along this axis
             best = found
             break
-        if best is None or _told(found) > _told(best):
+        if best is None or _untold(found) < _untold(best):
             best = found
     own = best or {}
     return {path: axis for path, axis in own.items() if path or STATE in model.__dict__}
 
 
-def _told(found: Mapping[str, int | None]) -> int:
-    return sum(axis is not None for axis in found.values())
+def _untold(found: Mapping[str, int | None]) -> int:
+    return sum(axis is None for path, axis in found.items() if path)
 
 
 def _ask_along(
