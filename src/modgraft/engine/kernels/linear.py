@@ -103,11 +103,12 @@ def one_product(
     else:
         low_rank = _low_rank(changes, weight)
     if low_rank is not None:
-        bias = _changed_bias(layer, stored(layer, "bias"), changes)
+        own = stored(layer, "bias")
+        bias = _changed_bias(layer, own, changes)
         if pays:
             B, A, s = low_rank
             return LowRank.apply(x, (s,), weight, bias, B, A)[0]
-        y = f(x) if bias is stored(layer, "bias") else F.linear(x, weight, bias)
+        y = f(x) if bias is own else F.linear(x, weight, bias)
         return _beside(y, x, *low_rank)
     if free and (y := merged.product(layer, x, changes)) is not None:  # type: ignore[union-attr]
         return y
