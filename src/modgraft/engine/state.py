@@ -103,9 +103,12 @@ class State:
         """Return the plan of ``composition``, made once and kept for the ones used last."""
         plans = self.plans
         plan = plans.get(id(composition))
-        if plan is not None and plan.composition is composition:
-            if not plan.modules or kept_in_call(plan, plan.holds):
-                return plan
+        if (
+            plan is not None
+            and plan.composition is composition
+            and (not plan.modules or kept_in_call(plan, plan.holds))
+        ):
+            return plan
         plan = make_plan(self.entries, composition)
         if composition.is_data:  # it holds weights, and the graph that they were computed by
             return plan
