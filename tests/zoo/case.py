@@ -299,8 +299,8 @@ def with_first(out: Any, value: Tensor) -> Any:
 def hooks(
     some: Iterable[tuple[nn.Module, Callable[..., Any]]], with_kwargs: bool = False
 ) -> Iterator[None]:
-    """Hook functions to the forwards of layers in a ``with`` block."""
-    handles = [m.register_forward_hook(f, with_kwargs=with_kwargs) for m, f in some]
+    """Hook functions to the forwards of layers in a ``with`` block, before those that listen."""
+    handles = [m.register_forward_hook(f, with_kwargs=with_kwargs, prepend=True) for m, f in some]
     try:
         yield
     finally:
