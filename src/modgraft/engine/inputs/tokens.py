@@ -159,7 +159,7 @@ def _explained(reading: Reading, plan: Splice, run: Callable[[], Any]) -> Any:
             f"{reading.host} does not run with {plan.total - length} tokens before its text: "
             f"{error}. A label, or a position counted with the tokens, is out of range; or it "
             f"reads ids elsewhere than in its table of {table.num_embeddings} embeddings, and then "
-            f"takes a Prefix, which has no place in a text"
+            f"implant a Prefix, which takes no place in a text"
         ) from error
 
 
