@@ -136,12 +136,11 @@ def low_rank_terms(
         x: ``[…, in]``, its input.
         changes: those of every parameter module in force there.
     """
-    weight = _plain_weight(layer, x, changes)
-    if weight is None or _is_free(x) or not _pays(weight, x):
+    if not isinstance(layer, _LINEAR) or _is_free(x) or not _pays(stored(layer, "weight"), x):
         return None
-    assert isinstance(layer, _LINEAR)  # noqa: S101
-    low_rank = _low_rank(changes, weight)
-    if low_rank is None:
+    weight = _plain_weight(layer, x, changes)
+    low_rank = None if weight is None else _low_rank(changes, weight)
+    if weight is None or low_rank is None:
         return None
     B, A, s = low_rank
     return s, (weight, _changed_bias(layer, stored(layer, "bias"), changes), B, A)
@@ -151,7 +150,8 @@ def _plain_weight(layer: nn.Module, x: Tensor, changes: Sequence[Change]) -> Ten
     """Return the layer's weight ``[out, in]`` if changes can be added to it, else None."""
     if not isinstance(layer, _LINEAR) or not all(c.module.is_weight_change for c in changes):
         return None
-    weight, _ = _weight_and_bias(layer)
+    weight = stored(layer, "weight")
+    weight = weight.T if isinstance(layer, Conv1D) else weight
     if type(weight) not in (Tensor, nn.Parameter):  # a quantised weight adds in a way of its own
         return None
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
@@ -164,8 +164,8 @@ def _pays(weight: Tensor, x: Tensor) -> bool:
 
     Never for an input that is not contiguous, which the layer alone sums up in another order.
     """
-    outs, ins = weight.shape
-    return x.is_contiguous() and x.numel() // ins * (ins + outs) >= ins * outs
+    rows = x.numel() // x.shape[-1]
+    return x.is_contiguous() and rows * sum(weight.shape) >= weight.numel()
 
 
 def _weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
