@@ -46,6 +46,13 @@ def test_what_the_trainer_leaves_out_is_said() -> None:
         host(labels=torch.zeros(2, 3, dtype=torch.long))
 
 
+def test_an_error_of_our_own_keeps_its_words() -> None:
+    host = mg.Host(BertForMaskedLM(BertConfig(**SIZE)))
+    host.implant("eye", mg.GatedFusion(source="image", dim=4), at="block")
+    with pytest.raises(mg.ModgraftError, match="needs the side input 'image'"):
+        host(labels=torch.zeros(2, 3, dtype=torch.long))
+
+
 def test_a_head_is_as_wide_as_its_vocabulary() -> None:
     host = mg.Host(BertForMaskedLM(BertConfig(**SIZE))).eval()
     host.implant("a", mg.Adapter(width=2), at="cls.predictions")

@@ -356,7 +356,8 @@ class Host(AsModel):
             try:
                 out = self._run(run, call, args, kwargs)
             except (ValueError, TypeError) as error:
-                if generating or args or kwargs.keys() - TARGETS or not kwargs:
+                alone = kwargs and kwargs.keys() <= TARGETS and not (args or generating)
+                if isinstance(error, ModgraftError) or not alone:
                     raise
                 raise ModgraftError(
                     f"the host was called without an input, with {', '.join(kwargs)} alone. "
