@@ -57,6 +57,15 @@ class Rows:
         own = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
         return cls(values, own, torch.zeros_like(mask, dtype=torch.bool))
 
+    def as_arguments(self) -> dict[str, Tensor]:
+        """Return the arguments of a call: positions ``[B, T]``, or ``[D, B, T]`` in several
+        dimensions."""
+        found = dict(self.values)
+        if POSITIONS in found:
+            moved = found[POSITIONS].permute(2, 0, 1)  # [B, T, D] → [D, B, T]
+            found[POSITIONS] = moved if len(moved) > 1 else moved[0]
+        return found
+
     def insert(self, own: Tokens, new: Mapping[str, Tensor], padded: bool) -> None:
         """Insert the tokens of one module into every row.
 

@@ -14,7 +14,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.engine.inputs.caches import check_whole
 from modgraft.engine.inputs.packed import begins, insert_in_each
 from modgraft.engine.inputs.relays import FIRST_ID, AroundImage, NewIds, Relay, Tokens
-from modgraft.engine.inputs.rows import IGNORED, LABELED, LABELS, MASK, POSITIONS, Rows, gather
+from modgraft.engine.inputs.rows import IGNORED, LABELED, LABELS, MASK, Rows, gather
 
 IDS, EMBEDDINGS = "input_ids", "inputs_embeds"
 
@@ -142,15 +142,8 @@ def splice(
         _check_masks(reading)
     if not padded or (given is None and MASK not in reading.arguments):
         del rows.values[MASK]  # all of it is seen, which goes without saying
-    kwargs |= rows.values
-    if POSITIONS in kwargs:
-        moved = kwargs[POSITIONS].permute(2, 0, 1)  # [B, T + k, D] → [D, B, T + k]
-        kwargs[POSITIONS] = moved if len(moved) > 1 else moved[0]
-
-    relay = None
-    if what == IDS and groups:
-        embeddings = [own.embeddings.flatten(0, 1) for own in groups]  # [B, k, d] → [B·k, d]
-        relay = NewIds(dict(reading.tables), torch.cat(embeddings), reading.padding or 0)
+    kwargs |= rows.as_arguments()
+    relay = _relay(reading, groups) if what == IDS and groups else None
     whole = Splice(kwargs, text, rows.keep, rows.values[what].shape[1], relay=relay)
     if decodes:
         return replace(whole, keep=None)
@@ -263,6 +256,12 @@ def _values_of(groups: Sequence[Tokens], what: str, reading: Reading) -> list[Te
         found.append(_new_ids(first, own, reading.padding))
         first += own.seen.numel()
     return found
+
+
+def _relay(reading: Reading, groups: Sequence[Tokens]) -> NewIds:
+    """Return what serves the host's tables the tokens, which :func:`_values_of` has numbered."""
+    embeddings = [own.embeddings.flatten(0, 1) for own in groups]  # [B, k, d] → [B·k, d]
+    return NewIds(dict(reading.tables), torch.cat(embeddings), reading.padding or 0)
 
 
 def _new_ids(first: int, own: Tokens, padding: int | None) -> Tensor:
