@@ -40,7 +40,7 @@ class LowRank(Function):
         """Run it; without ``torch.func``, past what binds the arguments to a signature first."""
         if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        return super(Function, cls).apply(*args)
+        return super(Function, cls).apply(*args)  # type: ignore[misc]
 
     @staticmethod
     def forward(  # noqa: D102
