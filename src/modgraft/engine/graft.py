@@ -18,6 +18,7 @@ from torch import nn
 from modgraft.computation.base import (
     Computation,
     InputComposition,
+    KeyValueComposition,
     ParameterComposition,
     TokenComposition,
 )
@@ -62,6 +63,8 @@ def graft_everywhere(
         inner.side_source,
         additive=additive,
         inputs=inputs,
+        keys_values=isinstance(inner, KeyValueComposition)
+        or not context.keys_values.isdisjoint(inner.members),
         routed=bool(inner.members),
         by_example=not (additive or inputs or (inner.side_source is None and inner.by_token)),
     )
