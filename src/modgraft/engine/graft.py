@@ -18,6 +18,7 @@ from torch import nn
 from modgraft.computation.base import (
     Computation,
     InputComposition,
+    KeyValueComposition,
     ParameterComposition,
     TokenComposition,
 )
@@ -62,6 +63,8 @@ def graft_everywhere(
         inner.side_source,
         additive=additive,
         inputs=inputs,
+        keys_values=isinstance(inner, KeyValueComposition)
+        or not context.keys_values.isdisjoint(inner.members),
         routed=bool(inner.members),
         by_example=not (additive or inputs or (inner.side_source is None and inner.by_token)),
     )
@@ -163,6 +166,13 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
             return forward(self, *args, **kwargs)  # a patched forward calls the layer's
         return run(self, args, kwargs)
 
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        kind.train(self, mode)
+        if STATE in self.__dict__:  # the modules are no children, and follow the layer's mode
+            for entry in self.__dict__[STATE].every():
+                entry.module.train(self.training)
+        return self
+
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if name == "forward":
             _patch(self, value)
@@ -172,6 +182,7 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {
         "forward": grafted_forward,
         "__setattr__": set_attribute,
+        "train": train,
         "__reduce_ex__": reduced_by(_grafted, kind),
         "_replicate_for_data_parallel": _refuse_replicas,
         "__module__": kind.__module__,
@@ -221,7 +232,7 @@ def _patch(layer: nn.Module, forward: Callable[..., Any]) -> None:
     else:
         layer.__dict__[PATCHED] = forward
     state.by_weight = by_weight(layer)
-    for entry in [entry for some in state.entries.values() for entry in some]:
+    for entry in state.every():
         entry.inside = _is_inside(entry, layer)
     state.plans.clear()
 

@@ -42,6 +42,7 @@ from modgraft.engine.implant import (
     learning_parts,
 )
 from modgraft.engine.inputs.caches import check_goes_on
+from modgraft.engine.inputs.padding import count_from_texts, count_padding_too
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.served_weight import (
     hook_functional_calls,
@@ -213,6 +214,8 @@ class Host(AsModel):
         self._graft(implant, sites, implant.names)
         if not self.implants:
             watch_forwards(self.model, self._context)
+        if self._context.keys_values:
+            count_from_texts(self.model, self._context)
         implant.train(self.training)
         self.implants[name] = implant
         self._reader.forget()
@@ -242,6 +245,8 @@ class Host(AsModel):
             del self.implants[name]
             if not self.implants:
                 unwatch_forwards(self.model)
+            if not self._context.keys_values:
+                count_padding_too(self.model)
             self._reader.forget()
             self._context.switch(ex.without(self._context.composition, name))
 

@@ -279,6 +279,10 @@ class RoutedMixture:
         self.members = tuple(mixture.over)
         self.side_source = mixture.side_source
 
+    def train(self, mode: bool) -> None:
+        """Put the mixture into a mode, as a layer does with the modules that act in it."""
+        self.mixture.train(mode)
+
     def weights(
         self, call: Call, x: Tensor | None, y: Tensor, rows: Tensor | None, batch: int | None = None
     ) -> Tensor:
