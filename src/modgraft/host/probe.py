@@ -12,13 +12,14 @@ newly built has no effect. What comes of it is compared with what must come of i
     merged    the layer puts out what its weight θ + Δ does, and so does the whole host
     each      modules=["a", None, …] is "a" for the first example, and the bare host for the others
 
-The host is left as it was to the last bit, random numbers, buffers and attributes included.
+The host is left as it was to the last bit: weights that its forward writes, random numbers,
+buffers and attributes. What a forward changes outside of its model, it changes in each of the calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from modgraft.core.sites import WEIGHTED, Site, find, joined
 from modgraft.engine.implant import Implants
 from modgraft.engine.kernels.functional_call import new_weights, with_tensors
 from modgraft.engine.kernels.linear import Change
+from modgraft.engine.writes import taken_back
 from modgraft.host.measure import (
     Seen,
     apart,
@@ -109,7 +111,7 @@ class _Host:
         bare: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.model, self.implants, self.batch, self.bare = model, implants, batch, bare
-        self.run = run
+        self._run = run
         self.layers = {
             site.path: site.module
             for implant in implants.values()
@@ -120,8 +122,20 @@ class _Host:
         if max(_first(batch).shape[:2]) < 2:
             raise ModgraftError("host.probe takes a batch of two different examples at least")
         with watched(self.layers) as self.alone:
-            self.out = floats(run(batch, None))
+            self.out = floats(self.run(batch, None))
         self._find_examples()
+
+    @contextmanager
+    def _anew(self) -> Iterator[None]:
+        """Let a call find the weights and the random numbers that every other call finds."""
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices), taken_back(self.model):
+            yield
+
+    def run(self, batch: Mapping[str, Any], modules: Any) -> Any:
+        """Call the host with modules alone in force; None: bare."""
+        with self._anew():
+            return self._run(batch, modules)
 
     def _find_examples(self) -> None:
         """Find the axis of the examples in the batch, and in each layer's output."""
@@ -296,7 +310,7 @@ class _Host:
         return any(map(apart, self._with_weights(new), self.out))
 
     def _with_weights(self, new: dict[str, Tensor]) -> list[Tensor]:
-        with self.bare():
+        with self._anew(), self.bare():
             out = functional_call(self.model, new, (), dict(self.batch), tie_weights=False)
         return floats(out)
 
