@@ -35,7 +35,7 @@ def taken_back(model: nn.Module) -> Iterator[None]:
     finally:
         watch.take_back()
         for tensor, before in zip(own, data, strict=True):
-            if _key(tensor) != _key(before):
+            if storage_of(tensor) != storage_of(before):
                 tensor.data = before
 
 
@@ -50,7 +50,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
-        self._own = {_key(t): t.untyped_storage() for t in tensors if not t.is_meta}
+        self._own = {storage_of(t): t.untyped_storage() for t in tensors if not t.is_meta}
         self._before: dict[int, UntypedStorage] = {}
 
     @classmethod
@@ -70,7 +70,7 @@ class _Watch(TorchDispatchMode):
                 written = args[i] if i < len(args) else kwargs.get(argument.name)
                 for value in tree_leaves(written):
                     if isinstance(value, Tensor) and value.layout is torch.strided:
-                        self._keep(_key(value))
+                        self._keep(storage_of(value))
         return func(*args, **kwargs)
 
     def _keep(self, key: int) -> None:
@@ -86,5 +86,6 @@ class _Watch(TorchDispatchMode):
             own.copy_(before)
 
 
-def _key(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """Return what identifies the memory of a tensor, also that of a view of it."""
     return tensor.untyped_storage()._cdata
