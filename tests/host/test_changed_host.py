@@ -277,3 +277,11 @@ def test_modules_follow_the_mode_of_their_layer() -> None:
     assert host["ad"].places[0].training
     host.remove("a")
     assert host.model[2].eval().training is False
+
+
+def test_a_new_module_is_in_the_mode_of_its_layer() -> None:
+    host = mg.Host(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).train())
+    host.model.eval()
+    host.model[1].train()
+    host.implant("a", mg.LoRA(rank=2, dropout=0.5), at=nn.Linear)
+    assert [place.training for place in host.implants["a"].places] == [False, True]

@@ -24,6 +24,7 @@ from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
 from modgraft.core.errors import ModgraftError
+from modgraft.core.layers import STATE
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
@@ -217,14 +218,17 @@ class Host(AsModel):
             join_prompts(self._implants, implant)
         if isinstance(module.unwrapped, KeyValueComposition):
             hook_attention()
+        new = [site for site in sites if STATE not in site.module.__dict__]
         self._graft(implant, sites, implant.names)
         if isinstance(module.unwrapped, ParameterComposition):
-            self._warn_of_kept(name, sites)
+            self._warn_of_kept(name, new)
         if not self.implants:
             watch_forwards(self.model, self._context)
-        if self._context.keys_values:
+        if not self._context.keys_values.isdisjoint(implant.names):
             count_from_texts(self.model, self._context)
-        implant.train(self.training)
+        implant.train(self.model.training)
+        for site, place in zip(sites, implant.places, strict=True):
+            place.train(self._guard.trains(site.module, self.model))
         self.implants[name] = implant
         self._reader.forget()
         now = self._context.composition
