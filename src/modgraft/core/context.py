@@ -135,6 +135,8 @@ class Call:
             its own, such as a ``using`` block.
         reads: what checks, when the host has run, that a layer whose weight was read was called.
         layout: where the examples lie; None: not asked.
+        alike: whether this is a run of a part of the host in which all examples are treated as one
+            of them; see :mod:`modgraft.engine.divided`.
     """
 
     composition: Expression | None
@@ -148,6 +150,7 @@ class Call:
     kept: dict[Hashable, Any] | None = field(default=None, compare=False)
     reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
     layout: Layout | None = None
+    alike: bool = False
 
     def resolve(self, source: str, name: str, batch: int, rows: Tensor | None = None) -> Side:
         """Return the side input ``source`` that the module ``name`` reads at a site, masked.

@@ -109,6 +109,23 @@ def _link_tokens(host: nn.Module) -> Reading:
     return reading
 
 
+def divide(model: nn.Module, path: str, inside: State, context: Context) -> None:
+    """Let the part at ``path`` run once for each composition of a batch, for a layer inside it."""
+    state = _state_of(model.get_submodule(path), path, context)
+    if not any(each is inside for each in state.divides):
+        state.divides = (*state.divides, inside)
+
+
+def undivide(model: nn.Module) -> None:
+    """Undo every :func:`divide`."""
+    for layer in model.modules():
+        state: State | None = layer.__dict__.get(STATE)
+        if state is not None and state.divides:
+            state.divides = ()
+            if not (state.entries or state.relays):
+                restore(layer)
+
+
 def ungraft(layer: nn.Module, name: str) -> None:
     """Undo :func:`graft` for one name; the last module to leave restores the layer's class."""
     state: State | None = layer.__dict__.get(STATE)
@@ -131,6 +148,7 @@ def restore(layer: nn.Module) -> None:
 
 def ungraft_all(model: nn.Module) -> nn.Module:
     """Remove every module from ``model``, and return it."""
+    undivide(model)
     for layer in model.modules():
         while (state := layer.__dict__.get(STATE)) is not None:
             ungraft(layer, next(iter(state.entries or state.relays)))
