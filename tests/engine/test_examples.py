@@ -109,6 +109,40 @@ def test_a_convolution_over_tokens_leaves_other_examples_alone() -> None:
     torch.testing.assert_close(one, out[:, :1])
 
 
+class Steps(nn.Module):
+    """An RNN and attention with the batch second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.block = nn.GRU(8, 8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.rnn(x)[0])
+
+
+@pytest.mark.parametrize("at", ["rnn", "block"])
+@pytest.mark.parametrize("length", [B, B + 2])
+def test_side_inputs_and_neighbours_where_the_batch_is_second(at: str, length: int) -> None:
+    x = hidden(length, B)
+    host = stirred(Steps(), at, mg.ConvAdapter(kernel=3))
+    torch.testing.assert_close(host(x, modules="a")[:, :1], host(x[:, :1], modules="a"))
+    host = stirred(Steps(), at, mg.GatedFusion(dim=4))
+    features = torch.randn(B, 2, 4, dtype=torch.float64)
+    out = host(x, side={"image": mg.Side(features)}, modules="a")
+    for i in range(B):
+        alone = host(x[:, i : i + 1], side={"image": mg.Side(features[i : i + 1])}, modules="a")
+        torch.testing.assert_close(out[:, i : i + 1], alone)
+
+
+def test_side_inputs_where_an_example_has_several_windows() -> None:
+    host = stirred(swin(), "*.q_proj", mg.GatedFusion(dim=4))
+    x, features = torch.randn(B, 3, 16, 16).double(), torch.randn(B, 2, 4).double()
+    out = host(x, side={"image": mg.Side(features)}, modules="a")[0]
+    for i in range(B):
+        alone = host(x[i : i + 1], side={"image": mg.Side(features[i : i + 1])}, modules="a")[0]
+        torch.testing.assert_close(out[i : i + 1], alone)
+
+
 def test_experts_have_no_rows_of_examples_and_the_part_around_them_does() -> None:
     config = SwitchTransformersConfig(
         vocab_size=41, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, num_experts=2,

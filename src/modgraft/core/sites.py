@@ -106,6 +106,8 @@ class Site:
     def time_first(self) -> bool:
         """Whether the output is known to be ``[n, B, d]`` rather than ``[B, n, d]``."""
         layer = self.module
+        if isinstance(layer, nn.Transformer):
+            layer = layer.encoder
         if isinstance(layer, nn.TransformerEncoder | nn.TransformerDecoder):
             layer = layer.layers[0]
         if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):

@@ -123,7 +123,8 @@ class Applier:
             and not _in_force(self.site.state, entry.name)
         ):
             return None
-        return call.resolve(source, entry.name, self.batch or rows, self.rows)
+        several = self.site.layout.get(self.site.state.path) == 0
+        return call.resolve(source, entry.name, self.batch or rows, self.rows, several)
 
     def _changed_weight(self, entry: Entry, total: Tensor, weight: Weight) -> Tensor:
         """Return ``total`` + w·(f(x; θ + Δ) − f(x; θ)), on the part that the module acts on."""

@@ -71,6 +71,7 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
     """Add ``module`` to the modules of ``site``, under ``name``."""
     layer = site.module
     state = _state_of(layer, site.path, context)
+    state.axis = int(site.time_first)
     axis = feature_axis(layer)
     entry = Entry(name, module, site.part, site.residual, site.parameter, axis)
     entry.inside = _is_inside(entry, layer)

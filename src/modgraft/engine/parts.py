@@ -72,14 +72,20 @@ def divide_around(
 def _around(model: nn.Module, path: str, layout: Mapping[str, Any]) -> list[str]:
     """Return the layer and the parts around it, the nearest first, beyond those that are divided
     for it already."""
-    state, names = _state(model, path), path.split(".") if path else []
+    names = path.split(".") if path else []
     parts = [".".join(names[:n]) for n in range(len(names), -1, -1)]
     tried = [
         k
         for k, part in enumerate(parts)
-        if PART + part in layout and any(each is state for each in _state(model, part).divides)
+        if PART + part in layout and _is_divided(model, part, path)
     ]
     return parts[max(tried, default=-1) + 1 :]
+
+
+def _is_divided(model: nn.Module, part: str, path: str) -> bool:
+    """Return whether ``part`` runs once for each composition for the layer at ``path``."""
+    state: State | None = model.get_submodule(part).__dict__.get(STATE)
+    return state is not None and any(each is _state(model, path) for each in state.divides)
 
 
 def _state(model: nn.Module, path: str) -> State:

@@ -56,6 +56,7 @@ class State:
         called: whether the layer has run.
         served: its weight and bias as others read them.
         compiled_bare: whether compiled code runs the layer's own forward, which reads θ.
+        axis: where the examples lie in its output, if nobody has asked.
         divides: of a part of the host that runs once for each composition of a batch, the layers in
             it that ask for that.
     """
@@ -74,6 +75,7 @@ class State:
     called: bool = False
     served: Shells = field(default_factory=Shells)
     compiled_bare: bool = False
+    axis: int = 0
     divides: tuple[State, ...] = ()
 
     def add(self, entry: Entry) -> None:
@@ -274,7 +276,7 @@ class SiteCall:
             CompositionError: where they lie on none; an UndividedError where a part of the host
                 around it could run once for each of the weights.
         """
-        axis = self.layout.get(self.state.path, 0)
+        axis = self.layout.get(self.state.path, self.state.axis)
         if axis is None or axis == UNSEEN:
             words = (
                 f"{names} acts on each example by itself, and the output of {self.state.path}, a "
