@@ -68,7 +68,7 @@ def ask(
         kwargs: what it is called with by name.
         count: how many examples this is; None: as many as the first tensor has, along any axis.
     """
-    twin, best = _twin(model), None
+    twin, best = twin_of(model), None
     for batch in _batches(twin, args, kwargs, count):
         try:
             found = _ask_along(twin, batch)
@@ -101,7 +101,7 @@ def ask_parts(
         count: how many examples this is; None: as many as the first tensor has, along any axis.
         paths: the parts.
     """
-    twin = _twin(model)
+    twin = twin_of(model)
     for batch in _batches(twin, args, kwargs, count):
         number, rows = batch.thrice()
         try:
@@ -135,7 +135,7 @@ def _all_outputs(
         return hook
 
     handles = [twin.get_submodule(p).register_forward_hook(keep(p)) for p in paths]
-    _run(twin, args, kwargs, handles)
+    run_twin(twin, args, kwargs, handles)
     return found
 
 
@@ -290,7 +290,7 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
             around = twin.get_submodule(path.rpartition(".")[0])
             if isinstance(layer, nn.Embedding):
                 handles.append(around.register_forward_hook(keep(_AROUND + path)))
-    _run(twin, args, kwargs, handles)
+    run_twin(twin, args, kwargs, handles)
     return found
 
 
@@ -299,7 +299,7 @@ def _without_features(value: Tensor) -> Tensor:
     return some.flatten(2).abs().sum(-1) if some.dim() > 2 else some
 
 
-def _run(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: list[Any]) -> None:
+def run_twin(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: list[Any]) -> None:
     """Run ``twin``, and take off the hooks that look at it."""
     try:
         devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
@@ -314,7 +314,7 @@ _SITE = "_modgraft_site"
 _AROUND = "around "
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin_of(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` without modules, in evaluation mode, that shares its weights."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     for layer in model.modules():

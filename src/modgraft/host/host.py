@@ -50,6 +50,7 @@ from modgraft.engine.served_weight import (
     unwatch_forwards,
     watch_forwards,
 )
+from modgraft.engine.shown import Shown
 from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
     Composition,
@@ -141,7 +142,8 @@ class Host(AsModel):
 
     def sites(self, at: At, expect: int | None = None) -> list[Site]:
         """Return the sites that a selection means; see :func:`modgraft.core.sites.find`."""
-        return find(self.model, at, expect=expect)
+        shown = Shown(self.model).width
+        return [replace(site, shown=shown) for site in find(self.model, at, expect=expect)]
 
     def implant(
         self,
