@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -216,6 +218,31 @@ def test_losses_and_recomputed_blocks() -> None:
     host.model.activation_checkpointing_enable()  # type: ignore[operator]
     for found, wanted in zip(gradients(), before, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["a table of relative positions", "a convolution with a cache"])
+@torch.no_grad()
+def test_hidden_states_and_attentions_are_captured_once(name: str) -> None:
+    host, batch = stirred(name)
+    host.model.set_attn_implementation("eager")  # type: ignore[operator]
+    asked = {**batch, "output_hidden_states": True, "output_attentions": True}
+    alone = [host(**asked, modules=m) for m in LISTS]
+    out = host(**asked, modules=LISTS)
+    for key in (key for key in out if "hidden_states" in key or "attentions" in key):
+        assert len(out[key]) == len(alone[0][key])
+        for i, whole in enumerate(alone):
+            for mine, wanted in zip(out[key], whole[key], strict=True):
+                torch.testing.assert_close(mine[i], wanted[i], rtol=1e-9, atol=1e-11)
+
+
+@torch.no_grad()
+def test_a_host_whose_parts_are_divided_is_copied_and_pickled() -> None:
+    host, batch = stirred("attention with weights of its own")
+    wanted = host(**batch, modules=LISTS)
+    for other in (copy.deepcopy(host), pickle.loads(pickle.dumps(host))):
+        torch.testing.assert_close(other(**batch, modules=LISTS), wanted)
+        assert type(other.merge("a")) is Reads
+    torch.testing.assert_close(host(**batch, modules=LISTS), wanted)
 
 
 def test_what_cannot_be_divided_says_so() -> None:

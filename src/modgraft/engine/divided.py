@@ -23,6 +23,7 @@ from modgraft.core.context import EXAMPLE, Call, Context
 from modgraft.core.errors import CompositionError
 from modgraft.core.expression import Expression, walk
 from modgraft.core.per_example import Each, Weighted
+from modgraft.engine.capturing import add_captured, captured_apart
 from modgraft.engine.state import STATE, State
 from modgraft.routing.mixture import RoutedMixture
 
@@ -64,10 +65,10 @@ def run(
         CompositionError: where routers in it learn by a loss of their own, once for every run.
     """
     runs = list(_runs(layer, call))
-    outs, copies, rows = [], [], []
+    outs, copies, rows, captured = [], [], [], []
     for inner, own in runs:
         given = _copied(of) if len(runs) > 1 else of
-        with state.context.call(inner):
+        with state.context.call(inner), captured_apart() as seen:
             outs.append(again(layer, *given))
         if inner.routings:
             raise CompositionError(
@@ -76,13 +77,33 @@ def run(
             )
         copies.append(given)
         rows.append(own)
+        captured.append(seen)
+    at = _Rows(rows, axis)
+    _check_captured(captured[0], at, state.path)
+    add_captured(at.join(captured))
     if len(runs) == 1:
         return outs[0]
-    at = _Rows(rows, axis)
     for old, *new in zip(_caches(of), *map(_caches, copies), strict=True):
         old.__dict__.update(at.join(new).__dict__)
         at.known[id(new[0])] = old
     return at.join(outs)
+
+
+def _check_captured(captured: Mapping[str, list[Any]], at: _Rows, path: str) -> None:
+    """Refuse to capture what does not have a row for each example.
+
+    Raises:
+        CompositionError: with its name.
+    """
+    for name, values in captured.items():
+        for value in _tensors(values):
+            if value.dim() <= at.axis or value.shape[at.axis] != at.count:
+                raise CompositionError(
+                    f"output_{name} asks for {list(value.shape)} of a layer in {path}, which runs "
+                    f"once for each composition of this batch, and {at.count} examples have not a "
+                    f"row each there; leave output_{name} out, or call the host once for each "
+                    f"composition"
+                )
 
 
 def _runs(layer: nn.Module, call: Call) -> Iterator[tuple[Call, list[int]]]:
