@@ -279,12 +279,13 @@ class SiteCall:
         axis = self.layout.get(self.state.path, self.state.axis)
         if axis is None or axis == UNSEEN:
             words = (
-                f"{names} acts on each example by itself, and the output of {self.state.path}, a "
-                f"{type(self.layer).__name__}, has no axis of the examples: run on one example "
+                f"{names} acts on each example by itself, and the output of {self.state.path} "
+                f"({type(self.layer).__name__}) has no axis of the examples: run on one example "
                 f"more, it did not put out the same as before and as much again for that one. "
-                f"Implant at another layer, or call the host once for each composition and example"
+                f"Implant at a layer that puts out something for each example"
             )
             if by_weights:
+                words = f"{words}, or call the host once for each composition"
                 raise UndividedError(words, self.state.path)
             raise CompositionError(words)
         self.axis = axis
