@@ -247,13 +247,72 @@ def test_padding_changes_nothing(case: HostCase, left: bool) -> None:
     padded = torch.cat([pad, text] if left else [text, pad], 1)
     mask = (padded != 0).long()
     own = {"decoder_input_ids": ids(4, 3)[:1]} if case.name == "t5" else {}
-    if case.name in ("bert", "gpt2", "llama") and left:
+    if case.name in ("bert", "gpt2") and left:  # tables, which the bare host would read elsewhere
         own["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     out = host(input_ids=padded, attention_mask=mask, **own).logits
     own.pop("position_ids", None)
     alone = host(input_ids=text, **own).logits
     out = out if case.name == "t5" else out[:, 4:] if left else out[:, :7]
     torch.testing.assert_close(out, alone, rtol=1e-4, atol=1e-5)
+
+
+def padded_llama() -> tuple[mg.Host, Tensor, Tensor, Tensor]:
+    """Make a host with a prefix, texts, and these padded on the left by 0, 1, 2, … and the mask."""
+    text = ids()
+    padded = torch.zeros(len(text), 6 + len(text), dtype=torch.long)
+    for i, own in enumerate(text):
+        padded[i, i : i + 7] = own
+    return prefixed(HOSTS["llama"]), text, padded, padded.ne(0).long()
+
+
+@torch.no_grad()
+def test_texts_padded_on_the_left_are_what_they_are_alone() -> None:
+    """Whatever says what acts, with a prompt beside it, by embeddings, and step by step."""
+    host, text, padded, mask = padded_llama()
+    prefixed(HOSTS["llama"], "n", host)
+    host.implant("p", mg.SoftPrompt(length=2), active=False)
+    host.implant("mix", mg.Mixture(["m", "n"], router=mg.Fixed()), active=False)
+    batch = {"input_ids": padded, "attention_mask": mask}
+    for composition in ("m", "m >> n", "p >> m", "mix", None):
+        alone = host(input_ids=text, modules=composition).logits
+        for own in (composition, [composition] * len(text)):
+            out = host(**batch, modules=own).logits[mask.bool()].reshape(alone.shape)
+            torch.testing.assert_close(out, alone, rtol=1e-4, atol=1e-5)
+    host.use("m")
+    alone = host(input_ids=text).logits
+    assert not torch.allclose(alone, host(input_ids=text, modules=None).logits)
+    embeddings = host.model.get_input_embeddings()(padded)
+    for out in (
+        host(inputs_embeds=embeddings, attention_mask=mask),
+        host(padded, mask),
+        host.model(padded, mask),
+    ):
+        torch.testing.assert_close(
+            out.logits[mask.bool()].reshape(alone.shape), alone, rtol=1e-4, atol=1e-5
+        )
+    cache, some = DynamicCache(config=host.config), []
+    for start, end in ((0, 5), (5, 6), (6, padded.shape[1])):
+        step = {"input_ids": padded[:, start:end], "attention_mask": mask[:, :end]}
+        some.append(host(**step, past_key_values=cache).logits)
+    torch.testing.assert_close(
+        torch.cat(some, 1)[mask.bool()].reshape(alone.shape), alone, rtol=1e-4, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_compiled_texts_padded_on_the_left_are_one_graph_and_a_bare_host_is_itself() -> None:
+    host, _, padded, mask = padded_llama()
+    batch = {"input_ids": padded, "attention_mask": mask}
+    bare = HOSTS["llama"].model().eval()(**batch).logits
+    assert torch.equal(host(**batch, modules=None).logits, bare)
+    compiled, graphs = counted(host)
+    for composition in ("m", None, "m"):
+        host.use(composition)
+        torch.testing.assert_close(compiled(**batch).logits, host(**batch).logits)
+    assert len(graphs) == 1
+    host.remove("m")
+    assert torch.equal(host(**batch).logits, bare)
+    assert not host.model._forward_pre_hooks
 
 
 @each([*DECODERS, HOSTS["t5"]])

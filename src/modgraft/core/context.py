@@ -250,6 +250,7 @@ class Context:
         side_sources: for each implanted module that reads a side input, the name of that input.
         routed: the implanted modules that are over others, as mixtures are.
         inputs: the implanted modules that put vectors before what is read.
+        keys_values: those of them, and mixtures of those, that put them before keys and values.
         by_example: the implanted modules that have to know which rows are an example's.
         layouts: where the examples lie, for calls that are alike; see
             :mod:`modgraft.engine.examples`.
@@ -263,6 +264,7 @@ class Context:
         self.side_sources: dict[str, str] = {}
         self.routed: set[str] = set()
         self.inputs: set[str] = set()
+        self.keys_values: set[str] = set()
         self.by_example: set[str] = set()
         self.layouts: dict[Hashable, Layout] = {}
         self.odd: Layout = {}
@@ -305,6 +307,7 @@ class Context:
         *,
         additive: bool,
         inputs: bool,
+        keys_values: bool,
         routed: bool,
         by_example: bool,
     ) -> None:
@@ -316,6 +319,7 @@ class Context:
             source: the name of its side input, None where it has none.
             additive: whether it only changes weights.
             inputs: whether it puts vectors before what is read.
+            keys_values: whether these, or those of modules that it is over, are keys and values.
             routed: whether it is over others.
             by_example: whether it has to know which rows are an example's.
         """
@@ -323,7 +327,7 @@ class Context:
         self.layouts.clear()
         if source is not None:
             self.side_sources[name] = source
-        for kind, holds in zip(self._kinds, (inputs, routed, by_example), strict=True):
+        for kind, holds in zip(self._kinds, (inputs, keys_values, routed, by_example), strict=True):
             if holds:
                 kind.add(name)
 
@@ -336,7 +340,7 @@ class Context:
 
     @property
     def _kinds(self) -> tuple[set[str], ...]:
-        return self.inputs, self.routed, self.by_example
+        return self.inputs, self.keys_values, self.routed, self.by_example
 
     def now(self) -> Call:
         """Return the call under way, in compiled code or not."""

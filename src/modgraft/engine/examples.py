@@ -24,6 +24,7 @@ from modgraft.core.layers import STATE
 from modgraft.core.tensors import first_tensor
 from modgraft.engine.capturing import captures
 from modgraft.engine.graft import restore
+from modgraft.engine.writes import taken_back
 
 Seen = dict[str, list[Tensor]]
 
@@ -303,7 +304,8 @@ def run_twin(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: l
     """Run ``twin``, and take off the hooks that look at it."""
     try:
         devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
-        with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+        random = torch.random.fork_rng(sorted(devices, key=str))
+        with torch.no_grad(), random, taken_back(twin):
             twin(*args, **kwargs)
     finally:
         for handle in handles:

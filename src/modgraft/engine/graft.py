@@ -8,7 +8,8 @@ registered children.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial, wraps
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from modgraft.computation.base import (
     Computation,
     InputComposition,
+    KeyValueComposition,
     ParameterComposition,
     TokenComposition,
 )
@@ -62,6 +64,8 @@ def graft_everywhere(
         inner.side_source,
         additive=additive,
         inputs=inputs,
+        keys_values=isinstance(inner, KeyValueComposition)
+        or not context.keys_values.isdisjoint(inner.members),
         routed=bool(inner.members),
         by_example=not (additive or inputs or (inner.side_source is None and inner.by_token)),
     )
@@ -87,13 +91,18 @@ def _state_of(layer: nn.Module, path: str, context: Context) -> State:
     state: State | None = layer.__dict__.get(STATE)
     if state is None:
         state = State(path, context)
-        kind = _grafted(type(layer))
-        layer.__dict__[STATE] = state
-        layer.__class__ = kind
-        if "forward" in layer.__dict__:
-            layer.__dict__[PATCHED] = layer.__dict__.pop("forward")
+        _put(layer, state)
         state.by_weight = by_weight(layer)
     return state
+
+
+def _put(layer: nn.Module, state: State) -> None:
+    """Swap the class of a layer; :func:`restore` undoes it."""
+    kind = _grafted(type(layer))
+    layer.__dict__[STATE] = state
+    layer.__class__ = kind
+    if "forward" in layer.__dict__:
+        layer.__dict__[PATCHED] = layer.__dict__.pop("forward")
 
 
 def _link_tokens(host: nn.Module) -> Reading:
@@ -147,6 +156,19 @@ def restore(layer: nn.Module) -> None:
         layer.__dict__["forward"] = layer.__dict__.pop(PATCHED)
 
 
+@contextmanager
+def restored(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let grafted layers be what they were before their first module came, in a ``with`` block."""
+    states = [layer.__dict__[STATE] for layer in layers]
+    for layer in layers:
+        restore(layer)
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, states, strict=True):
+            _put(layer, state)
+
+
 def ungraft_all(model: nn.Module) -> nn.Module:
     """Remove every module from ``model``, and return it."""
     undivide(model)
@@ -182,6 +204,13 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
             return forward(self, *args, **kwargs)  # a patched forward calls the layer's
         return run(self, args, kwargs)
 
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        kind.train(self, mode)
+        if STATE in self.__dict__:  # the modules are no children, and follow the layer's mode
+            for entry in self.__dict__[STATE].every():
+                entry.module.train(self.training)
+        return self
+
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if name == "forward":
             _patch(self, value)
@@ -191,6 +220,7 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {
         "forward": grafted_forward,
         "__setattr__": set_attribute,
+        "train": train,
         "__reduce_ex__": reduced_by(_grafted, kind),
         "_replicate_for_data_parallel": _refuse_replicas,
         "__module__": kind.__module__,
@@ -240,7 +270,7 @@ def _patch(layer: nn.Module, forward: Callable[..., Any]) -> None:
     else:
         layer.__dict__[PATCHED] = forward
     state.by_weight = by_weight(layer)
-    for entry in [entry for some in state.entries.values() for entry in some]:
+    for entry in state.every():
         entry.inside = _is_inside(entry, layer)
     state.plans.clear()
 

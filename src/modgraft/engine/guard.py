@@ -238,7 +238,7 @@ class Places:
         """
         for layer, was in self._shapes.items():
             state: State = layer.__dict__[STATE]
-            for entry in (entry for some in state.entries.values() for entry in some):
+            for entry in state.every():
                 at = f"{entry.name!r} at {state.path or 'the model'}"
                 if (now := _shapes(layer)) != was:
                     raise ModgraftError(

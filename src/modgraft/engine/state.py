@@ -90,9 +90,13 @@ class State:
         self.relays.discard(name)
         return self.entries.pop(name, [])
 
+    def every(self) -> list[Entry]:
+        """Return the modules here."""
+        return [entry for some in self.entries.values() for entry in some]
+
     def of_kind(self, kind: type[Computation]) -> list[Entry]:
         """Return the modules here of one kind."""
-        return [e for some in self.entries.values() for e in some if isinstance(e.module, kind)]
+        return [entry for entry in self.every() if isinstance(entry.module, kind)]
 
     def token_modules(self, names: Sequence[str]) -> list[Entry]:
         """Return those of ``names`` that put tokens before the host's input, in that order."""

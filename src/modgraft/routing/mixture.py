@@ -289,6 +289,10 @@ class RoutedMixture:
         """What a call remembers its choice by, where that holds for the whole network."""
         return self.mixture.key(self.task)
 
+    def train(self, mode: bool) -> None:
+        """Put the mixture into a mode, as a layer does with the modules that act in it."""
+        self.mixture.train(mode)
+
     def weights(
         self, call: Call, x: Tensor | None, y: Tensor, rows: Tensor | None, batch: int | None = None
     ) -> Tensor:

@@ -200,8 +200,7 @@ def _mixtures(state: State, entries: Mapping[str, Entry]) -> dict[str, RoutedMix
     """Return the mixtures here that are over modules with keys and values, by name."""
     return {
         entry.name: entry.module
-        for some in state.entries.values()
-        for entry in some
+        for entry in state.every()
         if isinstance(entry.module, RoutedMixture)
         and any(m in entries for m in entry.module.members)
     }
