@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, GPT2LMHeadModel, StaticCache
+from torch.nn import functional as F
+from transformers import (
+    AttentionInterface,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    GPT2LMHeadModel,
+    PersimmonConfig,
+    PersimmonForCausalLM,
+    StaticCache,
+)
 
 import modgraft as mg
 from common import counted
@@ -44,6 +54,65 @@ def run(host: nn.Module, case: HostCase, **kw: Any) -> Tensor:
 
 
 # -- which attention ----------------------------------------------------------------------------
+
+
+def latent() -> nn.Module:
+    """Make a model whose keys are wider than its values."""
+    config = DeepseekV3Config(
+        vocab_size=41, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=24, moe_intermediate_size=8, n_routed_experts=2,
+        num_experts_per_tok=1, n_group=1, topk_group=1, first_k_dense_replace=2, q_lora_rank=8,
+        kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6,
+    )  # fmt: skip
+    return DeepseekV3ForCausalLM(config)
+
+
+def of_no_family() -> nn.Module:
+    """Make a model of no known family, with a fused projection."""
+    config = PersimmonConfig(
+        vocab_size=41, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24,
+    )  # fmt: skip
+    return PersimmonForCausalLM(config)
+
+
+@pytest.mark.parametrize("reparametrise", [None, 5])
+@pytest.mark.parametrize("make", [latent, of_no_family])
+@torch.no_grad()
+def test_attention_of_other_models(make: Any, reparametrise: int | None) -> None:
+    torch.manual_seed(0)
+    host, words = mg.Host(make().double()).eval(), ids()
+    host.implant("m", mg.Prefix(length=3, reparametrise=reparametrise), active=False)
+    for p in host["m"].parameters():
+        p.normal_(0, 0.5)
+    before = {id(m): place.plain() for m, place in _places(host)}
+
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
+        keys, values = (t.transpose(0, 1).expand(len(k), -1, -1, -1) for t in before[id(module)])
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        scores = q @ torch.cat([keys, k], 2).mT * kw["scaling"]
+        scores = scores.masked_fill(~F.pad(mask, (3, 0), value=True), -torch.inf)
+        return (scores.softmax(-1) @ torch.cat([values, v], 2)).transpose(1, 2), None
+
+    ours = {kind: [] for kind in ("eager", "sdpa")}
+    for kind, outs in ours.items():
+        host.model.set_attn_implementation(kind)
+        outs.append(host(input_ids=words, modules="m", use_cache=False).logits)
+        first = host(input_ids=words[:, :-1], modules="m", use_cache=True)
+        last = host(
+            input_ids=words[:, -1:], past_key_values=first.past_key_values, modules="m"
+        ).logits
+        outs.append(torch.cat([first.logits, last], 1))
+    AttentionInterface.register("written_out", attend)
+    host.model.set_attn_implementation("written_out")
+    wanted = host.model(input_ids=words, use_cache=False).logits
+    for out in (*ours["eager"], *ours["sdpa"]):
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+def _places(host: mg.Host) -> Any:
+    paths, places = host["m"].paths, host["m"].places
+    return [(host.model.get_submodule(p), place) for p, place in zip(paths, places, strict=True)]
 
 
 @each(ATTENDING)

@@ -135,6 +135,8 @@ class Call:
             its own, such as a ``using`` block.
         reads: what checks, when the host has run, that a layer whose weight was read was called.
         layout: where the examples lie; None: not asked.
+        alike: whether this is a run of a part of the host in which all examples are treated as one
+            of them; see :mod:`modgraft.engine.divided`.
     """
 
     composition: Expression | None
@@ -148,8 +150,16 @@ class Call:
     kept: dict[Hashable, Any] | None = field(default=None, compare=False)
     reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
     layout: Layout | None = None
+    alike: bool = False
 
-    def resolve(self, source: str, name: str, batch: int, rows: Tensor | None = None) -> Side:
+    def resolve(
+        self,
+        source: str,
+        name: str,
+        batch: int,
+        rows: Tensor | None = None,
+        several: bool = False,
+    ) -> Side:
         """Return the side input ``source`` that the module ``name`` reads at a site, masked.
 
         Args:
@@ -158,6 +168,7 @@ class Call:
             batch: how many examples the site works on; in ``generate`` an example's beams share
                 its side input.
             rows: int64, the examples to take of the batch; None: all.
+            several: whether an example is known to have several rows there, as windows.
 
         Raises:
             SideError: if the call has no such side input, or it has another number of examples.
@@ -167,7 +178,7 @@ class Call:
             raise missing_side(name, source)
         have = side.tensor.shape[0]
         if have != batch:
-            if not self.generating or batch % have:
+            if not (self.generating or several) or batch % have:
                 raise SideError(
                     f"side input {source!r} has {have} examples where {name!r} meets a first axis "
                     f"of {batch}; pass one row for each example of the batch. If you did, this "

@@ -273,13 +273,22 @@ def _source(module: str) -> str:
 
 def _position_rows(reader: nn.Module) -> Iterator[int]:
     """Yield how many positions each table of them has that ``reader`` looks them up in."""
+    eyes = tuple(
+        f"{path}."
+        for path, module in reader.named_modules()
+        if path and getattr(module, "main_input_name", "input_ids") != "input_ids"
+    )
     for path, module in reader.named_modules():
-        if not _POSITIONS.fullmatch(path.rpartition(".")[2]) or hasattr(module, "make_weight"):
+        if not _POSITIONS.fullmatch(path.rpartition(".")[2]) or path.startswith(eyes):
+            continue
+        if hasattr(module, "make_weight"):
             continue  # one that makes its weight anew is as long as it has to be
         if isinstance(module, nn.Embedding):
             padding: Any = module.padding_idx
             yield module.num_embeddings - (0 if padding is None else padding + 1)
     for path, buffer in reader.named_buffers():  # GPT-J's rotations, which are looked up
+        if path.startswith(eyes):
+            continue
         if _POSITIONS.fullmatch(path.rpartition(".")[2]) and buffer.dim() == 2:
             yield len(buffer)
 

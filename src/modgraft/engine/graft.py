@@ -75,6 +75,7 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
     """Add ``module`` to the modules of ``site``, under ``name``."""
     layer = site.module
     state = _state_of(layer, site.path, context)
+    state.axis = int(site.time_first)
     axis = feature_axis(layer)
     entry = Entry(name, module, site.part, site.residual, site.parameter, axis)
     entry.inside = _is_inside(entry, layer)
@@ -118,6 +119,23 @@ def _link_tokens(host: nn.Module) -> Reading:
     return reading
 
 
+def divide(model: nn.Module, path: str, inside: State, context: Context) -> None:
+    """Let the part at ``path`` run once for each composition of a batch, for a layer inside it."""
+    state = _state_of(model.get_submodule(path), path, context)
+    if not any(each is inside for each in state.divides):
+        state.divides = (*state.divides, inside)
+
+
+def undivide(model: nn.Module) -> None:
+    """Undo every :func:`divide`."""
+    for layer in model.modules():
+        state: State | None = layer.__dict__.get(STATE)
+        if state is not None and state.divides:
+            state.divides = ()
+            if not (state.entries or state.relays):
+                restore(layer)
+
+
 def ungraft(layer: nn.Module, name: str) -> None:
     """Undo :func:`graft` for one name; the last module to leave restores the layer's class."""
     state: State | None = layer.__dict__.get(STATE)
@@ -153,6 +171,7 @@ def restored(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 def ungraft_all(model: nn.Module) -> nn.Module:
     """Remove every module from ``model``, and return it."""
+    undivide(model)
     for layer in model.modules():
         while (state := layer.__dict__.get(STATE)) is not None:
             ungraft(layer, next(iter(state.entries or state.relays)))

@@ -12,7 +12,7 @@ Compiled code goes the same way, with every implanted module in it behind a swit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,19 +21,19 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import Call
-from modgraft.core.errors import CompositionError, ModgraftError
+from modgraft.core.errors import ModgraftError, UndividedError
 from modgraft.core.expression import Expression, Weight, weighted
 from modgraft.core.per_example import Each
 from modgraft.core.precision import as_the_layer
 from modgraft.core.tensors import first_tensor, tensor_input, tensor_of, with_tensor
-from modgraft.engine import own_forward, shared_input
+from modgraft.engine import divided, own_forward, shared_input
 from modgraft.engine.apply import Applier, pick
 from modgraft.engine.capturing import uncaptured
 from modgraft.engine.inputs.tokens import call_with_tokens, relayed
 from modgraft.engine.kernels.linear import Change, one_product
 from modgraft.engine.plan import Entry, Group, make_groups
 from modgraft.engine.residual import Step, shifted
-from modgraft.engine.state import STATE, SiteCall, State
+from modgraft.engine.state import STATE, SiteCall, State, with_choices
 
 
 def run(layer: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -51,6 +51,10 @@ def run(layer: nn.Module, args: tuple, kwargs: dict) -> Any:
     composition = call.composition
     if composition is None:
         return own_forward.run(layer, (), args, kwargs)
+    if state.divides and not torch.compiler.is_dynamo_compiling():
+        axis = divided.axis_of(state, call, composition)
+        if axis is not None:
+            return divided.run(layer, state, call, axis, run, (args, kwargs))
     if state.relays:
         inside = partial(_run, layer, state, call, composition)
         return relayed(layer, state, call, inside, args, kwargs)
@@ -85,8 +89,9 @@ def _run(
     if not any(group.changes_output for group in groups):
         return out
     before = tensor_of(out)
-    if whole is None or whole.by_example:
-        site.find_axis(", ".join(map(repr, composition.names())))
+    if whole is None or whole.by_example or (whole.by_weights and not site.call.alike):
+        names = ", ".join(map(repr, composition.names()))
+        site.find_axis(names, whole is None or not whole.by_example)
     y = start = site.examples_first(before)
     if site.axis and x is not None and x.shape[: site.axis + 1] == before.shape[: site.axis + 1]:
         x = site.examples_first(x)
@@ -152,7 +157,12 @@ def _inside(site: SiteCall, group: Group, composition: Expression) -> list[Chang
     Those whose weights differ between examples, or that a mixture chooses, are left out: their
     effects are added to the output.
     """
-    weights = composition.weights() if group.inside else {}
+    if not group.inside:
+        return []
+    weights: Mapping[str, Weight] = composition.weights()
+    if site.call.alike:
+        every = [entry for some in group.entries.values() for entry in some]
+        weights, _ = with_choices(site.call, every, weights)
     changes = []
     for entry in group.inside:
         weight = weights.get(entry.name)
@@ -166,15 +176,16 @@ def _check_inside(site: SiteCall, groups: Sequence[Group], out: Any) -> None:
     tensor, as attention, an RNN or a router does.
 
     Raises:
-        CompositionError: with the module's name.
+        UndividedError: with the module's name.
     """
     several = not isinstance(out, Tensor)
     entries = [e for group in groups for e in group.inside if several or e.parameter is not None]
     if entries:
-        raise CompositionError(
+        raise UndividedError(
             f"{entries[0].name!r} changes weights inside {site.state.path}, a "
             f"{type(site.layer).__name__}, which runs with one set of weights a call; call the "
-            f"host once for each composition"
+            f"host once for each composition",
+            site.state.path,
         )
 
 

@@ -23,7 +23,7 @@ from modgraft.computation.base import (
 from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, UndividedError
 from modgraft.core.layers import STATE
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
@@ -35,6 +35,7 @@ from modgraft.engine.graft import (
     graft_everywhere,
     grafted_by_others,
     link_shared_inputs,
+    undivide,
     ungraft,
 )
 from modgraft.engine.guard import Guard
@@ -50,12 +51,14 @@ from modgraft.engine.implant import (
 from modgraft.engine.inputs.caches import check_goes_on
 from modgraft.engine.inputs.padding import count_from_texts, count_padding_too
 from modgraft.engine.inputs.prefix_attention import hook_attention
+from modgraft.engine.parts import divide_around
 from modgraft.engine.served_weight import (
     hook_functional_calls,
     kept_elsewhere,
     unwatch_forwards,
     watch_forwards,
 )
+from modgraft.engine.shown import Shown
 from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
     Composition,
@@ -139,6 +142,7 @@ class Host(AsModel):
 
     def _look_around(self) -> None:
         """See where modules are."""
+        undivide(self.model)
         link_shared_inputs(self.model)
         self._guard.look(self)
 
@@ -146,7 +150,8 @@ class Host(AsModel):
 
     def sites(self, at: At, expect: int | None = None) -> list[Site]:
         """Return the sites that a selection means; see :func:`modgraft.core.sites.find`."""
-        return find(self.model, at, expect=expect)
+        shown = Shown(self.model).width
+        return [replace(site, shown=shown) for site in find(self.model, at, expect=expect)]
 
     def implant(
         self,
@@ -410,8 +415,17 @@ class Host(AsModel):
             composition and self._context.token_modules_in(composition)
         ):
             check_goes_on(kwargs, None)
-        with self._context.call(call):
-            return run(*args, **kwargs)
+        made = len(call.routings)
+        while True:
+            try:
+                with self._context.call(call):
+                    return run(*args, **kwargs)
+            except UndividedError as error:
+                count = examples_of(composition, call.side) if composition else None
+                call = divide_around(self.model, self._context, error, call, count, args, kwargs)
+            del call.routings[made:]
+            for kept in (call.outputs, call.kept, call.reads):
+                kept.clear()  # type: ignore[union-attr]
 
     def _layout(
         self, composition: ex.Expression, sides: Mapping[str, Side], args: tuple, kwargs: Any
