@@ -29,6 +29,10 @@ B, N = 3, 5
 LISTS = ["a", "b", None]
 SIZE = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "intermediate_size": 24}
+T5 = {
+    "vocab_size": 41, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
 
 
 def ids(length: int = N, seed: int = 0) -> Tensor:
@@ -58,11 +62,7 @@ class Reads(nn.Module):
 
 
 def t5() -> nn.Module:
-    config = T5Config(
-        vocab_size=41, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
-        decoder_start_token_id=0, dropout_rate=0.0,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config)
+    return T5ForConditionalGeneration(T5Config(**T5, dropout_rate=0.0))
 
 
 def llama4() -> nn.Module:
@@ -252,3 +252,17 @@ def test_what_cannot_be_divided_says_so() -> None:
     host(**batch, modules=LISTS)
     with pytest.raises(mg.ModgraftError, match="call the host once for each composition"):
         host.generate(batch["input_ids"], modules=LISTS, max_new_tokens=2)
+
+
+def test_a_first_call_draws_the_random_numbers_of_any_other() -> None:
+    host = mg.Host(T5ForConditionalGeneration(T5Config(**T5, dropout_rate=0.3))).train()
+    for each in "ab":
+        host.implant(each, mg.LoRA(rank=1), at=["*.relative_attention_bias", "query"], active=False)
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        out = host(input_ids=ids(), decoder_input_ids=ids(4, 2), modules=LISTS)
+        return out.logits, torch.rand(3)
+
+    for found, wanted in zip(run(), run(), strict=True):
+        assert torch.equal(found, wanted)
