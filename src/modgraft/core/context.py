@@ -152,6 +152,24 @@ class Call:
     layout: Layout | None = None
     alike: bool = False
 
+    def begun(self) -> Callable[[], None]:
+        """Return what takes back all that a run of the host leaves here, and the random numbers
+        that it draws, so that the host can be run again."""
+        choices, routings, random = dict(self.choices), len(self.routings), torch.get_rng_state()
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+        def take_back() -> None:
+            self.choices.clear()
+            self.choices.update(choices)
+            del self.routings[routings:]
+            for made in (self.outputs, self.kept or {}, self.reads):
+                made.clear()
+            torch.set_rng_state(random)
+            for device, state in enumerate(devices):
+                torch.cuda.set_rng_state(state, device)
+
+        return take_back
+
     def resolve(
         self,
         source: str,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modgraft.core.context import Call, Context
 from modgraft.core.errors import UndividedError
@@ -16,29 +15,6 @@ from modgraft.engine.divided import PART
 from modgraft.engine.examples import ask_parts, signature
 from modgraft.engine.graft import divide
 from modgraft.engine.state import STATE, State
-
-
-def begun(call: Call) -> Callable[[], None]:
-    """Return what takes back all that a run of the host leaves in ``call``, and the random numbers
-    that it draws, so that the host can be run again."""
-    choices, routings = dict(call.choices), len(call.routings)
-    random, cuda = torch.get_rng_state(), _cuda_states()
-
-    def take_back() -> None:
-        call.choices.clear()
-        call.choices.update(choices)
-        del call.routings[routings:]
-        for made in (call.outputs, call.kept or {}, call.reads):
-            made.clear()
-        torch.set_rng_state(random)
-        for device, state in enumerate(cuda):
-            torch.cuda.set_rng_state(state, device)
-
-    return take_back
-
-
-def _cuda_states() -> list[Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def divide_around(

@@ -51,7 +51,7 @@ from modgraft.engine.implant import (
 from modgraft.engine.inputs.caches import check_goes_on
 from modgraft.engine.inputs.padding import count_from_texts, count_padding_too
 from modgraft.engine.inputs.prefix_attention import hook_attention
-from modgraft.engine.parts import begun, divide_around
+from modgraft.engine.parts import divide_around
 from modgraft.engine.served_weight import (
     hook_functional_calls,
     kept_elsewhere,
@@ -415,17 +415,17 @@ class Host(AsModel):
             composition and self._context.token_modules_in(composition)
         ):
             check_goes_on(kwargs, None)
-        taken_back = None if call.layout is None else begun(call)
+        take_back = None if call.layout is None else call.begun()
         while True:
             try:
                 with self._context.call(call):
                     return run(*args, **kwargs)
             except UndividedError as error:
-                if composition is None or taken_back is None:
+                if composition is None or take_back is None:
                     raise
                 count = examples_of(composition, call.side)
                 call = divide_around(self.model, self._context, error, call, count, args, kwargs)
-            taken_back()
+            take_back()
 
     def _layout(
         self, composition: ex.Expression, sides: Mapping[str, Side], args: tuple, kwargs: Any
