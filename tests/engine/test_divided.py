@@ -245,6 +245,29 @@ def test_a_host_whose_parts_are_divided_is_copied_and_pickled() -> None:
     torch.testing.assert_close(host(**batch, modules=LISTS), wanted)
 
 
+class Second(nn.Module):
+    """Has the batch second, and a part that computes with its child's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied, self.rnn = Tied(), nn.GRU(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(self.tied(x))[0]
+
+
+@pytest.mark.parametrize("length", [B, N])
+@torch.no_grad()
+def test_the_examples_are_where_the_whole_host_has_them(length: int) -> None:
+    host, x = mg.Host(Second().double()).eval(), torch.randn(length, B, 16, dtype=torch.float64)
+    for each in "ab":
+        host.implant(each, mg.LoRA(rank=1), at="tied.inner", active=False)
+        host[each].places[0].B.normal_()  # type: ignore[union-attr, operator]
+    out = host(x, modules=LISTS)
+    for i, own in enumerate(LISTS):
+        torch.testing.assert_close(out[:, i], host(x, modules=own)[:, i])
+
+
 def test_what_cannot_be_divided_says_so() -> None:
     host, batch = stirred("a table of relative positions", ("p", mg.SoftPrompt(length=2)))
     with pytest.raises(mg.ModgraftError, match="no axis of the examples"):

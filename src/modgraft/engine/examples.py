@@ -69,19 +69,26 @@ def ask(
         kwargs: what it is called with by name.
         count: how many examples this is; None: as many as the first tensor has, along any axis.
     """
-    twin, best = twin_of(model), None
+    _, own = _told(twin_of(model), args, kwargs, count)
+    says = STATE in model.__dict__ or own.get("") == 1  # what the whole host has second, it says
+    return {path: axis for path, axis in own.items() if path or says}
+
+
+def _told(
+    twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], count: int | None
+) -> tuple[_Batch | None, dict[str, int | None]]:
+    """Return how the arguments are those of examples, and what layers say of them then."""
+    best: tuple[_Batch | None, dict[str, int | None]] = None, {}
     for batch in _batches(twin, args, kwargs, count):
         try:
             found = _ask_along(twin, batch)
         except REFUSALS:  # a host that takes no other number along this axis cannot be asked so
             continue
         if found.get("") is not None:  # the host itself keeps them apart along this axis
-            best = found
-            break
-        if best is None or _untold(found) < _untold(best):
-            best = found
-    own = best or {}
-    return {path: axis for path, axis in own.items() if path or STATE in model.__dict__}
+            return batch, found
+        if not batch.several and (best[0] is None or _untold(found) < _untold(best[1])):
+            best = batch, found
+    return best
 
 
 def ask_parts(
@@ -103,24 +110,21 @@ def ask_parts(
         paths: the parts.
     """
     twin = twin_of(model)
-    for batch in _batches(twin, args, kwargs, count):
-        number, rows = batch.thrice()
-        try:
-            before, more, other = (_all_outputs(twin, *batch.of(some), paths) for some in rows)
-        except REFUSALS:
+    batch, _ = _told(twin, args, kwargs, count)
+    if batch is None:
+        return {}
+    number, rows = batch.thrice()
+    before, more, other = (_all_outputs(twin, *batch.of(some), paths) for some in rows)
+    found = {}
+    for path, outputs in before.items():
+        others = more.get(path, []), other.get(path, [])
+        if any(len(some) != len(outputs) for some in others):
             continue
-        found = {}
-        for path, outputs in before.items():
-            others = more.get(path, []), other.get(path, [])
-            if any(len(some) != len(outputs) for some in others):
-                continue
-            axes = {_axis(*outs, number) for outs in zip(outputs, *others, strict=True)}
-            axis = axes.pop() if len(axes) == 1 else None
-            if axis is not None and axis != -1:
-                found[path] = axis
-        if found:
-            return found
-    return {}
+        axes = {_axis(*outs, number) for outs in zip(outputs, *others, strict=True)}
+        axis = axes.pop() if len(axes) == 1 else None
+        if axis is not None and axis != -1:
+            found[path] = axis
+    return found
 
 
 def _all_outputs(
@@ -162,7 +166,8 @@ class _Batch:
         count: how many examples this is.
         axis: on which they lie.
         several: whether a tensor with a multiple of as many rows has several for each example, as
-            the patches of images have, one example after the other.
+            the patches of images have, one example after the other; whether they lie so, what the
+            host puts out has to show.
     """
 
     args: tuple
