@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -148,6 +148,12 @@ class Call:
     kept: dict[Hashable, Any] | None = field(default=None, compare=False)
     reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
     layout: Layout | None = None
+
+    def forget(self) -> None:
+        """Let go of what sites have worked out, before another call begins in its place."""
+        self.choices.clear()
+        self.routings.clear()
+        self.outputs.clear()
 
     def resolve(self, source: str, name: str, batch: int, rows: Tensor | None = None) -> Side:
         """Return the side input ``source`` that the module ``name`` reads at a site, masked.
@@ -383,7 +389,8 @@ class Context:
     def enter(self) -> None:
         """Begin a forward of the host's model, in the call under way or in one of its own."""
         call = self.current()
-        call = call if call.in_forward else replace(call, in_forward=True)
+        if not call.in_forward:  # of a using block perhaps, in which there may be many
+            call = Call(call.composition, call.side, call.generating, True, call.spliced)
         _calls.set((*_calls.get(), (self, call, _backward())))
 
     def leave(self) -> Call:

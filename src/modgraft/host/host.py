@@ -71,10 +71,10 @@ from modgraft.host.mixtures import (
     join_prompts,
     mixed_sites,
     routed,
-    with_routing_losses,
 )
 from modgraft.host.probe import probe
 from modgraft.host.probe_result import Probe
+from modgraft.routing.losses import with_routing_losses
 from modgraft.routing.mixture import Mixture
 
 TARGETS = {"labels", "return_loss", "num_items_in_batch"}
@@ -344,7 +344,7 @@ class Host(AsModel):
             call = self._context.compiled.filled(call)
             with self._context.call(call):
                 out = self.model(*args, **kwargs)
-            return with_routing_losses(out, call, kwargs) if call.routings else out
+            return with_routing_losses(out, call.routings, kwargs) if call.routings else out
         if callable(eval_frame.get_eval_frame_callback()):
             warnings.warn(NOT_COMPILED, stacklevel=4)
         return self._call_eagerly(False, side, modules, args, kwargs)
@@ -383,7 +383,7 @@ class Host(AsModel):
                     f"forward, unless TrainingArguments(remove_unused_columns=False)"
                 ) from error
         learns = call.routings and not generating
-        return with_routing_losses(out, call, kwargs) if learns else out
+        return with_routing_losses(out, call.routings, kwargs) if learns else out
 
     def _run(
         self, run: Callable[..., Any], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
