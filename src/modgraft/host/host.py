@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
 from modgraft.core.errors import ModgraftError
+from modgraft.core.files import folder_path
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
@@ -127,6 +129,14 @@ class Host(AsModel):
     def model(self) -> nn.Module:  # type: ignore[override]
         """The model, which is called without the checks that a call of the host makes."""
         return self._modules["model"]  # type: ignore[return-value]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Host:
+        """Copy the host when the calls of other threads have ended, and hold off new ones."""
+        with self._guard.gate.change("copy.deepcopy(host)"):
+            make, arguments, state = self.__reduce_ex__(4)
+            memo[id(self)] = new = make(*arguments)
+            new.__setstate__(copy.deepcopy(state, memo))
+        return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hook what the modules of an unpickled host need hooked in this process."""
@@ -504,7 +514,7 @@ class Host(AsModel):
         """
         from modgraft.store.folder import save
 
-        return save(self[name], self.model, Path(folder))
+        return save(self[name], self.model, folder_path(folder, "host.save"))
 
     def load(self, folder: str | Path, name: str | None = None, *, strict: bool = True) -> Implant:
         """Implant a saved module; see :mod:`modgraft.store.folder`.
@@ -519,8 +529,9 @@ class Host(AsModel):
         """
         from modgraft.store.folder import load
 
-        with self._guard.gate.change(f"host.load({str(folder)!r})"):
-            return load(self, Path(folder), name, strict=strict)
+        path = folder_path(folder, "host.load")
+        with self._guard.gate.change(f"host.load({str(path)!r})"):
+            return load(self, path, name, strict=strict)
 
     def merge(self, composition: Composition | EllipsisType = ...) -> nn.Module:
         """Merge a composition into a copy of the model, which runs without modgraft.
