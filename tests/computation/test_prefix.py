@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, GPT2LMHeadModel, StaticCache
+from torch.nn import functional as F
+from transformers import (
+    AttentionInterface,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    GPT2LMHeadModel,
+    PersimmonConfig,
+    PersimmonForCausalLM,
+    StaticCache,
+)
 
 import modgraft as mg
 from common import counted
@@ -44,6 +54,65 @@ def run(host: nn.Module, case: HostCase, **kw: Any) -> Tensor:
 
 
 # -- which attention ----------------------------------------------------------------------------
+
+
+def latent() -> nn.Module:
+    """Make a model whose keys are wider than its values."""
+    config = DeepseekV3Config(
+        vocab_size=41, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=24, moe_intermediate_size=8, n_routed_experts=2,
+        num_experts_per_tok=1, n_group=1, topk_group=1, first_k_dense_replace=2, q_lora_rank=8,
+        kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6,
+    )  # fmt: skip
+    return DeepseekV3ForCausalLM(config)
+
+
+def of_no_family() -> nn.Module:
+    """Make a model of no known family, with a fused projection."""
+    config = PersimmonConfig(
+        vocab_size=41, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24,
+    )  # fmt: skip
+    return PersimmonForCausalLM(config)
+
+
+@pytest.mark.parametrize("reparametrise", [None, 5])
+@pytest.mark.parametrize("make", [latent, of_no_family])
+@torch.no_grad()
+def test_attention_of_other_models(make: Any, reparametrise: int | None) -> None:
+    torch.manual_seed(0)
+    host, words = mg.Host(make().double()).eval(), ids()
+    host.implant("m", mg.Prefix(length=3, reparametrise=reparametrise), active=False)
+    for p in host["m"].parameters():
+        p.normal_(0, 0.5)
+    before = {id(m): place.plain() for m, place in _places(host)}
+
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
+        keys, values = (t.transpose(0, 1).expand(len(k), -1, -1, -1) for t in before[id(module)])
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        scores = q @ torch.cat([keys, k], 2).mT * kw["scaling"]
+        scores = scores.masked_fill(~F.pad(mask, (3, 0), value=True), -torch.inf)
+        return (scores.softmax(-1) @ torch.cat([values, v], 2)).transpose(1, 2), None
+
+    ours = {kind: [] for kind in ("eager", "sdpa")}
+    for kind, outs in ours.items():
+        host.model.set_attn_implementation(kind)
+        outs.append(host(input_ids=words, modules="m", use_cache=False).logits)
+        first = host(input_ids=words[:, :-1], modules="m", use_cache=True)
+        last = host(
+            input_ids=words[:, -1:], past_key_values=first.past_key_values, modules="m"
+        ).logits
+        outs.append(torch.cat([first.logits, last], 1))
+    AttentionInterface.register("written_out", attend)
+    host.model.set_attn_implementation("written_out")
+    wanted = host.model(input_ids=words, use_cache=False).logits
+    for out in (*ours["eager"], *ours["sdpa"]):
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+def _places(host: mg.Host) -> Any:
+    paths, places = host["m"].paths, host["m"].places
+    return [(host.model.get_submodule(p), place) for p, place in zip(paths, places, strict=True)]
 
 
 @each(ATTENDING)
@@ -178,13 +247,72 @@ def test_padding_changes_nothing(case: HostCase, left: bool) -> None:
     padded = torch.cat([pad, text] if left else [text, pad], 1)
     mask = (padded != 0).long()
     own = {"decoder_input_ids": ids(4, 3)[:1]} if case.name == "t5" else {}
-    if case.name in ("bert", "gpt2", "llama") and left:
+    if case.name in ("bert", "gpt2") and left:  # tables, which the bare host would read elsewhere
         own["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     out = host(input_ids=padded, attention_mask=mask, **own).logits
     own.pop("position_ids", None)
     alone = host(input_ids=text, **own).logits
     out = out if case.name == "t5" else out[:, 4:] if left else out[:, :7]
     torch.testing.assert_close(out, alone, rtol=1e-4, atol=1e-5)
+
+
+def padded_llama() -> tuple[mg.Host, Tensor, Tensor, Tensor]:
+    """Make a host with a prefix, texts, and these padded on the left by 0, 1, 2, … and the mask."""
+    text = ids()
+    padded = torch.zeros(len(text), 6 + len(text), dtype=torch.long)
+    for i, own in enumerate(text):
+        padded[i, i : i + 7] = own
+    return prefixed(HOSTS["llama"]), text, padded, padded.ne(0).long()
+
+
+@torch.no_grad()
+def test_texts_padded_on_the_left_are_what_they_are_alone() -> None:
+    """Whatever says what acts, with a prompt beside it, by embeddings, and step by step."""
+    host, text, padded, mask = padded_llama()
+    prefixed(HOSTS["llama"], "n", host)
+    host.implant("p", mg.SoftPrompt(length=2), active=False)
+    host.implant("mix", mg.Mixture(["m", "n"], router=mg.Fixed()), active=False)
+    batch = {"input_ids": padded, "attention_mask": mask}
+    for composition in ("m", "m >> n", "p >> m", "mix", None):
+        alone = host(input_ids=text, modules=composition).logits
+        for own in (composition, [composition] * len(text)):
+            out = host(**batch, modules=own).logits[mask.bool()].reshape(alone.shape)
+            torch.testing.assert_close(out, alone, rtol=1e-4, atol=1e-5)
+    host.use("m")
+    alone = host(input_ids=text).logits
+    assert not torch.allclose(alone, host(input_ids=text, modules=None).logits)
+    embeddings = host.model.get_input_embeddings()(padded)
+    for out in (
+        host(inputs_embeds=embeddings, attention_mask=mask),
+        host(padded, mask),
+        host.model(padded, mask),
+    ):
+        torch.testing.assert_close(
+            out.logits[mask.bool()].reshape(alone.shape), alone, rtol=1e-4, atol=1e-5
+        )
+    cache, some = DynamicCache(config=host.config), []
+    for start, end in ((0, 5), (5, 6), (6, padded.shape[1])):
+        step = {"input_ids": padded[:, start:end], "attention_mask": mask[:, :end]}
+        some.append(host(**step, past_key_values=cache).logits)
+    torch.testing.assert_close(
+        torch.cat(some, 1)[mask.bool()].reshape(alone.shape), alone, rtol=1e-4, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_compiled_texts_padded_on_the_left_are_one_graph_and_a_bare_host_is_itself() -> None:
+    host, _, padded, mask = padded_llama()
+    batch = {"input_ids": padded, "attention_mask": mask}
+    bare = HOSTS["llama"].model().eval()(**batch).logits
+    assert torch.equal(host(**batch, modules=None).logits, bare)
+    compiled, graphs = counted(host)
+    for composition in ("m", None, "m"):
+        host.use(composition)
+        torch.testing.assert_close(compiled(**batch).logits, host(**batch).logits)
+    assert len(graphs) == 1
+    host.remove("m")
+    assert torch.equal(host(**batch).logits, bare)
+    assert not host.model._forward_pre_hooks
 
 
 @each([*DECODERS, HOSTS["t5"]])

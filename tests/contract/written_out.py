@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,11 +63,20 @@ def prepend(
     """Put keys and values ``[k, heads, d]`` before a layer's own, after any prepended earlier.
 
     ``model`` then computes its attention query by query; ``bias`` ``[heads, q, k]`` is added to the
-    scores of these keys.
+    scores of these keys. A text's rotations begin at its own first token, as without padding.
     """
     model.set_attn_implementation("written_out")  # type: ignore[operator]
     layer = model.get_submodule(path)
     layer.__dict__.setdefault(_PREPENDED, []).append((keys, values, bias))
+    if hasattr(model.config, "rope_parameters") and "forward" not in model.__dict__:
+        model.forward = partial(_from_the_text, model.forward)
+
+
+def _from_the_text(forward: Callable[..., Any], **batch: Tensor) -> Any:
+    """Call a model with the tokens that the mask ``[B, n]`` shows, if there is one, from 0 on."""
+    mask = batch.get("attention_mask")
+    places = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    return forward(**batch, position_ids=places)
 
 
 def before_input(plain: nn.Module, at: int, made: list[Tensor]) -> None:

@@ -109,7 +109,41 @@ def test_a_convolution_over_tokens_leaves_other_examples_alone() -> None:
     torch.testing.assert_close(one, out[:, :1])
 
 
-def test_experts_have_no_rows_of_examples_and_say_so() -> None:
+class Steps(nn.Module):
+    """An RNN and attention with the batch second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.block = nn.GRU(8, 8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.rnn(x)[0])
+
+
+@pytest.mark.parametrize("at", ["rnn", "block"])
+@pytest.mark.parametrize("length", [B, B + 2])
+def test_side_inputs_and_neighbours_where_the_batch_is_second(at: str, length: int) -> None:
+    x = hidden(length, B)
+    host = stirred(Steps(), at, mg.ConvAdapter(kernel=3))
+    torch.testing.assert_close(host(x, modules="a")[:, :1], host(x[:, :1], modules="a"))
+    host = stirred(Steps(), at, mg.GatedFusion(dim=4))
+    features = torch.randn(B, 2, 4, dtype=torch.float64)
+    out = host(x, side={"image": mg.Side(features)}, modules="a")
+    for i in range(B):
+        alone = host(x[:, i : i + 1], side={"image": mg.Side(features[i : i + 1])}, modules="a")
+        torch.testing.assert_close(out[:, i : i + 1], alone)
+
+
+def test_side_inputs_where_an_example_has_several_windows() -> None:
+    host = stirred(swin(), "*.q_proj", mg.GatedFusion(dim=4))
+    x, features = torch.randn(B, 3, 16, 16).double(), torch.randn(B, 2, 4).double()
+    out = host(x, side={"image": mg.Side(features)}, modules="a")[0]
+    for i in range(B):
+        alone = host(x[i : i + 1], side={"image": mg.Side(features[i : i + 1])}, modules="a")[0]
+        torch.testing.assert_close(out[i : i + 1], alone)
+
+
+def test_experts_have_no_rows_of_examples_and_the_part_around_them_does() -> None:
     config = SwitchTransformersConfig(
         vocab_size=41, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, num_experts=2,
         num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
@@ -117,9 +151,9 @@ def test_experts_have_no_rows_of_examples_and_say_so() -> None:
     model = SwitchTransformersForConditionalGeneration(config)
     host = stirred(model, "encoder.*.experts.*.wi")
     batch = {"input_ids": torch.randint(3, 41, (B, 11)), "labels": IDS}
-    host(**batch, modules="a")
-    with pytest.raises(mg.ModgraftError, match="no axis of the examples"):
-        host(**batch, modules=["a", "b", None])
+    out = host(**batch, modules=["a", "b", None]).logits
+    for row, name in enumerate(("a", "b", None)):
+        torch.testing.assert_close(out[row], host(**batch, modules=name).logits[row])
 
 
 def test_asking_leaves_the_host_and_the_random_numbers_as_they_were() -> None:
@@ -189,9 +223,11 @@ class Turned(nn.Module):
 
 @pytest.mark.parametrize("length", [B, B + 1])
 def test_tokens_are_not_taken_for_examples_where_these_have_no_axis(length: int) -> None:
-    host = stirred(Guided(), "inner")
-    with pytest.raises(mg.ModgraftError, match="no axis of the examples"):
-        host(hidden(B, length), modules=["a", "b", None])
+    host, x = stirred(Guided(), "inner"), hidden(B, length)
+    out = host(x, modules=["a", "b", None])
+    assert host._context.layout["inner"] is None
+    for row, name in enumerate(("a", "b", None)):
+        torch.testing.assert_close(out[row], host(x, modules=name)[row])
 
 
 def test_a_layout_holds_for_calls_that_are_alike() -> None:
@@ -203,16 +239,14 @@ def test_a_layout_holds_for_calls_that_are_alike() -> None:
         torch.testing.assert_close(out, torch.cat(alone))
 
 
-def test_one_row_of_positions_for_several_rows_of_an_example_is_refused() -> None:
+def test_one_row_of_positions_for_several_rows_of_an_example() -> None:
     config = BertConfig(
         vocab_size=41, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=24,
     )  # fmt: skip
     choices = IDS[:, None].repeat(1, 2, 1)
-    host = stirred(BertForMultipleChoice(config), "*.position_embeddings")
-    with pytest.raises(mg.ModgraftError, match="no axis of the examples"):
-        host(choices, modules=["a", "b", None])
-    host = stirred(BertForMultipleChoice(config), "*.query")
-    out = host(choices, modules=["a", "b", None]).logits
-    for row, name in enumerate(("a", "b", None)):
-        torch.testing.assert_close(out[row], host(choices, modules=name).logits[row])
+    for at in ("*.position_embeddings", "*.query"):
+        host = stirred(BertForMultipleChoice(config), at)
+        out = host(choices, modules=["a", "b", None]).logits
+        for row, name in enumerate(("a", "b", None)):
+            torch.testing.assert_close(out[row], host(choices, modules=name).logits[row])

@@ -592,14 +592,6 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[], mg.Computation], Any,
         "2 groups is in parts already; write at='0'",
     ),
     "misspelt": (Attends, mg.LoRA, "attn.in_pro_weight", r"near it: .*attn\.in_proj_weight"),
-    "side_input_where_time_is_first": (
-        lambda: nn.Sequential(nn.GRU(8, 6)), lambda: mg.GatedFusion(dim=3), "0",
-        r"GRU puts out \[n, B, d\], .*'image'.*batch_first=True",
-    ),
-    "neighbours_where_time_is_first": (
-        lambda: nn.TransformerEncoderLayer(8, 2), lambda: mg.ConvAdapter(kernel=3), "",
-        r"puts out \[n, B, d\].*use ConvAdapter\(kernel=1\)",
-    ),
     "convolution_over_volumes": (
         lambda: nn.Sequential(nn.Conv3d(4, 6, 3)), lambda: mg.ConvAdapter(over="map"), "0",
         r"puts out \[B, C, D, H, W\]",

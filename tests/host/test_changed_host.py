@@ -246,3 +246,42 @@ def test_data_parallel_is_refused_where_modules_would_stay_behind() -> None:
             replicate(model)
     host.remove("m")
     replicate(host)
+
+
+def test_modules_follow_the_mode_of_their_layer() -> None:
+    """Who puts the model, or a part of it, into a mode puts its modules into it."""
+    torch.manual_seed(0)
+    host = mg.Host(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))))
+    host.implant("a", mg.LoRA(rank=2, dropout=0.5), at=["0", "2"])
+    host.implant("ad", mg.Adapter(width=2), at="0")
+    nn.init.normal_(host["a"].places[0].B)  # type: ignore[arg-type]
+    nn.init.normal_(host["a"].places[1].B)  # type: ignore[arg-type]
+
+    def modes() -> list[bool]:
+        return [host.model[i].training for i in (0, 2)] + [p.training for p in host["a"].places]
+
+    x = torch.randn(5, 4)
+    host.train()
+    host.model.eval()
+    assert modes() == [False] * 4
+    assert not host["ad"].places[0].training
+    assert torch.equal(host(x), host(x))
+    torch.testing.assert_close(host(x, modules="a"), host.merge("a")(x))
+    host.model[2].train()
+    assert modes() == [False, True, False, True]
+    assert not torch.equal(host(x), host(x))
+    host.eval()
+    assert modes() == [False] * 4
+    host.model.train()
+    assert modes() == [True] * 4
+    assert host["ad"].places[0].training
+    host.remove("a")
+    assert host.model[2].eval().training is False
+
+
+def test_a_new_module_is_in_the_mode_of_its_layer() -> None:
+    host = mg.Host(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).train())
+    host.model.eval()
+    host.model[1].train()
+    host.implant("a", mg.LoRA(rank=2, dropout=0.5), at=nn.Linear)
+    assert [place.training for place in host.implants["a"].places] == [False, True]

@@ -7,7 +7,7 @@ hooks on it, and the bare model's own behaviour.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -181,6 +181,30 @@ class Case:
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of the first tensor that each part with weights puts out, by its path."""
+        return self._shapes(self.batch)
+
+    @cached_property
+    def maps(self) -> set[str]:
+        """The parts whose output grows along its last axis with the input: it holds no features."""
+        for axis in (-1, 1):
+            longer = {
+                name: torch.cat([value, value], axis) if isinstance(value, Tensor) else value
+                for name, value in self.batch.items()
+            }
+            with suppress(Meaningless):
+                there, here = self._shapes(longer), self.shapes
+                return {p for p in here if p in there and here[p][-1] != there[p][-1]}
+        return set()
+
+    @cached_property
+    def shared(self) -> set[str]:
+        """The parts whose output is one for all examples: it is as large for twice as many."""
+        with suppress(Meaningless):
+            there = self._shapes(self.changed(lambda rows: rows * 2))
+            return {path for path, shape in self.shapes.items() if there.get(path) == shape}
+        return set()
+
+    def _shapes(self, batch: Batch) -> dict[str, torch.Size]:
         found: dict[str, torch.Size] = {}
 
         def look(path: str) -> Callable[..., None]:
@@ -193,7 +217,7 @@ class Case:
 
         parts = [(p, m) for p, m in self.plain.named_modules() if p and list(m.parameters())]
         with hooks((m, look(p)) for p, m in parts):
-            self.oracle()
+            self.oracle(batch)
         return found
 
     # -- oracles

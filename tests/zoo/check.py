@@ -58,6 +58,16 @@ def implanted(
 
 
 @contextmanager
+def refusal_allowed(where: bool) -> Iterator[None]:
+    """Take a refusal in a ``with`` block for what is right, ``where`` nothing else would be."""
+    try:
+        yield
+    except mg.ModgraftError:
+        if not where:
+            raise
+
+
+@contextmanager
 def lora(case: Case, host: mg.Host, path: str) -> Iterator[Tensor]:
     """Implant a LoRA at one layer as ``m`` in a ``with`` block, which gets its Δ ``[out, in]``."""
     module = mg.LoRA(rank=rank_of(case.plain.get_submodule(path)))

@@ -30,6 +30,7 @@ from zoo.check import (
     check,
     everywhere,
     implanted,
+    refusal_allowed,
     unpadded,
 )
 from zoo.row import EXAMPLES, Batch
@@ -168,7 +169,10 @@ def _rolled(case: Case) -> Batch:
 
 @check
 def fusion(case: Case, cell: Cell) -> None:
-    """A side input reaches its own example: another order of examples is that order of results."""
+    """A side input reaches its own example: another order of examples is that order of results.
+
+    A layer that puts out one thing for all examples, or no features, has to refuse one.
+    """
     local = case.local
     rolled, bare = _rolled(case), case.bare
     there = case.oracle(rolled)
@@ -201,7 +205,7 @@ def fusion(case: Case, cell: Cell) -> None:
         and not isinstance(case.plain.get_submodule(path), convolutions)
     ]
     for path in paths:  # alone: a gate behind it could hide what an earlier one did
-        with cell.at(path):
+        with cell.at(path), refusal_allowed(path in case.shared | case.maps):
             one(path)
 
 
@@ -224,7 +228,11 @@ def convolution(case: Case, cell: Cell) -> None:
     host = case.host()
     for path in case.blocks:
         module = mg.ConvAdapter(kernel=3)
-        with cell.at(path), implanted(host, "m", module, at(path), not causal) as implant:
+        with (
+            cell.at(path),
+            refusal_allowed(path in case.maps),
+            implanted(host, "m", module, at(path), not causal) as implant,
+        ):
             if implant is None:
                 continue  # as it has to be: its output would see later tokens
             randomise(implant)

@@ -22,10 +22,7 @@ from zoo.case import (
     randomise,
     with_first,
 )
-from zoo.check import (
-    check,
-    implanted,
-)
+from zoo.check import check, implanted, refusal_allowed
 
 
 def _hooked(case: Case, path: str, function: Callable[[Tensor], Tensor]) -> tuple[Outputs, int]:
@@ -45,9 +42,15 @@ def _hooked(case: Case, path: str, function: Callable[[Tensor], Tensor]) -> tupl
 
 
 def _adapters(case: Case, cell: Cell, paths: list[str]) -> None:
-    host, bare = case.host(), case.bare
+    host, bare, module = case.host(), case.bare, mg.Adapter(width=3)
     for path in paths:
-        with cell.at(path), implanted(host, "m", mg.Adapter(width=3), at(path), True) as implant:
+        # there is no output, or no features in it, for an adapter to act on
+        nothing = path not in case.shapes or path in case.maps
+        with (
+            cell.at(path),
+            refusal_allowed(nothing),
+            implanted(host, "m", module, at(path), True) as implant,
+        ):
             randomise(implant)
             place: Any = implant.places[0]
 
@@ -105,6 +108,10 @@ def residual(case: Case, cell: Cell) -> None:
     bare = case.run(host)
     for path in sorted(taking):
         module = mg.Adapter(width=3)
-        with cell.at(path), implanted(host, "m", module, f"{path}[residual]") as implant:
+        with (
+            cell.at(path),
+            refusal_allowed(path in case.maps),
+            implanted(host, "m", module, f"{path}[residual]") as implant,
+        ):
             if implant is not None:  # a refusal is said of the column of blocks
                 cell.expect(path, case.run(host, modules="m"), bare, None)

@@ -238,12 +238,6 @@ class FunctionComposition(Computation):
     def at(self, site: Site) -> Self:
         """Return a copy built for ``site``; refuse a site whose output has no feature axis."""
         check_features(type(self).__name__, site)
-        if self.side_source is not None and site.time_first:
-            raise SiteError(
-                f"{type(self).__name__} at {site.label or 'the host itself'}: this "
-                f"{type(site.module).__name__} puts out [n, B, d], where an example's side input "
-                f"{self.side_source!r} cannot be told from a step's; make it with batch_first=True"
-            )
         return super().at(site)
 
     @property

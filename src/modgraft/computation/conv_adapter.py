@@ -76,12 +76,6 @@ class ConvAdapter(FunctionComposition):
                 f"ConvAdapter(over='tokens') at {site.label}: a {kind} puts out a map "
                 f"[B, C, H, W]; use ConvAdapter(over='map')"
             )
-        if not image and self.kernel > 1 and site.time_first:
-            raise ModgraftError(
-                f"ConvAdapter(kernel={self.kernel}) at {site.label or 'the host itself'}: this "
-                f"{kind} puts out [n, B, d], since it was made without batch_first=True, and "
-                f"neighbours are sought along n in [B, n, d]; use ConvAdapter(kernel=1) there"
-            )
         if not image and self.kernel > 1 and site.stepwise:
             raise ModgraftError(
                 f"ConvAdapter(kernel={self.kernel}) at {site.label}: a decoder's tokens come one "

@@ -108,7 +108,7 @@ class GatedFusion(FunctionComposition):
         if y.dim() != 3:
             raise ModgraftError(
                 f"GatedFusion acts on tokens [B, n, d], and this site puts out {list(y.shape)}; "
-                f"choose a site of tokens, at='encoder.output' for instance"
+                f"choose a layer that puts out tokens whenever it is called, such as a block"
             )
         check_output("GatedFusion", y, self.W_h.out_features)
         some = side.seen().any(dim=1)[:, None, None]  # [B, 1, 1]

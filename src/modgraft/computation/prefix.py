@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from inspect import isfunction, unwrap
 from typing import final
 
 import torch
@@ -10,12 +9,13 @@ from torch import Tensor, nn
 
 from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.base import Computation, KeyValueComposition
+from modgraft.core.attention import asks_registry
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.sites import Site
 
 # the names that models give to the width of a head, the number of heads, and the key projection
-_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_WIDTHS = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _COUNTS = ("kv_heads", "num_key_value_heads", "num_heads", "n_heads", "num_attention_heads")
 _KEYS = ("k_proj", "key", "k")
 
@@ -59,16 +59,17 @@ class Prefix(KeyValueComposition):
             )
 
     def build(self, site: Site) -> None:
-        self.heads, self.width = key_value_shape("Prefix", site)
+        self.heads, self.width, self.value_width = key_value_shape("Prefix", site)
         if self.reparametrise is None:
             self.keys = nn.Parameter(torch.empty(self.length, self.heads, self.width))
-            self.values = nn.Parameter(torch.empty(self.length, self.heads, self.width))
+            self.values = nn.Parameter(torch.empty(self.length, self.heads, self.value_width))
             for tensor in (self.keys, self.values):
                 nn.init.normal_(tensor, std=0.02)
         else:
             self.embedding = nn.Parameter(torch.randn(self.length, site.width))
             self.hidden = nn.Linear(site.width, self.reparametrise)
-            self.out = nn.Linear(self.reparametrise, 2 * self.heads * self.width)
+            both = self.width + self.value_width
+            self.out = nn.Linear(self.reparametrise, self.heads * both)
 
     def share_with(self, first: Computation) -> None:
         """Read E and W_1 of the MLP from the first site."""
@@ -79,29 +80,23 @@ class Prefix(KeyValueComposition):
         """Return P_k and P_v, each ``[k, heads, d]``, computed by the MLP if there is one."""
         if self.reparametrise is None:
             return self.keys, self.values
-        both = self.out(torch.tanh(self.hidden(self.embedding)))  # [k, 2·heads·d]
-        keys, values = both.reshape(self.length, 2, self.heads, self.width).unbind(1)
-        return keys, values
+        both = self.out(torch.tanh(self.hidden(self.embedding)))  # [k, heads·(d_k + d_v)]
+        keys, values = both.split([self.heads * w for w in (self.width, self.value_width)], -1)
+        return keys.unflatten(-1, (self.heads, -1)), values.unflatten(-1, (self.heads, -1))
 
     def keys_values(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         keys, values = (t.transpose(0, 1).expand(batch, -1, -1, -1) for t in self.plain())
         return keys, values  # [B, heads, k, d]
 
 
-def _attends(module: nn.Module) -> bool:
-    """Return whether ``module`` asks transformers' registry for its attention function."""
-    functions = [f for cls in type(module).__mro__ for f in vars(cls).values() if isfunction(f)]
-    return any("get_interface" in unwrap(f).__code__.co_names for f in functions)
-
-
-def key_value_shape(method: str, site: Site) -> tuple[int, int]:
-    """Return how many heads the keys of an attention layer have, and how wide each is.
+def key_value_shape(method: str, site: Site) -> tuple[int, int, int]:
+    """Return how many heads the keys of an attention layer have, and how wide keys and values are.
 
     Raises:
         SiteError: if the site is no attention layer that accepts more keys and values.
     """
     module = site.module
-    if not _attends(module):
+    if not asks_registry(module):
         raise SiteError(_refusal(method, site))
     if site.part is not None:
         raise SiteError(
@@ -119,11 +114,12 @@ def key_value_shape(method: str, site: Site) -> tuple[int, int]:
                 f"{method} at {site.label}: {total} key features are not heads of {width} features "
                 f"each; {type(module).__name__} keeps its keys in a way that it cannot follow"
             )
-        return total // width, width
+        return total // width, width, width
     for source in (module, getattr(module, "config", None)):
         for name in _COUNTS:
             if isinstance(count := getattr(source, name, None), int):
-                return count, width
+                values = getattr(module, "v_head_dim", None)  # where they are made of a latent
+                return count, width, values if isinstance(values, int) else width
     raise SiteError(f"{method} at {site.label}: {type(module).__name__} has no number of heads")
 
 
@@ -140,7 +136,7 @@ def _refusal(method: str, site: Site) -> str:
         f"{method} acts on attention layers that ask transformers' registry for their function, "
         f"and {site.label or 'the host'} ({type(site.module).__name__}) does not"
     )
-    paths = [p for p, m in (site.root or site.module).named_modules() if _attends(m)]
+    paths = [p for p, m in (site.root or site.module).named_modules() if asks_registry(m)]
     near = [p for p in paths if p.startswith(f"{site.path}.") or site.path.startswith(f"{p}.")]
     if near or paths:
         return f"{what}; at={(near or paths)[0]!r}, for instance"

@@ -135,6 +135,8 @@ class Call:
             its own, such as a ``using`` block.
         reads: what checks, when the host has run, that a layer whose weight was read was called.
         layout: where the examples lie; None: not asked.
+        alike: whether this is a run of a part of the host in which all examples are treated as one
+            of them; see :mod:`modgraft.engine.divided`.
     """
 
     composition: Expression | None
@@ -148,6 +150,7 @@ class Call:
     kept: dict[Hashable, Any] | None = field(default=None, compare=False)
     reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
     layout: Layout | None = None
+    alike: bool = False
 
     def forget(self) -> None:
         """Let go of what sites have worked out, before another call begins in its place."""
@@ -155,7 +158,14 @@ class Call:
         self.routings.clear()
         self.outputs.clear()
 
-    def resolve(self, source: str, name: str, batch: int, rows: Tensor | None = None) -> Side:
+    def resolve(
+        self,
+        source: str,
+        name: str,
+        batch: int,
+        rows: Tensor | None = None,
+        several: bool = False,
+    ) -> Side:
         """Return the side input ``source`` that the module ``name`` reads at a site, masked.
 
         Args:
@@ -164,6 +174,7 @@ class Call:
             batch: how many examples the site works on; in ``generate`` an example's beams share
                 its side input.
             rows: int64, the examples to take of the batch; None: all.
+            several: whether an example is known to have several rows there, as windows.
 
         Raises:
             SideError: if the call has no such side input, or it has another number of examples.
@@ -173,7 +184,7 @@ class Call:
             raise missing_side(name, source)
         have = side.tensor.shape[0]
         if have != batch:
-            if not self.generating or batch % have:
+            if not (self.generating or several) or batch % have:
                 raise SideError(
                     f"side input {source!r} has {have} examples where {name!r} meets a first axis "
                     f"of {batch}; pass one row for each example of the batch. If you did, this "
@@ -245,6 +256,7 @@ class Context:
         side_sources: for each implanted module that reads a side input, the name of that input.
         routed: the implanted modules that are over others, as mixtures are.
         inputs: the implanted modules that put vectors before what is read.
+        keys_values: those of them, and mixtures of those, that put them before keys and values.
         by_example: the implanted modules that have to know which rows are an example's.
         layouts: where the examples lie, for calls that are alike; see
             :mod:`modgraft.engine.examples`.
@@ -258,6 +270,7 @@ class Context:
         self.side_sources: dict[str, str] = {}
         self.routed: set[str] = set()
         self.inputs: set[str] = set()
+        self.keys_values: set[str] = set()
         self.by_example: set[str] = set()
         self.layouts: dict[Hashable, Layout] = {}
         self.odd: Layout = {}
@@ -300,6 +313,7 @@ class Context:
         *,
         additive: bool,
         inputs: bool,
+        keys_values: bool,
         routed: bool,
         by_example: bool,
     ) -> None:
@@ -311,6 +325,7 @@ class Context:
             source: the name of its side input, None where it has none.
             additive: whether it only changes weights.
             inputs: whether it puts vectors before what is read.
+            keys_values: whether these, or those of modules that it is over, are keys and values.
             routed: whether it is over others.
             by_example: whether it has to know which rows are an example's.
         """
@@ -318,7 +333,7 @@ class Context:
         self.layouts.clear()
         if source is not None:
             self.side_sources[name] = source
-        for kind, holds in zip(self._kinds, (inputs, routed, by_example), strict=True):
+        for kind, holds in zip(self._kinds, (inputs, keys_values, routed, by_example), strict=True):
             if holds:
                 kind.add(name)
 
@@ -331,7 +346,7 @@ class Context:
 
     @property
     def _kinds(self) -> tuple[set[str], ...]:
-        return self.inputs, self.routed, self.by_example
+        return self.inputs, self.keys_values, self.routed, self.by_example
 
     def now(self) -> Call:
         """Return the call under way, in compiled code or not."""

@@ -30,6 +30,7 @@ _MASKS_BY_POSITION = re.compile(
     r"mask(_function|_kwargs|s_for_generate)?( = {|\()(?:[^)}]|\(\))*"
     r"\bposition_ids\"?[=:] ?(text_)?position_ids\b"
 )
+_FROM_ONE = re.compile(r"position_ids\.unsqueeze\(0\) \+ 1\b")
 _POSITIONS = re.compile(r"wpe|(char_)?(embed_)?pos(ition)?s?(_emb(ed(ding)?)?s?|_encoding)?")
 
 
@@ -112,7 +113,7 @@ def reading_of(host: nn.Module) -> Reading:
     Raises:
         ModgraftError: for a host that reads no tokens.
     """
-    name, arguments = type(host).__name__, _arguments(host)
+    name, arguments = type(host).__name__, arguments_of(host)
     inside = _image_layers(host)
     if inside:
         embeddings = host.get_submodule(inside[0])
@@ -168,7 +169,7 @@ def _text_table(host: nn.Module) -> nn.Embedding | None:
         table = host.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    reads = isinstance(table, nn.Embedding) and "inputs_embeds" in _arguments(host)
+    reads = isinstance(table, nn.Embedding) and "inputs_embeds" in arguments_of(host)
     return table if reads else None
 
 
@@ -183,7 +184,7 @@ def token_width(host: nn.Module) -> int:
     return token_table(host).embedding_dim
 
 
-def _arguments(host: nn.Module) -> tuple[str, ...]:
+def arguments_of(host: nn.Module) -> tuple[str, ...]:
     """Return the names of the arguments that the host's ``forward`` takes, in order."""
     return tuple(inspect.signature(type(host).forward).parameters)[1:]  # the first is self
 
@@ -196,7 +197,7 @@ def _looks_ids_up(layer: nn.Embedding, table: nn.Embedding) -> bool:
 
     OPT's positions, for one, are worked out from a mask by their own layer.
     """
-    return len(_arguments(layer)) == 1 and 2 * layer.num_embeddings >= table.num_embeddings
+    return len(arguments_of(layer)) == 1 and 2 * layer.num_embeddings >= table.num_embeddings
 
 
 def _weight(layer: nn.Embedding) -> nn.Parameter | None:
@@ -243,7 +244,7 @@ def _class_is_first(host: nn.Module, reader: nn.Module) -> bool:
         return False
     source = _source(type(reader).__module__)
     encodes = told is False or _MASKED.search(source) or not _WRITES.search(source)
-    segments = "token_type_ids" in _arguments(reader) and "causal" not in source
+    segments = "token_type_ids" in arguments_of(reader) and "causal" not in source
     return bool(encodes and (segments or _READS_FIRST.search(source)))
 
 
@@ -272,15 +273,44 @@ def _source(module: str) -> str:
 
 def _position_rows(reader: nn.Module) -> Iterator[int]:
     """Yield how many positions each table of them has that ``reader`` looks them up in."""
+    eyes = tuple(
+        f"{path}."
+        for path, module in reader.named_modules()
+        if path and getattr(module, "main_input_name", "input_ids") != "input_ids"
+    )
     for path, module in reader.named_modules():
-        if not _POSITIONS.fullmatch(path.rpartition(".")[2]) or hasattr(module, "make_weight"):
+        if not _POSITIONS.fullmatch(path.rpartition(".")[2]) or path.startswith(eyes):
+            continue
+        if hasattr(module, "make_weight"):
             continue  # one that makes its weight anew is as long as it has to be
         if isinstance(module, nn.Embedding):
             padding: Any = module.padding_idx
             yield module.num_embeddings - (0 if padding is None else padding + 1)
     for path, buffer in reader.named_buffers():  # GPT-J's rotations, which are looked up
+        if path.startswith(eyes):
+            continue
         if _POSITIONS.fullmatch(path.rpartition(".")[2]) and buffer.dim() == 2:
             yield len(buffer)
+
+
+def counts_from(model: nn.Module) -> int | None:
+    """Return the position at which ``model`` begins to count, where that is free.
+
+    It is where positions are rotations alone, of which only differences matter. None where the
+    model takes no positions, has a table of them, or works them out for images.
+    """
+    if not _is_model(model) or not {"attention_mask", "position_ids"} <= set(arguments_of(model)):
+        return None
+    parts = [part for part in model.modules() if _is_model(part)]
+    if any(hasattr(part, "get_rope_index") for part in parts):
+        return None
+    table = _text_table(model)
+    reader = model if table is None else _reader(model, table)
+    turns = any(path.endswith("inv_freq") for path, _ in reader.named_buffers())
+    if not turns or any(_position_rows(reader)):
+        return None
+    files = {type(part).__module__ for part in parts}
+    return int(any(f.startswith("transformers.") and _FROM_ONE.search(_source(f)) for f in files))
 
 
 # -- images ---------------------------------------------------------------------------------------

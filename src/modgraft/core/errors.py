@@ -40,6 +40,22 @@ class CompositionError(ModgraftError):
     """An expression that cannot be read, or that means nothing for the modules it names."""
 
 
+class UndividedError(CompositionError):
+    """Modules that differ between the examples of a batch, at a layer that runs once for all.
+
+    Args:
+        words: what is said.
+        path: the layer's.
+    """
+
+    def __init__(self, words: str, path: str) -> None:
+        super().__init__(words)
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.path)
+
+
 class SideError(ModgraftError):
     """A side input that is missing, has the wrong shape, or reached nobody."""
 

@@ -133,6 +133,10 @@ class Expression(Composable):
         implanted."""
         return False
 
+    def of_example(self, i: int) -> Expression:
+        """Return what it is for the example ``i`` of the batch alone."""
+        return self
+
     @property
     def is_data(self) -> bool:
         """Whether it holds weights for one batch, so that nothing may be cached for it."""
@@ -221,6 +225,9 @@ class Sum(WeightedSum):
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
         return _sum_of((w, t.mapped(to)) for w, t in self.terms if w != 0)
 
+    def of_example(self, i: int) -> Expression:  # noqa: D102
+        return Sum(tuple((weight, term.of_example(i)) for weight, term in self.terms))
+
     def is_line(self, order: Mapping[str, int]) -> bool:  # noqa: D102
         return len(self.terms) == 1 and isinstance(self.terms[0][1], Name)
 
@@ -250,6 +257,9 @@ class Average(WeightedSum):
         # still divided by n: a module that is not at this site has no effect here
         return _sum_of((1 / len(self.parts), part) for part in parts)
 
+    def of_example(self, i: int) -> Expression:  # noqa: D102
+        return Average(tuple(part.of_example(i) for part in self.parts))
+
     def __str__(self) -> str:
         return f"average({', '.join(map(str, self.parts))})"
 
@@ -277,6 +287,9 @@ class Chain(Expression):
 
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
         return chain(*(part.mapped(to) for part in self.parts))
+
+    def of_example(self, i: int) -> Expression:  # noqa: D102
+        return type(self)(tuple(part.of_example(i) for part in self.parts))
 
     def is_line(self, order: Mapping[str, int]) -> bool:  # noqa: D102
         names = [n for part in self.parts for n in part.names()]

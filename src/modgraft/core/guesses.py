@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.core.architectures import FAMILIES
+from modgraft.core.attention import asks_registry
 from modgraft.core.layers import is_stack, weight_labels
 from modgraft.core.patterns import joined, pattern, starred
 
@@ -47,7 +48,8 @@ def guess(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {name: [] for name in names.split()}
     for path, module in modules.items():
         roles = [*_attention(path, module), *_feedforward(path, module), *_experts(path, module)]
-        for role, label in roles:
+        attends = _attends(path) if asks_registry(module) else []  # whatever it is made of
+        for role, label in dict.fromkeys([*roles, *attends]):
             found[role].append(label)
     for path, module in modules.items():
         blocks = [joined(path, name) for name, _ in module.named_children()]

@@ -58,7 +58,7 @@ class Weighted(WeightedSum):
     def weighted_terms(self) -> tuple[tuple[Tensor, Expression], ...]:  # noqa: D102
         assert self.columns is not None  # noqa: S101
         named = zip(self.modules, self.columns, strict=True)
-        return tuple((self.tensor[:, j], Name(name)) for name, j in named)
+        return tuple((self.tensor[..., j], Name(name)) for name, j in named)
 
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
         assert self.columns is not None  # noqa: S101
@@ -68,6 +68,9 @@ class Weighted(WeightedSum):
             return None
         modules, columns = zip(*kept, strict=True)
         return Weighted(modules, self.tensor, columns)  # the tensor whole: it may be trained
+
+    def of_example(self, i: int) -> Expression:  # noqa: D102
+        return Weighted(self.modules, self.tensor[i], self.columns)  # one weight of each module
 
     def __str__(self) -> str:
         return f"weighted({', '.join(self.modules)})"
@@ -128,6 +131,9 @@ class Each(Expression):
 
     def mapped(self, to: Callable[[str], str | None]) -> Expression | None:  # noqa: D102
         return Each(tuple(None if row is None else row.mapped(to) for row in self.rows))
+
+    def of_example(self, i: int) -> Expression:  # noqa: D102
+        raise NotImplementedError("a list has a composition for each example, which may be None")
 
     def __str__(self) -> str:
         return f"[{', '.join('None' if row is None else repr(str(row)) for row in self.rows)}]"

@@ -40,6 +40,7 @@ class Site:
         parameter: the name within the sub-module of the parameter that is meant,
             ``"in_proj_weight"``; None: the sub-module, and the one weight of a layer that has one.
         guessed: whether it was selected by a role that was guessed, in a host of no known family.
+        shown: says how wide the output of a part is seen to be, where nothing else does.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Site:
     residual: bool = False
     parameter: str | None = None
     guessed: bool = field(default=False, compare=False)
+    shown: Callable[[str], int | None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -76,6 +78,8 @@ class Site:
             SiteError: where neither the module nor what it is made of says.
         """
         full = own_width(self.module) or inner_width(self._around())
+        if full is None and self.shown is not None:
+            full = self.shown(self.path)
         if full is None:
             raise self._widthless("output")
         return self.part.size(full) if self.part else full
@@ -106,6 +110,8 @@ class Site:
     def time_first(self) -> bool:
         """Whether the output is known to be ``[n, B, d]`` rather than ``[B, n, d]``."""
         layer = self.module
+        if isinstance(layer, nn.Transformer):
+            layer = layer.encoder
         if isinstance(layer, nn.TransformerEncoder | nn.TransformerDecoder):
             layer = layer.layers[0]
         if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -26,6 +27,8 @@ def own_width(layer: nn.Module) -> int | None:
             return layer.linear2.out_features
         case nn.TransformerEncoder() | nn.TransformerDecoder():
             return own_width(layer.layers[0])
+        case nn.Transformer(d_model=width):
+            return int(width)
         case nn.BatchNorm2d(num_features=width):
             return int(width)
         case nn.Sequential():
@@ -41,8 +44,9 @@ def own_width(layer: nn.Module) -> int | None:
         return None
     direct = dict(layer.named_parameters(recurse=False))
     sizes = {tuple(p.shape) for p in direct.values()}
-    if "weight" in direct and len(sizes) == 1 and direct["weight"].dim() == 1:  # any other norm
-        return direct["weight"].shape[0]
+    alone = "weight" in direct or not layer._modules
+    if alone and len(sizes) == 1 and len(size := sizes.pop()) == 1:  # any other norm, or a scale
+        return size[0] if size[0] > 1 else None
     return None
 
 
@@ -69,6 +73,8 @@ def inner_width(around: Sequence[nn.Module]) -> int | None:
     if not maps:
         return _table_width(layer, hidden)
     first, last = maps[0][0], maps[-1][1]
+    if any(isinstance(m, nn.Conv2d) and m.out_channels != last for m in layer.modules()):
+        return None  # a stage may end in one
     routed = any(p.dim() == 3 for m in layer.modules() for p in m.parameters(False))
     words = getattr(config, "vocab_size", None) if len(around) > 1 else None  # of a head
     if (len(maps) == 1 and not routed) or last in (hidden, words):
@@ -76,8 +82,18 @@ def inner_width(around: Sequence[nn.Module]) -> int | None:
     inner = hidden in {out for _, out in maps}
     if first == last:
         return hidden if inner else last
+    if _is_chain(layer, maps):
+        return last
     in_a_stack = any(isinstance(m, nn.ModuleList) for m in around[1:])
     return hidden if inner and first == hidden and in_a_stack else None
+
+
+def _is_chain(layer: nn.Module, maps: Sequence[tuple[int, int]]) -> bool:
+    """Return whether a layer is a list of linear layers, each of which reads the one before."""
+    listed = [m for child in layer.children() for m in child.children()]
+    own = [m for m in layer.modules() if m._parameters]
+    chained = all(one[1] == two[0] for one, two in pairwise(maps))
+    return chained and own == listed and all(isinstance(m, nn.Linear | Conv1D) for m in own)
 
 
 def _linear_maps(layer: nn.Module) -> Iterator[tuple[int, int]]:

@@ -61,7 +61,7 @@ class Applier:
             y: what it acts on.
             total: what its effect is added to.
             weight: of the effect.
-            mixed: whether a mixture applies it, after the layer has run.
+            mixed: whether a mixture applies it, and the layer has run without it.
         """
         weight = self.site.per_row(weight, y)
         if not isinstance(weight, Tensor) and weight == 0.0:
@@ -124,7 +124,8 @@ class Applier:
             and not _in_force(self.site.state, entry.name)
         ):
             return None
-        return call.resolve(source, entry.name, self.batch or rows, self.rows)
+        several = self.site.layout.get(self.site.state.path) == 0
+        return call.resolve(source, entry.name, self.batch or rows, self.rows, several)
 
     def _changed_weight(self, entry: Entry, total: Tensor, weight: Weight) -> Tensor:
         """Return ``total`` + w·(f(x; θ + Δ) − f(x; θ)), on the part that the module acts on."""
@@ -220,7 +221,8 @@ def _mix(
             used = chosen.detach().reshape(-1, len(used)).ne(0).any(0).nonzero()[:, 0].tolist()
         names, weights = [names[j] for j in used], [chosen[..., j] for j in used]
     with as_the_layer(y):
-        new = mixture.combine(_apply_module(at, names, sparse), weights, y).to(y.dtype)
+        ran = at.site.call.alike and bool(weights) and mixture.aggregate.is_weighted_sum
+        new = mixture.combine(_apply_module(at, names, sparse, ran), weights, y).to(y.dtype)
     if new is y:  # none of its modules acts on the output here
         return total
     if total is y and not isinstance(weight, Tensor) and weight == 1.0:
@@ -228,8 +230,15 @@ def _mix(
     return total + weighted(weight, new - y)
 
 
-def _apply_module(at: Applier, names: Sequence[str], sparse: bool) -> Any:
-    """Return the function by which an aggregation applies the j-th module, under its name."""
+def _apply_module(at: Applier, names: Sequence[str], sparse: bool, ran: bool) -> Any:
+    """Return the function by which an aggregation applies the j-th module, under its name.
+
+    Args:
+        at: the site.
+        names: the modules'.
+        sparse: whether one of weight 0 is left out.
+        ran: whether the layer has run with the changes that only it can run with.
+    """
 
     def apply(j: int, y: Tensor, total: Tensor, w: Weight) -> Tensor:
         name = names[j]
@@ -237,7 +246,7 @@ def _apply_module(at: Applier, names: Sequence[str], sparse: bool) -> Any:
             return total
         if sparse and isinstance(w, Tensor) and w.dim():
             return at.where_used(name, y, total, w)
-        return at(name, y, total, w, mixed=True)
+        return at(name, y, total, w, mixed=not ran)
 
     return apply
 

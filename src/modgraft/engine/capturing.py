@@ -9,7 +9,7 @@ that is run once more would be in that list twice.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,33 @@ _CAPTURING = "transformers.utils.output_capturing"
 def captures(hook: Callable[..., Any]) -> bool:
     """Return whether ``hook`` is one by which transformers captures outputs."""
     return getattr(hook, "__module__", None) == _CAPTURING
+
+
+@contextmanager
+def captured_apart() -> Iterator[dict[str, list[Any]]]:
+    """Collect what is captured in a ``with`` block by itself, and not in the call's own list.
+
+    The block gets a dictionary, in which what was captured is by its name after the block.
+    """
+    found: dict[str, list[Any]] = {}
+    collector = sys.modules[_CAPTURING]._active_collector if _CAPTURING in sys.modules else None
+    outer = None if collector is None else collector.get()
+    if collector is None or outer is None:
+        yield found
+        return
+    own = {key: list(value) if type(value) is list else value for key, value in outer.items()}
+    collector.set(own)
+    try:
+        yield found
+    finally:
+        collector.set(outer)
+    found |= {key: own[key][len(value) :] for key, value in outer.items() if type(value) is list}
+
+
+def add_captured(some: Mapping[str, list[Any]]) -> None:
+    """Add to what the call has captured."""
+    for key, values in some.items():
+        sys.modules[_CAPTURING]._active_collector.get()[key].extend(values)
 
 
 @contextmanager

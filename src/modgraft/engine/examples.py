@@ -12,7 +12,8 @@ its input, the host's own output says which one holds the examples.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,14 +69,10 @@ def ask(
         kwargs: what it is called with by name.
         count: how many examples this is; None: as many as the first tensor has, along any axis.
     """
-    first = first_tensor(args, dict(kwargs))
-    sizes = () if first is None else first.shape[:2]
-    twin, best = _twin(model), None
-    for axis, size in enumerate(sizes):
-        if count not in (None, size):
-            continue
+    twin, best = twin_of(model), None
+    for batch in _batches(twin, args, kwargs, count):
         try:
-            found = _ask_along(twin, args, kwargs, size, axis)
+            found = _ask_along(twin, batch)
         except REFUSALS:  # a host that takes no other number along this axis cannot be asked so
             continue
         if found.get("") is not None:  # the host itself keeps them apart along this axis
@@ -87,33 +84,134 @@ def ask(
     return {path: axis for path, axis in own.items() if path or STATE in model.__dict__}
 
 
+def ask_parts(
+    model: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    count: int | None,
+    paths: Sequence[str],
+) -> dict[str, int]:
+    """Return the axis of the examples in all that each of some parts of the host puts out.
+
+    A part is left out where it puts out anything that does not have the examples along that axis.
+
+    Args:
+        model: the host's model.
+        args: what it is called with.
+        kwargs: what it is called with by name.
+        count: how many examples this is; None: as many as the first tensor has, along any axis.
+        paths: the parts.
+    """
+    twin = twin_of(model)
+    for batch in _batches(twin, args, kwargs, count):
+        number, rows = batch.thrice()
+        try:
+            before, more, other = (_all_outputs(twin, *batch.of(some), paths) for some in rows)
+        except REFUSALS:
+            continue
+        found = {}
+        for path, outputs in before.items():
+            others = more.get(path, []), other.get(path, [])
+            if any(len(some) != len(outputs) for some in others):
+                continue
+            axes = {_axis(*outs, number) for outs in zip(outputs, *others, strict=True)}
+            axis = axes.pop() if len(axes) == 1 else None
+            if axis is not None and axis != -1:
+                found[path] = axis
+        if found:
+            return found
+    return {}
+
+
+def _all_outputs(
+    twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], paths: Sequence[str]
+) -> Seen:
+    """Run ``twin``; return every tensor that some parts put out, without the features."""
+    found: Seen = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            found.setdefault(path, []).extend(map(_without_features, _within(out)))
+
+        return hook
+
+    handles = [twin.get_submodule(p).register_forward_hook(keep(p)) for p in paths]
+    run_twin(twin, args, kwargs, handles)
+    return found
+
+
+def _within(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, Mapping | tuple | list):
+        for each in out.values() if isinstance(out, Mapping) else out:
+            yield from _within(each)
+
+
 def _untold(found: Mapping[str, int | None]) -> int:
     return sum(axis is None for path, axis in found.items() if path)
 
 
-def _ask_along(
-    twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], count: int, axis: int
-) -> dict[str, int | None]:
-    device = next((v.device for v in twin.parameters()), torch.device("cpu"))
+@dataclass
+class _Batch:
+    """What a host is called with, of which some examples can be taken.
 
-    def run(rows: list[int]) -> Seen:
-        index = torch.tensor(rows, device=device)
+    Attributes:
+        args: by position.
+        kwargs: by name.
+        count: how many examples this is.
+        axis: on which they lie.
+        several: whether a tensor with a multiple of as many rows has several for each example, as
+            the patches of images have, one example after the other.
+    """
 
-        def some(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() > axis and value.shape[axis] == count:
-                return value.detach().index_select(axis, index.to(value.device))
+    args: tuple
+    kwargs: Mapping[str, Any]
+    count: int
+    axis: int
+    several: bool
+
+    def of(self, rows: list[int]) -> tuple[tuple, dict[str, Any]]:
+        """Return the arguments for some of the examples."""
+        return tuple(self._some(v, rows) for v in self.args), {
+            name: self._some(value, rows) for name, value in self.kwargs.items()
+        }
+
+    def _some(self, value: Any, rows: list[int]) -> Any:
+        axis = self.axis
+        if not isinstance(value, Tensor) or value.dim() <= axis:
             return value
+        times, left = divmod(value.shape[axis], self.count)
+        if left or not times or (times > 1 and not self.several):
+            return value
+        index = torch.tensor([i * times + k for i in rows for k in range(times)])
+        return value.detach().index_select(axis, index.to(value.device))
 
-        return _outputs(twin, tuple(map(some, args)), {k: some(v) for k, v in kwargs.items()})
+    def thrice(self) -> tuple[int, tuple[list[int], list[int], list[int]]]:
+        """Return a number of examples, and which: those, with one behind them, with another."""
+        few = list(range(min(self.count, 4))) if self.count > 1 else [0, 0]
+        return len(few), (few, [*few, few[0]], [few[-1], *few[1:]])
 
-    few = list(range(min(count, 4))) if count > 1 else [0, 0]
-    before = run(few)
-    more = run([*few, few[0]])
-    other = run([few[-1], *few[1:]])
+
+def _batches(
+    twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], count: int | None
+) -> Iterator[_Batch]:
+    """Yield the ways in which the arguments can be those of examples, the likeliest first."""
+    first = first_tensor(args, dict(kwargs))
+    sizes = () if first is None else first.shape[:2]
+    for several in (False, True):
+        for axis, size in enumerate(sizes):
+            if count in (None, size):
+                yield _Batch(args, kwargs, size, axis, several)
+
+
+def _ask_along(twin: nn.Module, batch: _Batch) -> dict[str, int | None]:
+    count, rows = batch.thrice()
+    before, more, other = (_outputs(twin, *batch.of(some)) for some in rows)
     found: dict[str, int | None] = {}
     for path, outputs in before.items():
         others = more.get(path, []), other.get(path, [])
-        axes = {_axis(*outs, len(few)) for outs in zip(outputs, *others, strict=False)}
+        axes = {_axis(*outs, count) for outs in zip(outputs, *others, strict=False)}
         if any(len(some) != len(outputs) for some in others) or len(axes) > 1:
             found[path] = None
         elif (one := axes.pop()) != -1:
@@ -183,9 +281,7 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
             values = [out] if isinstance(out, Tensor) else _tensors(out)
             value = next((v for v in values if v.dim() and v.is_floating_point()), None)
             if value is not None:
-                some = value.detach()
-                some = some.flatten(2).abs().sum(-1) if some.dim() > 2 else some
-                found.setdefault(path, []).append(some)
+                found.setdefault(path, []).append(_without_features(value))
 
         return hook
 
@@ -195,6 +291,17 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
             around = twin.get_submodule(path.rpartition(".")[0])
             if isinstance(layer, nn.Embedding):
                 handles.append(around.register_forward_hook(keep(_AROUND + path)))
+    run_twin(twin, args, kwargs, handles)
+    return found
+
+
+def _without_features(value: Tensor) -> Tensor:
+    some = value.detach() if value.is_floating_point() else value.detach().float()
+    return some.flatten(2).abs().sum(-1) if some.dim() > 2 else some
+
+
+def run_twin(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: list[Any]) -> None:
+    """Run ``twin``, and take off the hooks that look at it."""
     try:
         devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
         random = torch.random.fork_rng(sorted(devices, key=str))
@@ -203,14 +310,13 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 _SITE = "_modgraft_site"
 _AROUND = "around "
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin_of(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` without modules, in evaluation mode, that shares its weights."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     for layer in model.modules():

@@ -88,7 +88,7 @@ def check_weights_stay(model: nn.Module) -> None:
         if every and getattr(config, "num_hidden_layers", 0) > every:
             raise ModgraftError(
                 f"this {type(model).__name__} divides the weights and activations of its layers "
-                f"from the {every + 1}th on by 2 in evaluation, and does not in training, so that "
+                f"by 2 in evaluation, from layers.{every} on, and does not in training, so that "
                 f"a module would act differently in both; set model.config.rescale_every = 0 "
                 f"(the outputs of the host stay the same)"
             )

@@ -19,6 +19,7 @@ from torch import nn
 from modgraft.computation.base import (
     Computation,
     InputComposition,
+    KeyValueComposition,
     ParameterComposition,
     TokenComposition,
 )
@@ -63,6 +64,8 @@ def graft_everywhere(
         inner.side_source,
         additive=additive,
         inputs=inputs,
+        keys_values=isinstance(inner, KeyValueComposition)
+        or not context.keys_values.isdisjoint(inner.members),
         routed=bool(inner.members),
         by_example=not (additive or inputs or (inner.side_source is None and inner.by_token)),
     )
@@ -72,6 +75,7 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
     """Add ``module`` to the modules of ``site``, under ``name``."""
     layer = site.module
     state = _state_of(layer, site.path, context)
+    state.axis = int(site.time_first)
     axis = feature_axis(layer)
     entry = Entry(name, module, site.part, site.residual, site.parameter, axis)
     entry.inside = _is_inside(entry, layer)
@@ -115,6 +119,23 @@ def _link_tokens(host: nn.Module) -> Reading:
     return reading
 
 
+def divide(model: nn.Module, path: str, inside: State, context: Context) -> None:
+    """Let the part at ``path`` run once for each composition of a batch, for a layer inside it."""
+    state = _state_of(model.get_submodule(path), path, context)
+    if not any(each is inside for each in state.divides):
+        state.divides = (*state.divides, inside)
+
+
+def undivide(model: nn.Module) -> None:
+    """Undo every :func:`divide`."""
+    for layer in model.modules():
+        state: State | None = layer.__dict__.get(STATE)
+        if state is not None and state.divides:
+            state.divides = ()
+            if not (state.entries or state.relays):
+                restore(layer)
+
+
 def ungraft(layer: nn.Module, name: str) -> None:
     """Undo :func:`graft` for one name; the last module to leave restores the layer's class."""
     state: State | None = layer.__dict__.get(STATE)
@@ -150,6 +171,7 @@ def restored(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 def ungraft_all(model: nn.Module) -> nn.Module:
     """Remove every module from ``model``, and return it."""
+    undivide(model)
     for layer in model.modules():
         while (state := layer.__dict__.get(STATE)) is not None:
             ungraft(layer, next(iter(state.entries or state.relays)))
@@ -182,6 +204,13 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
             return forward(self, *args, **kwargs)  # a patched forward calls the layer's
         return run(self, args, kwargs)
 
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        kind.train(self, mode)
+        if STATE in self.__dict__:  # the modules are no children, and follow the layer's mode
+            for entry in self.__dict__[STATE].every():
+                entry.module.train(self.training)
+        return self
+
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if name == "forward":
             _patch(self, value)
@@ -191,6 +220,7 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {
         "forward": grafted_forward,
         "__setattr__": set_attribute,
+        "train": train,
         "__reduce_ex__": reduced_by(_grafted, kind),
         "_replicate_for_data_parallel": _refuse_replicas,
         "__module__": kind.__module__,
@@ -240,7 +270,7 @@ def _patch(layer: nn.Module, forward: Callable[..., Any]) -> None:
     else:
         layer.__dict__[PATCHED] = forward
     state.by_weight = by_weight(layer)
-    for entry in [entry for some in state.entries.values() for entry in some]:
+    for entry in state.every():
         entry.inside = _is_inside(entry, layer)
     state.plans.clear()
 

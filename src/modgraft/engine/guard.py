@@ -54,6 +54,10 @@ class Guard:
         """Put layers of running statistics into the mode of ``model``, frozen ones excepted."""
         self._frozen.hold(model)
 
+    def trains(self, layer: nn.Module, model: nn.Module) -> bool:
+        """Return whether a layer of ``model`` is in training mode, or is held out of it here."""
+        return layer.training or (model.training and isinstance(layer, _STATISTICS))
+
     @contextmanager
     def state(self, host: nn.Module) -> Iterator[None]:
         """Keep the host's modules and layers as they are in a ``with`` block.
@@ -238,7 +242,7 @@ class Places:
         """
         for layer, was in self._shapes.items():
             state: State = layer.__dict__[STATE]
-            for entry in (entry for some in state.entries.values() for entry in some):
+            for entry in state.every():
                 at = f"{entry.name!r} at {state.path or 'the model'}"
                 if (now := _shapes(layer)) != was:
                     raise ModgraftError(

@@ -87,6 +87,7 @@ class Group:
         input_only: whether every module puts vectors before an input.
         single: whether it is one module, once.
         by_example: whether a module has to know which rows are an example's.
+        by_weights: whether the weights of modules may differ between examples.
     """
 
     rows: list[int] | None
@@ -105,10 +106,11 @@ class Group:
         self.changes_output = any(entry.changes_output for entry in every)
         self.single = len(every) == 1 and isinstance(self.expression, Name)
         self.by_example = any(map(_is_by_example, every))
+        self.by_weights = any(map(_is_routed_by_example, every))
         self.input_only = all(isinstance(e.module, InputComposition) for e in every)
         if torch.compiler.is_dynamo_compiling():  # all weights are tensors there, and stay apart
             return
-        self.by_example = self.by_example or self.expression.is_data
+        self.by_weights = self.by_weights or self.expression.is_data
         first, self.rest = _weights_first(self.expression, self.entries)
         self.changes = [
             Change(entry.module, weight, entry.part, entry.parameter)  # type: ignore[arg-type]
@@ -136,11 +138,14 @@ class Group:
 def _is_by_example(entry: Entry) -> bool:
     """Return whether the module has to know which rows of an output are one example's."""
     module = entry.module
-    if isinstance(module, RoutedMixture):
-        return module.mixture.level == "example"
-    if isinstance(module, InputComposition | Batched) or entry.changes_weight:
+    if isinstance(module, RoutedMixture | InputComposition | Batched) or entry.changes_weight:
         return False
     return module.side_source is not None or not module.by_token
+
+
+def _is_routed_by_example(entry: Entry) -> bool:
+    module = entry.module
+    return isinstance(module, RoutedMixture) and module.mixture.level == "example"
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ Compiled code goes the same way, with every implanted module in it behind a swit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,19 +21,19 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import Call
-from modgraft.core.errors import CompositionError, ModgraftError
+from modgraft.core.errors import ModgraftError, UndividedError
 from modgraft.core.expression import Expression, Weight, weighted
 from modgraft.core.per_example import Each
 from modgraft.core.precision import as_the_layer
 from modgraft.core.tensors import first_tensor, tensor_input, tensor_of, with_tensor
-from modgraft.engine import own_forward, shared_input
+from modgraft.engine import divided, own_forward, shared_input
 from modgraft.engine.apply import Applier, pick
 from modgraft.engine.capturing import uncaptured
 from modgraft.engine.inputs.tokens import call_with_tokens, relayed
 from modgraft.engine.kernels.linear import Change, one_product
 from modgraft.engine.plan import Entry, Group, make_groups
 from modgraft.engine.residual import Step, shifted
-from modgraft.engine.state import STATE, SiteCall, State
+from modgraft.engine.state import STATE, SiteCall, State, with_choices
 
 
 def run(layer: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -51,6 +51,10 @@ def run(layer: nn.Module, args: tuple, kwargs: dict) -> Any:
     composition = call.composition
     if composition is None:
         return own_forward.run(layer, (), args, kwargs)
+    if state.divides and not torch.compiler.is_dynamo_compiling():
+        axis = divided.axis_of(state, call, composition)
+        if axis is not None:
+            return divided.run(layer, state, call, axis, run, (args, kwargs))
     if state.relays:
         inside = partial(_run, layer, state, call, composition)
         return relayed(layer, state, call, inside, args, kwargs)
@@ -68,26 +72,26 @@ def _run(
     groups = state.groups(composition)
     if not groups:
         return own_forward.run(layer, (), args, kwargs)
-    if call.spliced is None:
+    if call.spliced is None and state.context.token_modules:
         inputs = state.token_modules(state.context.token_modules_in(composition))
         if inputs:
             run_inside = partial(run, layer)
             return call_with_tokens(layer, state, call, inputs, run_inside, args, kwargs)
 
     site = SiteCall(layer, state, call, args, kwargs)
+    whole = None if isinstance(composition, Each) else groups[0]
     if any(group.residual for group in groups):
         site.args, site.kwargs = _shift_residual(site, composition)
     x = first_tensor(site.args, site.kwargs)
-    whole = None if isinstance(composition, Each) else groups[0]
-    attended = _attended(state)
-    out, left = _run_layer(site, groups, composition, x)
-    _check_attended(site, groups, attended)
-
+    out, left = _run_layer(site, groups, whole, composition, x)
+    if whole is not None and left is None:
+        return out
     if not any(group.changes_output for group in groups):
         return out
     before = tensor_of(out)
-    if whole is None or whole.by_example:
-        site.find_axis(", ".join(map(repr, composition.names())))
+    if whole is None or whole.by_example or (whole.by_weights and not site.call.alike):
+        names = ", ".join(map(repr, composition.names()))
+        site.find_axis(names, whole is None or not whole.by_example)
     y = start = site.examples_first(before)
     if site.axis and x is not None and x.shape[: site.axis + 1] == before.shape[: site.axis + 1]:
         x = site.examples_first(x)
@@ -107,26 +111,33 @@ def _run(
 
 
 def _run_layer(
-    site: SiteCall, groups: Sequence[Group], composition: Expression, x: Tensor | None
+    site: SiteCall,
+    groups: Sequence[Group],
+    whole: Group | None,
+    composition: Expression,
+    x: Tensor | None,
 ) -> tuple[Any, Expression | None]:
     """Run the layer with its changed weights; return also what of the composition is left to do.
 
-    Where the batch has one composition for each example, that is left to do whole.
+    Args:
+        site: the call of the layer.
+        groups: what the composition comes to there.
+        whole: the one group that is for the whole batch; None where the batch has one composition
+            for each example, which is left to do whole.
+        composition: the composition.
+        x: the layer's input.
     """
-    whole = None if isinstance(composition, Each) else groups[0]
     if whole is not None and whole.changes:
         y = _with_changed_weight(site, whole, x)
         if y is not None:
             return y, whole.rest
-    if whole is None:
-        out = site.run()
-        _check_inside(site, groups, out)
-        return out, None
-    changes = _inside(site, whole, composition)
+    attended = _attended(site.state)
+    changes = [] if whole is None else _inside(site, whole, composition)
     out = site.run(changes)
-    if len(changes) < len(whole.inside):  # the weights of others differ between examples
+    if whole is None or len(changes) < len(whole.inside):  # others' differ between examples
         _check_inside(site, groups, out)
-    return out, whole.expression
+    _check_attended(site, groups, attended)
+    return out, None if whole is None else whole.expression
 
 
 def _with_changed_weight(site: SiteCall, group: Group, x: Tensor | None) -> Tensor | None:
@@ -146,7 +157,12 @@ def _inside(site: SiteCall, group: Group, composition: Expression) -> list[Chang
     Those whose weights differ between examples, or that a mixture chooses, are left out: their
     effects are added to the output.
     """
-    weights = composition.weights() if group.inside else {}
+    if not group.inside:
+        return []
+    weights: Mapping[str, Weight] = composition.weights()
+    if site.call.alike:
+        every = [entry for some in group.entries.values() for entry in some]
+        weights, _ = with_choices(site.call, every, weights)
     changes = []
     for entry in group.inside:
         weight = weights.get(entry.name)
@@ -160,15 +176,16 @@ def _check_inside(site: SiteCall, groups: Sequence[Group], out: Any) -> None:
     tensor, as attention, an RNN or a router does.
 
     Raises:
-        CompositionError: with the module's name.
+        UndividedError: with the module's name.
     """
     several = not isinstance(out, Tensor)
     entries = [e for group in groups for e in group.inside if several or e.parameter is not None]
     if entries:
-        raise CompositionError(
+        raise UndividedError(
             f"{entries[0].name!r} changes weights inside {site.state.path}, a "
             f"{type(site.layer).__name__}, which runs with one set of weights a call; call the "
-            f"host once for each composition"
+            f"host once for each composition",
+            site.state.path,
         )
 
 

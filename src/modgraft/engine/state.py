@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modgraft.computation.base import Computation, TokenComposition
 from modgraft.core.context import UNSEEN, Call, Context, Layout, kept_in_call
 from modgraft.core.embeddings import Reading
-from modgraft.core.errors import CompositionError, SiteError
+from modgraft.core.errors import CompositionError, SiteError, UndividedError
 from modgraft.core.expression import Expression, Weight
 from modgraft.core.layers import STATE as STATE
 from modgraft.core.per_example import Each
@@ -56,6 +56,9 @@ class State:
         called: whether the layer has run.
         served: its weight and bias as others read them.
         compiled_bare: whether compiled code runs the layer's own forward, which reads θ.
+        axis: where the examples lie in its output, if nobody has asked.
+        divides: of a part of the host that runs once for each composition of a batch, the layers in
+            it that ask for that.
     """
 
     path: str
@@ -72,6 +75,8 @@ class State:
     called: bool = False
     served: Shells = field(default_factory=Shells)
     compiled_bare: bool = False
+    axis: int = 0
+    divides: tuple[State, ...] = ()
 
     def add(self, entry: Entry) -> None:
         """Add a module."""
@@ -85,9 +90,13 @@ class State:
         self.relays.discard(name)
         return self.entries.pop(name, [])
 
+    def every(self) -> list[Entry]:
+        """Return the modules here."""
+        return [entry for some in self.entries.values() for entry in some]
+
     def of_kind(self, kind: type[Computation]) -> list[Entry]:
         """Return the modules here of one kind."""
-        return [e for some in self.entries.values() for e in some if isinstance(e.module, kind)]
+        return [entry for entry in self.every() if isinstance(entry.module, kind)]
 
     def token_modules(self, names: Sequence[str]) -> list[Entry]:
         """Return those of ``names`` that put tokens before the host's input, in that order."""
@@ -144,23 +153,25 @@ class State:
         """Return the tensor ``theta`` of ``layer``, as the composition under way changes it.
 
         Raises:
-            CompositionError: where the examples of the batch have different compositions.
+            UndividedError: where the examples of the batch have different compositions.
         """
         call = self.context.now()
         composition = call.composition
         groups = [] if composition is None else self.groups(composition)
         if composition is None or not groups:
             return theta
-        weights = composition.weights()
         entries = [entry for some in groups[0].entries.values() for entry in some]
+        weights, mixtures = with_choices(call, entries, composition.weights())
+        entries = [entry for entry in entries if entry.name not in mixtures]
         used = [e for e in entries if e.changes_weight and e.name in weights]
         if _differs(groups, entries, [weights[e.name] for e in used]):
             if torch.compiler.is_dynamo_compiling() and self.called:
                 return theta  # the layer is called, and what reads its type leaves the graph
-            raise CompositionError(
+            raise UndividedError(
                 f"the examples of this batch have different modules at {self.path}, whose weight "
                 f"another module computes with, for the whole batch at once; call the host once "
-                f"for each composition"
+                f"for each composition",
+                self.path,
             )
         # a graph is bound to nothing that is not the same at its next run
         eager = not torch.compiler.is_dynamo_compiling()
@@ -193,6 +204,33 @@ class State:
             f"another module computes with its weight. A change of the weight acts there, such as "
             f"LoRA(rank=8); for an effect on activations choose the layer around it"
         )
+
+
+def with_choices(
+    call: Call, entries: Sequence[Entry], weights: Mapping[str, Weight]
+) -> tuple[dict[str, Weight], set[str]]:
+    """Return the weights of modules with those that mixtures gave them, and these mixtures' names.
+
+    Left out are mixtures that choose by token, or whose results are no weighted sum.
+
+    Args:
+        call: of the host, which knows the choices.
+        entries: the modules at a layer, the mixtures' among them.
+        weights: by the composition.
+    """
+    found, mixtures = dict(weights), set()
+    for entry in entries:
+        routed = entry.module
+        if not isinstance(routed, RoutedMixture) or entry.name not in weights:
+            continue
+        choice = call.choices.get(routed.key)
+        if choice is None or not routed.mixture.aggregate.is_weighted_sum:
+            continue
+        mixtures.add(entry.name)
+        for j, member in enumerate(routed.members):
+            w = weights[entry.name] * choice.weights[..., j]
+            found[member] = found[member] + w if member in found else w
+    return found, mixtures
 
 
 def _differs(groups: Sequence[Group], entries: Sequence[Entry], weights: Sequence[Weight]) -> bool:
@@ -231,23 +269,29 @@ class SiteCall:
         own = self.call.layout
         return self.state.context.layout if own is None else own
 
-    def find_axis(self, names: str) -> None:
+    def find_axis(self, names: str, by_weights: bool) -> None:
         """Find out on which axis of the layer's output the examples lie.
 
         Args:
             names: the modules that have to know, for the error.
+            by_weights: whether only their weights differ between examples.
 
         Raises:
-            CompositionError: where they lie on none.
+            CompositionError: where they lie on none; an UndividedError where a part of the host
+                around it could run once for each of the weights.
         """
-        axis = self.layout.get(self.state.path, 0)
+        axis = self.layout.get(self.state.path, self.state.axis)
         if axis is None or axis == UNSEEN:
-            raise CompositionError(
-                f"{names} acts on each example by itself, and the output of {self.state.path}, a "
-                f"{type(self.layer).__name__}, has no axis of the examples: run on one example "
+            words = (
+                f"{names} acts on each example by itself, and the output of {self.state.path} "
+                f"({type(self.layer).__name__}) has no axis of the examples: run on one example "
                 f"more, it did not put out the same as before and as much again for that one. "
-                f"Implant at another layer, or call the host once for each composition and example"
+                f"Implant at a layer that puts out something for each example"
             )
+            if by_weights:
+                words = f"{words}, or call the host once for each composition"
+                raise UndividedError(words, self.state.path)
+            raise CompositionError(words)
         self.axis = axis
 
     def examples_first(self, value: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from torch import nn
 
 from modgraft.computation.hypernetwork import HyperNetwork
 from modgraft.core.errors import ModgraftError, UnknownNameError
-from modgraft.core.sites import find
 from modgraft.host.host import Host
 
 
@@ -52,7 +51,7 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
         raise UnknownNameError(
             f"{call}: like={like!r} is no task of {name!r}; its tasks are {', '.join(method.tasks)}"
         )
-    sites = [find(host.model, label)[0] for label in implant.paths]
+    sites = [host.sites(label)[0] for label in implant.paths]
     start = None if like is None else method.tasks.index(like)
     grown = method.with_task(task)
     with host._guard.gate.change(call), torch.inference_mode(False):

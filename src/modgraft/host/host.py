@@ -24,8 +24,9 @@ from modgraft.computation.base import (
 from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, UndividedError
 from modgraft.core.files import folder_path
+from modgraft.core.layers import STATE
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
 from modgraft.core.tensors import device_of
@@ -36,6 +37,7 @@ from modgraft.engine.graft import (
     graft_everywhere,
     grafted_by_others,
     link_shared_inputs,
+    undivide,
     ungraft,
 )
 from modgraft.engine.guard import Guard
@@ -49,13 +51,16 @@ from modgraft.engine.implant import (
     learning_parts,
 )
 from modgraft.engine.inputs.caches import check_goes_on
+from modgraft.engine.inputs.padding import count_from_texts, count_padding_too
 from modgraft.engine.inputs.prefix_attention import hook_attention
+from modgraft.engine.parts import divide_around
 from modgraft.engine.served_weight import (
     hook_functional_calls,
     kept_elsewhere,
     unwatch_forwards,
     watch_forwards,
 )
+from modgraft.engine.shown import Shown
 from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
     Composition,
@@ -147,6 +152,7 @@ class Host(AsModel):
 
     def _look_around(self) -> None:
         """See where modules are."""
+        undivide(self.model)
         link_shared_inputs(self.model)
         self._guard.look(self)
 
@@ -154,7 +160,8 @@ class Host(AsModel):
 
     def sites(self, at: At, expect: int | None = None) -> list[Site]:
         """Return the sites that a selection means; see :func:`modgraft.core.sites.find`."""
-        return find(self.model, at, expect=expect)
+        shown = Shown(self.model).width
+        return [replace(site, shown=shown) for site in find(self.model, at, expect=expect)]
 
     def implant(
         self,
@@ -226,12 +233,17 @@ class Host(AsModel):
             join_prompts(self._implants, implant)
         if isinstance(module.unwrapped, KeyValueComposition):
             hook_attention()
+        new = [site for site in sites if STATE not in site.module.__dict__]
         self._graft(implant, sites, implant.names)
         if isinstance(module.unwrapped, ParameterComposition):
-            self._warn_of_kept(name, sites)
+            self._warn_of_kept(name, new)
         if not self.implants:
             watch_forwards(self.model, self._context)
-        implant.train(self.training)
+        if not self._context.keys_values.isdisjoint(implant.names):
+            count_from_texts(self.model, self._context)
+        implant.train(self.model.training)
+        for site, place in zip(sites, implant.places, strict=True):
+            place.train(self._guard.trains(site.module, self.model))
         self.implants[name] = implant
         self._reader.forget()
         now = self._context.composition
@@ -270,6 +282,8 @@ class Host(AsModel):
             del self.implants[name]
             if not self.implants:
                 unwatch_forwards(self.model)
+            if not self._context.keys_values:
+                count_padding_too(self.model)
             self._reader.forget()
             self._context.switch(ex.without(self._context.composition, name))
 
@@ -411,8 +425,17 @@ class Host(AsModel):
             composition and self._context.token_modules_in(composition)
         ):
             check_goes_on(kwargs, None)
-        with self._context.call(call):
-            return run(*args, **kwargs)
+        made = len(call.routings)
+        while True:
+            try:
+                with self._context.call(call):
+                    return run(*args, **kwargs)
+            except UndividedError as error:
+                count = examples_of(composition, call.side) if composition else None
+                call = divide_around(self.model, self._context, error, call, count, args, kwargs)
+            del call.routings[made:]
+            for kept in (call.outputs, call.kept, call.reads):
+                kept.clear()  # type: ignore[union-attr]
 
     def _layout(
         self, composition: ex.Expression, sides: Mapping[str, Side], args: tuple, kwargs: Any

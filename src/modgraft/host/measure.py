@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modgraft.engine.graft import undivide
+
 CLOSE = 1e-3
 """How far a result may be off, as a share of the effect that is looked for."""
 
@@ -81,6 +83,7 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
     Buffers, attributes that layers set on themselves, what these hold, hooks, parameters of
     ``modules``, what trains, and random numbers are restored, also after an error.
     """
+    undivide(model)  # what is found again when it is needed
     every = [*model.modules(), *modules.modules()]
     attributes = [(m, dict(m.__dict__)) for m in every]
     own = [b for m in model.modules() for b in m._buffers.values() if b is not None]
@@ -98,6 +101,7 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 yield
         finally:
+            undivide(model)
             for module, kept in attributes:
                 module.__dict__.clear()
                 module.__dict__.update(kept)

@@ -15,6 +15,7 @@ from modgraft.engine.fast_paths import take_fast_paths
 from modgraft.engine.graft import ungraft_all
 from modgraft.engine.guard import let_go
 from modgraft.engine.implant import Implants
+from modgraft.engine.inputs.padding import count_padding_too
 from modgraft.engine.kernels.functional_call import new_weights, write
 from modgraft.engine.kernels.linear import Change
 from modgraft.engine.own_forward import check_copies
@@ -50,6 +51,7 @@ def merged(model: nn.Module, implants: Implants, composition: Expression | None)
     plain = ungraft_all(copy.deepcopy(model))
     take_fast_paths(plain)
     unwatch_forwards(plain)
+    count_padding_too(plain)
     let_go(plain)
     with torch.no_grad():
         for path, here in changes.items():

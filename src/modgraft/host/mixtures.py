@@ -45,10 +45,13 @@ def mixed_sites(model: nn.Module, implants: Implants, mixture: Mixture) -> list[
             _check_admitted(model, mixture.router, name, implant.at_sites(name))
         for label in implant.paths:
             site = find(model, label)[0]
-            if site.residual or site.parameter is not None:
+            weighed = mixture.level == "example" and mixture.aggregate.is_weighted_sum
+            if site.residual or (site.parameter is not None and not weighed):
+                or_else = "" if site.residual else ", or route examples, Soft(level='example')"
                 raise ModgraftError(
                     f"Mixture({list(mixture.over)}): {name!r} acts at {label}, inside the layer or "
-                    f"its residual, where it cannot be weighed; mix modules at layers' outputs"
+                    f"its residual, where it cannot be weighed; mix modules at layers' "
+                    f"outputs{or_else}"
                 )
             paths[site.path] = None
     mixture.check(members)

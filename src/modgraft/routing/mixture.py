@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import field, replace
 from itertools import chain
 from typing import Self, final
@@ -182,6 +182,11 @@ class Mixture(Computation):
             )
         return super().at(site)
 
+    def key(self, task: int) -> Hashable:
+        """Return what the call remembers the choice for the whole network by."""
+        (first,) = self.__dict__.get("_first", (self,))
+        return id(first), task
+
     def choose(self, call: Call, x: Tensor | None, y: Tensor, task: int) -> Routing:
         """Weigh the modules at a site: ``[N]`` for a task, ``[B, N]`` or ``[B, n, N]``.
 
@@ -195,7 +200,7 @@ class Mixture(Computation):
             SiteError: if tokens are routed and ``y`` has none.
         """
         (first,) = self.__dict__.get("_first", (self,))
-        key = (id(first), task)
+        key = self.key(task)
         if self.level != "token" and key in call.choices:  # one choice a call, at all sites
             return call.choices[key]
         if self.level == "task":
@@ -278,6 +283,15 @@ class RoutedMixture:
         self.mixture, self.task = mixture, task
         self.members = tuple(mixture.over)
         self.side_source = mixture.side_source
+
+    @property
+    def key(self) -> Hashable:
+        """What a call remembers its choice by, where that holds for the whole network."""
+        return self.mixture.key(self.task)
+
+    def train(self, mode: bool) -> None:
+        """Put the mixture into a mode, as a layer does with the modules that act in it."""
+        self.mixture.train(mode)
 
     def weights(
         self, call: Call, x: Tensor | None, y: Tensor, rows: Tensor | None, batch: int | None = None

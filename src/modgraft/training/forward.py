@@ -59,6 +59,10 @@ class Forward:
         Raises:
             ModgraftError: if there is none, or not one for each part.
         """
+        return self.with_losses(model, batch)[1]
+
+    def with_losses(self, model: nn.Module, batch: Batch) -> tuple[Any, Tensor]:
+        """Return what ``forward`` returns, and its loss as :meth:`losses` does."""
         parts: Parts | None = batch.get(PARTS)
         given = {k: v for k, v in batch.items() if k not in self.ignore and k != PARTS}
         with self._autocast(), nullcontext() if parts is None else Apart(parts.rows):
@@ -77,7 +81,7 @@ class Forward:
                 f"PyTorch's means, such as F.cross_entropy's, that can be taken for each part; "
                 f"train them one after the other, by host.fit"
             )
-        return loss
+        return output, loss
 
     def _autocast(self) -> Any:
         if self.precision == "bf16":

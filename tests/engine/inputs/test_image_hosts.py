@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+import modgraft as mg
 from engine.inputs.text_hosts import LENGTH, SPECIAL, drawn, ids, prompted
 
 IMAGE = 40
@@ -209,3 +210,18 @@ def test_a_text_and_an_image_in_one_sequence(masked: bool) -> None:
     batch["input_ids"] = torch.cat([text[:, :1], words, text[:, 1:]], 1)
     whole = host(**batch, modules=None)
     torch.testing.assert_close(ours.pooler_output, whole.pooler_output, rtol=1e-4, atol=1e-5)
+
+
+def test_the_positions_of_an_eye_are_not_those_of_the_text() -> None:
+    eye = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "intermediate_size": 24, "image_size": 8, "patch_size": 4}  # fmt: skip
+    config = tf.GitConfig(
+        vision_config=eye, vocab_size=41, hidden_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=24, max_position_embeddings=12, **SPECIAL,
+    )  # fmt: skip
+    host = mg.Host(tf.GitForCausalLM(config)).eval()
+    host.implant("p", mg.SoftPrompt(length=4))
+    words = torch.randint(3, 41, (2, 7))
+    assert host(input_ids=words).logits.shape[:2] == (2, 7)  # an eye of 5 positions
+    with pytest.raises(mg.ModgraftError, match="has 12 positions"):
+        host(input_ids=words.repeat(1, 2))

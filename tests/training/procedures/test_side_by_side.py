@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from transformers import BertForQuestionAnswering, MixtralConfig, MixtralForCausalLM
 
 import modgraft as mg
 from contract.hosts import HOSTS
@@ -162,8 +165,8 @@ def test_a_module_that_diverges_stops_nobody_else(tmp_path: Any) -> None:
     calls = {"n": 0}
 
     def spoil(module: Any, args: Any, out: Tensor) -> Tensor:
-        calls["n"] += 1  # a forward a step
-        if calls["n"] == 3:
+        calls["n"] += module.training  # a forward a step, beside those that compare losses
+        if module.training and calls["n"] == 3:
             out = out.clone()
             out[:de_rows] = torch.nan
         return out
@@ -282,8 +285,6 @@ class Odd(nn.Module):
         self.read = nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Any:
-        from types import SimpleNamespace
-
         return SimpleNamespace(loss=self.read(x).square().mean())
 
 
@@ -338,3 +339,91 @@ def test_a_loss_that_cannot_be_told_apart() -> None:
     data = {n: [{"x": torch.ones(2, 3)}] for n in ("a", "b")}
     with pytest.raises(mg.ModgraftError, match=r"loss \[\] where the batch has 2 parts \(a, b\)"):
         mg.fit_side_by_side(host, data, steps=1, **QUIET)
+
+
+def answers(lengths: list[int]) -> list[dict[str, Tensor]]:
+    """Make batches of texts with an answer in each."""
+    g = torch.Generator().manual_seed(sum(lengths))
+    return [
+        {
+            "input_ids": torch.randint(3, 41, (3, length), generator=g),
+            "start_positions": torch.randint(0, length, (3,), generator=g),
+            "end_positions": torch.randint(0, length, (3,), generator=g),
+        }
+        for length in lengths
+    ]
+
+
+def with_answers() -> mg.Host:
+    torch.manual_seed(0)
+    config = HOSTS["bert"].model().config
+    host = mg.Host(BertForQuestionAnswering(config))
+    for name in ("a", "b"):
+        host.implant(name, mg.LoRA(rank=2), "query", active=False)
+    return host
+
+
+@pytest.mark.parametrize("lengths", [[6], [9, 6]], ids=["at once", "later"])
+def test_a_loss_over_the_places_of_padded_texts_is_refused(lengths: list[int]) -> None:
+    host = with_answers()
+    data = {"a": answers(lengths), "b": answers([9] * len(lengths))}
+    before = {name: tensors(host, name) for name in data}
+    with pytest.raises(
+        mg.ModgraftError, match=r"the loss of 'a' is 1\.\d+ alone and 2\.\d+ in one"
+    ):
+        mg.fit_side_by_side(host, data, steps=2, **QUIET)
+    if len(lengths) == 1:  # before anything was trained
+        for name, own in before.items():
+            close(tensors(host, name), own, 0.0)
+
+
+def test_a_loss_over_places_of_texts_of_one_length() -> None:
+    host, twin = with_answers(), with_answers()
+    data = {"a": answers([7, 7]), "b": answers([7, 7])[::-1]}
+    for part in (*host.modules(), *twin.modules()):
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    found = mg.fit_side_by_side(host, data, steps=4, lr=1e-2, **QUIET)
+    for name in data:
+        twin[name].load_state_dict(with_answers()[name].state_dict())
+        with twin.using(name):
+            own = twin.fit(data[name], train=name, steps=4, lr=1e-2, **QUIET)
+        assert found[name].losses == pytest.approx(own.losses, rel=1e-5)
+        close(tensors(host, name), tensors(twin, name), 1e-5)
+
+
+def test_a_balance_of_experts_over_all_examples_is_refused() -> None:
+    small = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 41, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(**small, **heads, output_router_logits=True)
+    host = mg.Host(MixtralForCausalLM(config))
+    for name in ("a", "b"):
+        host.implant(name, mg.LoRA(rank=2), "query", active=False)
+    texts = {"a": answers([5])[0]["input_ids"], "b": answers([6])[0]["input_ids"]}
+    data = {name: [{"input_ids": ids, "labels": ids}] for name, ids in texts.items()}
+    with pytest.raises(mg.ModgraftError, match=r"the aux_loss of 'a' .*output_router_logits=False"):
+        mg.fit_side_by_side(host, data, steps=1, **QUIET)
+    config.output_router_logits = False
+    mg.fit_side_by_side(host, data, steps=1, **QUIET)
+
+
+class Chance(nn.Module):
+    """A host that reads a part of its input, left to chance also in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        shown = x * (torch.rand_like(x) < 0.5)
+        return SimpleNamespace(loss=F.mse_loss(self.read(shown), x[:, :2]))
+
+
+def test_a_loss_that_is_left_to_chance_is_not_compared() -> None:
+    host = mg.Host(Chance())
+    for name in ("a", "b"):
+        host.implant(name, mg.LoRA(rank=1), "read", active=False)
+    found = mg.fit_side_by_side(
+        host, {n: [{"x": torch.ones(2, 3)}] for n in "ab"}, steps=2, **QUIET
+    )
+    assert [history.stopped for history in found.values()] == ["steps", "steps"]

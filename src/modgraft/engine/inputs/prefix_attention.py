@@ -84,7 +84,7 @@ def _attend(
 ) -> Any:
     """Call ``function`` with what is in force at ``module`` before its keys ``[B, h, n, d]``."""
     state: State | None = module.__dict__.get(STATE)
-    before = None if state is None else _kept_before(state, key)
+    before = None if state is None else _kept_before(state, key, value)
     if not torch.compiler.is_dynamo_compiling() and (found := _observed.get()) is not None:
         found[module] = key, value
     if state is None or before is None:
@@ -142,20 +142,20 @@ class Before:
     seen: Tensor | None = None
 
 
-def _kept_before(state: State, key: Tensor) -> Before | None:
-    """Return what goes before ``key`` ``[B, h, n, d]``, made once in a call."""
+def _kept_before(state: State, key: Tensor, value: Tensor) -> Before | None:
+    """Return what goes before a layer's keys and values ``[B, h, n, d]``, made once in a call."""
     composition = state.context.now().composition
     if torch.compiler.is_dynamo_compiling() or composition is None:
-        return _before(state, key)
+        return _before(state, key, value)
     plan = state.plan(composition)
     if not plan.keeps_keys_values:
-        return _before(state, key)
+        return _before(state, key, value)
     alike = key.shape[0], key.shape[1], key.shape[3], key.dtype, key.device
-    return kept_in_call((plan, alike), lambda: _before(state, key))
+    return kept_in_call((plan, alike), lambda: _before(state, key, value))
 
 
-def _before(state: State, key: Tensor) -> Before | None:
-    """Return what goes before ``key`` ``[B, h, n, d]``, in the order of the composition.
+def _before(state: State, key: Tensor, value: Tensor) -> Before | None:
+    """Return what goes before keys and values ``[B, h, n, d]``, in the order of the composition.
 
     Compiled code puts in what every module of the host has there: switching the composition writes
     weights, which say what is seen, and changes no graph.
@@ -172,7 +172,7 @@ def _before(state: State, key: Tensor) -> Before | None:
 
     def one(name: str, rows: Tensor | None) -> list[KeysValues]:
         if name in entries:
-            return [_keys_values(entries[name], state, key, rows)]
+            return [_keys_values(entries[name], state, (key, value), rows)]
         if name not in mixed:
             return []
         each = [one(member, rows) for member in mixed[name].members]
@@ -193,15 +193,14 @@ def _before(state: State, key: Tensor) -> Before | None:
     if not isinstance(composition, Each):
         made = of(composition, None)
         return Before(names, *_joined(made)) if made else None
-    return _by_example(names, composition, key, of)
+    return _by_example(names, composition, (key, value), of)
 
 
 def _mixtures(state: State, entries: Mapping[str, Entry]) -> dict[str, RoutedMixture]:
     """Return the mixtures here that are over modules with keys and values, by name."""
     return {
         entry.name: entry.module
-        for some in state.entries.values()
-        for entry in some
+        for entry in state.every()
         if isinstance(entry.module, RoutedMixture)
         and any(m in entries for m in entry.module.members)
     }
@@ -210,7 +209,7 @@ def _mixtures(state: State, entries: Mapping[str, Entry]) -> dict[str, RoutedMix
 def _by_example(
     names: str,
     composition: Each,
-    key: Tensor,
+    own: KeysValues,
     of: Callable[[Expression, Tensor | None], list[KeysValues]],
 ) -> Before:
     """Return what goes before each example's own keys, padded to the longest and masked.
@@ -218,29 +217,30 @@ def _by_example(
     Args:
         names: the modules' names, for errors.
         composition: one for each example.
-        key: ``[B, h, n, d]``, the layer's own.
+        own: the layer's own, ``[B, h, n, d]``.
         of: an expression and the rows that it is for → what goes before theirs.
     """
+    key = own[0]
     batch = key.shape[0]
     times = max(1, batch // len(composition.rows))
-    some: list[tuple[list[int], KeysValues | None]] = []
+    made_of: list[tuple[list[int], KeysValues | None]] = []
     for row, examples in composition.different.items():
         rows = [i * times + k for i in examples for k in range(times)]
         index = torch.tensor(rows, device=key.device)
         made = [] if row is None else of(row, index)
-        some.append((rows, _joined(made) if made else None))
-    counts = {i: 0 if own is None else own[0].shape[2] for rows, own in some for i in rows}
+        made_of.append((rows, _joined(made) if made else None))
+    counts = {i: 0 if some is None else some[0].shape[2] for rows, some in made_of for i in rows}
     most = max(counts.values())
-    order = torch.tensor([i for rows, _ in some for i in rows], device=key.device).argsort()
+    order = torch.tensor([i for rows, _ in made_of for i in rows], device=key.device).argsort()
 
     def whole(of: int) -> Tensor:
         """Pad the keys (0) or values (1) of all examples on the left, ``[B, h, most, d]``."""
-        none = key.new_zeros(1, key.shape[1], most, key.shape[3])
+        none = key.new_zeros(1, key.shape[1], most, own[of].shape[3])
         padded = [
             none.expand(len(rows), -1, -1, -1)
-            if own is None
-            else F.pad(own[of], (0, 0, most - own[of].shape[2], 0))
-            for rows, own in some
+            if some is None
+            else F.pad(some[of], (0, 0, most - some[of].shape[2], 0))
+            for rows, some in made_of
         ]
         return torch.cat(padded)[order]
 
@@ -279,23 +279,23 @@ def _weighted_mean(name: str, several: list[tuple[Tensor, KeysValues]]) -> list[
     return [(both[0], both[1])] if several else []  # type: ignore[list-item]
 
 
-def _keys_values(entry: Entry, state: State, key: Tensor, rows: Tensor | None) -> KeysValues:
-    """Return what a module puts before keys ``[B, h, n, d]``, or before some rows of them."""
-    module, (batch, heads, _, width) = entry.module, key.shape
+def _keys_values(entry: Entry, state: State, own: KeysValues, rows: Tensor | None) -> KeysValues:
+    """Return what a module puts before keys and values ``[B, h, n, d]``, or some rows of them."""
+    module, (batch, heads, *_) = entry.module, own[0].shape
     assert isinstance(module, KeyValueComposition)  # noqa: S101
     side = None
     if module.side_source is not None:
         side = state.context.now().resolve(module.side_source, entry.name, batch, rows)
     batch = batch if rows is None else len(rows)
     keys, values = module.keys_values(batch, side)
-    for made in (keys, values):
+    for made, width in zip((keys, values), (own[0].shape[3], own[1].shape[3]), strict=True):
         if made.shape[:2] != (batch, heads) or made.shape[3] != width:
             raise ModgraftError(
                 f"{entry.name!r} made keys or values {list(made.shape)} for {state.path}, which "
                 f"attends to [{batch}, {heads}, n, {width}]; choose another attention layer with "
                 f"at=, or leave this one out"
             )
-    return keys.to(key.dtype), values.to(key.dtype)
+    return keys.to(own[0].dtype), values.to(own[0].dtype)
 
 
 def _extended(

@@ -40,13 +40,14 @@ def attend(
 
     Args:
         query: ``[B, h, 1, d]``.
-        first: K₁ and V₁ ``[B, kv, k, d]``; h / kv heads of queries have one head of keys.
+        first: K₁ and V₁ ``[B, kv, k, d]``, of which V₁ may be of another width; h / kv heads of
+            queries have one head of keys.
         second: K₂ and V₂ ``[B, kv, n, d]``.
         mask: ``[B or 1, h or 1, 1, k + n]``, bool (True is seen) or added to the scores.
         scaling: s; None: 1/√d.
 
     Returns:
-        ``[B, 1, h, d]``.
+        ``[B, 1, h, d]``, as wide as the values.
     """
     batch, heads, _, width = query.shape
     kv, count = first[0].shape[1:3]
@@ -62,4 +63,4 @@ def attend(
             scores = scores + mask
     of_first, of_second = scores.softmax(-1).split([count, second[0].shape[2]], -1)
     out = of_first @ first[1] + of_second @ second[1]  # [B, kv, h / kv, d]
-    return out.view(batch, 1, heads, width)
+    return out.view(batch, 1, heads, out.shape[-1])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import module_of
@@ -64,8 +64,8 @@ def fit_side_by_side(
 
     Raises:
         ModgraftError: for an unknown module or setting, a composition with another module that
-            trains, batches that cannot be one, a host whose loss cannot be told apart, or several
-            processes.
+            trains, batches that cannot be one, a host whose loss cannot be told apart or is another
+            one beside others, or several processes.
         KeyboardInterrupt: after saving all of them.
     """
     names = list(loaders)
@@ -148,6 +148,7 @@ class _Pass:
         config = getattr(host.model, "config", None)
         self.padding = getattr(config, "pad_token_id", None) or 0
         self.first = next(iter(runs.values()))
+        self.checked: set[bool] = set()  # whether batches are padded in a pass that was checked
 
     def going(self) -> dict[str, Run]:
         return {name: run for name, run in self.runs.items() if run.history.stopped is None}
@@ -197,8 +198,10 @@ class _Pass:
         """Run the batches that were `read` forward and backward once, and update each module."""
         step = next(iter(going.values())).step + 1
         batches: dict[str, Batch] = {name: group[0] for name, (group, _, _) in read.items()}
+        tagged = self._tagged(batches)
+        whole = together(list(tagged.values()), list(tagged), self.padding)
+        self._check(tagged, whole)
         seed_everything(self.first.settings.seed, "step", step, 0, 0)
-        whole = self._whole(batches)
         losses = self.first.forward.losses(self.first.host, whole)  # [N]
         if not losses.requires_grad:
             raise ModgraftError(
@@ -224,15 +227,46 @@ class _Pass:
         if shown:
             show.step(step, sum(shown.values()) / len(shown), self.first.lr, shown)
 
-    def _whole(self, batches: dict[str, Batch]) -> Batch:
-        """Return the batches joined into one, each example with its composition."""
-        ignore = self.first.settings.ignore
-        tagged = []
+    def _tagged(self, batches: dict[str, Batch]) -> dict[str, Batch]:
+        """Return what the host is given of each batch, with its composition."""
+        tagged = {}
         for name, batch in batches.items():
-            given = {k: v for k, v in batch.items() if k not in ignore}
+            given = {k: v for k, v in batch.items() if k not in self.first.settings.ignore}
             given["modules"] = self._composition(name, given.get("modules", name))
-            tagged.append(given)
-        return together(tagged, list(batches), self.padding)
+            tagged[name] = given
+        return tagged
+
+    @torch.no_grad()
+    def _check(self, tagged: dict[str, Batch], whole: Batch) -> None:
+        """Refuse a host that gives a module another loss in the pass than alone.
+
+        This is asked before the first step, and again before the first with padded batches or the
+        first without. A host whose loss is left to chance, as that of a masked autoencoder, cannot
+        be asked.
+
+        Raises:
+            ModgraftError: with both losses.
+        """
+        padded = any(_is_padded(batch, whole) for batch in tagged.values())
+        if len(tagged) == 1 or padded in self.checked:
+            return
+        self.checked.add(padded)
+        forward, host = self.first.forward, self.first.host
+        with own_modes(host.modules()):
+            host.eval()
+            before = _drawn_from()
+            output, losses = forward.with_losses(host, whole)
+            if not all(map(torch.equal, before, _drawn_from())):
+                return
+            near = _rounding(host, losses, self.first.settings.precision)
+            for (name, batch), loss in zip(tagged.items(), losses, strict=True):
+                own, alone = forward.with_losses(host, batch)
+                found = {"loss": (alone, loss), **_parts_of_loss(own, output)}
+                for what, (one, other) in found.items():
+                    if not torch.isclose(
+                        one, other.to(one), rtol=near**0.5, atol=100 * near, equal_nan=True
+                    ):
+                        raise ModgraftError(_differs(host, name, what, one, other, list(tagged)))
 
     def _composition(self, name: str, modules: Any) -> Any:
         for one in modules if isinstance(modules, list | tuple) else [modules]:
@@ -273,6 +307,49 @@ class _Pass:
             text += f" and saved; the same call goes on from there: {store.folder.parent}"
         show.say(text)
         return text
+
+
+def _is_padded(batch: Batch, whole: Batch) -> bool:
+    """Return whether ``batch`` has other shapes than it has in the whole one."""
+    tensors = [k for k, v in batch.items() if isinstance(v, Tensor) and v.dim()]
+    return any(batch[key].shape[1:] != whole[key].shape[1:] for key in tensors)
+
+
+def _rounding(host: nn.Module, losses: Tensor, precision: str) -> float:
+    """Return the relative rounding of one operation, of the coarsest in a forward of ``host``."""
+    types = {p.dtype for p in host.parameters() if p.is_floating_point()} | {losses.dtype}
+    types |= {torch.bfloat16} if precision == "bf16" else set()
+    tf32 = losses.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return max(torch.finfo(torch.float16).eps if tf32 else 0, *(torch.finfo(t).eps for t in types))
+
+
+def _parts_of_loss(own: Any, joined: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what two outputs say is in their loss for all examples, as a balance of experts."""
+    names = [key for key in own if "loss" in key and key != "loss"] if isinstance(own, dict) else []
+    return {
+        key: (own[key], joined[key])
+        for key in names
+        if isinstance(own[key], Tensor) and own[key].dim() == 0
+    }
+
+
+def _differs(
+    host: nn.Module, name: str, what: str, alone: Tensor, joined: Tensor, names: list[str]
+) -> str:
+    others = ", ".join(each for each in names if each != name)
+    return (
+        f"the {what} of {name!r} is {float(alone):.6g} alone and {float(joined):.6g} in one pass "
+        f"with {others}: that of a {type(host.get_submodule('model')).__name__} depends on the "
+        f"length that texts are padded to, as a softmax over places does, or on all examples, as a "
+        f"balance of experts does. Give the texts one length, leave a balance out "
+        f"(output_router_logits=False), or train one after the other, by host.fit"
+    )
+
+
+def _drawn_from() -> list[Tensor]:
+    """Return the states of the generators that a forward draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
 
 
 def _resumes_from(run: Run) -> float:

@@ -1,0 +1,75 @@
+"""Counts positions from where a text begins, where modules put keys and values before its own.
+
+Keys before a text stand still. A model that is given no positions counts those of padding on the
+left too, and so moves the text away from these keys. A model whose positions are rotations does not
+notice where its counting begins, as long as it is alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.core.compiled import switched
+from modgraft.core.context import Context
+from modgraft.core.embeddings import arguments_of, counts_from
+from modgraft.engine.inputs.rows import MASK, POSITIONS
+
+_TEXTS = ("input_ids", "inputs_embeds")
+
+
+class CountFromText:
+    """A forward pre-hook: gives a model the positions of a text that is padded on the left.
+
+    Args:
+        context: the host's.
+        arguments: the names of the arguments that the model takes, in order.
+        first: the position that the model gives a text's first token.
+    """
+
+    def __init__(self, context: Context, arguments: tuple[str, ...], first: int) -> None:
+        self.context, self.arguments, self.first = context, arguments, first
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Return other arguments for the call, None where these will do."""
+        composition = self.context.now().composition
+        names = () if composition is None else composition.names()
+        acting = [name for name in names if name in self.context.keys_values]
+        if not acting:
+            return None
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        mask, texts = given.get(MASK), [given[key] for key in _TEXTS if given.get(key) is not None]
+        if given.get(POSITIONS) is not None or not texts:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        if not torch.compiler.is_dynamo_compiling() and bool(mask[:, 0].all()):
+            return None
+        start = (mask != 0).int().argmax(1, keepdim=True)  # [B, 1]
+        if switched(composition):  # weights say what acts
+            weights: dict[str, Any] = composition.weights()  # type: ignore[union-attr]
+            start = start * torch.stack([weights[name] != 0 for name in acting]).any()
+        places = torch.arange(mask.shape[1], device=mask.device) - start  # [B, n], also of a cache
+        places = places.clamp(min=0)[:, -texts[0].shape[1] :] + self.first
+        return (), {**given, POSITIONS: places}
+
+
+def count_from_texts(model: nn.Module, context: Context) -> None:
+    """Let each part of ``model`` that is free to count from its texts, unless it does."""
+    for part in model.modules():
+        if not _hooks(part) and (first := counts_from(part)) is not None:
+            hook = CountFromText(context, arguments_of(part), first)
+            part.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def count_padding_too(model: nn.Module) -> None:
+    """Undo :func:`count_from_texts` everywhere in ``model``."""
+    for part in model.modules():
+        for key in _hooks(part):
+            del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]
+
+
+def _hooks(part: nn.Module) -> list[int]:
+    return [k for k, hook in part._forward_pre_hooks.items() if isinstance(hook, CountFromText)]
