@@ -264,7 +264,7 @@ def test_parts_that_are_compiled_by_themselves() -> None:
         torch.testing.assert_close(call.result(), wanted["a"])
 
 
-def test_calls_beside_a_probe_or_a_merge_are_right() -> None:
+def test_calls_beside_a_probe_a_merge_or_a_copy_are_right() -> None:
     host = host_of("a", "b")
     expected = {name: host(X, modules=name) for name in "ab"}
     stop, wrong = threading.Event(), []
@@ -282,11 +282,15 @@ def test_calls_beside_a_probe_or_a_merge_are_right() -> None:
             for _ in range(5):
                 host.probe({"x": X})
                 host.merge("a")
+                copied = copy.deepcopy(host)
+                assert torch.allclose(copied(X, modules="a"), expected["a"])
         finally:
             stop.set()
         for each in running:
             each.result()
     assert not wrong
+    assert "a" in host
+    copied.remove("a")  # which waits for no call of the original
 
 
 def test_change_after_change_lets_calls_in() -> None:

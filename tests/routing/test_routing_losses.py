@@ -40,17 +40,55 @@ def loss_of(run: Any, **how: Any) -> torch.Tensor:
 def test_in_a_tuple_and_in_a_compiled_host() -> None:
     router = mg.NoisyTopK(1, level="token")
     expected = loss_of(host_of(router))
-    bare = loss_of(host_of(router).model)
-    assert abs(expected.item() - bare.item()) > 1e-3  # which adds nothing
+    without = loss_of(host_of(mg.NoisyTopK(1, level="token", importance=0.0, load=0.0)))
+    assert abs(expected.item() - without.item()) > 1e-3
     torch.testing.assert_close(loss_of(host_of(router), return_dict=False), expected)
     torch._dynamo.reset()
     compiled = loss_of(torch.compile(host_of(router), backend="eager"))
     torch.testing.assert_close(compiled, expected)
 
 
-@pytest.mark.parametrize(
-    "router", [mg.NoisyTopK(1, level="token"), mg.Top1("reinforce", level="token")]
-)
+ADDING = [mg.NoisyTopK(1, level="token"), mg.Top1("reinforce", level="token")]
+
+
+def trained(host: mg.Host, run: Any, **how: Any) -> list[torch.Tensor]:
+    """Return the loss of a call, and its gradients, before any other loss is known."""
+    host.zero_grad()
+    for place in host["mix"].places:
+        place.baseline = None  # type: ignore[assignment]
+    loss = loss_of(run, **how)
+    loss.backward()
+    own = list(host.implants.parameters())
+    return [loss.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in own)]
+
+
+@pytest.mark.filterwarnings("ignore")  # of where the graph ends
+@pytest.mark.parametrize("router", [*ADDING, mg.Soft(level="task"), mg.NoisyTopK(1, level="task")])
+def test_in_the_model_called_without_the_host(router: mg.Router) -> None:
+    host = host_of(router)
+    expected = trained(host, host)
+    runs: list[Any] = [host.model]
+    if router is ADDING[0]:
+        torch._dynamo.reset()
+        runs.append(torch.compile(host.model, backend="eager"))
+    for run in runs:
+        for _ in range(2):  # what one call chose and added is not the next one's
+            torch.testing.assert_close(trained(host, run), expected)
+    with host.using("mix"):
+        for _ in range(2):
+            torch.testing.assert_close(trained(host, host.model, return_dict=False), expected)
+    assert not host._context.compiled.bare.routings  # nothing holds the graph
+
+
+@pytest.mark.filterwarnings("ignore")  # of where the graph ends
+def test_examples_are_routed_where_the_host_is_called() -> None:
+    host = host_of(mg.Soft(level="example"))
+    for run in (host.model, torch.compile(host.model, backend="eager")):
+        with pytest.raises(mg.ModgraftError, match="call the host and not its model"):
+            loss_of(run)
+
+
+@pytest.mark.parametrize("router", ADDING)
 def test_out_of_a_reentrant_block_they_are_refused(router: mg.Router) -> None:
     host = host_of(router)
     host.model.activation_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]

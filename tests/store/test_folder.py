@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,28 @@ def test_a_process_that_has_only_a_host_can_load_every_method() -> None:
     command = [sys.executable, "-c", code, *sorted(methods)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == sorted(methods)
+
+
+@pytest.mark.parametrize("folder", [123, None, b"qa", ["qa"], "q\0a", "file", "file/under"])
+def test_what_is_no_folder_is_refused_by_name(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    host = mg.Host(torch.nn.Linear(2, 2))
+    host.implant("qa", mg.LoRA(rank=1), at="")
+    batch = {"input": torch.ones(1, 2)}
+    calls = {
+        "host.save": lambda: host.save("qa", folder),
+        "host.load": lambda: host.load(folder),
+        "fit(folder=)": lambda: host.fit([batch], train="qa", steps=1, folder=folder),
+    }
+    if folder is None:
+        del calls["fit(folder=)"]  # which keeps nothing
+    for what, call in calls.items():
+        with pytest.raises(mg.ModgraftError, match=re.escape(what)):
+            call()
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_damaged_module_folders(tmp_path: Path) -> None:

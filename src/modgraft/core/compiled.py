@@ -145,6 +145,10 @@ class Compiled:
         self.by_parts = True
         return self.filled(self.call)
 
+    def is_past_the_host(self) -> bool:
+        """Return whether no call of the host is under way, as in ``torch.compile(host.model)``."""
+        return self.traced is None and self.call is self.bare
+
     def filled(self, call: Any) -> Any:
         """Return ``call`` with the composition that the code runs, where it has none of its own."""
         if call.composition is not None or not self.order:  # its weights are data

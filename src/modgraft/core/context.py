@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -169,6 +169,12 @@ class Call:
                 torch.cuda.set_rng_state(state, device)
 
         return take_back
+
+    def forget(self) -> None:
+        """Let go of what sites have worked out, before another call begins in its place."""
+        self.choices.clear()
+        self.routings.clear()
+        self.outputs.clear()
 
     def resolve(
         self,
@@ -416,7 +422,8 @@ class Context:
     def enter(self) -> None:
         """Begin a forward of the host's model, in the call under way or in one of its own."""
         call = self.current()
-        call = call if call.in_forward else replace(call, in_forward=True)
+        if not call.in_forward:  # of a using block perhaps, in which there may be many
+            call = Call(call.composition, call.side, call.generating, True, call.spliced)
         _calls.set((*_calls.get(), (self, call, _backward())))
 
     def leave(self) -> Call:

@@ -10,7 +10,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modgraft.core.errors import DataError, MissingFileError
+from modgraft.core.errors import DataError, MissingFileError, ModgraftError
+
+
+def folder_path(folder: object, what: str) -> Path:
+    """Return the path of a folder that may be written.
+
+    Args:
+        folder: What was given.
+        what: What takes it, for the message.
+
+    Raises:
+        ModgraftError: It is no path, or a file is where a folder would have to be.
+    """
+    name = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
+    if not isinstance(name, str) or "\0" in name:
+        raise ModgraftError(
+            f"{what} takes the path of a folder, a str or a pathlib.Path, and got {folder!r:.80}"
+        )
+    path = Path(name)
+    for each in (path, *path.parents):
+        if each.exists() and not each.is_dir():
+            raise ModgraftError(f"{what}: {each} is a file, and no folder; choose another path")
+    return path
 
 
 @contextmanager

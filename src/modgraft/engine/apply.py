@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import EXAMPLE
+from modgraft.core.errors import SideError
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import feature_axis, weight_matrix, with_own_gradient
 from modgraft.core.parts import share
@@ -72,7 +73,7 @@ class Applier:
                 continue  # the layer has run with its change
             module = entry.module
             if isinstance(module, RoutedMixture):
-                total = _mix(self, module, y, total, weight)
+                total = _mix(self, name, module, y, total, weight)
             elif entry.changes_weight:
                 total = self._changed_weight(entry, total, weight)
             elif isinstance(module, FunctionComposition | Batched):
@@ -188,11 +189,23 @@ def _in_force(state: State, name: str) -> bool:
 # -- mixtures -------------------------------------------------------------------------------------
 
 
-def _mix(at: Applier, routed: RoutedMixture, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
-    """Return ``total`` + weight · (g(α, {h_j(y)}) − y), a mixture's effect."""
+def _mix(
+    at: Applier, name: str, routed: RoutedMixture, y: Tensor, total: Tensor, weight: Weight
+) -> Tensor:
+    """Return ``total`` + weight · (g(α, {h_j(y)}) − y), a mixture's effect.
+
+    Raises:
+        SideError: if examples are routed and this call has none to read.
+    """
     mixture = routed.mixture
     if mixture.side_source == EXAMPLE and EXAMPLE not in at.site.call.side:
-        return total  # compiled code holds every module of the host: this one is not in force
+        if torch.compiler.is_dynamo_compiling() and not _in_force(at.site.state, name):
+            return total  # compiled code holds every module of the host
+        raise SideError(
+            f"{name!r} goes by the text of each example, which host(...) reads, and this call has "
+            f"none: call the host and not its model, or pass host(..., side={{'{EXAMPLE}': "
+            f"mg.Side(vectors[:, None])}})"
+        )
     members = [at.entries.get(name, ()) for name in routed.members]
     names, weights, sparse = list(routed.members), [], False
     if mixture.router is not None:

@@ -29,6 +29,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import STATE, stored
 from modgraft.core.patterns import joined
 from modgraft.core.tensors import check_whole
+from modgraft.routing.losses import with_routing_losses
 
 COPIED = "_modgraft_copied"
 """Marks a shallow copy of a layer that runs with changed tensors, which it reads as they are."""
@@ -294,6 +295,8 @@ class _Enter:
                 are in force, which are put in where the host is called.
         """
         if torch.compiler.is_dynamo_compiling():
+            if self.is_root and self.context.compiled.is_past_the_host():
+                self.context.compiled.bare.forget()
             return
         call = self.context.current()
         self.context.enter()
@@ -311,13 +314,20 @@ class _Enter:
 class _Leave(_Enter):
     """A forward hook that always runs: a forward has ended."""
 
-    def __call__(self, module: nn.Module, args: Any, out: Any = None) -> None:
-        """Leave the output as it is."""
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None, out: Any = None) -> Any:
+        """Add what routers add to the loss to that of a model that was called without the host."""
         if torch.compiler.is_dynamo_compiling():
-            return
+            compiled = self.context.compiled
+            if self.is_root and compiled.is_past_the_host():
+                out = with_routing_losses(out, compiled.bare.routings, kwargs)
+                compiled.bare.routings.clear()
+            return out
         call = self.context.leave()
         for check in call.reads if self.is_root else ():
             check()
+        if self.is_root and call.routings and not self.context.in_forward():
+            return with_routing_losses(out, call.routings, kwargs)
+        return out
 
 
 def watch_forwards(model: nn.Module, context: Context) -> None:
@@ -326,7 +336,8 @@ def watch_forwards(model: nn.Module, context: Context) -> None:
         return
     for part in _models(model):
         part.register_forward_pre_hook(_Enter(context, part is model))
-        part.register_forward_hook(_Leave(context, part is model), always_call=True)
+        leave = _Leave(context, part is model)
+        part.register_forward_hook(leave, with_kwargs=True, always_call=True)
 
 
 def unwatch_forwards(model: nn.Module) -> None:
@@ -336,6 +347,7 @@ def unwatch_forwards(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Enter)]:
                 del hooks[key]
                 part._forward_hooks_always_called.pop(key, None)
+                part._forward_hooks_with_kwargs.pop(key, None)
 
 
 def _models(model: nn.Module) -> Iterator[nn.Module]:

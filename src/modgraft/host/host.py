@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
 from modgraft.core.errors import ModgraftError, UndividedError
+from modgraft.core.files import folder_path
 from modgraft.core.layers import STATE
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find
@@ -76,10 +78,10 @@ from modgraft.host.mixtures import (
     join_prompts,
     mixed_sites,
     routed,
-    with_routing_losses,
 )
 from modgraft.host.probe import probe
 from modgraft.host.probe_result import Probe
+from modgraft.routing.losses import with_routing_losses
 from modgraft.routing.mixture import Mixture
 
 TARGETS = {"labels", "return_loss", "num_items_in_batch"}
@@ -132,6 +134,14 @@ class Host(AsModel):
     def model(self) -> nn.Module:  # type: ignore[override]
         """The model, which is called without the checks that a call of the host makes."""
         return self._modules["model"]  # type: ignore[return-value]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Host:
+        """Copy the host when the calls of other threads have ended, and hold off new ones."""
+        with self._guard.gate.change("copy.deepcopy(host)"):
+            make, arguments, state = self.__reduce_ex__(4)
+            memo[id(self)] = new = make(*arguments)
+            new.__setstate__(copy.deepcopy(state, memo))
+        return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hook what the modules of an unpickled host need hooked in this process."""
@@ -358,7 +368,7 @@ class Host(AsModel):
             call = self._context.compiled.filled(call)
             with self._context.call(call):
                 out = self.model(*args, **kwargs)
-            return with_routing_losses(out, call, kwargs) if call.routings else out
+            return with_routing_losses(out, call.routings, kwargs) if call.routings else out
         if callable(eval_frame.get_eval_frame_callback()):
             warnings.warn(NOT_COMPILED, stacklevel=4)
         return self._call_eagerly(False, side, modules, args, kwargs)
@@ -397,7 +407,7 @@ class Host(AsModel):
                     f"forward, unless TrainingArguments(remove_unused_columns=False)"
                 ) from error
         learns = call.routings and not generating
-        return with_routing_losses(out, call, kwargs) if learns else out
+        return with_routing_losses(out, call.routings, kwargs) if learns else out
 
     def _run(
         self, run: Callable[..., Any], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -527,7 +537,7 @@ class Host(AsModel):
         """
         from modgraft.store.folder import save
 
-        return save(self[name], self.model, Path(folder))
+        return save(self[name], self.model, folder_path(folder, "host.save"))
 
     def load(self, folder: str | Path, name: str | None = None, *, strict: bool = True) -> Implant:
         """Implant a saved module; see :mod:`modgraft.store.folder`.
@@ -542,8 +552,9 @@ class Host(AsModel):
         """
         from modgraft.store.folder import load
 
-        with self._guard.gate.change(f"host.load({str(folder)!r})"):
-            return load(self, Path(folder), name, strict=strict)
+        path = folder_path(folder, "host.load")
+        with self._guard.gate.change(f"host.load({str(path)!r})"):
+            return load(self, path, name, strict=strict)
 
     def merge(self, composition: Composition | EllipsisType = ...) -> nn.Module:
         """Merge a composition into a copy of the model, which runs without modgraft.

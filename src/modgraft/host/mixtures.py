@@ -21,7 +21,6 @@ from modgraft.core.sites import Site, find
 from modgraft.engine.implant import Implant, Implants
 from modgraft.engine.inputs.rows import IGNORED
 from modgraft.routing.base import Member, Router
-from modgraft.routing.losses import example_losses
 from modgraft.routing.mixture import Mixture
 
 
@@ -181,23 +180,3 @@ def _example(
                 f"side={{'{EXAMPLE}': mg.Side(vectors[:, None])}}"
             )
     return Side(embeddings.detach(), seen)
-
-
-def with_routing_losses(out: Any, call: Call, kwargs: dict[str, Any]) -> Any:
-    """Add the losses of the routers that learn in this call to ``out.loss``.
-
-    Without ``return_dict`` the loss is the first of a tuple, where there are labels. A
-    score-function estimator needs the loss of each example, which is computed from logits and
-    labels where they have the usual shapes.
-    """
-    in_tuple = isinstance(out, tuple) and kwargs.get("labels") is not None
-    loss, logits = out[:2] if in_tuple else (getattr(out, n, None) for n in ("loss", "logits"))
-    if not isinstance(loss, Tensor) or loss.dim():
-        return out
-    each = example_losses(logits, kwargs.get("labels"), loss)
-    for mixture, routing in call.routings:
-        loss = loss + mixture.routing_loss(routing, each)
-    if isinstance(out, tuple):
-        return loss, *out[1:]
-    out.loss = loss
-    return out

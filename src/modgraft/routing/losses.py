@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Routings = Sequence[tuple[Any, Any]]
+"""Mixtures, and what their routers chose."""
 
 
 def squared_variation(x: Tensor) -> Tensor:
@@ -88,6 +92,31 @@ def example_losses(logits: Any, labels: Any, loss: Tensor) -> Tensor:
         if (shifted.mean() - loss.detach()).abs() < (same.mean() - loss.detach()).abs():
             return shifted
     return same
+
+
+def with_routing_losses(out: Any, routings: Routings, kwargs: dict[str, Any]) -> Any:
+    """Add the losses of the routers that learn in a call of a host to ``out.loss``.
+
+    Without ``return_dict`` the loss is the first of a tuple, where there are labels. A
+    score-function estimator needs the loss of each example, which is computed from logits and
+    labels where they have the usual shapes.
+
+    Args:
+        out: what the host's model put out.
+        routings: each mixture that learns, with its choice.
+        kwargs: what the model was called with by name.
+    """
+    in_tuple = isinstance(out, tuple) and kwargs.get("labels") is not None
+    loss, logits = out[:2] if in_tuple else (getattr(out, n, None) for n in ("loss", "logits"))
+    if not isinstance(loss, Tensor) or loss.dim():
+        return out
+    each = example_losses(logits, kwargs.get("labels"), loss)
+    for mixture, routing in routings:
+        loss = loss + mixture.routing_loss(routing, each)
+    if isinstance(out, tuple):
+        return loss, *out[1:]
+    out.loss = loss
+    return out
 
 
 def _mean_over_tokens(logits: Tensor, labels: Tensor) -> Tensor:

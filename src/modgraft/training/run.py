@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.files import folder_path
 from modgraft.training import checkpoint as disk
 from modgraft.training import stream as data
 from modgraft.training.forward import Forward, mean_loss, mean_parts, own_modes
@@ -61,7 +61,9 @@ class Run:
         self.settings, self.accelerator = settings, accelerator
         self.store: disk.Checkpoints | None = None
         if settings.folder is not None:
-            self.store = disk.Checkpoints(Path(settings.folder), keep=settings.keep)
+            self.store = disk.Checkpoints(
+                folder_path(settings.folder, "fit(folder=)"), keep=settings.keep
+            )
         self.noted: Callable[[], AbstractContextManager[None]] = nullcontext  # writes the note
 
         self.step, self.place = 0, (0, 0)  # completed steps, and the next (epoch, batch)
