@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from modgraft.core.context import UNSEEN
 from modgraft.core.layers import STATE
-from modgraft.core.tensors import first_tensor
 from modgraft.engine.capturing import captures
 from modgraft.engine.graft import restore
 
@@ -67,11 +66,12 @@ def ask(
         kwargs: what it is called with by name.
         count: how many examples this is; None: as many as the first tensor has, along any axis.
     """
-    first = first_tensor(args, dict(kwargs))
-    sizes = () if first is None else first.shape[:2]
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     twin, best = _twin(model), None
-    for axis, size in enumerate(sizes):
-        if count not in (None, size):
+    for axis in range(2):
+        sizes = [value.shape[axis] for value in tensors if value.dim() > axis]
+        size = sizes[0] if sizes and count is None else count
+        if size is None or size not in sizes:
             continue
         try:
             found = _ask_along(twin, args, kwargs, size, axis)
