@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -85,6 +86,29 @@ def test_plain_texts_hold_nothing_that_words_are_asked_of() -> None:
     assert all(8 <= len(t.split()) <= 24 for t in plain_texts())
     read = set(library.docstrings()[::2])
     assert not read & set(library.docstrings()[1::2])
+
+
+def test_what_others_do_to_the_standard_library_is_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As torch replaces ``inspect.getfile``, and transformers adds to ``logging.Logger``."""
+    docstrings, signatures, names = library.docstrings(), library.signatures(), library.names()
+
+    def added(added_parameter: int) -> None:
+        """Say something that no library says."""
+
+    monkeypatch.setattr(added, "__module__", "logging")
+    monkeypatch.setattr(logging.Logger, "added", added, raising=False)
+    monkeypatch.delattr("base64.b64decode")
+    for read, before in (
+        (library.docstrings, docstrings),
+        (library.signatures, signatures),
+        (library.names, names),
+    ):
+        library._documented_objects.cache_clear()
+        read.cache_clear()
+        assert read() == before
+    assert "added_parameter" not in names
 
 
 def test_bad_input() -> None:

@@ -57,6 +57,9 @@ def test_denoising_asks_for_the_spans_or_for_the_whole() -> None:
     assert read == [rows[i % len(rows)] for i in range(200)]
     whole = sum(pair.target[:-1] == rows.rows[i % len(rows)] for i, pair in enumerate(read))
     assert 70 < whole < 180
+    state = random.getstate()
+    assert set(rows.lengths) == {len(ids) + 1 for ids in rows.rows}
+    assert random.getstate() == state  # how long a text is, is no draw
     assert all(pair.input[-1] == pair.target[-1] == tokenizer.eos_token_id for pair in read)
 
 

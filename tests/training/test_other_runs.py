@@ -79,6 +79,13 @@ def test_lists_of_batches_are_told_apart(tmp_path: Path) -> None:
     assert host().fit(batches, train="a", folder=tmp_path, **GIVEN).resumed_from == 4
 
 
+def test_a_run_that_has_ended_refuses_other_rows(tmp_path: Path) -> None:
+    first = host().fit(rows(), train="a", folder=tmp_path, **GIVEN)
+    with pytest.raises(mg.ModgraftError, match="other data .*the first batch"):
+        host().fit(rows(change=0), train="a", folder=tmp_path, **GIVEN)
+    assert host().fit(rows(), train="a", folder=tmp_path, **GIVEN).losses == first.losses
+
+
 def test_rows_that_differ_at_every_reading_tell_nothing(tmp_path: Path) -> None:
     class Augmented(Pairs):
         own = random.Random(0)  # a generator that nobody seeds

@@ -156,9 +156,14 @@ def check_weight(method: str, site: Site, experts: bool = False) -> None:
             f"{method} at {site.label}: this parameter is {list(weight.shape)}, and {method} "
             f"changes weights [out, in]{hint}"
         )
-    if site.part is None:
-        return
-    rows, count = weight_matrix(layer, None, site.parameter).shape[-2], site.part.pieces
+    if site.part is not None:
+        _check_part(method, site, site.part.pieces)
+
+
+def _check_part(method: str, site: Site, count: int) -> None:
+    """Refuse one of ``count`` parts of a weight that has no such parts."""
+    layer, kind = site.module, type(site.module).__name__
+    rows = weight_matrix(layer, None, site.parameter).shape[-2]
     whole = site.label.rpartition("[")[0]
     if isinstance(layer, nn.Embedding):
         raise SiteError(f"{method} at {site.label}: a table has no parts; write at={whole!r}")

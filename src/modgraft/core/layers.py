@@ -34,8 +34,12 @@ def stored(layer: nn.Module, name: str | None) -> Tensor:
 
     A layer with modules answers whoever else asks with its changed weight.
     """
+    name = name or "weight"
+    own = layer._parameters.get(name)
+    if own is not None:
+        return own
     value: Any = layer
-    for each in (name or "weight").split("."):
+    for each in name.split("."):
         value = _own(value, each)
     return value
 

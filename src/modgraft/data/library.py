@@ -1,17 +1,23 @@
-"""Docstrings, signatures and names of the standard library, from the running interpreter.
+"""Docstrings, signatures and names of the standard library.
 
 This is real text that needs no download. It depends on the version of Python, and so do figures
-that are measured on it.
+that are measured on it. It does not depend on what else is imported: other packages add to the
+standard library and replace parts of it, so an interpreter without them reads it, which runs this
+file.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 MODULES = (
@@ -43,22 +49,14 @@ class Parameter(NamedTuple):
 @cache
 def docstrings() -> tuple[str, ...]:
     """Return all docstrings, each on one line, sorted and without repetitions."""
-    found = {" ".join(doc.split()) for _, _, doc in _documented_objects()}
+    found = {" ".join(doc.split()) for _, doc, _ in _documented_objects()}
     return tuple(sorted(found - {""}))
 
 
 @cache
 def signatures() -> dict[str, tuple[Parameter, ...]]:
     """Return name → parameters of every function and method; ``*args`` keep their star."""
-    found: dict[str, tuple[Parameter, ...]] = {}
-    for name, thing, _ in _documented_objects():
-        if not inspect.isroutine(thing):
-            continue
-        try:
-            parameters = inspect.signature(thing).parameters.values()
-        except (ValueError, TypeError):
-            continue  # written in C, without a signature
-        found[name] = tuple(_parameter(p) for p in parameters)
+    found = {name: own for name, _, own in _documented_objects() if own is not None}
     return dict(sorted(found.items()))
 
 
@@ -69,6 +67,36 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(own | {p.name for params in signatures().values() for p in params}))
 
 
+@cache
+def _documented_objects() -> tuple[tuple[str, str, tuple[Parameter, ...] | None], ...]:
+    """Return the qualified name, the docstring and the parameters of everything that is defined."""
+    alone = [sys.executable, "-I", "-S", str(Path(__file__))]  # without packages
+    read = subprocess.run(alone, check=True, capture_output=True, encoding="ascii")  # noqa: S603
+    return tuple(
+        (name, doc, None if own is None else tuple(Parameter(*p) for p in own))
+        for name, doc, own in json.loads(read.stdout)
+    )
+
+
+# -- in that interpreter -------------------------------------------------------------------------
+
+
+def _read() -> list[tuple[str, str, list[Parameter] | None]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some names warn when they are read
+        found = [each for module in MODULES.split() for each in _members(module)]
+    return [(name, doc, _parameters(thing)) for name, thing, doc in found]
+
+
+def _parameters(thing: Any) -> list[Parameter] | None:
+    if not inspect.isroutine(thing):
+        return None
+    try:
+        return [_parameter(p) for p in inspect.signature(thing).parameters.values()]
+    except (ValueError, TypeError):
+        return None  # written in C, without a signature
+
+
 def _parameter(p: inspect.Parameter) -> Parameter:
     star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
     # other defaults print addresses, or sets in random order, which differ from run to run
@@ -77,14 +105,6 @@ def _parameter(p: inspect.Parameter) -> Parameter:
     )
     default = None if p.default is p.empty else repr(p.default) if plain else "..."
     return Parameter(star + p.name, default)
-
-
-@cache
-def _documented_objects() -> tuple[tuple[str, Any, str], ...]:
-    """Return qualified name, object and docstring of everything that the modules define."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some names warn when they are read
-        return tuple(found for module in MODULES.split() for found in _members(module))
 
 
 def _members(module: str) -> Iterator[tuple[str, Any, str]]:
@@ -102,3 +122,7 @@ def _members(module: str) -> Iterator[tuple[str, Any, str]]:
 def _doc(thing: object) -> str:
     doc = getattr(thing, "__doc__", None)
     return doc if isinstance(doc, str) else ""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_read()))

@@ -48,6 +48,11 @@ class Pairs(Dataset[Pair]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each input."""
+        return [len(row.input) for row in self.rows]
+
     def __getitem__(self, index: int) -> Pair:
         return self.rows[index]
 
@@ -76,6 +81,11 @@ class Denoising(Dataset[Pair]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each text, before spans are left out of it."""
+        return [len(row) + 1 for row in self.rows]
 
     def __getitem__(self, index: int) -> Pair:
         ids = self.rows[index]

@@ -22,6 +22,7 @@ from modgraft.core.context import UNSEEN
 from modgraft.core.layers import STATE
 from modgraft.engine.capturing import captures
 from modgraft.engine.graft import restore
+from modgraft.engine.writes import taken_back
 
 Seen = dict[str, list[Tensor]]
 
@@ -196,7 +197,8 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
                 handles.append(around.register_forward_hook(keep(_AROUND + path)))
     try:
         devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
-        with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+        random = torch.random.fork_rng(sorted(devices, key=str))
+        with torch.no_grad(), random, taken_back(twin):
             twin(*args, **kwargs)
     finally:
         for handle in handles:

@@ -8,7 +8,8 @@ registered children.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial, wraps
 from typing import Any
 
@@ -89,13 +90,18 @@ def _state_of(layer: nn.Module, path: str, context: Context) -> State:
     state: State | None = layer.__dict__.get(STATE)
     if state is None:
         state = State(path, context)
-        kind = _grafted(type(layer))
-        layer.__dict__[STATE] = state
-        layer.__class__ = kind
-        if "forward" in layer.__dict__:
-            layer.__dict__[PATCHED] = layer.__dict__.pop("forward")
+        _put(layer, state)
         state.by_weight = by_weight(layer)
     return state
+
+
+def _put(layer: nn.Module, state: State) -> None:
+    """Swap the class of a layer; :func:`restore` undoes it."""
+    kind = _grafted(type(layer))
+    layer.__dict__[STATE] = state
+    layer.__class__ = kind
+    if "forward" in layer.__dict__:
+        layer.__dict__[PATCHED] = layer.__dict__.pop("forward")
 
 
 def _link_tokens(host: nn.Module) -> Reading:
@@ -130,6 +136,19 @@ def restore(layer: nn.Module) -> None:
     del layer.__dict__[STATE]
     if PATCHED in layer.__dict__:
         layer.__dict__["forward"] = layer.__dict__.pop(PATCHED)
+
+
+@contextmanager
+def restored(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let grafted layers be what they were before their first module came, in a ``with`` block."""
+    states = [layer.__dict__[STATE] for layer in layers]
+    for layer in layers:
+        restore(layer)
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, states, strict=True):
+            _put(layer, state)
 
 
 def ungraft_all(model: nn.Module) -> nn.Module:

@@ -69,20 +69,21 @@ def _run(
     groups = state.groups(composition)
     if not groups:
         return own_forward.run(layer, (), args, kwargs)
-    if call.spliced is None:
+    if call.spliced is None and state.context.token_modules:
         inputs = state.token_modules(state.context.token_modules_in(composition))
         if inputs:
             run_inside = partial(run, layer)
             return call_with_tokens(layer, state, call, inputs, run_inside, args, kwargs)
 
     site = SiteCall(layer, state, call, args, kwargs)
+    whole = None if isinstance(composition, Each) else groups[0]
     if any(group.residual for group in groups):
         site.args, site.kwargs = _shift_residual(site, composition)
     x = first_tensor(site.args, site.kwargs)
     if x is not None and x.is_nested:
         with _nested(site, composition):
-            return _act(site, groups, composition, x)
-    return _act(site, groups, composition, x)
+            return _act(site, groups, whole, composition, x)
+    return _act(site, groups, whole, composition, x)
 
 
 @contextmanager
@@ -105,14 +106,18 @@ def _nested(site: SiteCall, composition: Expression) -> Iterator[None]:
         ) from error
 
 
-def _act(site: SiteCall, groups: Sequence[Group], composition: Expression, x: Tensor | None) -> Any:
-    """Run the layer, and apply the composition to its output."""
-    state = site.state
-    whole = None if isinstance(composition, Each) else groups[0]
-    attended = _attended(state)
-    out, left = _run_layer(site, groups, composition, x)
-    _check_attended(site, groups, attended)
-
+def _act(
+    site: SiteCall,
+    groups: Sequence[Group],
+    whole: Group | None,
+    composition: Expression,
+    x: Tensor | None,
+) -> Any:
+    """Run the layer, and apply the composition to its output; the arguments are those of
+    :func:`_run_layer`."""
+    out, left = _run_layer(site, groups, whole, composition, x)
+    if whole is not None and left is None:
+        return out
     if not any(group.changes_output for group in groups):
         return out
     before = tensor_of(out)
@@ -137,26 +142,33 @@ def _act(site: SiteCall, groups: Sequence[Group], composition: Expression, x: Te
 
 
 def _run_layer(
-    site: SiteCall, groups: Sequence[Group], composition: Expression, x: Tensor | None
+    site: SiteCall,
+    groups: Sequence[Group],
+    whole: Group | None,
+    composition: Expression,
+    x: Tensor | None,
 ) -> tuple[Any, Expression | None]:
     """Run the layer with its changed weights; return also what of the composition is left to do.
 
-    Where the batch has one composition for each example, that is left to do whole.
+    Args:
+        site: the call of the layer.
+        groups: what the composition comes to there.
+        whole: the one group that is for the whole batch; None where the batch has one composition
+            for each example, which is left to do whole.
+        composition: the composition.
+        x: the layer's input.
     """
-    whole = None if isinstance(composition, Each) else groups[0]
     if whole is not None and whole.changes:
         y = _with_changed_weight(site, whole, x)
         if y is not None:
             return y, whole.rest
-    if whole is None:
-        out = site.run()
-        _check_inside(site, groups, out)
-        return out, None
-    changes = _inside(site, whole, composition)
+    attended = _attended(site.state)
+    changes = [] if whole is None else _inside(site, whole, composition)
     out = site.run(changes)
-    if len(changes) < len(whole.inside):  # the weights of others differ between examples
+    if whole is None or len(changes) < len(whole.inside):  # others' differ between examples
         _check_inside(site, groups, out)
-    return out, whole.expression
+    _check_attended(site, groups, attended)
+    return out, None if whole is None else whole.expression
 
 
 def _with_changed_weight(site: SiteCall, group: Group, x: Tensor | None) -> Tensor | None:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from modgraft.core.context import Context
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import STATE, stored
+from modgraft.core.patterns import joined
 from modgraft.core.tensors import check_whole
 
 COPIED = "_modgraft_copied"
@@ -234,6 +235,38 @@ def _is_same(value: Tensor, theta: Tensor) -> bool:
     if isinstance(value, ServedWeight) or is_functorch_wrapped_tensor(value):
         return False
     return value.data_ptr() == theta.data_ptr() and value.shape == theta.shape
+
+
+_BRANCHES = {"_buffers", "_modules"}
+
+
+def kept_elsewhere(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, str]:
+    """Return which of ``layers`` have a weight that ``model`` keeps beside them, and where.
+
+    ``self.w = self.layer.weight`` in a constructor is found so, and a list or dictionary of such. A
+    weight that layers share is not: each of them runs with its own.
+    """
+    owners = {
+        id(tensor): layer
+        for layer in layers
+        for name, tensor in layer._parameters.items()
+        if tensor is not None and name != "bias"
+    }
+    found: dict[nn.Module, str] = {}
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("torch."):  # as DistributedDataParallel
+            continue
+        for name, value in module.__dict__.items():
+            if name in _BRANCHES or (name == "_parameters" and not module._modules):
+                continue
+            some = value if type(value) is dict else {name: value}
+            for key, own in some.items():
+                for each in own if type(own) in (list, tuple) else (own,):
+                    layer = owners.get(id(each))
+                    if layer is not None and layer is not module:
+                        at = key if name == "_parameters" else name
+                        found.setdefault(layer, joined(path, at))
+    return found
 
 
 def is_serving(layer: nn.Module) -> bool:

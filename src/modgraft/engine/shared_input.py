@@ -33,10 +33,8 @@ def run(site: SiteCall, group: Group, x: Tensor) -> Tensor | None:
         return y if of is x and version == x._version else None
     if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
         return None
-    if not site.state.context.under_way(site.call):
-        return None
     own = low_rank_terms(site.layer, x, group.changes)
-    if own is None:
+    if own is None or not site.state.context.under_way(site.call):
         return None
     terms = {site.layer: own}
     for layer in site.state.same_input:

@@ -14,7 +14,12 @@ import torch
 from torch import nn
 from torch._C._dynamo import eval_frame
 
-from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
+from modgraft.computation.base import (
+    Computation,
+    KeyValueComposition,
+    ParameterComposition,
+    TokenComposition,
+)
 from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
@@ -46,6 +51,7 @@ from modgraft.engine.inputs.padding import count_from_texts, count_padding_too
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.served_weight import (
     hook_functional_calls,
+    kept_elsewhere,
     unwatch_forwards,
     watch_forwards,
 )
@@ -212,6 +218,8 @@ class Host(AsModel):
         if isinstance(module.unwrapped, KeyValueComposition):
             hook_attention()
         self._graft(implant, sites, implant.names)
+        if isinstance(module.unwrapped, ParameterComposition):
+            self._warn_of_kept(name, sites)
         if not self.implants:
             watch_forwards(self.model, self._context)
         if self._context.keys_values:
@@ -222,6 +230,16 @@ class Host(AsModel):
         now = self._context.composition
         self._context.switch(joined(now, implant.names[0]) if active else now)
         return implant
+
+    def _warn_of_kept(self, name: str, sites: Sequence[Site]) -> None:
+        paths = {site.module: site.path for site in sites}
+        for layer, keeper in kept_elsewhere(self.model, list(paths)).items():
+            warnings.warn(
+                f"the model keeps a weight of {paths[layer]} itself, in its attribute {keeper}: "
+                f"{name!r} acts where {paths[layer]} is called or its weight is read there, and "
+                f"not in what computes with {keeper}; read {paths[layer]}.weight in the forward",
+                stacklevel=4,
+            )
 
     def _graft(self, implant: Implant, sites: Sequence[Site], names: Sequence[str]) -> None:
         """Graft a module onto its sites under ``names``, all its names or some of them."""

@@ -85,7 +85,6 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
     attributes = [(m, dict(m.__dict__)) for m in every]
     own = [b for m in model.modules() for b in m._buffers.values() if b is not None]
     own += [v for _, kept in attributes for v in kept.values() if isinstance(v, Tensor)]
-    own += [m.weight for m in every if getattr(m, "max_norm", None)]  # written to when read
     tensors = [(t, t.detach().clone()) for t in [*own, *modules.buffers()]]
     data = [(p, p.data) for p in modules.parameters()]  # exchanged, and never written to
     held = [(v, copy(v)) for _, kept in attributes for v in kept.values() if type(v) in _FILLED]

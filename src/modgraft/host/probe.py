@@ -12,13 +12,17 @@ newly built has no effect. What comes of it is compared with what must come of i
     merged    the layer puts out what its weight θ + Δ does, and so does the whole host
     each      modules=["a", None, …] is "a" for the first example, and the bare host for the others
 
-The host is left as it was to the last bit, random numbers, buffers and attributes included.
+The bare host is itself compared with the model whose layers have their own classes again.
+
+The host is left as it was to the last bit: weights that its forward writes, random numbers,
+buffers and attributes. What a forward changes outside of its model, each of these calls changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,11 +32,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from modgraft.computation.base import Computation, FunctionComposition, ParameterComposition
 from modgraft.core.errors import ModgraftError, SiteError
-from modgraft.core.layers import feature_axis
+from modgraft.core.layers import STATE, feature_axis, stored
 from modgraft.core.sites import WEIGHTED, Site, find, joined
+from modgraft.engine.graft import restored
 from modgraft.engine.implant import Implants
 from modgraft.engine.kernels.functional_call import new_weights, with_tensors
 from modgraft.engine.kernels.linear import Change
+from modgraft.engine.served_weight import kept_elsewhere
+from modgraft.engine.writes import storage_of, taken_back
 from modgraft.host.measure import (
     Seen,
     apart,
@@ -49,6 +56,9 @@ from modgraft.host.probe_result import Probe, Probed, Verdict, percent
 NOISE = 0.1  # what is added to a module's parameters: as large as a trained module's
 
 Run = Callable[[Mapping[str, Any], Any], Any]
+
+New = dict[str, dict[str, Tensor]]
+"""By a layer's path, its new weights by their names in the model."""
 
 
 def probe(
@@ -97,6 +107,8 @@ class _Host:
         axis: the axis of the examples in the batch; None where they cannot be told apart.
         apart: of each output, whether an example has rows of its own in it.
         count: how many there are.
+        by_class: the layers whose class the host asks for, so that it computes something else as
+            soon as a module is there.
         notes: what holds for the host as a whole.
     """
 
@@ -109,7 +121,7 @@ class _Host:
         bare: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.model, self.implants, self.batch, self.bare = model, implants, batch, bare
-        self.run = run
+        self._run = run
         self.layers = {
             site.path: site.module
             for implant in implants.values()
@@ -120,8 +132,31 @@ class _Host:
         if max(_first(batch).shape[:2]) < 2:
             raise ModgraftError("host.probe takes a batch of two different examples at least")
         with watched(self.layers) as self.alone:
-            self.out = floats(run(batch, None))
+            self.out = floats(self.run(batch, None))
+        self.by_class = self._find_by_class()
         self._find_examples()
+
+    @contextmanager
+    def _anew(self) -> Iterator[None]:
+        """Let a call find the weights and the random numbers that every other call finds."""
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices), taken_back(self.model):
+            yield
+
+    def run(self, batch: Mapping[str, Any], modules: Any) -> Any:
+        """Call the host with modules alone in force; None: bare."""
+        with self._anew():
+            return self._run(batch, modules)
+
+    def _find_by_class(self) -> list[nn.Module]:
+        """Find the layers that change the host's output by having a class of ours."""
+        layers = [m for m in self.model.modules() if STATE in m.__dict__]
+
+        def changes(some: list[nn.Module]) -> bool:
+            with restored(some):
+                return any(map(apart, floats(self.run(self.batch, None)), self.out))
+
+        return [one for one in layers if changes([one])] if changes(layers) else []
 
     def _find_examples(self) -> None:
         """Find the axis of the examples in the batch, and in each layer's output."""
@@ -133,6 +168,8 @@ class _Host:
                 continue
             with watched(self.layers) as other:
                 out = floats(self.run(changed(self.batch, axis, count), None))
+            if self.by_class and not any(map(apart, out, self.out)):
+                return
             if not any(map(apart, out, self.out)):
                 raise ModgraftError(
                     "the first two examples of this batch are one to the host, and show nothing; "
@@ -188,6 +225,11 @@ class _Host:
         finally:
             for handle in handles:
                 handle.remove()
+        verdict.faults += [
+            _CLASS.format(path=state.path or "the model", kind=type(layer).__name__)
+            for layer in self.by_class
+            if name in (state := layer.__dict__[STATE]).entries or name in state.relays
+        ]
         for row, (site, place) in zip(rows, places.values(), strict=True):
             row.called = max(row.called, seen[site.path].calls)
             if site.path in local:
@@ -199,7 +241,7 @@ class _Host:
             self._judge_layer(row, site, place, seen[site.path])
         if isinstance(method, ParameterComposition):
             self._judge_merged(verdict, rows, places, changes, out)
-        self._judge_learning(name, verdict, rows, places)
+        self._judge_learning(name, verdict, rows, places, out)
         self._judge_examples(name, verdict, rows, out)
         return rows, verdict
 
@@ -296,7 +338,7 @@ class _Host:
         return any(map(apart, self._with_weights(new), self.out))
 
     def _with_weights(self, new: dict[str, Tensor]) -> list[Tensor]:
-        with self.bare():
+        with self._anew(), self.bare():
             out = functional_call(self.model, new, (), dict(self.batch), tie_weights=False)
         return floats(out)
 
@@ -323,6 +365,7 @@ class _Host:
         ]
         verdict.merged = percent(max(off)) if off else "equal"
         if not off:
+            self._judge_kept(verdict, rows, out, new)
             return
         for row, (site, _) in zip(rows, places.values(), strict=True):
             if row.acts or row.faults:
@@ -337,12 +380,63 @@ class _Host:
                 f"part reads these weights too"
             )
 
+    def _judge_kept(
+        self, verdict: Verdict, rows: list[Probed], out: list[Tensor], new: New
+    ) -> None:
+        """Look for what computes with a weight that it keeps, and does not read of its layer.
+
+        What is written into the weight itself reaches that too, as what is merged does.
+        """
+        names = self.model.named_parameters(remove_duplicate=False)
+        owners = Counter(storage_of(parameter) for _, parameter in names)
+
+        def differ(some: New) -> bool:
+            tensors = {n: v for each in some.values() for n, v in each.items()}
+            return any(map(apart, self._with_written(tensors), self._with_weights(tensors)))
+
+        untied = {
+            path: tensors
+            for path, tensors in new.items()
+            if all(owners[storage_of(stored(self.model, name))] == 1 for name in tensors)
+        }  # a tied weight is its other owners' too, and is not merged into
+        if not untied or not differ(untied):
+            return
+        for row in rows:
+            path = find(self.model, row.site)[0].path
+            if path not in untied or not differ({path: untied[path]}):
+                continue
+            layer = self.layers[path]
+            keeper = kept_elsewhere(self.model, [layer]).get(layer)
+            row.faults.append(
+                _KEPT.format(
+                    kind=type(layer).__name__,
+                    path=path,
+                    where=f", in its attribute {keeper}" if keeper else "",
+                )
+            )
+        tensors = {n: v for each in new.values() for n, v in each.items()}
+        truth = self._with_written(tensors)
+        verdict.merged = percent(
+            max(
+                distance(a, t) / max(distance(t, b), 1e-30)
+                for a, t, b in zip(out, truth, self.out, strict=True)
+            )
+        )
+
+    def _with_written(self, new: dict[str, Tensor]) -> list[Tensor]:
+        """Return what the host puts out with ``new`` written into its weights themselves."""
+        with self._anew(), self.bare():
+            for name, value in new.items():
+                stored(self.model, name).data.copy_(value)
+            return floats(self._run(self.batch, None))
+
     def _judge_learning(
         self,
         name: str,
         verdict: Verdict,
         rows: list[Probed],
         places: dict[str, tuple[Site, Computation]],
+        out: list[Tensor],
     ) -> None:
         """Ask for the gradients of the module's parameters, without keeping any."""
         own = [p for _, place in places.values() for p in place.parameters()]
@@ -352,21 +446,36 @@ class _Host:
             parameter.requires_grad_(True)
         try:
             with torch.enable_grad():
-                out = [y for y in floats(self.run(self.batch, name)) if y.requires_grad]
-                total = torch.stack([y.nan_to_num(0, 0, 0).float().square().sum() for y in out])
-                found = torch.autograd.grad(total.sum(), own, allow_unused=True)
+                some = [y for y in floats(self.run(self.batch, name)) if y.requires_grad]
+                parts = [y.nan_to_num(0, 0, 0).float().square().sum() for y in some]
+                found = torch.autograd.grad(parts, own, allow_unused=True) if parts else ()
         except RuntimeError as error:
             fault = f"training raises {_said(error)}"
             if written := [path for path, one in self.alone.items() if one.written]:
                 fault = f"the host writes in place to the output of {', '.join(written)}; {fault}"
             verdict.faults.append(fault)
             return
-        reached = {id(p) for p, g in zip(own, found, strict=True) if g is not None and g.any()}
+        if not found and not any(row.faults for row in rows):
+            acts = any(map(apart, out, self.out))
+            verdict.faults.append(_NO_GRADIENT if acts else self._no_effect(places))
+        reached = {id(p) for p, g in zip(own, found, strict=False) if g is not None and g.any()}
         for row, (_, place) in zip(rows, places.values(), strict=True):
             parameters = list(place.parameters())
             row.learns = any(id(p) in reached for p in parameters) if parameters else None
             if not row.called and not row.faults:
                 row.acts = row.learns
+
+    def _no_effect(self, places: dict[str, tuple[Site, Computation]]) -> str:
+        """Return the fault of a module that this batch does not come to anywhere."""
+        paths = {site.module: site.path for site, _ in places.values()}
+        kept = [
+            f"; {keeper} is the weight of {paths[layer]}, which the forward has to read there"
+            for layer, keeper in kept_elsewhere(self.model, list(paths)).items()
+        ]
+        return (
+            "nothing that the host puts out for this batch depends on the module: no layer with it "
+            f"is called, and of none is the weight read{''.join(kept[:1])}"
+        )
 
     def _judge_examples(
         self, name: str, verdict: Verdict, rows: list[Probed], out: list[Tensor]
@@ -425,6 +534,23 @@ def _first(batch: Mapping[str, Any]) -> Tensor:
         )
     return first
 
+
+_NO_GRADIENT = (
+    "the module acts and no gradient reaches it: the host detaches what it puts out, or runs "
+    "without gradients, and trains no module so"
+)
+
+_KEPT = (
+    "the host keeps the weight of this {kind}{where}, and computes with what it keeps: a module "
+    "acts where the layer is called or {path}.weight is read, and has no effect there, though its "
+    "merge would have; read {path}.weight in the forward, or leave the layer out of at="
+)
+
+_CLASS = (
+    "the host computes something else as soon as a module is in {path}, also where none acts: its "
+    "forward asks for the very class, as type(layer) is {kind} does, and a layer with modules is "
+    "of a subclass; ask isinstance(layer, {kind}) there, or leave the layer out of at="
+)
 
 _READ = (
     "the layer above reads the weight of this {kind} and never calls it, so that the module has no "

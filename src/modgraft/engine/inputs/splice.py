@@ -109,44 +109,32 @@ def splice(
         return _into_image(model, reading, kwargs, source)
     what, text = _text(kwargs)
     batch, length = text.shape[:2]
-    _check_ids(text)
     given = kwargs.get(MASK)
+    _check_ids(text)
     _check_mask(given, text)
     check_whole(model, kwargs, generating and what == IDS)
     decodes = _decodes(model, reading, kwargs, generating)
-    writes_on = generating and not decodes
     groups = source(batch)
-    count = sum(own.seen.shape[1] for own in groups)
-    for own in groups:
-        _check_width(own, batch, reading.width if what == IDS else text.shape[-1])
+    _check_widths(groups, batch, reading.width if what == IDS else text.shape[-1])
 
-    masked = any(own.masked for own in groups)
-    padded = given is not None or writes_on or masked
+    writes_on = generating and not decodes
     mask = _mask_of_padding(model, text) if given is None and writes_on else given
     rows = Rows.of(kwargs, what, text, mask)
     if not decodes:
         rows.values |= _labels(model, kwargs, text, groups)
     new = [{what: value} for value in _values_of(groups, what, reading)]
-    packed = None
-    if groups and given is None and not generating:
-        packed = begins(reading, rows, kwargs)
+    packed = begins(reading, rows, kwargs) if groups and given is None and not generating else None
     if packed is not None:
         insert_in_each(rows, groups, new, packed, reading)
-        padded = masked = False
+        del rows.values[MASK]
     else:
-        reading.check_room(count, length)
-        for own, value in zip(reversed(groups), reversed(new), strict=True):
-            rows.insert(own, value, padded)
-    if masked:
-        rows.move_unseen(front=writes_on)
-        _check_masks(reading)
-    if not padded or (given is None and MASK not in reading.arguments):
-        del rows.values[MASK]  # all of it is seen, which goes without saying
+        _insert(rows, groups, new, reading, given is not None, writes_on)
     kwargs |= rows.as_arguments()
     relay = _relay(reading, groups) if what == IDS and groups else None
     whole = Splice(kwargs, text, rows.keep, rows.values[what].shape[1], relay=relay)
     if decodes:
         return replace(whole, keep=None)
+    count = sum(own.seen.shape[1] for own in groups)
     if writes_on:
         # of embeddings, transformers subtracts the length, and gives back what is new
         _keep_lengths(model, kwargs, count + length if what != IDS and IDS in kwargs else count)
@@ -154,8 +142,38 @@ def splice(
     kwargs.pop(IDS if what == EMBEDDINGS else EMBEDDINGS, None)
     _move_places(kwargs, rows.keep, count)
     ends = None if given is None or reading.first else _ends_unseen(reading, text, given)
-    in_order = not masked and packed is None
+    in_order = packed is None and not any(own.masked for own in groups)
     return replace(whole, wanted=_wanted(kwargs, length, in_order), ends_unseen=ends)
+
+
+def _insert(
+    rows: Rows,
+    groups: Sequence[Tokens],
+    new: Sequence[dict[str, Tensor]],
+    reading: Reading,
+    has_mask: bool,
+    writes_on: bool,
+) -> None:
+    """Put each module's tokens before the text of each row.
+
+    Args:
+        rows: of the call.
+        groups: what each module puts in, in order.
+        new: what stands for these tokens.
+        reading: what the host reads.
+        has_mask: whether the call has a mask.
+        writes_on: whether a decoder writes on after the text.
+    """
+    masked = any(own.masked for own in groups)
+    padded = has_mask or writes_on or masked
+    reading.check_room(sum(own.seen.shape[1] for own in groups), rows.keep.shape[1])
+    for own, value in zip(reversed(groups), reversed(new), strict=True):
+        rows.insert(own, value, padded)
+    if masked:
+        rows.move_unseen(front=writes_on)
+        _check_masks(reading)
+    if not padded or not (has_mask or MASK in reading.arguments):
+        del rows.values[MASK]  # all of it is seen, which goes without saying
 
 
 def _text(kwargs: dict[str, Any]) -> tuple[str, Tensor]:
@@ -389,8 +407,7 @@ def _into_image(
             f"has none (it has {', '.join(kwargs) or 'nothing'})"
         )
     groups = source(pixels.shape[0])
-    for own in groups:
-        _check_width(own, len(pixels), reading.width)
+    _check_widths(groups, len(pixels), reading.width)
     mask = kwargs.get(MASK)
     if mask is not None or any(own.masked for own in groups):
         if mask is None:
@@ -407,10 +424,11 @@ def _into_image(
     return Splice(kwargs, relay=AroundImage(enter, leave, tuple(groups)))
 
 
-def _check_width(own: Tokens, batch: int, width: int) -> None:
-    made = own.embeddings.shape
-    if made[0] != batch or made[-1] != width or own.seen.shape != made[:2]:
-        raise ModgraftError(
-            f"{own.name!r} gave tokens {list(made)} and a mask {list(own.seen.shape)} where this "
-            f"host reads [{batch}, k, {width}] and [{batch}, k]"
-        )
+def _check_widths(groups: Sequence[Tokens], batch: int, width: int) -> None:
+    for own in groups:
+        made = own.embeddings.shape
+        if made[0] != batch or made[-1] != width or own.seen.shape != made[:2]:
+            raise ModgraftError(
+                f"{own.name!r} gave tokens {list(made)} and a mask {list(own.seen.shape)} where "
+                f"this host reads [{batch}, k, {width}] and [{batch}, k]"
+            )

@@ -108,8 +108,13 @@ def one_product(
         if pays:
             B, A, s = low_rank
             return LowRank.apply(x, (s,), weight, bias, B, A)[0]
+        if x.dim() > 1 and x.is_contiguous():  # laid out as torch itself would, but once
+            flat = x.view(-1, x.shape[-1])  # […, in] → [N, in]
+            y = _beside(F.linear(flat, weight, bias), flat, *low_rank)
+            return y.view(*x.shape[:-1], len(weight))
         y = f(x) if bias is own else F.linear(x, weight, bias)
-        return _beside(y, x, *low_rank)
+        flat = x.reshape(-1, x.shape[-1])
+        return _beside(y.reshape(len(flat), -1), flat, *low_rank).view(y.shape)
     if free and (y := merged.product(layer, x, changes)) is not None:  # type: ignore[union-attr]
         return y
     if not pays or x.dtype.itemsize < 4:  # there Δ would be lost in a sum rounded to 8 bits
@@ -118,12 +123,9 @@ def one_product(
 
 
 def _beside(y: Tensor, x: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
-    """Add s·(x Aᵀ)Bᵀ to ``y``, the layer's own output, as it is made: of few tokens."""
-    hidden = F.linear(x, A).reshape(-1, len(A))  # […, in] → [N, r]
-    if not y.is_contiguous():
-        return y + torch.mm(s * hidden, B.T).view(y.shape)
+    """Add s·(x Aᵀ)Bᵀ to ``y`` ``[N, out]``, the layer's own output for ``x`` ``[N, in]``."""
     add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
-    return add(y.reshape(-1, len(B)), hidden, B.T, alpha=s).view(y.shape)
+    return add(y, x.mm(A.T), B.T, alpha=s)
 
 
 def low_rank_terms(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 CACHED = 3 * 2**19
 """Bytes of activations that a core's cache holds beside those of a product itself."""
@@ -20,7 +21,7 @@ VECTOR = 16
 """How many float32 numbers a core computes with at once."""
 
 
-class LowRank(torch.autograd.Function):
+class LowRank(Function):
     """yᵢ = s·(x Aᵢᵀ) Bᵢᵀ + bᵢ + x Wᵢᵀ = x (Wᵢ + s·BᵢAᵢ)ᵀ + bᵢ of layers that share x, and s·A xᵀ.
 
     The layer's own product is added to what the thin one has written, as it would be to a bias, so
@@ -33,6 +34,13 @@ class LowRank(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Run it; without ``torch.func``, past what binds the arguments to a signature first."""
+        if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(Function, cls).apply(*args)  # type: ignore[misc]
 
     @staticmethod
     def forward(  # noqa: D102

@@ -195,10 +195,8 @@ class Experiment:
 
 def batches(rows: Rows, size: int) -> DataLoader:
     """Return batches of examples of similar length, in random order."""
-    lengths = [len(rows[i].input) for i in range(len(rows))]  # type: ignore[arg-type]
-    return DataLoader(
-        rows, batch_sampler=SortedBatches(lengths, size, pool=8), collate_fn=collate
-    )  # fmt: skip
+    order = SortedBatches(rows.lengths, size, pool=8)
+    return DataLoader(rows, batch_sampler=order, collate_fn=collate)
 
 
 def size(model: nn.Module) -> int:

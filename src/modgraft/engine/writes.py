@@ -1,0 +1,91 @@
+"""Takes back what a host writes to its own weights while it is only asked something.
+
+The teacher of BYOL or data2vec is a moving average of the weights, which the forward itself
+writes. To ask such a host where its examples lie, or to probe it, takes several forwards, and none
+of them may move it. Its weights are not copied for that: the first write to one is seen, and only
+that one is copied before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@contextmanager
+def taken_back(model: nn.Module) -> Iterator[None]:
+    """Run a ``with`` block, and leave parameters and buffers of ``model`` as they were before it.
+
+    What a function writes by PyTorch's own account is seen, under whatever view or ``.data`` it is
+    written, and so is another tensor that was put into ``.data``.
+    """
+    own = [t for t in (*model.parameters(), *model.buffers()) if t.layout is torch.strided]
+    data = [t.data for t in own]
+    watch = _Watch(data)
+    try:
+        with watch:
+            yield
+    finally:
+        watch.take_back()
+        for tensor, before in zip(own, data, strict=True):
+            if storage_of(tensor) != storage_of(before):
+                tensor.data = before
+
+
+class _Watch(TorchDispatchMode):
+    """Copies the storage of a tensor before the first write to it.
+
+    Args:
+        tensors: those whose storages are watched.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self._own = {storage_of(t): t.untyped_storage() for t in tensors if not t.is_meta}
+        self._before: dict[int, UntypedStorage] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled parts of the model run, whose writes are not seen; flex attention is one."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute ``func``, after copies of what it writes."""
+        kwargs = kwargs or {}
+        if isinstance(func, OpOverload) and func._schema.is_mutable:
+            for i, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is None or not argument.alias_info.is_write:
+                    continue
+                written = args[i] if i < len(args) else kwargs.get(argument.name)
+                for value in tree_leaves(written):
+                    if isinstance(value, Tensor) and value.layout is torch.strided:
+                        self._keep(storage_of(value))
+        return func(*args, **kwargs)
+
+    def _keep(self, key: int) -> None:
+        if key in self._own and key not in self._before:
+            self._before[key] = self._own[key].clone()
+
+    def take_back(self) -> None:
+        """Write back what the storages held."""
+        for key, before in self._before.items():
+            own = self._own[key]
+            if own.nbytes() != before.nbytes():
+                own.resize_(before.nbytes())
+            own.copy_(before)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return what identifies the memory of a tensor, also that of a view of it."""
+    return tensor.untyped_storage()._cdata
