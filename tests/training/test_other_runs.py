@@ -81,7 +81,7 @@ def test_lists_of_batches_are_told_apart(tmp_path: Path) -> None:
 
 def test_a_run_that_has_ended_refuses_other_rows(tmp_path: Path) -> None:
     first = host().fit(rows(), train="a", folder=tmp_path, **GIVEN)
-    with pytest.raises(mg.ModgraftError, match="other data .*the first batch"):
+    with pytest.raises(mg.ModgraftError, match=r"other data .*the first batch"):
         host().fit(rows(change=0), train="a", folder=tmp_path, **GIVEN)
     assert host().fit(rows(), train="a", folder=tmp_path, **GIVEN).losses == first.losses
 
