@@ -250,3 +250,29 @@ def test_one_row_of_positions_for_several_rows_of_an_example() -> None:
         out = host(choices, modules=["a", "b", None]).logits
         for row, name in enumerate(("a", "b", None)):
             torch.testing.assert_close(out[row], host(choices, modules=name).logits[row])
+
+
+class WeighedFirst(nn.Module):
+    """Takes weights of its classes, and then the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(6, 6)
+
+    def forward(self, weights: Tensor, x: Tensor) -> Tensor:
+        return self.read(x) * weights
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), ()], ids=str)
+@torch.no_grad()
+def test_the_first_tensor_need_not_hold_the_examples(shape: tuple[int, ...]) -> None:
+    host = stirred(WeighedFirst(), "read")
+    weights, x = torch.randn(shape, dtype=torch.float64), torch.randn(4, 5, 6, dtype=torch.float64)
+    each = ["a", None, "b", "a >> b"]
+    out = host(weights, x, modules=each)
+    for i, own in enumerate(each):
+        torch.testing.assert_close(out[i : i + 1], host(weights, x[i : i + 1], modules=own))
+    with pytest.raises(mg.ModgraftError, match=r"gives 3 compositions"):
+        host(weights, x, modules=each[:3])
+    with pytest.raises(mg.ModgraftError, match=r"gives 6 compositions"):
+        host(weights, x, modules=[None, *each, "a"])

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from modgraft.core.context import UNSEEN
 from modgraft.core.layers import STATE
-from modgraft.core.tensors import first_tensor
 from modgraft.engine.capturing import captures
 from modgraft.engine.graft import restore
 from modgraft.engine.writes import taken_back
@@ -202,11 +201,12 @@ def _batches(
     twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], count: int | None
 ) -> Iterator[_Batch]:
     """Yield the ways in which the arguments can be those of examples, the likeliest first."""
-    first = first_tensor(args, dict(kwargs))
-    sizes = () if first is None else first.shape[:2]
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     for several in (False, True):
-        for axis, size in enumerate(sizes):
-            if count in (None, size):
+        for axis in range(2):
+            sizes = [value.shape[axis] for value in tensors if value.dim() > axis]
+            size = sizes[0] if sizes and count is None else count
+            if size is not None and size in sizes:
                 yield _Batch(args, kwargs, size, axis, several)
 
 

@@ -12,7 +12,8 @@ Compiled code goes the same way, with every implanted module in it behind a swit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -83,6 +84,41 @@ def _run(
     if any(group.residual for group in groups):
         site.args, site.kwargs = _shift_residual(site, composition)
     x = first_tensor(site.args, site.kwargs)
+    if x is not None and x.is_nested:
+        with _nested(site, composition):
+            return _act(site, groups, whole, composition, x)
+    return _act(site, groups, whole, composition, x)
+
+
+@contextmanager
+def _nested(site: SiteCall, composition: Expression) -> Iterator[None]:
+    """Say of an error in a ``with`` block that a module cannot act on texts of unequal length.
+
+    Raises:
+        ModgraftError: with the remedy.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, ModgraftError):
+            raise
+        each = ", a composition for each example," if isinstance(composition, Each) else ""
+        raise ModgraftError(
+            f"{composition}{each} does not act at {site.state.path} on a nested tensor, or the "
+            f"{type(site.layer).__name__} does not: {error!s:.200}. Give the host a padded "
+            f"one, torch.nested.to_padded_tensor(x, 0.0), or one example after the other"
+        ) from error
+
+
+def _act(
+    site: SiteCall,
+    groups: Sequence[Group],
+    whole: Group | None,
+    composition: Expression,
+    x: Tensor | None,
+) -> Any:
+    """Run the layer, and apply the composition to its output; the arguments are those of
+    :func:`_run_layer`."""
     out, left = _run_layer(site, groups, whole, composition, x)
     if whole is not None and left is None:
         return out

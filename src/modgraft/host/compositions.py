@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from modgraft.core import expression as ex
-from modgraft.core.context import EXAMPLE, Context, Side, missing_side
+from modgraft.core.context import EXAMPLE, Context, Layout, Side, missing_side
 from modgraft.core.errors import CompositionError
 from modgraft.core.parse import parse
 from modgraft.core.per_example import Each, Weighted
@@ -197,7 +197,7 @@ def examples_of(composition: ex.Expression, sides: Mapping[str, Side]) -> int | 
 
 
 def check_batch(
-    composition: ex.Expression, args: tuple, kwargs: dict[str, Any], batch_second: bool
+    composition: ex.Expression, args: tuple, kwargs: dict[str, Any], layout: Layout
 ) -> None:
     """Refuse a call whose batch has another number of examples than its compositions.
 
@@ -205,7 +205,7 @@ def check_batch(
         composition: what is in force, for batches of one size.
         args: what the host is called with.
         kwargs: what it is called with by name.
-        batch_second: whether the examples are known to lie on a second axis inside the host.
+        layout: where the examples are known to lie inside the host.
 
     Raises:
         CompositionError: with both numbers.
@@ -217,7 +217,9 @@ def check_batch(
         have, what = len(weights.tensor), "mg.Weighted gives {} rows of weights"
     batch = first_tensor(args, kwargs)
     if batch is not None and batch.dim() and batch.shape[0] != have:
-        if batch_second and batch.dim() > 1 and batch.shape[1] == have:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        known = {0, 1}.intersection(layout.values())
+        if any(v.dim() > axis and v.shape[axis] == have for axis in known for v in tensors):
             return
         raise CompositionError(
             f"{what.format(have)} for a batch of {batch.shape[0]} examples (the first axis of the "

@@ -419,8 +419,7 @@ class Host(AsModel):
             if (composition.of_batch or by_example) and not call.generating:
                 call = replace(call, layout=self._layout(composition, call.side, args, kwargs))
             if composition.of_batch:
-                batch_second = 1 in (call.layout or {}).values()
-                check_batch(composition, args, kwargs, batch_second)
+                check_batch(composition, args, kwargs, call.layout or {})
         if self._context.token_modules and not (
             composition and self._context.token_modules_in(composition)
         ):

@@ -138,10 +138,11 @@ def low_rank_terms(
         x: ``[…, in]``, its input.
         changes: those of every parameter module in force there.
     """
-    if not isinstance(layer, _LINEAR) or _is_free(x) or not _pays(stored(layer, "weight"), x):
+    if not isinstance(layer, _LINEAR) or _is_free(x):
         return None
     weight = _plain_weight(layer, x, changes)
-    low_rank = None if weight is None else _low_rank(changes, weight)
+    pays = weight is not None and _pays(weight, x)
+    low_rank = _low_rank(changes, weight) if pays else None  # type: ignore[arg-type]
     if weight is None or low_rank is None:
         return None
     B, A, s = low_rank
@@ -151,6 +152,8 @@ def low_rank_terms(
 def _plain_weight(layer: nn.Module, x: Tensor, changes: Sequence[Change]) -> Tensor | None:
     """Return the layer's weight ``[out, in]`` if changes can be added to it, else None."""
     if not isinstance(layer, _LINEAR) or not all(c.module.is_weight_change for c in changes):
+        return None
+    if x.is_nested:  # texts of unequal length, which are not rows of one matrix
         return None
     weight = stored(layer, "weight")
     weight = weight.T if isinstance(layer, Conv1D) else weight
