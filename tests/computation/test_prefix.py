@@ -103,8 +103,8 @@ def test_attention_of_other_models(make: Any, reparametrise: int | None) -> None
             input_ids=words[:, -1:], past_key_values=first.past_key_values, modules="m"
         ).logits
         outs.append(torch.cat([first.logits, last], 1))
-    AttentionInterface.register("written_out", attend)
-    host.model.set_attn_implementation("written_out")
+    AttentionInterface.register("written_out_of_any", attend)
+    host.model.set_attn_implementation("written_out_of_any")
     wanted = host.model(input_ids=words, use_cache=False).logits
     for out in (*ours["eager"], *ours["sdpa"]):
         torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)

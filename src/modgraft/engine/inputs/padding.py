@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from modgraft.core.compiled import switched
 from modgraft.core.context import Context
 from modgraft.core.embeddings import arguments_of, counts_from
+from modgraft.core.expression import Expression
+from modgraft.core.per_example import Each
 from modgraft.engine.inputs.rows import MASK, POSITIONS
 
 _TEXTS = ("input_ids", "inputs_embeds")
@@ -35,9 +37,8 @@ class CountFromText:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Return other arguments for the call, None where these will do."""
         composition = self.context.now().composition
-        names = () if composition is None else composition.names()
-        acting = [name for name in names if name in self.context.keys_values]
-        if not acting:
+        acting = [] if composition is None else self._acting(composition)
+        if composition is None or not acting:
             return None
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         mask, texts = given.get(MASK), [given[key] for key in _TEXTS if given.get(key) is not None]
@@ -49,11 +50,18 @@ class CountFromText:
             return None
         start = (mask != 0).int().argmax(1, keepdim=True)  # [B, 1]
         if switched(composition):  # weights say what acts
-            weights: dict[str, Any] = composition.weights()  # type: ignore[union-attr]
+            weights: dict[str, Any] = composition.weights()
             start = start * torch.stack([weights[name] != 0 for name in acting]).any()
+        if isinstance(composition, Each):  # the others count as the bare host does
+            acts = torch.tensor([bool(row and self._acting(row)) for row in composition.rows])
+            start = start * acts.to(mask.device).repeat_interleave(len(mask) // len(acts))[:, None]
         places = torch.arange(mask.shape[1], device=mask.device) - start  # [B, n], also of a cache
         places = places.clamp(min=0)[:, -texts[0].shape[1] :] + self.first
         return (), {**given, POSITIONS: places}
+
+    def _acting(self, composition: Expression) -> list[str]:
+        """Return the modules of ``composition`` that put in keys and values."""
+        return [name for name in composition.names() if name in self.context.keys_values]
 
 
 def count_from_texts(model: nn.Module, context: Context) -> None:
