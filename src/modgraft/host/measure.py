@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -85,14 +85,7 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
     """
     undivide(model)  # what is found again when it is needed
     every = [*model.modules(), *modules.modules()]
-    attributes = [(m, dict(m.__dict__)) for m in every]
-    own = [b for m in model.modules() for b in m._buffers.values() if b is not None]
-    own += [v for _, kept in attributes for v in kept.values() if isinstance(v, Tensor)]
-    tensors = [(t, t.detach().clone()) for t in [*own, *modules.buffers()]]
-    data = [(p, p.data) for p in modules.parameters()]  # exchanged, and never written to
-    held = [(v, copy(v)) for _, kept in attributes for v in kept.values() if type(v) in _FILLED]
-    learns = [(p, p.requires_grad) for p in modules.parameters()]
-    training = [(m, m.training) for m in every]
+    put_back = [_attributes(every), _tensors(model, modules), _parameters(modules)]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         try:
@@ -102,22 +95,52 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
                 yield
         finally:
             undivide(model)
-            for module, kept in attributes:
-                module.__dict__.clear()
-                module.__dict__.update(kept)
-            for value, before in held:
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(before)
-            with torch.no_grad():
-                for tensor, value in tensors:
-                    if not torch.equal(tensor, value):
-                        tensor.copy_(value)
-            for parameter, value in data:
-                parameter.data = value
-            for parameter, flag in learns:
-                parameter.requires_grad_(flag)
-            for module, flag in training:
-                module.training = flag
+            for one in put_back:
+                one()
+
+
+def _attributes(every: Sequence[nn.Module]) -> Callable[[], None]:
+    """Return what puts back the attributes of modules, and what they hold."""
+    attributes = [(m, dict(m.__dict__)) for m in every]
+    held = [(v, copy(v)) for _, kept in attributes for v in kept.values() if type(v) in _FILLED]
+
+    def put_back() -> None:
+        for module, kept in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(kept)
+        for value, before in held:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(before)
+
+    return put_back
+
+
+def _tensors(model: nn.Module, modules: nn.Module) -> Callable[[], None]:
+    """Return what puts back the numbers of buffers, and of tensors that are attributes."""
+    own = [b for m in model.modules() for b in m._buffers.values() if b is not None]
+    around = [m for one in (model, modules) for m in one.modules()]
+    own += [v for m in around for v in m.__dict__.values() if isinstance(v, Tensor)]
+    tensors = [(t, t.detach().clone()) for t in [*own, *modules.buffers()]]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for tensor, value in tensors:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+    return put_back
+
+
+def _parameters(modules: nn.Module) -> Callable[[], None]:
+    """Return what puts back the parameters of modules, which are exchanged and never written to."""
+    before = [(p, p.data, p.requires_grad) for p in modules.parameters()]
+
+    def put_back() -> None:
+        for parameter, value, flag in before:
+            parameter.data = value
+            parameter.requires_grad_(flag)
+
+    return put_back
 
 
 def first_float(out: Any) -> Tensor | None:
