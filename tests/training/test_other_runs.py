@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,43 @@ def test_a_run_that_has_ended_refuses_other_rows(tmp_path: Path) -> None:
     with pytest.raises(mg.ModgraftError, match=r"other data .*the first batch"):
         host().fit(rows(change=0), train="a", folder=tmp_path, **GIVEN)
     assert host().fit(rows(), train="a", folder=tmp_path, **GIVEN).losses == first.losses
+
+
+def rewritten(path: Path, version: int) -> None:
+    """Let a checkpoint be one of another version: 2 said nothing of the data and the modules."""
+    prints = {
+        name: said
+        for name, said in _read(path / "fingerprint.json").items()
+        if isinstance(said, dict)
+    }
+    (path / "fingerprint.json").write_text(json.dumps(prints))
+    state = _read(path / "state.json")
+    file = (path / "fingerprint.json").read_bytes()
+    state["files"]["fingerprint.json"] = {"bytes": len(file), "sha256": sha256(file).hexdigest()}
+    given = {k: v for k, v in state.items() if k not in ("rows", "at", "sha256")}
+    given["format"] = f"modgraft.checkpoint/{version}"
+    given["sha256"] = sha256(json.dumps(given).encode()).hexdigest()
+    (path / "state.json").write_text(json.dumps(given))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def test_a_run_of_the_version_before_goes_on(tmp_path: Path) -> None:
+    whole = host()
+    whole.fit(rows(), train="a", **GIVEN)
+    stopped(rows(), tmp_path)
+    path = max((tmp_path / "checkpoints").iterdir())
+    rewritten(path, 9)
+    with pytest.raises(mg.ModgraftError, match=r"another version of modgraft.*resume=False"):
+        host().fit(rows(), train="a", folder=tmp_path, **GIVEN)
+    rewritten(path, 2)
+    resumed = host()
+    with pytest.warns(UserWarning, match="an earlier version of modgraft"):
+        resumed.fit(rows(), train="a", folder=tmp_path, **GIVEN)
+    for a, b in zip(resumed["a"].parameters(), whole["a"].parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_rows_that_differ_at_every_reading_tell_nothing(tmp_path: Path) -> None:

@@ -201,21 +201,7 @@ class Host(AsModel):
                 f"{name!r} is implanted already; host.remove({name!r}) first, or take another name"
             )
         check_module(module)
-        if isinstance(module.unwrapped, TokenComposition):
-            if at not in (None, "input", ""):
-                raise ModgraftError(
-                    f"{type(module).__name__} acts at the host's input; leave out at={at!r}"
-                )
-            at = ""
-        elif isinstance(module, Mixture):
-            if at is not None:
-                raise ModgraftError(f"a Mixture acts where its modules do; leave out at={at!r}")
-            at = mixed_sites(self.model, self._implants, module)
-        elif at is None:
-            at = module.unwrapped.default_at
-        if at is None:
-            raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
-        sites = self.sites(at, expect)
+        sites = self.sites(self._where(name, module, at), expect)
         check_weights_stay(self.model)
         if other := grafted_by_others(self.model, self._context):
             raise ModgraftError(
@@ -249,6 +235,23 @@ class Host(AsModel):
         now = self._context.composition
         self._context.switch(joined(now, implant.names[0]) if active else now)
         return implant
+
+    def _where(self, name: str, module: Computation, at: At | None) -> At:
+        """Return the selection of the sites that ``module`` acts at."""
+        if isinstance(module.unwrapped, TokenComposition):
+            if at not in (None, "input", ""):
+                raise ModgraftError(
+                    f"{type(module).__name__} acts at the host's input; leave out at={at!r}"
+                )
+            return ""
+        if isinstance(module, Mixture):
+            if at is not None:
+                raise ModgraftError(f"a Mixture acts where its modules do; leave out at={at!r}")
+            return mixed_sites(self.model, self._implants, module)
+        at = module.unwrapped.default_at if at is None else at
+        if at is None:
+            raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
+        return at
 
     def _warn_of_kept(self, name: str, sites: Sequence[Site]) -> None:
         paths = {site.module: site.path for site in sites}

@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
@@ -37,6 +38,8 @@ from modgraft.engine.implant import Implant
 from modgraft.training.history import METRICS
 
 FORMAT = "modgraft.checkpoint/3"
+FORMER = "modgraft.checkpoint/2"
+"""It tells the host by its tensors alone, and nothing of the data."""
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = (".tmp-", ".old-")
 _SHOWN = 4  # differences that an error lists
@@ -140,6 +143,27 @@ def refuse_other(path: Path, what: str, there: Mapping[str, Any], here: Mapping[
         "Use what it was made with to go on, or another folder=, or resume=False to start over, "
         "which deletes the run in this folder"
     )
+
+
+def check_goes_on(found: Checkpoint, here: Mapping[str, Any]) -> None:
+    """Refuse to go on with another host than that of a checkpoint.
+
+    Args:
+        found: the checkpoint.
+        here: the host's fingerprint.
+
+    Raises:
+        ModgraftError: with what differs.
+    """
+    if found.state["format"] == FORMER:
+        warnings.warn(
+            f"{found.path} was written by an earlier version of modgraft, which kept nothing of "
+            f"the data, the modules' hyper-parameters and the composition: that they are the same "
+            f"cannot be told",
+            stacklevel=2,
+        )
+        here = {name: said for name, said in here.items() if isinstance(said, dict)}
+    refuse_other(found.path, "another model", found.fingerprint, here)
 
 
 class Checkpoints:
@@ -286,13 +310,19 @@ class Checkpoints:
     def _state(self, path: Path) -> dict[str, Any]:
         try:
             state = json.loads((path / "state.json").read_text())
-            if state.get("format") != FORMAT:
-                raise ValueError(f"state.json has format {state.get('format')!r}, not {FORMAT!r}")
+            made_as = str(state.get("format"))
+            if not made_as.startswith("modgraft.checkpoint/"):
+                raise ValueError(f"state.json has format {made_as!r}, not {FORMAT!r}")
             if state.get("sha256") != _state_digest(state):
                 raise ValueError("state.json was changed after it was written")
-            return state
         except _UNREADABLE as error:
             raise self._damaged(path, error) from error
+        if made_as not in (FORMAT, FORMER):
+            raise ModgraftError(
+                f"{path} was written by another version of modgraft, in the format {made_as!r} "
+                f"(here {FORMAT!r}); go on with that version, or start over with resume=False"
+            )
+        return state
 
     def _damaged(self, path: Path, error: Exception) -> ModgraftError:
         later = [p.name for p in self.paths() if step_of(p) > step_of(path)]

@@ -135,10 +135,12 @@ class Run:
         found = self.store.load(paths[-1])
         settings = self.settings.record()
         disk.refuse_other(found.path, "other settings", found.state["settings"], settings)
-        disk.refuse_other(found.path, "another model", found.fingerprint, self.fingerprint)
+        disk.check_goes_on(found, self.fingerprint)
         state, history = found.state, self.history
-        self.step, self.at = state["step"], (state["at"][0], state["at"][1])
-        self._check_rows(found)
+        self.step = state["step"]
+        if "rows" in state:
+            self.at = state["at"][0], state["at"][1]
+            self._check_rows(found)
         for line in self.metrics.start(state["metrics_bytes"]):
             history.add(line)
         disk.restore(self.part, found.tensors)
