@@ -289,3 +289,60 @@ def test_a_first_call_draws_the_random_numbers_of_any_other() -> None:
 
     for found, wanted in zip(run(), run(), strict=True):
         assert torch.equal(found, wanted)
+
+
+class Leaves(Tied):
+    """A part that leaves what it computes in a place of its own, besides its output."""
+
+    def __init__(self, leave: Any) -> None:
+        super().__init__()
+        self.leave, self.last = leave, None
+
+    def forward(self, x: Tensor, notes: dict[str, Tensor]) -> Any:
+        y = super().forward(x)
+        return self.leave(self, x, y, notes)
+
+
+def written(part: Leaves, x: Tensor, y: Tensor, notes: dict[str, Tensor]) -> Tensor:
+    return x.add_(y)
+
+
+def noted(part: Leaves, x: Tensor, y: Tensor, notes: dict[str, Tensor]) -> Tensor:
+    notes["y"] = y
+    return y.tanh()
+
+
+def kept(part: Leaves, x: Tensor, y: Tensor, notes: dict[str, Tensor]) -> Tensor:
+    part.last = y
+    return y.tanh()
+
+
+def a_loss(part: Leaves, x: Tensor, y: Tensor, notes: dict[str, Tensor]) -> Any:
+    return y.tanh(), y.square().mean() if part.training else y
+
+
+def an_object(part: Leaves, x: Tensor, y: Tensor, notes: dict[str, Tensor]) -> Any:
+    return y.tanh(), slice(y)
+
+
+class Around(nn.Module):
+    def __init__(self, leave: Any) -> None:
+        super().__init__()
+        self.before, self.part = nn.Linear(16, 16), Leaves(leave)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.part(self.before(x), {})
+        return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("leave", [written, noted, kept, a_loss, an_object])
+def test_what_a_part_leaves_beside_its_output_is_refused(leave: Any) -> None:
+    host = mg.Host(Around(leave)).train()
+    for name in "ab":
+        host.implant(name, mg.LoRA(rank=1), at="part.inner", active=False)
+        torch.nn.init.normal_(host[name].places[0].B)
+    x = torch.randn(B, N, 16)
+    with pytest.raises(mg.ModgraftError, match="call the host once for each composition"):
+        host(x, modules=LISTS)
+    for name in LISTS:
+        host(x, modules=name)

@@ -62,14 +62,20 @@ def run(
         of: what it is called with, ``args`` and ``kwargs``.
 
     Raises:
-        CompositionError: where routers in it learn by a loss of their own, once for every run.
+        CompositionError: where routers in it learn by a loss of their own, once for every run, or
+            where it leaves more than what it puts out.
     """
     runs = list(_runs(layer, call))
-    outs, copies, rows, captured = [], [], [], []
+    outs, copies, rows, captured, left = [], [], [], [], []
+    before = _kept(layer)
     for inner, own in runs:
         given = _copied(of) if len(runs) > 1 else of
+        as_given = _marks(given)
         with state.context.call(inner), captured_apart() as seen:
             outs.append(again(layer, *given))
+        if len(runs) > 1 and _marks(given) != as_given:
+            raise CompositionError(_LEAVES.format(path=state.path, what="what it is given"))
+        left.append({key: kept for key, kept in _kept(layer).items() if before.get(key) != kept})
         if inner.routings:
             raise CompositionError(
                 f"routers in {state.path} learn by a loss of their own, and it runs once for each "
@@ -78,7 +84,8 @@ def run(
         copies.append(given)
         rows.append(own)
         captured.append(seen)
-    at = _Rows(rows, axis)
+    _check_left(left, state.path)
+    at = _Rows(rows, axis, state.path)
     _check_captured(captured[0], at, state.path)
     add_captured(at.join(captured))
     if len(runs) == 1:
@@ -87,6 +94,51 @@ def run(
         old.__dict__.update(at.join(new).__dict__)
         at.known[id(new[0])] = old
     return at.join(outs)
+
+
+_LEAVES = (
+    "{path} runs once for each composition of this batch, and writes to {what}, which would be "
+    "that of one composition for all examples; call the host once for each composition"
+)
+
+
+def _marks(value: Any) -> Any:
+    """Return what tells whether a value was written to: a tensor, or what holds such."""
+    if isinstance(value, Tensor):
+        return id(value), value._version if not value.is_inference() else 0
+    if isinstance(value, Mapping):
+        return id(value), [(key, _marks(one)) for key, one in value.items()]
+    if isinstance(value, list | tuple | set):
+        return id(value), list(map(_marks, value))
+    return value if isinstance(value, _PLAIN) else id(value)
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _kept(layer: nn.Module) -> dict[tuple[str, str], Any]:
+    """Return the marks of what the modules of a part keep from call to call."""
+    return {
+        (path, name): _marks(value)
+        for path, module in layer.named_modules()
+        for name, value in {**module.__dict__, **module._buffers}.items()
+        if name not in _TORCHS and name != STATE
+    }
+
+
+_TORCHS = nn.Module().__dict__.keys()
+
+
+def _check_left(left: Sequence[Mapping[tuple[str, str], Any]], path: str) -> None:
+    """Refuse a part that keeps something else of each run.
+
+    Raises:
+        CompositionError: with what it keeps.
+    """
+    for key in {key for one in left for key in one}:
+        if len({repr(one.get(key)) for one in left}) > 1:
+            where = ".".join(filter(None, (path, *key)))
+            raise CompositionError(_LEAVES.format(path=path or "the host", what=where))
 
 
 def _check_captured(captured: Mapping[str, list[Any]], at: _Rows, path: str) -> None:
@@ -167,10 +219,11 @@ class _Rows:
     Args:
         rows: the examples of each run.
         axis: of the examples.
+        path: the part's, for errors.
     """
 
-    def __init__(self, rows: Sequence[Sequence[int]], axis: int) -> None:
-        self.rows, self.axis = rows, axis
+    def __init__(self, rows: Sequence[Sequence[int]], axis: int, path: str) -> None:
+        self.rows, self.axis, self.path = rows, axis, path
         self.count = sum(map(len, rows))
         self.known: dict[int, Any] = {}
 
@@ -190,10 +243,30 @@ class _Rows:
             new = [self.join(some) for some in zip(*values, strict=True)]
             named = isinstance(first, tuple) and type(first) is not tuple
             return type(first)(*new) if named else type(first)(new)
-        return first
+        return self._one(values)
+
+    def _one(self, values: Sequence[Any]) -> Any:
+        """Return what every run has put out, the same."""
+        first = values[0]
+        plain = isinstance(first, _PLAIN) and all(value == first for value in values)
+        if plain or all(value is first for value in values):
+            return first
+        raise CompositionError(
+            f"{self.path} runs once for each composition of this batch, and puts out a "
+            f"{type(first).__name__} beside its tensors, another one each time; call the host once "
+            f"for each composition"
+        )
 
     def _tensor(self, values: Sequence[Tensor], axis: int) -> Tensor:
         first = values[0]
+        if first.dim() <= axis or not first.shape[axis] or first.shape[axis] % self.count:
+            if all(torch.equal(first, value) for value in values):
+                return first
+            raise CompositionError(
+                f"{self.path} runs once for each composition of this batch, and puts out "
+                f"{list(first.shape)}, in which {self.count} examples have not a row each, as in a "
+                f"loss; call the host once for each composition"
+            )
         times = first.shape[axis] // self.count
         new = first
         for value, rows in zip(values[1:], self.rows[1:], strict=True):
@@ -214,7 +287,7 @@ class _Rows:
             return type(first)([self._inside(some) for some in zip(*values, strict=True)])
         if _holds_tensors(first):
             return _rebuilt(first, self._inside([value.__dict__ for value in values]))
-        return first
+        return self._one(values)
 
 
 def _rebuilt(like: Any, own: dict[str, Any]) -> Any:
