@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -229,3 +230,21 @@ def test_gradients_example_by_example() -> None:
         loss(own, row[None]).backward()
         for name, parameter in host["m"].named_parameters(prefix="implants.m"):
             torch.testing.assert_close(each[name][i], parameter.grad)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_and_a_batch_of_modules(rows: int, grad: bool) -> None:
+    host = mg.Host(nn.Sequential(nn.Linear(8, 8)).double())
+    host.implant("a", mg.LoRA(rank=2), at="0")
+    for p in host["a"].parameters():
+        nn.init.normal_(p)
+    x, plain = torch.randn(rows, 8, dtype=torch.float64), host.merge("a")
+    torch.testing.assert_close(jvp(host, (x,), (x,))[1], jvp(plain, (x,), (x,))[1])
+    own = {name: p for name, p in host.named_parameters() if "implants" in name}
+    some = {name: torch.stack([p, 2 * p]).detach() for name, p in own.items()}
+    with torch.set_grad_enabled(grad):
+        both = vmap(lambda given: functional_call(host, given, (x,)))(some)
+        alone = [functional_call(host, {n: p[i] for n, p in some.items()}, (x,)) for i in (0, 1)]
+    torch.testing.assert_close(both, torch.stack(alone))

@@ -124,7 +124,8 @@ def one_product(
 
 def _beside(y: Tensor, x: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
     """Add s·(x Aᵀ)Bᵀ to ``y`` ``[N, out]``, the layer's own output for ``x`` ``[N, in]``."""
-    add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+    fresh = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+    add = Tensor.addmm_ if fresh else torch.addmm
     return add(y, x.mm(A.T), B.T, alpha=s)
 
 

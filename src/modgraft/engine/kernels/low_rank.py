@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 CACHED = 3 * 2**19
 """Bytes of activations that a core's cache holds beside those of a product itself."""
@@ -37,7 +37,12 @@ class LowRank(Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """Run it; without ``torch.func``, past what binds the arguments to a signature first."""
+        """Run it; without ``torch.func``, past what binds the arguments to a signature first.
+
+        Forward-mode differentiation goes through its operations, one by one.
+        """
+        if forward_ad._current_level >= 0:
+            return cls.forward(*args)
         if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         return super(Function, cls).apply(*args)  # type: ignore[misc]
