@@ -346,3 +346,13 @@ def test_what_a_part_leaves_beside_its_output_is_refused(leave: Any) -> None:
         host(x, modules=LISTS)
     for name in LISTS:
         host(x, modules=name)
+
+
+@torch.no_grad()
+def test_a_table_of_one_row_is_not_for_each_example() -> None:
+    """T5's positions of one token are ``[1, 1, heads]``, which no example has for itself."""
+    host, batch = stirred("a table of relative positions")
+    batch["decoder_input_ids"] = batch["decoder_input_ids"][:, :1]
+    out = host(**batch, modules=LISTS).logits
+    for i, own in enumerate(LISTS):
+        torch.testing.assert_close(out[i], host(**batch, modules=own).logits[i])

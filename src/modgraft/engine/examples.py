@@ -221,27 +221,35 @@ def _ask_along(twin: nn.Module, batch: _Batch) -> dict[str, int | None]:
             found[path] = None
         elif (one := axes.pop()) != -1:
             found[path] = one
-        elif path and not _stands_for_all(twin.get_submodule(path), outputs[0]):
+        elif path and not _stands_for_all(twin, path, outputs[0], batch, before):
             found[path] = None
-        elif path and _grow_by(before, more, _AROUND + path) > 1:
-            found[path] = None  # its one row is for several rows of each example
     sites = [path for path, layer in twin.named_modules() if _SITE in layer.__dict__]
-    ran = {path: axis for path, axis in found.items() if not path.startswith(_AROUND)}
-    return {**{path: UNSEEN for path in sites if path not in before}, **ran}
+    return {**{path: UNSEEN for path in sites if path not in before}, **found}
 
 
-def _grow_by(before: Seen, after: Seen, path: str) -> int:
-    """Return by how many rows one example more makes the output of a layer larger."""
-    pairs = zip(before.get(path, ()), after.get(path, ()), strict=False)
-    return max((len(new) - len(old) for old, new in pairs), default=0)
-
-
-def _stands_for_all(layer: nn.Module, out: Tensor) -> bool:
+def _stands_for_all(twin: nn.Module, path: str, out: Tensor, batch: _Batch, before: Seen) -> bool:
     """Return whether ``out`` is one row that the host adds to each example, as of positions.
 
-    Other layers without examples compute what the host shares between them in its own way.
+    The host is the same then with as many rows of it. Layers other than tables compute what it
+    shares between examples in its own way.
     """
-    return isinstance(layer, nn.Embedding) and (not out.dim() or out.shape[0] == 1)
+    layer = twin.get_submodule(path)
+    if not isinstance(layer, nn.Embedding) or (out.dim() and out.shape[0] != 1):
+        return False
+    count, (rows, *_) = batch.thrice()
+
+    def expand(_: nn.Module, __: Any, row: Tensor) -> Tensor:
+        return row.expand(count, *row.shape[1:])
+
+    handle = layer.register_forward_hook(expand)
+    try:
+        after = _outputs(twin, *batch.of(rows))
+    except REFUSALS:
+        return False
+    finally:
+        handle.remove()
+    pairs = zip(before.get("", ()), after.get("", ()), strict=True)
+    return all(one.shape == other.shape and _same(one, other) for one, other in pairs)
 
 
 def _axis(before: Tensor, more: Tensor, other: Tensor, count: int) -> int | None:
@@ -293,9 +301,6 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
     for path, layer in twin.named_modules():
         if _SITE in layer.__dict__:
             handles.append(layer.register_forward_hook(keep(path)))
-            around = twin.get_submodule(path.rpartition(".")[0])
-            if isinstance(layer, nn.Embedding):
-                handles.append(around.register_forward_hook(keep(_AROUND + path)))
     run_twin(twin, args, kwargs, handles)
     return found
 
@@ -318,7 +323,6 @@ def run_twin(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: l
 
 
 _SITE = "_modgraft_site"
-_AROUND = "around "
 
 
 def twin_of(model: nn.Module) -> nn.Module:

@@ -235,6 +235,7 @@ def test_gradients_example_by_example() -> None:
 @pytest.mark.parametrize("rows", [2, 40])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*performance drop:UserWarning")
 def test_forward_mode_and_a_batch_of_modules(rows: int, grad: bool) -> None:
     host = mg.Host(nn.Sequential(nn.Linear(8, 8)).double())
     host.implant("a", mg.LoRA(rank=2), at="0")
