@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertModel, LlamaModel, T5EncoderModel
+from transformers import BertModel, LlamaModel, ResNetConfig, ResNetModel, T5EncoderModel
 
 import modgraft as mg
 from contract.hosts import HOSTS, WIDTH
@@ -102,6 +102,15 @@ def test_an_output_of_another_width_or_layout() -> None:
     series = mg.Host(nn.Sequential(nn.Conv1d(2, 4, 3)))
     with pytest.raises(mg.ModgraftError, match=r"puts out \[B, C, n\]"):
         series.implant("m", mg.ConvAdapter(), at="0")
+
+
+def test_a_map_of_as_many_columns_as_channels() -> None:
+    """The width of a ResNet's stage is in its config, and nothing says on which axis it lies."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[16], depths=[1], layer_type="basic")
+    host = mg.Host(ResNetModel(config)).eval()
+    host.implant("m", mg.Adapter(width=3), at="encoder.stages.0")
+    with pytest.raises(mg.ModgraftError, match=r"\[2, 16, 16, 16\]: as many on axis 1 as on the"):
+        host(torch.randn(2, 3, 64, 64))
 
 
 @torch.no_grad()

@@ -610,3 +610,21 @@ def test_loaded_tensors_are_checked(tmp_path: Path) -> None:
         with pytest.raises(mg.ModgraftError, match=message):
             fresh.load(tmp_path / "m")
         assert "m" not in fresh
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@torch.no_grad()
+def test_a_mask_of_queries_and_keys_tells_where_a_text_begins(additive: bool) -> None:
+    host = mg.Host(HOSTS["llama"].model().double()).eval()
+    host.implant("m", mg.Prefix(length=3))
+    for p in host["m"].parameters():
+        p.normal_(0, 0.5)
+    words = ids()
+    alone = host(input_ids=words[:1, 2:]).logits[0]
+    n = words.shape[1]
+    seen = torch.ones(n, n, dtype=torch.bool).tril()[None, None].repeat(len(words), 1, 1, 1)
+    seen[0, :, :, :2] = False
+    seen |= torch.eye(n, dtype=torch.bool)  # a query of padding sees itself, not nothing
+    mask = torch.zeros(seen.shape).double().masked_fill(~seen, -1e9) if additive else seen
+    out = host(input_ids=words, attention_mask=mask).logits
+    torch.testing.assert_close(out[0, 2:], alone, rtol=1e-4, atol=1e-5)

@@ -560,3 +560,16 @@ def test_trained_by_fit() -> None:
     host.fit([case.batch()], train="m", steps=30, lr=0.3, progress=False)
     assert host(**case.batch()).loss.item() < 0.95 * start
     assert all(torch.equal(v, before[k]) for k, v in host.model.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_caller_that_counts_what_is_predicted_knows_of_no_prompt() -> None:
+    """transformers' Trainer divides by the labels after the first, and so no prompt predicts it."""
+    case = HOSTS["llama"]
+    host = mg.Host(case.model()).eval()
+    host.implant("p", mg.SoftPrompt(length=3))
+    ids = torch.randint(3, 41, (4, 9), generator=torch.Generator().manual_seed(0))
+    logits = host(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+    out = host(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(4 * 8))
+    torch.testing.assert_close(out.loss, wanted)

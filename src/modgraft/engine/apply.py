@@ -15,9 +15,9 @@ from torch import Tensor
 
 from modgraft.computation.base import FunctionComposition
 from modgraft.core.context import EXAMPLE
-from modgraft.core.errors import SideError
+from modgraft.core.errors import SideError, SiteError
 from modgraft.core.expression import Weight, weighted
-from modgraft.core.layers import feature_axis, weight_matrix, with_own_gradient
+from modgraft.core.layers import WEIGHTED, feature_axis, weight_matrix, with_own_gradient
 from modgraft.core.parts import share
 from modgraft.core.precision import as_the_layer
 from modgraft.core.tensors import tensor_input
@@ -161,6 +161,8 @@ class Applier:
             side = self.side(entry, y.shape[0])
             if side is None:
                 return total
+        if y.dim() == 4 and y.shape[1] == y.shape[3]:
+            self._check_last(entry, y)
         own = y if part is None else part.take(y, entry.axis)
         with as_the_layer(own):
             new = module(own, self.x, side).to(own.dtype)  # type: ignore[operator]
@@ -170,6 +172,21 @@ class Applier:
         if part is None:
             return total + effect
         return part.replaced(total, entry.axis, lambda of_total: of_total + effect)
+
+    def _check_last(self, entry: Entry, y: Tensor) -> None:
+        """Refuse to take the last axis of a square ``[B, d, n, d]`` for that of the features.
+
+        Raises:
+            SiteError: where only a layer's width, and not its axis, is known.
+        """
+        layer, path = self.site.layer, self.site.state.path
+        if isinstance(layer, WEIGHTED) or getattr(entry.module, "over", None) == "map":
+            return
+        raise SiteError(
+            f"{entry.name!r} acts on features, and {path}, a {type(layer).__name__}, puts out "
+            f"{list(y.shape)}: as many on axis 1 as on the last, so which of them holds features "
+            f"cannot be told; implant at a layer in it, or give images of another size"
+        )
 
 
 def pick(x: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
+from torch.overrides import _pop_mode_temporarily
 
 from modgraft.core.context import UNSEEN
 from modgraft.core.layers import STATE
@@ -311,11 +314,18 @@ def _without_features(value: Tensor) -> Tensor:
 
 
 def run_twin(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: list[Any]) -> None:
-    """Run ``twin``, and take off the hooks that look at it."""
+    """Run ``twin``, and take off the hooks that look at it.
+
+    Modes of the caller, as one that takes losses apart, are none of a question's.
+    """
     try:
         devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
-        random = torch.random.fork_rng(sorted(devices, key=str))
-        with torch.no_grad(), random, taken_back(twin):
+        with ExitStack() as stack:
+            for _ in range(_len_torch_function_stack()):
+                stack.enter_context(_pop_mode_temporarily())
+            stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(taken_back(twin))
             twin(*args, **kwargs)
     finally:
         for handle in handles:

@@ -204,23 +204,18 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
             return forward(self, *args, **kwargs)  # a patched forward calls the layer's
         return run(self, args, kwargs)
 
-    def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        kind.train(self, mode)
-        if STATE in self.__dict__:  # the modules are no children, and follow the layer's mode
-            for entry in self.__dict__[STATE].every():
-                entry.module.train(self.training)
-        return self
-
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if name == "forward":
             _patch(self, value)
         else:
             kind.__setattr__(self, name, value)
+        if name == "training" and STATE in self.__dict__:  # the modules, no children, follow it
+            for entry in self.__dict__[STATE].every():
+                entry.module.train(value)
 
     body: dict[str, Any] = {
         "forward": grafted_forward,
         "__setattr__": set_attribute,
-        "train": train,
         "__reduce_ex__": reduced_by(_grafted, kind),
         "_replicate_for_data_parallel": _refuse_replicas,
         "__module__": kind.__module__,

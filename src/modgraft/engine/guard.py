@@ -320,12 +320,12 @@ class Frozen:
         if not {layer for layer, _ in self._statistics}.issuperset(now):
             self._look(model)  # some were replaced, by synchronised ones for instance
         for layer, part in self._statistics:
-            layer.training = model.training and not _frozen(part)
+            layer.__dict__["training"] = model.training and not _frozen(part)
 
     def _hold(self) -> None:
         for layer, part in self._statistics:
             if layer.training and _frozen(part):
-                layer.training = False
+                layer.__dict__["training"] = False
 
     def call(self, training: bool) -> AbstractContextManager[None]:
         """Return the context of one call of the host, in which what it may write is a copy.

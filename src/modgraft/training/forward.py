@@ -67,7 +67,8 @@ class Forward:
         given = {k: v for k, v in batch.items() if k not in self.ignore and k != PARTS}
         with self._autocast(), nullcontext() if parts is None else Apart(parts.rows):
             output = model(**to_device(given, self.device))
-        loss = getattr(output, "loss", None)
+        of_dict = isinstance(output, Mapping)
+        loss = output.get("loss") if of_dict else getattr(output, "loss", None)
         name = type(self.host).__name__
         if not isinstance(loss, Tensor) or (parts is None and loss.ndim != 0):
             raise ModgraftError(

@@ -427,3 +427,35 @@ def test_a_loss_that_is_left_to_chance_is_not_compared() -> None:
         host, {n: [{"x": torch.ones(2, 3)}] for n in "ab"}, steps=2, **QUIET
     )
     assert [history.stopped for history in found.values()] == ["steps", "steps"]
+
+
+class OfDict(nn.Module):
+    """Puts out a plain dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_host_that_puts_out_a_dictionary() -> None:
+    host = mg.Host(OfDict())
+    batches = {n: [{"x": torch.randn(4, 6), "labels": torch.tensor([0, 1, 2, 0])}] for n in "ab"}
+    for name in batches:
+        host.implant(name, mg.LoRA(rank=2), at="head", active=False)
+    host.use("a")
+    host.fit(batches["a"], train="a", steps=2, **QUIET)
+    assert len(mg.fit_side_by_side(host, batches, steps=2, **QUIET)["b"].losses) == 2
+
+
+def test_the_pass_asks_where_the_examples_lie() -> None:
+    """A host with a table for all examples can be asked within the pass as in any other call."""
+    host = made("t5")
+    for name in "xy":
+        host.implant(name, mg.LoRA(rank=2), at="*.relative_attention_bias", active=False)
+    ids = torch.randint(3, 41, (3, 5))
+    batches = {name: [{"input_ids": ids, "labels": ids[:, :3].contiguous()}] for name in "xy"}
+    assert len(mg.fit_side_by_side(host, batches, steps=2, **QUIET)["y"].losses) == 2

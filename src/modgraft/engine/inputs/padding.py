@@ -7,6 +7,7 @@ notice where its counting begins, as long as it is alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,10 +42,9 @@ class CountFromText:
         if composition is None or not acting:
             return None
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        mask, texts = given.get(MASK), [given[key] for key in _TEXTS if given.get(key) is not None]
-        if given.get(POSITIONS) is not None or not texts:
-            return None
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask = _seen(given.get(MASK))
+        texts = [given[key] for key in _TEXTS if given.get(key) is not None]
+        if given.get(POSITIONS) is not None or not texts or mask is None:
             return None
         if not torch.compiler.is_dynamo_compiling() and bool(mask[:, 0].all()):
             return None
@@ -62,6 +62,22 @@ class CountFromText:
     def _acting(self, composition: Expression) -> list[str]:
         """Return the modules of ``composition`` that put in keys and values."""
         return [name for name in composition.names() if name in self.context.keys_values]
+
+
+def _seen(mask: Any) -> Tensor | None:
+    """Return which tokens ``[B, n]`` a mask of a model shows, None where it says nothing of that.
+
+    Of one ``[B, 1, n, n]``, bool or to be added to scores, or of one of these for each kind of
+    attention, what the last token sees.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        return mask
+    last = mask[:, 0, -1]
+    return last >= 0 if last.is_floating_point() else last
 
 
 def count_from_texts(model: nn.Module, context: Context) -> None:

@@ -249,17 +249,26 @@ def _labels(
     """Return the labels ``[B, T]`` of a call that has one for each token."""
     found = {key: kwargs[key] for key in LABELED if _by_token(kwargs.get(key), text)}
     if LABELS in found:
-        found[LABELS] = _first_unpredicted(model, found[LABELS], groups)
+        counted = kwargs.get("num_items_in_batch") is not None
+        found[LABELS] = _first_unpredicted(model, found[LABELS], groups, counted)
     return found
 
 
-def _first_unpredicted(model: nn.Module, labels: Tensor, groups: Sequence[Tokens]) -> Tensor:
+def _first_unpredicted(
+    model: nn.Module, labels: Tensor, groups: Sequence[Tokens], counted: bool
+) -> Tensor:
     """Return ``labels`` ``[B, T]`` for a batch with tokens before its texts.
 
     A model of the next token predicts a text's first one from a prompt. An example without a
-    prompt, in a batch where others have one, has no such prediction: its first label is ignored.
+    prompt, in a batch where others have one, has no such prediction: its first label is ignored. So
+    are all, where whoever calls has ``counted`` what is predicted, as transformers' Trainer does:
+    it knows of no prompt, and divides by that number.
     """
-    if not any(own.masked for own in groups) or not _can_generate(model):
+    if not _can_generate(model) or not groups:
+        return labels
+    if counted:
+        return torch.cat([labels[:, :1].new_full((len(labels), 1), IGNORED), labels[:, 1:]], dim=1)
+    if not any(own.masked for own in groups):
         return labels
     none = ~torch.cat([own.seen for own in groups], dim=1).any(1, keepdim=True)  # [B, 1]
     return torch.cat([labels[:, :1].masked_fill(none, IGNORED), labels[:, 1:]], dim=1)
