@@ -289,3 +289,13 @@ def test_a_new_module_is_in_the_mode_of_its_layer() -> None:
     host.model[1].train()
     host.implant("a", mg.LoRA(rank=2, dropout=0.5), at=nn.Linear)
     assert [place.training for place in host.implants["a"].places] == [False, True]
+
+
+def test_a_buffer_that_is_sparse_is_left_where_it_is() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    model.register_buffer("graph", torch.eye(6).to_sparse())
+    host = mg.Host(model)
+    host.implant("a", mg.LoRA(rank=2), at="0")
+    host.train()
+    host(torch.randn(3, 6)).sum().backward()
+    assert not host.probe({"input": torch.randn(3, 6)}).faults

@@ -65,6 +65,11 @@ def with_tensor(out: Any, value: Tensor) -> Any:
     return replace(out, **{first: value})
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor has numbers of its own, one after another, and is no sparse one."""
+    return tensor.layout is torch.strided and not tensor.is_meta
+
+
 def check_whole(weight: Tensor, where: str) -> None:
     """Refuse a weight that lies in parts on several devices, as a ``DTensor`` does.
 

@@ -121,7 +121,7 @@ def _kept(layer: nn.Module) -> dict[tuple[str, str], Any]:
     return {
         (path, name): _marks(value)
         for path, module in layer.named_modules()
-        for name, value in {**module.__dict__, **module._buffers}.items()
+        for name, value in {**module.__dict__, **module._buffers, **module._parameters}.items()
         if name not in _TORCHS and name != STATE
     }
 

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.tensors import is_plain
 from modgraft.engine.state import STATE, State
 
 _STATISTICS = (_NormBase, _SpectralNorm)
@@ -309,7 +310,7 @@ class Frozen:
             self._buffers += [
                 (layer, name, part)
                 for name, own in layer._buffers.items()
-                if own is not None and name not in passing
+                if own is not None and name not in passing and is_plain(own)
             ]
         else:
             self._statistics.append((layer, part))

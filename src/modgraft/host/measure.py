@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modgraft.core.tensors import is_plain
 from modgraft.engine.graft import undivide
 
 CLOSE = 1e-3
@@ -120,7 +121,8 @@ def _tensors(model: nn.Module, modules: nn.Module) -> Callable[[], None]:
     own = [b for m in model.modules() for b in m._buffers.values() if b is not None]
     around = [m for one in (model, modules) for m in one.modules()]
     own += [v for m in around for v in m.__dict__.values() if isinstance(v, Tensor)]
-    tensors = [(t, t.detach().clone()) for t in [*own, *modules.buffers()]]
+    plain = filter(is_plain, [*own, *modules.buffers()])
+    tensors = [(t, t.detach().clone()) for t in plain]
 
     def put_back() -> None:
         with torch.no_grad():
