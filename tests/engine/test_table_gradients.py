@@ -86,9 +86,14 @@ def test_the_words_of_bert() -> None:
     compare(host, "embeddings.word_embeddings", [{"a": 1.0}], modules="a")
 
 
-def test_a_mixture_picks_modules_of_a_table() -> None:
+@pytest.mark.parametrize("train", [True, False])
+def test_a_mixture_picks_modules_of_a_table(train: bool) -> None:
     host = stirred(nn.Sequential(nn.Embedding(6, 4, padding_idx=0)), mg.LoRA(rank=2), "0")
     host.implant("m", mg.Mixture(["a", "b"], router=mg.TopK(1, level="token")), active=False)
+    host.train(train)
+    picked, either = host(IDS, modules="m"), [host(IDS, modules=name) for name in "ab"]
+    off = torch.stack([(picked - one).abs().amax(-1) for one in either])
+    assert (off.amin(0) < 1e-9).all()
     host(IDS, modules="m").square().sum().backward()
     for name in "ab":
         assert not host[name].places[0].B.grad[0].any()

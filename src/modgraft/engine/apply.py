@@ -91,7 +91,7 @@ class Applier:
         shape = total.shape
         if weight.dim() == 2:  # each token is an example of one token
             y, total = y.reshape(-1, 1, y.shape[-1]), total.reshape(-1, 1, shape[-1])
-            x = None if x is None else x.reshape(-1, 1, x.shape[-1])
+            x = None if x is None else x.reshape(-1, 1, *x.shape[2:])  # of ids, [B, n]
             bare = None if bare is None else bare.reshape(-1, 1, bare.shape[-1])
             rows, batch, weight = None, None, weight.reshape(-1)
         chosen = weight.detach().nonzero()[:, 0]

@@ -64,6 +64,8 @@ class ExpertBatch:
         rows."""
         if feature_axis(layer) != -1 or y.dim() not in (2, 3):
             return False
+        if isinstance(layer, nn.Embedding):  # x are ids, which have no features
+            return False
         rows = chosen.shape[:-1]
         if y.shape[: len(rows)] != rows or (x is not None and x.shape[: len(rows)] != rows):
             return False
