@@ -73,8 +73,9 @@ def inner_width(around: Sequence[nn.Module]) -> int | None:
     if not maps:
         return _table_width(layer, hidden)
     first, last = maps[0][0], maps[-1][1]
-    if any(isinstance(m, nn.Conv2d) and m.out_channels != last for m in layer.modules()):
-        return None  # a stage may end in one
+    end = [m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D | nn.Conv2d)][-1:]
+    if any(isinstance(m, nn.Conv2d) and m.out_channels != last for m in end):
+        return None
     routed = any(p.dim() == 3 for m in layer.modules() for p in m.parameters(False))
     words = getattr(config, "vocab_size", None) if len(around) > 1 else None  # of a head
     if (len(maps) == 1 and not routed) or last in (hidden, words):

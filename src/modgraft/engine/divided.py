@@ -240,6 +240,8 @@ class _Rows:
             new = {key: self.join([value[key] for value in values]) for key in first}
             return type(first)(**new) if type(first) is not dict else new
         if isinstance(first, tuple | list):
+            if len({len(value) for value in values}) > 1:
+                return self._one(values)
             new = [self.join(some) for some in zip(*values, strict=True)]
             named = isinstance(first, tuple) and type(first) is not tuple
             return type(first)(*new) if named else type(first)(new)
@@ -253,8 +255,8 @@ class _Rows:
             return first
         raise CompositionError(
             f"{self.path} runs once for each composition of this batch, and puts out a "
-            f"{type(first).__name__} beside its tensors, another one each time; call the host once "
-            f"for each composition"
+            f"{type(first).__name__}, another one each time; call the host once for each "
+            f"composition"
         )
 
     def _tensor(self, values: Sequence[Tensor], axis: int) -> Tensor:
