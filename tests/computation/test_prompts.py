@@ -21,6 +21,8 @@ from transformers import (
     GPT2ForSequenceClassification,
     RobertaConfig,
     RobertaForMaskedLM,
+    SplinterConfig,
+    SplinterForPreTraining,
     T5EncoderModel,
     T5Model,
     ViTForMaskedImageModeling,
@@ -573,3 +575,17 @@ def test_a_caller_that_counts_what_is_predicted_knows_of_no_prompt() -> None:
     wanted = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
     out = host(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(4 * 8))
     torch.testing.assert_close(out.loss, wanted)
+
+
+@torch.no_grad()
+def test_logits_of_several_questions_over_places() -> None:
+    config = SplinterConfig(
+        vocab_size=41, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, question_token_id=5,
+    )  # fmt: skip
+    host = mg.Host(SplinterForPreTraining(config)).eval()
+    host.implant("p", mg.SoftPrompt(length=3))
+    ids = torch.tensor([[7, 8, 5, 9, 10, 5, 11, 12]])
+    batch = {"input_ids": ids, "question_positions": torch.tensor([[2, 5]])}
+    with_prompt = host(**batch).start_logits
+    assert with_prompt.shape == host(**batch, modules=None).start_logits.shape == (1, 2, 8)

@@ -67,9 +67,14 @@ class Splice:
             ("start_logits", 2), ("end_logits", 2),
         ):  # fmt: skip
             value = getattr(out, key, None)
-            if isinstance(value, Tensor) and value.dim() == dims and value.shape[1] == self.total:
+            if not isinstance(value, Tensor):
+                continue
+            if value.dim() == dims and value.shape[1] == self.total:
                 value = gather(value, self.keep)
                 out = replace(out, **{key: value[:, self.wanted] if key == "logits" else value})
+            elif dims == 2 and value.dim() == 3 and value.shape[2] == self.total:  # [B, Q, T]
+                kept = self.keep[:, None].expand(-1, value.shape[1], -1)
+                out = replace(out, **{key: value.gather(2, kept)})
         return out
 
     def without_tokens(self, ids: Tensor) -> Tensor:
