@@ -141,3 +141,12 @@ def test_a_name_that_python_reads_otherwise_is_refused_with_the_one_it_reads(nam
     host.implant(read, mg.LoRA(rank=1), at="")
     host.use(f"2*{name}")  # the text is read as Python reads it
     assert host.composition.names() == (read,)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", [None, 3, ["a"]])
+def test_what_is_no_name(name: Any) -> None:
+    host = mg.Host(nn.Sequential(nn.Linear(4, 4)))
+    host.implant("a", mg.LoRA(rank=2), at="0")
+    for ask in (host.remove, host.__getitem__):
+        with pytest.raises(mg.ModgraftError, match="named by a string"):
+            ask(name)

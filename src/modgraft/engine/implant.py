@@ -139,6 +139,8 @@ class Implants(Mapping[str, Implant]):
         return self._context.names
 
     def __getitem__(self, name: str) -> Implant:
+        if not isinstance(name, str):
+            raise CompositionError(f"a module is named by a string, and {name!r} is none")
         if name not in self:
             read = parse(name, self.names)  # raises with the nearest name
             one = ex.module_of(read.names()[0])
