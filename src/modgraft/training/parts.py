@@ -121,8 +121,15 @@ def together(batches: Sequence[Batch], names: Sequence[str], padding: int = 0) -
         elif key == "ids":
             made[key] = [each for value in values for each in value]
         else:
+            values = [_for_each(value, n) for value, n in zip(values, rows, strict=True)]
             made[key] = _joined(key, values, names, padding)
     return made
+
+
+def _for_each(value: Any, rows: int) -> Any:
+    """Return a row that is for all examples of a batch, as positions, for each of them."""
+    one = isinstance(value, Tensor) and value.dim() and value.shape[0] == 1 < rows
+    return value.expand(rows, *value.shape[1:]) if one else value
 
 
 def examples(batch: Batch, name: str) -> int:

@@ -459,3 +459,18 @@ def test_the_pass_asks_where_the_examples_lie() -> None:
     ids = torch.randint(3, 41, (3, 5))
     batches = {name: [{"input_ids": ids, "labels": ids[:, :3].contiguous()}] for name in "xy"}
     assert len(mg.fit_side_by_side(host, batches, steps=2, **QUIET)["y"].losses) == 2
+
+
+def test_one_row_of_positions_is_for_every_example() -> None:
+    host = mg.Host(HOSTS["gpt2"].model().eval())
+    for name in "xy":
+        host.implant(name, mg.LoRA(rank=2), at="query", active=False)
+    places = torch.arange(1, 7)[None]
+    batches = {}
+    for i, name in enumerate("xy"):
+        ids = torch.randint(3, 41, (3 + i, 6))
+        batches[name] = [{"input_ids": ids, "labels": ids, "position_ids": places}]
+    before = {name: host(**batches[name][0], modules=name).loss.item() for name in "xy"}
+    found = mg.fit_side_by_side(host, batches, steps=1, **QUIET)
+    for name, history in found.items():
+        assert history.losses[0] == pytest.approx(before[name], rel=1e-5)
