@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import BertForQuestionAnswering, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BertForQuestionAnswering,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
+)
 
 import modgraft as mg
 from contract.hosts import HOSTS
@@ -165,8 +171,9 @@ def test_a_module_that_diverges_stops_nobody_else(tmp_path: Any) -> None:
     calls = {"n": 0}
 
     def spoil(module: Any, args: Any, out: Tensor) -> Tensor:
-        calls["n"] += module.training  # a forward a step, beside those that compare losses
-        if module.training and calls["n"] == 3:
+        learns = torch.is_grad_enabled()  # a forward a step, beside those that compare losses
+        calls["n"] += learns
+        if learns and calls["n"] == 3:
             out = out.clone()
             out[:de_rows] = torch.nan
         return out
@@ -474,3 +481,23 @@ def test_one_row_of_positions_is_for_every_example() -> None:
     found = mg.fit_side_by_side(host, batches, steps=1, **QUIET)
     for name, history in found.items():
         assert history.losses[0] == pytest.approx(before[name], rel=1e-5)
+
+
+def test_examples_that_meet_in_training_alone_are_refused() -> None:
+    """An expert of NLLB-MoE takes so many tokens of the whole batch, and in evaluation all."""
+    config = NllbMoeConfig(
+        vocab_size=41, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2, num_experts=2,
+        encoder_sparse_step=2, decoder_sparse_step=2, pad_token_id=0, expert_capacity=2,
+        moe_token_dropout=0.0, router_jitter_noise=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
+        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    host = mg.Host(NllbMoeForConditionalGeneration(config))
+    batches = {}
+    for name in "xy":
+        host.implant(name, mg.LoRA(rank=2), at="query", active=False)
+        ids = torch.randint(3, 41, (4, 6))
+        batches[name] = [{"input_ids": ids, "labels": ids}]
+    with pytest.raises(mg.ModgraftError, match=r"alone and .* in one pass"):
+        mg.fit_side_by_side(host, batches, steps=1, **QUIET)

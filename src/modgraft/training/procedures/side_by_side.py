@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import module_of
 from modgraft.engine.implant import check_learns
+from modgraft.engine.writes import taken_back
 from modgraft.routing.mixture import Mixture
 from modgraft.training import checkpoint as disk
 from modgraft.training.fit import planned
@@ -241,8 +242,9 @@ class _Pass:
         """Refuse a host that gives a module another loss in the pass than alone.
 
         This is asked before the first step, and again before the first with padded batches or the
-        first without. A host whose loss is left to chance, as that of a masked autoencoder, cannot
-        be asked.
+        first without: in training mode, or in evaluation where training draws random numbers. A
+        host whose loss is left to chance then too, as that of a masked autoencoder, cannot be
+        asked.
 
         Raises:
             ModgraftError: with both losses.
@@ -251,13 +253,18 @@ class _Pass:
         if len(tagged) == 1 or padded in self.checked:
             return
         self.checked.add(padded)
+        if not self._compare(tagged, whole, train=True):
+            self._compare(tagged, whole, train=False)
+
+    def _compare(self, tagged: dict[str, Batch], whole: Batch, train: bool) -> bool:
+        """Compare losses in training mode or in evaluation; return whether nothing random was."""
         forward, host = self.first.forward, self.first.host
-        with own_modes(host.modules()):
-            host.eval()
+        with own_modes(host.modules()), taken_back(host):
+            host.train(train)
             before = _drawn_from()
             output, losses = forward.with_losses(host, whole)
             if not all(map(torch.equal, before, _drawn_from())):
-                return
+                return False
             near = _rounding(host, losses, self.first.settings.precision)
             for (name, batch), loss in zip(tagged.items(), losses, strict=True):
                 own, alone = forward.with_losses(host, batch)
@@ -267,6 +274,7 @@ class _Pass:
                         one, other.to(one), rtol=near**0.5, atol=100 * near, equal_nan=True
                     ):
                         raise ModgraftError(_differs(host, name, what, one, other, list(tagged)))
+        return True
 
     def _composition(self, name: str, modules: Any) -> Any:
         for one in modules if isinstance(modules, list | tuple) else [modules]:
