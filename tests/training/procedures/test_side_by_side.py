@@ -489,8 +489,8 @@ def test_examples_that_meet_in_training_alone_are_refused() -> None:
         vocab_size=41, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24,
         decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2, num_experts=2,
         encoder_sparse_step=2, decoder_sparse_step=2, pad_token_id=0, expert_capacity=2,
-        moe_token_dropout=0.0, router_jitter_noise=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
-        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        moe_token_dropout=0.0, router_jitter_noise=0.0, encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
     )  # fmt: skip
     torch.manual_seed(0)
     host = mg.Host(NllbMoeForConditionalGeneration(config))
@@ -498,6 +498,10 @@ def test_examples_that_meet_in_training_alone_are_refused() -> None:
     for name in "xy":
         host.implant(name, mg.LoRA(rank=2), at="query", active=False)
         ids = torch.randint(3, 41, (4, 6))
-        batches[name] = [{"input_ids": ids, "labels": ids}]
+        seen = torch.ones_like(ids)
+        batches[name] = [{"input_ids": ids, "attention_mask": seen, "labels": ids[:, :4].clone()}]
+    with torch.no_grad():
+        for p in host.model.parameters():
+            p.normal_(0, 0.3)
     with pytest.raises(mg.ModgraftError, match=r"alone and .* in one pass"):
         mg.fit_side_by_side(host, batches, steps=1, **QUIET)
