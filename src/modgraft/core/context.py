@@ -152,7 +152,7 @@ class Call:
     layout: Layout | None = None
     alike: bool = False
 
-    def begun(self) -> Callable[[], None]:
+    def snapshot(self) -> Callable[[], None]:
         """Return what takes back all that a run of the host leaves here, and the random numbers
         that it draws, so that the host can be run again."""
         choices, routings, random = dict(self.choices), len(self.routings), torch.get_rng_state()

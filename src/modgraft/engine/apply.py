@@ -180,7 +180,8 @@ class Applier:
             SiteError: where only a layer's width, and not its axis, is known.
         """
         layer, path = self.site.layer, self.site.state.path
-        if isinstance(layer, WEIGHTED) or getattr(entry.module, "over", None) == "map":
+        module = entry.module.like if isinstance(entry.module, Batched) else entry.module
+        if isinstance(layer, WEIGHTED) or getattr(module, "over", None) == "map":
             return
         raise SiteError(
             f"{entry.name!r} acts on features, and {path}, a {type(layer).__name__}, puts out "

@@ -11,7 +11,7 @@ refuses.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,14 +66,19 @@ def run(
             where it leaves more than what it puts out.
     """
     runs = list(_runs(layer, call))
-    outs, copies, rows, captured, left = [], [], [], [], []
+    if len(runs) == 1:
+        with state.context.call(runs[0][0]):
+            out = again(layer, *of)
+        call.routings.extend(runs[0][0].routings)
+        return out
+    outs, copies, captured, left = [], [], [], []
     before = _kept(layer)
-    for inner, own in runs:
-        given = _copied(of) if len(runs) > 1 else of
+    for inner, _ in runs:
+        given = _copied(of)
         as_given = _marks(given)
         with state.context.call(inner), captured_apart() as seen:
             outs.append(again(layer, *given))
-        if len(runs) > 1 and _marks(given) != as_given:
+        if _marks(given) != as_given:
             raise CompositionError(_LEAVES.format(path=state.path, what="what it is given"))
         left.append({key: kept for key, kept in _kept(layer).items() if before.get(key) != kept})
         if inner.routings:
@@ -82,14 +87,11 @@ def run(
                 f"composition of this batch; call the host once for each composition"
             )
         copies.append(given)
-        rows.append(own)
         captured.append(seen)
     _check_left(left, state.path)
-    at = _Rows(rows, axis, state.path)
+    at = _Rows([rows for _, rows in runs], axis, state.path)
     _check_captured(captured[0], at, state.path)
     add_captured(at.join(captured))
-    if len(runs) == 1:
-        return outs[0]
     for old, *new in zip(_caches(of), *map(_caches, copies), strict=True):
         old.__dict__.update(at.join(new).__dict__)
         at.known[id(new[0])] = old
@@ -136,7 +138,7 @@ def _check_left(left: Sequence[Mapping[tuple[str, str], Any]], path: str) -> Non
         CompositionError: with what it keeps.
     """
     for key in {key for one in left for key in one}:
-        if len({repr(one.get(key)) for one in left}) > 1:
+        if any(one.get(key) != left[0].get(key) for one in left):
             where = ".".join(filter(None, (path, *key)))
             raise CompositionError(_LEAVES.format(path=path or "the host", what=where))
 
@@ -162,13 +164,17 @@ def _runs(layer: nn.Module, call: Call) -> Iterator[tuple[Call, list[int]]]:
     """Yield a call for each composition of the batch, with the examples of that composition."""
     composition = call.composition
     assert composition is not None  # noqa: S101
-    own = replace(
-        call,
-        alike=True,
-        routings=[],
-        outputs={},
-        kept=None if call.kept is None else {},
-    )
+
+    def anew(composition: Expression | None, choices: Mapping[Hashable, Any]) -> Call:
+        kept = None if call.kept is None else {}
+        given = {
+            "routings": [],
+            "outputs": {},
+            "kept": kept,
+            "choices": {**call.choices, **choices},
+        }
+        return replace(call, composition=composition, alike=True, **given)
+
     if isinstance(composition, Each):
         groups = list(composition.different.items())
     else:
@@ -176,21 +182,11 @@ def _runs(layer: nn.Module, call: Call) -> Iterator[tuple[Call, list[int]]]:
     for one, rows in groups:
         chosen = {} if one is None else _choices(layer, call, one)
         if one is None or not (one.is_data or chosen):
-            yield replace(own, composition=one, outputs={}, routings=[]), rows
+            yield anew(one, {}), rows
             continue
         for i in rows:
             choices = {k: replace(v, weights=v.weights[i]) for k, v in chosen.items()}  # [N]
-            yield (
-                replace(
-                    own,
-                    composition=one.of_example(i),
-                    choices={**call.choices, **choices},
-                    outputs={},
-                    routings=[],
-                    kept=None if call.kept is None else {},
-                ),
-                [i],
-            )
+            yield anew(one.of_example(i), choices), [i]
 
 
 def _count(composition: Expression, call: Call) -> int:

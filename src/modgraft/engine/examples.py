@@ -81,7 +81,7 @@ def _told(
 ) -> tuple[_Batch | None, dict[str, int | None]]:
     """Return how the arguments are those of examples, and what layers say of them then."""
     best: tuple[_Batch | None, dict[str, int | None]] = None, {}
-    for batch in _batches(twin, args, kwargs, count):
+    for batch in _batches(args, kwargs, count):
         try:
             found = _ask_along(twin, batch)
         except REFUSALS:  # a host that takes no other number along this axis cannot be asked so
@@ -147,6 +147,7 @@ def _all_outputs(
 
 
 def _within(out: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what a part puts out, in their order."""
     if isinstance(out, Tensor):
         yield out
     elif isinstance(out, Mapping | tuple | list):
@@ -200,9 +201,7 @@ class _Batch:
         return len(few), (few, [*few, few[0]], [few[-1], *few[1:]])
 
 
-def _batches(
-    twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], count: int | None
-) -> Iterator[_Batch]:
+def _batches(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Iterator[_Batch]:
     """Yield the ways in which the arguments can be those of examples, the likeliest first."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     for several in (False, True):
@@ -294,8 +293,7 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            values = [out] if isinstance(out, Tensor) else _tensors(out)
-            value = next((v for v in values if v.dim() and v.is_floating_point()), None)
+            value = next((v for v in _within(out) if v.dim() and v.is_floating_point()), None)
             if value is not None:
                 found.setdefault(path, []).append(_without_features(value))
 
@@ -367,9 +365,3 @@ def _is_data(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(_is_data(each) for each in value)
     return value is None or isinstance(value, Tensor | bool | int | float | str)
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    values = out.values() if isinstance(out, Mapping) else out
-    several = isinstance(out, Mapping | tuple | list)
-    return [v for v in values if isinstance(v, Tensor)] if several else []

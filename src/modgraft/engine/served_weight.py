@@ -11,7 +11,8 @@ Hooks tell when the host runs: it is called through :class:`~modgraft.host.host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -268,6 +269,24 @@ def kept_elsewhere(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Mod
                         at = key if name == "_parameters" else name
                         found.setdefault(layer, joined(path, at))
     return found
+
+
+def warn_of_kept(model: nn.Module, name: str, paths: Mapping[nn.Module, str]) -> None:
+    """Warn of the weights that ``model`` keeps of layers where a module begins to act.
+
+    Args:
+        model: the host's.
+        name: the module's.
+        paths: the layers, with their paths.
+    """
+    for layer, keeper in kept_elsewhere(model, list(paths)).items():
+        path = paths[layer]
+        warnings.warn(
+            f"the model keeps a weight of {path} itself, in its attribute {keeper}: {name!r} acts "
+            f"where {path} is called or its weight is read there, and not in what computes with "
+            f"{keeper}; read {path}.weight in the forward",
+            stacklevel=5,
+        )
 
 
 def is_serving(layer: nn.Module) -> bool:

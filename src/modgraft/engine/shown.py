@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -45,13 +45,14 @@ class Shown:
 
     @cached_property
     def _shapes(self) -> tuple[Mapping[str, torch.Size], Mapping[str, torch.Size]]:
+        inputs = _inputs(self._model)
+        if inputs is None:
+            return {}, {}
         twin = twin_of(self._model)
-        for short, long in _inputs(self._model):
-            try:
-                return _seen(twin, short), _seen(twin, long)
-            except REFUSALS:
-                continue
-        return {}, {}
+        try:
+            return _seen(twin, inputs[0]), _seen(twin, inputs[1])
+        except REFUSALS:
+            return {}, {}
 
 
 def _seen(twin: nn.Module, batch: Input) -> dict[str, torch.Size]:
@@ -77,12 +78,12 @@ def _seen(twin: nn.Module, batch: Input) -> dict[str, torch.Size]:
     return found
 
 
-def _inputs(model: nn.Module) -> Iterator[tuple[Input, Input]]:
-    """Yield pairs of inputs, a short and a long one, that a model of its kind may read."""
+def _inputs(model: nn.Module) -> tuple[Input, Input] | None:
+    """Return a short and a long input that a model of its kind may read, if one can be made up."""
     name, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     if not isinstance(name, str) or config is None or like is None:
-        return
+        return None
 
     def said(*names: str, otherwise: Any = None) -> Any:
         values = (getattr(config, each, None) for each in names)
@@ -114,5 +115,4 @@ def _inputs(model: nn.Module) -> Iterator[tuple[Input, Input]]:
             sizes = [noise(steps, wide) for steps in (16, 24)] if wide else []
         case _:
             sizes = []
-    if sizes:
-        yield {name: sizes[0], **beside}, {name: sizes[1], **beside}
+    return ({name: sizes[0], **beside}, {name: sizes[1], **beside}) if sizes else None

@@ -56,8 +56,8 @@ from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.parts import divide_around
 from modgraft.engine.served_weight import (
     hook_functional_calls,
-    kept_elsewhere,
     unwatch_forwards,
+    warn_of_kept,
     watch_forwards,
 )
 from modgraft.engine.shown import Shown
@@ -222,7 +222,7 @@ class Host(AsModel):
         new = [site for site in sites if STATE not in site.module.__dict__]
         self._graft(implant, sites, implant.names)
         if isinstance(module.unwrapped, ParameterComposition):
-            self._warn_of_kept(name, new)
+            warn_of_kept(self.model, name, {site.module: site.path for site in new})
         if not self.implants:
             watch_forwards(self.model, self._context)
         if not self._context.keys_values.isdisjoint(implant.names):
@@ -252,16 +252,6 @@ class Host(AsModel):
         if at is None:
             raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
         return at
-
-    def _warn_of_kept(self, name: str, sites: Sequence[Site]) -> None:
-        paths = {site.module: site.path for site in sites}
-        for layer, keeper in kept_elsewhere(self.model, list(paths)).items():
-            warnings.warn(
-                f"the model keeps a weight of {paths[layer]} itself, in its attribute {keeper}: "
-                f"{name!r} acts where {paths[layer]} is called or its weight is read there, and "
-                f"not in what computes with {keeper}; read {paths[layer]}.weight in the forward",
-                stacklevel=4,
-            )
 
     def _graft(self, implant: Implant, sites: Sequence[Site], names: Sequence[str]) -> None:
         """Graft a module onto its sites under ``names``, all its names or some of them."""
@@ -427,7 +417,7 @@ class Host(AsModel):
             composition and self._context.token_modules_in(composition)
         ):
             check_goes_on(kwargs, None)
-        take_back = None if call.layout is None else call.begun()
+        take_back = None if call.layout is None else call.snapshot()
         while True:
             try:
                 with self._context.call(call):
