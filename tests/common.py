@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import FNetConfig, FNetForMaskedLM
 
 import modgraft as mg
+from modgraft.store.card import card_digest
+from modgraft.store.file import TensorFile, digest_of, write_tensors
 
 WEIGHTS: dict[str, Callable[[], mg.Computation]] = {
     "lora": lambda: mg.LoRA(rank=2, alpha=3.0),
@@ -45,3 +49,19 @@ def counted(host: mg.Host) -> tuple[nn.Module, list[Any]]:
 
     compiled: Any = torch.compile(host, backend=counting, fullgraph=True)
     return compiled, graphs
+
+
+def forge(folder: Path, tensors: Mapping[str, Tensor] | None = None, **card: Any) -> None:
+    """Write other tensors, or another card, into a saved module's file, with hashes that agree."""
+    file = TensorFile(folder / "module.safetensors")
+    said = json.loads(file.metadata["modgraft"]) | card
+    tensors = file.tensors() if tensors is None else tensors
+    said["tensors"] = card.get("tensors", digest_of(tensors))
+    said.pop("sha256")
+    said["sha256"] = card_digest(said)
+    write_tensors(tensors, file.path, {"modgraft": json.dumps(said)})
+
+
+def kept(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of a saved module by name."""
+    return TensorFile(folder / "module.safetensors").tensors()

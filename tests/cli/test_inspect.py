@@ -72,7 +72,8 @@ def test_inspect_says_which_modules_fit(tmp_path: Path) -> None:
     assert [card["fits"] for card in report["modules"]] == [True, False]
     assert report["modules"][0]["parameters"] == host["qa"].size
     assert report["modules"][0]["method"] == "LoRA(rank=2)"
-    assert report["modules"][0]["compared"] == ["architecture", "shape", "weights"]
+    compared = ["architecture", "shape", "config", "weights", "buffers"]
+    assert report["modules"][0]["compared"] == compared
     HOSTS["bert"].model(seed=5).save_pretrained(folder)
     assert "no: another host (weights)" in run(folder, *both, "--weights")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import modgraft as mg
-from common import counted
+from common import counted, forge
 from computation.hypernetworks import DE, FR, METHODS, TASKS, drawn, grafted, run
 from computation.methods import Nothing
 from contract.hosts import FEATURES, HOSTS, QV, WIDTH, ids, tensor_of
@@ -334,8 +334,7 @@ def test_what_makes_no_hypernetwork(make: Any, message: str) -> None:
 def test_damaged_cards(tmp_path: Path) -> None:
     host = grafted(mg.LoRA(rank=2), "query")
     host.save("h", tmp_path / "h")
-    path = tmp_path / "h" / "module.json"
-    card = json.loads(path.read_text())
+    card = json.loads((tmp_path / "h" / "module.json").read_text())["modules"][0]
     assert card["config"]["module"] == {"type": "LoRA", "config": mg.LoRA(rank=2).config()}
     inner = card["config"]["module"]
     for module, message in (
@@ -348,10 +347,10 @@ def test_damaged_cards(tmp_path: Path) -> None:
         ("LoRA", r"mg\.LoRA\(rank=8\)"),
     ):
         damaged = {**card, "config": {**card["config"], "module": module}}
-        path.write_text(json.dumps(damaged))
+        forge(tmp_path / "h", modules=[damaged])
         with pytest.raises(mg.ModgraftError, match=message):
             mg.Host(HOSTS["bert"].model()).load(tmp_path / "h")
     lacking = {k: v for k, v in card["config"].items() if k != "tasks"}
-    path.write_text(json.dumps({**card, "config": lacking}))
+    forge(tmp_path / "h", modules=[{**card, "config": lacking}])
     with pytest.raises(mg.ModgraftError, match="cannot be made from"):
         mg.Host(HOSTS["bert"].model()).load(tmp_path / "h")

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import modgraft as mg
-from common import counted
+from common import counted, forge, kept
 from contract.hosts import BATCH, HOSTS, HostCase, ids, side, tensor_of
 from contract.modules import MODULES
 from contract.written_out import prepend
@@ -593,19 +593,16 @@ def test_torchs_own_attention_and_heads_that_do_not_divide() -> None:
 
 
 def test_loaded_tensors_are_checked(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     case = HOSTS["gpt2"]
     host = prefixed(case)
     host.save("m", tmp_path / "m")
-    file = tmp_path / "m" / "module.safetensors"
-    tensors = load_file(file)
+    tensors = kept(tmp_path / "m")
     key = next(iter(tensors))
     for bad, message in (
         (tensors[key] * torch.nan, "NaN or infinity"),
         (tensors[key][:2], r"\[2, 2, 8\] where this host needs \[3, 2, 8\]"),
     ):
-        save_file({**tensors, key: bad.contiguous()}, file)
+        forge(tmp_path / "m", {**tensors, key: bad})
         fresh = mg.Host(case.model())
         with pytest.raises(mg.ModgraftError, match=message):
             fresh.load(tmp_path / "m")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import modgraft as mg
+from common import kept
 from contract.hosts import HOSTS, QV, tensor_of
 
 LAYERS = ["query", "value", "up", "down"]
@@ -81,9 +81,7 @@ def test_saved_and_loaded_in_float32(tmp_path: Path) -> None:
     host = llama(torch.bfloat16)
     trained(host)
     host.save("m", tmp_path / "m")
-    assert {t.dtype for t in load_file(tmp_path / "m/module.safetensors").values()} == {
-        torch.float32
-    }
+    assert {tensor.dtype for tensor in kept(tmp_path / "m").values()} == {torch.float32}
     fresh = llama(torch.bfloat16)
     fresh.load(tmp_path / "m")
     assert torch.equal(fresh(**batch()).logits, host(**batch()).logits)

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import modgraft as mg
+from common import forge, kept
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
     "intermediate_size": 24, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
-HEAD = {"classifier.weight", "classifier.bias"}
+HEAD = {":classifier.weight", ":classifier.bias"}
 
 
 def fresh(head: int = 1, labels: int = 4) -> mg.Host:
@@ -55,14 +55,14 @@ def test_a_head_is_saved_and_loaded_with_its_module(tmp_path: Path) -> None:
     right = accuracy(host)
     assert right > 0.7  # chance is a quarter
     host.save("qa", tmp_path / "qa")
-    assert load_file(tmp_path / "qa/host.safetensors").keys() == HEAD
+    assert kept(tmp_path / "qa").keys() > HEAD
     for strict in (True, False):  # the same host, but for the head
         other = fresh(head=2)
         before = {k: v.clone() for k, v in other.model.state_dict().items()}
         other.load(tmp_path / "qa", strict=strict)
         assert accuracy(other) == right
         other.save("qa", tmp_path / "again")  # it still belongs to the module
-        assert load_file(tmp_path / "again/host.safetensors").keys() == HEAD
+        assert kept(tmp_path / "again").keys() > HEAD
         other.load(tmp_path / "qa", name="twice")
         other.remove("qa")
         assert accuracy(other) == right
@@ -75,13 +75,13 @@ def test_a_part_that_requires_a_gradient_is_saved_too(tmp_path: Path) -> None:
     host = fresh()
     host.implant("qa", mg.LoRA(rank=2), at="query")
     host.save("qa", tmp_path / "alone")
-    assert not (tmp_path / "alone/host.safetensors").exists()
+    assert HEAD.isdisjoint(kept(tmp_path / "alone"))
     host.model.classifier.requires_grad_(True)
     host.save("qa", tmp_path / "qa")
-    assert load_file(tmp_path / "qa/host.safetensors").keys() == HEAD
+    assert kept(tmp_path / "qa").keys() > HEAD
     host.model.requires_grad_(True)  # another host, and not a part of one
     host.save("qa", tmp_path / "whole")
-    assert not (tmp_path / "whole/host.safetensors").exists()
+    assert HEAD.isdisjoint(kept(tmp_path / "whole"))
 
 
 def test_two_heads_for_one_place_are_refused(tmp_path: Path) -> None:
@@ -102,10 +102,9 @@ def test_two_heads_for_one_place_are_refused(tmp_path: Path) -> None:
 def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     trained().save("qa", tmp_path / "qa")
     host = fresh(labels=3)
-    words = r"host's classifier\.bias, which is \[4\] in the folder and is \[3\] in this host"
-    with pytest.raises(mg.ModgraftError, match=words):
+    with pytest.raises(mg.ModgraftError, match=r"another host \(shape, .*num_labels"):
         host.load(tmp_path / "qa", strict=False)
-    (tmp_path / "qa/host.safetensors").unlink()
-    with pytest.raises(mg.ModgraftError, match=r"host\.safetensors cannot be read"):
+    forge(tmp_path / "qa", {k: t for k, t in kept(tmp_path / "qa").items() if k not in HEAD})
+    with pytest.raises(mg.ModgraftError, match="is not there in the folder"):
         fresh().load(tmp_path / "qa")
     assert not list(host.implants)

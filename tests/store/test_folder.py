@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import modgraft as mg
+from common import forge
 from contract.hosts import HOSTS, QV
 
 
@@ -71,11 +72,11 @@ def test_damaged_module_folders(tmp_path: Path) -> None:
     host.save("qa", tmp_path / "qa")
     with pytest.raises(mg.ModgraftError, match="NaN or infinity"):
         fresh.load(tmp_path / "qa")
-    (tmp_path / "qa" / "module.json").write_text("{")
+    forge(tmp_path / "qa", modules=[])
     with pytest.raises(mg.ModgraftError, match="not a module's card"):
         fresh.load(tmp_path / "qa")
-    (tmp_path / "qa" / "module.json").write_text('{"format": 2, "modules": []}')
-    with pytest.raises(mg.ModgraftError, match="format 2, this version reads 1"):
+    forge(tmp_path / "qa", format=3)
+    with pytest.raises(mg.ModgraftError, match="format 3, this version reads 2"):
         fresh.load(tmp_path / "qa")
     with pytest.raises(mg.ModgraftError, match="no module in"):
         fresh.load(tmp_path / "nowhere")

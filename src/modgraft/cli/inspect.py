@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,7 +52,7 @@ def inspect(
     if at:
         report["selection"] = _selection(host, at, rank)
     if modules:
-        report["modules"] = [_card(host, folder, weights) for folder in modules]
+        report["modules"] = [row for each in modules for row in _card(host, each, weights)]
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
@@ -151,46 +152,48 @@ def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]
     }
 
 
-def _card(model: nn.Module, folder: Path, weights: bool) -> dict[str, Any]:
-    """Describe a saved module: its card, its size, and whether it fits this model."""
-    from modgraft.computation.base import Computation
+def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]:
+    """Describe saved modules: what they are, their size, and whether they fit this model."""
     from modgraft.core.errors import SiteError, UnknownNameError
-    from modgraft.core.sites import find
-    from modgraft.store.fingerprint import (
-        fingerprint,
-        is_in_another_precision,
-        shape_fingerprint,
-    )
-    from modgraft.store.folder import from_json, read
+    from modgraft.core.sites import located
+    from modgraft.store.fingerprint import differences, is_in_another_precision
+    from modgraft.store.folder import stored
 
-    card, tensors = read(folder)
-    here = fingerprint(model, card.beside) if weights else shape_fingerprint(model)
-    differs = [key for key, value in here.items() if card.host.get(key) != value]
-    absent = []
-    for path in card.sites:
+    found = stored(folder, model)
+    there, beside = found.card.host, found.card.beside
+    differs = differences(model, there, beside, values=weights) if there else []
+    rounded = differs == ["weights"] and is_in_another_precision(model, there, beside)
+    rows = []
+    for saved in found.card.modules:
+        absent = []
+        for label in saved.sites:
+            try:
+                located(model, [label])
+            except SiteError:
+                absent.append(label)
         try:
-            find(model, path)
-        except SiteError:
-            absent.append(path)
-    try:
-        said = {"type": card.type, "config": card.config}
-        method = from_json(said, folder, Computation).brief()
-    except UnknownNameError:  # a class of the user's, which is not imported here
-        method = f"{card.type}(…)"
-    return {
-        "folder": str(folder),
-        "name": card.name,
-        "type": card.type,
-        "config": card.config,
-        "method": method,
-        "sites": len(card.sites),
-        "parameters": sum(t.numel() for t in tensors.values()),
-        "fits": not differs and not absent,
-        "compared": list(here),
-        "differs": differs,
-        "rounded": differs == ["weights"] and is_in_another_precision(model, card.host),
-        "absent": absent,
-    }
+            method = saved.method(folder).brief()
+        except UnknownNameError:  # a class of the user's, which is not imported here
+            method = f"{saved.type}(…)"
+        rows.append({
+            "folder": str(folder),
+            "name": saved.name,
+            "type": saved.type,
+            "config": saved.config,
+            "method": method,
+            "sites": len(saved.sites),
+            "parameters": sum(
+                math.prod(entry.shape)
+                for key, entry in found.entries.items()
+                if key.startswith(f"{saved.name}:")
+            ),
+            "fits": not differs and not absent,
+            "compared": ["architecture", "shape", "config"] + ["weights", "buffers"] * weights,
+            "differs": differs,
+            "rounded": rounded,
+            "absent": absent,
+        })  # fmt: skip
+    return rows
 
 
 def _print(model: nn.Module, report: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
@@ -56,8 +57,48 @@ def whole(path: str | Path) -> Iterator[Path]:
         # mkstemp's 0600 is for secrets: this is an ordinary file, or like the one before it
         part.chmod(path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~mask)
         part.replace(path)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path, *names: str) -> Iterator[None]:
+    """Hold a folder for writing in a `with` block; it is made where there is none.
+
+    What a killed process left half-written is removed: nobody else writes now.
+
+    Args:
+        folder: The folder.
+        names: The files in it that `whole` writes.
+
+    Raises:
+        ModgraftError: Another process, or thread, is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ModgraftError(
+                f"another process is writing to {folder}: wait for it, or give another folder"
+            ) from error
+        for name in names:
+            for left in folder.glob(f".{name}.????????.part"):
+                left.unlink()
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -198,6 +198,35 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
     return sites
 
 
+def located(model: nn.Module, labels: Sequence[str]) -> list[Site]:
+    """Return the sites of exact labels, as :attr:`Site.label` writes them; nothing is a pattern.
+
+    Raises:
+        SiteError: for a label that is none here, or that comes twice.
+    """
+    modules = {bare(path): (path, module) for path, module in model.named_modules()}
+    sites = [_located(model, modules, label) for label in labels]
+    if len(set(labels)) < len(sites):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise SiteError(f"the site {twice!r:.80} is named twice")
+    return sites
+
+
+def _located(model: nn.Module, modules: Mapping[str, tuple[str, nn.Module]], label: str) -> Site:
+    text, part = split_part(bare(label.removesuffix(RESIDUAL)))
+    above, _, name = text.rpartition(".")
+    if text in modules:
+        site = _site(model, *modules[text], part)
+    elif above in modules and modules[above][1]._parameters.get(name) is not None:
+        site = _site(model, *modules[above], part, name)
+    else:
+        raise SiteError(
+            f"the site {label!r:.80} is not in this {type(model).__name__}: it has no such layer "
+            f"or parameter"
+        )
+    return replace(site, residual=label.endswith(RESIDUAL))
+
+
 def _warn_of_experts(model: nn.Module, found: Mapping[str, Site]) -> None:
     """Say which weights of experts a selection of linear layers leaves out."""
     modules = model.named_modules()

@@ -29,6 +29,7 @@ class Implant(nn.Module, ex.Composable):
         beside: the names of the host's weights that trained with it, such as a head's; they are
             saved beside it.
         replaced: those weights as they were before the module was loaded with its own, by name.
+        trained_in: the fingerprint of the host it was trained in, if that is not this one.
     """
 
     def __init__(self, name: str, method: Computation, sites: Sequence[Site]) -> None:
@@ -39,6 +40,7 @@ class Implant(nn.Module, ex.Composable):
         self.places = nn.ModuleList(method.build_all(sites))
         self.beside: frozenset[str] = frozenset()
         self.replaced: dict[str, Tensor] = {}
+        self.trained_in: dict[str, Any] | None = None
 
     @property
     def method(self) -> Computation:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.engine.implant import Implants
-from modgraft.store.fingerprint import fingerprint
+from modgraft.store.fingerprint import differences, fingerprint
 
 WEIGHTS = "model.safetensors"
 """The file that the Trainer writes a model's weights to, and looks for when it resumes."""
@@ -149,11 +149,11 @@ class AsModel(nn.Module):
         said = state_dict.pop(prefix + OF_HOST, None)
         if said is not None:
             there = json.loads(bytes(said.tolist()))
-            here = fingerprint(self.model, _of_model(k.removeprefix(prefix) for k in state_dict))
-            if differs := [key for key in here if here[key] != there.get(key)]:
+            own = _of_model(k.removeprefix(prefix) for k in state_dict)
+            if differs := differences(self.model, there, own):
                 raise CheckpointError(
-                    f"these modules were saved in another host ({', '.join(differs)} differ: "
-                    f"{there.get('architecture')} there, {here['architecture']} here), whose "
+                    f"these modules were saved in another host ({', '.join(differs)[:300]} differ: "
+                    f"{there.get('architecture')} there, {type(self.model).__name__} here), whose "
                     f"frozen weights are not in the file; load them into the host of that run"
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -147,6 +148,19 @@ class Reader:
         if inputs or joins:
             check_inputs(read, inputs)
         return read.mapped(str)
+
+
+def named(composition: Compositions, names: Collection[str]) -> list[str]:
+    """Return those of ``names`` that a composition may mean, before it is read."""
+    if isinstance(composition, list | tuple):
+        return list(dict.fromkeys(n for each in composition for n in named(each, names)))
+    if isinstance(composition, str):
+        words = re.findall(r"\w+", composition)
+    elif isinstance(composition, ex.Composable):
+        words = [ex.module_of(name) for name in composition.expression().names()]
+    else:
+        words = []
+    return [word for word in dict.fromkeys(words) if word in names]
 
 
 def check_one(composition: ex.Expression | None) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from modgraft.core.errors import ModgraftError, UndividedError
 from modgraft.core.files import folder_path
 from modgraft.core.layers import STATE
 from modgraft.core.per_example import Weighted, joined
-from modgraft.core.sites import At, Site, find
+from modgraft.core.sites import At, Site, find, located
 from modgraft.core.tensors import device_of
 from modgraft.engine.examples import ask, signature
 from modgraft.engine.fast_paths import check_weights_stay, leave_fast_paths
@@ -69,6 +69,7 @@ from modgraft.host.compositions import (
     check_batch,
     check_sides,
     examples_of,
+    named,
 )
 from modgraft.host.describe import describe
 from modgraft.host.explain import explain
@@ -91,6 +92,7 @@ hook_checkpoints()
 hook_functional_calls()
 
 if TYPE_CHECKING:
+    from modgraft.store.stored import Stored
     from modgraft.training.fit import History
 
 
@@ -125,6 +127,7 @@ class Host(AsModel):
         self.implants = nn.ModuleDict()
         self._implants = Implants(self.implants, self._context)
         self._reader = Reader(self._implants, self._context)
+        self._waiting: dict[str, Callable[[], object]] = {}  # loaded, and not used yet
         leave_fast_paths(model)
         if freeze:
             model.requires_grad_(False)
@@ -143,6 +146,11 @@ class Host(AsModel):
             new.__setstate__(copy.deepcopy(state, memo))
         return new
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        for name in list(self._waiting):  # a copy has no part in what is read from this one's files
+            self._bring(name)
+        return super().__reduce_ex__(protocol)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hook what the modules of an unpickled host need hooked in this process."""
         super().__setstate__(state)
@@ -160,8 +168,11 @@ class Host(AsModel):
 
     def sites(self, at: At, expect: int | None = None) -> list[Site]:
         """Return the sites that a selection means; see :func:`modgraft.core.sites.find`."""
+        return self._shown(find(self.model, at, expect=expect))
+
+    def _shown(self, sites: Sequence[Site]) -> list[Site]:
         shown = Shown(self.model).width
-        return [replace(site, shown=shown) for site in find(self.model, at, expect=expect)]
+        return [replace(site, shown=shown) for site in sites]
 
     def implant(
         self,
@@ -189,19 +200,17 @@ class Host(AsModel):
                 site the method is not defined at. The host is then as it was.
         """
         with self._guard.gate.change(f"host.implant({name!r}, …)"):
-            return self._implant(name, module, at, expect, active)
+            return self._implant(
+                name, module, lambda: self.sites(self._where(name, module, at), expect), active
+            )
 
     @torch.inference_mode(False)  # a module made in inference mode could never be trained
     def _implant(
-        self, name: str, module: Computation, at: At | None, expect: int | None, active: bool
+        self, name: str, module: Computation, where: Callable[[], list[Site]], active: bool
     ) -> Implant:
-        check_name(name)
-        if name in self.implants:
-            raise ModgraftError(
-                f"{name!r} is implanted already; host.remove({name!r}) first, or take another name"
-            )
+        self._check_new(name)
         check_module(module)
-        sites = self.sites(self._where(name, module, at), expect)
+        sites = where()
         check_weights_stay(self.model)
         if other := grafted_by_others(self.model, self._context):
             raise ModgraftError(
@@ -236,6 +245,13 @@ class Host(AsModel):
         self._context.switch(joined(now, implant.names[0]) if active else now)
         return implant
 
+    def _check_new(self, name: str) -> None:
+        check_name(name)
+        if name in self:
+            raise ModgraftError(
+                f"{name!r} is implanted already; host.remove({name!r}) first, or take another name"
+            )
+
     def _where(self, name: str, module: Computation, at: At | None) -> At:
         """Return the selection of the sites that ``module`` acts at."""
         if isinstance(module.unwrapped, TokenComposition):
@@ -253,6 +269,12 @@ class Host(AsModel):
             raise ModgraftError(f"where? host.implant({name!r}, …, at='query'), for instance")
         return at
 
+    def _located(self, name: str, module: Computation, labels: Sequence[str]) -> list[Site]:
+        """Return the sites that a card names; a mixture acts where its modules do."""
+        if isinstance(module, Mixture):
+            return self.sites(self._where(name, module, None))
+        return self._shown(located(self.model, labels))
+
     def _graft(self, implant: Implant, sites: Sequence[Site], names: Sequence[str]) -> None:
         """Graft a module onto its sites under ``names``, all its names or some of them."""
         for name in names:
@@ -264,6 +286,8 @@ class Host(AsModel):
     def remove(self, name: str) -> None:
         """Remove a module; the host is as it was before it, bit for bit."""
         with self._guard.gate.change(f"host.remove({name!r})"):
+            if self._waiting.pop(name, None) is not None:  # never used
+                return
             names = self[name].names  # raises for an unknown one
             check_unmixed(self._implants, names)
             for each in names:
@@ -281,10 +305,24 @@ class Host(AsModel):
             self._context.switch(ex.without(self._context.composition, name))
 
     def __getitem__(self, name: str) -> Implant:
+        self._bring(name)
         return self._implants[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.implants
+        return name in self.implants or name in self._waiting
+
+    def _bring(self, composition: Compositions) -> None:
+        """Implant those modules of a composition that were loaded with ``lazy=True``."""
+        if not self._waiting:
+            return
+        for name in named(composition, self._waiting):
+            with self._guard.gate.change(f"the first use of {name!r}"):
+                if load := self._waiting.pop(name, None):  # another thread may have been first
+                    try:
+                        load()
+                    except BaseException:
+                        self._waiting[name] = load
+                        raise
 
     # -- composing ------------------------------------------------------------------------------
 
@@ -303,6 +341,7 @@ class Host(AsModel):
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
         """
+        self._bring(composition)
         with self._guard.gate:
             self._context.switch(self._reader.read(composition))
 
@@ -320,6 +359,7 @@ class Host(AsModel):
         Raises:
             ModgraftError: for an unknown name or an expression that means nothing.
         """
+        self._bring(composition)
         with self._guard.gate:
             return self._reader.read(composition)
 
@@ -385,6 +425,8 @@ class Host(AsModel):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if self._waiting and modules is not ...:
+            self._bring(modules)
         with self._guard.call(self):
             call = self._call(side, modules, generating)
             run: Any = self.model.generate if generating else self.model
@@ -521,32 +563,121 @@ class Host(AsModel):
                     implant.beside |= learning_parts(self.model)
             return fit(self, loader, **settings)
 
-    def save(self, name: str, folder: str | Path) -> Path:
-        """Write one module to a folder; see :mod:`modgraft.store.folder`.
+    def save(
+        self,
+        names: str | Sequence[str] | None,
+        folder: str | Path,
+        *,
+        format: str = "modgraft",
+        **about: Any,
+    ) -> Path:
+        """Write modules to a folder; see :mod:`modgraft.store.folder`.
 
-        A part of the host that trained with it (``train=["qa", "host.classifier"]``) goes into the
-        folder too, and into the host that the module is loaded into.
-        """
-        from modgraft.store.folder import save
-
-        return save(self[name], self.model, folder_path(folder, "host.save"))
-
-    def load(self, folder: str | Path, name: str | None = None, *, strict: bool = True) -> Implant:
-        """Implant a saved module; see :mod:`modgraft.store.folder`.
-
-        Weights of the host that trained with it are written into this host; ``remove`` brings back
-        those that they replace.
+        A module that others are part of, as a mixture, is saved with them. A part of the host that
+        trained with one (``train=["qa", "host.classifier"]``) goes into the folder too, and into
+        the host that it is loaded into.
 
         Args:
-            folder: where :meth:`save` put it.
-            name: its name here; None: the one it was saved under.
-            strict: whether the host must be the one it was trained in, weight for weight.
+            names: a module, several that travel together, or None: all, with the composition in
+                force.
+            folder: where to; what is there of other modules is replaced, other files stay.
+            format: ``"modgraft"``, or another tool's: :mod:`modgraft.store.formats`.
+            **about: what the card says of them: ``metrics={"accuracy": 0.9}``, ``data``,
+                ``licence``, ``description``, ``command``, ``base_model``.
+
+        Raises:
+            ModgraftError: for an unknown name or field, or a folder that holds other things, or
+                that another process is writing to.
         """
-        from modgraft.store.folder import load
+        from modgraft.store import formats
+        from modgraft.store.folder import save
+
+        several = list(self.implants) + list(self._waiting) if names is None else names
+        chosen = [several] if isinstance(several, str) else list(several)
+        if not chosen:
+            raise ModgraftError("host.save: there is no module to save; name one, or implant one")
+        for name in chosen:
+            self._bring(name)
+        path = folder_path(folder, "host.save")
+        with self._guard.gate:
+            if format == "modgraft":
+                return save(self, chosen, path, about)
+            if about:
+                raise ModgraftError(f"format={format!r} has no place for {', '.join(about)}=")
+            formats.named(format).write(self, chosen, path)
+            return path
+
+    @overload
+    def load(
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        *,
+        strict: bool = True,
+        active: bool = True,
+        lazy: Literal[False] = False,
+    ) -> Implant: ...
+    @overload
+    def load(
+        self, folder: str | Path, name: str | None = None, *, strict: bool = True, lazy: bool
+    ) -> None: ...
+    def load(
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        *,
+        strict: bool = True,
+        active: bool = True,
+        lazy: bool = False,
+    ) -> Implant | None:
+        """Implant saved modules; see :mod:`modgraft.store.folder`.
+
+        Weights of the host that trained with them are written into this host; ``remove`` brings
+        back those that they replace.
+
+        Args:
+            folder: where :meth:`save` put them.
+            name: the name here of a module that was saved alone; None: the one it had.
+            strict: whether the host must be the one it was trained in, weight for weight; its
+                architecture must be the same in any case.
+            active: whether it joins the composition in force, at its end; several bring the
+                composition that they were saved with.
+            lazy: whether to read the card alone now, and to verify the tensors and implant them at
+                the first use; the module joins no composition then.
+
+        Returns:
+            The handle of the module, of several that of the last one; with ``lazy``, None:
+            ``host[name]`` is a first use.
+
+        Raises:
+            CheckpointError: for a folder that is damaged or none of these, or another host. The
+                host is then as it was.
+        """
+        from modgraft.store.folder import check_host, load, stored
 
         path = folder_path(folder, "host.load")
         with self._guard.gate.change(f"host.load({str(path)!r})"):
-            return load(self, path, name, strict=strict)
+            found = stored(path, self.model)
+            if not lazy:
+                return load(self, found, name, strict, active)[-1]
+            check_host(self.model, found, strict)
+            new = found.card.names if name is None else [name]
+            for each in new:
+                self._check_new(each)
+            for each in new:
+                self._waiting[each] = lambda: self._load(found, name, strict, new)
+        return None
+
+    def _load(self, found: Stored, name: str | None, strict: bool, names: Sequence[str]) -> None:
+        """Implant what :meth:`load` has left for the first use."""
+        from modgraft.store.folder import load
+
+        others = {each: self._waiting.pop(each) for each in names if each in self._waiting}
+        try:
+            load(self, found, name, strict, active=False)
+        except BaseException:
+            self._waiting |= others
+            raise
 
     def merge(self, composition: Composition | EllipsisType = ...) -> nn.Module:
         """Merge a composition into a copy of the model, which runs without modgraft.

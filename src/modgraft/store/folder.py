@@ -1,237 +1,355 @@
-"""Save a module to a folder and load it: ``module.json`` (its card) and ``module.safetensors``.
+"""Save modules to a folder and load them.
 
-Weights of the host that trained with the module, such as a classifier's, are beside it in
-``host.safetensors``, and are written into the host that it is loaded into.
+    folder/
+        module.safetensors   the modules: their tensors, and in its header their card
+        module.json          the card for people, written from it
+        README.md            the model card of a hub, written from it
+
+The first file is all of it, and it is replaced as a whole: whoever reads finds what was there
+before, or what is there now. Tensors are named ``<module>:<site>:<name>``; weights of the host that
+trained with a module, such as a classifier's, ``:<name>``.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Mapping
-from dataclasses import fields
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
-from modgraft.core.config import C, Configured, resolve
 from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.files import locked, write_text
 from modgraft.engine.implant import Implant, learning_parts
-from modgraft.routing.mixture import Mixture
+from modgraft.store import formats, former
+from modgraft.store.bounded import Bounded
+from modgraft.store.card import CARD_FILE, Card, Saved, to_json
+from modgraft.store.file import CARD, TensorFile, digest_of, read_json, write_tensors
 from modgraft.store.fingerprint import (
+    differences,
     fingerprint,
     half_fingerprints,
     is_in_another_precision,
 )
+from modgraft.store.readme import readme
+from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike
 
-FORMAT = 1
+FILE = "module.safetensors"
+README = "README.md"
 
 
-class Card(BaseModel):
-    """The content of ``module.json``.
-
-    Attributes:
-        format: the version of this format.
-        name: the module's.
-        type: the class of its computation.
-        config: the arguments of that class; a computation among them has a type and config too.
-        sites: the labels of its sites.
-        host: the :func:`fingerprint` of the host that it was trained in, without those weights, and
-            that in half precision.
-        beside: the names of the host's weights that trained with it, which are in the folder too.
-    """
-
-    model_config = ConfigDict(strict=True)
-
-    format: int
-    name: str
-    type: str
-    config: dict[str, Any]
-    sites: list[str]
-    host: dict[str, str]
-    beside: list[str] = []
+# -- saving --------------------------------------------------------------------------------------
 
 
-def save(implant: Implant, model: nn.Module, folder: Path) -> Path:
-    """Write a module to ``folder``: its card, its tensors, and the host's that trained with it.
-
-    The folder appears whole or not at all, and replaces a module that is there already.
+def save(host: HostLike, names: Sequence[str], folder: Path, about: Mapping[str, Any]) -> Path:
+    """Write modules to ``folder``, with those they need and what of the host trained with them.
 
     Args:
-        implant: the module.
-        model: the host's model, whose fingerprint goes into the card.
-        folder: where to.
+        host: theirs.
+        names: the modules' names.
+        folder: where to; its other files stay.
+        about: fields of :class:`Card` for people: metrics, data, licence, description, command.
 
     Raises:
-        CheckpointError: for a folder that is there and holds no module.
+        ModgraftError: for a folder that another process is writing to.
+        CheckpointError: for a folder that holds other things and no module.
     """
-    beside = sorted(implant.beside | learning_parts(model))
-    card = Card(
-        format=FORMAT,
-        name=implant.name,
-        **to_json(implant.method),
-        sites=list(implant.paths),
-        host={**fingerprint(model, beside), **half_fingerprints(model, beside)},
-        beside=beside,
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    whole = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write(implant.tensors(), whole / "module.safetensors")
-        if beside:
-            _write({k: model.get_parameter(k) for k in beside}, whole / "host.safetensors")
-        (whole / "module.json").write_text(
-            json.dumps(dict(card), indent=2) + "\n", encoding="utf-8"
-        )
-        if folder.exists():
-            if not (folder / "module.json").is_file():
-                raise CheckpointError(
-                    f"{folder} is there and holds no module; choose another folder"
-                )
-            shutil.rmtree(folder)
-        whole.replace(folder)
-    except BaseException:
-        shutil.rmtree(whole, ignore_errors=True)
-        raise
+    if folder.is_dir() and any(folder.iterdir()) and not holds_module(folder):
+        raise CheckpointError(f"{folder} is there and holds no module; choose another folder")
+    tensors, card = packed(host, names, about)
+    write(card, tensors, folder)
     return folder
 
 
-def _write(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    whole = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    save_file(whole, file, metadata={"format": "pt"})
+def holds_module(folder: Path) -> bool:
+    """Return whether there are modules in a folder, or what a killed save left of them."""
+    files = {FILE, CARD_FILE, README, former.HOST_FILE}
+    left = re.compile(rf"\.({'|'.join(map(re.escape, files))})\.\w{{8}}\.part")
+    names = {path.name for path in folder.iterdir()}
+    return bool(names & {FILE, CARD_FILE}) or all(map(left.fullmatch, names))
 
 
-def load(host: HostLike, folder: Path, name: str | None, *, strict: bool) -> Implant:
-    """Implant the module saved in ``folder``.
+def packed(
+    host: HostLike, names: Sequence[str], about: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], Card]:
+    """Return the tensors and the card of modules; see :func:`save`."""
+    implants = [host._implants[name] for name in with_members(host, names)]
+    model = host.model
+    beside = sorted({name for i in implants for name in i.beside} | learning_parts(model))
+    tensors = {f"{i.name}:{key}": t for i in implants for key, t in i.tensors().items()}
+    tensors |= {f":{name}": model.get_parameter(name) for name in beside}
+    now = host.composition
+    known = {name for implant in implants for name in implant.names}
+    card = Card(
+        names=list(names),
+        modules=[
+            Saved(name=i.name, **to_json(i.method), sites=list(i.paths), trained_in=i.trained_in)
+            for i in implants
+        ],
+        composition=str(now) if now is not None and known.issuperset(now.names()) else None,
+        beside=beside,
+        host={**fingerprint(model, beside), **half_fingerprints(model, beside)},
+        tensors=digest_of(tensors),
+        base_model=_hub_name(model),
+    )
+    return tensors, card.described(about)
+
+
+def write(card: Card, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a card and its tensors to a folder, in place of what is there, whole or not at all."""
+    text = card.to_text()
+    with locked(folder, FILE, CARD_FILE, README):
+        write_tensors(tensors, folder / FILE, {CARD: text})
+        write_derived(card, folder)
+        (folder / former.HOST_FILE).unlink(missing_ok=True)
+
+
+def write_derived(card: Card, folder: Path) -> None:
+    """Write what people read: ``module.json`` and ``README.md``."""
+    write_text(
+        folder / CARD_FILE, json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n"
+    )
+    write_text(folder / README, readme(card))
+
+
+def with_members(host: HostLike, names: Sequence[str]) -> list[str]:
+    """Return names of modules, each after those that it is over, as a mixture's."""
+    found: dict[str, None] = {}
+    for name in names:
+        found |= dict.fromkeys(with_members(host, host._implants[name].method.members))
+        found[host._implants[name].name] = None
+    return list(found)
+
+
+def _hub_name(model: nn.Module) -> str | None:
+    """Return the name under which the host's weights are on a hub, if it is one."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not isinstance(name, str) or Path(name).exists():
+        return None
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def stored(folder: Path, model: nn.Module) -> Stored:
+    """Read the card of the modules in a folder; the tensors wait in the file.
 
     Args:
-        host: where to implant it.
-        folder: where :func:`save` put it.
-        name: its name in this host; None: the one it was saved under.
-        strict: whether the host must be the one it was trained in, weight for weight.
+        folder: ours, or another tool's.
+        model: the host's, in which another tool's modules are found by its names.
 
     Raises:
-        CheckpointError: for an incomplete folder, tensors that do not fit or hold NaN, weights of
-            the host that another module needs otherwise, or (with ``strict``) a module trained in
-            another host. The host is then as it was.
+        CheckpointError: for a folder without modules, or a file that is damaged or none of them.
     """
-    card, tensors = read(folder)
-    beside = _read_beside(folder, card, host)
-    here, there = fingerprint(host.model, beside), card.host
-    differs = [k for k in here if here[k] != there.get(k)]
-    if strict and differs:
-        rounded = differs == ["weights"] and is_in_another_precision(host.model, there, beside)
-        other = "this host in another precision" if rounded else "another host"
-        raise CheckpointError(
-            f"{folder}: the module was trained in {other} ({', '.join(differs)} differ: "
-            f"{there.get('architecture')} there, {here['architecture']} here); load it into the "
-            f"host it was trained in, or say host.load(..., strict=False) to try it all the same"
-        )
-    method = from_json({"type": card.type, "config": card.config}, folder, Computation)
-    finds_sites = isinstance(method, Mixture) or card.sites == [""]
-    at = None if finds_sites else card.sites
-    name = name or card.name
-    expect = None if at is None else len(card.sites)
-    one = len(method.task_names(name)) == 1  # of several tasks none is in force by itself
+    if not (folder / FILE).exists():
+        if other := formats.found_in(folder):
+            return other.read(folder, model)
+        raise CheckpointError(f"no module in {folder}: {FILE} is not there")
+    file = TensorFile(folder / FILE)
+    if CARD not in file.metadata:
+        return former.stored(folder, file)
     try:
-        implant = host.implant(name, method, at, expect=expect, active=one)
+        said = read_json(file.metadata[CARD])
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file.path} is not a module's card ({error}); save the module again"
+        ) from error
+    card = Card.from_said(said, file.path)
+
+    def read() -> Mapping[str, Tensor]:
+        if file.digest() != card.tensors:
+            raise CheckpointError(
+                f"{file.path}: the tensors were changed after they were written (their hash is "
+                f"another one); copy the folder again"
+            )
+        return file.tensors()
+
+    return Stored(folder, card, file.entries, read)
+
+
+def check_host(model: nn.Module, modules: Stored, strict: bool) -> dict[str, Any] | None:
+    """Refuse a host that the modules were not trained in.
+
+    Args:
+        model: the host's.
+        modules: the modules.
+        strict: whether its weights must be the same, and not its architecture alone.
+
+    Returns:
+        The fingerprint of the host they were trained in, where that is another one.
+
+    Raises:
+        CheckpointError: with what differs.
+    """
+    card, there = modules.card, modules.card.host
+    if not there:  # another tool's, which says nothing of it
+        return None
+    differs = differences(model, there, card.beside)
+    if not differs:
+        return None
+    of_values = set(differs) <= {"weights", "buffers"}
+    if of_values and not strict:
+        return dict(there)
+    rounded = differs == ["weights"] and is_in_another_precision(model, there, card.beside)
+    other = "this host in another precision" if rounded else "another host"
+    remedy = ", or say host.load(..., strict=False) to try it all the same" if of_values else ""
+    raise CheckpointError(
+        f"{modules.folder}: the module was trained in {other} ({', '.join(differs)[:300]} differ: "
+        f"{there.get('architecture')} there, {type(model).__name__} here); load it into the host "
+        f"it was trained in{remedy}"
+    )
+
+
+# -- loading -------------------------------------------------------------------------------------
+
+
+def load(
+    host: HostLike, modules: Stored, name: str | None, strict: bool, active: bool
+) -> list[Implant]:
+    """Implant the modules of a folder; an equal one that is there already is left as it is.
+
+    Args:
+        host: where to implant them.
+        modules: what :func:`stored` found.
+        name: the name in this host of the only module that was asked for; None: as saved.
+        strict: whether the host must be the one they were trained in, weight for weight.
+        active: whether they join the composition in force, or bring the one they were saved with.
+
+    Returns:
+        Those that were asked for when they were saved.
+
+    Raises:
+        CheckpointError: for tensors that do not fit or hold NaN, weights of the host that another
+            module needs otherwise, or modules trained in another host. The host is then as it was.
+    """
+    card, before = modules.card, host.composition
+    trained_in = check_host(host.model, modules, strict)
+    names = {saved.name: saved.name for saved in card.modules}
+    if name is not None:
+        if len(card.names) != 1:
+            raise ModgraftError(
+                f"{modules.folder} holds {', '.join(card.names)}, which name={name!r} cannot all "
+                f"be called; leave it out"
+            )
+        names[card.names[0]] = name
+    methods = {saved.name: saved.method(modules.folder) for saved in card.modules}
+    tensors = modules.read()
+    beside = _beside(host, modules, tensors)
+    one = card.names == [card.modules[-1].name]
+    made: list[str] = []
+    try:
+        for saved in card.modules:
+            new = names[saved.name]
+            own = _of_module(tensors, saved.name)
+            if new in host and saved.name not in card.names and _is_there(host, saved, own):
+                continue
+            joins = active and one and saved.name in card.names
+            implant = _implant(host, modules, saved, methods[saved.name], new, own, joins)
+            implant.trained_in = saved.trained_in or trained_in
+            made.append(new)
+        here = [host._implants[names[each]] for each in card.names]
+        host._implants.put_beside(here[-1], host.model, beside)
+        if active and not one and card.composition is not None:
+            host.use(card.composition)
+    except BaseException:
+        for new in reversed(made):
+            host.remove(new)
+        host.use(before)
+        raise
+    return here
+
+
+def _implant(
+    host: HostLike,
+    modules: Stored,
+    saved: Saved,
+    method: Computation,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    active: bool,
+) -> Implant:
+    """Implant one module, with its tensors."""
+    one = len(method.task_names(name)) == 1  # of several tasks none is in force by itself
+    room = 8 * max(
+        sum(e.end - e.begin for e in modules.entries.values()),
+        *(p.nbytes for p in host.model.parameters()),
+        2**20,
+    )
+    try:
+        with Bounded(room):
+            implant = host._implant(
+                name, method, lambda: host._located(name, method, saved.sites), active and one
+            )
     except ModgraftError:
         raise
     except Exception as error:  # torch's, of sizes that no memory has
         why = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{folder}: {type(method).__name__} cannot be made as its card says "
-            f"({type(error).__name__}: {why}); there is no memory for it here, or the card was "
-            f"changed: copy the folder again"
+            f"{modules.folder}: {type(method).__name__} cannot be made as its card says "
+            f"({type(error).__name__}: {why:.200}); there is no memory for it here, or the card "
+            f"was changed: copy the folder again"
         ) from error
     try:
-        _fill(implant, tensors, folder)
-        host._implants.put_beside(implant, host.model, beside)
+        _fill(implant, tensors, modules.folder)
     except BaseException:
         host.remove(name)
         raise
     return implant
 
 
-def read(folder: Path) -> tuple[Card, dict[str, torch.Tensor]]:
-    """Read a saved module's card and its tensors.
-
-    Raises:
-        CheckpointError: for an incomplete folder, or a file that is no module's card.
-    """
-    path = folder / "module.json"
-    if not path.is_file():
-        raise CheckpointError(f"no module in {folder}: {path.name} is not there")
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
-        raise CheckpointError(
-            f"{path} is not a module's card ({error}); save the module again"
-        ) from error
-    if isinstance(said, dict) and said.get("format", FORMAT) != FORMAT:
-        raise CheckpointError(f"{path}: format {said['format']!r}, this version reads {FORMAT}")
-    try:
-        card = Card.model_validate(said)
-    except ValidationError as error:
-        why = "; ".join(f"{e['loc'][0] if e['loc'] else 'it'}: {e['msg']}" for e in error.errors())
-        raise CheckpointError(
-            f"{path} is not a module's card ({why}); save the module again"
-        ) from error
-    return card, _read_tensors(folder / "module.safetensors")
+def _of_module(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    start = f"{name}:"
+    return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
 
-def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}); it is missing or cut short, or was changed: copy "
-            f"the folder again"
-        ) from error
+def _is_there(host: HostLike, saved: Saved, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a module of the host is the saved one, to the last bit."""
+    own = host._implants[saved.name]
+    here = own.tensors()
+    same = to_json(own.method) == {"type": saved.type, "config": saved.config}
+    return (
+        same
+        and list(own.paths) == saved.sites
+        and here.keys() == tensors.keys()
+        and all(torch.equal(t.to(here[k]), here[k]) for k, t in tensors.items())
+    )
 
 
-def _read_beside(folder: Path, card: Card, host: HostLike) -> dict[str, torch.Tensor]:
-    """Read the weights of the host that trained with the module, if they can be written into it.
+def _beside(host: HostLike, modules: Stored, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the host that trained with modules, if they can be written into it.
 
     Raises:
         CheckpointError: for a weight that this host has not, or not in that shape, or that trained
             with another of its modules to another value.
     """
-    if not card.beside:
-        return {}
-    tensors = _read_tensors(folder / "host.safetensors")
-    own = dict(host.model.named_parameters())
-    for name in card.beside:
-        stored, found = tensors.get(name), own.get(name)
-        if stored is None or found is None or stored.shape != found.shape:
-            said = ["is not there" if t is None else f"is {list(t.shape)}" for t in (stored, found)]
+    own, folder, named = dict(host.model.named_parameters()), modules.folder, modules.card.names
+    found = {}
+    for name in modules.card.beside:
+        kept, here = tensors.get(f":{name}"), own.get(name)
+        if kept is None or here is None or kept.shape != here.shape:
+            said = ["is not there" if t is None else f"is {list(t.shape)}" for t in (kept, here)]
             raise CheckpointError(
-                f"{folder}: {card.name!r} was trained together with the host's {name}, which "
+                f"{folder}: {named[0]!r} was trained together with the host's {name}, which "
                 f"{said[0]} in the folder and {said[1]} in this host; make the host as it was there"
             )
-        if not torch.isfinite(stored).all():
-            raise CheckpointError(
-                f"{folder}: {name} holds NaN or infinity; the run that wrote it had diverged"
-            )
+        found[name] = _cast(kept, here, name, folder)
         users = [n for n, implant in host._implants.items() if name in implant.beside]
-        if users and not torch.equal(stored.to(found), found):
+        if users and not torch.equal(found[name].to(here), here):
             raise CheckpointError(
-                f"{folder}: {card.name!r} was trained together with the host's {name}, and so was "
+                f"{folder}: {named[0]!r} was trained together with the host's {name}, and so was "
                 f"{users[0]!r} here, to another value; one host has room for one of them: "
                 f"host.remove({users[0]!r}) first, or load it into another host"
             )
-    return tensors
+    return found
 
 
-def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _fill(implant: Implant, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Copy saved tensors into a module, which is resized where training decides a size."""
     present = implant.tensors()
     if present.keys() != tensors.keys():
@@ -251,68 +369,21 @@ def _fill(implant: Implant, tensors: dict[str, torch.Tensor], folder: Path) -> N
                     f"{folder}: {key} is {list(tensor.shape)} where this host needs "
                     f"{list(present[key].shape)}"
                 )
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(
-                    f"{folder}: {key} holds NaN or infinity; the run that wrote it had diverged"
-                )
-            present[key].copy_(tensor)
+            present[key].copy_(_cast(tensor, present[key], key, folder))
 
 
-def to_json(method: Configured) -> dict[str, Any]:
-    """Describe a computation by its type and its constructor's arguments, nested ones likewise.
-
-    Returns:
-        ``{"type": "LoRA", "config": {"rank": 8, …}}``.
-    """
-    config = {
-        key: to_json(value) if isinstance(value, Configured) else value
-        for key, value in method.config().items()
-    }
-    return {"type": type(method).__name__, "config": config}
-
-
-def from_json(said: Any, folder: Path, kind: type[C]) -> C:
-    """Make the computation that :func:`to_json` described.
-
-    Args:
-        said: the description.
-        folder: where it was read, for error messages.
-        kind: the base class it must have.
-
-    Raises:
-        CheckpointError: for a description that is not a type and its arguments.
-        UnknownNameError: for a type that nobody has defined.
-        ModgraftError: for arguments that the type refuses.
-    """
-    match said:
-        case {"type": str() as name, "config": dict() as config} if len(said) == 2:
-            found = resolve(name, kind)
-        case _:
-            raise CheckpointError(
-                f"{folder}: a computation is described as {{'type': 'LoRA', 'config': {{…}}}}, "
-                f"not as {str(said)[:80]}; save the module again"
-            )
-    takes = [f.name for f in fields(found)]  # type: ignore[arg-type]
-    if unknown := config.keys() - set(takes):
+def _cast(tensor: Tensor, like: Tensor, key: str, folder: Path) -> Tensor:
+    """Return a saved tensor in the type of ``like``, if that loses nothing but precision."""
+    if tensor.dtype != like.dtype and not (tensor.is_floating_point() and like.is_floating_point()):
         raise CheckpointError(
-            f"{folder}: {name} takes no {', '.join(sorted(unknown))} (it takes "
-            f"{', '.join(takes) or 'nothing'}); the module was saved by another version, or changed"
+            f"{folder}: {key} holds {str(tensor.dtype).removeprefix('torch.')} where "
+            f"{str(like.dtype).removeprefix('torch.')} is needed; the file was changed: copy the "
+            f"folder again"
         )
-    given = {
-        key: from_json(value, folder, Configured) if _nested(value) else value
-        for key, value in config.items()
-    }
-    try:
-        return found(**given)
-    except TypeError as error:
+    cast = tensor.to(like.dtype)
+    if not torch.isfinite(cast).all():
         raise CheckpointError(
-            f"{folder}: {name} cannot be made from {sorted(given)}: {error}; save the module again"
-        ) from error
-
-
-def _nested(value: Any) -> bool:
-    """Return whether ``value`` describes a computation.
-
-    A dictionary of lists (``Fixed``) does not.
-    """
-    return isinstance(value, dict) and not all(isinstance(v, list) for v in value.values())
+            f"{folder}: {key} holds NaN or infinity; the run that wrote it had diverged, or its "
+            f"numbers are too large for {str(like.dtype).removeprefix('torch.')}"
+        )
+    return cast

@@ -18,7 +18,6 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 import re
 import shutil
 import warnings
@@ -34,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.files import sync
 from modgraft.engine.implant import Implant
 from modgraft.training.history import METRICS
 
@@ -194,7 +194,7 @@ class Checkpoints:
                 "give another folder=, or resume=False to overwrite it"
             )
         self.root.mkdir(parents=True, exist_ok=True)
-        _sync(self.folder)
+        sync(self.folder)
         self._lock = (self.root / ".lock").open("ab")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -244,17 +244,17 @@ class Checkpoints:
         (temporary / "fingerprint.json").write_text(json.dumps(fingerprint))
         files = {}
         for file in sorted(temporary.iterdir()):
-            _sync(file)
+            sync(file)
             files[file.name] = {"bytes": file.stat().st_size, "sha256": _file_digest(file)}
         state = {"format": FORMAT, "step": step} | state | {"files": files}
         state["sha256"] = _state_digest(state)
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        _sync(temporary / "state.json")
-        _sync(temporary)
+        sync(temporary / "state.json")
+        sync(temporary)
         if path.exists():  # saved before its evaluation was complete
             self._remove(path)
         temporary.rename(path)
-        _sync(self.root)
+        sync(self.root)
         self.prune()
         return path
 
@@ -338,15 +338,6 @@ class Checkpoints:
 def step_of(path: Path) -> int:
     """Return the step of a checkpoint."""
     return int(path.name.removeprefix("step-"))
-
-
-def _sync(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _state_digest(state: Mapping[str, Any]) -> str:

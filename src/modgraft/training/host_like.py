@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from modgraft.computation.base import Computation
 from modgraft.core.expression import Expression
+from modgraft.core.sites import Site
 from modgraft.engine.implant import Implant, Implants
 from modgraft.training.history import History
 
@@ -31,6 +32,11 @@ class HostLike(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def implant(self, name: str, module: Computation, *args: Any, **kwargs: Any) -> Implant: ...
+    def _implant(
+        self, name: str, module: Computation, where: Callable[[], list[Site]], active: bool
+    ) -> Implant: ...
+    def _located(self, name: str, module: Computation, labels: Sequence[str]) -> list[Site]: ...
+    def use(self, composition: Any) -> None: ...
     def remove(self, name: str) -> None: ...
     def read(self, composition: Any) -> Expression | None: ...
     def using(self, composition: Any) -> AbstractContextManager[Any]: ...

@@ -39,7 +39,7 @@ from modgraft.recipes.mmcot.recipe import (
     write_rationales,
 )
 from modgraft.report.run import Prediction
-from modgraft.store.fingerprint import fingerprint
+from modgraft.store.fingerprint import differences, fingerprint
 
 GATES = 6
 """The number of questions whose gates the report shows."""
@@ -84,7 +84,7 @@ def load_net(folder: Path, seed: int, key: str) -> mg.Host:
     again = f"delete {home / key} and train again: modgraft mmcot train --run {folder}"
     with _reading(model, again):
         t5 = T5ForConditionalGeneration.from_pretrained(model, local_files_only=True)
-    if card.get("host", (own := fingerprint(t5))) != own:
+    if differences(t5, card.get("host") or fingerprint(t5)):
         raise CheckpointError(
             f"{model} holds another T5 than the one that was trained for {home / key}; put that "
             f"one back, or {again}"
