@@ -589,8 +589,8 @@ class Host(AsModel):
             ModgraftError: for an unknown name or field, or a folder that holds other things, or
                 that another process is writing to.
         """
-        from modgraft.store import formats
         from modgraft.store.folder import save
+        from modgraft.store.formats.format import named
 
         several = list(self.implants) + list(self._waiting) if names is None else names
         chosen = [several] if isinstance(several, str) else list(several)
@@ -604,7 +604,7 @@ class Host(AsModel):
                 return save(self, chosen, path, about)
             if about:
                 raise ModgraftError(f"format={format!r} has no place for {', '.join(about)}=")
-            formats.named(format).write(self, chosen, path)
+            named(format).write(self, chosen, path)
             return path
 
     @overload

@@ -25,7 +25,7 @@ from modgraft.computation.base import Computation
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.files import locked, write_text
 from modgraft.engine.implant import Implant, learning_parts
-from modgraft.store import formats, former
+from modgraft.store import former
 from modgraft.store.bounded import Bounded
 from modgraft.store.card import CARD_FILE, Card, Saved, to_json
 from modgraft.store.file import CARD, TensorFile, digest_of, write_tensors
@@ -35,6 +35,7 @@ from modgraft.store.fingerprint import (
     half_fingerprints,
     is_in_another_precision,
 )
+from modgraft.store.formats.format import found_in
 from modgraft.store.readme import readme
 from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike
@@ -148,7 +149,7 @@ def stored(folder: Path, model: nn.Module) -> Stored:
         CheckpointError: for a folder without modules, or a file that is damaged or none of them.
     """
     if not (folder / FILE).exists():
-        if other := formats.found_in(folder):
+        if other := found_in(folder):
             return other.read(folder, model)
         raise CheckpointError(f"no module in {folder}: {FILE} is not there")
     file = TensorFile(folder / FILE)
@@ -241,10 +242,11 @@ def load(
         for saved in card.modules:
             new = names[saved.name]
             own = _of_module(tensors, saved.name)
-            if new in host and saved.name not in card.names and _is_there(host, saved, own):
+            method = methods[saved.name]
+            if new in host and saved.name not in card.names and _is_there(host, saved, method, own):
                 continue
             joins = active and one and saved.name in card.names
-            implant = _implant(host, modules, saved, methods[saved.name], new, own, joins)
+            implant = _implant(host, modules, saved, method, new, own, joins)
             implant.trained_in = saved.trained_in or trained_in
             made.append(new)
         here = [host._implants[names[each]] for each in card.names]
@@ -302,13 +304,14 @@ def _of_module(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
 
-def _is_there(host: HostLike, saved: Saved, tensors: Mapping[str, Tensor]) -> bool:
+def _is_there(
+    host: HostLike, saved: Saved, method: Computation, tensors: Mapping[str, Tensor]
+) -> bool:
     """Return whether a module of the host is the saved one, to the last bit."""
     own = host._implants[saved.name]
     here = own.tensors()
-    same = to_json(own.method) == {"type": saved.type, "config": saved.config}
     return (
-        same
+        to_json(own.method) == to_json(method)
         and list(own.paths) == saved.sites
         and here.keys() == tensors.keys()
         and all(torch.equal(t.to(here[k]), here[k]) for k, t in tensors.items())
