@@ -80,11 +80,7 @@ class VeRA(ParameterComposition):
         return list(places)
 
     def _draw(self, rows: int, columns: int) -> None:
-        """Draw A and B."""
-        generator = torch.Generator().manual_seed(self.seed)
-        for name, shape in (("A", (self.rank, columns)), ("B", (rows, self.rank))):
-            bound = math.sqrt(6 / shape[1])
-            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        for name, drawn in projections(self.rank, rows, columns, self.seed).items():
             self.register_buffer(name, drawn)
 
     @property
@@ -108,3 +104,12 @@ class VeRA(ParameterComposition):
             x = F.dropout(x, self.dropout, self.training)
         left, right, _ = self.factors()
         return low_rank_map(layer, x, right, left)
+
+
+def projections(rank: int, rows: int, columns: int, seed: int) -> dict[str, Tensor]:
+    """Draw A ``[rank, columns]`` and B ``[rows, rank]`` in float32, as PEFT does for its key."""
+    generator, drawn = torch.Generator().manual_seed(seed), {}
+    for name, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+        bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(shape[1]))
+        drawn[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return drawn

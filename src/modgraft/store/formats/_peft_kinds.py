@@ -1,0 +1,366 @@
+"""IA³, VeRA, OFT, trainable tokens and prompts as PEFT has them, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.computation.oft import OFT
+from modgraft.computation.prompts import SoftPrompt
+from modgraft.computation.rescale import Rescale
+from modgraft.computation.trainable_tokens import TrainableTokens
+from modgraft.computation.vera import VeRA, projections
+from modgraft.core.embeddings import reading_of
+from modgraft.core.errors import ModgraftError
+from modgraft.core.layers import LINEAR, stored, weight_matrix
+from modgraft.core.sites import Site
+from modgraft.store.formats._peft_folder import (
+    PREFIX,
+    Folder,
+    Group,
+    IA3Options,
+    OFTOptions,
+    Piece,
+    PromptOptions,
+    TokensOptions,
+    VeraOptions,
+    Written,
+    ends_in,
+)
+
+_MAPS = (nn.Conv2d, nn.Conv3d)
+
+# -- IA³ -------------------------------------------------------------------------------------------
+
+
+def read_ia3(folder: Folder, said: IA3Options) -> list[Group]:
+    """Return an IA³: what scales outputs, and what scales inputs."""
+    paths, end = folder.sites(".ia3_l"), ".ia3_l"
+    found: dict[Literal["output", "input"], tuple[list[str], list[Piece]]]
+    found = {"output": ([], []), "input": ([], [])}
+    for path in paths:
+        layer, key = folder.modules[path], PREFIX + path + end
+        if not isinstance(layer, (*LINEAR, *_MAPS)):
+            folder.refuse(f"IA³ at {path}, a {type(layer).__name__}: PEFT has none there")
+        inner = ends_in(said.feedforward_modules or [], path)
+        if inner is None:
+            folder.refuse(
+                f"feedforward_modules={said.feedforward_modules!r:.80} is a pattern that is not "
+                f"run, since it may take long; write a list of names in its place"
+            )
+        if isinstance(layer, _MAPS):
+            size = layer.in_channels if inner else layer.out_channels
+            folder.take(key, 1, size, *[1] * (layer.weight.dim() - 2))
+        else:
+            rows, columns = weight_matrix(layer).shape
+            size = columns if inner else rows
+            folder.take(key, *((1, size) if inner else (size, 1)))
+        sites, pieces = found["input" if inner else "output"]
+        label = folder.label(path)
+        sites.append(label)
+        pieces.append(Piece(f"{label}:phi", (size,), lambda key=key: folder.tensor(key).flatten()))
+    folder.check_targets(said, paths)
+    return [
+        Group(Rescale(where=where), *of, suffix="_input" if where == "input" else "")
+        for where, of in found.items()
+        if of[0]
+    ]
+
+
+@torch.no_grad()
+def write_ia3(name: str, sites: Sequence[tuple[Site, Rescale]]) -> Written:
+    """Return scales as an IA³; the other parts of a fused layer are scaled by 1."""
+    tensors: dict[str, Tensor] = {}
+    inner: dict[str, bool] = {}
+    for site, place in sites:
+        layer, path, is_inner = site.module, site.path, place.where == "input"
+        if not isinstance(layer, (*LINEAR, *_MAPS)) or site.parameter is not None:
+            raise ModgraftError(
+                f"{name!r} is at {site.label}, and PEFT has no IA³ at a {type(layer).__name__}"
+            )
+        if is_inner and site.part is not None:
+            raise ModgraftError(
+                f"{name!r} scales the input of a part, {site.label}; PEFT's IA³ scales that of all "
+                f"of the layer"
+            )
+        if inner.setdefault(path, is_inner) != is_inner or (path in tensors and not site.part):
+            raise ModgraftError(f"PEFT's IA³ scales {path} once, and there are two scales of it")
+        whole = site.part.padded(place.phi - 1, -1) + 1 if site.part else place.phi
+        tensors[path] = tensors[path] * whole if path in tensors else whole
+    shaped = {
+        f"{path}.ia3_l": phi.view(1, -1, *[1] * (layer.weight.dim() - 2))
+        if isinstance(layer := _layer(sites, path), _MAPS)
+        else phi.view(1, -1)
+        if inner[path]
+        else phi.view(-1, 1)
+        for path, phi in tensors.items()
+    }
+    return Written(shaped, {"feedforward_modules": [p for p in tensors if inner[p]]}, list(tensors))
+
+
+def _layer(sites: Sequence[tuple[Site, Any]], path: str) -> Any:
+    return next(site.module for site, _ in sites if site.path == path)
+
+
+# -- VeRA ------------------------------------------------------------------------------------------
+
+
+def read_vera(folder: Folder, said: VeraOptions) -> Group:
+    """Return a VeRA; A and B are drawn as PEFT draws them where they were not saved."""
+    method = VeRA(said.r, said.d_initial, said.vera_dropout, said.projection_prng_key)
+    paths, pieces, rows, columns = folder.sites(".vera_lambda_b"), [], 0, 0
+    for path in paths:
+        layer, label = folder.modules[path], folder.label(path)
+        if not isinstance(layer, LINEAR):
+            folder.refuse(f"VeRA at {path}, a {type(layer).__name__}: PEFT has none there")
+        out, into = weight_matrix(layer).shape
+        rows, columns = max(rows, out), max(columns, into)
+        for ours, end, size in (("b", "vera_lambda_b", out), ("d", "vera_lambda_d", said.r)):
+            key = f"{PREFIX}{path}.{end}"
+            folder.take(key, size)
+            pieces.append(Piece(f"{label}:{ours}", (size,), lambda key=key: folder.tensor(key)))
+    sizes = {"A": (said.r, columns), "B": (rows, said.r)}
+    for ours, size in sizes.items() if paths else ():
+        key = f"base_model.vera_{ours}"
+        if said.save_projection:
+            folder.take(key, *size)
+
+        def make(ours: str = ours, key: str = key) -> Tensor:
+            if said.save_projection:
+                return folder.tensor(key)
+            return projections(said.r, rows, columns, said.projection_prng_key)[ours]
+
+        pieces.append(Piece(f"{folder.label(paths[0])}:{ours}", size, make))
+    folder.check_targets(said, paths)
+    return Group(method, [folder.label(path) for path in paths], pieces)
+
+
+def write_vera(name: str, method: VeRA, sites: Sequence[tuple[Site, VeRA]]) -> Written:
+    """Return a VeRA as PEFT has it, with A and B."""
+    for site, _ in sites:
+        _check_whole(name, "VeRA", site, LINEAR)
+    tensors: dict[str, Tensor] = {
+        f"{site.path}.vera_lambda_{ours}": tensor
+        for site, place in sites
+        for ours, tensor in (("b", place.b), ("d", place.d))
+    }
+    first = sites[0][1]
+    said = {
+        "r": method.rank, "d_initial": method.initial, "vera_dropout": method.dropout,
+        "projection_prng_key": method.seed, "save_projection": True, "bias": "none",
+    }  # fmt: skip
+    shared = {f"vera_{ours}": first.get_buffer(ours) for ours in ("A", "B")}
+    return Written(tensors, said, [site.path for site, _ in sites], shared)
+
+
+# -- OFT -------------------------------------------------------------------------------------------
+
+
+def read_oft(folder: Folder, said: OFTOptions) -> Group:
+    """Return an OFT."""
+    if said.use_cayley_neumann and _version(said.peft_version) < (0, 18):
+        folder.refuse(
+            f"use_cayley_neumann was another series before PEFT 0.18, and it is of "
+            f"{said.peft_version or 'an older one'}; train it with a newer PEFT"
+        )
+    terms = said.num_cayley_neumann_terms if said.use_cayley_neumann else None
+    by_count = said.r > 0
+    method = OFT(
+        block=32 if by_count else said.oft_block_size, blocks=said.r if by_count else None,
+        shared=said.block_share, terms=terms,
+    )  # fmt: skip
+    pieces, labels = [], []
+    paths = {
+        p: end for end in (".oft_R", ".oft_embedding_R") for p in folder.sites(f"{end}.weight")
+    }
+    for path, end in sorted(paths.items(), key=lambda item: list(folder.modules).index(item[0])):
+        layer, key = folder.modules[path], f"{PREFIX}{path}{end}.weight"
+        if not isinstance(layer, nn.Linear | nn.Embedding):
+            folder.refuse(
+                f"OFT at {path}, a {type(layer).__name__}: PEFT turns what each window of its "
+                f"input holds and adds the windows up, which no change of its weight computes"
+            )
+        width = layer.weight.shape[1]
+        size = width // said.r if by_count else said.oft_block_size
+        if size < 1 or width % size:
+            folder.refuse(
+                f"OFT at {path}: its input of {width} features is not made of blocks of {size}, "
+                f"and PEFT took another size there; train it with a size that divides all widths"
+            )
+        shape = (1 if said.block_share else width // size, size * (size - 1) // 2)
+        folder.take(key, *shape)
+        labels.append(folder.label(path))
+        pieces.append(Piece(f"{labels[-1]}:skew", shape, lambda key=key: folder.tensor(key)))
+    folder.check_targets(said, list(paths))
+    return Group(method, labels, pieces)
+
+
+def _version(text: str | None) -> tuple[int, ...]:
+    numbers = (text or "0").partition("@")[0].split(".")[:2]
+    return tuple(int(n) if n.isdecimal() else 0 for n in numbers)
+
+
+def write_oft(name: str, method: OFT, sites: Sequence[tuple[Site, OFT]]) -> Written:
+    """Return an OFT as PEFT has it."""
+    for site, _ in sites:
+        _check_whole(name, "OFT", site, (nn.Linear, nn.Embedding))
+    tensors: dict[str, Tensor] = {
+        f"{s.path}.oft_{'embedding_' if isinstance(s.module, nn.Embedding) else ''}R.weight": p.skew
+        for s, p in sites
+    }
+    said = {
+        "r": method.blocks or 0, "oft_block_size": 0 if method.blocks else method.block,
+        "block_share": method.shared, "use_cayley_neumann": method.terms is not None,
+        "num_cayley_neumann_terms": method.terms or 5, "bias": "none",
+    }  # fmt: skip
+    return Written(tensors, said, [site.path for site, _ in sites])
+
+
+# -- trainable tokens ------------------------------------------------------------------------------
+
+
+def read_tokens(folder: Folder, said: TokensOptions) -> list[Group]:
+    """Return trainable tokens."""
+    end = ".trainable_tokens_delta"
+    return _tokens(folder, dict.fromkeys(folder.sites(end), said.token_indices), end)
+
+
+def read_tokens_beside(folder: Folder, indices: list[int] | dict[str, list[int]]) -> list[Group]:
+    """Return the trainable tokens of a LoRA."""
+    end = ".token_adapter.trainable_tokens_delta"
+    by_path: dict[str, list[int]] = {}
+    for path in folder.sites(end):
+        by_name = [ids for name, ids in _items(indices) if path.endswith(name)]
+        if not by_name:
+            folder.refuse(f"trainable_token_indices says nothing of {path}, which has some")
+        by_path[path] = by_name[0]
+    if not by_path:
+        folder.refuse("trainable_token_indices is set, and the file has no rows of tokens")
+    return _tokens(folder, by_path, end)
+
+
+def _items(indices: list[int] | dict[str, list[int]]) -> Iterator[tuple[str, list[int]]]:
+    return iter(indices.items() if isinstance(indices, dict) else [("", indices)])
+
+
+def _tokens(folder: Folder, by_path: Mapping[str, list[int]], end: str) -> list[Group]:
+    """Return a group for each choice of tokens; tied tables hold one set of rows."""
+    firsts: dict[int, str] = {}
+    groups: dict[tuple[int, ...], tuple[list[str], list[Piece]]] = {}
+    for path, ids in by_path.items():
+        layer, key = folder.modules[path], f"{PREFIX}{path}{end}"
+        if not isinstance(layer, nn.Embedding | nn.Linear):
+            folder.refuse(f"trainable tokens at {path}, a {type(layer).__name__}")
+        width = layer.weight.shape[1]
+        folder.take(key, len(ids), width)
+        first = firsts.setdefault(id(stored(layer, None)), key)
+        sites, pieces = groups.setdefault(tuple(ids), ([], []))
+        if folder.label(path) not in sites:
+            sites.append(folder.label(path))
+        if first == key:
+            name = f"{folder.label(path)}:rows"
+            pieces.append(
+                Piece(name, (len(ids), width), lambda key=key, own=path: _rows(folder, key, end))
+            )
+    for path, module in folder.modules.items():  # PEFT ties what is tied to a table
+        label = folder.label(path)
+        for sites, _ in groups.values():
+            tables = [folder.modules[s] for s in sites]
+            if label not in sites and isinstance(module, nn.Embedding | nn.Linear):
+                own = stored(module, None)
+                if any(stored(table, None) is own for table in tables) and _ties(folder.model):
+                    sites.append(label)
+    order = list(folder.modules).index
+    return [
+        Group(TrainableTokens(ids=ids), sorted(sites, key=order), pieces, suffix="_tokens")
+        for ids, (sites, pieces) in groups.items()
+    ]
+
+
+def _ties(model: nn.Module) -> bool:
+    config: Any = getattr(model, "config", None)
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def _rows(folder: Folder, key: str, end: str) -> Tensor:
+    """Return rows, which all tables of one weight must have alike."""
+    found = folder.tensor(key)
+    own = stored(folder.modules[key.removeprefix(PREFIX).removesuffix(end)], None)
+    for path, module in folder.modules.items():
+        other = f"{PREFIX}{path}{end}"
+        again = other in folder.file.entries and stored(module, None) is own
+        if again and not torch.equal(folder.tensor(other), found):
+            folder.refuse(f"{key} and {other} are rows of one weight here, and differ")
+    return found
+
+
+def write_tokens(
+    name: str, method: TrainableTokens, sites: Sequence[tuple[Site, TrainableTokens]], beside: bool
+) -> Written:
+    """Return trainable tokens as PEFT has them, alone or beside a LoRA."""
+    tensors: dict[str, Tensor] = {}
+    first = sites[0][1]
+    for site, place in sites:
+        _check_whole(name, "trainable tokens", site, (nn.Embedding, nn.Linear))
+        tied = place.rows is first.rows
+        if not isinstance(site.module, nn.Embedding) and not tied:
+            raise ModgraftError(
+                f"{name!r} is at {site.label}: PEFT's trainable tokens are rows of an embedding, "
+                f"and of layers that are tied to it"
+            )
+        if not beside or site is sites[0][0]:
+            middle = ".token_adapter" if beside else ""
+            tensors[f"{site.path}{middle}.trainable_tokens_delta"] = place.rows
+    paths = [site.path for site, _ in sites]
+    if beside:
+        return Written(tensors, {"trainable_token_indices": {paths[0]: list(method.ids)}}, [])
+    return Written(tensors, {"token_indices": list(method.ids)}, paths)
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def read_prompt(folder: Folder, said: PromptOptions) -> Group:
+    """Return a soft prompt."""
+    length, twice = said.num_virtual_tokens, said.num_transformer_submodules == 2
+    if said.num_transformer_submodules not in (None, 1, 2) or (
+        twice and said.task_type != "SEQ_2_SEQ_LM"
+    ):
+        folder.refuse(
+            f"num_transformer_submodules={said.num_transformer_submodules} with "
+            f"task_type={said.task_type!r} is not understood"
+        )
+    method = SoftPrompt(length=length, at_start=True)
+    width = reading_of(folder.model).width
+    key = "prompt_embeddings"
+    folder.take(key, length * (1 + twice), width)  # PEFT puts the first half before the encoder
+    piece = Piece(":phi", (length, width), lambda: folder.tensor(key)[:length])
+    return Group(method, [""], [piece])
+
+
+def write_prompt(name: str, method: SoftPrompt, model: nn.Module, place: SoftPrompt) -> Written:
+    """Return a soft prompt as PEFT has it."""
+    reading = reading_of(model)
+    if not method.at_start and method.after(reading.first):
+        raise ModgraftError(
+            f"{name!r} stands after the class token, and PEFT puts a prompt before it; PEFT has "
+            f"the place of SoftPrompt(length={method.length}, at_start=True)"
+        )
+    if reading.inside:
+        raise ModgraftError(f"{name!r} stands among image patches, where PEFT has no prompt")
+    said = {
+        "num_virtual_tokens": method.length, "token_dim": reading.width,
+        "num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM",
+    }  # fmt: skip
+    return Written({"prompt_embeddings": place.phi}, said, [])
+
+
+def _check_whole(name: str, what: str, site: Site, kinds: tuple[type[nn.Module], ...]) -> None:
+    if site.part is not None or site.parameter is not None or not isinstance(site.module, kinds):
+        raise ModgraftError(
+            f"{name!r} changes {site.label}: PEFT's {what} changes the whole of a "
+            f"{' or '.join(k.__name__ for k in kinds)}"
+        )
