@@ -73,7 +73,7 @@ def _mixtral() -> nn.Module:
         MixtralConfig(
             **SIZES, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, intermediate_size=24, num_local_experts=3,
-            tie_word_embeddings=False,
+            tie_word_embeddings=False, experts_implementation="eager",
         )
     )  # fmt: skip
 
@@ -160,6 +160,7 @@ def _case(host: str, kind: str, *types: str, **said: Any) -> Case:
     return Case(host, lambda: getattr(peft, kind)(**said), types or ("LoRA",))
 
 
+SEEN = [7, 3, *dict.fromkeys(_ids()[0].tolist())][-3:]  # tokens of the batch
 SEVERAL = {"t5": ["q", "v", "wo"], "bert": ["query", "value"], "gpt2": ["c_attn", "c_proj"],
            "llama": ["q_proj", "v_proj", "down_proj"], "resnet": ["convolution"]}  # fmt: skip
 
@@ -194,12 +195,12 @@ CASES: dict[str, Case] = {
     "lora-saved-norm": lora("resnet", ["convolution"], modules_to_save=["classifier.1"]),
     "lora-tokens": Case(
         "llama", lambda: peft.LoraConfig(r=4, target_modules=["q_proj"],
-                                         trainable_token_indices=[3, 7]),
+                                         trainable_token_indices=SEEN),
         ("LoRA", "TrainableTokens"),
     ),
     "lora-tokens-tied": Case(
         "gpt2", lambda: peft.LoraConfig(r=4, target_modules=["c_attn"],
-                                        trainable_token_indices={"wte": [9, 4]}),
+                                        trainable_token_indices={"wte": SEEN}),
         ("LoRA", "TrainableTokens"),
     ),
     "lora-experts": lora(
@@ -207,7 +208,7 @@ CASES: dict[str, Case] = {
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     ),
     "lora-experts-only": lora(
-        "mixtral", [], target_parameters=["mlp.experts.down_proj", "gate.weight"],
+        "mixtral", [], r=3, target_parameters=["mlp.experts.down_proj", "gate.weight"],
         rank_pattern={"experts.down_proj": 2},
     ),
     **{
@@ -218,7 +219,8 @@ CASES: dict[str, Case] = {
             ("gpt2", ("Rescale", "Rescale"), {"task_type": "CAUSAL_LM"}),
             ("llama", ("Rescale",), {"target_modules": ["k_proj"], "feedforward_modules": []}),
             ("resnet", ("Rescale", "Rescale"),
-             {"target_modules": ["convolution"], "feedforward_modules": ["layer.1.convolution"]}),
+             {"target_modules": ["layer.0.convolution", "layer.1.convolution"],
+              "feedforward_modules": ["layer.1.convolution"]}),
         )
     },
     "vera-llama": _case("llama", "VeraConfig", "VeRA", r=6, target_modules=["q_proj", "down_proj"]),
@@ -235,12 +237,12 @@ CASES: dict[str, Case] = {
     "oft-terms": _case("bert", "OFTConfig", "OFT", oft_block_size=8, target_modules=["query"],
                        num_cayley_neumann_terms=7),
     "tokens-llama": _case("llama", "TrainableTokensConfig", "TrainableTokens",
-                          token_indices=[5, 2, 11]),
+                          token_indices=SEEN),
     "tokens-gpt2": _case("gpt2", "TrainableTokensConfig", "TrainableTokens",
-                         token_indices=[5, 2, 11]),
-    "tokens-t5": _case("t5", "TrainableTokensConfig", "TrainableTokens", token_indices=[5, 2]),
+                         token_indices=SEEN),
+    "tokens-t5": _case("t5", "TrainableTokensConfig", "TrainableTokens", token_indices=SEEN),
     "tokens-bert": _case("bert", "TrainableTokensConfig", "TrainableTokens",
-                         token_indices=[5, 2], target_modules=["word_embeddings"]),
+                         token_indices=SEEN, target_modules=["word_embeddings"]),
     **{
         f"prompt-{host}": _case(host, "PromptTuningConfig", "SoftPrompt", num_virtual_tokens=3,
                                 task_type=task)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +51,16 @@ def test_what_is_saved_here_computes_the_same_in_peft(name: str, tmp_path: Path)
     if "prompt" in name and case.host in ("gpt2", "llama"):
         expected = expected[:, -got.shape[1] :]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
-    before, after = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "ours"))
+    before, after = (
+        load_file(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "ours")
+    )
     if "prompt-t5" in name:
         before["prompt_embeddings"] = before["prompt_embeddings"][:3]  # PEFT reads no more
-    print(sorted(before.keys() ^ after.keys()))
-    for key in before.keys() & after.keys():
-        assert torch.equal(before[key], after[key]), (key, (before[key] - after[key]).abs().max())
+    for key in [k for k in before if ".modules_to_save." in k or ".original_module." in k]:
+        del before[key]  # bias="all" writes a bias of a saved layer three times
     assert before.keys() == after.keys()
+    for key in before:
+        if "magnitude" in key:  # kept as a difference from the host's
+            torch.testing.assert_close(before[key], after[key], rtol=0, atol=1e-15)
+        else:
+            assert torch.equal(before[key], after[key]), key

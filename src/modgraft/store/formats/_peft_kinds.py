@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -99,6 +100,21 @@ def write_ia3(name: str, sites: Sequence[tuple[Site, Rescale]]) -> Written:
         for path, phi in tensors.items()
     }
     return Written(shaped, {"feedforward_modules": [p for p in tensors if inner[p]]}, list(tensors))
+
+
+def aim_inner(paths: Sequence[str], said: dict[str, Any]) -> None:
+    """Write ``feedforward_modules`` in the way of ``target_modules``, of which it is a part."""
+    inner = said["feedforward_modules"]
+    if isinstance(said["target_modules"], str):
+        said["feedforward_modules"] = "|".join(re.escape(path) for path in inner)
+        return
+    short = sorted({path.rpartition(".")[2] for path in inner})
+    means = [path for path in paths if ends_in(short, path)]
+    if said["target_modules"] == sorted({path.rpartition(".")[2] for path in paths}):
+        if sorted(means) == sorted(inner):
+            said["feedforward_modules"] = short
+        else:
+            said["target_modules"] = list(paths)
 
 
 def _layer(sites: Sequence[tuple[Site, Any]], path: str) -> Any:
@@ -265,14 +281,8 @@ def _tokens(folder: Folder, by_path: Mapping[str, list[int]], end: str) -> list[
             pieces.append(
                 Piece(name, (len(ids), width), lambda key=key, own=path: _rows(folder, key, end))
             )
-    for path, module in folder.modules.items():  # PEFT ties what is tied to a table
-        label = folder.label(path)
-        for sites, _ in groups.values():
-            tables = [folder.modules[s] for s in sites]
-            if label not in sites and isinstance(module, nn.Embedding | nn.Linear):
-                own = stored(module, None)
-                if any(stored(table, None) is own for table in tables) and _ties(folder.model):
-                    sites.append(label)
+    for sites, _ in groups.values():
+        sites += [label for label in _tied(folder.model, sites) if label not in sites]
     order = list(folder.modules).index
     return [
         Group(TrainableTokens(ids=ids), sorted(sites, key=order), pieces, suffix="_tokens")
@@ -280,9 +290,26 @@ def _tokens(folder: Folder, by_path: Mapping[str, list[int]], end: str) -> list[
     ]
 
 
-def _ties(model: nn.Module) -> bool:
-    config: Any = getattr(model, "config", None)
-    return bool(getattr(config, "tie_word_embeddings", False))
+def _tied(model: nn.Module, sites: Sequence[str]) -> list[str]:
+    """Return the other layers that PEFT changes with the input's embedding, as tied to it."""
+    table, config = asked(model, "get_input_embeddings"), getattr(model, "config", None)
+    modules = dict(model.named_modules())
+    if not getattr(config, "tie_word_embeddings", False) or table is None:
+        return []
+    if not any(modules[site] is table for site in sites):
+        return []
+    kinds = (nn.Embedding, nn.Linear)
+    own = stored(table, None)
+    return [p for p, m in modules.items() if isinstance(m, kinds) and stored(m, None) is own]
+
+
+def asked(model: nn.Module, name: str) -> nn.Module | None:
+    """Ask a transformers model for one of its layers, None where it has none."""
+    ask: Callable[[], Any] | None = getattr(model, name, None)
+    try:
+        return None if ask is None else ask()
+    except NotImplementedError:
+        return None
 
 
 def _rows(folder: Folder, key: str, end: str) -> Tensor:
@@ -298,26 +325,31 @@ def _rows(folder: Folder, key: str, end: str) -> Tensor:
 
 
 def write_tokens(
-    name: str, method: TrainableTokens, sites: Sequence[tuple[Site, TrainableTokens]], beside: bool
+    name: str,
+    method: TrainableTokens,
+    sites: Sequence[tuple[Site, TrainableTokens]],
+    model: nn.Module,
+    beside: bool,
 ) -> Written:
     """Return trainable tokens as PEFT has them, alone or beside a LoRA."""
-    tensors: dict[str, Tensor] = {}
-    first = sites[0][1]
-    for site, place in sites:
+    for site, _ in sites:
         _check_whole(name, "trainable tokens", site, (nn.Embedding, nn.Linear))
-        tied = place.rows is first.rows
-        if not isinstance(site.module, nn.Embedding) and not tied:
-            raise ModgraftError(
-                f"{name!r} is at {site.label}: PEFT's trainable tokens are rows of an embedding, "
-                f"and of layers that are tied to it"
-            )
-        if not beside or site is sites[0][0]:
-            middle = ".token_adapter" if beside else ""
-            tensors[f"{site.path}{middle}.trainable_tokens_delta"] = place.rows
-    paths = [site.path for site, _ in sites]
+    own = [(site, place) for site, place in sites if "rows" in place._parameters]
+    here = {site.path for site, _ in sites}
+    there = {site.path for site, _ in own} | set(_tied(model, [site.path for site, _ in own]))
+    if here != there:
+        raise ModgraftError(
+            f"{name!r} is at {', '.join(sorted(here))}, and PEFT would change "
+            f"{', '.join(sorted(there))}, with what is tied to the embedding of the input; implant "
+            f"it there"
+        )
+    kept = own if beside else sites
+    end = f"{'.token_adapter' if beside else ''}.trainable_tokens_delta"
+    tensors: dict[str, Tensor] = {f"{site.path}{end}": place.rows for site, place in kept}
+    paths, ids = [site.path for site, _ in own], list(method.ids)
     if beside:
-        return Written(tensors, {"trainable_token_indices": {paths[0]: list(method.ids)}}, [])
-    return Written(tensors, {"token_indices": list(method.ids)}, paths)
+        return Written(tensors, {"trainable_token_indices": dict.fromkeys(paths, ids)}, [])
+    return Written(tensors, {"token_indices": ids}, paths)
 
 
 # -- prompts ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +172,7 @@ class _HostWeights:
             for name, p in model.named_parameters(remove_duplicate=False)
         }
         self._buffers = dict(model.named_buffers())
-        self._tables = {
-            id(table)
-            for ask in ("get_input_embeddings", "get_output_embeddings")
-            if (table := _asked(model, ask)) is not None
-        }
+        self._tables = _tables(model)
         self.keys: dict[str, str] = {}
         self._again: list[tuple[str, str]] = []  # of one weight: another key, and its name
         for key in sorted(folder.left):
@@ -185,12 +181,12 @@ class _HostWeights:
     def _sort(self, key: str) -> None:
         """Take a tensor that is the host's."""
         said = key.removeprefix(self._prefix)
-        name = said.replace(".base_layer.", ".").replace(".original_module.", ".")
+        name = re.sub(r"\.(base_layer|original_module|modules_to_save)\.", ".", said)
         if name == said == key or not self._is_meant(said, name):
             return
         if name in self._names:
             own = self._names[name]
-            if ".original_module." in said or own in self.keys:
+            if re.search(r"\.(original_module|modules_to_save)\.", said) or own in self.keys:
                 self._again.append((key, own))
             else:
                 self.keys[own] = key
@@ -265,13 +261,10 @@ def _ancestors(path: str) -> list[str]:
     return [".".join(parts[: n + 1]) for n in range(len(parts))]
 
 
-def _asked(model: nn.Module, name: str) -> nn.Module | None:
-    """Ask a transformers model for one of its layers, None where it has none."""
-    ask: Callable[[], Any] | None = getattr(model, name, None)
-    try:
-        return None if ask is None else ask()
-    except NotImplementedError:
-        return None
+def _tables(model: nn.Module) -> set[int]:
+    """Return the ids of the layers that PEFT saves by itself where they are changed or resized."""
+    asked = [kinds.asked(model, name) for name in ("get_input_embeddings", "get_output_embeddings")]
+    return {id(table) for table in asked if table is not None}
 
 
 def _warn_of_another_model(folder: Path, said: Options, model: nn.Module) -> None:
@@ -376,6 +369,8 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
         said["target_modules"] = []
         if written.paths:
             aim(written.paths, layers, said)
+        if kind == "IA3":
+            kinds.aim_inner(written.paths, said)
     with locked(folder, TENSORS, CONFIG):
         write_tensors({k: t.detach().clone() for k, t in tensors.items()}, folder / TENSORS, {})
         write_json(folder / CONFIG, dict(sorted(said.items())))
@@ -397,7 +392,7 @@ def _written(
     if len(methods) == 2 and by_type.keys() == {LoRA, TrainableTokens}:
         one, other = by_type[LoRA], by_type[TrainableTokens]
         written = lora.write(one, methods[one], placed[one])  # type: ignore[arg-type]
-        tokens = kinds.write_tokens(other, methods[other], placed[other], True)  # type: ignore[arg-type]
+        tokens = kinds.write_tokens(other, methods[other], placed[other], model, True)  # type: ignore[arg-type]
         both = {s.path for s, _ in placed[one]} & {s.path for s, _ in placed[other]}
         if both:
             raise ModgraftError(f"PEFT has LoRA or trainable tokens at {min(both)}, and not both")
@@ -419,7 +414,7 @@ def _written(
         case OFT():
             return "OFT", kinds.write_oft(name, method, sites)
         case TrainableTokens():
-            return "TRAINABLE_TOKENS", kinds.write_tokens(name, method, sites, False)
+            return "TRAINABLE_TOKENS", kinds.write_tokens(name, method, sites, model, False)
         case SoftPrompt():
             return "PROMPT_TUNING", kinds.write_prompt(name, method, model, sites[0][1])
     raise ModgraftError(
@@ -437,7 +432,7 @@ def _saved_beside(
     kind: str, written: Written, beside: Sequence[str], heads: Sequence[str], model: nn.Module
 ) -> dict[str, Tensor]:
     """Return what PEFT keeps of the host, by key, and set its options accordingly."""
-    parameters = dict(model.named_parameters())
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     left, found = set(beside), {}
     if "bias" in written.options:
         every = {name for name in parameters if name.endswith(".bias")}
@@ -450,15 +445,20 @@ def _saved_beside(
                 found |= {k: parameters[n] for k, n in inner.items() if n in some}
                 found |= {n: parameters[n] for n in some - set(inner.values())}
                 break
+    tables = _tables(model)
+    for name in sorted(left):
+        path, _, parameter = name.rpartition(".")
+        if path in written.paths and parameter == "weight" and id(modules[path]) in tables:
+            found[f"{path}.base_layer.weight"] = parameters[name]
+            left.discard(name)
     owners = {name.rpartition(".")[0] for name in left}
     among = {h for h in heads for o in owners if f"{o}.".startswith(f"{h}.")}
     if kind == "PROMPT_TUNING":
         among = set(heads)
     whole = {o for o in owners if not any(f"{o}.".startswith(f"{h}.") for h in among)} | among
     whole = sorted(whole)
-    paths = [path for path, _ in model.named_modules()]
     for path in whole:
-        meant = [p for p in paths if p.endswith(path)]
+        meant = [p for p in modules if p.endswith(path)]
         inside = [p for p in written.paths if f"{p}.".startswith(f"{path}.")]
         if not path or meant != [path] or inside:
             raise ModgraftError(
@@ -467,7 +467,7 @@ def _saved_beside(
                 f"{'it is changed by the module too' if inside else 'others are called so'}; "
                 f"save it without format='peft'"
             )
-        module = model.get_submodule(path)
+        module = modules[path]
         found |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
     if whole:
         written.options["modules_to_save"] = whole
