@@ -285,7 +285,8 @@ def write(name: str, method: LoRA, sites: Sequence[tuple[Site, LoRA]]) -> Writte
         ranks[key], alphas[key] = whole.rank, whole.alpha
     for path in dict.fromkeys(key.rpartition(".")[0] for key in parameters):
         tensors |= _experts(path, [(s, p) for s, p in sites if s.path == path and s.parameter])
-    rank, alpha = (Counter(of.values()).most_common(1)[0][0] for of in (ranks, alphas))
+    rank = _usual(ranks, method.rank)
+    alpha = _usual(alphas, method.rank if method.alpha is None else method.alpha)
     bias = method.bias
     if bias and method.dora:
         raise ModgraftError(f"{name!r}: PEFT has no DoRA that changes the bias (LoRA(bias=True))")
@@ -297,6 +298,12 @@ def write(name: str, method: LoRA, sites: Sequence[tuple[Site, LoRA]]) -> Writte
         "target_parameters": parameters or None, "init_lora_weights": True, "bias": "none",
     }  # fmt: skip
     return Written(tensors, said, layers)
+
+
+def _usual(values: Mapping[str, Any], said: float) -> Any:
+    """Return what the method says, if some site has it, and else what most sites have."""
+    have = list(values.values())
+    return said if said in have else Counter(have).most_common(1)[0][0]
 
 
 def exact(path: str) -> str:
@@ -345,7 +352,8 @@ class _Whole:
             self.alpha: float = own if alpha is None else alpha
         else:
             self.alpha = self.scale * self._root(self.rank)
-        if self.groups > 1 and not self._is_split():
+        self.split = self.groups > 1 and self._is_split()
+        if self.groups > 1 and not self.split:
             self.alpha *= self._root(self.groups)
             self.rank *= self.groups
 
@@ -405,13 +413,12 @@ class _Whole:
         if groups > 1:
             if self.method.dora:
                 raise ModgraftError(f"DoRA at {path}: PEFT has none at a convolution of groups")
-            split = self._is_split()
-            rows = A.chunk(groups) if split else [A] * groups
+            rows = A.chunk(groups) if self.split else [A] * groups
             whole = A.new_zeros(groups, len(rows[0]), groups, each, *kernel)
             for g, own in enumerate(rows):
                 whole[g, :, g] = own
             A = whole.flatten(2, 3).flatten(0, 1)
-            if split:
+            if self.split:
                 blocks = B.unflatten(0, (groups, -1)).unflatten(-1, (groups, -1))
                 B = torch.cat([blocks[g, :, g] for g in range(groups)])
         return {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *[1] * len(kernel))}
