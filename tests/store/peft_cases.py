@@ -249,6 +249,14 @@ CASES: dict[str, Case] = {
         for host, task in (("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM"), ("gpt2", "CAUSAL_LM"),
                            ("llama", "CAUSAL_LM"))
     },
+    **{
+        f"prefix-{host}": _case(host, "PrefixTuningConfig", "Prefix", num_virtual_tokens=3,
+                                task_type=task, **more)
+        for host, task, more in (
+            ("bert", "SEQ_CLS", {}), ("gpt2", "CAUSAL_LM", {}), ("llama", "CAUSAL_LM", {}),
+            ("mixtral", "CAUSAL_LM", {"prefix_projection": True, "encoder_hidden_size": 7}),
+        )
+    },
 }  # fmt: skip
 
 

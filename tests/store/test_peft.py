@@ -66,7 +66,8 @@ def test_what_is_saved_here_computes_the_same_in_peft(name: str, tmp_path: Path)
     expected = output(theirs, batch)
     if "prompt" in name and case.host in ("gpt2", "llama"):
         expected = expected[:, -got.shape[1] :]
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+    rounded = name == "prefix-mixtral"  # PEFT keeps what the MLP computed in float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 if rounded else 1e-9)
     before, after = (
         load_file(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "ours")
     )

@@ -51,7 +51,7 @@ from modgraft.engine.implant import (
     learning_parts,
 )
 from modgraft.engine.inputs.caches import check_goes_on
-from modgraft.engine.inputs.padding import count_from_texts, count_padding_too
+from modgraft.engine.inputs.padding import count_from_texts, count_padding_too, count_prefix
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.parts import divide_around
 from modgraft.engine.served_weight import (
@@ -236,6 +236,9 @@ class Host(AsModel):
             watch_forwards(self.model, self._context)
         if not self._context.keys_values.isdisjoint(implant.names):
             count_from_texts(self.model, self._context)
+            if isinstance(inner := module.unwrapped, KeyValueComposition):
+                for each in implant.names:
+                    count_prefix(self.model, self._context, each, inner.positions)
         implant.train(self.model.training)
         for site, place in zip(sites, implant.places, strict=True):
             place.train(self._guard.trains(site.module, self.model))

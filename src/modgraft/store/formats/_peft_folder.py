@@ -139,6 +139,19 @@ class PromptOptions(Options):
     tokenizer_kwargs: dict[str, Any] | None = None
 
 
+class PrefixOptions(Options):
+    """Prefix tuning's; the MLP that a prefix came from is not saved."""
+
+    num_virtual_tokens: int
+    token_dim: int
+    num_layers: int
+    num_attention_heads: int
+    num_transformer_submodules: int | None = None
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+    init_weights: None = None
+
+
 O = TypeVar("O", bound=Options)
 
 

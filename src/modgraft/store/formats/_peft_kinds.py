@@ -1,4 +1,4 @@
-"""IA³, VeRA, OFT, trainable tokens and prompts as PEFT has them, and back."""
+"""IA³, VeRA, OFT, trainable tokens, prompts and prefixes as PEFT has them, and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.oft import OFT
+from modgraft.computation.prefix import Prefix, key_value_shape
 from modgraft.computation.prompts import SoftPrompt
 from modgraft.computation.rescale import Rescale
 from modgraft.computation.trainable_tokens import TrainableTokens
@@ -17,7 +18,7 @@ from modgraft.computation.vera import VeRA, projections
 from modgraft.core.embeddings import reading_of
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import LINEAR, stored, weight_matrix
-from modgraft.core.sites import Site
+from modgraft.core.sites import Site, find
 from modgraft.store.formats._peft_folder import (
     PREFIX,
     Folder,
@@ -25,6 +26,7 @@ from modgraft.store.formats._peft_folder import (
     IA3Options,
     OFTOptions,
     Piece,
+    PrefixOptions,
     PromptOptions,
     TokensOptions,
     VeraOptions,
@@ -388,6 +390,77 @@ def write_prompt(name: str, method: SoftPrompt, model: nn.Module, place: SoftPro
         "num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM",
     }  # fmt: skip
     return Written({"prompt_embeddings": place.phi}, said, [])
+
+
+def read_prefix(folder: Folder, said: PrefixOptions) -> Group:
+    """Return a prefix: [k, 2·L·d], the keys and the values of each layer in turn."""
+    if said.num_transformer_submodules not in (None, 1):
+        folder.refuse(
+            f"a prefix of an encoder-decoder (num_transformer_submodules="
+            f"{said.num_transformer_submodules}) is a cache whose relative positions are counted, "
+            f"which is not computed here"
+        )
+    length, heads, layers = said.num_virtual_tokens, said.num_attention_heads, said.num_layers
+    sites = find(folder.model, "self_attention")
+    if len(sites) != layers or heads < 1:
+        folder.refuse(f"it has keys of {layers} layers, and this host attends in {len(sites)}")
+    for i, site in enumerate(sites):
+        here = key_value_shape("Prefix", site)
+        width = said.token_dim // heads
+        if here != (heads, width, width) or getattr(site.module, "layer_idx", i) != i:
+            folder.refuse(
+                f"{site.label} attends with keys of {here[0]} heads of {here[1]} features, and it "
+                f"has {heads} of {width}"
+            )
+    key = "prompt_embeddings"
+    folder.take(key, length, 2 * layers * said.token_dim)
+    shape = (length, heads, said.token_dim // heads)
+    pieces = [
+        Piece(
+            f"{site.label}:{ours}", shape,
+            lambda n=2 * i + j: folder.tensor(key).view(length, 2 * layers, *shape[1:])[:, n],
+        )
+        for i, site in enumerate(sites)
+        for j, ours in enumerate(("keys", "values"))
+    ]  # fmt: skip
+    method = Prefix(length=length, counted=True)
+    return Group(method, [site.label for site in sites], pieces)
+
+
+def write_prefix(
+    name: str, method: Prefix, sites: Sequence[tuple[Site, Prefix]], model: nn.Module
+) -> Written:
+    """Return a prefix as PEFT has it."""
+    length = method.length
+    if not method.counted:
+        raise ModgraftError(
+            f"{name!r} leaves the text its positions, and PEFT counts on after the prefix; it has "
+            f"the place of Prefix(length={length}, counted=True)"
+        )
+    if method.reparametrise is not None:
+        raise ModgraftError(
+            f"{name!r} comes from an MLP, which PEFT does not save; mg.fold_prefix(host, {name!r}, "
+            f"into=…) makes the prefix that it computes"
+        )
+    every = [site.label for site in find(model, "self_attention")]
+    shapes = {(p.heads, p.width, p.value_width) for _, p in sites}
+    if [site.label for site, _ in sites] != every or len(shapes) != 1:
+        raise ModgraftError(
+            f"{name!r} is at {len(sites)} of {len(every)} layers that attend, and PEFT has one "
+            f"at all of them, of one shape"
+        )
+    heads, width, values = shapes.pop()
+    if width != values:
+        raise ModgraftError(f"{name!r} has keys and values of unequal width, which PEFT has not")
+    both: list[Tensor] = [
+        t for _, place in sites for t in (place.keys, place.values)
+    ]  # 2·L of [k, heads, d]
+    said = {
+        "num_virtual_tokens": length, "token_dim": heads * width, "num_layers": len(sites),
+        "num_attention_heads": heads, "num_transformer_submodules": 1,
+        "encoder_hidden_size": None, "prefix_projection": False,
+    }  # fmt: skip
+    return Written({"prompt_embeddings": torch.stack(both, 1).flatten(1)}, said, [])
 
 
 def _check_whole(name: str, what: str, site: Site, kinds: tuple[type[nn.Module], ...]) -> None:

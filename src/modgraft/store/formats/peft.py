@@ -1,9 +1,9 @@
 """PEFT's folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Each of its kinds is one class of ours: LoRA, IA³ (what scales inputs is a second module), VeRA,
-OFT, trainable tokens, prompt tuning. Layers that it saves whole (``modules_to_save``), and biases
-that trained (``bias="all"``), are weights of the host that come with the module. An option that is
-set and not understood is refused, and so are tensors that are lacking or left over.
+OFT, trainable tokens, prompt and prefix tuning. Layers that it saves whole (``modules_to_save``),
+and biases that trained (``bias="all"``), are weights of the host that come with the module. An
+option that is set and not understood is refused, and so are tensors that are lacking or left over.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from modgraft.computation.base import Computation
 from modgraft.computation.lora import LoRA
 from modgraft.computation.oft import OFT
+from modgraft.computation.prefix import Prefix
 from modgraft.computation.prompts import SoftPrompt
 from modgraft.computation.rescale import Rescale
 from modgraft.computation.trainable_tokens import TrainableTokens
@@ -44,6 +45,7 @@ from modgraft.store.formats._peft_folder import (
     LoraOptions,
     OFTOptions,
     Options,
+    PrefixOptions,
     PromptOptions,
     TokensOptions,
     VeraOptions,
@@ -59,7 +61,10 @@ VERSION = "0.21.2"  # of PEFT, whose format is written
 _OPTIONS: dict[str, type[Options]] = {
     "LORA": LoraOptions, "IA3": IA3Options, "VERA": VeraOptions, "OFT": OFTOptions,
     "TRAINABLE_TOKENS": TokensOptions, "PROMPT_TUNING": PromptOptions,
+    "PREFIX_TUNING": PrefixOptions,
 }  # fmt: skip
+_BEFORE_INPUT = ("PROMPT_TUNING", "PREFIX_TUNING")
+"""What changes no layer of the host, so that this is not wrapped, and its keys are others."""
 
 _TASKS = {
     "SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS",
@@ -101,7 +106,6 @@ def read(folder: Path, model: nn.Module) -> Stored:
     if kind not in _OPTIONS:
         raise CheckpointError(
             f"{path}: peft_type={kind!r:.40} has no class here; there are {', '.join(_OPTIONS)}"
-            f"{_INSTEAD.get(str(kind), '')}"
         )
     if not (folder / TENSORS).exists() and (folder / PICKLE).exists():
         raise CheckpointError(
@@ -126,14 +130,6 @@ def read(folder: Path, model: nn.Module) -> Stored:
     return _stored(found, chosen, groups, host)
 
 
-_INSTEAD = {
-    "PREFIX_TUNING": (
-        ". Its prefix is a cache that the text's positions follow, which is not computed here: "
-        "mg.Prefix leaves the text its positions"
-    )
-}
-
-
 def _groups(folder: Folder, said: Options, host: Mapping[str, str]) -> list[Group]:
     """Return what becomes modules of ours."""
     match said:
@@ -150,6 +146,8 @@ def _groups(folder: Folder, said: Options, host: Mapping[str, str]) -> list[Grou
             return [kinds.read_oft(folder, said)]
         case TokensOptions():
             return kinds.read_tokens(folder, said)
+        case PrefixOptions():
+            return [kinds.read_prefix(folder, said)]
         case _:
             return [kinds.read_prompt(folder, said)]  # type: ignore[arg-type]
 
@@ -164,7 +162,7 @@ class _HostWeights:
     def __init__(self, folder: Folder, said: Options) -> None:
         self.folder, self.said = folder, said
         model = folder.model
-        self._prefix = "base_model." if isinstance(said, PromptOptions) else PREFIX
+        self._prefix = "base_model." if isinstance(said, PromptOptions | PrefixOptions) else PREFIX
         self._bias = getattr(said, "bias", "none")
         first: dict[int, str] = {}
         self._names = {
@@ -343,15 +341,15 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
     }
     kind, written = _written({n: i.method for n, i in implants.items()}, placed, model)
     beside = sorted({n for i in implants.values() for n in i.beside} | learning_parts(model))
-    prefix = "base_model." if kind == "PROMPT_TUNING" else PREFIX
+    prefix = "base_model." if kind in _BEFORE_INPUT else PREFIX
     bare = {"prompt_embeddings"}
     tensors = {(k if k in bare else prefix + k): t for k, t in written.tensors.items()}
     tensors |= {f"base_model.{key}": tensor for key, tensor in written.shared.items()}
     task, heads = _task(model)
-    if kind == "PROMPT_TUNING" and task is None:
+    if kind in _BEFORE_INPUT and task is None:
         raise ModgraftError(
-            f"PEFT puts a prompt before the input of models for {', '.join(_TASKS)}, and this "
-            f"host is a {type(model).__name__}"
+            f"PEFT puts prompts and prefixes before the input of models for {', '.join(_TASKS)}, "
+            f"and this host is a {type(model).__name__}"
         )
     saved = _saved_beside(kind, written, beside, heads, model)
     tensors |= {prefix + key: tensor for key, tensor in saved.items()}
@@ -362,7 +360,7 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
         "base_model_name_or_path": _name_of(model), "revision": None, "inference_mode": True,
         "auto_mapping": None, "modules_to_save": None, **written.options,
     }  # fmt: skip
-    if kind != "PROMPT_TUNING":
+    if kind not in _BEFORE_INPUT:
         layers = {path: m for path, m in model.named_modules() if path}
         own = [layers[path] for path in written.paths if isinstance(layers[path], LINEAR)]
         said["fan_in_fan_out"] = bool(own) and not any(isinstance(m, nn.Linear) for m in own)
@@ -417,15 +415,12 @@ def _written(
             return "TRAINABLE_TOKENS", kinds.write_tokens(name, method, sites, model, False)
         case SoftPrompt():
             return "PROMPT_TUNING", kinds.write_prompt(name, method, model, sites[0][1])
+        case Prefix():
+            return "PREFIX_TUNING", kinds.write_prefix(name, method, sites, model)
     raise ModgraftError(
-        f"{name!r} is a {type(method).__name__}, which PEFT's format has no place for"
-        f"{_WHY.get(type(method).__name__, '')}; save it without format='peft'"
+        f"{name!r} is a {type(method).__name__}, which PEFT's format has no place for; "
+        f"save it without format='peft'"
     )
-
-
-_WHY = {
-    "Prefix": ": there a prefix is a cache that the text's positions follow, and here it is not"
-}
 
 
 def _saved_beside(
@@ -453,7 +448,7 @@ def _saved_beside(
             left.discard(name)
     owners = {name.rpartition(".")[0] for name in left}
     among = {h for h in heads for o in owners if f"{o}.".startswith(f"{h}.")}
-    if kind == "PROMPT_TUNING":
+    if kind in _BEFORE_INPUT:
         among = set(heads)
     whole = {o for o in owners if not any(f"{o}.".startswith(f"{h}.") for h in among)} | among
     whole = sorted(whole)
