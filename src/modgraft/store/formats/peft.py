@@ -103,7 +103,7 @@ def read(folder: Path, model: nn.Module) -> Stored:
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy the folder again") from error
     kind = said.get("peft_type") if isinstance(said, dict) else None
-    if kind not in _OPTIONS:
+    if not isinstance(kind, str) or kind not in _OPTIONS:
         raise CheckpointError(
             f"{path}: peft_type={kind!r:.40} has no class here; there are {', '.join(_OPTIONS)}"
         )
