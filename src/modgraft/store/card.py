@@ -21,6 +21,7 @@ import modgraft
 from modgraft.computation.base import Computation
 from modgraft.core.config import C, Configured, resolve
 from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.store.file import read_json
 
 FORMAT = 2
 CARD_FILE = "module.json"
@@ -122,16 +123,27 @@ class Card(BaseModel):
 
     def to_text(self) -> str:
         """Write the card as JSON, with its own hash."""
-        said = self.model_dump()
-        return json.dumps(said | {"sha256": card_digest(said)}, ensure_ascii=False, allow_nan=False)
+        said = self.model_dump() | {"sha256": self.sha256}
+        return json.dumps(said, ensure_ascii=False, allow_nan=False)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the card, with that of the tensors in it: what the modules are known by."""
+        return card_digest(self.model_dump())
 
     @classmethod
-    def from_said(cls, said: Any, path: Path) -> Card:
-        """Read a card from the JSON of :meth:`to_text`.
+    def from_text(cls, text: str, path: object) -> Card:
+        """Read a card from what :meth:`to_text` wrote.
 
         Raises:
             CheckpointError: for anything but a whole card of this format.
         """
+        try:
+            said = read_json(text)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is not a module's card ({error}); save the module again"
+            ) from error
         if not isinstance(said, dict):
             raise CheckpointError(f"{path}: the card is no JSON object; save the module again")
         if (made_as := said.get("format", FORMAT)) != FORMAT:
@@ -149,7 +161,7 @@ class Card(BaseModel):
         return validated(cls, said, path)
 
 
-def validated(kind: type[Any], said: Any, path: Path) -> Any:
+def validated(kind: type[Any], said: Any, path: object) -> Any:
     """Return ``said`` as a card of class ``kind``.
 
     Raises:

@@ -45,6 +45,75 @@ class Entry:
     end: int
 
 
+class Header:
+    """The header of a safetensors file, measured against the file's size.
+
+    Args:
+        head: the file's first bytes, as many as :meth:`length` says at least.
+        size: how many bytes the file has.
+        name: the file's, for errors.
+
+    Raises:
+        CheckpointError: where header and size do not agree.
+    """
+
+    def __init__(self, head: bytes, size: int, name: object) -> None:
+        self._name, self.start = name, self.length(head[:8], size, name)
+        header = self._json(head[8 : self.start])
+        self.metadata = self._metadata(header.pop("__metadata__", {}))
+        self.entries = {key: self._entry(key, said) for key, said in header.items()}
+        at = 0
+        for entry in sorted(self.entries.values(), key=lambda e: (e.begin, e.end)):
+            if entry.begin != at:
+                raise broken(name, "its tensors overlap, or leave bytes that belong to none")
+            at = entry.end
+        if self.start + at != size:
+            raise broken(name, f"its header speaks of {self.start + at:,} bytes of {size:,}")
+
+    @staticmethod
+    def length(first: bytes, size: int, name: object) -> int:
+        """Return where the tensors begin, from the first eight bytes.
+
+        Raises:
+            CheckpointError: for a header that is longer than the file, or than any module's.
+        """
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or not 2 <= length <= min(LARGEST_HEADER, size - 8):
+            raise broken(name, f"its header of {length:,} bytes is not in it, or no module's")
+        return 8 + length
+
+    def _json(self, header: bytes) -> dict[str, Any]:
+        try:
+            said = read_json(header)
+        except ValueError as error:
+            raise broken(self._name, f"its header: {error}") from error
+        if not isinstance(said, dict):
+            raise broken(self._name, "its header is no JSON object")
+        return said
+
+    def _metadata(self, said: Any) -> dict[str, str]:
+        if not isinstance(said, dict) or not all(isinstance(v, str) for v in said.values()):
+            raise broken(self._name, "its metadata are not texts by name")
+        return said
+
+    def _entry(self, key: str, said: Any) -> Entry:
+        match said:
+            case {"dtype": str(kind), "shape": [*shape], "data_offsets": [begin, end]} if (
+                len(said) == 3
+                and kind in DTYPES
+                and all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end))
+            ):
+                entry = Entry(DTYPES[kind], tuple(shape), begin, end)
+            case _:
+                raise broken(self._name, f"its header describes {key!r:.80} as {said!r:.80}")
+        size = entry.dtype.itemsize
+        for n in shape:
+            size = min(size * n, 2**62)  # a shape of many axes would make a number without end
+        if size != end - begin:
+            raise broken(self._name, f"{key!r:.80}, {kind} {shape!r:.80}, has {end - begin} bytes")
+        return entry
+
+
 class TensorFile:
     """A safetensors file, mapped into memory; its tensors are read when they are asked for.
 
@@ -62,32 +131,19 @@ class TensorFile:
         try:
             kind = path.stat()
         except OSError as error:
-            raise self._broken(f"{error.strerror or error}") from error
+            raise broken(path, f"{error.strerror or error}") from error
         if not stat.S_ISREG(kind.st_mode):  # a pipe would be waited for
-            raise self._broken("it is no regular file")
+            raise broken(path, "it is no regular file")
         if kind.st_size < 10:
-            raise self._broken(f"{kind.st_size} bytes are less than a header")
+            raise broken(path, f"{kind.st_size} bytes are less than a header")
         try:
             storage: Any = torch.UntypedStorage.from_file(str(path), False, kind.st_size)
         except RuntimeError as error:
-            raise self._broken(str(error).partition("\n")[0]) from error
+            raise broken(path, str(error).partition("\n")[0]) from error
         self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
-        length = int(self._bytes[:8].view(torch.int64))
-        self._start = 8 + length
-        if not 2 <= length <= min(LARGEST_HEADER, kind.st_size - 8):
-            raise self._broken(f"its header of {length} bytes is not in it, or no module's")
-        header = self._json(bytes(self._bytes[8 : self._start].numpy()))
-        self.metadata = self._metadata(header.pop("__metadata__", {}))
-        self.entries = {name: self._entry(name, said) for name, said in header.items()}
-        at = 0
-        for entry in sorted(self.entries.values(), key=lambda e: (e.begin, e.end)):
-            if entry.begin != at:
-                raise self._broken("its tensors overlap, or leave bytes that belong to none")
-            at = entry.end
-        if self._start + at != kind.st_size:
-            raise self._broken(
-                f"its header speaks of {self._start + at:,} bytes, and it has {kind.st_size:,}"
-            )
+        length = Header.length(self._bytes[:8].numpy().tobytes(), kind.st_size, path)
+        header = Header(self._bytes[:length].numpy().tobytes(), kind.st_size, path)
+        self.metadata, self.entries, self._start = header.metadata, header.entries, header.start
 
     def tensor(self, name: str) -> Tensor:
         """Read a tensor into memory of its own."""
@@ -110,42 +166,13 @@ class TensorFile:
     def _raw(self, entry: Entry) -> Tensor:
         return self._bytes[self._start + entry.begin : self._start + entry.end]
 
-    def _json(self, header: bytes) -> dict[str, Any]:
-        try:
-            said = read_json(header)
-        except ValueError as error:
-            raise self._broken(f"its header: {error}") from error
-        if not isinstance(said, dict):
-            raise self._broken("its header is no JSON object")
-        return said
 
-    def _metadata(self, said: Any) -> dict[str, str]:
-        if not isinstance(said, dict) or not all(isinstance(v, str) for v in said.values()):
-            raise self._broken("its metadata are not texts by name")
-        return said
-
-    def _entry(self, name: str, said: Any) -> Entry:
-        match said:
-            case {"dtype": str(kind), "shape": [*shape], "data_offsets": [begin, end]} if (
-                len(said) == 3
-                and kind in DTYPES
-                and all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end))
-            ):
-                entry = Entry(DTYPES[kind], tuple(shape), begin, end)
-            case _:
-                raise self._broken(f"its header describes {name!r:.80} as {said!r:.80}")
-        size = entry.dtype.itemsize
-        for n in shape:
-            size = min(size * n, 2**62)  # a shape of many axes would make a number without end
-        if size != end - begin:
-            raise self._broken(f"{name!r:.80}, {kind} {shape!r:.80}, has {end - begin} bytes")
-        return entry
-
-    def _broken(self, why: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path} cannot be read ({why}); it is missing or cut short, or was changed: copy "
-            f"the folder again"
-        )
+def broken(path: object, why: str) -> CheckpointError:
+    """Return the error of a file that cannot be read."""
+    return CheckpointError(
+        f"{path} cannot be read ({why}); it is missing or cut short, or was changed: copy the "
+        f"folder again"
+    )
 
 
 def read_json(text: str | bytes) -> Any:

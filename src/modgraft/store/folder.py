@@ -28,7 +28,7 @@ from modgraft.engine.implant import Implant, learning_parts
 from modgraft.store import formats, former
 from modgraft.store.bounded import Bounded
 from modgraft.store.card import CARD_FILE, Card, Saved, to_json
-from modgraft.store.file import CARD, TensorFile, digest_of, read_json, write_tensors
+from modgraft.store.file import CARD, TensorFile, digest_of, write_tensors
 from modgraft.store.fingerprint import (
     differences,
     fingerprint,
@@ -154,13 +154,7 @@ def stored(folder: Path, model: nn.Module) -> Stored:
     file = TensorFile(folder / FILE)
     if CARD not in file.metadata:
         return former.stored(folder, file)
-    try:
-        said = read_json(file.metadata[CARD])
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file.path} is not a module's card ({error}); save the module again"
-        ) from error
-    card = Card.from_said(said, file.path)
+    card = Card.from_text(file.metadata[CARD], file.path)
 
     def read() -> Mapping[str, Tensor]:
         if file.digest() != card.tensors:
