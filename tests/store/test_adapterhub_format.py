@@ -126,6 +126,10 @@ def test_a_rule_that_adapters_would_lose_is_not_written(tmp_path: Path) -> None:
         ("lora", "architecture", "reft"),
         ("lora", "architecture", "union"),
         ("lora", "surprise", 1),
+        ("lora", "alpha", "8"),
+        ("lora", "attn_matrices", ["q", ["v"]]),
+        ("lora", "leave_out", 3),
+        ("lora", "r", True),
     ],
 )
 def test_what_is_set_and_not_understood_is_refused_by_name(
@@ -138,8 +142,8 @@ def test_what_is_set_and_not_understood_is_refused_by_name(
     assert not host.implants
 
 
-@pytest.mark.parametrize("name", ["head_config.json", "adapter_fusion_config.json"])
-def test_heads_and_fusions_are_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["head_config.json", "adapter_fusion_config.json", "embedding.pt"])
+def test_heads_fusions_and_embeddings_are_refused(name: str, tmp_path: Path) -> None:
     folder = copied(tmp_path)
     (folder / name).write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match=name):
@@ -164,6 +168,26 @@ def test_a_tensor_too_many_or_too_few_is_refused(extra: bool, tmp_path: Path) ->
     save_file(tensors, folder / "adapter.safetensors")
     with pytest.raises(CheckpointError, match="not understood"):
         mg.Host(model("bert")).load(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "end", "shape"),
+    [
+        ("lora", "gpt2", "c_attn.loras.m.lora_B", (33, 3)),
+        ("compacter", "bert", "W_right", (8,)),
+        ("pfeiffer", "bert", "adapter_up.weight", (3, 3)),
+    ],
+)
+def test_another_shape_is_refused(
+    method: str, name: str, end: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    folder, host = copied(tmp_path, method, name), mg.Host(model(name))
+    tensors = load_file(folder / "adapter.safetensors")
+    tensors = {k: torch.ones(shape) if k.endswith(end) else t for k, t in tensors.items()}
+    save_file(tensors, folder / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match=r"which it never is|where this host needs"):
+        host.load(folder)
+    assert not host.implants
 
 
 def test_another_host_another_version_and_a_broken_file_are_refused(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from modgraft.training.host_like import HostLike
 
 CONFIG, TENSORS = "adapter_config.json", "adapter.safetensors"
 VERSION = "adapters.1.3.0"
+KEYS = {"config", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
 OTHERS = ("head_config.json", "adapter_fusion_config.json", "adapter_setup.json")
 
 # What a bottleneck's configuration holds, and the only value understood where it is not read.
@@ -73,6 +74,14 @@ class _Tensor:
     half: tuple[int, int] | None = None  # which of how many rows, where several are one tensor
 
     def read(self, tensor: Tensor) -> Tensor:
+        """Return ours of theirs.
+
+        Raises:
+            CheckpointError: for a shape that theirs never has.
+        """
+        pieces = 1 if self.half is None else self.half[1]
+        if (self.turned and tensor.dim() != 3) or not tensor.dim() or len(tensor) % pieces:
+            raise CheckpointError(f"{self.theirs} is {list(tensor.shape)}, which it never is")
         if self.half is not None:
             tensor = tensor.chunk(self.half[1])[self.half[0]]
         return tensor.transpose(1, 2) if self.turned else tensor
@@ -90,11 +99,11 @@ def holds(folder: Path) -> bool:
 
 def read(folder: Path, model: nn.Module) -> Stored:
     """Read the adapter in a folder; see :class:`modgraft.store.formats.Format`."""
-    for name in OTHERS:
+    for name in (*OTHERS, "embedding.pt"):
         if (folder / name).exists():
             raise CheckpointError(
-                f"{folder}: {name} is there, and heads, fusions and setups of adapters are not "
-                f"read; put {CONFIG} and {TENSORS} alone into a folder to load the adapter without"
+                f"{folder}: {name} is there, and heads, fusions, setups and embeddings of adapters "
+                f"are not read; {CONFIG} and {TENSORS} alone in a folder are the adapter without"
             )
     if not (folder / TENSORS).exists():
         raise CheckpointError(
@@ -106,6 +115,8 @@ def read(folder: Path, model: nn.Module) -> Stored:
         config, name, version = dict(said["config"]), said["name"], said["version"]
         if not isinstance(name, str) or not isinstance(version, str):
             raise ValueError("name and version are texts")
+        if unknown := said.keys() - KEYS:
+            raise ValueError(f"{', '.join(sorted(unknown))} is not understood")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{folder / CONFIG} is not an adapter's ({error!r:.200})") from error
     here = getattr(getattr(model, "config", None), "model_type", None)
@@ -121,7 +132,7 @@ def read(folder: Path, model: nn.Module) -> Stored:
             f"another one; load it with adapters 1.3 and save it again"
         )
     try:
-        method, places = _understood(config, model, folder)
+        method, places = _understood(config, model)
     except ModgraftError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     names = _names(method, places, name, model)
@@ -146,7 +157,10 @@ def read(folder: Path, model: nn.Module) -> Stored:
         every = {key: file.tensor(whole) for key, whole in own.items()}
         made = {}
         for each in names:
-            tensor = each.read(every[each.theirs])
+            try:
+                tensor = each.read(every[each.theirs])
+            except CheckpointError as error:
+                raise CheckpointError(f"{file.path}: {error}; copy the folder again") from error
             if each.ours.endswith(":phi"):
                 tensor = tensor.reshape(-1)
             made[f"{name}:{each.ours}"] = tensor.contiguous()
@@ -193,7 +207,8 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
     }
     if folder.is_dir() and any(folder.iterdir()) and not holds(folder):
         raise CheckpointError(f"{folder} is there and holds no adapter; choose another folder")
-    if left := [name for name in OTHERS if (folder / name).exists()]:
+    stale = (*OTHERS, "pytorch_adapter.bin", "embedding.pt")
+    if left := [name for name in stale if (folder / name).exists()]:
         raise CheckpointError(f"{folder} holds {left[0]} of another adapter; choose another folder")
     with locked(folder, TENSORS, CONFIG):
         write_tensors(made, folder / TENSORS, {})
@@ -209,7 +224,12 @@ def _check(config: Mapping[str, Any], known: Mapping[str, Any], read: set[str]) 
     """Return the whole configuration, if what is not in ``read`` has the one value we compute."""
     if unknown := config.keys() - known.keys():
         raise ModgraftError(f"{', '.join(sorted(unknown))} is not understood")
-    for key in known.keys() - read - _STARTS:
+    for key in sorted(config.keys() & read):
+        if _kind(config[key]) != _kind(known[key]):
+            raise ModgraftError(
+                f"{key}={config[key]!r:.60} is not understood; it is as {known[key]}"
+            )
+    for key in sorted(known.keys() - read - _STARTS):
         if key in config and config[key] != known[key]:
             raise ModgraftError(
                 f"{key}={config[key]!r:.60} is not computed here (only {known[key]!r} is)"
@@ -217,9 +237,21 @@ def _check(config: Mapping[str, Any], known: Mapping[str, Any], read: set[str]) 
     return {**known, **config}
 
 
-def _understood(
-    config: Mapping[str, Any], model: nn.Module, folder: Path
-) -> tuple[Computation, Places]:
+def _kind(value: Any) -> object:
+    """Return what sort of value stands in a configuration; a list is of texts or of numbers."""
+    if isinstance(value, list):
+        return list, {_kind(one) for one in value} <= {str} or {_kind(one) for one in value} <= {
+            int
+        }
+    return int if type(value) is float and value == value else type(value)
+
+
+def _understood(config: Mapping[str, Any], model: nn.Module) -> tuple[Computation, Places]:
+    """Return the method of a configuration, and where it stands.
+
+    Raises:
+        ModgraftError: for what is set and not computed here.
+    """
     if config.get("architecture") == "lora":
         return _lora(config, model)
     if "architecture" in config and config["architecture"] is not None:
@@ -235,10 +267,8 @@ def _understood(
     sigma, factor, scale = c["non_linearity"], c["reduction_factor"], c["scaling"]
     if sigma not in (*_SIGMA, "silu"):
         raise ModgraftError(f"non_linearity={sigma!r:.40} is not computed here")
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor != int(factor):
-        raise ModgraftError(f"reduction_factor={factor!r:.60} is not one whole number for all")
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise ModgraftError(f"scaling={scale!r:.40} is no number, and learned ones are not read")
+    if not 1 <= factor < 2**31 or factor != int(factor):
+        raise ModgraftError(f"reduction_factor={factor!r:.60} is no whole number from 1")
     options: dict[str, Any] = {"reduction": int(factor), "scale": float(scale)}
     options["nonlinearity"] = _SIGMA.get(sigma, sigma)
     if c["phm_layer"]:
@@ -341,6 +371,8 @@ def _weights(model: nn.Module, c: Mapping[str, Any]) -> Places:
         raise ModgraftError("the configuration changes no weight")
     base = _prefix(model)
     found = [(site.path.removeprefix(base), site.label) for site in find(model, roles)]
+    if untold := [p for p, _ in found if "crossattention" in p or p.endswith(".wi_0")]:
+        raise ModgraftError(f"LoRA and IA³ are not understood where a {kind} has {untold[0]}")
     return [f for f in found if int(re.findall(r"\d+", f[0])[0]) not in c["leave_out"]]
 
 
@@ -384,7 +416,7 @@ def _said(implant: Implant, model: nn.Module) -> tuple[dict[str, Any], Places]:
         one["leave_out"] = sorted(numbers[0] - numbers[1])
         try:
             if {label for _, label in make(model, one)} == own:
-                _understood(one, model, Path())
+                _understood(one, model)
                 return one, here
         except ModgraftError as error:
             why = str(error)
