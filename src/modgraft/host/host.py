@@ -51,7 +51,7 @@ from modgraft.engine.implant import (
     learning_parts,
 )
 from modgraft.engine.inputs.caches import check_goes_on
-from modgraft.engine.inputs.padding import count_from_texts, count_padding_too
+from modgraft.engine.inputs.padding import count_from_texts, count_padding_too, count_prefix
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.parts import divide_around
 from modgraft.engine.served_weight import (
@@ -236,6 +236,9 @@ class Host(AsModel):
             watch_forwards(self.model, self._context)
         if not self._context.keys_values.isdisjoint(implant.names):
             count_from_texts(self.model, self._context)
+            if isinstance(inner := module.unwrapped, KeyValueComposition):
+                for each in implant.names:
+                    count_prefix(self.model, self._context, each, inner.positions)
         implant.train(self.model.training)
         for site, place in zip(sites, implant.places, strict=True):
             place.train(self._guard.trains(site.module, self.model))
@@ -590,7 +593,7 @@ class Host(AsModel):
                 that another process is writing to.
         """
         from modgraft.store.folder import save
-        from modgraft.store.formats.format import named
+        from modgraft.store.formats.base import named
 
         several = list(self.implants) + list(self._waiting) if names is None else names
         chosen = [several] if isinstance(several, str) else list(several)

@@ -35,7 +35,7 @@ from modgraft.store.fingerprint import (
     half_fingerprints,
     is_in_another_precision,
 )
-from modgraft.store.formats.format import found_in
+from modgraft.store.formats.base import found_in
 from modgraft.store.readme import readme
 from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike

@@ -18,7 +18,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike
 
-NAMES: tuple[str, ...] = ()
+NAMES: tuple[str, ...] = ("peft", "adapterhub")
 """The formats, each the name of a file beside this one."""
 
 
