@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,12 +59,23 @@ def inspect(
     _print(host, report)
 
 
-def read_model(name: str, weights: bool = False) -> nn.Module:
-    """Create the model of a folder or hub name, without its weights unless ``weights`` is set.
+def read_model(
+    name: str,
+    weights: bool = False,
+    kind: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Create the model of a folder or hub name.
+
+    Args:
+        name: the folder's, or the hub's.
+        weights: whether its weights are read too.
+        kind: the name of its class; None: the one that its config names.
+        settings: values of its config that are to be others.
 
     Raises:
-        DataError: The folder has no config, the config cannot be read, or the name cannot be
-            fetched.
+        DataError: The folder has no config, the config cannot be read, the name cannot be fetched,
+            or there is no such class.
     """
     import torch
     import transformers
@@ -87,12 +98,17 @@ def read_model(name: str, weights: bool = False) -> nn.Module:
         what = "config.json and the weights" if weights else "config.json, no weights,"
         typer.echo(f"fetching {what} of {name} from the Hugging Face hub", err=True)
     try:
-        config = AutoConfig.from_pretrained(name)
-        kind = _class_of(config)
+        config = AutoConfig.from_pretrained(name, **(settings or {}))
+        made = _class_of(config) if kind is None else getattr(transformers, kind, None)
+        if made is None:
+            raise DataError(
+                f"transformers {transformers.__version__} has no {kind}", file=name,
+                remedy="Name a class of it, such as BertForSequenceClassification",
+            )  # fmt: skip
         if weights:
-            return kind.from_pretrained(name)
+            return made.from_pretrained(name, config=config)
         with torch.device("meta"):  # only shapes, so that size does not matter
-            return kind(config)
+            return made(config)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         remedy = (

@@ -1,0 +1,122 @@
+"""``modgraft convert``: a module's folder in another tool's format, or another tool's in ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modgraft.cli.inspect import read_model
+
+
+def convert(
+    folder: Annotated[Path, typer.Argument(help="What host.save, PEFT or AdapterHub wrote.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="modgraft, peft or adapterhub.")] = "modgraft",
+    host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model it is for, a folder or a hub name; left out, what the folder names.",
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--class",
+            metavar="NAME",
+            help="The model's class, where it was trained with another one than config.json says: "
+            "BertForSequenceClassification.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="A value of the model's config: num_labels=3."
+        ),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict/--no-strict", help="Refuse a model of other weights than it was trained in."
+        ),
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+) -> None:
+    """Write a module in another format.
+
+    The model is needed, since formats name its layers in their own ways. What the other format has
+    no place for is refused, and nothing is written then.
+
+    [bold]Examples[/bold]
+
+      modgraft convert modules/qa ./qa-for-peft --to peft --host bert-base-uncased
+
+      modgraft convert ./some-peft-adapter modules/theirs
+
+      modgraft convert ./classifier-lora modules/c --host bert-base-uncased
+      --class BertForSequenceClassification --set num_labels=3
+    """
+    from modgraft.core.errors import ModgraftError
+    from modgraft.host.host import Host
+    from modgraft.store.folder import stored
+
+    if out.resolve() == folder.resolve():
+        raise ModgraftError(f"{out} is what is read; write to another folder")
+    model = host or named_host(folder)
+    read = read_model(model, True, kind, dict(map(_setting, settings or [])))
+    made: Any = Host(read.eval())
+    made.load(folder, strict=strict)
+    names = list(made.implants)
+    made.save(None, out, format=to)
+    written = stored(out, read)
+    written.read()  # raises for what cannot be read again
+    modules = [
+        {"name": saved.name, "method": saved.method(out).brief(), "sites": len(saved.sites)}
+        for saved in written.card.modules
+    ]
+    said = {"folder": str(folder), "out": str(out), "format": to, "host": model, "from": names}
+    if as_json:
+        typer.echo(json.dumps({**said, "modules": modules}, indent=2))
+        return
+    for each in modules:
+        typer.echo(f"{out}: {each['name']}, {each['method']} at {each['sites']} sites, as {to}")
+
+
+def named_host(folder: Path) -> str:
+    """Return the model that a folder says it is for.
+
+    Raises:
+        ModgraftError: where it says none.
+    """
+    from modgraft.core.errors import ModgraftError
+    from modgraft.core.files import read_json
+    from modgraft.store.folder import FILE, native
+
+    name: Any = None
+    if (folder / FILE).exists():
+        name = native(folder).card.base_model
+    elif (folder / "adapter_config.json").is_file():
+        remedy = "Copy the folder again"
+        said = read_json(folder / "adapter_config.json", what="an adapter", remedy=remedy)
+        name = said.get("base_model_name_or_path") or said.get("model_name")
+    if not isinstance(name, str) or not name:
+        raise ModgraftError(
+            f"{folder} does not say which model it is for; name it: --host MODEL, a folder or a "
+            f"hub name"
+        )
+    typer.echo(f"the host: {name}, as {folder} says", err=True)
+    return name
+
+
+def _setting(pair: str) -> tuple[str, Any]:
+    """Read ``NAME=VALUE``; a value is a number, true, false or a word."""
+    name, equals, text = pair.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"--set {pair}: write NAME=VALUE, as num_labels=3")
+    try:
+        return name, json.loads(text)
+    except json.JSONDecodeError:
+        return name, text
