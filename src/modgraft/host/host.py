@@ -596,7 +596,8 @@ class Host(AsModel):
         from modgraft.store.formats.base import named
 
         several = list(self.implants) + list(self._waiting) if names is None else names
-        chosen = [several] if isinstance(several, str) else list(several)
+        one = isinstance(several, str)
+        chosen = [several] if isinstance(several, str) else list(dict.fromkeys(several))
         if not chosen:
             raise ModgraftError("host.save: there is no module to save; name one, or implant one")
         for name in chosen:
@@ -604,7 +605,7 @@ class Host(AsModel):
         path = folder_path(folder, "host.save")
         with self._guard.gate:
             if format == "modgraft":
-                return save(self, chosen, path, about)
+                return save(self, chosen, path, about, together=not one)
             if about:
                 raise ModgraftError(f"format={format!r} has no place for {', '.join(about)}=")
             named(format).write(self, chosen, path)
@@ -656,7 +657,7 @@ class Host(AsModel):
             CheckpointError: for a folder that is damaged or none of these, or another host. The
                 host is then as it was.
         """
-        from modgraft.store.folder import check_host, load, stored
+        from modgraft.store.folder import check_host, load, names_here, stored
 
         path = folder_path(folder, "host.load")
         with self._guard.gate.change(f"host.load({str(path)!r})"):
@@ -664,7 +665,7 @@ class Host(AsModel):
             if not lazy:
                 return load(self, found, name, strict, active)[-1]
             check_host(self.model, found, strict)
-            new = found.card.names if name is None else [name]
+            new = [names_here(found, name)[each] for each in found.card.names]
             for each in new:
                 self._check_new(each)
             for each in new:
