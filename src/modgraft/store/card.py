@@ -146,7 +146,8 @@ class Card(BaseModel):
 
     def _said(self) -> dict[str, Any]:
         """Return what is not left open, so that a later version's new fields change no hash."""
-        return {"format": self.format, **self.model_dump(exclude_defaults=True)}
+        always = self.model_dump(include={"format", "versions", "made"})  # defaults of the moment
+        return {**always, **self.model_dump(exclude_defaults=True)}
 
     @classmethod
     def from_text(cls, text: str, path: object) -> Card:
