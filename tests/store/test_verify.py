@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -79,3 +80,12 @@ def test_a_hash_stays_when_a_later_version_has_more_to_say(tmp_path: Path) -> No
         audience: str | None = None
 
     assert Later.from_text(card.to_text(), "it").sha256 == card.sha256
+
+
+def test_a_card_says_when_and_with_what_it_was_made(tmp_path: Path) -> None:
+    said = json.loads((saved(tmp_path / "qa") / "module.json").read_text())
+    assert said["versions"]["modgraft"] == mg.__version__
+    assert said["made"]
+    card = Card.from_text(json.dumps(said), "it")
+    again = card.model_copy(update={"versions": Card(names=["qa"], modules=card.modules).versions})
+    assert {"made", "versions"} < json.loads(again.to_text()).keys()

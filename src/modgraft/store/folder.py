@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,15 @@ from modgraft.engine.implant import Implant, learning_parts
 from modgraft.store import former
 from modgraft.store.bounded import Bounded
 from modgraft.store.card import CARD_FILE, Card, Saved, to_json
-from modgraft.store.file import CARD, TensorFile, broken, digest_of, write_tensors
+from modgraft.store.file import (
+    CARD,
+    TensorFile,
+    broken,
+    digest_of,
+    is_there,
+    unreadable,
+    write_tensors,
+)
 from modgraft.store.fingerprint import (
     differences,
     fingerprint,
@@ -167,9 +176,15 @@ def stored(folder: Path, model: nn.Module) -> Stored:
     Raises:
         CheckpointError: for a folder without modules, or a file that is damaged or none of them.
     """
-    if not (folder / FILE).exists() and (other := found_in(folder)):
-        return other.read(folder, model)
-    return native(folder)
+    if is_there(folder / FILE):
+        return native(folder)
+    try:
+        other = found_in(folder)
+        return native(folder) if other is None else other.read(folder, model)
+    except ModgraftError:
+        raise
+    except OSError as error:
+        raise unreadable(folder, error) from error
 
 
 def native(folder: Path) -> Stored:
@@ -178,7 +193,7 @@ def native(folder: Path) -> Stored:
     Raises:
         CheckpointError: for a folder without them, or a file that is damaged or none of them.
     """
-    if not (folder / FILE).exists():
+    if not is_there(folder / FILE):
         raise CheckpointError(f"no module in {folder}: {FILE} is not there")
     file = TensorFile(folder / FILE)
     if CARD not in file.metadata:
@@ -253,6 +268,28 @@ def load(
         CheckpointError: for tensors that do not fit or hold NaN, weights of the host that another
             module needs otherwise, or modules trained in another host. The host is then as it was.
     """
+    with naming(modules.folder):
+        return _load(host, modules, name, strict, active)
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Name the folder in errors of a ``with`` block that do not, such as of a site.
+
+    Raises:
+        CheckpointError: with the folder and what was wrong.
+    """
+    try:
+        yield
+    except ModgraftError as error:
+        if str(folder) in str(error):
+            raise
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _load(
+    host: HostLike, modules: Stored, name: str | None, strict: bool, active: bool
+) -> list[Implant]:
     card, before = modules.card, host.composition
     trained_in = check_host(host.model, modules, strict)
     names = names_here(modules, name)
