@@ -72,7 +72,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, *names: str) -> Iterator[None]:
+def locked(folder: Path, *names: str, wait: bool = False) -> Iterator[None]:
     """Hold a folder for writing in a `with` block; it is made where there is none.
 
     What a killed process left half-written is removed: nobody else writes now.
@@ -80,6 +80,7 @@ def locked(folder: Path, *names: str) -> Iterator[None]:
     Args:
         folder: The folder.
         names: The files in it that `whole` writes.
+        wait: Whether to wait for another that is writing, and not to raise.
 
     Raises:
         ModgraftError: Another process, or thread, is writing there.
@@ -88,7 +89,7 @@ def locked(folder: Path, *names: str) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise ModgraftError(
                 f"another process is writing to {folder}: wait for it, or give another folder"

@@ -1,38 +1,42 @@
 """A hub of modules: a folder, here or at any address that fsspec knows, with versions and an index.
 
-    HUB/NAME/1/module.safetensors   and beside it what is written from it
-    HUB/index.json                  the cards, so that a search opens no files
+    HUB/NAME/VERSION/module.safetensors   and beside it what is written from it for people
+    HUB/.index.json                       the cards, so that a search opens no files
 
-A version never changes, and is there when its file is there. The index is what was read from the
-files: whoever finds one that it lacks reads that, and so it is never older than they are.
+A version is there when its file is there, and never changes. The index holds what was read of the
+files: whoever finds a file that it lacks, or another one, reads that, so that it may be deleted.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import fsspec
-from fsspec.core import url_to_fs
+from modgraft.core.errors import CheckpointError, ModgraftError, UnknownNameError
+from modgraft.core.files import locked, whole, write_text
+from modgraft.store import former
+from modgraft.store.card import CARD_FILE, Card
+from modgraft.store.file import read_json
+from modgraft.store.folder import FILE, README, write_derived
+from modgraft.store.remote import card_there, check_file, filesystem, identity, reached
 
-from modgraft.core.errors import CheckpointError, MissingFileError, ModgraftError, UnknownNameError
-from modgraft.core.files import locked, sync, whole, write_text
-from modgraft.store.card import Card
-from modgraft.store.file import CARD, Header, TensorFile, broken, read_json
-from modgraft.store.folder import FILE, stored, verify, write_derived
-
-INDEX = "index.json"
+INDEX = ".index.json"
 WHERE = "MODGRAFT_HUB"
 """The environment variable that says where the hub is; without it, ~/.local/share/modgraft/hub."""
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,95}")
+_METRIC = re.compile(r"\s*([^<>=]+?)\s*(>=|<=|>|<|=)\s*([-+.\deE]+)\s*")
+_COMPARE = {
+    ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "=": operator.eq,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,24 +45,30 @@ class Listed:
 
     Attributes:
         name: its name there.
-        version: 1, 2, …
+        version: a number that the hub gave it, or a tag.
         size: bytes of its file.
         card: its card.
     """
 
     name: str
-    version: int
+    version: str
     size: int
     card: Card
 
     @property
     def address(self) -> str:
-        """``NAME@VERSION``."""
-        return f"{self.name}@{self.version}"
+        """``hub:NAME@VERSION``."""
+        return f"hub:{self.name}@{self.version}"
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """What versions of a module are sorted by: tags by date, then numbers."""
+        number = int(self.version) if self.version.isdecimal() else 0
+        return self.name, number, self.card.made, self.version
 
 
 class Hub:
-    """The modules at one address.
+    """The modules in one place.
 
     Args:
         address: a folder, or a URL of fsspec (``s3://bucket/modules``, ``memory://hub``); None:
@@ -71,157 +81,250 @@ class Hub:
     def __init__(self, address: str | Path | None = None) -> None:
         home = Path("~/.local/share/modgraft/hub").expanduser()
         self.address = str(address or os.environ.get(WHERE) or home)
-        with _network(self.address):
-            self._fs, self._root = url_to_fs(self.address)
+        if self.address.startswith(("hf:", "hub:")):
+            raise ModgraftError(
+                f"{self.address} is the address of a module; a hub is a folder or a URL of one, "
+                f"such as s3://bucket/modules"
+            )
+        self._system, self._root = filesystem(self.address)
+        local = "file" in (self._system.protocol, *self._system.protocol)
+        self.folder = Path(self._root) if local else None
 
-    @property
-    def folder(self) -> Path | None:
-        """The hub's folder, if it is on this machine."""
-        return Path(self._root) if isinstance(self._fs, fsspec.get_filesystem_class("file")) else None
+    # -- looking ----------------------------------------------------------------------------------
 
     def listed(self) -> list[Listed]:
-        """Return every version of every module, by name and number.
+        """Return every version of every module, by name and age.
 
         Raises:
             ModgraftError: where the hub cannot be reached.
         """
-        with _network(self.address):
-            if not self._fs.exists(self._root):
-                return []
-            self._fs.invalidate_cache()
-            found = self._fs.find(self._root, detail=True)
+        return self._scan()[0]
+
+    def _scan(self) -> tuple[list[Listed], dict[str, str]]:
+        """Return the versions, and what is wrong with those whose files cannot be read."""
+        with reached(self.address):
+            self._system.invalidate_cache()
+            if not self._system.exists(self._root):
+                return [], {}
+            files = self._system.find(self._root, maxdepth=3, detail=True)
             known = self._index()
-            rows, cards = [], {}
-            for path, info in sorted(found.items()):
-                place = self._place(path)
-                if place is None:
+            rows, broken, index = [], {}, {}
+            for path, info in files.items():
+                if (place := self._place(path)) is None:
                     continue
-                key = f"{place[0]}@{place[1]}"
-                if known.get(key, {}).get("size") != info["size"]:
-                    known[key] = {"size": info["size"], "card": self._header(path, info["size"])}
-                cards[key] = known[key]
-                card = Card.from_text(cards[key]["card"], path)
-                rows.append(Listed(*place, info["size"], card))
-            if cards != self._index():
-                self._write_index(cards)
-        return sorted(rows, key=lambda row: (row.name, row.version))
+                key, stamp = "@".join(place), _stamp(info)
+                try:
+                    if key not in known or known[key]["stamp"] != stamp:
+                        text = card_there(self._system, path, info["size"])
+                        known[key] = {"stamp": stamp, "card": text}
+                    card = Card.from_text(known[key]["card"], path)
+                    rows.append(Listed(*place, info["size"], card))
+                    index[key] = known[key]
+                except CheckpointError as error:
+                    broken[f"hub:{key}"] = str(error)
+            if index != self._index():
+                self._write_index(index)
+        return sorted(rows, key=lambda row: row.order), broken
 
-    def _place(self, path: str) -> tuple[str, int] | None:
-        """Return the name and version that a file in the hub is of, None if it is no module's."""
-        parts = path.removeprefix(self._root.rstrip("/")).strip("/").split("/")
-        if len(parts) != 3 or parts[2] != FILE or not parts[1].isdecimal():
+    def _place(self, path: str) -> tuple[str, str] | None:
+        """Return the name and version that a file is of, None if it is no module's."""
+        parts = path.removeprefix(self._root).strip("/").split("/")
+        if len(parts) != 3 or parts[2] != FILE or not all(map(_WORD.fullmatch, parts[:2])):
             return None
-        return parts[0], int(parts[1])
+        return parts[0], parts[1]
 
-    def _index(self) -> dict[str, Any]:
+    def _index(self) -> dict[str, dict[str, str]]:
         try:
-            said = read_json(self._fs.cat_file(f"{self._root}/{INDEX}"))
-        except (OSError, ValueError):  # it is made anew from the files
+            said = read_json(self._system.cat_file(f"{self._root}/{INDEX}"))
+        except (OSError, ValueError):  # none, or a damaged one: it is made anew from the files
             return {}
         fits = isinstance(said, dict) and all(
-            isinstance(row, dict) and isinstance(row.get("card"), str) for row in said.values()
+            isinstance(row, dict) and row.keys() == {"stamp", "card"} and isinstance(row["card"], str)
+            for row in said.values()
         )
         return said if fits else {}
 
-    def _write_index(self, cards: dict[str, Any]) -> None:
-        text = json.dumps(cards, ensure_ascii=False, indent=1)
+    def _write_index(self, index: dict[str, dict[str, str]]) -> None:
+        text = json.dumps(index, ensure_ascii=False, indent=1)
         try:
             if self.folder is not None:
                 write_text(self.folder / INDEX, text)
             else:
-                self._fs.pipe_file(f"{self._root}/{INDEX}", text.encode())
-        except (PermissionError, NotImplementedError, OSError):
-            return  # somebody else's hub: the next reader reads the files again
-
-    def _header(self, path: str, size: int) -> str:
-        with self._fs.open(path, "rb") as file:
-            first = file.read(8)
-            rest = file.read(Header.length(first, size, path) - 8)
-        return Header(first + rest, size, path).metadata.get(CARD, "")
+                self._system.pipe_file(f"{self._root}/{INDEX}", text.encode())
+        except (OSError, NotImplementedError):  # not ours to write: everyone reads the files
+            return
 
     def find(self, name: str) -> Listed:
-        """Return a module by ``NAME``, its latest version, or ``NAME@VERSION``.
+        """Return a module by ``NAME``, the newest version, or ``NAME@VERSION``.
+
+        The newest is that with the highest number; where there are only tags, the one made last.
 
         Raises:
-            UnknownNameError: with the nearest names.
+            UnknownNameError: with what there is.
         """
-        name, _, version = name.partition("@")
-        rows = self.listed()
+        name, _, version = name.removeprefix("hub:").partition("@")
+        rows, broken = self._scan()
         versions = [row for row in rows if row.name == name]
+        if why := broken.get(f"hub:{name}@{version}"):
+            raise CheckpointError(why)
         if not versions:
-            raise UnknownNameError.among("module on this hub", name, {row.name for row in rows})
-        if not version:
-            return versions[-1]
-        found = next((row for row in versions if str(row.version) == version), None)
-        if found is None:
-            have = ", ".join(str(row.version) for row in versions)
+            names = {row.name for row in rows}
+            raise UnknownNameError.among(f"module on the hub {self.address}", name, names)
+        found = [row for row in versions if version in ("", row.version)]
+        if not found:
+            have = ", ".join(row.version for row in versions)
             raise UnknownNameError(f"{name!r} has no version {version!r} here; there are {have}")
-        return found
+        return found[-1]
 
-    def push(self, folder: Path, name: str | None = None) -> Listed:
-        """Add the module in a folder as the next version of ``name``; an equal one is not added.
-
-        Raises:
-            CheckpointError: for a folder whose module is damaged.
-            ModgraftError: for a name that cannot be one.
-        """
-        if reason := verify(folder):
-            raise CheckpointError(f"{folder} is not pushed: {reason}")
-        file = TensorFile(folder / FILE)
-        card = Card.from_text(file.metadata[CARD], file.path)
-        name = _checked(name or card.names[-1])
-        versions = [row for row in self.listed() if row.name == name]
-        if versions and versions[-1].card.sha256 == card.sha256:
-            return versions[-1]
-        number = versions[-1].version + 1 if versions else 1
-        if self.folder is not None:
-            with locked(self.folder, INDEX):  # nobody else counts versions now
-                while (place := self.folder / name / str(number)).exists():
-                    number += 1
-                _copy(folder / FILE, place / FILE)
-                write_derived(card, place)
-        else:
-            with _network(self.address):
-                place = f"{self._root}/{name}/{number}"
-                self._fs.makedirs(place, exist_ok=True)
-                for each in ("module.json", "README.md", FILE):  # the last makes it a version
-                    if (folder / each).is_file():
-                        self._fs.put_file(str(folder / each), f"{place}/{each}")
-        return self.find(f"{name}@{number}")
-
-    def pull(self, name: str, to: Path) -> Listed:
-        """Fetch a module into a folder, whole or not at all, and verify it there.
+    def search(
+        self,
+        text: str = "",
+        *,
+        host: str = "",
+        task: str = "",
+        kind: str = "",
+        metrics: Sequence[str] = (),
+    ) -> list[Listed]:
+        """Return the versions that all of these hold for; the words of a text stand in the card.
 
         Args:
-            name: ``NAME`` or ``NAME@VERSION``.
-            to: the folder; a module that is there is replaced.
+            text: words, in its name, description, data, task, host or method.
+            host: a part of the host's class or name, or the start of a hash in its fingerprint.
+            task: a part of its task's name.
+            kind: the class of a module, in any case: ``lora``.
+            metrics: conditions such as ``f1>0.8``.
 
         Raises:
-            UnknownNameError: for a name that is not on the hub.
-            CheckpointError: for a file that is damaged, here or there; what was in the folder
-                stays.
+            ModgraftError: for a condition that is none.
         """
-        row = self.find(name)
-        source = f"{self._root}/{row.name}/{row.version}/{FILE}"
-        with locked(to, FILE):
-            with whole(to / FILE) as part, _network(self.address):
-                self._fs.get_file(source, str(part))
-                _check(part, row)
-            write_derived(row.card, to)
-        return row
+        conditions = [_condition(each) for each in metrics]
 
-    def remove(self, name: str) -> list[Listed]:
-        """Remove ``NAME@VERSION``, or every version of ``NAME``; return what is gone."""
-        row = self.find(name)
-        gone = [each for each in self.listed() if each.name == row.name]
-        gone = [each for each in gone if "@" not in name or each.version == row.version]
-        with _network(self.address):
-            for each in gone:
-                path = f"{self._root}/{each.name}/{each.version}"
-                self._fs.rm_file(f"{path}/{FILE}")  # without it, it is no version
-                self._fs.rm(path, recursive=True)
-            if len(gone) == len([each for each in self.listed() if each.name == row.name]) == 0:
-                self._fs.rm(f"{self._root}/{row.name}", recursive=True)
+        def fits(row: Listed) -> bool:
+            card, about = row.card, row.card.host
+            kinds = [saved.type.lower() for saved in card.modules]
+            hosts = f"{card.base_model} {about.get('architecture')}".lower()
+            said = f"{row.name} {card.description} {card.data} {card.task} {hosts} {kinds}".lower()
+            hashes = [str(about.get(part, "")) for part in ("shape", "weights")]
+            return (
+                all(word in said for word in text.lower().split())
+                and (host.lower() in hosts or any(h.startswith(host) for h in hashes))
+                and task.lower() in (card.task or "").lower()
+                and kind.lower() in ("", *kinds)
+                and all(
+                    name in card.metrics and _COMPARE[sign](card.metrics[name], value)
+                    for name, sign, value in conditions
+                )
+            )
+
+        return [row for row in self.listed() if fits(row)]
+
+    def place(self, row: Listed) -> str:
+        """Return the path of a version's folder in the hub's file system."""
+        return f"{self._root}/{row.name}/{row.version}"
+
+    def opened(self, row: Listed) -> tuple[AbstractFileSystem, str]:
+        """Return the hub's file system, and a version's folder in it."""
+        return self._system, self.place(row)
+
+    def verify(self, name: str = "") -> dict[str, str]:
+        """Read versions to the last bit: of all modules, of ``NAME``, or ``NAME@VERSION``.
+
+        Returns:
+            For each of them what is wrong with it, or "".
+        """
+        rows, broken = self._scan()
+        asked, _, version = name.removeprefix("hub:").partition("@")
+        found = {row.address: self._why_broken(row) for row in rows if _is(row, asked, version)}
+        found |= {
+            key: why for key, why in broken.items() if not name or f"{key}@".startswith(f"hub:{name}@")
+        }
+        return found or {self.find(name).address: ""} if name else found
+
+    def _why_broken(self, row: Listed) -> str:
+        try:
+            with TemporaryDirectory() as scratch, reached(self.address):
+                if (path := self.folder) is not None:
+                    path = path / row.name / row.version / FILE
+                else:
+                    path = Path(scratch, FILE)
+                    self._system.get_file(f"{self.place(row)}/{FILE}", str(path))
+                check_file(path, row.card.sha256, row.address)
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    # -- changing ---------------------------------------------------------------------------------
+
+    def push(self, folder: Path, name: str = "", version: str = "") -> Listed:
+        """Add the module in a folder as a version of ``name``.
+
+        Args:
+            folder: the module's.
+            name: what to call it here; "": as the module is called.
+            version: a tag; "": the next number, or the version that has the same hash already.
+
+        Raises:
+            CheckpointError: for a folder whose module is damaged, or of another tool.
+            ModgraftError: for a name or tag that cannot be one, or a tag that is another module's.
+        """
+        sha, card = identity(folder)
+        if card is None:
+            raise CheckpointError(
+                f"{folder} is another tool's, and has no card that a hub could list; host.load it "
+                f"and host.save it, or push it to hf:USER/REPO as it is"
+            )
+        check_file(folder / FILE, sha, str(folder))
+        name = checked(name or card.names[-1], "name")
+        if version and checked(version, "tag").isdecimal():
+            raise ModgraftError(f"the tag {version!r} is a number, which the hub gives: leave it out")
+        if self.folder is None:
+            return self._add(folder, card, name, version)
+        with locked(self.folder, INDEX, wait=True):  # nobody else gives a number now
+            return self._add(folder, card, name, version)
+
+    def _add(self, folder: Path, card: Card, name: str, version: str) -> Listed:
+        rows, broken = self._scan()
+        versions = [row for row in rows if row.name == name]
+        same = [row for row in versions if version in ("", row.version)]
+        if there := [row for row in same if row.card.sha256 == card.sha256]:
+            return there[-1]
+        if version and (same or f"hub:{name}@{version}" in broken):
+            raise ModgraftError(
+                f"{name}@{version} is on the hub with another hash, and a version never changes: "
+                f"choose another tag, or remove that one"
+            )
+        taken = [key.rpartition("@")[2] for key in broken if key.startswith(f"hub:{name}@")]
+        taken += [row.version for row in versions]
+        version = version or str(max([int(v) for v in taken if v.isdecimal()], default=0) + 1)
+        if self.folder is not None:
+            put(folder / FILE, self.folder / name / version, card)
+        else:
+            place = f"{self._root}/{name}/{version}"
+            with reached(self.address), TemporaryDirectory() as scratch:
+                write_derived(card, Path(scratch))
+                self._system.makedirs(place, exist_ok=True)
+                for each in (Path(scratch, CARD_FILE), Path(scratch, README), folder / FILE):
+                    self._system.put_file(str(each), f"{place}/{each.name}")  # the last is all
+        return self.find(f"{name}@{version}")
+
+    def remove(self, name: str) -> list[str]:
+        """Remove ``NAME@VERSION``, or every version of ``NAME``, and return their addresses."""
+        asked, _, version = name.removeprefix("hub:").partition("@")
+        rows, broken = self._scan()
+        gone = [row.address for row in rows if _is(row, asked, version)]
+        gone += [key for key in broken if version in ("", key.rpartition("@")[2])
+                 and key.startswith(f"hub:{asked}@")]  # fmt: skip
+        if not gone:
+            self.find(name)
+        with reached(self.address):
+            for address in gone:
+                path = f"{self._root}/{address.removeprefix('hub:').replace('@', '/')}"
+                self._system.rm_file(f"{path}/{FILE}")  # without it, it is no version
+                if self._system.exists(path):
+                    self._system.rm(path, recursive=True)
+            left = f"{self._root}/{asked}"
+            if self._system.exists(left) and not self._system.find(left):
+                self._system.rm(left, recursive=True)
         self.listed()
         return gone
 
@@ -231,77 +334,52 @@ class Hub:
         Raises:
             ModgraftError: for a name that is in use, or cannot be one.
         """
-        old, new = self.find(name).name, _checked(new)
-        if any(row.name == new for row in self.listed()):
-            raise ModgraftError(f"{new!r} is on this hub already; choose another name")
-        with _network(self.address):
-            self._fs.mv(f"{self._root}/{old}", f"{self._root}/{new}", recursive=True)
+        old = self.find(name.partition("@")[0]).name
+        if self._system.exists(f"{self._root}/{checked(new, 'name')}"):
+            raise ModgraftError(f"{new!r} is on the hub already; choose another name")
+        with reached(self.address):
+            self._system.mv(f"{self._root}/{old}", f"{self._root}/{new}", recursive=True)
         self.listed()
 
-    def verify(self, name: str | None = None) -> dict[str, str]:
-        """Read versions wholly, and say what is wrong with those that are damaged, by address."""
-        rows = self.listed() if name is None else [self.find(name)]
-        wrong = {}
-        for row in rows:
-            with _local(self, row) as file:
-                try:
-                    _check(file, row)
-                except CheckpointError as error:
-                    wrong[row.address] = str(error)
-        return wrong
 
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with whole(target) as part:
-        shutil.copyfile(source, part)
-    sync(target.parent.parent)
-
-
-def _check(path: Path, row: Listed) -> None:
-    """Refuse a file that is not, to the last bit, the module that the hub lists."""
-    file = TensorFile(path)
-    card = Card.from_text(file.metadata.get(CARD, ""), path)
-    if card.sha256 != row.card.sha256 or file.digest() != card.tensors:
-        raise CheckpointError(
-            f"{row.address}: the file is not what the hub lists (its hash is another one); it was "
-            f"changed or cut on its way: pull it again, or push it anew"
-        )
-
-
-@contextmanager
-def _local(hub: Hub, row: Listed) -> Iterator[Path]:
-    """Give a version's file on this machine."""
-    path = f"{hub._root}/{row.name}/{row.version}/{FILE}"
-    if hub.folder is not None:
-        yield Path(path)
-        return
-    with fsspec.open_local(f"filecache::{hub._fs.unstrip_protocol(path)}") as _:
-        yield Path(path)
-
-
-def _checked(name: str) -> str:
-    if not _NAME.fullmatch(name):
+def checked(word: str, what: str) -> str:
+    """Refuse a name or a tag that cannot be one, such as a path."""
+    if not _WORD.fullmatch(word):
         raise ModgraftError(
-            f"{name!r:.80} cannot be a module's name on a hub: letters, digits, '_', '-' and '.', "
-            f"a letter or digit first"
+            f"{word!r:.80} cannot be a module's {what} on a hub: letters, digits and '_.+-', a "
+            f"letter or digit first"
         )
-    return name
+    return word
 
 
-@contextmanager
-def _network(address: str) -> Iterator[None]:
-    """Say where something could not be reached, instead of what a library says."""
+def _is(row: Listed, name: str, version: str) -> bool:
+    return name in ("", row.name) and version in ("", row.version)
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    """Return what tells whether a file is the one that was read, in any file system's words."""
+    from fsspec.utils import tokenize
+
+    return tokenize({key: value for key, value in info.items() if key != "atime"})
+
+
+def _condition(text: str) -> tuple[str, str, float]:
     try:
-        yield
-    except ModgraftError:
-        raise
-    except ImportError as error:  # fsspec's, of a protocol's package
-        raise ModgraftError(f"{address}: {error}") from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise MissingFileError("there is no such file", file=str(error)) from error
-        raise ModgraftError(
-            f"{address} cannot be used ({type(error).__name__}: {str(error)[:200]}); see the "
-            f"address, the network and what you may write there"
-        ) from error
+        name, sign, value = _METRIC.fullmatch(text).groups()  # type: ignore[union-attr]
+        return name, sign, float(value)
+    except (AttributeError, ValueError) as error:
+        raise ModgraftError(f"{text!r} is no condition; write one as f1>0.8") from error
+
+
+def put(file: Path, folder: Path, card: Card) -> None:
+    """Copy a module's file into a folder, whole or not at all, and write what is derived of it.
+
+    Raises:
+        CheckpointError: for a file that is not, to the last bit, the one that has this card.
+    """
+    with locked(folder, FILE, CARD_FILE, README):
+        with whole(folder / FILE) as part:
+            shutil.copyfile(file, part)
+            check_file(part, card.sha256, str(file))
+        write_derived(card, folder)
+        (folder / former.HOST_FILE).unlink(missing_ok=True)
