@@ -47,5 +47,5 @@ def readme(card: Card) -> str:
         lines += ["", "Made by", "", "```bash", card.command, "```"]
     if card.beside:
         lines += ["", f"With it trained, and are loaded with it: {', '.join(card.beside)}."]
-    lines += ["", f"Written from the card in `module.safetensors`, {card.made}."]
+    lines += ["", f"Written from the card in `module.safetensors`, {card.made}, {card.sha256}."]
     return "\n".join(lines) + "\n"
