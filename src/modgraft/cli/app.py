@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from modgraft.cli.hub import hub
 from modgraft.cli.inspect import inspect
 from modgraft.cli.log import ask, log
 from modgraft.cli.log_check import check
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(mmcot, name="mmcot")
 app.command("inspect")(inspect)
+app.add_typer(hub, name="hub")
 app.command("recipe")(recipe)
 app.add_typer(log, name="log")
 app.command("ask")(ask)

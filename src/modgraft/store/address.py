@@ -10,15 +10,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modgraft.core.errors import CheckpointError, MissingFileError, ModgraftError
-from modgraft.core.files import folder_path
+from modgraft.core.errors import CheckpointError, MissingFileError
+from modgraft.core.files import folder_path, new_folder
 from modgraft.store import huggingface
 from modgraft.store.card import Card
 from modgraft.store.folder import FILE, holds_module
@@ -106,30 +104,17 @@ def pull(found: Found, to: Path) -> None:
     Raises:
         CheckpointError: for a file that is damaged, or a folder that holds other things and no
             module; what was there stays.
-        ModgraftError: for another tool's module, which is several files, over a folder that is
-            there.
+        ModgraftError: for another tool's module, of several files, which cannot be replaced all at
+            once, over a folder that is there.
     """
     if found.card is not None:
         if to.is_dir() and any(to.iterdir()) and not holds_module(to):
             raise CheckpointError(f"{to} is there and holds no module; choose another folder")
         put(found.folder / FILE, to, found.card)
         return
-    if to.exists():
-        raise ModgraftError(
-            f"{to} is there; {found.address} is another tool's module, of several files, which "
-            f"cannot be replaced all at once: choose a new folder"
-        )
-    to.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}.", suffix=".part"))
-    try:
+    with new_folder(to) as part:
         for path in found.folder.iterdir():
             if path.suffix in KINDS:
                 shutil.copyfile(path, part / path.name)
         if identity(part)[0] != found.sha256:
             raise CheckpointError(f"{found.address} was changed while it was copied; pull it again")
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o777 & ~mask)
-        part.rename(to)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modgraft.core.errors import CheckpointError, ModgraftError, UnknownNameError
 from modgraft.core.files import locked, whole, write_text
@@ -27,6 +27,9 @@ from modgraft.store.card import CARD_FILE, Card
 from modgraft.store.file import read_json
 from modgraft.store.folder import FILE, README, write_derived
 from modgraft.store.remote import card_there, check_file, filesystem, identity, reached
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 INDEX = ".index.json"
 WHERE = "MODGRAFT_HUB"
@@ -87,7 +90,8 @@ class Hub:
                 f"such as s3://bucket/modules"
             )
         self._system, self._root = filesystem(self.address)
-        local = "file" in (self._system.protocol, *self._system.protocol)
+        protocol = self._system.protocol
+        local = "file" in ([protocol] if isinstance(protocol, str) else protocol)
         self.folder = Path(self._root) if local else None
 
     # -- looking ----------------------------------------------------------------------------------
@@ -106,7 +110,7 @@ class Hub:
             self._system.invalidate_cache()
             if not self._system.exists(self._root):
                 return [], {}
-            files = self._system.find(self._root, maxdepth=3, detail=True)
+            files: Any = self._system.find(self._root, maxdepth=3, detail=True)
             known = self._index()
             rows, broken, index = [], {}, {}
             for path, info in files.items():
@@ -139,7 +143,9 @@ class Hub:
         except (OSError, ValueError):  # none, or a damaged one: it is made anew from the files
             return {}
         fits = isinstance(said, dict) and all(
-            isinstance(row, dict) and row.keys() == {"stamp", "card"} and isinstance(row["card"], str)
+            isinstance(row, dict)
+            and row.keys() == {"stamp", "card"}
+            and isinstance(row["card"], str)
             for row in said.values()
         )
         return said if fits else {}
@@ -162,19 +168,20 @@ class Hub:
         Raises:
             UnknownNameError: with what there is.
         """
-        name, _, version = name.removeprefix("hub:").partition("@")
+        name = name.removeprefix("hub:")
         rows, broken = self._scan()
-        versions = [row for row in rows if row.name == name]
-        if why := broken.get(f"hub:{name}@{version}"):
+        if why := broken.get(f"hub:{name}"):
             raise CheckpointError(why)
-        if not versions:
-            names = {row.name for row in rows}
-            raise UnknownNameError.among(f"module on the hub {self.address}", name, names)
-        found = [row for row in versions if version in ("", row.version)]
-        if not found:
-            have = ", ".join(row.version for row in versions)
-            raise UnknownNameError(f"{name!r} has no version {version!r} here; there are {have}")
-        return found[-1]
+        if found := [row for row in rows if _is(row.address, name)]:
+            return found[-1]
+        name, _, version = name.partition("@")
+        if have := [row.version for row in rows if row.name == name]:
+            raise UnknownNameError(
+                f"{name!r} has no version {version!r} on the hub {self.address}; there are "
+                f"{', '.join(have)}"
+            )
+        names = {row.name for row in rows}
+        raise UnknownNameError.among(f"module on the hub {self.address}", name, names)
 
     def search(
         self,
@@ -233,12 +240,12 @@ class Hub:
             For each of them what is wrong with it, or "".
         """
         rows, broken = self._scan()
-        asked, _, version = name.removeprefix("hub:").partition("@")
-        found = {row.address: self._why_broken(row) for row in rows if _is(row, asked, version)}
-        found |= {
-            key: why for key, why in broken.items() if not name or f"{key}@".startswith(f"hub:{name}@")
-        }
-        return found or {self.find(name).address: ""} if name else found
+        name = name.removeprefix("hub:")
+        found = {row.address: self._why_broken(row) for row in rows if _is(row.address, name)}
+        found |= {address: why for address, why in broken.items() if _is(address, name)}
+        if name and not found:
+            self.find(name)
+        return found
 
     def _why_broken(self, row: Listed) -> str:
         try:
@@ -255,13 +262,16 @@ class Hub:
 
     # -- changing ---------------------------------------------------------------------------------
 
-    def push(self, folder: Path, name: str = "", version: str = "") -> Listed:
+    def push(
+        self, folder: Path, name: str = "", version: str = "", *, dry_run: bool = False
+    ) -> Listed:
         """Add the module in a folder as a version of ``name``.
 
         Args:
             folder: the module's.
             name: what to call it here; "": as the module is called.
             version: a tag; "": the next number, or the version that has the same hash already.
+            dry_run: whether to write nothing, and only to return what would be there.
 
         Raises:
             CheckpointError: for a folder whose module is damaged, or of another tool.
@@ -276,13 +286,15 @@ class Hub:
         check_file(folder / FILE, sha, str(folder))
         name = checked(name or card.names[-1], "name")
         if version and checked(version, "tag").isdecimal():
-            raise ModgraftError(f"the tag {version!r} is a number, which the hub gives: leave it out")
-        if self.folder is None:
-            return self._add(folder, card, name, version)
+            raise ModgraftError(
+                f"the tag {version!r} is a number, which the hub gives: leave it out"
+            )
+        if self.folder is None or dry_run:
+            return self._add(folder, card, name, version, dry_run)
         with locked(self.folder, INDEX, wait=True):  # nobody else gives a number now
-            return self._add(folder, card, name, version)
+            return self._add(folder, card, name, version, dry_run)
 
-    def _add(self, folder: Path, card: Card, name: str, version: str) -> Listed:
+    def _add(self, folder: Path, card: Card, name: str, version: str, dry_run: bool) -> Listed:
         rows, broken = self._scan()
         versions = [row for row in rows if row.name == name]
         same = [row for row in versions if version in ("", row.version)]
@@ -293,9 +305,11 @@ class Hub:
                 f"{name}@{version} is on the hub with another hash, and a version never changes: "
                 f"choose another tag, or remove that one"
             )
-        taken = [key.rpartition("@")[2] for key in broken if key.startswith(f"hub:{name}@")]
-        taken += [row.version for row in versions]
-        version = version or str(max([int(v) for v in taken if v.isdecimal()], default=0) + 1)
+        all_of_it = [row.address for row in versions] + [a for a in broken if _is(a, name)]
+        numbers = [int(v) for a in all_of_it if (v := a.rpartition("@")[2]).isdecimal()]
+        version = version or str(max(numbers, default=0) + 1)
+        if dry_run:
+            return Listed(name, version, (folder / FILE).stat().st_size, card)
         if self.folder is not None:
             put(folder / FILE, self.folder / name / version, card)
         else:
@@ -307,22 +321,27 @@ class Hub:
                     self._system.put_file(str(each), f"{place}/{each.name}")  # the last is all
         return self.find(f"{name}@{version}")
 
+    def versions(self, name: str) -> list[str]:
+        """Return the addresses that ``NAME`` or ``NAME@VERSION`` means, those that are broken too.
+
+        Raises:
+            UnknownNameError: if there is none.
+        """
+        rows, broken = self._scan()
+        found = [*(row.address for row in rows), *broken]
+        found = [address for address in found if name and _is(address, name.removeprefix("hub:"))]
+        return found or [self.find(name).address]
+
     def remove(self, name: str) -> list[str]:
         """Remove ``NAME@VERSION``, or every version of ``NAME``, and return their addresses."""
-        asked, _, version = name.removeprefix("hub:").partition("@")
-        rows, broken = self._scan()
-        gone = [row.address for row in rows if _is(row, asked, version)]
-        gone += [key for key in broken if version in ("", key.rpartition("@")[2])
-                 and key.startswith(f"hub:{asked}@")]  # fmt: skip
-        if not gone:
-            self.find(name)
+        gone = self.versions(name)
         with reached(self.address):
             for address in gone:
                 path = f"{self._root}/{address.removeprefix('hub:').replace('@', '/')}"
                 self._system.rm_file(f"{path}/{FILE}")  # without it, it is no version
                 if self._system.exists(path):
                     self._system.rm(path, recursive=True)
-            left = f"{self._root}/{asked}"
+            left = f"{self._root}/{name.removeprefix('hub:').partition('@')[0]}"
             if self._system.exists(left) and not self._system.find(left):
                 self._system.rm(left, recursive=True)
         self.listed()
@@ -352,8 +371,9 @@ def checked(word: str, what: str) -> str:
     return word
 
 
-def _is(row: Listed, name: str, version: str) -> bool:
-    return name in ("", row.name) and version in ("", row.version)
+def _is(address: str, name: str) -> bool:
+    """Return whether a version is meant by ``NAME``, ``NAME@VERSION``, or "", which is all."""
+    return not name or f"{address}@".startswith(f"hub:{name}@")
 
 
 def _stamp(info: dict[str, Any]) -> str:

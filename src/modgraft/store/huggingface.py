@@ -125,12 +125,17 @@ def _answered(place: Place) -> Iterator[None]:
                 why = "there is no such repository, or it is private"
                 remedy = f"See the name, or {log_in}"
             case errors.RevisionNotFoundError():
-                why, remedy = f"it has no revision {place.revision!r}", "See its page for those it has"
+                why, remedy = (
+                    f"it has no revision {place.revision!r}",
+                    "See its page for those it has",
+                )
             case errors.HfHubHTTPError(response=answer) if answer.status_code in (401, 403):
                 why, remedy = "you may not do that", f"{log_in[0].upper()}{log_in[1:]}, as who may"
             case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
                 why = "it is not in the cache, and the Hugging Face Hub cannot be reached"
-                remedy = "See the network, and that HF_HUB_OFFLINE is not set; or give a local folder"
+                remedy = (
+                    "See the network, and that HF_HUB_OFFLINE is not set; or give a local folder"
+                )
             case _:
                 raise
         raise DataError(why, file=name, remedy=remedy) from error.__cause__

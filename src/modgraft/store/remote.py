@@ -1,4 +1,4 @@
-"""Folders that are elsewhere: reached through fsspec, fetched whole into a cache, known by a hash."""
+"""Folders that are elsewhere: reached by fsspec, fetched whole into a cache, known by a hash."""
 
 from __future__ import annotations
 
@@ -77,8 +77,10 @@ def card_there(system: AbstractFileSystem, path: str, size: int) -> str:
     Raises:
         CheckpointError: for a file that is damaged.
     """
-    length = Header.length(system.cat_file(path, start=0, end=8), size, path)
-    return Header(system.cat_file(path, start=0, end=length), size, path).metadata.get(CARD, "")
+    with system.open(path, "rb") as file:
+        first = bytes(file.read(8))  # type: ignore[arg-type]
+        rest = bytes(file.read(Header.length(first, size, path) - 8))  # type: ignore[arg-type]
+    return Header(first + rest, size, path).metadata.get(CARD, "")
 
 
 def identity(folder: Path) -> tuple[str, Card | None]:
@@ -182,7 +184,9 @@ def _placed(part: Path, place: Path) -> Path:
 
 def tell(address: str, sizes: dict[str, int]) -> None:
     """Say on standard error what is about to be fetched, and how large it is."""
-    print(f"fetching {address}: {', '.join(sizes)}, {in_bytes(sum(sizes.values()))}", file=sys.stderr)
+    print(
+        f"fetching {address}: {', '.join(sizes)}, {in_bytes(sum(sizes.values()))}", file=sys.stderr
+    )
 
 
 def in_bytes(size: int) -> str:
