@@ -109,10 +109,10 @@ def pull(
     from modgraft.store import address as addresses
     from modgraft.store.lock import Lock
 
-    if (address is None) == (lock is None):
-        raise typer.BadParameter("give an ADDRESS, or --lock FILE")
+    if (address is None and lock is None) or (folder is not None and lock is not None):
+        raise typer.BadParameter("give ADDRESS [FOLDER], or --lock FILE [FOLDER]")
     if lock is not None:
-        into = folder or Path(address or ".")
+        into = Path(address or ".")
         modules = Lock.read(lock).modules
         pulled = [(m.found(lock.parent, _hub(where)), into / m.name) for m in modules]
     else:

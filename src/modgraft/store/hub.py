@@ -172,7 +172,7 @@ class Hub:
         rows, broken = self._scan()
         if why := broken.get(f"hub:{name}"):
             raise CheckpointError(why)
-        if found := [row for row in rows if _is(row.address, name)]:
+        if name and (found := [row for row in rows if _is(row.address, name)]):
             return found[-1]
         name, _, version = name.partition("@")
         if have := [row.version for row in rows if row.name == name]:

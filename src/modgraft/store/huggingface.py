@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from modgraft.core.errors import DataError, ModgraftError
@@ -74,16 +75,28 @@ def fetch(place: Place) -> tuple[Path, str]:
     }
     with _answered(place):
         try:
-            rows = snapshot_download(place.repo, **which, dry_run=True)
+            rows = snapshot_download(place.repo, **which, dry_run=True, tqdm_class=_bar(False))
         except DryRunError:  # out of reach: below, from the cache, or with the reason
             rows = []
         if sizes := {r.filename: r.file_size or 0 for r in rows if r.will_download}:
             tell(f"hf:{place.repo}", sizes)
-        snapshot = Path(snapshot_download(place.repo, **which))
+        bar = _bar(bool(sizes))
+        snapshot = Path(snapshot_download(place.repo, **which, tqdm_class=bar))
     folder = snapshot / place.folder
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     check_holds_tensors(names, place.at(place.revision or snapshot.name))
     return folder, place.at(snapshot.name)
+
+
+def _bar(shown: bool) -> Any:
+    """Return the class of progress bars: on a terminal, or none at all."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **(settings | {"disable": None if shown else True}))
+
+    return Bar
 
 
 def push(folder: Path, place: Place, message: str, private: bool) -> str:

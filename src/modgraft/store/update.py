@@ -71,12 +71,13 @@ def _of_lock(path: Path, hub: Hub, dry_run: bool) -> list[Update]:
 
 def _of_folder(path: Path, hub: Hub, dry_run: bool) -> Update:
     sha, card = identity(path)
-    row = next((row for row in hub.listed() if row.card.sha256 == sha), None)
-    if row is None:
+    rows = [row for row in hub.listed() if row.card.sha256 == sha]
+    if not rows:
         raise UnknownNameError(
             f"the module in {path}, {sha[:12]}, is not on the hub {hub.address}; pull it again "
             f"from where it came from, or give another hub"
         )
+    row = rows[-1]  # a number, if it has one
     new = find(f"hub:{row.name}", hub=hub)
     if new.sha256 == sha:
         return Update(row.name, new.address, new.address, [])
@@ -101,7 +102,7 @@ def changes(old: Card | None, new: Card | None) -> list[str]:
     said += [f"{name} is gone" for name in before]
     for field in ("composition", "task", "data", "licence", "description", "command"):
         if (now := getattr(new, field)) != getattr(old, field):
-            said.append(f"{field}: {now}")
+            said.append(f"{field}: {now or '–'}")
     return (
         said
         + ["another host"] * (old.host != new.host)
