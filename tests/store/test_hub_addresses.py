@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, MissingFileError
-from modgraft.store.address import find, pull
+from modgraft.store.address import find, name_of, pull
 from modgraft.store.remote import cache
 from modgraft.store.verify import verify
 from store.hub_cases import fill_of, saved, small_host
@@ -87,6 +88,7 @@ def test_another_tools_folder_is_fetched_and_pulled_into_a_new_one(tmp_path: Pat
     assert (found.card, found.sha256) == (None, find(str(folder)).sha256)
     names = {"adapter_model.safetensors", "adapter_config.json"}
     assert {p.name for p in found.folder.iterdir()} == names
+    assert found.folder.resolve().name == "in"  # by which its module is called
     pull(found, tmp_path / "new")
     assert {p.name for p in (tmp_path / "new").iterdir()} == names
     with pytest.raises(mg.ModgraftError, match="is there and not empty; choose another"):
@@ -111,8 +113,6 @@ def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     left = cache() / ".fetch-old"
     left.mkdir()
-    import os
-
     os.utime(left, (0, 0))
     find(url)
     assert not left.exists()
@@ -130,6 +130,17 @@ def test_pull_replaces_a_module_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is there and holds no module; choose another"):
         pull(find(str(one)), other)
     assert [p.name for p in other.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("hub:qa@2", "qa"), ("hf:me/qa-lora", "qa-lora"), ("hf:me/qa@main", "qa"),
+        ("hf:me/all@main/a/b", "b"), ("s3://b/qa@x/", "qa@x"), ("zip://in::file:///a.zip", "in"),
+    ],
+)  # fmt: skip
+def test_what_a_folder_is_called(address: str, name: str) -> None:
+    assert name_of(address) == name
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def pull(
         pulled = [(m.found(lock.parent, _hub(where)), into / m.name) for m in modules]
     else:
         found = _found(address or "", where)
-        pulled = [(found, folder or Path(_name_of(found)))]
+        pulled = [(found, folder or Path(addresses.name_of(found.address)))]
     if not dry_run:
         for found, target in pulled:
             addresses.pull(found, target)
@@ -363,15 +363,6 @@ def _found(text: str, where: str | None, local: bool = False) -> Found:
 
     is_folder = local and Path(text).is_dir()
     return find(text if is_folder else _address(text), hub=_hub(where))
-
-
-def _name_of(found: Found) -> str:
-    """Return what the folder of a pulled module is called."""
-    if found.address.startswith("hub:"):
-        return found.address.removeprefix("hub:").partition("@")[0]
-    if found.card is not None:
-        return found.card.names[-1]
-    return found.address.partition("@")[0].rstrip("/").rpartition("/")[2]
 
 
 def _say(value: Any, as_json: bool, text: str) -> None:

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from modgraft.store import huggingface
 from modgraft.store.card import Card
 from modgraft.store.folder import FILE, holds_module
 from modgraft.store.hub import Hub, put
-from modgraft.store.remote import KINDS, fetch, filesystem, identity
+from modgraft.store.remote import KINDS, cache, fetch, filesystem, identity
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,29 @@ def find(address: str, base: Path = Path(), hub: Hub | None = None) -> Found:
                 "there is no such folder", file=folder,
                 remedy="Give a module's folder, hub:NAME, hf:USER/REPO or a URL",
             )  # fmt: skip
-    return Found(folder, address, *identity(folder))
+    sha, card = identity(folder)
+    if card is None and is_address(address):
+        folder = _named(folder, sha, name_of(address))
+    return Found(folder, address, sha, card)
+
+
+def name_of(address: str) -> str:
+    """Return the last name in an address, without a version: what a folder of it is called."""
+    repo, _, rest = address.partition("@") if address.startswith(("hub:", "hf:")) else ("", "", "")
+    address = rest.partition("/")[2] or repo if repo else address.partition("::")[0]
+    return re.split("[:/]+", address.rstrip("/"))[-1]
+
+
+def _named(folder: Path, sha: str, name: str) -> Path:
+    """Return another tool's folder under its own name, by which its module is called."""
+    place = cache() / "named" / sha[:16] / name
+    place.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if not (place / path.name).exists():
+            link = place / f".{path.name}.{os.getpid()}"
+            link.symlink_to(path.resolve())
+            link.replace(place / path.name)
+    return place
 
 
 def pull(found: Found, to: Path) -> None:

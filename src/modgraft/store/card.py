@@ -137,7 +137,9 @@ class Card(BaseModel):
 
     def _said(self) -> dict[str, Any]:
         """Return what is not left open, so that a later version's new fields change no hash."""
-        return {"format": self.format, **self.model_dump(exclude_defaults=True)}
+        # what is now the default of these will not be, when the hash is asked for again
+        own = {"format": self.format, "versions": self.versions, "made": self.made}
+        return self.model_dump(exclude_defaults=True) | own
 
     @classmethod
     def from_text(cls, text: str, path: object) -> Card:
