@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class Implant(nn.Module, ex.Composable):
         super().__init__()
         self.name = name
         self.describe(method)
-        self.paths = tuple(site.label for site in sites)
+        self.paths = tuple(sys.intern(site.label) for site in sites)  # many modules have the same
         self.places = nn.ModuleList(method.build_all(sites))
         self.beside: frozenset[str] = frozenset()
         self.replaced: dict[str, Tensor] = {}
@@ -161,13 +162,13 @@ class Implants(Mapping[str, Implant]):
     def put_beside(self, implant: Implant, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Write the weights of the host that trained with ``implant`` into ``model``, by name."""
         others = self._beside(implant)
-        implant.beside = frozenset(tensors)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own = model.get_parameter(name)
-                if name not in others:
+                if name not in others and name not in implant.beside:
                     implant.replaced[name] = own.detach().clone()
                 own.copy_(tensor)
+        implant.beside |= tensors.keys()
 
     def take_back(self, implant: Implant, model: nn.Module) -> None:
         """Undo :meth:`put_beside`, where no other module has the same weights beside it."""

@@ -35,7 +35,7 @@ DTYPES = {
 """The types that a tensor of a module, or of a host, may have."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A tensor as the header describes it: its type, its shape, and its bytes in the file."""
 

@@ -10,6 +10,7 @@ from modgraft.core.errors import CheckpointError
 from modgraft.store.card import CARD_FILE, Card
 from modgraft.store.file import read_small
 from modgraft.store.folder import FILE, README, native, temporaries
+from modgraft.store.readme import WRITTEN
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _beside(card: Card, folder: Path) -> Iterator[str]:
     """Say which of the files that were written from a card are not its own."""
     checks: dict[str, Callable[[str], bool]] = {
         CARD_FILE: lambda text: Card.from_text(text, folder) == card,
-        README: lambda text: card.sha256 in text,
+        README: lambda text: card.sha256 in text or WRITTEN not in text,  # somebody's own page
     }
     for name, is_own in checks.items():
         try:
