@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 import zipfile
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, MissingFileError
 from modgraft.store.address import find, name_of, pull
+from modgraft.store.hub import Hub
 from modgraft.store.remote import cache
 from modgraft.store.verify import verify
 from store.hub_cases import fill_of, saved, small_host
@@ -130,6 +132,33 @@ def test_pull_replaces_a_module_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is there and holds no module; choose another"):
         pull(find(str(one)), other)
     assert [p.name for p in other.iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_and_a_place_that_cannot_be_written_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = saved(tmp_path / "one", 1.0), saved(tmp_path / "two", 2.0)
+    hub = Hub(tmp_path / "hub")
+    hub.push(one)
+    before = verify(one).hash
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(mg.ModgraftError, match=r"one cannot be used \(.*No space left on device"):
+        pull(find(str(two)), one)
+    with pytest.raises(mg.ModgraftError, match=r"hub cannot be used \(.*No space left on device"):
+        hub.push(two)
+    monkeypatch.undo()
+    assert (verify(one).hash, verify(one).problems) == (before, [])
+    assert [row.address for row in hub.listed()] == ["hub:qa@1"]
+    assert set(hub.verify().values()) == {""}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(mg.ModgraftError, match="cannot be used"):
+        Hub(tmp_path / "file/hub").push(one)
+    with pytest.raises(mg.ModgraftError, match="cannot be used"):
+        pull(find(str(one)), tmp_path / "file/x")
 
 
 @pytest.mark.parametrize(

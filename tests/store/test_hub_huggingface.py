@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 import modgraft as mg
@@ -76,6 +77,20 @@ def test_a_folder_of_a_repository(server: Server, tmp_path: Path) -> None:
     host.load("hf:me/all@main/nested/one", "one")
     host.load("hf:me/all", "two")
     assert (fill_of(host, "one"), fill_of(host, "two")) == (1.0, 2.0)
+
+
+def test_another_tools_folder_is_called_as_its_repository(server: Server, tmp_path: Path) -> None:
+    host = small_host()
+    host.implant("qa", mg.LoRA(rank=2), at="0")
+    with torch.no_grad():
+        for parameter in host["qa"].parameters():
+            parameter.fill_(5.0)
+    server.commit("me/qa-lora", files_of(host.save("qa", tmp_path / "peft", format="peft")))
+    other = small_host()
+    assert other.load("hf:me/qa-lora").name == "qa_lora"
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), host(x))
 
 
 def test_what_is_not_there_is_said(server: Server, tmp_path: Path) -> None:

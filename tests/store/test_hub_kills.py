@@ -107,5 +107,5 @@ def test_kills_at_random_moments(
         pull(find(f"hub:qa@{version}"), tmp_path / "pulled")
         assert verify(tmp_path / "pulled").problems == []
         assert verify(find((tmp_path / f"{version}").as_uri()).folder).hash in hashes
-        assert Hub().push(tmp_path / f"{version}", "k").address == f"hub:k@{version}"
+        assert Hub().push(tmp_path / f"{version}", "after").address == f"hub:after@{version}"
     assert not list((tmp_path / "pulled").glob("*.part"))

@@ -13,7 +13,8 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from modgraft.store.address import Found
-    from modgraft.store.hub import Hub, Listed
+    from modgraft.store.hub import Hub
+    from modgraft.store.search import Listed
 
 hub = typer.Typer(
     no_args_is_help=True,

@@ -586,7 +586,7 @@ class Host(AsModel):
                 force.
             folder: where to; what is there of other modules is replaced, other files stay.
             format: ``"modgraft"``, or another tool's: :mod:`modgraft.store.formats`.
-            **about: what the card says of them: ``metrics={"accuracy": 0.9}``, ``data``,
+            **about: what the card says of them: ``metrics={"accuracy": 0.9}``, ``task``, ``data``,
                 ``licence``, ``description``, ``command``, ``base_model``.
 
         Raises:

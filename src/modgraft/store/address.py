@@ -23,7 +23,7 @@ from modgraft.store import huggingface
 from modgraft.store.card import Card
 from modgraft.store.folder import FILE, holds_module
 from modgraft.store.hub import Hub, put
-from modgraft.store.remote import KINDS, cache, fetch, filesystem, identity
+from modgraft.store.remote import KINDS, cache, fetch, filesystem, identity, reached
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,13 @@ def pull(found: Found, to: Path) -> None:
         CheckpointError: for a file that is damaged, or a folder that holds other things and no
             module; what was there stays.
         ModgraftError: for another tool's module, of several files, which cannot be replaced all at
-            once, over a folder that is there.
+            once, over a folder that is there; or for a folder that cannot be written.
     """
     if found.card is not None:
         if to.is_dir() and any(to.iterdir()) and not holds_module(to):
             raise CheckpointError(f"{to} is there and holds no module; choose another folder")
-        put(found.folder / FILE, to, found.card)
+        with reached(str(to)):
+            put(found.folder / FILE, to, found.card)
         return
     with new_folder(to) as part:
         for path in found.folder.iterdir():

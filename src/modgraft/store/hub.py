@@ -10,12 +10,11 @@ files: whoever finds a file that it lacks, or another one, reads that, so that i
 from __future__ import annotations
 
 import json
-import operator
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from modgraft.store.card import CARD_FILE, Card
 from modgraft.store.file import read_json
 from modgraft.store.folder import FILE, README, write_derived
 from modgraft.store.remote import card_there, check_file, filesystem, identity, reached
+from modgraft.store.search import Listed, search
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -36,38 +36,6 @@ WHERE = "MODGRAFT_HUB"
 """The environment variable that says where the hub is; without it, ~/.local/share/modgraft/hub."""
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,95}")
-_METRIC = re.compile(r"\s*([^<>=]+?)\s*(>=|<=|>|<|=)\s*([-+.\deE]+)\s*")
-_COMPARE = {
-    ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "=": operator.eq,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Listed:
-    """One version of a module on a hub.
-
-    Attributes:
-        name: its name there.
-        version: a number that the hub gave it, or a tag.
-        size: bytes of its file.
-        card: its card.
-    """
-
-    name: str
-    version: str
-    size: int
-    card: Card
-
-    @property
-    def address(self) -> str:
-        """``hub:NAME@VERSION``."""
-        return f"hub:{self.name}@{self.version}"
-
-    @property
-    def order(self) -> tuple[Any, ...]:
-        """What versions of a module are sorted by: tags by date, then numbers."""
-        number = int(self.version) if self.version.isdecimal() else 0
-        return self.name, number, self.card.made, self.version
 
 
 class Hub:
@@ -183,47 +151,9 @@ class Hub:
         names = {row.name for row in rows}
         raise UnknownNameError.among(f"module on the hub {self.address}", name, names)
 
-    def search(
-        self,
-        text: str = "",
-        *,
-        host: str = "",
-        task: str = "",
-        kind: str = "",
-        metrics: Sequence[str] = (),
-    ) -> list[Listed]:
-        """Return the versions that all of these hold for; the words of a text stand in the card.
-
-        Args:
-            text: words, in its name, description, data, task, host or method.
-            host: a part of the host's class or name, or the start of a hash in its fingerprint.
-            task: a part of its task's name.
-            kind: the class of a module, in any case: ``lora``.
-            metrics: conditions such as ``f1>0.8``.
-
-        Raises:
-            ModgraftError: for a condition that is none.
-        """
-        conditions = [_condition(each) for each in metrics]
-
-        def fits(row: Listed) -> bool:
-            card, about = row.card, row.card.host
-            kinds = [saved.type.lower() for saved in card.modules]
-            hosts = f"{card.base_model} {about.get('architecture')}".lower()
-            said = f"{row.name} {card.description} {card.data} {card.task} {hosts} {kinds}".lower()
-            hashes = [str(about.get(part, "")) for part in ("shape", "weights")]
-            return (
-                all(word in said for word in text.lower().split())
-                and (host.lower() in hosts or any(h.startswith(host) for h in hashes))
-                and task.lower() in (card.task or "").lower()
-                and kind.lower() in ("", *kinds)
-                and all(
-                    name in card.metrics and _COMPARE[sign](card.metrics[name], value)
-                    for name, sign, value in conditions
-                )
-            )
-
-        return [row for row in self.listed() if fits(row)]
+    def search(self, text: str = "", **conditions: Any) -> list[Listed]:
+        """Return the versions that some conditions hold for; see :mod:`modgraft.store.search`."""
+        return search(self.listed(), text, **conditions)
 
     def place(self, row: Listed) -> str:
         """Return the path of a version's folder in the hub's file system."""
@@ -289,10 +219,17 @@ class Hub:
             raise ModgraftError(
                 f"the tag {version!r} is a number, which the hub gives: leave it out"
             )
-        if self.folder is None or dry_run:
+        if dry_run:
             return self._add(folder, card, name, version, dry_run)
-        with locked(self.folder, INDEX, wait=True):  # nobody else gives a number now
+        with self._alone():  # nobody else gives a number now
             return self._add(folder, card, name, version, dry_run)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait until nobody else changes the hub, where that can be known, and say what fails."""
+        one = nullcontext() if self.folder is None else locked(self.folder, INDEX, wait=True)
+        with reached(self.address), one:
+            yield
 
     def _add(self, folder: Path, card: Card, name: str, version: str, dry_run: bool) -> Listed:
         rows, broken = self._scan()
@@ -314,7 +251,7 @@ class Hub:
             put(folder / FILE, self.folder / name / version, card)
         else:
             place = f"{self._root}/{name}/{version}"
-            with reached(self.address), TemporaryDirectory() as scratch:
+            with TemporaryDirectory() as scratch:
                 write_derived(card, Path(scratch))
                 self._system.makedirs(place, exist_ok=True)
                 for each in (Path(scratch, CARD_FILE), Path(scratch, README), folder / FILE):
@@ -335,7 +272,7 @@ class Hub:
     def remove(self, name: str) -> list[str]:
         """Remove ``NAME@VERSION``, or every version of ``NAME``, and return their addresses."""
         gone = self.versions(name)
-        with reached(self.address):
+        with self._alone():
             for address in gone:
                 path = f"{self._root}/{address.removeprefix('hub:').replace('@', '/')}"
                 self._system.rm_file(f"{path}/{FILE}")  # without it, it is no version
@@ -354,9 +291,10 @@ class Hub:
             ModgraftError: for a name that is in use, or cannot be one.
         """
         old = self.find(name.partition("@")[0]).name
-        if self._system.exists(f"{self._root}/{checked(new, 'name')}"):
-            raise ModgraftError(f"{new!r} is on the hub already; choose another name")
-        with reached(self.address):
+        checked(new, "name")
+        with self._alone():
+            if self._system.exists(f"{self._root}/{new}"):
+                raise ModgraftError(f"{new!r} is on the hub already; choose another name")
             self._system.mv(f"{self._root}/{old}", f"{self._root}/{new}", recursive=True)
         self.listed()
 
@@ -381,14 +319,6 @@ def _stamp(info: dict[str, Any]) -> str:
     from fsspec.utils import tokenize
 
     return tokenize({key: value for key, value in info.items() if key != "atime"})
-
-
-def _condition(text: str) -> tuple[str, str, float]:
-    try:
-        name, sign, value = _METRIC.fullmatch(text).groups()  # type: ignore[union-attr]
-        return name, sign, float(value)
-    except (AttributeError, ValueError) as error:
-        raise ModgraftError(f"{text!r} is no condition; write one as f1>0.8") from error
 
 
 def put(file: Path, folder: Path, card: Card) -> None:
