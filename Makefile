@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test zoo gpu check format clean
+.PHONY: help setup demo test zoo gpu damage check format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -45,6 +45,9 @@ gpu: $(STAMP)  ## on a GPU: the contract suite, a step and decoding in bf16 and 
 
 zoo: $(STAMP)  ## try every kind of module on 180 small hosts, and print what holds (half an hour)
 	PYTHONPATH=tests $(BIN)/python -m zoo --jobs $(JOBS) $(ARGS)
+
+damage: $(STAMP)  ## kill 200 saves, and load 20,000 damaged files (ten minutes)
+	KILLS=200 MUTATIONS=20000 $(BIN)/python -m pytest -s tests/store/test_kills.py tests/store/test_mutated.py
 
 check: $(STAMP)  ## formatting, lint, types and the rooms' imports
 	$(BIN)/ruff format --check .

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import modgraft
 from modgraft.computation.base import Computation
@@ -89,7 +89,7 @@ class Card(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     format: Literal[2] = FORMAT
-    names: list[str]
+    names: list[str] = Field(min_length=1)
     modules: list[Saved] = Field(min_length=1)
     composition: str | None = None
     together: bool = False
@@ -112,6 +112,13 @@ class Card(BaseModel):
     description: str | None = None
     command: str | None = None
     provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _names_its_modules(self) -> Card:
+        have = [saved.name for saved in self.modules]
+        if len(set(have)) < len(have) or not set(self.names).issubset(have):
+            raise ValueError("names that are not those of its modules, or the same name twice")
+        return self
 
     def described(self, about: Mapping[str, Any]) -> Card:
         """Return the card with what somebody says of the modules.

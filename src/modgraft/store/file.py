@@ -215,9 +215,12 @@ def read_json(text: str | bytes) -> Any:
         raise ValueError(f"{word} is no number of JSON")
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        said = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():
+            json.dumps(said, ensure_ascii=False).encode()  # half a character can be escaped
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+    return said
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

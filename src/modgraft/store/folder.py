@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,28 @@ def load(
         CheckpointError: for tensors that do not fit or hold NaN, weights of the host that another
             module needs otherwise, or modules trained in another host. The host is then as it was.
     """
+    with naming(modules.folder):
+        return _load(host, modules, name, strict, active)
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Name the folder in errors of a ``with`` block that do not, such as of a site.
+
+    Raises:
+        CheckpointError: with the folder and what was wrong.
+    """
+    try:
+        yield
+    except ModgraftError as error:
+        if str(folder) in str(error):
+            raise
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _load(
+    host: HostLike, modules: Stored, name: str | None, strict: bool, active: bool
+) -> list[Implant]:
     card, before = modules.card, host.composition
     trained_in = check_host(host.model, modules, strict)
     names = names_here(modules, name)
