@@ -54,7 +54,7 @@ def write(root: Path, count: int) -> int:
     """Write modules to folders, ``lora_0`` and so on; return the bytes of all their tensors."""
     host = mg.Host(bare_model())
     host.implant("lora", mg.LoRA(rank=RANK), at=nn.Linear, active=False)
-    tensors, card = packed(host, ["lora"], {})
+    tensors, card = packed(host, ["lora"], {}, False)
     size = 0
     for i in range(count):
         own = {k.replace("lora", f"lora_{i}", 1): t for k, t in drawn(tensors, i).items()}

@@ -528,6 +528,7 @@ def main(count: int, seed: int = 0) -> int:
     try:
         made = folders(root)
         tensors = {folder: load((folder / FILE).read_bytes()) for folder in made}
+        tensors[made[-1]] = {f"a:{key}": tensor for key, tensor in tensors[made[-1]].items()}
         host = fresh()
         before = {name: tensor.clone() for name, tensor in host.model.state_dict().items()}
         for folder in made:  # unharmed, and to warm up

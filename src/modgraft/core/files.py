@@ -31,10 +31,31 @@ def folder_path(folder: object, what: str) -> Path:
             f"{what} takes the path of a folder, a str or a pathlib.Path, and got {folder!r:.80}"
         )
     path = Path(name)
-    for each in (path, *path.parents):
-        if each.exists() and not each.is_dir():
-            raise ModgraftError(f"{what}: {each} is a file, and no folder; choose another path")
+    try:
+        for each in (path, *path.parents):
+            if each.exists() and not each.is_dir():
+                raise ModgraftError(f"{what}: {each} is a file, and no folder; choose another path")
+    except OSError as error:  # no permission, or a name that is too long
+        raise ModgraftError(
+            f"{what}: {name!r:.200} cannot be reached ({error.strerror}); choose another path"
+        ) from error
     return path
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Name the folder, and what to do, where something cannot be written in a `with` block.
+
+    Raises:
+        ModgraftError: The system refused, for want of room or of permission for instance.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ModgraftError(
+            f"{folder} cannot be written to ({error.strerror or error}); what was there is as it "
+            f"was: make room, or see to the permissions, or choose another folder"
+        ) from error
 
 
 @contextmanager
@@ -84,8 +105,17 @@ def locked(folder: Path, *names: str, wait: bool = False) -> Iterator[None]:
         wait: Whether to wait for another that is writing, and not to raise.
 
     Raises:
-        ModgraftError: Another process, or thread, is writing there.
+        ModgraftError: Another process, or thread, is writing there, or it cannot be written to.
     """
+    with writing(folder), _locked(folder, wait):
+        for name in names:
+            for left in folder.glob(f".{name}.????????.part"):
+                left.unlink()
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -95,9 +125,6 @@ def locked(folder: Path, *names: str, wait: bool = False) -> Iterator[None]:
             raise ModgraftError(
                 f"another process is writing to {folder}: wait for it, or give another folder"
             ) from error
-        for name in names:
-            for left in folder.glob(f".{name}.????????.part"):
-                left.unlink()
         yield
     finally:
         os.close(descriptor)

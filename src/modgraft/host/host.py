@@ -26,7 +26,7 @@ from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
 from modgraft.core.errors import ModgraftError, UndividedError
-from modgraft.core.files import folder_path
+from modgraft.core.files import folder_path, writing
 from modgraft.core.layers import STATE
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find, located
@@ -604,7 +604,7 @@ class Host(AsModel):
         for name in chosen:
             self._bring(name)
         path = folder_path(folder, "host.save")
-        with self._guard.gate:
+        with self._guard.gate, writing(path):
             if format == "modgraft":
                 return save(self, chosen, path, about, together=not one)
             if about:

@@ -150,9 +150,8 @@ class Card(BaseModel):
 
     def _said(self) -> dict[str, Any]:
         """Return what is not left open, so that a later version's new fields change no hash."""
-        # what is now the default of these will not be, when the hash is asked for again
-        own = {"format": self.format, "versions": self.versions, "made": self.made}
-        return self.model_dump(exclude_defaults=True) | own
+        always = self.model_dump(include={"format", "versions", "made"})  # defaults of the moment
+        return {**always, **self.model_dump(exclude_defaults=True)}
 
     @classmethod
     def from_text(cls, text: str, path: object) -> Card:

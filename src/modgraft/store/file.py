@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -127,20 +129,16 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, size = path, size_of(path)
-        if size < 10:
-            raise broken(path, f"{size} bytes are less than a header")
-        try:
-            storage: Any = torch.UntypedStorage.from_file(str(path), False, size)
-        except RuntimeError as error:
-            raise broken(path, str(error).partition("\n")[0]) from error
-        self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self.path = path
+        self._bytes, self._inode = mapped(path)
+        size = len(self._bytes)
         length = Header.length(self._bytes[:8].numpy().tobytes(), size, path)
         header = Header(self._bytes[:length].numpy().tobytes(), size, path)
         self.metadata, self.entries, self._start = header.metadata, header.entries, header.start
 
     def tensor(self, name: str) -> Tensor:
         """Read a tensor into memory of its own."""
+        self.check_size()
         entry = self.entries[name]
         own = self._raw(entry).clone()
         return own.view(entry.dtype).reshape(entry.shape)
@@ -151,18 +149,60 @@ class TensorFile:
 
     def digest(self) -> str:
         """Hash the tensors with their names, types and shapes."""
+        self.check_size()
         found = hashlib.sha256()
         for name, entry in sorted(self.entries.items()):
             found.update(f"{name}\0{entry.dtype}{list(entry.shape)}\0".encode())
             found.update(self._raw(entry).numpy().data)
         return found.hexdigest()
 
+    def check_size(self) -> None:
+        """Refuse a file that was cut where it stands: reading it would end the process.
+
+        Raises:
+            CheckpointError: for such a file. One that was replaced is still here as it was.
+        """
+        try:
+            now = self.path.stat()
+        except OSError:  # removed, and still here
+            return
+        if now.st_ino == self._inode and now.st_size < len(self._bytes):
+            raise broken(self.path, f"it has {now.st_size:,} bytes of {len(self._bytes):,}")
+
     def _raw(self, entry: Entry) -> Tensor:
         return self._bytes[self._start + entry.begin : self._start + entry.end]
 
 
-def size_of(path: Path) -> int:
-    """Return how many bytes a file has.
+def mapped(path: Path) -> tuple[Tensor, int]:
+    """Map a file into memory.
+
+    Returns:
+        its bytes, and its number in the file system.
+
+    Raises:
+        CheckpointError: for what is no regular file, cannot be read, or is too short for a header.
+    """
+    while True:
+        before, why = stat_of(path), ""
+        if before.st_size < 10:
+            raise broken(path, f"{before.st_size} bytes are less than a header")
+        try:
+            path.open("rb").close()  # whose error says more
+            storage: Any = torch.UntypedStorage.from_file(str(path), False, before.st_size)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except RuntimeError as error:
+            storage, why = None, str(error).partition("\n")[0]
+        now = stat_of(path)
+        if (now.st_ino, now.st_size) == (before.st_ino, before.st_size):
+            break  # or else another file has just taken its place
+    if storage is None:
+        raise broken(path, why)
+    return torch.empty(0, dtype=torch.uint8).set_(storage), before.st_ino
+
+
+def stat_of(path: Path) -> os.stat_result:
+    """Return what the system says of a file.
 
     Raises:
         CheckpointError: for what is no regular file: a pipe would be waited for.
@@ -170,10 +210,10 @@ def size_of(path: Path) -> int:
     try:
         kind = path.stat()
     except OSError as error:
-        raise broken(path, f"{error.strerror or error}") from error
+        raise unreadable(path, error) from error
     if not stat.S_ISREG(kind.st_mode):
         raise broken(path, "it is no regular file")
-    return kind.st_size
+    return kind
 
 
 def read_small(path: Path) -> bytes:
@@ -182,12 +222,34 @@ def read_small(path: Path) -> bytes:
     Raises:
         CheckpointError: for a larger one, or what is no regular file.
     """
-    if (size := size_of(path)) > LARGEST_HEADER:
+    if (size := stat_of(path).st_size) > LARGEST_HEADER:
         raise broken(path, f"it has {size:,} bytes, more than any of a module")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise broken(path, f"{error.strerror or error}") from error
+        raise unreadable(path, error) from error
+
+
+def is_there(path: Path) -> bool:
+    """Return whether something is at a path.
+
+    Raises:
+        CheckpointError: where that cannot be seen.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: object, error: OSError) -> CheckpointError:
+    """Return the error of a file that the system does not read."""
+    if isinstance(error, FileNotFoundError):
+        return broken(path, "it is not there")
+    return CheckpointError(
+        f"{path} cannot be read ({error.strerror or error}); see to its permissions, or copy the "
+        f"folder to where you may read it"
+    )
 
 
 def broken(path: object, why: str) -> CheckpointError:
@@ -215,8 +277,9 @@ def read_json(text: str | bytes) -> Any:
         raise ValueError(f"{word} is no number of JSON")
 
     try:
-        said = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():
+        words = text if isinstance(text, str) else text.decode()
+        said = json.loads(words, object_pairs_hook=unique, parse_constant=refuse)
+        if "\\ud" in words.lower():
             json.dumps(said, ensure_ascii=False).encode()  # half a character can be escaped
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
@@ -227,7 +290,10 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     """Write a safetensors file, whole or not at all."""
     own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with whole(path) as part:
-        save_file(own, part, metadata={"format": "pt", **metadata})
+        try:
+            save_file(own, part, metadata={"format": "pt", **metadata})
+        except SafetensorError as error:  # also where there is no room
+            raise OSError(str(error)) from error
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -31,7 +31,15 @@ from modgraft.engine.implant import Implant, learning_parts
 from modgraft.store import former
 from modgraft.store.bounded import Bounded
 from modgraft.store.card import CARD_FILE, Card, Saved, to_json
-from modgraft.store.file import CARD, TensorFile, broken, digest_of, write_tensors
+from modgraft.store.file import (
+    CARD,
+    TensorFile,
+    broken,
+    digest_of,
+    is_there,
+    unreadable,
+    write_tensors,
+)
 from modgraft.store.fingerprint import (
     differences,
     fingerprint,
@@ -168,9 +176,15 @@ def stored(folder: Path, model: nn.Module) -> Stored:
     Raises:
         CheckpointError: for a folder without modules, or a file that is damaged or none of them.
     """
-    if not (folder / FILE).exists() and (other := found_in(folder)):
-        return other.read(folder, model)
-    return native(folder)
+    if is_there(folder / FILE):
+        return native(folder)
+    try:
+        other = found_in(folder)
+        return native(folder) if other is None else other.read(folder, model)
+    except ModgraftError:
+        raise
+    except OSError as error:
+        raise unreadable(folder, error) from error
 
 
 def native(folder: Path) -> Stored:
@@ -179,7 +193,7 @@ def native(folder: Path) -> Stored:
     Raises:
         CheckpointError: for a folder without them, or a file that is damaged or none of them.
     """
-    if not (folder / FILE).exists():
+    if not is_there(folder / FILE):
         raise CheckpointError(f"no module in {folder}: {FILE} is not there")
     file = TensorFile(folder / FILE)
     if CARD not in file.metadata:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modgraft.core.errors import CheckpointError
 from modgraft.store.card import CARD_FILE, Card, Saved, validated
-from modgraft.store.file import TensorFile, read_json, read_small
+from modgraft.store.file import TensorFile, is_there, read_json, read_small
 from modgraft.store.stored import Stored
 
 HOST_FILE = "host.safetensors"
@@ -41,7 +41,7 @@ def stored(folder: Path, file: TensorFile) -> Stored:
         CheckpointError: for an incomplete folder, or a file that is no module's card.
     """
     path = folder / CARD_FILE
-    if not path.exists():
+    if not is_there(path):
         raise CheckpointError(
             f"no module in {folder}: {file.path.name} has no card of modgraft, and {path.name} is "
             f"not there"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def verify(folder: Path) -> Report:
         problems += _beside(found.card, folder) if sha else [f"{folder}: {UNHASHED}"]
     except CheckpointError as error:
         problems.append(str(error))
-    if folder.is_dir():
+    with suppress(OSError):  # no folder, or none that may be looked into: that was said
         problems += [
             f"{folder / name} is what a save that was killed, or is under way, has written; the "
             f"next save removes it"
