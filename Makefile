@@ -46,8 +46,9 @@ gpu: $(STAMP)  ## on a GPU: the contract suite, a step and decoding in bf16 and 
 zoo: $(STAMP)  ## try every kind of module on 180 small hosts, and print what holds (half an hour)
 	PYTHONPATH=tests $(BIN)/python -m zoo --jobs $(JOBS) $(ARGS)
 
-damage: $(STAMP)  ## kill 200 saves, and load 20,000 damaged files (ten minutes)
-	KILLS=200 MUTATIONS=20000 $(BIN)/python -m pytest -s tests/store/test_kills.py tests/store/test_mutated.py
+damage: $(STAMP)  ## kill 200 saves, pulls, fetches and pushes, and load 20,000 damaged files (twelve minutes)
+	KILLS=200 MUTATIONS=20000 $(BIN)/python -m pytest -s tests/store/test_kills.py tests/store/test_hub_kills.py \
+	  tests/store/test_mutated.py
 
 check: $(STAMP)  ## formatting, lint, types and the rooms' imports
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from modgraft.cli.convert import convert
+from modgraft.cli.hub import hub
 from modgraft.cli.inspect import inspect
 from modgraft.cli.log import ask, log
 from modgraft.cli.log_check import check
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.add_typer(mmcot, name="mmcot")
 app.command("inspect")(inspect)
 app.command("convert")(convert)
+app.add_typer(hub, name="hub")
 app.command("recipe")(recipe)
 app.add_typer(log, name="log")
 app.command("ask")(ask)

@@ -222,7 +222,7 @@ def _print(model: nn.Module, report: dict[str, Any]) -> None:
         how = f"; roles guessed from names and shapes: {guessed}" if guessed else ""
         console.print(f"of no family whose roles are known{how}", soft_wrap=True)
     console.print()
-    _show(console, sites_table(model))
+    show(console, sites_table(model))
     if "selection" in report:
         _print_selection(console, report["selection"], report["parameters"])
     if "modules" in report:
@@ -242,7 +242,7 @@ def _print_selection(console: Console, chosen: dict[str, Any], total: int) -> No
     if len(sites) > SHOWN:
         rows.append((f"and {len(sites) - SHOWN} more", "", ""))
     console.print()
-    _show(console, table(("site", "shape", "type"), rows))
+    show(console, table(("site", "shape", "type"), rows))
 
 
 def _print_modules(console: Console, cards: Sequence[dict[str, Any]], total: int) -> None:
@@ -255,10 +255,10 @@ def _print_modules(console: Console, cards: Sequence[dict[str, Any]], total: int
     ]  # fmt: skip
     console.print()
     columns = ("module", "method", "sites", "parameters", "of the model", "fits")
-    _show(console, table(columns, rows))
+    show(console, table(columns, rows))
 
 
-def _show(console: Console, made: Table) -> None:
+def show(console: Console, made: Table) -> None:
     """Print a table, fitted to the terminal or, in other outputs, at its full width."""
     from modgraft.host.describe import plain
 

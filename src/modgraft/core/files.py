@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,7 +94,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, *names: str) -> Iterator[None]:
+def locked(folder: Path, *names: str, wait: bool = False) -> Iterator[None]:
     """Hold a folder for writing in a `with` block; it is made where there is none.
 
     What a killed process left half-written is removed: nobody else writes now.
@@ -101,11 +102,12 @@ def locked(folder: Path, *names: str) -> Iterator[None]:
     Args:
         folder: The folder.
         names: The files in it that `whole` writes.
+        wait: Whether to wait for another that is writing, and not to raise.
 
     Raises:
         ModgraftError: Another process, or thread, is writing there, or it cannot be written to.
     """
-    with writing(folder), _locked(folder):
+    with writing(folder), _locked(folder, wait):
         for name in names:
             for left in folder.glob(f".{name}.????????.part"):
                 left.unlink()
@@ -113,12 +115,12 @@ def locked(folder: Path, *names: str) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, wait: bool) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise ModgraftError(
                 f"another process is writing to {folder}: wait for it, or give another folder"
@@ -126,6 +128,47 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a folder beside `target` which becomes it when the block ends without an error.
+
+    What a killed process left of an earlier one is removed.
+
+    Args:
+        target: A folder that is not there yet, or is empty.
+
+    Raises:
+        ModgraftError: `target` holds something or cannot be written, or another process is at it.
+    """
+    target = target.absolute()
+    part = target.with_name(f".{target.name}.part")
+    try:
+        _check_free(target)
+        with locked(part):
+            _check_free(target)  # who held `part` until now has renamed it
+            try:
+                for left in part.iterdir():
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                yield part
+                for path in (*part.rglob("*"), part):
+                    sync(path)
+                part.rename(target)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
+        sync(target.parent)
+    except OSError as error:
+        if isinstance(error, ModgraftError):
+            raise
+        why = error.strerror or error
+        raise ModgraftError(f"{target} cannot be written ({why}); nothing of it is left") from error
+
+
+def _check_free(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ModgraftError(f"{folder} is there and not empty; choose another folder")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -585,7 +586,7 @@ class Host(AsModel):
                 force.
             folder: where to; what is there of other modules is replaced, other files stay.
             format: ``"modgraft"``, or another tool's: :mod:`modgraft.store.formats`.
-            **about: what the card says of them: ``metrics={"accuracy": 0.9}``, ``data``,
+            **about: what the card says of them: ``metrics={"accuracy": 0.9}``, ``task``, ``data``,
                 ``licence``, ``description``, ``command``, ``base_model``.
 
         Raises:
@@ -634,13 +635,15 @@ class Host(AsModel):
         active: bool = True,
         lazy: bool = False,
     ) -> Implant | None:
-        """Implant saved modules; see :mod:`modgraft.store.folder`.
+        """Implant saved modules; see :mod:`modgraft.store.folder`, :mod:`modgraft.store.address`.
 
         Weights of the host that trained with them are written into this host; ``remove`` brings
         back those that they replace.
 
         Args:
-            folder: where :meth:`save` put them.
+            folder: where :meth:`save` put them, or an address: ``hub:NAME@VERSION``,
+                ``hf:USER/REPO@REVISION``, a URL such as ``s3://bucket/qa``. Or a file of
+                ``modgraft hub lock``: exactly the modules of a composition, which it puts in force.
             name: the name here of a module that was saved alone; None: the one it had.
             strict: whether the host must be the one it was trained in, weight for weight; its
                 architecture must be the same in any case.
@@ -656,10 +659,21 @@ class Host(AsModel):
         Raises:
             CheckpointError: for a folder that is damaged or none of these, or another host. The
                 host is then as it was.
+            ModgraftError: for an address whose module cannot be fetched.
         """
+        from modgraft.store import lock
+        from modgraft.store.address import local
         from modgraft.store.folder import check_host, load, names_here, stored
 
-        path = folder_path(folder, "host.load")
+        if isinstance(folder, str | PathLike) and Path(folder).is_file():
+            if name is not None or lazy:
+                raise ModgraftError(
+                    f"host.load: {folder} is a file, and no folder; a lock file names its modules "
+                    f"and loads them at once: leave out name= and lazy="
+                )
+            with self._guard.gate.change(f"host.load({str(folder)!r})"):
+                return lock.load(self, Path(folder), strict, active)[-1]
+        path = local(folder, "host.load")
         with self._guard.gate.change(f"host.load({str(path)!r})"):
             found = stored(path, self.model)
             if not lazy:

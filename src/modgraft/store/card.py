@@ -27,7 +27,9 @@ FORMAT = 2
 CARD_FILE = "module.json"
 
 
-ABOUT = ("metrics", "data", "licence", "description", "command", "base_model", "provenance")
+ABOUT = (
+    "task", "metrics", "data", "licence", "description", "command", "base_model", "provenance",
+)  # fmt: skip
 """What :meth:`Card.described` takes, from whoever saves."""
 
 
@@ -75,6 +77,7 @@ class Card(BaseModel):
         versions: of what they were saved with.
         made: when, in UTC.
         base_model: the host's name on a hub.
+        task: what it does, as a hub names it: ``question-answering``.
         metrics: what was measured, by name.
         data: what it was trained and measured on.
         licence: under which it is shared, as an SPDX identifier.
@@ -102,6 +105,7 @@ class Card(BaseModel):
     )
     made: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     base_model: str | None = None
+    task: str | None = None
     metrics: dict[str, float] = {}
     data: str | None = None
     licence: str | None = None

@@ -19,9 +19,10 @@ def readme(card: Card) -> str:
         license=card.licence,
         tags=["modgraft", *sorted({saved.type.lower() for saved in card.modules})],
         model_name=title,
+        pipeline_tag=card.task,
         eval_results=[
             EvalResult(
-                task_type="other",
+                task_type=card.task or "other",
                 dataset_type="other",
                 dataset_name=card.data or "not said",
                 metric_type=name,

@@ -1,0 +1,182 @@
+"""A lock file: the modules of a composition by exact hash, so that it is the same everywhere.
+
+    {"format": 1,
+     "composition": "0.5*qa + style",
+     "modules": [{"name": "qa", "asked": "hub:qa", "address": "hub:qa@2", "sha256": "9f2c…"}, …]}
+
+``asked`` is what the address was found from, and an update asks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.expression import module_of
+from modgraft.core.files import read_json, write_json
+from modgraft.core.parse import parse
+from modgraft.engine.implant import Implant
+from modgraft.store.address import Found, find
+from modgraft.store.folder import load as load_folder
+from modgraft.store.folder import stored
+from modgraft.store.hub import Hub
+from modgraft.training.host_like import HostLike
+
+
+class Locked(BaseModel):
+    """One module.
+
+    Attributes:
+        name: what the composition calls it.
+        asked: the address that was asked for.
+        address: with the version or commit that was found.
+        sha256: what it is known by; see :func:`~modgraft.store.remote.identity`.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+    asked: str
+    address: str
+    sha256: str
+
+    def found(self, base: Path, hub: Hub | None = None) -> Found:
+        """Return exactly this module.
+
+        Raises:
+            CheckpointError: for another one at its address.
+            ModgraftError: for what cannot be fetched.
+        """
+        found = find(self.address, base, hub)
+        if found.sha256 != self.sha256:
+            raise CheckpointError(
+                f"{self.name!r} is locked to {self.address} with hash {self.sha256[:12]}, and "
+                f"{found.sha256[:12]} is there; get that version back, or lock the composition anew"
+            )
+        return found
+
+
+class Lock(BaseModel):
+    """What a lock file says.
+
+    Attributes:
+        format: the version of this format.
+        composition: of the modules.
+        modules: each of them.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: Literal[1] = 1
+    composition: str
+    modules: list[Locked]
+
+    def write(self, path: Path) -> None:
+        """Write the lock file, whole or not at all."""
+        write_json(path, self.model_dump())
+
+    @classmethod
+    def read(cls, path: Path) -> Lock:
+        """Read a lock file.
+
+        Raises:
+            DataError: for what is no JSON.
+            CheckpointError: for what is no lock file.
+        """
+        remedy = "host.load takes a module's folder, an address, or a file of `modgraft hub lock`"
+        said = read_json(path, what="a lock file", remedy=remedy)
+        try:
+            lock = cls.model_validate(said)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise CheckpointError(
+                f"{path} is no lock file ({where}: {first['msg']}); {remedy}"
+            ) from error
+        names = [module.name for module in lock.modules]
+        if sorted(names) != sorted(names_in(lock.composition)):
+            raise CheckpointError(
+                f"{path}: the composition {lock.composition!r} is not one of the modules "
+                f"{', '.join(names)}; lock it anew"
+            )
+        return lock
+
+
+def lock(
+    composition: str, addresses: Mapping[str, str], base: Path, hub: Hub | None = None
+) -> Lock:
+    """Find the modules that a composition names.
+
+    Args:
+        composition: it.
+        addresses: of modules by name; of one that is not here, ``hub:NAME``.
+        base: the folder of the lock file, which local folders' paths start from.
+        hub: what ``hub:`` means; None: your hub.
+
+    Raises:
+        CompositionError: for what is no composition.
+        ModgraftError: for an address whose module is not in the composition, or several in one.
+    """
+    names = names_in(composition)
+    if unused := addresses.keys() - set(names):
+        raise ModgraftError(f"{', '.join(sorted(unused))} is not in {composition!r}; leave it out")
+    modules = []
+    for name in names:
+        asked = addresses.get(name, f"hub:{name}")
+        found = find(asked, base, hub)
+        if found.card is not None and len(found.card.names) > 1:
+            raise ModgraftError(
+                f"{found.address} holds {', '.join(found.card.names)}; a lock names modules that "
+                f"were saved one by one"
+            )
+        modules.append(Locked(name=name, asked=asked, address=found.address, sha256=found.sha256))
+    return Lock(composition=composition, modules=modules)
+
+
+def load(host: HostLike, path: Path, strict: bool, active: bool) -> list[Implant]:
+    """Implant the modules of a lock file, and put its composition in force if ``active`` is set.
+
+    Raises:
+        CheckpointError: for a module that is not exactly the one that was locked, or that this host
+            refuses. The host is then as it was.
+    """
+    lock, before = Lock.read(path), host.composition
+    made: list[Implant] = []
+    found = {module.name: module.found(path.parent).folder for module in lock.modules}
+    try:
+        for name, folder in found.items():
+            made += load_folder(host, stored(folder, host.model), name, strict, active=False)
+        if active:
+            host.use(lock.composition)
+    except BaseException:
+        for implant in reversed(made):
+            host.remove(implant.name)
+        host.use(before)
+        raise
+    return made
+
+
+class _Every:
+    """Every name there is."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def names_in(composition: str) -> list[str]:
+    """Return the modules that a composition names.
+
+    Raises:
+        CompositionError: for what is no composition.
+    """
+    return list(dict.fromkeys(map(module_of, parse(composition, _Every()).names())))

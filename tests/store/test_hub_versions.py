@@ -1,0 +1,236 @@
+"""A hub in a folder and at a URL: versions that never change, an index, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+import modgraft as mg
+from modgraft.core.errors import CheckpointError, UnknownNameError
+from modgraft.store.hub import INDEX, Hub
+from modgraft.store.verify import verify
+from store.hub_cases import fill_of, saved, small_host
+
+
+@pytest.fixture(params=["folder", "memory"])
+def hub(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    where = tmp_path / "hub" if request.param == "folder" else f"memory://{uuid.uuid4()}/hub"
+    monkeypatch.setenv("MODGRAFT_HUB", str(where))
+    return Hub()
+
+
+def addresses(hub: Hub) -> list[str]:
+    return [row.address for row in hub.listed()]
+
+
+def test_versions_are_numbered_and_never_change(hub: Hub, tmp_path: Path) -> None:
+    assert hub.listed() == []
+    one, two = saved(tmp_path / "one", 1.0), saved(tmp_path / "two", 2.0)
+    assert hub.push(one).address == "hub:qa@1"
+    assert hub.push(two, dry_run=True).address == "hub:qa@2"
+    assert addresses(hub) == ["hub:qa@1"]
+    assert hub.push(two).address == "hub:qa@2"
+    assert hub.push(one).address == "hub:qa@1"  # it is there
+    assert hub.push(two, "other", "paper").address == "hub:other@paper"
+    assert hub.push(one, version="paper").address == "hub:qa@paper"
+    with pytest.raises(mg.ModgraftError, match=r"qa@paper is on the hub with another hash"):
+        hub.push(two, version="paper")
+    assert addresses(hub) == ["hub:other@paper", "hub:qa@paper", "hub:qa@1", "hub:qa@2"]
+    assert hub.find("qa") == hub.find("qa@2")
+    assert hub.find("other") == hub.find("hub:other@paper")
+    assert hub.find("qa@1").card.sha256 == verify(one).hash
+    assert hub.verify() == dict.fromkeys(addresses(hub), "")
+
+    host = small_host()
+    host.load("hub:qa@1", "first")
+    host.load("hub:qa", "newest")
+    assert (fill_of(host, "first"), fill_of(host, "newest")) == (1.0, 2.0)
+
+
+def test_what_is_not_there_is_named(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="there are: none"):
+        hub.find("qa")
+    hub.push(saved(tmp_path / "one"))
+    with pytest.raises(UnknownNameError, match=r"no version '7' on the hub .*; there are 1"):
+        hub.find("qa@7")
+    for call in (hub.find, hub.verify, hub.remove, hub.versions):
+        with pytest.raises(UnknownNameError, match="'qb'; there are: 'qa'"):
+            call("qb")
+    with pytest.raises(UnknownNameError):
+        hub.remove("")
+    host = small_host()
+    with pytest.raises(UnknownNameError):
+        host.load("hub:qb")
+
+
+@pytest.mark.parametrize(
+    "name", ["../qa", "a/b", "/etc", ".", "..", ".qa", "a b", "a@1", "ä", "x" * 97]
+)
+def test_names_that_are_paths_are_refused(name: str, tmp_path: Path) -> None:
+    hub, folder = Hub(tmp_path / "hub"), saved(tmp_path / "one")
+    with pytest.raises(mg.ModgraftError, match="cannot be a module's name"):
+        hub.push(folder, name)
+    with pytest.raises(mg.ModgraftError, match="cannot be a module's tag"):
+        hub.push(folder, version=name)
+    hub.push(folder)
+    with pytest.raises(mg.ModgraftError, match="cannot be a module's name"):
+        hub.rename("qa", name)
+    with pytest.raises(mg.ModgraftError, match="is a number, which the hub gives"):
+        hub.push(folder, version="7")
+    assert addresses(hub) == ["hub:qa@1"]
+
+
+def test_remove_and_rename(hub: Hub, tmp_path: Path) -> None:
+    one, two = saved(tmp_path / "one", 1.0), saved(tmp_path / "two", 2.0)
+    hub.push(one), hub.push(two), hub.push(one, "qab")
+    with pytest.raises(mg.ModgraftError, match="'qab' is on the hub already"):
+        hub.rename("qa", "qab")
+    assert hub.remove("qa@1") == ["hub:qa@1"]
+    hub.rename("qa", "new")
+    assert addresses(hub) == ["hub:new@2", "hub:qab@1"]
+    assert hub.push(one, "new").address == "hub:new@3"
+    assert hub.remove("new") == ["hub:new@2", "hub:new@3"]
+    assert addresses(hub) == ["hub:qab@1"]
+    assert hub.push(two, "new").address == "hub:new@1"
+    if hub.folder:
+        assert {p.name for p in hub.folder.iterdir()} == {INDEX, "new", "qab"}
+
+
+def test_the_index_is_made_from_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path / "hub")
+    hub.push(saved(tmp_path / "one", metrics={"f1": 0.5}))
+    index = tmp_path / "hub" / INDEX
+    said = json.loads(index.read_text())
+    assert list(said) == ["qa@1"]
+
+    opened = []
+    monkeypatch.setattr("modgraft.store.hub.card_there", lambda *a: opened.append(a))
+    assert [row.card.metrics for row in hub.listed()] == [{"f1": 0.5}]
+    assert opened == []  # a search opens no files
+    monkeypatch.undo()
+
+    for damaged in (
+        "",
+        "[]",
+        '{"qa@1": 3}',
+        '{"qa@1": {"stamp": "", "card": "{}"}}',
+        '{"qb@1": {}}',
+    ):
+        index.write_text(damaged)
+        assert [row.card.metrics for row in hub.listed()] == [{"f1": 0.5}]
+        assert json.loads(index.read_text()) == said
+    other = saved(tmp_path / "two", metrics={"f1": 0.7})  # another file of the same size
+    (other / "module.safetensors").replace(tmp_path / "hub/qa/1/module.safetensors")
+    assert hub.find("qa").card.metrics == {"f1": 0.7}
+
+
+def test_a_hub_that_cannot_be_written_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(tmp_path / "hub")
+    hub.push(saved(tmp_path / "one"))
+    (tmp_path / "hub" / INDEX).unlink()
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("modgraft.store.hub.write_text", refused)
+    assert addresses(hub) == ["hub:qa@1"]
+
+
+def test_broken_versions_are_said_and_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODGRAFT_HUB", str(tmp_path / "hub"))
+    hub = Hub(tmp_path / "hub")
+    for fill in (1.0, 2.0, 3.0):
+        hub.push(saved(tmp_path / f"{fill}", fill))
+    flipped = tmp_path / "hub/qa/1/module.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\1")
+    cut = tmp_path / "hub/qa/3/module.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (tmp_path / "hub/qa/x").mkdir()  # of a push that was killed
+    (tmp_path / "hub/qa/x/module.json").write_text("{}")
+    assert addresses(hub) == ["hub:qa@1", "hub:qa@2"]
+    found = hub.verify()
+    assert "it was changed" in found["hub:qa@1"]
+    assert "cannot be read" in found["hub:qa@3"]
+    assert found["hub:qa@2"] == ""
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        hub.find("qa@3")
+    with pytest.raises(CheckpointError, match="were changed after they were written"):
+        small_host().load("hub:qa@1")
+    with pytest.raises(CheckpointError, match="it was changed"):
+        hub.push(tmp_path / "hub/qa/1", "copy")
+    assert hub.push(saved(tmp_path / "4", 4.0)).address == "hub:qa@4"  # 3 was given once
+    assert hub.remove("qa@3") == ["hub:qa@3"]
+    assert "hub:qa@3" not in hub.verify()
+
+
+def test_two_that_push_at_once(tmp_path: Path) -> None:
+    for n in range(4):
+        saved(tmp_path / f"{n}", float(n))
+    code = (
+        "import sys; from pathlib import Path; from modgraft.store.hub import Hub\n"
+        "for each in sys.argv[2:]: Hub(sys.argv[1]).push(Path(each), 'qa')"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "hub")]
+    runs = [
+        subprocess.Popen([*command, str(tmp_path / a), str(tmp_path / b)])
+        for a, b in (("0", "1"), ("2", "3"))
+    ]
+    assert [run.wait() for run in runs] == [0, 0]
+    hub = Hub(tmp_path / "hub")
+    assert addresses(hub) == [f"hub:qa@{n}" for n in (1, 2, 3, 4)]
+    assert set(hub.verify().values()) == {""}
+
+
+def test_search(hub: Hub, tmp_path: Path) -> None:
+    about = {"description": "Answers questions", "task": "question-answering", "data": "SQuAD"}
+    hub.push(saved(tmp_path / "1", 1.0, metrics={"f1": 0.7, "em": 0.6}, **about))
+    hub.push(saved(tmp_path / "2", 2.0, metrics={"f1": 0.9}, base_model="bert-base", **about))
+    hub.push(saved(tmp_path / "3", 3.0, name="style"))
+
+    def found(*args: str, **kwargs: object) -> list[str]:
+        return [row.address for row in hub.search(*args, **kwargs)]  # type: ignore[arg-type]
+
+    qa = ["hub:qa@1", "hub:qa@2"]
+    assert found() == [*qa, "hub:style@1"]
+    assert found("squad questions") == found(task="answering") == qa
+    assert found("squad style") == []
+    assert found(kind="LORA") == found(host="sequential") == found()
+    assert found(kind="lor") == []
+    assert found(host="bert") == found(metrics=["f1 > 0.8"]) == found(metrics=["f1>=.9"]) == qa[1:]
+    assert found(metrics=["f1<0.8", "em=0.6"]) == qa[:1]
+    assert found(host=hub.find("style").card.host["weights"][:8]) == found()
+    for condition in ("f1", "f1>", "f1>x", ">1", "f1>1>2", "f1 > e"):
+        with pytest.raises(mg.ModgraftError, match=r"is no condition; write one as f1>0\.8"):
+            hub.search(metrics=[condition])
+
+
+def test_what_is_no_hub_or_no_module(tmp_path: Path) -> None:
+    with pytest.raises(mg.ModgraftError, match="a hub is a folder or a URL"):
+        Hub("hf:me/qa")
+    with pytest.raises(mg.ModgraftError, match="nosuch://x cannot be"):
+        Hub("nosuch://x")
+    other = tmp_path / "peft"
+    other.mkdir()
+    hub = Hub(tmp_path / "hub")
+    for name, why in {
+        "": r"has no \.safetensors file", "adapter_model.bin": "a pickle",
+        "adapter_model.safetensors": "another tool's",
+    }.items():  # fmt: skip
+        if name:
+            (other / name).write_bytes(b"")
+        with pytest.raises(CheckpointError, match=why):
+            hub.push(other)
+    assert hub.listed() == []
+    with fsspec.open(f"memory://{uuid.uuid4()}/file", "w") as file:
+        file.write("x")
