@@ -97,6 +97,10 @@ def packed(
         tensors=digest_of(tensors),
         base_model=_hub_name(model),
     )
+    own = {i.name: i.provenance for i in implants if i.provenance}
+    more = about.get("provenance", {})
+    if own and isinstance(more, Mapping):
+        about = {**about, "provenance": {**own, **more}}
     return tensors, card.described(about)
 
 
@@ -246,6 +250,8 @@ def load(
             joins = active and one and saved.name in card.names
             implant = _implant(host, modules, saved, methods[saved.name], new, own, joins)
             implant.trained_in = saved.trained_in or trained_in
+            if isinstance(comes_from := card.provenance.get(saved.name), dict):
+                implant.provenance = comes_from
             made.append(new)
         here = [host._implants[names[each]] for each in card.names]
         host._implants.put_beside(here[-1], host.model, beside)
