@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from modgraft.cli.diff import diff
 from modgraft.cli.inspect import inspect
 from modgraft.cli.log import ask, log
 from modgraft.cli.log_check import check
 from modgraft.cli.log_serve import lsp, mcp, page
+from modgraft.cli.merge import merge
 from modgraft.cli.mmcot import mmcot
 from modgraft.cli.recipe import recipe
 
@@ -26,6 +28,8 @@ app = typer.Typer(
 )
 app.add_typer(mmcot, name="mmcot")
 app.command("inspect")(inspect)
+app.command("merge")(merge)
+app.command("diff")(diff)
 app.command("recipe")(recipe)
 app.add_typer(log, name="log")
 app.command("ask")(ask)

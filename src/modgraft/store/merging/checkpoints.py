@@ -36,7 +36,7 @@ from modgraft.store.merging.low_rank import dense
 from modgraft.store.merging.methods import SOUP, Asked, asked
 from modgraft.store.merging.soup import greedy
 
-BLOCK = 2**20
+BLOCK = 2**18
 """How many numbers of a tensor are merged at a time."""
 
 INDEX = "model.safetensors.index.json"
@@ -236,9 +236,9 @@ def _merge(
         first = several[0] if start is None else start
         for each in several:
             _check_same(first, each)
-        with _new(target) as part:
+        with new_folder(target) as part:
             _write(how, start, several, part, progress)
-            _copy_rest(first.folder, part)
+            copy_rest(first.folder, part)
             write_json(part / RECORD, _record(how, start, several) | more)
     return target
 
@@ -399,7 +399,7 @@ def _equal(first: Checkpoint, models: Sequence[Checkpoint], name: str) -> Iterat
         yield block
 
 
-def _copy_rest(source: Path, folder: Path) -> None:
+def copy_rest(source: Path, folder: Path) -> None:
     """Copy what is no weights: configuration, tokenizer, licence."""
     for path in sorted(source.iterdir()):
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
@@ -423,7 +423,7 @@ def _record(how: Asked, base: Checkpoint | None, models: Sequence[Checkpoint]) -
 
 
 @contextmanager
-def _new(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """Give a folder beside ``target`` that becomes it when the block ends without an error.
 
     What a killed process left beside it is removed; a living one holds a lock on its own.

@@ -132,6 +132,16 @@ def _parent(host: HostLike, name: str, weight: float) -> dict[str, Any]:
     return {"name": name, "type": kind, "weight": weight, "tensors": digest_of(tensors)}
 
 
+def changes_of(host: HostLike, names: Sequence[str]) -> dict[str, list[Change | None]]:
+    """Return the changes of some modules at each weight, by its label; None where one has none.
+
+    Raises:
+        ModgraftError: for a module that is no change of weights.
+    """
+    known = [_name(host, name) for name in names]
+    return {each.site.label: each.changes for each in _weights(host, known)}
+
+
 # -- what is merged ------------------------------------------------------------------------------
 
 
