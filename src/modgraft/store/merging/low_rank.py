@@ -1,7 +1,7 @@
-"""A change of a weight as the product of two thin factors, and what is computed of such in full.
+"""A change of a weight as the product of two thin factors, and its singular values.
 
 Where Δ = BA has rank r, its singular values are those of the r × r core between the bases of B and
-of A: QR of both factors gives the bases, and no matrix [out, in] is made. All of it is computed in
+of A: QR of both factors gives the bases, and no matrix [out, in] is made. It is computed in
 float64, so that rounding is that of what was stored.
 """
 
@@ -32,13 +32,22 @@ class LowRank:
         return torch.Size([*self.left.shape[:-1], self.right.shape[-1]])
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of both factors."""
+        return self.left.dtype
+
+    @property
     def rank(self) -> int:
         """r; the rank of Δ is at most that."""
         return self.left.shape[-1]
 
-    def dense(self) -> Tensor:
-        """Return Δ ``[…, out, in]``."""
-        return self.left @ self.right
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """Return it in another type."""
+        return LowRank(self.left.to(dtype), self.right.to(dtype))
+
+    def __getitem__(self, i: int) -> LowRank:
+        """Return one matrix of a stack."""
+        return LowRank(self.left[i], self.right[i])
 
 
 Change = Tensor | LowRank
@@ -47,7 +56,7 @@ Change = Tensor | LowRank
 
 def dense(change: Change) -> Tensor:
     """Return Δ."""
-    return change.dense() if isinstance(change, LowRank) else change
+    return change.left @ change.right if isinstance(change, LowRank) else change
 
 
 def total(changes: Sequence[Change], weights: Sequence[float]) -> Change:
@@ -61,29 +70,18 @@ def total(changes: Sequence[Change], weights: Sequence[float]) -> Change:
 
 
 def svd(change: Change) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U ``[out, k]``, σ ``[k]`` and Vᵀ ``[k, in]`` of a matrix, in float64.
+    """Return U ``[out, k]``, σ ``[k]`` and Vᵀ ``[k, in]`` of a matrix of rank k, in float64.
 
-    k is its rank: singular values that are rounding errors of the given precision are left out.
+    Singular values that are rounding errors of the given precision are left out.
     """
-    if isinstance(change, LowRank):
-        precision = change.left.dtype
-        outer, upper = torch.linalg.qr(change.left.double())  # [out, k], [k, r]
-        inner, lower = torch.linalg.qr(change.right.double().mT)  # [in, k], [k, r]
-        u, sigma, vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
-        u, vh = outer @ u, vh @ inner.mT
-    else:
-        precision = change.dtype
-        u, sigma, vh = torch.linalg.svd(change.double(), full_matrices=False)
-    if sigma.numel():
-        sigma = sigma[sigma > sigma[0] * max(change.shape) * torch.finfo(precision).eps]
-    return u[:, : len(sigma)], sigma, vh[: len(sigma)]
+    u, sigma, vh = _svd(change)
+    least = sigma[:1] * max(change.shape) * torch.finfo(change.dtype).eps
+    k = int((sigma > least).sum())
+    return u[:, :k], sigma[:k], vh[:k]
 
 
 def truncated(change: Change, rank: int) -> tuple[LowRank, Tensor]:
     """Return the nearest change of a rank, in the Frobenius norm, and ‖Δ‖² with what is left out.
-
-    A dense Δ is projected on the leading eigenvectors of its Gram matrix of the smaller side, which
-    is exact where a randomised decomposition is not, and several times faster than that of Δ.
 
     Args:
         change: Δ ``[…, out, in]``.
@@ -93,28 +91,17 @@ def truncated(change: Change, rank: int) -> tuple[LowRank, Tensor]:
         The factors, ``[…, out, r]`` and ``[…, r, in]`` with r at most the smaller side, in the
         precision of ``change``; and ``[‖Δ‖², ‖Δ − BA‖²]`` in float64.
     """
-    if isinstance(change, LowRank):
-        dtype = change.left.dtype
-        outer, upper = torch.linalg.qr(change.left.double())
-        inner, lower = torch.linalg.qr(change.right.double().mT)
-        u, sigma, vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
-        root = sigma[..., :rank].sqrt()
-        left = outer @ (u[..., :rank] * root[..., None, :])
-        right = root[..., :, None] * (vh[..., :rank, :] @ inner.mT)
-        squares = sigma**2
-        sizes = torch.stack([squares.sum(), squares[..., rank:].sum()])
-        return LowRank(left.to(dtype), right.to(dtype)), sizes
-    wide = change.shape[-1] > change.shape[-2]
-    tall = (change.mT if wide else change).double()  # the smaller side last
-    rank = min(rank, tall.shape[-1])
-    values, vectors = torch.linalg.eigh(tall.mT @ tall)  # in ascending order
-    basis = vectors[..., -rank:].flip(-1)  # [side, r]
-    # B·A with both of norm √σ, as a module would be trained
-    root = values[..., -rank:].flip(-1).clamp_min(0) ** 0.25
-    scale = torch.where(root > 0, 1 / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-    left = (tall @ basis) * scale[..., None, :]
-    right = root[..., :, None] * basis.mT
-    if wide:
-        left, right = right.mT, left.mT
-    sizes = torch.stack([values.clamp_min(0).sum(), values[..., :-rank].clamp_min(0).sum()])
-    return LowRank(left.to(change.dtype), right.to(change.dtype)), sizes
+    u, sigma, vh = _svd(change)
+    root = sigma[..., :rank].sqrt()  # both factors are as large, as training makes them
+    near = LowRank(u[..., :rank] * root[..., None, :], root[..., :, None] * vh[..., :rank, :])
+    squares = sigma.square()
+    return near.to(change.dtype), torch.stack([squares.sum(), squares[..., rank:].sum()])
+
+
+def _svd(change: Change) -> tuple[Tensor, Tensor, Tensor]:
+    if not isinstance(change, LowRank):
+        return torch.linalg.svd(change.double(), full_matrices=False)
+    outer, upper = torch.linalg.qr(change.left.double())  # [out, k], [k, r]
+    inner, lower = torch.linalg.qr(change.right.double().mT)  # [in, k], [k, r]
+    u, sigma, vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
+    return outer @ u, sigma, vh @ inner.mT

@@ -1,9 +1,9 @@
 """The methods of merging: how several changes Δ₁ … Δₙ of one weight become one.
 
-One function a method, its equation first; :data:`METHODS` is the table of them. A method sees a
-tensor whole or, where it works number by number, in blocks, so that a checkpoint larger than memory
-is merged by the same function as two modules. What it needs to know of a whole tensor, a magnitude
-to trim at or an angle, it asks :class:`Whole`.
+One function a method, its equation first; :data:`METHODS` is the table of them. A method is given
+the Δ of one tensor as :class:`Deltas`, whole or in blocks, and gives the blocks of the result: so a
+checkpoint larger than memory is merged by the same function as two modules. What it needs to know
+of the whole tensor, a magnitude to trim at or an angle, it asks before it begins.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor
 
 from modgraft.core.errors import ModgraftError
@@ -25,155 +26,117 @@ from modgraft.store.merging.low_rank import Change, LowRank, dense, svd, total
 Blocks = Callable[[], Iterable[Sequence[Change]]]
 """Gives the blocks of a tensor, each the same part of Δ₁ … Δₙ, as often as it is asked."""
 
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Elect = Literal["sum", "count", "none"]
 
-class Whole:
-    """All of the tensor of which a method is given a block.
 
-    Args:
+@dataclass(frozen=True)
+class Deltas:
+    """Δ₁ … Δₙ of one tensor; a loop over it gives its blocks.
+
+    Attributes:
         name: the tensor's; what is drawn at random depends on it.
-        parents: what is merged, by name: its draws do not depend on the order.
+        parents: what is merged, by name: what is drawn does not depend on the order.
         weights: w₁ … wₙ.
         blocks: gives the blocks.
     """
 
-    def __init__(
-        self, name: str, parents: Sequence[str], weights: Sequence[float], blocks: Blocks
-    ) -> None:
-        self.name, self.parents, self.weights = name, parents, weights
-        self._blocks = blocks
+    name: str
+    parents: Sequence[str]
+    weights: Sequence[float]
+    blocks: Blocks
 
-    def blocks(self) -> Iterator[Block]:
-        """Give the tensor's blocks."""
-        for number, deltas in enumerate(self._blocks()):
-            yield Block(self, number, deltas)
+    def __iter__(self) -> Iterator[Sequence[Change]]:
+        return iter(self.blocks())
 
-    def cutoffs(self, density: float) -> list[float]:
-        """Return for each Δ the k-th largest magnitude, k = max(1, ⌊density · size⌋), as float32.
+    def dense(self) -> Iterator[list[Tensor]]:
+        """Give the blocks as dense tensors."""
+        for deltas in self:
+            yield [dense(delta) for delta in deltas]
 
-        A magnitude's bits as a whole number are in the order of magnitudes: one count of their
-        upper halves finds that of the k-th, a second of the lower halves the rest.
+    def dropped(self, density: float, seed: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Give each block, dense, and m ⊙ Δ: m is drawn, 1 with the chance ``density``, else 0."""
+        generators = []
+        for parent in self.parents:
+            digest = hashlib.sha256(f"{seed}\0{self.name}\0{parent}".encode()).digest()
+            number = int.from_bytes(digest[:8], "little") >> 1
+            generators.append(torch.Generator().manual_seed(number))
+        for deltas in self.dense():
+            masks = [
+                torch.rand(delta.shape, generator=generator) < density
+                for delta, generator in zip(deltas, generators, strict=True)
+            ]
+            yield deltas, [d * mask.to(d.device) for d, mask in zip(deltas, masks, strict=True)]
+
+    def trimmed(self, density: float) -> Iterator[list[Tensor]]:
+        """Give the blocks with 0 wherever a Δ is smaller than its k-th largest magnitude.
+
+        k = ⌊density · size⌋, and 1 at least; magnitudes are compared in float32.
         """
-        counts = torch.zeros(len(self.parents), 2**15, dtype=torch.int64)
-        for block in self.blocks():
-            for count, delta in zip(counts, block.dense(), strict=True):
-                count += torch.bincount((_bits(delta) >> 16).cpu(), minlength=2**15)
-        upper, left = [], []
-        for count in counts:
-            k = max(1, int(density * int(count.sum())))
-            found = _largest(count, k)
-            upper.append(found)
-            left.append(k - int(count[found + 1 :].sum()))
-        lower = torch.zeros(len(self.parents), 2**16, dtype=torch.int64)
-        for block in self.blocks():
-            for high, count, delta in zip(upper, lower, block.dense(), strict=True):
-                bits = _bits(delta)
-                here = bits[bits >> 16 == high] & 0xFFFF
-                count += torch.bincount(here.cpu(), minlength=2**16)
-        found = [
-            high << 16 | _largest(count, k)
-            for high, count, k in zip(upper, lower, left, strict=True)
-        ]
+        cutoffs = self._cutoffs(density) if density < 1 else [0.0] * len(self.parents)
+        for deltas in self.dense():
+            yield [d * (d.abs().float() >= c) for d, c in zip(deltas, cutoffs, strict=True)]
+
+    def _cutoffs(self, density: float) -> list[float]:
+        """Return the k-th largest magnitude of each Δ.
+
+        The bits of a magnitude, as a whole number, are in the order of magnitudes: a count of their
+        upper halves finds that of the k-th, and then one of the lower halves below it the rest.
+        """
+        found, left = [0] * len(self.parents), [0] * len(self.parents)
+        for shift in (16, 0):
+            counts = torch.zeros(len(self.parents), 2**16, dtype=torch.int64)
+            for deltas in self.dense():
+                for i, delta in enumerate(deltas):
+                    bits = delta.abs().float().flatten().view(torch.int32)
+                    bits = bits if shift else bits[bits >> 16 == found[i]]
+                    counts[i] += torch.bincount((bits >> shift & 0xFFFF).cpu(), minlength=2**16)
+            for i, count in enumerate(counts):
+                above = count.flip(0).cumsum(0)  # how many are in a half or in a larger one
+                k = max(1, int(density * int(above[-1]))) if shift else left[i]
+                at = int(torch.searchsorted(above, k))
+                left[i] = k - int(above[at - 1]) if at else k
+                found[i] = found[i] << 16 | 2**16 - 1 - at
         return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
 
-    def shares(self, density: float, seed: int) -> list[float]:
-        """Return for each Δ the share of ‖Δ‖₁ that :func:`dare` leaves."""
-        before = torch.zeros(len(self.parents), dtype=torch.float64)
-        after = before.clone()
-        for block in self.blocks():
-            for i, delta in enumerate(block.dense()):
-                size = delta.abs().double()
-                before[i] += size.sum().cpu()
-                after[i] += (size * block.drawn(i, density, seed).to(size.device)).sum().cpu()
-        some = torch.where((before < 1e-7) | (after < 1e-7), 1.0, after / before)
-        return some.tolist()
-
-    @cached_property
     def products(self) -> Tensor:
-        """⟨Δᵢ, Δⱼ⟩ ``[n, n]`` in float64."""
+        """Return ⟨Δᵢ, Δⱼ⟩ ``[n, n]`` in float64."""
         found = torch.zeros(len(self.parents), len(self.parents), dtype=torch.float64)
-        for block in self.blocks():
-            flat = torch.stack([delta.double().flatten() for delta in block.dense()])
+        for deltas in self.dense():
+            flat = torch.stack([delta.double().flatten() for delta in deltas])
             found += (flat @ flat.T).cpu()
         return found
-
-
-@dataclass(frozen=True)
-class Block:
-    """The same part of Δ₁ … Δₙ.
-
-    Attributes:
-        whole: the tensor.
-        number: which of its blocks this is.
-        deltas: Δ₁ … Δₙ there, as dense tensors or as factors.
-    """
-
-    whole: Whole
-    number: int
-    deltas: Sequence[Change]
-
-    @property
-    def weights(self) -> Sequence[float]:
-        """w₁ … wₙ."""
-        return self.whole.weights
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the Δ are matrices, which have singular values."""
-        return len(self.deltas[0].shape) == 2
-
-    def dense(self) -> list[Tensor]:
-        """Return Δ₁ … Δₙ as dense tensors."""
-        return [dense(delta) for delta in self.deltas]
-
-    def drawn(self, model: int, density: float, seed: int) -> Tensor:
-        """Draw which numbers of a Δ stay, each with the chance ``density``: bool.
-
-        The draw depends on the seed, the tensor, the block and the parent, and on nothing else.
-        """
-        what = f"{seed}\0{self.whole.name}\0{self.number}\0{self.whole.parents[model]}"
-        number = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "little") >> 1
-        generator = torch.Generator().manual_seed(number)
-        return torch.rand(self.deltas[model].shape, generator=generator) < density
-
-
-def _bits(delta: Tensor) -> Tensor:
-    return delta.abs().float().flatten().view(torch.int32)
-
-
-def _largest(count: Tensor, k: int) -> int:
-    """Return the bin in which the k-th largest is."""
-    above = count.flip(0).cumsum(0)
-    return len(count) - 1 - int(torch.searchsorted(above, k))
 
 
 # -- the methods ---------------------------------------------------------------------------------
 
 
-def average(here: Block) -> Change:
+def average(these: Deltas) -> Iterator[Change]:
     """Δ = Σ wᵢ·Δᵢ / Σ wᵢ.
 
     The uniform soup (Wortsman et al. 2022, arXiv:2203.05482) where all weights are equal.
     """
-    whole = math.fsum(here.weights)
-    return total(here.deltas, [w / whole for w in here.weights])
+    whole = math.fsum(these.weights)
+    return (total(deltas, [w / whole for w in these.weights]) for deltas in these)
 
 
-def arithmetic(here: Block, *, scale: float = 1.0) -> Change:
+def arithmetic(these: Deltas, *, scale: Number = 1.0) -> Iterator[Change]:
     """Δ = λ·Σ wᵢ·Δᵢ, with λ = ``scale``.
 
     Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089); a negative weight forgets a task.
     """
-    return total(here.deltas, [scale * w for w in here.weights])
+    return (total(deltas, [scale * w for w in these.weights]) for deltas in these)
 
 
 def ties(
-    here: Block,
+    these: Deltas,
     *,
-    density: float = 0.2,
-    elect: str = "sum",
+    density: Share = 0.2,
+    elect: Elect = "sum",
     normalize: bool = True,
-    scale: float = 1.0,
-) -> Tensor:
+    scale: Number = 1.0,
+) -> Iterator[Tensor]:
     """Δ = λ·Σ wᵢ·Δ̂ᵢ / Σ wᵢ over those i whose sign is the elected one, number by number.
 
     TIES (Yadav et al. 2023, arXiv:2306.01708). Δ̂ᵢ is Δᵢ trimmed to its largest magnitudes, those
@@ -181,129 +144,115 @@ def ties(
     elected sign is that of Σ wᵢ·Δ̂ᵢ, or with ``elect="count"`` of Σ sgn(wᵢ·Δ̂ᵢ), + where it is 0.
     Without ``normalize`` there is no division. λ is ``scale``.
     """
-    _in_unit("density", density)
-    deltas = here.dense()
-    if density < 1:
-        cutoffs = _once(here, ("cutoffs", density), lambda: here.whole.cutoffs(density))
-        deltas = [d * (d.abs().float() >= c) for d, c in zip(deltas, cutoffs, strict=True)]
-    return scale * _mixed(deltas, here.weights, elect, normalize)
+    for deltas in these.trimmed(density):
+        yield scale * _mixed(deltas, these.weights, elect, normalize)
 
 
 def dare(
-    here: Block,
+    these: Deltas,
     *,
-    density: float = 0.5,
-    rescale: str = "density",
-    elect: str = "none",
+    density: Share = 0.5,
+    rescale: Literal["density", "l1", "none"] = "density",
+    elect: Elect = "none",
     normalize: bool = False,
-    scale: float = 1.0,
+    scale: Number = 1.0,
     seed: int = 0,
-) -> Tensor:
+) -> Iterator[Tensor]:
     """Δ = λ·Σ wᵢ·(mᵢ ⊙ Δᵢ) / p, with mᵢ drawn at random, 1 with the chance p = ``density``.
 
     DARE (Yu et al. 2024, arXiv:2311.03099): drop and rescale. ``rescale="l1"`` keeps ‖Δᵢ‖₁ in place
     of dividing by p, ``"none"`` does neither. With ``elect="sum"`` or ``"count"`` only those of the
     elected sign are added, as in :func:`ties`, and with ``normalize`` divided by their Σ wᵢ.
     """
-    _in_unit("density", density)
-    _one_of("rescale", rescale, "density", "l1", "none")
-    by = [density if rescale == "density" else 1.0] * len(here.deltas)
+    by = [density if rescale == "density" else 1.0] * len(these.weights)
     if rescale == "l1":
-        by = _once(here, ("l1", density, seed), lambda: here.whole.shares(density, seed))
-    deltas = [
-        delta * here.drawn(i, density, seed).to(delta.device) / by[i]
-        for i, delta in enumerate(here.dense())
-    ]
-    return scale * _mixed(deltas, here.weights, elect, normalize)
+        sizes = torch.zeros(2, len(by), dtype=torch.float64)  # ‖Δᵢ‖₁, ‖mᵢ ⊙ Δᵢ‖₁
+        for both in these.dropped(density, seed):
+            sizes += torch.tensor([[float(d.abs().double().sum()) for d in ds] for ds in both])
+        by = torch.where((sizes < 1e-7).any(0), 1.0, sizes[1] / sizes[0]).tolist()
+    for _, kept in these.dropped(density, seed):
+        deltas = [delta / p for delta, p in zip(kept, by, strict=True)]
+        yield scale * _mixed(deltas, these.weights, elect, normalize)
 
 
-def slerp(here: Block, *, t: float = 0.5) -> Tensor:
+def slerp(these: Deltas, *, t: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Iterator[Change]:
     """Δ = (sin((1 − t)·ω)·Δ₁ + sin(t·ω)·Δ₂) / sin ω, with ω the angle between Δ₁ and Δ₂.
 
     Spherical interpolation (Shoemake 1985) of each tensor as one vector; along the line where the
     two are nearly parallel, |cos ω| > 0.9995. t = 0 is the first, t = 1 the second.
     """
-    if not 0 <= t <= 1:
-        raise ModgraftError(f"slerp: t={t}; it is in [0, 1], 0 the first and 1 the second")
-    one, two = here.dense()
-    norms = here.whole.products.diagonal().sqrt()
-    lengths = torch.where(norms > 1e-8, norms, 1.0)
-    cosine = float(here.whole.products[0, 1] / lengths.prod())
-    if abs(cosine) > 0.9995:
-        return (1 - t) * one + t * two
-    angle = math.acos(cosine)
-    first, second = math.sin((1 - t) * angle), math.sin(t * angle)
-    return (first * one + second * two) / math.sin(angle)
+    products = these.products()
+    norms = products.diagonal().sqrt()
+    cosine = float(products[0, 1] / torch.where(norms > 1e-8, norms, 1.0).prod())
+    by = [1 - t, t]
+    if abs(cosine) <= 0.9995:
+        angle = math.acos(cosine)
+        by = [math.sin(share * angle) / math.sin(angle) for share in by]
+    return (total(deltas, by) for deltas in these)
 
 
-def isotropic(here: Block, *, scale: float = 1.0) -> Change:
+def isotropic(these: Deltas, *, scale: Number = 1.0) -> Iterator[Change]:
     """Δ = λ·σ̄·U Vᵀ, with U Σ Vᵀ = Σᵢ wᵢ·Δᵢ and σ̄ the mean of its singular values.
 
     Iso-C (Marczak et al. 2025, arXiv:2502.04959): every direction of the sum is as strong as any
-    other. The mean is that over the directions that the sum has, its rank. What is no matrix, a
-    bias or a norm's weight, is averaged.
+    other. The mean is that over the directions that the sum has, its rank.
     """
-    if not here.is_matrix:
-        return average(here)
-    u, sigma, vh = svd(total(here.deltas, here.weights))
-    return _like(here, LowRank(u * (scale * sigma.mean() if len(sigma) else 0.0), vh))
+    for deltas in these:
+        u, sigma, vh = svd(total(deltas, these.weights))
+        mean = sigma.mean() if len(sigma) else 0.0
+        yield LowRank(scale * mean * u, vh).to(deltas[0].dtype)
 
 
-def tsv(here: Block, *, scale: float = 1.0) -> Change:
+def tsv(these: Deltas, *, scale: Number = 1.0) -> Iterator[Change]:
     """Δ = λ·Û Σ V̂ᵀ, with U = [U₁ … Uₙ], V = [V₁ … Vₙ] made orthogonal and Σ = diag(Σ₁ … Σₙ).
 
     Merging of task singular vectors (Gargiulo et al. 2025, arXiv:2412.00081). Uᵢ Σᵢ Vᵢᵀ are the
     leading ⌊min(out, in) / n⌋ directions of wᵢ·Δᵢ, or as many as it has; Û is the orthogonal matrix
-    nearest to U, PQᵀ of its decomposition P·S·Qᵀ, so that tasks do not interfere. What is no matrix
-    is averaged.
+    nearest to U, PQᵀ of its decomposition P·S·Qᵀ, so that tasks do not interfere.
     """
-    if not here.is_matrix:
-        return average(here)
-    most = max(1, min(here.deltas[0].shape) // len(here.deltas))
-    found = [svd(total([d], [w])) for d, w in zip(here.deltas, here.weights, strict=True)]
-    u = _orthogonal(torch.cat([u[:, :most] for u, _, _ in found], 1))  # [out, Σ k]
-    v = _orthogonal(torch.cat([vh[:most].T for _, _, vh in found], 1))  # [in, Σ k]
-    sigma = torch.cat([s[:most] for _, s, _ in found])
-    return _like(here, LowRank(u * (scale * sigma), v.T))
+    for deltas in these:
+        most = max(1, min(deltas[0].shape) // len(deltas))
+        found = [svd(total([d], [w])) for d, w in zip(deltas, these.weights, strict=True)]
+        u = _orthogonal(torch.cat([u[:, :most] for u, _, _ in found], 1))  # [out, Σ k]
+        v = _orthogonal(torch.cat([vh[:most].T for _, _, vh in found], 1))  # [in, Σ k]
+        sigma = torch.cat([s[:most] for _, s, _ in found])
+        yield LowRank(u * (scale * sigma), v.T).to(deltas[0].dtype)
 
 
 def knots(
-    here: Block,
+    these: Deltas,
     *,
-    inner: str = "ties",
-    density: float = 0.2,
-    scale: float = 1.0,
+    inner: Literal["ties", "dare", "average", "arithmetic"] = "ties",
+    density: Share = 0.2,
+    scale: Number = 1.0,
     seed: int = 0,
-) -> Change:
-    """Δ = U·M(Σ V₁ᵀ, …, Σ Vₙᵀ), with U Σ [V₁ᵀ … Vₙᵀ] = [Δ₁ … Δₙ] side by side.
+) -> Iterator[Change]:
+    """Δ = λ·U·M(Σ V₁ᵀ, …, Σ Vₙᵀ), with U Σ [V₁ᵀ … Vₙᵀ] = [Δ₁ … Δₙ] side by side.
 
     KnOTS (Stoica et al. 2025, arXiv:2410.19735): the changes are written in one basis U, in which
     modules of any ranks can be compared number by number, and merged there by M = ``inner``:
     ``"ties"`` or ``"dare"`` with ``density`` (and ``seed``), ``"average"`` or ``"arithmetic"``.
-    What is no matrix is merged by M as it is.
     """
-    _one_of("inner", inner, "ties", "dare", "average", "arithmetic")
-    asked = {"density": density, "scale": scale, "seed": seed}
-    merge = METHODS[inner]
-    options = {key: value for key, value in asked.items() if key in merge.options}
-    factor = scale if "scale" not in options else 1.0
-    if not here.is_matrix:
-        return total([merge.function(here, **options)], [factor])
-    u, aligned = _aligned(here.deltas)
-    inside = Whole(here.whole.name, here.whole.parents, here.weights, lambda: [aligned])
-    found = dense(merge.function(Block(inside, here.number, aligned), **options))
-    return _like(here, LowRank(factor * u, found))
+    method = METHODS[inner]
+    given = {"density": density, "seed": seed}
+    options = {key: value for key, value in given.items() if key in method.options.model_fields}
+    for deltas in these:
+        u, aligned = _aligned(deltas)
+        inside = Deltas(these.name, these.parents, these.weights, lambda a=aligned: [a])
+        merged = dense(next(method.function(inside, **options)))
+        yield LowRank(scale * u, merged).to(deltas[0].dtype)
 
 
 def _aligned(deltas: Sequence[Change]) -> tuple[Tensor, list[Tensor]]:
     """Return U ``[out, k]`` and ΣVᵢᵀ ``[k, in]`` for each Δᵢ."""
     factors = [delta for delta in deltas if isinstance(delta, LowRank)]
-    if len(factors) < len(deltas):
-        u, sigma, vh = svd(torch.cat([dense(delta) for delta in deltas], 1))
-        return u, list((sigma[:, None] * vh).split(deltas[0].shape[-1], 1))
-    # [B₁ … Bₙ]·diag(A₁ … Aₙ), of which neither factor is as large as a Δ
-    left = torch.cat([each.left for each in factors], 1)
-    u, sigma, vh = svd(LowRank(left, torch.block_diag(*[each.right for each in factors])))
+    if len(factors) == len(deltas):
+        # [B₁ … Bₙ]·diag(A₁ … Aₙ), of which neither factor is as large as a Δ
+        left = torch.cat([each.left for each in factors], 1)
+        beside: Change = LowRank(left, torch.block_diag(*[each.right for each in factors]))
+    else:
+        beside = torch.cat([dense(delta) for delta in deltas], 1)
+    u, sigma, vh = svd(beside)
     return u, list((sigma[:, None] * vh).split(deltas[0].shape[-1], 1))
 
 
@@ -313,22 +262,14 @@ def _orthogonal(columns: Tensor) -> Tensor:
     return p @ qh
 
 
-def _like(here: Block, found: LowRank) -> LowRank:
-    """Return factors in the precision of the Δ."""
-    first = here.deltas[0]
-    dtype = first.left.dtype if isinstance(first, LowRank) else first.dtype
-    return LowRank(found.left.to(dtype), found.right.to(dtype))
-
-
 def _mixed(
-    deltas: Sequence[Tensor], weights: Sequence[float], elect: str, normalize: bool
+    deltas: Sequence[Tensor], weights: Sequence[float], elect: Elect, normalize: bool
 ) -> Tensor:
     """Return Σ wᵢ·Δᵢ of those that have the elected sign, divided by their Σ wᵢ or not."""
-    _one_of("elect", elect, "sum", "count", "none")
     if elect == "none":
         mixed = dense(total(deltas, weights))
         whole = math.fsum(weights)
-        return mixed / (whole if abs(whole) > 1e-8 else 1.0) if normalize else mixed
+        return mixed / whole if normalize and abs(whole) > 1e-8 else mixed
     weighted = torch.stack([w * delta for w, delta in zip(weights, deltas, strict=True)])
     signs = weighted.sign()
     majority = (weighted if elect == "sum" else signs).sum(0) >= 0
@@ -340,24 +281,6 @@ def _mixed(
     return mixed / torch.where(by == 0, 1.0, by)
 
 
-def _once(here: Block, key: tuple[Any, ...], make: Callable[[], list[float]]) -> list[float]:
-    """Return what is known of the whole tensor, made with its first block."""
-    known = here.whole.__dict__.setdefault("_known", {})
-    if key not in known:
-        known[key] = make()
-    return known[key]
-
-
-def _in_unit(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ModgraftError(f"{name}={value}: a share in (0, 1], such as {name}=0.2")
-
-
-def _one_of(name: str, value: str, *known: str) -> None:
-    if value not in known:
-        raise ModgraftError(f"{name}={value!r}: one of {', '.join(map(repr, known))}")
-
-
 # -- the table -----------------------------------------------------------------------------------
 
 
@@ -366,25 +289,28 @@ class Method:
     """A row of the table.
 
     Attributes:
-        function: merges a block.
-        by_number: whether each number of the result depends on the same number of each Δ, given
-            what :class:`Whole` says, so that a tensor can be merged in blocks.
+        function: merges a tensor.
+        of_matrices: whether it is of matrices as wholes, which have singular values; what is no
+            matrix, a bias or a norm's weight, is averaged then. The others work number by number.
         needs_base: whether whole checkpoints need the one that they were all trained from.
         weighted: whether it takes weights.
         count: how many it merges; None: any number.
     """
 
-    function: Callable[..., Change]
-    by_number: bool = True
+    function: Callable[..., Iterator[Change]]
+    of_matrices: bool = False
     needs_base: bool = True
     weighted: bool = True
     count: int | None = None
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Its options by name, with their defaults."""
-        given = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
+    @cached_property
+    def options(self) -> type[BaseModel]:
+        """Its options, as its function declares them: their types, bounds and defaults."""
+        given = inspect.signature(self.function, eval_str=True).parameters.values()
+        own: Any = {p.name: (p.annotation, p.default) for p in given if p.kind is p.KEYWORD_ONLY}
+        return create_model(
+            self.function.__name__, __config__=ConfigDict(strict=True, extra="forbid"), **own
+        )
 
 
 METHODS: dict[str, Method] = {
@@ -393,9 +319,9 @@ METHODS: dict[str, Method] = {
     "ties": Method(ties),
     "dare": Method(dare),
     "slerp": Method(slerp, needs_base=False, weighted=False, count=2),
-    "isotropic": Method(isotropic, by_number=False),
-    "tsv": Method(tsv, by_number=False),
-    "knots": Method(knots, by_number=False),
+    "isotropic": Method(isotropic, of_matrices=True),
+    "tsv": Method(tsv, of_matrices=True),
+    "knots": Method(knots, of_matrices=True),
 }
 """The methods by name."""
 
@@ -409,26 +335,33 @@ class Asked:
 
     Attributes:
         name: the method's.
-        method: its row.
         options: all its options.
         weights: one for each that is merged.
     """
 
     name: str
-    method: Method
     options: Mapping[str, Any]
     weights: Sequence[float]
 
-    def merge(self, name: str, parents: Sequence[str], blocks: Blocks) -> Iterator[Change]:
+    def in_blocks(self, shape: Sequence[int]) -> bool:
+        """Return whether a tensor of that shape is merged number by number."""
+        return not METHODS[self.name].of_matrices or len(shape) != 2
+
+    def merge(
+        self, name: str, parents: Sequence[str], shape: Sequence[int], blocks: Blocks
+    ) -> Iterator[Change]:
         """Merge one tensor; give the blocks of the result.
 
         Args:
             name: the tensor's.
             parents: the names of what is merged.
+            shape: the tensor's.
             blocks: gives the blocks of Δ₁ … Δₙ.
         """
-        for block in Whole(name, parents, self.weights, blocks).blocks():
-            yield self.method.function(block, **self.options)
+        method, these = METHODS[self.name], Deltas(name, parents, self.weights, blocks)
+        if method.of_matrices and self.in_blocks(shape):
+            return average(these)
+        return method.function(these, **self.options)
 
 
 def asked(
@@ -443,18 +376,23 @@ def asked(
         options: those that are not to have their default.
 
     Raises:
-        ModgraftError: for an unknown method or option, a value of another type, or another number
-            of weights.
+        ModgraftError: for an unknown method or option, a value that an option cannot have, or
+            another number of weights.
     """
     if name not in METHODS:
-        raise ModgraftError(f"method={name!r}: there are {', '.join([*METHODS, SOUP])}")
+        raise ModgraftError(f"method={name!r:.80}: there are {', '.join([*METHODS, SOUP])}")
     method = METHODS[name]
-    known = method.options
-    if unknown := options.keys() - known:
-        has = ", ".join(f"{key}={value!r}" for key, value in known.items()) or "no options"
-        raise ModgraftError(f"{name} takes no {', '.join(sorted(unknown))}; it has {has}")
-    for key, value in options.items():
-        _check_type(key, value, known[key])
+    try:
+        known = method.options(**options).model_dump()
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        has = ", ".join(
+            f"{key}={each.default!r}" for key, each in method.options.model_fields.items()
+        )
+        raise ModgraftError(
+            f"{name}: {wrong['loc'][0]}={wrong['input']!r:.80}: {wrong['msg']}; its options, with "
+            f"their defaults: {has or 'none'}"
+        ) from error
     if count < 1 or (method.count is not None and count != method.count):
         wanted = f"{method.count} things" if method.count else "one thing at least"
         raise ModgraftError(f"{name} merges {wanted}, and {count} were given")
@@ -464,16 +402,9 @@ def asked(
     numbers = all(isinstance(w, int | float) and math.isfinite(w) for w in found)
     if len(found) != count or not numbers:
         raise ModgraftError(f"weights={found!r:.80}: one finite number for each of {count}")
-    if name == "average" and abs(math.fsum(found)) < 1e-8:
+    if (name == "average" or method.of_matrices) and abs(math.fsum(found)) < 1e-8:
         raise ModgraftError(
             f"weights={found!r:.80}: their sum is 0, by which an average divides; "
             f"method='arithmetic' adds without dividing"
         )
-    return Asked(name, method, {**known, **options}, [float(w) for w in found])
-
-
-def _check_type(key: str, value: Any, default: Any) -> None:
-    kind = type(default)
-    fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
-    if not fits or (kind is not bool and isinstance(value, bool)):
-        raise ModgraftError(f"{key}={value!r:.80}: a {kind.__name__}, such as {key}={default!r}")
+    return Asked(name, known, [float(w) for w in found])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +16,12 @@ from modgraft.computation.sparse import SparseDelta
 from modgraft.core import expression as ex
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import bias_vector, weight_matrix
-from modgraft.core.parts import Part
+from modgraft.core.parts import Part, share
 from modgraft.core.precision import wide
 from modgraft.core.sites import Site, located
 from modgraft.engine.implant import Implant
 from modgraft.store.file import digest_of
-from modgraft.store.merging.low_rank import Change, LowRank, dense, truncated
+from modgraft.store.merging.low_rank import Change, LowRank, dense, total, truncated
 from modgraft.store.merging.methods import SOUP, Asked, asked
 from modgraft.store.merging.soup import greedy
 from modgraft.training.host_like import HostLike
@@ -167,17 +167,15 @@ def _weights(host: HostLike, names: Sequence[str]) -> list[_Weight]:
             at.setdefault((site.path, site.parameter), []).append((number, site, place))
     found = []
     for here in at.values():
-        sites = {site.part: site for _, site, _ in here}
-        as_whole = _overlap(list(sites.values()))
+        as_whole = _overlap({site.part: site for _, site, _ in here})
         by_part: dict[Part | None, _Weight] = {}
         for number, site, place in here:
             own = replace(site, part=None) if as_whole else site
             nothing = [None] * len(names)
             weight = by_part.setdefault(own.part, _Weight(own, [*nothing], [*nothing]))
-            change, bias = _change(site, place)
-            if as_whole and site.part is not None:
-                change, bias = _padded(site.part, change, bias)
-            weight.changes[number] = _added(weight.changes[number], change)
+            change, bias = _change(site, place, as_whole)
+            before = weight.changes[number]  # of another part, by the same module
+            weight.changes[number] = change if before is None else total([before, change], [1, 1])
             if bias is not None:
                 before = weight.biases[number]
                 weight.biases[number] = bias if before is None else before + bias
@@ -185,174 +183,142 @@ def _weights(host: HostLike, names: Sequence[str]) -> list[_Weight]:
     return found
 
 
-def _overlap(sites: Sequence[Site]) -> bool:
+def _overlap(sites: Mapping[Part | None, Site]) -> bool:
     """Return whether selections of one weight have rows in common, and are not the same."""
-    if len(sites) == 1:
-        return False
-    count = len(weight_matrix(sites[0].module, None, sites[0].parameter))
-    if any(site.part is None for site in sites):
-        return True
-    rows = torch.cat([site.part.take(torch.arange(count), -1) for site in sites if site.part])
-    return len(rows.unique()) < len(rows)
+    site = next(iter(sites.values()))
+    rows = torch.arange(weight_matrix(site.module, None, site.parameter).shape[-2])
+    taken = torch.cat([share(rows, part, -1) for part in sites])
+    return len(taken.unique()) < len(taken)
 
 
-def _change(site: Site, place: ParameterComposition) -> tuple[Change, Tensor | None]:
-    """Return Δ of a module at a site, and the change of the bias."""
+def _change(
+    site: Site, place: ParameterComposition, as_whole: bool
+) -> tuple[Change, Tensor | None]:
+    """Return Δ of a module at a site, of its part or of the whole weight, and that of the bias."""
     at = site.module, site.part, site.parameter
-    factors = place.factors()
     bias = place.bias_delta(bias_vector(*at))
-    if factors is None:
-        return place.delta(wide(weight_matrix(*at))).detach(), bias
-    left, right, scale = factors
-    return LowRank(wide(scale * left.detach()), wide(right.detach())), bias
-
-
-def _padded(part: Part, change: Change, bias: Tensor | None) -> tuple[Change, Tensor | None]:
-    """Return the change of a part as one of the whole weight."""
-    if isinstance(change, LowRank):
-        change = LowRank(part.padded(change.left, -2), change.right)
-    else:
-        change = part.padded(change, -2)
-    return change, None if bias is None else part.padded(bias, -1)
-
-
-def _added(before: Change | None, change: Change) -> Change:
-    if before is None:
-        return change
-    if isinstance(before, LowRank) and isinstance(change, LowRank):
-        left, right = zip((before.left, before.right), (change.left, change.right), strict=True)
-        return LowRank(torch.cat(left, -1), torch.cat(right, -2))
-    return dense(before) + dense(change)
+    part = site.part if as_whole else None
+    if part is not None and bias is not None:
+        bias = part.padded(bias, -1)
+    if (factors := place.factors()) is not None:
+        left, right, scale = factors
+        left = wide(scale * left)
+        return LowRank(left if part is None else part.padded(left, -2), wide(right)), bias
+    delta = place.delta(wide(weight_matrix(*at)))
+    return delta if part is None else part.padded(delta, -2), bias
 
 
 # -- one weight ----------------------------------------------------------------------------------
 
 
 @dataclass
-class _Result:
+class _Merged:
+    """One weight, its new change, and that of its bias."""
+
     site: Site
     change: Change
     bias: Tensor | None
 
 
-def _merged(here: _Weight, names: Sequence[str], how: Asked) -> _Result:
-    some = next(change for change in here.changes if change is not None)
-    changes = [_nothing(some) if each is None else each for each in here.changes]
-    bias = None
-    if given := [each for each in here.biases if each is not None]:
-        biases = [torch.zeros_like(given[0]) if each is None else each for each in here.biases]
-        bias = dense(next(how.merge(f"{here.site.label}:bias", names, lambda: [biases])))
+def _merged(here: _Weight, names: Sequence[str], how: Asked) -> _Merged:
     label = here.site.label
-    if len(some.shape) == 3 and not how.method.by_number:  # each expert's is a matrix
-        count = some.shape[0]
+    changes, biases = _filled(here.changes), _filled(here.biases)
+    shape = changes[0].shape
+    if len(shape) == 3 and not how.in_blocks(shape[1:]):  # each expert's is a matrix
         experts = [
-            next(how.merge(f"{label}:{i}", names, lambda i=i: [[_expert(c, i) for c in changes]]))
-            for i in range(count)
+            _one(f"{label}:{i}", names, how, [change[i] for change in changes])
+            for i in range(shape[0])
         ]
-        return _Result(here.site, torch.stack([dense(each) for each in experts]), bias)
-    return _Result(here.site, next(how.merge(label, names, lambda: [changes])), bias)
+        change: Change = torch.stack([dense(each) for each in experts])
+    else:
+        change = _one(label, names, how, changes)
+    bias = dense(_one(f"{label}:bias", names, how, biases)) if biases else None
+    return _Merged(here.site, change, bias)
 
 
-def _nothing(like: Change) -> Change:
-    """Return Δ = 0, as factors of rank 0 beside factors."""
-    if isinstance(like, LowRank):
-        return LowRank(like.left[..., :0], like.right[..., :0, :])
-    return torch.zeros_like(like)
+def _filled(changes: Sequence[Change | None]) -> list[Change]:
+    """Return changes with 0 in place of None, beside factors as factors of rank 0."""
+    some = next((change for change in changes if change is not None), None)
+    if some is None:
+        return []
+    nothing = total([some], [0.0])
+    if isinstance(nothing, LowRank):
+        nothing = LowRank(nothing.left[..., :0], nothing.right[..., :0, :])
+    return [nothing if change is None else change for change in changes]
 
 
-def _expert(change: Change, i: int) -> Change:
-    return LowRank(change.left[i], change.right[i]) if isinstance(change, LowRank) else change[i]
+def _one(name: str, names: Sequence[str], how: Asked, changes: Sequence[Change]) -> Change:
+    """Merge one tensor that is in memory.
+
+    Raises:
+        ModgraftError: for a result that holds NaN or infinity.
+    """
+    change = next(how.merge(name, names, changes[0].shape, lambda: [changes]))
+    parts = [change.left, change.right] if isinstance(change, LowRank) else [change]
+    if not all(part.isfinite().all() for part in parts):
+        raise ModgraftError(
+            f"the merge at {name} holds NaN or infinity; a module among those merged has "
+            f"diverged, or a weight is too large"
+        )
+    return change
 
 
 # -- the new module ------------------------------------------------------------------------------
 
 
 def _as_module(
-    host: HostLike, name: str, merged: Sequence[_Result], rank: int | None
+    host: HostLike, name: str, merged: Sequence[_Merged], rank: int | None
 ) -> tuple[Implant, float]:
     """Implant what was merged, in the form that holds it; return it and the relative error."""
-    for each in merged:
-        parts = [each.change.left, each.change.right] if isinstance(each.change, LowRank) else []
-        for tensor in [*parts, *([] if parts else [each.change]), each.bias]:
-            if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
-                raise ModgraftError(
-                    f"the merge at {each.site.label} holds NaN or infinity; a module among those "
-                    f"merged has diverged, or a weight is too large"
-                )
-    error = 0.0
     least = min(merged, key=lambda each: min(each.change.shape[-2:]))
     most = min(least.change.shape[-2:])
-    if rank is not None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
-            raise ModgraftError(
-                f"rank={rank!r}: at {least.site.label} the weight is "
-                f"{' × '.join(map(str, least.change.shape[-2:]))}, so the rank is 1 to {most}"
-            )
-        merged, error = _of_rank(merged, rank)
-    merged = [_compressed(each) for each in merged]
-    ranks = [each.change.rank for each in merged if isinstance(each.change, LowRank)]
-    biased = [each.bias is not None for each in merged]
-    low = len(ranks) == len(merged) and max(ranks) <= most and all(biased) == any(biased)
-    if rank is not None or low:
-        method: Computation = LoRA(rank=max(1, *ranks), bias=any(biased))
-        fill: Callable[[Any, _Result], None] = _fill_lora
-    else:
-        method, fill = _whole(merged, any(biased))
-    at = {each.site.label: each for each in merged}
-    new = host.implant(name, method, list(at), active=False)
-    for label, place in zip(new.paths, new.places, strict=True):
-        each = at[label]
-        fill(place, each)
-        if each.bias is not None:
-            place.b.copy_(each.bias)  # type: ignore[union-attr, operator]
-    return new, error
-
-
-def _of_rank(merged: Sequence[_Result], rank: int) -> tuple[list[_Result], float]:
-    """Return the nearest changes of a rank, and the relative error over all."""
-    found, sizes = [], torch.zeros(2, dtype=torch.float64)
+    if rank is not None and (isinstance(rank, bool) or rank not in range(1, most + 1)):
+        raise ModgraftError(
+            f"rank={rank!r:.80}: at {least.site.label} the weight is "
+            f"{' × '.join(map(str, least.change.shape[-2:]))}, so the rank is 1 to {most}"
+        )
+    made, sizes = [], torch.zeros(2, dtype=torch.float64)
     for each in merged:
-        change, size = truncated(each.change, rank)
-        found.append(replace(each, change=change))
-        sizes += size.cpu()
-    whole, left = sizes.tolist()
-    return found, (left / whole) ** 0.5 if whole else 0.0
+        side = rank or min(each.change.shape[-2:])
+        change = each.change
+        if rank is not None or (isinstance(change, LowRank) and change.rank > side):
+            change, size = truncated(change, side)
+            sizes += size.cpu()
+        made.append(replace(each, change=change))
+    whole, lost = sizes.tolist()
+    at = {each.site.label: each for each in made}
+    new = host.implant(name, _method(made, most), list(at), active=False)
+    for label, place in zip(new.paths, new.places, strict=True):
+        _fill(new.method, place, at[label])
+    return new, (lost / whole) ** 0.5 if whole else 0.0
 
 
-def _compressed(each: _Result) -> _Result:
-    """Return factors that are no wider than the weight."""
-    side = min(each.change.shape[-2:])
-    if isinstance(each.change, LowRank) and each.change.rank > side:
-        return replace(each, change=truncated(each.change, side)[0])
-    return each
+def _method(merged: Sequence[_Merged], most: int) -> Computation:
+    """Return the method that holds changes, the smallest one."""
+    biased = any(each.bias is not None for each in merged)
+    ranks = [each.change.rank for each in merged if isinstance(each.change, LowRank)]
+    if len(ranks) == len(merged) and max(ranks) <= most:
+        at = [(each.site.module, each.site.part, each.site.parameter) for each in merged]
+        if not biased or all(bias_vector(*each) is not None for each in at):
+            return LoRA(rank=max(1, *ranks), bias=biased)
+    size = sum(each.change.shape.numel() for each in merged)
+    used = sum(int(dense(each.change).count_nonzero()) for each in merged)
+    if biased or 2 * used > size or any(len(each.change.shape) > 2 for each in merged):
+        return DenseDelta(bias=biased)
+    return SparseDelta(density=max(1, used) / size)
 
 
-def _whole(
-    merged: Sequence[_Result], biased: bool
-) -> tuple[Computation, Callable[[Any, _Result], None]]:
-    """Return a module for changes that have no low rank, and what fills it."""
-    deltas = [dense(each.change) for each in merged]
-    size = sum(delta.numel() for delta in deltas)
-    used = sum(int(delta.count_nonzero()) for delta in deltas)
-    if not biased and 2 * used < size and all(delta.dim() == 2 for delta in deltas):
-        return SparseDelta(density=max(1, used) / size), _fill_sparse
-    return DenseDelta(bias=biased), _fill_dense
-
-
-def _fill_lora(place: Any, each: _Result) -> None:
-    """Write factors into a LoRA of at least their rank; what is left of it does nothing yet."""
-    change = each.change
-    assert isinstance(change, LowRank)  # noqa: S101
-    place.A[..., : change.rank, :] = change.right
-    place.B[..., : change.rank] = change.left
-
-
-def _fill_dense(place: Any, each: _Result) -> None:
-    place.values.copy_(dense(each.change))
-
-
-def _fill_sparse(place: Any, each: _Result) -> None:
-    flat = dense(each.change).flatten()
-    indices = flat.nonzero()[:, 0]
-    place.keep(indices)
-    place.values.copy_(flat[indices])
+def _fill(method: Computation, place: Any, merged: _Merged) -> None:
+    """Write a change into a module; what is left of a larger rank does nothing yet."""
+    change = merged.change
+    if isinstance(method, LoRA) and isinstance(change, LowRank):
+        place.A[..., : change.rank, :] = change.right
+        place.B[..., : change.rank] = change.left
+    elif isinstance(method, SparseDelta):
+        flat = dense(change).flatten()
+        place.keep(flat.nonzero()[:, 0])
+        place.values.copy_(flat[flat != 0])
+    else:
+        place.values.copy_(dense(change))
+    if merged.bias is not None:
+        place.b.copy_(merged.bias)

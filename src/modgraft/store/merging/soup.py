@@ -39,12 +39,12 @@ def greedy(names: Sequence[str], validate: Callable[[Sequence[str]], float]) -> 
 
     def score(some: Sequence[str]) -> float:
         found = validate(some)
-        if isinstance(found, bool) or not isinstance(found, int | float) or math.isnan(found):
+        if not isinstance(found, int | float) or math.isnan(found):
             raise ModgraftError(
                 f"validate gave {found!r:.80} for {', '.join(some)}; it returns a number, higher "
                 f"where the model is better"
             )
-        return float(found)
+        return found
 
     alone = {name: score([name]) for name in names}
     best, *others = sorted(names, key=lambda name: -alone[name])  # of equal ones the first
