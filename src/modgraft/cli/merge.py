@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +23,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="The new folder.")],
     method: Annotated[
         str,
-        typer.Option(
-            help="average, arithmetic, ties, dare, slerp, isotropic, tsv, knots or greedy_soup."
-        ),
+        typer.Option(help="average, arithmetic, ties, dare, slerp, isotropic, tsv or knots."),
     ] = "average",
     base: Annotated[
         str | None,
@@ -52,14 +48,6 @@ def merge(
         bool,
         typer.Option("--into-model", help="Modules: write the host with the merge in its weights."),
     ] = False,
-    validate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COMMAND",
-            help="For greedy_soup of checkpoints: is given a folder as its last argument, and "
-            "prints its score; higher is better.",
-        ),
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
 ) -> None:
     """Merge modules into a module or a model, or whole checkpoints into one.
@@ -80,8 +68,8 @@ def merge(
     from modgraft.core.errors import ModgraftError
 
     kind = kind_of(paths)
-    said = _options(method, options or [])
-    numbers = None if weights is None else _numbers(weights)
+    said = dict(_option(pair) for pair in options or [])
+    numbers = None if weights is None else [_number(text) for text in weights.split(",")]
     if not as_json:
         typer.echo(f"{len(paths)} {kind}, {method}", err=True)
     if kind == "checkpoints":
@@ -91,16 +79,10 @@ def merge(
 
         with shown_progress("merging", as_json) as progress:
             merge_checkpoints(
-                paths, out, method, base=base, weights=numbers, progress=progress,
-                validate=None if validate is None else _score_of(validate), **said,
-            )  # fmt: skip
+                paths, out, method, base=base, weights=numbers, progress=progress, **said
+            )
         report: dict[str, Any] = {}
     else:
-        if validate is not None or method == "greedy_soup":
-            raise ModgraftError(
-                "a greedy soup of modules is validated in Python: mg.merge(host, names, into=…, "
-                "method='greedy_soup', validate=…); here it is of checkpoints"
-            )
         report = _modules(paths, out, method, base, numbers, rank, name, into_model, said, as_json)
     report = {"merged": kind, "method": method, "out": str(out), **report}
     if as_json:
@@ -135,8 +117,12 @@ def kind_of(paths: Sequence[Path]) -> str:
     return next(iter(found))
 
 
-def loaded(paths: Sequence[Path], base: str | None) -> tuple[Host, list[str]]:
+def loaded(
+    paths: Sequence[Path], base: str | None, but: str | None = None
+) -> tuple[Host, list[str]]:
     """Make the host of saved modules and load them; return it and their names in it.
+
+    They are called as their folders, and none of them ``but``.
 
     Raises:
         ModgraftError: where nothing says which model is the host.
@@ -159,12 +145,10 @@ def loaded(paths: Sequence[Path], base: str | None) -> tuple[Host, list[str]]:
         )
     host = Host(read_model(base, weights=True).eval())
     names: list[str] = []
-    for path in paths:
-        plain = re.sub(r"\W", "_", path.resolve().name)
-        stem = f"m_{plain}" if not plain.isidentifier() or hasattr(host.implants, plain) else plain
-        name, number = stem, 2
-        while name in host:
-            name, number = f"{stem}_{number}", number + 1
+    for number, path in enumerate(paths, 1):
+        name = re.sub(r"\W", "_", path.resolve().name)
+        if not name.isidentifier() or hasattr(host.implants, name) or name in (but, *names):
+            name = f"m{number}_{name}"
         host.load(path, name, active=False)
         names.append(name)
     return host, names
@@ -199,18 +183,14 @@ def _modules(
     options: dict[str, Any],
     quiet: bool,
 ) -> dict[str, Any]:
-    from modgraft.core.errors import ModgraftError
-    from modgraft.store.merging.checkpoints import copy_rest, new_folder
+    from modgraft.core.files import new_folder
+    from modgraft.store.merging.checkpoints import copy_rest
     from modgraft.store.merging.modules import merge as merge_modules
 
-    host, names = loaded(paths, base)
-    if name in names:
-        raise ModgraftError(f"--name {name}: one of the folders is called so; take another name")
+    host, names = loaded(paths, base, but=name)
     new = merge_modules(host, names, name, method, weights=weights, rank=rank, **options)
     if into_model:
         plain: Any = host.merge(name)
-        if out.is_dir() and any(out.iterdir()):
-            raise ModgraftError(f"{out} is there and not empty; choose another folder")
         with new_folder(out) as part:
             if base is not None and Path(base).is_dir():
                 copy_rest(Path(base), part)
@@ -226,49 +206,17 @@ def _modules(
     }
 
 
-def _options(method: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` as the types that the method's options have."""
-    from modgraft.store.merging.methods import METHODS
-
-    known = METHODS[method].options if method in METHODS else {}
-    made: dict[str, Any] = {}
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        kind = type(known.get(name, ""))
-        try:
-            made[name] = _TRUTH[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError) as error:
-            raise typer.BadParameter(f"--set {pair}: the value is no {kind.__name__}") from error
-    return made
-
-
-_TRUTH = {"true": True, "false": False}
-
-
-def _numbers(text: str) -> list[float]:
+def _option(pair: str) -> tuple[str, Any]:
+    """Read ``NAME=VALUE``; a value is a number, true, false or a word."""
+    name, _, text = pair.partition("=")
     try:
-        return [float(part) for part in text.split(",")]
+        return name, json.loads(text)
+    except json.JSONDecodeError:
+        return name, text
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
     except ValueError as error:
-        raise typer.BadParameter(f"--weights {text}: write numbers as 0.7,0.3") from error
-
-
-def _score_of(command: str) -> Callable[[Path], float]:
-    """Return what runs a command on a checkpoint's folder and reads the number it prints last."""
-    from modgraft.core.errors import ModgraftError
-
-    words = shlex.split(command)
-
-    def score(folder: Path) -> float:
-        done = subprocess.run([*words, str(folder)], stdout=subprocess.PIPE, text=True)  # noqa: S603
-        last = done.stdout.strip().rpartition("\n")[2]
-        try:
-            if done.returncode == 0:
-                return float(last)
-        except ValueError:
-            pass
-        raise ModgraftError(
-            f"--validate {command}: it ended with status {done.returncode}, and its last line was "
-            f"{last!r:.80}; it has to print a score as its last line"
-        )
-
-    return score
+        raise typer.BadParameter(f"--weights: {text!r} is no number; write 0.7,0.3") from error

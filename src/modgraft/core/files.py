@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,47 @@ def locked(folder: Path, *names: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a folder beside `target` which becomes it when the block ends without an error.
+
+    What a killed process left of an earlier one is removed.
+
+    Args:
+        target: A folder that is not there yet, or is empty.
+
+    Raises:
+        ModgraftError: `target` holds something or cannot be written, or another process is at it.
+    """
+    target = target.absolute()
+    part = target.with_name(f".{target.name}.part")
+    try:
+        _check_free(target)
+        with locked(part):
+            _check_free(target)  # who held `part` until now has renamed it
+            try:
+                for left in part.iterdir():
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                yield part
+                for path in (*part.rglob("*"), part):
+                    sync(path)
+                part.rename(target)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
+        sync(target.parent)
+    except OSError as error:
+        if isinstance(error, ModgraftError):
+            raise
+        why = error.strerror or error
+        raise ModgraftError(f"{target} cannot be written ({why}); nothing of it is left") from error
+
+
+def _check_free(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ModgraftError(f"{folder} is there and not empty; choose another folder")
 
 
 def write_text(path: str | Path, text: str) -> None:

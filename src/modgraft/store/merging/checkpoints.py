@@ -1,47 +1,41 @@
 """Merges whole checkpoints, the folders that ``save_pretrained`` writes, of any size.
 
 A tensor is read in blocks from every checkpoint, merged, and written: what is in memory at a time
-are a few blocks of :data:`BLOCK` numbers for each checkpoint. The methods that need a matrix as a
-whole (``isotropic``, ``tsv``, ``knots``) hold that of each checkpoint, one weight at a time. Files
-are read and written with plain reads and writes, which no limit of memory counts.
+are a few blocks of :data:`BLOCK` numbers for each checkpoint. The methods of matrices
+(``isotropic``, ``tsv``, ``knots``) hold one weight of each checkpoint at a time.
 
 The new folder appears with one rename, when all of it is on the disk: until then there is none.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from glob import escape
-from io import FileIO
+from contextlib import ExitStack, closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.core.files import folder_path, read_json, sync, write_json
+from modgraft.core.files import folder_path, new_folder, read_json, write_json
 from modgraft.core.precision import wide
-from modgraft.store.file import DTYPES, Entry, Header
+from modgraft.store.file import DTYPES, Entry
 from modgraft.store.merging.low_rank import dense
-from modgraft.store.merging.methods import SOUP, Asked, asked
+from modgraft.store.merging.methods import METHODS, SOUP, Asked, asked
 from modgraft.store.merging.soup import greedy
+from modgraft.store.merging.weights import INDEX, Checkpoint
 
 BLOCK = 2**18
 """How many numbers of a tensor are merged at a time."""
 
-INDEX = "model.safetensors.index.json"
-ONE_FILE = "model.safetensors"
 RECORD = "modgraft_merge.json"
+"""The file that says what a checkpoint was made of."""
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".pkl"
@@ -50,117 +44,6 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Progress = Callable[[int, int], object]
 """Told how many numbers are merged, and how many there are."""
-
-
-class Checkpoint:
-    """A folder of weights, of which slices are read.
-
-    Args:
-        folder: a folder with ``model.safetensors``, or with an index and its shards.
-
-    Raises:
-        CheckpointError: for a folder of pickles, without weights, with a missing shard, or whose
-            index and shards do not agree.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._opened = ExitStack()
-        self._at: dict[str, tuple[FileIO, int]] = {}
-        self.entries: dict[str, Entry] = {}
-        self.shards: dict[str, list[str]] = {}
-        """The tensors of each file, in the order of their bytes."""
-        try:
-            for name, wanted in self._files().items():
-                self._open(name, wanted)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close its files."""
-        self._opened.close()
-
-    def numbers(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
-        """Read the numbers ``start`` to ``end`` of a tensor, as a vector."""
-        entry = self.entries[name]
-        size = entry.dtype.itemsize
-        file, begin = self._at[name]
-        count = math.prod(entry.shape) if end is None else end
-        data = bytearray((count - start) * size)
-        file.seek(begin + start * size)
-        at, left = memoryview(data), len(data)
-        while left:  # a read gives 2 GiB at most
-            if not (got := file.readinto(at[len(data) - left :])):
-                raise CheckpointError(f"{file.name} has become shorter while it was read")
-            left -= got
-        return torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0)
-
-    def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of each of its files."""
-        found = {}
-        for name in self.shards:
-            with (self.folder / name).open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return found
-
-    def _files(self) -> dict[str, list[str] | None]:
-        """Return the files of weights, each with the tensors that the index expects in it."""
-        if (self.folder / ONE_FILE).is_file():
-            return {ONE_FILE: None}
-        if not self.folder.is_dir():
-            raise CheckpointError(
-                f"{self.folder} is no folder; give one that save_pretrained wrote"
-            )
-        index = self.folder / INDEX
-        if not index.is_file():
-            pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt"))
-            if pickles:
-                raise CheckpointError(
-                    f"{self.folder} holds {pickles[0]}, a pickle, which may run anything when it "
-                    f"is read, and no {ONE_FILE}; load it where you trust it, and "
-                    f"save_pretrained(folder) writes safetensors"
-                )
-            raise CheckpointError(
-                f"{self.folder} holds no weights: neither {ONE_FILE} nor {INDEX} is there; give a "
-                f"folder that save_pretrained wrote"
-            )
-        said = read_json(index, what="a checkpoint's index", remedy="copy the folder again")
-        placed = said.get("weight_map")
-        if not isinstance(placed, dict) or not placed:
-            raise CheckpointError(f"{index} has no weight_map; copy the folder again")
-        found: dict[str, list[str] | None] = {}
-        for tensor, name in placed.items():
-            if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
-                raise CheckpointError(
-                    f"{index} places {tensor!r:.80} in {name!r:.80}, no file's name"
-                )
-            found.setdefault(name, []).append(tensor)  # type: ignore[union-attr]
-        if missing := [name for name in found if not (self.folder / name).is_file()]:
-            raise CheckpointError(
-                f"{self.folder}: {len(missing)} of {len(found)} shards are missing, {missing[0]} "
-                f"for one; copy the folder again"
-            )
-        return found
-
-    def _open(self, name: str, wanted: list[str] | None) -> None:
-        path = self.folder / name
-        file = self._opened.enter_context(path.open("rb", buffering=0))
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(8)
-        header = Header(head + file.read(Header.length(head, size, path) - 8), size, path)
-        if wanted is not None and (lost := set(wanted).symmetric_difference(header.entries)):
-            raise CheckpointError(
-                f"{path} and the index beside it do not agree about {sorted(lost)[0]!r:.80}; copy "
-                f"the folder again"
-            )
-        ordered = sorted(header.entries.items(), key=lambda item: item[1].begin)
-        self.shards[name] = [tensor for tensor, _ in ordered]
-        for tensor, entry in ordered:
-            if tensor in self.entries:
-                raise CheckpointError(f"{self.folder}: {tensor!r:.80} is in two of its files")
-            self.entries[tensor] = entry
-            self._at[tensor] = file, header.start + entry.begin
 
 
 def merge_checkpoints(
@@ -199,81 +82,66 @@ def merge_checkpoints(
         ModgraftError: for an unknown method or option, or a missing base.
     """
     target = folder_path(out, "merge_checkpoints")
-    if target.is_dir() and any(target.iterdir()):
-        raise CheckpointError(f"{target} is there and not empty; choose another folder")
-    paths = [Path(each) for each in models]
-    if method == SOUP:
-        return _soup(paths, target, base, weights, validate, progress, options)
-    if validate is not None:
-        raise ModgraftError(f"validate= belongs to method={SOUP!r}, and not to {method!r}")
-    how = asked(method, len(paths), weights, options)
-    if base is None and how.method.needs_base:
+    if (validate is not None) != (method == SOUP):
+        raise ModgraftError(
+            f"method={SOUP!r} takes validate=, a function of a checkpoint's folder that returns "
+            f"its score, and no other method does"
+        )
+    soup = validate is not None
+    how = asked("average" if soup else method, len(models), weights, options)
+    if soup and (weights is not None or base is not None):
+        raise ModgraftError(f"method={SOUP!r} takes no weights and no base: it is an average")
+    if base is None and METHODS[how.name].needs_base:
         raise ModgraftError(
             f"{method} merges what models have learned since they were one; name that one: "
             f"base='folder' (--base on the command line)"
         )
-    return _merge(paths, target, how, None if base is None else Path(base), progress, {})
-
-
-def _merge(
-    paths: Sequence[Path],
-    target: Path,
-    how: Asked,
-    base: Path | None,
-    progress: Progress | None,
-    more: dict[str, Any],
-) -> Path:
-    """Merge checkpoints; ``more`` is what else the record says."""
+    paths = [Path(each) for each in (*([] if base is None else [base]), *models)]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise ModgraftError(f"{twice[0]} is named twice; say weights= in place of that")
     with ExitStack() as opened:
-
-        def open_(path: Path) -> Checkpoint:
-            found = Checkpoint(path)
-            opened.callback(found.close)
-            return found
-
-        start = None if base is None else open_(base)
-        several = [open_(path) for path in paths]
-        first = several[0] if start is None else start
-        for each in several:
-            _check_same(first, each)
-        with new_folder(target) as part:
-            _write(how, start, several, part, progress)
-            copy_rest(first.folder, part)
-            write_json(part / RECORD, _record(how, start, several) | more)
+        several = [opened.enter_context(closing(Checkpoint(path))) for path in paths]
+        for each in several[1:]:
+            _check_same(several[0], each)
+        size = several[0].nbytes
+        with new_folder(target) as folder:
+            if (free := shutil.disk_usage(folder).free) < size:
+                raise CheckpointError(
+                    f"{target} takes {size:,} bytes, and its disk has {free:,}; make room, or "
+                    f"choose another disk"
+                )
+            start = None if base is None else several.pop(0)
+            said: dict[str, Any] = {"method": method, "options": dict(how.options)}
+            if validate is not None:
+                several, scores = _chosen(several, folder, validate)
+                how = asked("average", len(several), None, {})
+                said |= scores
+            _write(how, start, several, folder, progress)
+            said["base"] = start and {"name": str(start.folder), "files": start.digests()}
+            said["parents"] = [
+                {"name": str(model.folder), "weight": weight, "files": model.digests()}
+                for model, weight in zip(several, how.weights, strict=True)
+            ]
+            write_json(folder / RECORD, said)
     return target
 
 
-def _soup(
-    paths: Sequence[Path],
-    target: Path,
-    base: str | Path | None,
-    weights: Sequence[float] | None,
-    validate: Callable[[Path], float] | None,
-    progress: Progress | None,
-    options: dict[str, Any],
-) -> Path:
-    """Write the average of the models that a validation chooses."""
-    if validate is None or weights is not None or options or base is not None:
-        raise ModgraftError(
-            f"method={SOUP!r} takes validate=, a function of a checkpoint's folder that returns "
-            f"its score, and no weights, base or options"
-        )
-    score, names = validate, {str(path): path for path in paths}
-    if len(names) < len(paths):
-        raise ModgraftError("a model is named twice; each is one candidate")
+def _chosen(
+    models: Sequence[Checkpoint], part: Path, validate: Callable[[Path], float]
+) -> tuple[list[Checkpoint], dict[str, Any]]:
+    """Choose the models of a greedy soup; return them, and the scores."""
+    named = {str(model.folder): model for model in models}
 
-    def scored(some: Sequence[str]) -> float:
+    def score(names: Sequence[str]) -> float:
+        some = [named[name] for name in names]
         if len(some) == 1:
-            return score(names[some[0]])
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".soup.") as folder:
-            made = merge_checkpoints([names[name] for name in some], Path(folder) / "candidate")
-            return score(made)
+            return validate(some[0].folder)
+        with TemporaryDirectory(dir=part) as folder:
+            _write(asked("average", len(some), None, {}), None, some, Path(folder), None)
+            return validate(Path(folder))
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    soup = greedy(list(names), scored)
-    chosen = [names[name] for name in soup.chosen]
-    more = {"method": SOUP, "alone": soup.alone, "score": soup.score}
-    return _merge(chosen, target, asked("average", len(chosen), None, {}), None, progress, more)
+    soup = greedy(list(named), score)
+    return [named[name] for name in soup.chosen], {"alone": soup.alone, "score": soup.score}
 
 
 def _check_same(one: Checkpoint, other: Checkpoint) -> None:
@@ -286,11 +154,13 @@ def _check_same(one: Checkpoint, other: Checkpoint) -> None:
             f"in one alone; {name} is in {there.folder} and not in {not_there.folder}"
         )
     for name, entry in one.entries.items():
-        shape = other.entries[name].shape
-        if shape != entry.shape:
+        there = other.entries[name]
+        whole = not (entry.dtype.is_floating_point and there.dtype.is_floating_point)
+        if entry.shape != there.shape or (whole and entry.dtype != there.dtype):
+            ours, theirs = (f"{e.dtype} {list(e.shape)}" for e in (entry, there))
             raise CheckpointError(
-                f"{name} is {list(entry.shape)} in {one.folder} and {list(shape)} in "
-                f"{other.folder}; checkpoints of one shape are merged"
+                f"{name} is {ours} in {one.folder} and {theirs} in {other.folder}; checkpoints of "
+                f"one shape are merged"
             )
     said = [each.folder / "config.json" for each in (one, other)]
     if all(path.is_file() for path in said):
@@ -314,7 +184,8 @@ def _write(
     folder: Path,
     progress: Progress | None,
 ) -> None:
-    """Write the merged tensors as the files of ``base``, or else the first model, have them."""
+    """Write the merged tensors as the files of ``base``, or else the first model, have them, and
+    copy what else is in its folder."""
     first = models[0] if base is None else base
     done, every = 0, sum(math.prod(entry.shape) for entry in first.entries.values())
     for name, tensors in first.shards.items():
@@ -326,12 +197,10 @@ def _write(
                     done += block.numel()
                     if progress is not None:
                         progress(done, every)
-            file.flush()
-            os.fsync(file.fileno())
     if len(first.shards) > 1:
-        size = sum(entry.end - entry.begin for entry in first.entries.values())
         placed = {tensor: name for name, tensors in first.shards.items() for tensor in tensors}
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
+        write_json(folder / INDEX, {"metadata": {"total_size": first.nbytes}, "weight_map": placed})
+    copy_rest(first.folder, folder)
 
 
 def _head(entries: dict[str, Entry]) -> bytes:
@@ -358,31 +227,28 @@ def _merged(
     if not entry.dtype.is_floating_point:
         yield from _equal(first, models, name)
         return
-    in_blocks = how.method.by_number or len(entry.shape) != 2
-    step = BLOCK if in_blocks else max(1, size)
-    shape = (-1,) if in_blocks else entry.shape
+    in_blocks = how.in_blocks(entry.shape)
+    step, shape = (BLOCK, (-1,)) if in_blocks else (max(1, size), entry.shape)
 
     def read(each: Checkpoint, start: int) -> Tensor:
         return wide(each.numbers(name, start, min(start + step, size))).reshape(shape)
 
     def blocks() -> Iterable[list[Tensor]]:
         for start in range(0, size, step):
-            if base is None:
-                yield [read(model, start) for model in models]
-            else:
-                origin = read(base, start)
-                yield [read(model, start) - origin for model in models]
+            origin = 0.0 if base is None else read(base, start)
+            yield [read(model, start) - origin for model in models]
 
     parents = [str(number) for number in range(len(models))]
-    for number, change in enumerate(how.merge(name, parents, blocks)):
+    for number, change in enumerate(how.merge(name, parents, entry.shape, blocks)):
         block = dense(change)
         if base is not None:
             block = read(base, number * step) + block
-        if not torch.isfinite(block).all():
-            bad = [m.folder for m in models if not torch.isfinite(read(m, number * step)).all()]
-            why = f"{bad[0]} does" if bad else "the sum is too large"
+        block = block.flatten().to(entry.dtype)
+        if not block.isfinite().all():
+            bad = [m.folder for m in models if not read(m, number * step).isfinite().all()]
+            why = f"{bad[0]} does" if bad else f"it is too large for {entry.dtype}"
             raise CheckpointError(f"the merge of {name} holds NaN or infinity: {why}")
-        yield block.flatten().to(entry.dtype)
+        yield block
 
 
 def _equal(first: Checkpoint, models: Sequence[Checkpoint], name: str) -> Iterator[Tensor]:
@@ -401,67 +267,8 @@ def _equal(first: Checkpoint, models: Sequence[Checkpoint], name: str) -> Iterat
 
 def copy_rest(source: Path, folder: Path) -> None:
     """Copy what is no weights: configuration, tokenizer, licence."""
-    for path in sorted(source.iterdir()):
+    for path in source.iterdir():
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         ours = path.name.lower() == "readme.md" or path.name == RECORD
         if path.is_file() and not weights and not ours and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
-            sync(folder / path.name)
-
-
-def _record(how: Asked, base: Checkpoint | None, models: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Describe what a checkpoint was made of, with the hashes of all files."""
-    return {
-        "method": how.name,
-        "options": dict(how.options),
-        "base": None if base is None else {"name": str(base.folder), "files": base.digests()},
-        "parents": [
-            {"name": str(model.folder), "weight": weight, "files": model.digests()}
-            for model, weight in zip(models, how.weights, strict=True)
-        ],
-    }
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside ``target`` that becomes it when the block ends without an error.
-
-    What a killed process left beside it is removed; a living one holds a lock on its own.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{escape(target.name)}.????????.part"):
-            _remove_left(left)
-        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be made: {error.strerror}") from error
-    descriptor = os.open(part, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield part
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o777 & ~mask)
-        sync(part)
-        part.rename(target)  # onto nothing, or an empty folder
-        sync(target.parent)
-    except OSError as error:
-        if isinstance(error, ModgraftError):
-            raise
-        raise CheckpointError(
-            f"{target} cannot be written: {error.strerror or error}; nothing of it is left"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        os.close(descriptor)
-
-
-def _remove_left(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder)
-    except BlockingIOError:
-        return  # another process is at work
-    finally:
-        os.close(descriptor)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from modgraft.core.precision import wide
-from modgraft.store.merging.checkpoints import BLOCK, Checkpoint, Progress
-from modgraft.store.merging.low_rank import Change, dense, svd, total
-from modgraft.store.merging.methods import Blocks, Whole
+from modgraft.store.merging.checkpoints import BLOCK, Progress
+from modgraft.store.merging.low_rank import dense, svd, total
+from modgraft.store.merging.methods import Blocks, Deltas
 from modgraft.store.merging.modules import changes_of
+from modgraft.store.merging.weights import Checkpoint
 from modgraft.training.host_like import HostLike
 
 
@@ -111,33 +112,22 @@ def compare_modules(host: HostLike, one: str, other: str) -> list[Row]:
                 rows.append(_alone(label, tuple(here.shape), "B" if missing[0] else "A"))
                 continue
             a, b = (change for change in changes if change is not None)
-            apart = total([b, a], [1.0, -1.0])
-            rank = len(svd(apart)[1]) if len(apart.shape) == 2 else None
-            rows.append(_row(label, tuple(a.shape), _products(label, a, b), rank))
+            rank = len(svd(total([b, a], [1, -1]))[1]) if len(a.shape) == 2 else None
+            apart = dense(b) - dense(a)
+            rows.append(_row(label, tuple(a.shape), lambda x=a, y=b, z=apart: [[x, y, z]], rank))
     return rows
-
-
-def _products(name: str, a: Change, b: Change) -> Tensor:
-    """Return the products of A, B and B − A with each other."""
-    return _whole(name, lambda: [[dense(a), dense(b), dense(b) - dense(a)]]).products
-
-
-def _whole(name: str, blocks: Blocks) -> Whole:
-    return Whole(name, ["A", "B", "B - A"], [1.0] * 3, blocks)
 
 
 def _tensor(a: Checkpoint, b: Checkpoint, base: Checkpoint | None, name: str, ranks: bool) -> Row:
     entry = a.entries[name]
     if name not in b.entries:
         return _alone(name, entry.shape, "A")
-    there = [b.entries[name].shape]
-    if base is not None:
-        there.append(base.entries[name].shape if name in base.entries else ())
-    if any(shape != entry.shape for shape in there):
+    others = [each.entries.get(name) for each in (b, *([] if base is None else [base]))]
+    if any(other is None or other.shape != entry.shape for other in others):
         return _alone(name, entry.shape, "shape")
-    size = math.prod(entry.shape)
-    if not entry.dtype.is_floating_point:
-        same = all(
+    size, kinds = math.prod(entry.shape), {entry.dtype, b.entries[name].dtype}
+    if not all(kind.is_floating_point for kind in kinds):
+        same = len(kinds) == 1 and all(
             torch.equal(a.numbers(name, i, j), b.numbers(name, i, j)) for i, j in _steps(size)
         )
         return Row(name, entry.shape, 0.0, 0.0, 0.0, None, None, "" if same else "type")
@@ -154,14 +144,16 @@ def _tensor(a: Checkpoint, b: Checkpoint, base: Checkpoint | None, name: str, ra
     if ranks and len(entry.shape) == 2:
         apart = torch.cat([block[2] for block in blocks()])
         rank = len(svd(apart.reshape(entry.shape))[1])
-    return _row(name, entry.shape, _whole(name, blocks).products, rank)
+    return _row(name, entry.shape, blocks, rank)
 
 
 def _steps(size: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
 
 
-def _row(name: str, shape: tuple[int, ...], products: Tensor, rank: int | None) -> Row:
+def _row(name: str, shape: tuple[int, ...], blocks: Blocks, rank: int | None) -> Row:
+    """Compare A and B, of which ``blocks`` gives A, B and B − A."""
+    products = Deltas(name, ["A", "B", "B - A"], [], blocks).products()
     one, other, apart = products.diagonal().sqrt().tolist()
     relative = apart / one if one else (math.inf if apart else 0.0)
     cosine = float(products[0, 1]) / (one * other) if one and other else None
