@@ -117,12 +117,8 @@ def kind_of(paths: Sequence[Path]) -> str:
     return next(iter(found))
 
 
-def loaded(
-    paths: Sequence[Path], base: str | None, but: str | None = None
-) -> tuple[Host, list[str]]:
-    """Make the host of saved modules and load them; return it and their names in it.
-
-    They are called as their folders, and none of them ``but``.
+def loaded(paths: Sequence[Path], base: str | None) -> tuple[Host, list[str]]:
+    """Make the host of saved modules and load them; return it and their names, as ``m1_<folder>``.
 
     Raises:
         ModgraftError: where nothing says which model is the host.
@@ -144,13 +140,10 @@ def loaded(
             f"folder or a hub name"
         )
     host = Host(read_model(base, weights=True).eval())
-    names: list[str] = []
+    names = []
     for number, path in enumerate(paths, 1):
-        name = re.sub(r"\W", "_", path.resolve().name)
-        if not name.isidentifier() or hasattr(host.implants, name) or name in (but, *names):
-            name = f"m{number}_{name}"
-        host.load(path, name, active=False)
-        names.append(name)
+        names.append(f"m{number}_" + re.sub(r"\W", "_", path.resolve().name))
+        host.load(path, names[-1], active=False)
     return host, names
 
 
@@ -187,7 +180,7 @@ def _modules(
     from modgraft.store.merging.checkpoints import copy_rest
     from modgraft.store.merging.modules import merge as merge_modules
 
-    host, names = loaded(paths, base, but=name)
+    host, names = loaded(paths, base)
     new = merge_modules(host, names, name, method, weights=weights, rank=rank, **options)
     if into_model:
         plain: Any = host.merge(name)

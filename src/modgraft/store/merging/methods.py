@@ -168,7 +168,8 @@ def dare(
     if rescale == "l1":
         sizes = torch.zeros(2, len(by), dtype=torch.float64)  # ‖Δᵢ‖₁, ‖mᵢ ⊙ Δᵢ‖₁
         for both in these.dropped(density, seed):
-            sizes += torch.tensor([[float(d.abs().double().sum()) for d in ds] for ds in both])
+            sums = [[float(d.abs().double().sum()) for d in each] for each in both]
+            sizes += sizes.new_tensor(sums)
         by = torch.where((sizes < 1e-7).any(0), 1.0, sizes[1] / sizes[0]).tolist()
     for _, kept in these.dropped(density, seed):
         deltas = [delta / p for delta, p in zip(kept, by, strict=True)]
