@@ -272,7 +272,7 @@ def _as_module(
     """Implant what was merged, in the form that holds it; return it and the relative error."""
     least = min(merged, key=lambda each: min(each.change.shape[-2:]))
     most = min(least.change.shape[-2:])
-    if rank is not None and (isinstance(rank, bool) or rank not in range(1, most + 1)):
+    if rank is not None and (type(rank) is not int or not 1 <= rank <= most):
         raise ModgraftError(
             f"rank={rank!r:.80}: at {least.site.label} the weight is "
             f"{' × '.join(map(str, least.change.shape[-2:]))}, so the rank is 1 to {most}"
