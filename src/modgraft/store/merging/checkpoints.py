@@ -31,7 +31,7 @@ from modgraft.store.merging.methods import METHODS, SOUP, Asked, asked
 from modgraft.store.merging.soup import greedy
 from modgraft.store.merging.weights import INDEX, Checkpoint
 
-BLOCK = 2**18
+BLOCK = 2**16
 """How many numbers of a tensor are merged at a time."""
 
 RECORD = "modgraft_merge.json"
