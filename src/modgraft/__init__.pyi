@@ -22,6 +22,7 @@ from .computation.intrinsic_dimension import IntrinsicDimension as IntrinsicDime
 from .computation.invertible_adapter import InvertibleAdapter as InvertibleAdapter
 from .computation.linear_map import LinearMap as LinearMap
 from .computation.lora import LoRA as LoRA
+from .computation.oft import OFT as OFT
 from .computation.prefix import Prefix as Prefix
 from .computation.prompts import Prompt as Prompt
 from .computation.prompts import SoftPrompt as SoftPrompt
@@ -30,6 +31,8 @@ from .computation.shared import Shared as Shared
 from .computation.sparse import SparseDelta as SparseDelta
 from .computation.sparse import SparseSubnetwork as SparseSubnetwork
 from .computation.sparse import Supermask as Supermask
+from .computation.trainable_tokens import TrainableTokens as TrainableTokens
+from .computation.vera import VeRA as VeRA
 from .core.context import Side as Side
 from .core.errors import ModgraftError as ModgraftError
 from .core.parse import average as average

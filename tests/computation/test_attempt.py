@@ -155,15 +155,11 @@ def test_only_it_learns_and_it_is_saved(tmp_path: Any) -> None:
     for key, value in host.implants.state_dict().items():
         assert torch.equal(value, before[key]) != key.startswith("att.")
     host.save("att", tmp_path / "att")
-    host.save("mnli", tmp_path / "mnli")
     other = made("t5", torch.float32)
     other.remove("att")
     other.remove("mnli")
-    with pytest.raises(mg.ModgraftError, match="mnli"):
-        other.load(tmp_path / "att")
-    assert "att" not in other
-    other.load(tmp_path / "mnli")
-    other.load(tmp_path / "att")
+    other.load(tmp_path / "att")  # with mnli; squad and words are there, as they were saved
+    assert set(other.implants) == {"mnli", "squad", "words", "att"}
     given = batch("t5")
     with torch.no_grad():
         assert torch.equal(out(other, given, "att"), out(host, given, "att"))

@@ -625,3 +625,89 @@ def test_a_mask_of_queries_and_keys_tells_where_a_text_begins(additive: bool) ->
     mask = torch.zeros(seen.shape).double().masked_fill(~seen, -1e9) if additive else seen
     out = host(input_ids=words, attention_mask=mask).logits
     torch.testing.assert_close(out[0, 2:], alone, rtol=1e-4, atol=1e-5)
+
+
+# -- a prefix that counts as positions ----------------------------------------------------------
+
+COUNTING = [HOSTS["bert"], HOSTS["gpt2"], HOSTS["llama"]]
+
+
+@each(COUNTING)
+def test_the_texts_positions_begin_after_what_counts(case: HostCase) -> None:
+    host = prefixed(case, counted=True)
+    prefixed(case, "plain", host)
+    prefixed(case, "other", host, length=2, counted=True)
+    batch = {"attention_mask": None}
+    bare = mg.Host(case.model()).eval()
+    for name in ("m", "plain", "other"):
+        length = host[name].method.config()["length"]
+        bare.implant(name, mg.Prefix(length=length), active=False)
+        bare[name].load_state_dict(host[name].state_dict())
+    n = case.batch()["input_ids"].shape[1]
+
+    def at(composition: Any, start: int) -> Tensor:
+        places = torch.arange(start, start + n).expand(BATCH, -1)
+        return run(bare, case, **batch, position_ids=places, modules=composition)
+
+    for composition, start in (
+        ("m", 3), ("plain", 0), ("m >> plain", 3), ("m >> other", 5), ("average(m, plain)", 3),
+        (None, 0),
+    ):  # fmt: skip
+        got = run(host, case, **batch, modules=composition)
+        torch.testing.assert_close(got, at(composition, start), rtol=1e-4, atol=1e-5)
+    got = run(host, case, **batch, modules=["other", None, "m"])
+    for row, (name, start) in enumerate((("other", 2), (None, 0), ("m", 3))):
+        torch.testing.assert_close(got[row], at(name, start)[row], rtol=1e-4, atol=1e-5)
+    host.remove("m")
+    host.remove("other")
+    got = run(host, case, **batch, modules="plain")
+    torch.testing.assert_close(got, at("plain", 0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", DECODERS, ids=["gpt2", "llama"])
+def test_what_counts_generates_as_whole_forwards_say(case: HostCase) -> None:
+    host = prefixed(case, counted=True)
+    text = ids(4)
+    with torch.no_grad():
+        written = host.generate(text, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        for n in range(text.shape[1], written.shape[1]):
+            logits = host(input_ids=written[:, :n]).logits[:, -1]
+            logits[:, 1] = -torch.inf  # min_new_tokens: no end
+            assert torch.equal(logits.argmax(-1), written[:, n])
+
+
+def test_what_counts_and_padding_on_the_left() -> None:
+    case = HOSTS["llama"]
+    host = prefixed(case, counted=True)
+    text = ids(4)
+    padded = torch.cat([torch.zeros(BATCH, 2, dtype=torch.long), text], 1)
+    mask = (torch.arange(6) >= 2).long().expand(BATCH, -1)
+    with torch.no_grad():
+        alone = host(input_ids=text).logits
+        got = host(input_ids=padded, attention_mask=mask).logits[:, 2:]
+    torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_what_counts_is_one_graph_when_compiled() -> None:
+    case = HOSTS["llama"]
+    host = prefixed(case, counted=True)
+    prefixed(case, "n", host, length=2, counted=True)
+    batch = {"input_ids": ids(4)}
+    expected = {}
+    for name in ("m", "n", None, "m >> n"):
+        with torch.no_grad(), host.using(name):
+            expected[name] = host(**batch).logits
+    compiled, graphs = counted(host)
+    for name, want in expected.items():
+        with torch.no_grad(), host.using(name):
+            torch.testing.assert_close(compiled(**batch).logits, want, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
+def test_where_nothing_counts() -> None:
+    host = mg.Host(HOSTS["t5"].model())
+    with pytest.raises(mg.ModgraftError, match="takes no position_ids, so the text's positions"):
+        host.implant("m", mg.Prefix(length=2, counted=True))
+    host = prefixed(HOSTS["gpt2"], counted=True)
+    with pytest.raises(mg.ModgraftError, match="counts as positions, and what is chosen"):
+        host.implant("mix", mg.Mixture(["m"], router=mg.Soft(level="example")))

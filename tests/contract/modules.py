@@ -25,13 +25,16 @@ from contract.references import (
     intrinsic,
     invertible,
     lora,
+    oft,
     prefixed,
     rslora,
     scaled_input,
+    some_rows,
     sparse,
     subnetwork,
     supermask,
     tokens_before,
+    vera,
     weights,
 )
 
@@ -91,6 +94,7 @@ NO_ATTENTION = {
     **dict.fromkeys(("plain", "cnn", "rnn"), "nor does any other layer of this host"),
     "mha": "it computes its attention by itself",
 }
+NO_BLOCKS = dict.fromkeys(("plain", "cnn", "mha", "rnn"), "not made of such blocks")
 ONE_BY_ONE = dict.fromkeys(("gpt2", "llama"), "one at a time")
 
 MODULES = {
@@ -131,6 +135,21 @@ MODULES = {
         ModuleCase(
             "intrinsic", lambda: mg.IntrinsicDimension(dim=6, seed=3), lambda h: h.lora_at,
             weights(intrinsic), merges=True,
+        ),
+        ModuleCase(
+            "vera", lambda: mg.VeRA(rank=5, seed=3), lambda h: h.lora_at,
+            weights(vera, group=lambda label: ""), merges=True,
+        ),
+        ModuleCase(
+            "oft", lambda: mg.OFT(blocks=1), lambda h: h.lora_at, weights(oft(None)), merges=True,
+        ),
+        ModuleCase(
+            "oft_series", lambda: mg.OFT(block=4, terms=5), lambda h: h.lora_at,
+            weights(oft(5)), merges=True, refused=NO_BLOCKS,
+        ),
+        ModuleCase(
+            "tokens", lambda: mg.TrainableTokens(ids=(3, 0)), lambda h: h.lora_at,
+            weights(some_rows), merges=True,
         ),
         ModuleCase(
             "fusion", lambda: mg.GatedFusion(dim=FEATURES), lambda h: h.output_at,

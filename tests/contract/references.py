@@ -86,6 +86,40 @@ def dora(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
     return torch.stack(rows)
 
 
+def vera(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+    """W' = W + Λ_b B Λ_d A, with the first rows of B and the first columns of A."""
+    out, wide = weight.shape
+    return weight + t["b"].diag() @ t["B"][:out] @ t["d"].diag() @ t["A"][:, :wide]
+
+
+def oft(terms: int | None) -> Callable[..., Tensor]:
+    """W' = W Rᵀ, R the Cayley transforms of skew matrices, or a series cut off."""
+
+    def rule(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+        blocks, wide = [], weight.shape[1] // len(t["skew"])
+        for numbers in t["skew"]:
+            S = torch.zeros(wide, wide, dtype=weight.dtype, device=weight.device)
+            above = [(i, j) for i in range(wide) for j in range(i + 1, wide)]
+            for (i, j), number in zip(above, numbers, strict=True):
+                unit = torch.zeros_like(S)
+                unit[i, j], unit[j, i] = 1, -1
+                S = S + number * unit
+            one = torch.eye(wide, dtype=S.dtype, device=S.device)
+            R = (one - S) @ (one + S).inverse()
+            if terms is not None:
+                R = one + 2 * S + 2 * S @ S + 2 * S @ S @ S + S @ S @ S @ S
+            blocks.append(R)
+        return weight @ torch.block_diag(*blocks).T
+
+    return rule
+
+
+def some_rows(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
+    rows = list(weight)
+    rows[3], rows[0] = t["rows"]
+    return torch.stack(rows)
+
+
 def subnetwork(weight: Tensor, t: dict[str, Tensor], place: Any) -> Tensor:
     assert 0 < t["mask"].sum() < t["mask"].numel()
     return t["mask"] * (weight + t["phi"])

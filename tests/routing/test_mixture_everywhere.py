@@ -146,13 +146,20 @@ def test_saved_loaded_and_copied(case: HostCase, tmp_path: Path) -> None:
     expected = run(host, case)
     for name in (*NAMES, "m"):
         host.save(name, tmp_path / name)
-    fresh = mg.Host(case.model()).eval()
-    with pytest.raises(mg.ModgraftError, match="'a'"):
-        fresh.load(tmp_path / "m")  # the mixed modules have to be loaded first
-    for name in NAMES:
-        fresh.load(tmp_path / name)
-    fresh.load(tmp_path / "m")
-    assert torch.equal(run(fresh, case, modules="m"), expected)
+    for first in ((), NAMES):  # the mixed modules come with the mixture, unless they are there
+        fresh = mg.Host(case.model()).eval()
+        for name in first:
+            fresh.load(tmp_path / name)
+        fresh.load(tmp_path / "m")
+        assert set(fresh.implants) == {*NAMES, "m"}
+        assert torch.equal(run(fresh, case, modules="m"), expected)
+    fresh.remove("m")
+    with torch.no_grad():
+        for parameter in fresh["a"].parameters():
+            parameter.add_(1)
+    with pytest.raises(mg.ModgraftError, match="'a' is implanted already"):
+        fresh.load(tmp_path / "m")  # another module of that name
+    assert set(fresh.implants) == set(NAMES)
     twin = copy.deepcopy(host)
     with torch.no_grad():
         for parameter in twin["a"].parameters():

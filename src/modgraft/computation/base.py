@@ -309,6 +309,11 @@ class KeyValueComposition(InputComposition):
 
     default_at: ClassVar[str | None] = "self_attention"
 
+    @property
+    def positions(self) -> int:
+        """Return how many positions they take up before the text's; most take up none."""
+        return 0
+
     @abstractmethod
     def keys_values(self, batch: int, side: Side | None) -> tuple[Tensor, Tensor]:
         """Return P_k and P_v, each ``[batch, kv_heads, k, head_dim]``; every query sees them."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, final
+from collections.abc import Sequence
+from typing import ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modgraft.computation._checks import check_at_least_one
-from modgraft.computation.base import ParameterComposition
+from modgraft.computation.base import Computation, ParameterComposition
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import bias_vector, is_stack, low_rank_map, over_output, weight_matrix
-from modgraft.core.sites import Site
+from modgraft.core.sites import Site, matches
+
+N = TypeVar("N")
+D = TypeVar("D")
 
 
 @final
@@ -43,6 +47,9 @@ class LoRA(ParameterComposition):
         rslora: whether s is α / √r.
         dora: whether magnitude and direction are trained separately.
         bias: whether the bias is changed too.
+        rank_pattern: another r for some sites, by a pattern of their paths, of which the first
+            that matches counts: ``{"layer.0.*": 16}``.
+        alpha_pattern: likewise another α.
 
     Raises:
         ModgraftError: for a rank or dropout out of range, a site without a weight matrix, or
@@ -58,39 +65,59 @@ class LoRA(ParameterComposition):
     rslora: bool = False
     dora: bool = False
     bias: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         check_at_least_one("LoRA", rank=self.rank)
+        for pattern, rank in (self.rank_pattern or {}).items():
+            if rank < 1:
+                raise ModgraftError(
+                    f"LoRA(rank_pattern={{{pattern!r}: {rank}}}): the rank is at least 1"
+                )
+        self._here: tuple[int, float | None] = self.rank, self.alpha
         if not 0 <= self.dropout < 1:
             raise ModgraftError(f"LoRA(dropout={self.dropout}): dropout is in [0, 1)")
 
     @property
     def scale(self) -> float:
-        """Return s = α / r, or α / √r."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """Return s = α / r, or α / √r; in a built copy, that at its site."""
+        rank, alpha = self._here
+        alpha = rank if alpha is None else alpha
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def build_all(self, sites: Sequence[Site]) -> list[Computation]:
+        for pattern in {**(self.rank_pattern or {}), **(self.alpha_pattern or {})}:
+            if not any(matches(pattern, site) for site in sites):
+                raise ModgraftError(
+                    f"LoRA: the pattern {pattern!r} of rank_pattern or alpha_pattern matches no "
+                    f"site; the module's sites are {', '.join(s.label for s in sites[:6])}"
+                )
+        return super().build_all(sites)
 
     def build(self, site: Site) -> None:
         *stack, rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
-        if self.rank > min(rows, columns):
+        rank = _of_first(self.rank_pattern, site, self.rank)
+        self._here = rank, _of_first(self.alpha_pattern, site, self.alpha)
+        if rank > min(rows, columns):
             raise ModgraftError(
-                f"LoRA(rank={self.rank}) at {site.label}: its weight is {rows} × {columns}, "
+                f"LoRA(rank={rank}) at {site.label}: its weight is {rows} × {columns}, "
                 f"so the rank is at most {min(rows, columns)}; use LoRA(rank={min(rows, columns)})"
             )
         if self.dora and stack and not is_stack(site.module, site.parameter or ""):
             raise ModgraftError(
                 f"LoRA(dora=True) at {site.label}: its weight is {[*stack, rows, columns]}, and "
                 f"nothing says which axis is the output, over whose weights the norm is taken; use "
-                f"LoRA(rank={self.rank}) there"
+                f"LoRA(rank={rank}) there"
             )
         if self.dropout and site.parameter is not None:
             raise ModgraftError(
                 f"LoRA(dropout={self.dropout}) at {site.label}: a {type(site.module).__name__} is "
                 f"run with its weights changed, so there is no input of the branch to drop; use "
-                f"LoRA(rank={self.rank}) there"
+                f"LoRA(rank={rank}) there"
             )
-        self.A = nn.Parameter(torch.empty(*stack, self.rank, columns))
-        self.B = nn.Parameter(torch.zeros(*stack, rows, self.rank))
+        self.A = nn.Parameter(torch.empty(*stack, rank, columns))
+        self.B = nn.Parameter(torch.zeros(*stack, rows, rank))
         nn.init.kaiming_uniform_(self.A.flatten(0, -2), a=math.sqrt(5))
         # the axis of the weight that one output sums over
         self._summed = -2 if isinstance(site.module, nn.Embedding) else -1
@@ -102,7 +129,7 @@ class LoRA(ParameterComposition):
             if vector is None:
                 raise ModgraftError(
                     f"LoRA(bias=True) at {site.label}: this {type(site.module).__name__} has no "
-                    f"bias that could change; use LoRA(rank={self.rank}) there"
+                    f"bias that could change; use LoRA(rank={rank}) there"
                 )
             self.b = nn.Parameter(torch.zeros(vector.shape))
 
@@ -144,3 +171,9 @@ class LoRA(ParameterComposition):
             return super().effect(x, layer, weight)
         y = self.scale * low_rank_map(layer, x, self.A, self.B)
         return y + over_output(layer, self.b) if self.bias else y
+
+
+def _of_first(patterns: dict[str, N] | None, site: Site, default: D) -> N | D:
+    """Return what the first pattern that matches a site's path says, or the default."""
+    found = (value for pattern, value in (patterns or {}).items() if matches(pattern, site))
+    return next(found, default)

@@ -11,6 +11,7 @@ from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.base import Computation, KeyValueComposition
 from modgraft.core.attention import asks_registry
 from modgraft.core.context import Side
+from modgraft.core.embeddings import not_given
 from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.sites import Site
 
@@ -27,9 +28,9 @@ class Prefix(KeyValueComposition):
     Prefix tuning (Li & Liang 2021, arXiv:2101.00190): P_k and P_v ``[k, heads, d]`` go before the
     keys and values of a layer, s is the layer's scale, and every query sees them. The text keeps
     its positions: the first token stays at position 0, prefix keys are not rotated, and T5's
-    relative bias is zero for them; so a prefix uses up none of the host's positions. (In PEFT a
-    prefix is a KV cache: the text's positions begin after it.) The attention weights that the layer
-    returns have k more columns.
+    relative bias is zero for them; so a prefix uses up none of the host's positions. With
+    ``counted`` the text's positions begin after the prefix, as in PEFT, where it is a KV cache. The
+    attention weights that the layer returns have k more columns.
 
     Args:
         length: k.
@@ -38,14 +39,16 @@ class Prefix(KeyValueComposition):
             ``[h, e]`` are shared by all sites and stored at the first; each site has a separate
             W_2. The MLP is saved, so that training can resume; ``mg.fold_prefix`` replaces it by
             the prefix it computes.
+        counted: whether the k vectors count as positions, before those of the text.
 
     Raises:
-        ModgraftError: for a length or a width below 1, or a site that is no attention layer of
-            transformers.
+        ModgraftError: for a length or a width below 1, a site that is no attention layer of
+            transformers, or ``counted`` in a host whose positions nobody can give it.
     """
 
     length: int = 10
     reparametrise: int | None = None
+    counted: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -60,6 +63,12 @@ class Prefix(KeyValueComposition):
 
     def build(self, site: Site) -> None:
         self.heads, self.width, self.value_width = key_value_shape("Prefix", site)
+        why = not_given(site.root or site.module) if self.counted else None
+        if why is not None:
+            raise ModgraftError(
+                f"Prefix(counted=True) at {site.label}: {why}, so the text's positions cannot "
+                f"begin after the prefix; use Prefix(length={self.length})"
+            )
         if self.reparametrise is None:
             self.keys = nn.Parameter(torch.empty(self.length, self.heads, self.width))
             self.values = nn.Parameter(torch.empty(self.length, self.heads, self.value_width))
@@ -70,6 +79,10 @@ class Prefix(KeyValueComposition):
             self.hidden = nn.Linear(site.width, self.reparametrise)
             both = self.width + self.value_width
             self.out = nn.Linear(self.reparametrise, self.heads * both)
+
+    @property
+    def positions(self) -> int:
+        return self.length if self.counted else 0
 
     def share_with(self, first: Computation) -> None:
         """Read E and W_1 of the MLP from the first site."""

@@ -313,6 +313,32 @@ def counts_from(model: nn.Module) -> int | None:
     return int(any(f.startswith("transformers.") and _FROM_ONE.search(_source(f)) for f in files))
 
 
+def not_given(model: nn.Module) -> str | None:
+    """Say why nobody can give a model the positions of a text one by one, None where one can.
+
+    It must take them, and count by itself 0, 1, 2, … (or from :func:`counts_from`).
+    """
+    name = type(model).__name__
+    if not _is_model(model) or "position_ids" not in arguments_of(model):
+        return f"{name} takes no position_ids"
+    if any(hasattr(part, "get_rope_index") for part in model.modules()):
+        return f"{name} works its positions out for images"
+    if counts_from(model) is not None:
+        return None
+    table = _text_table(model)
+    reader = model if table is None else _reader(model, table)
+    if not any(_position_rows(reader)):
+        return f"{name} has neither a table of positions nor rotations"
+    tables = [
+        module
+        for path, module in reader.named_modules()
+        if _POSITIONS.fullmatch(path.rpartition(".")[2]) and isinstance(module, nn.Embedding)
+    ]
+    if any(module.padding_idx is not None for module in tables):
+        return f"{name} counts from where a text begins, after a position for padding"
+    return None
+
+
 # -- images ---------------------------------------------------------------------------------------
 
 

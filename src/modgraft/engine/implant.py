@@ -163,13 +163,13 @@ class Implants(Mapping[str, Implant]):
     def put_beside(self, implant: Implant, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Write the weights of the host that trained with ``implant`` into ``model``, by name."""
         others = self._beside(implant)
-        implant.beside = frozenset(tensors)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own = model.get_parameter(name)
-                if name not in others:
+                if name not in others and name not in implant.beside:
                     implant.replaced[name] = own.detach().clone()
                 own.copy_(tensor)
+        implant.beside |= tensors.keys()
 
     def take_back(self, implant: Implant, model: nn.Module) -> None:
         """Undo :meth:`put_beside`, where no other module has the same weights beside it."""

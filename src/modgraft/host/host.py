@@ -51,7 +51,7 @@ from modgraft.engine.implant import (
     learning_parts,
 )
 from modgraft.engine.inputs.caches import check_goes_on
-from modgraft.engine.inputs.padding import count_from_texts, count_padding_too
+from modgraft.engine.inputs.padding import count_from_texts, count_padding_too, count_prefix
 from modgraft.engine.inputs.prefix_attention import hook_attention
 from modgraft.engine.parts import divide_around
 from modgraft.engine.served_weight import (
@@ -236,6 +236,9 @@ class Host(AsModel):
             watch_forwards(self.model, self._context)
         if not self._context.keys_values.isdisjoint(implant.names):
             count_from_texts(self.model, self._context)
+            if isinstance(inner := module.unwrapped, KeyValueComposition):
+                for each in implant.names:
+                    count_prefix(self.model, self._context, each, inner.positions)
         implant.train(self.model.training)
         for site, place in zip(sites, implant.places, strict=True):
             place.train(self._guard.trains(site.module, self.model))
@@ -589,11 +592,12 @@ class Host(AsModel):
             ModgraftError: for an unknown name or field, or a folder that holds other things, or
                 that another process is writing to.
         """
-        from modgraft.store import formats
         from modgraft.store.folder import save
+        from modgraft.store.formats.base import named
 
         several = list(self.implants) + list(self._waiting) if names is None else names
-        chosen = [several] if isinstance(several, str) else list(several)
+        one = isinstance(several, str)
+        chosen = [several] if isinstance(several, str) else list(dict.fromkeys(several))
         if not chosen:
             raise ModgraftError("host.save: there is no module to save; name one, or implant one")
         for name in chosen:
@@ -601,10 +605,10 @@ class Host(AsModel):
         path = folder_path(folder, "host.save")
         with self._guard.gate:
             if format == "modgraft":
-                return save(self, chosen, path, about)
+                return save(self, chosen, path, about, together=not one)
             if about:
                 raise ModgraftError(f"format={format!r} has no place for {', '.join(about)}=")
-            formats.named(format).write(self, chosen, path)
+            named(format).write(self, chosen, path)
             return path
 
     @overload
@@ -653,7 +657,7 @@ class Host(AsModel):
             CheckpointError: for a folder that is damaged or none of these, or another host. The
                 host is then as it was.
         """
-        from modgraft.store.folder import check_host, load, stored
+        from modgraft.store.folder import check_host, load, names_here, stored
 
         path = folder_path(folder, "host.load")
         with self._guard.gate.change(f"host.load({str(path)!r})"):
@@ -661,7 +665,7 @@ class Host(AsModel):
             if not lazy:
                 return load(self, found, name, strict, active)[-1]
             check_host(self.model, found, strict)
-            new = found.card.names if name is None else [name]
+            new = [names_here(found, name)[each] for each in found.card.names]
             for each in new:
                 self._check_new(each)
             for each in new:

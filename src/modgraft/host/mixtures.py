@@ -41,6 +41,11 @@ def mixed_sites(model: nn.Module, implants: Implants, mixture: Mixture) -> list[
             )
         implant = implants[module_of(name)]
         members.append((name, implant.method.unwrapped))
+        if getattr(implant.method.unwrapped, "positions", 0):
+            raise ModgraftError(
+                f"Mixture({list(mixture.over)}): {name!r} counts as positions, and what is chosen "
+                f"by a router cannot move the text; mix prefixes without counted=True"
+            )
         if mixture.router is not None:
             _check_admitted(model, mixture.router, name, implant.at_sites(name))
         for label in implant.paths:

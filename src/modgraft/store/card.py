@@ -39,6 +39,7 @@ class Saved(BaseModel):
         type: the class of its computation.
         config: the arguments of that class; a computation among them has a type and config too.
         sites: the labels of its sites.
+        beside: the names of the host's weights that trained with it.
         trained_in: the fingerprint of the host it was trained in, if it was then loaded into
             another one and saved from there.
     """
@@ -49,6 +50,7 @@ class Saved(BaseModel):
     type: str
     config: dict[str, Any]
     sites: list[str]
+    beside: list[str] = []
     trained_in: dict[str, Any] | None = None
 
     def method(self, folder: Path) -> Computation:
@@ -64,7 +66,10 @@ class Card(BaseModel):
         names: the modules that were asked for; those that they need are beside them.
         modules: each module, after those that it needs.
         composition: what was in force, if all of it is here.
-        beside: the names of the host's weights that trained with them, which are in the file too.
+        together: whether they were saved as several, or as all of a host: they then bring that
+            composition, where one module joins what is in force.
+        beside: the names of the host's weights that are in the file too; those that no module has
+            beside itself belong to the last of ``names``.
         host: the fingerprint of the host, without those weights, and that in half precision.
         tensors: the SHA-256 of the tensors.
         versions: of what they were saved with.
@@ -84,6 +89,7 @@ class Card(BaseModel):
     names: list[str]
     modules: list[Saved] = Field(min_length=1)
     composition: str | None = None
+    together: bool = False
     beside: list[str] = []
     host: dict[str, Any] = {}
     tensors: str = ""

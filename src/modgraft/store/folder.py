@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
 from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.expression import Expression, module_of
 from modgraft.core.files import locked, write_text
+from modgraft.core.parse import parse
 from modgraft.engine.implant import Implant, learning_parts
-from modgraft.store import formats, former
+from modgraft.store import former
 from modgraft.store.bounded import Bounded
 from modgraft.store.card import CARD_FILE, Card, Saved, to_json
 from modgraft.store.file import CARD, TensorFile, digest_of, write_tensors
@@ -35,7 +37,8 @@ from modgraft.store.fingerprint import (
     half_fingerprints,
     is_in_another_precision,
 )
-from modgraft.store.readme import readme
+from modgraft.store.formats.base import found_in
+from modgraft.store.readme import WRITTEN, readme
 from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike
 
@@ -46,7 +49,9 @@ README = "README.md"
 # -- saving --------------------------------------------------------------------------------------
 
 
-def save(host: HostLike, names: Sequence[str], folder: Path, about: Mapping[str, Any]) -> Path:
+def save(
+    host: HostLike, names: Sequence[str], folder: Path, about: Mapping[str, Any], together: bool
+) -> Path:
     """Write modules to ``folder``, with those they need and what of the host trained with them.
 
     Args:
@@ -54,6 +59,7 @@ def save(host: HostLike, names: Sequence[str], folder: Path, about: Mapping[str,
         names: the modules' names.
         folder: where to; its other files stay.
         about: fields of :class:`Card` for people: metrics, data, licence, description, command.
+        together: whether they are to bring the composition in force when they are loaded.
 
     Raises:
         ModgraftError: for a folder that another process is writing to.
@@ -61,7 +67,7 @@ def save(host: HostLike, names: Sequence[str], folder: Path, about: Mapping[str,
     """
     if folder.is_dir() and any(folder.iterdir()) and not holds_module(folder):
         raise CheckpointError(f"{folder} is there and holds no module; choose another folder")
-    tensors, card = packed(host, names, about)
+    tensors, card = packed(host, names, about, together)
     write(card, tensors, folder)
     return folder
 
@@ -75,12 +81,13 @@ def holds_module(folder: Path) -> bool:
 
 
 def packed(
-    host: HostLike, names: Sequence[str], about: Mapping[str, Any]
+    host: HostLike, names: Sequence[str], about: Mapping[str, Any], together: bool
 ) -> tuple[dict[str, Tensor], Card]:
     """Return the tensors and the card of modules; see :func:`save`."""
     implants = [host._implants[name] for name in with_members(host, names)]
     model = host.model
-    beside = sorted({name for i in implants for name in i.beside} | learning_parts(model))
+    learns = learning_parts(model)
+    beside = sorted(learns.union(*(i.beside for i in implants)))
     tensors = {f"{i.name}:{key}": t for i in implants for key, t in i.tensors().items()}
     tensors |= {f":{name}": model.get_parameter(name) for name in beside}
     now = host.composition
@@ -88,10 +95,17 @@ def packed(
     card = Card(
         names=list(names),
         modules=[
-            Saved(name=i.name, **to_json(i.method), sites=list(i.paths), trained_in=i.trained_in)
+            Saved(
+                name=i.name,
+                **to_json(i.method),
+                sites=list(i.paths),
+                beside=sorted(i.beside | learns),
+                trained_in=i.trained_in,
+            )
             for i in implants
         ],
         composition=str(now) if now is not None and known.issuperset(now.names()) else None,
+        together=together,
         beside=beside,
         host={**fingerprint(model, beside), **half_fingerprints(model, beside)},
         tensors=digest_of(tensors),
@@ -114,11 +128,13 @@ def write(card: Card, tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def write_derived(card: Card, folder: Path) -> None:
-    """Write what people read: ``module.json`` and ``README.md``."""
+    """Write what people read: ``module.json``, and ``README.md`` if it is not their own."""
     write_text(
         folder / CARD_FILE, json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n"
     )
-    write_text(folder / README, readme(card))
+    page = folder / README
+    if not page.exists() or WRITTEN in page.read_text("utf-8", errors="replace"):
+        write_text(page, readme(card))
 
 
 def with_members(host: HostLike, names: Sequence[str]) -> list[str]:
@@ -152,7 +168,7 @@ def stored(folder: Path, model: nn.Module) -> Stored:
         CheckpointError: for a folder without modules, or a file that is damaged or none of them.
     """
     if not (folder / FILE).exists():
-        if other := formats.found_in(folder):
+        if other := found_in(folder):
             return other.read(folder, model)
         raise CheckpointError(f"no module in {folder}: {FILE} is not there")
     file = TensorFile(folder / FILE)
@@ -228,41 +244,69 @@ def load(
     """
     card, before = modules.card, host.composition
     trained_in = check_host(host.model, modules, strict)
-    names = {saved.name: saved.name for saved in card.modules}
-    if name is not None:
-        if len(card.names) != 1:
-            raise ModgraftError(
-                f"{modules.folder} holds {', '.join(card.names)}, which name={name!r} cannot all "
-                f"be called; leave it out"
-            )
-        names[card.names[0]] = name
+    names = names_here(modules, name)
     methods = {saved.name: saved.method(modules.folder) for saved in card.modules}
     tensors = modules.read()
     beside = _beside(host, modules, tensors)
-    one = card.names == [card.modules[-1].name]
+    one = len(card.names) == 1 and not card.together
     made: list[str] = []
     try:
         for saved in card.modules:
             new = names[saved.name]
             own = _of_module(tensors, saved.name)
-            if new in host and saved.name not in card.names and _is_there(host, saved, own):
+            method = methods[saved.name]
+            if new in host and saved.name not in card.names and _is_there(host, saved, method, own):
                 continue
             joins = active and one and saved.name in card.names
-            implant = _implant(host, modules, saved, methods[saved.name], new, own, joins)
+            implant = _implant(host, modules, saved, method, new, own, joins)
             implant.trained_in = saved.trained_in or trained_in
             if isinstance(comes_from := card.provenance.get(saved.name), dict):
                 implant.provenance = comes_from
             made.append(new)
         here = [host._implants[names[each]] for each in card.names]
-        host._implants.put_beside(here[-1], host.model, beside)
         if active and not one and card.composition is not None:
-            host.use(card.composition)
+            host.use(_in_force(card.composition, methods, names))
+        claimed = {weight for saved in card.modules for weight in saved.beside}
+        for saved in card.modules:
+            rest = beside.keys() - claimed if saved.name == card.names[-1] else set()
+            own = {weight: beside[weight] for weight in rest.union(saved.beside)}
+            host._implants.put_beside(host._implants[names[saved.name]], host.model, own)
     except BaseException:
         for new in reversed(made):
             host.remove(new)
         host.use(before)
         raise
     return here
+
+
+def names_here(modules: Stored, name: str | None) -> dict[str, str]:
+    """Return what each module is to be called in a host; see :func:`load`.
+
+    Raises:
+        ModgraftError: for one name for several.
+    """
+    names = {saved.name: saved.name for saved in modules.card.modules}
+    if name is not None:
+        if len(modules.card.names) != 1:
+            raise ModgraftError(
+                f"{modules.folder} holds {', '.join(modules.card.names)}, which name={name!r} "
+                f"cannot all be called; leave it out"
+            )
+        names[modules.card.names[0]] = name
+    return names
+
+
+def _in_force(
+    composition: str, methods: Mapping[str, Computation], names: Mapping[str, str]
+) -> Expression | None:
+    """Read the composition of a card, with what its modules are called in this host."""
+
+    def here(name: str) -> str:
+        module = module_of(name)
+        return names[module] + name.removeprefix(module)
+
+    known = [each for name, method in methods.items() for each in method.task_names(name)]
+    return parse(composition, known).mapped(here)
 
 
 def _implant(
@@ -308,13 +352,14 @@ def _of_module(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
 
-def _is_there(host: HostLike, saved: Saved, tensors: Mapping[str, Tensor]) -> bool:
+def _is_there(
+    host: HostLike, saved: Saved, method: Computation, tensors: Mapping[str, Tensor]
+) -> bool:
     """Return whether a module of the host is the saved one, to the last bit."""
-    own = host._implants[saved.name]
+    own = host[saved.name]
     here = own.tensors()
-    same = to_json(own.method) == {"type": saved.type, "config": saved.config}
     return (
-        same
+        to_json(own.method) == to_json(method)
         and list(own.paths) == saved.sites
         and here.keys() == tensors.keys()
         and all(torch.equal(t.to(here[k]), here[k]) for k, t in tensors.items())

@@ -63,7 +63,7 @@ def stored(folder: Path, file: TensorFile) -> Stored:
     files = [file, *([TensorFile(folder / HOST_FILE)] if former.beside else [])]
     card = Card(
         names=[former.name],
-        modules=[Saved(**{k: getattr(former, k) for k in ("name", "type", "config", "sites")})],
+        modules=[Saved(**former.model_dump(include={"name", "type", "config", "sites", "beside"}))],
         beside=former.beside,
         host=former.host,
         versions={},

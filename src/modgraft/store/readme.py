@@ -6,6 +6,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from modgraft.store.card import Card
 
+WRITTEN = "Written from the card in `module.safetensors`"
+"""The last line begins so; a page without it is somebody's own, and stays."""
+
 
 def readme(card: Card) -> str:
     """Return ``README.md``, as Hugging Face's hub reads it: what it is, how to load it, results."""
@@ -46,5 +49,5 @@ def readme(card: Card) -> str:
         lines += ["", "Made by", "", "```bash", card.command, "```"]
     if card.beside:
         lines += ["", f"With it trained, and are loaded with it: {', '.join(card.beside)}."]
-    lines += ["", f"Written from the card in `module.safetensors`, {card.made}."]
+    lines += ["", f"{WRITTEN}, {card.made}."]
     return "\n".join(lines) + "\n"

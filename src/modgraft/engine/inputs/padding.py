@@ -18,6 +18,7 @@ from modgraft.core.context import Context
 from modgraft.core.embeddings import arguments_of, counts_from
 from modgraft.core.expression import Expression
 from modgraft.core.per_example import Each
+from modgraft.engine.inputs.expressions import fold
 from modgraft.engine.inputs.rows import MASK, POSITIONS
 
 _TEXTS = ("input_ids", "inputs_embeds")
@@ -64,6 +65,63 @@ class CountFromText:
         return [name for name in composition.names() if name in self.context.keys_values]
 
 
+class CountFromPrefix(CountFromText):
+    """A forward pre-hook: lets the positions of a text begin after the prefixes that count as some.
+
+    Args:
+        context: the host's.
+        arguments: the names of the arguments that the model takes, in order.
+        first: the position that the model gives a text's first token, where it is free to count
+            from a text; None: it counts its padding too.
+    """
+
+    def __init__(self, context: Context, arguments: tuple[str, ...], first: int | None) -> None:
+        super().__init__(context, arguments, first or 0)
+        self.free = first is not None
+        self.lengths: dict[str, int] = {}
+        """How many positions each prefix takes up."""
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Return other arguments for the call, None where these will do."""
+        composition = self.context.now().composition
+        if composition is None or not self._acting(composition):
+            return None
+        padded = super().__call__(model, args, kwargs) if self.free else None
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        given = given if padded is None else padded[1]
+        texts = [given[key] for key in _TEXTS if given.get(key) is not None]
+        if not texts:
+            return None
+        text, positions = texts[0], given.get(POSITIONS)
+        if positions is None:
+            cache = given.get("past_key_values")
+            past = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(text.shape[1], device=text.device) + past + self.first
+            positions = positions.expand(text.shape[0], -1)  # [B, n]
+        if isinstance(composition, Each):
+            counts = [0 if row is None else self._count(row) for row in composition.rows]
+            shift = torch.tensor(counts, device=text.device)
+            shift = shift.repeat_interleave(text.shape[0] // len(counts))[:, None]
+        elif switched(composition):
+            weights: dict[str, Any] = composition.weights()
+            acts = [(weights[n] != 0) * k for n, k in self.lengths.items() if n in weights]
+            shift = torch.stack(acts).sum()
+        else:
+            shift = self._count(composition)
+        return (), {**given, POSITIONS: positions + shift}
+
+    def _acting(self, composition: Expression) -> list[str]:
+        return [name for name in super()._acting(composition) if self.lengths.get(name)]
+
+    def _count(self, composition: Expression) -> int:
+        """Return how many positions a composition takes up; a mean takes up as many as each."""
+
+        def one(name: str) -> list[int]:
+            return [self.lengths[name]] if name in self.lengths else []
+
+        return sum(fold(composition, one, max))
+
+
 def _seen(mask: Any) -> Tensor | None:
     """Return which tokens ``[B, n]`` a mask of a model shows, None where it says nothing of that.
 
@@ -83,13 +141,24 @@ def _seen(mask: Any) -> Tensor | None:
 def count_from_texts(model: nn.Module, context: Context) -> None:
     """Let each part of ``model`` that is free to count from its texts, unless it does."""
     for part in model.modules():
-        if not _hooks(part) and (first := counts_from(part)) is not None:
+        counting = any(type(h) is CountFromText for h in part._forward_pre_hooks.values())
+        if not counting and (first := counts_from(part)) is not None:
             hook = CountFromText(context, arguments_of(part), first)
             part.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def count_prefix(model: nn.Module, context: Context, name: str, length: int) -> None:
+    """Let the positions of ``model`` begin after a prefix that takes up ``length`` of them."""
+    hooks = [h for h in model._forward_pre_hooks.values() if isinstance(h, CountFromPrefix)]
+    if not hooks and length:
+        hooks = [CountFromPrefix(context, arguments_of(model), counts_from(model))]
+        model.register_forward_pre_hook(hooks[0], with_kwargs=True, prepend=True)
+    for hook in hooks:
+        hook.lengths[name] = length
+
+
 def count_padding_too(model: nn.Module) -> None:
-    """Undo :func:`count_from_texts` everywhere in ``model``."""
+    """Undo :func:`count_from_texts` and :func:`count_prefix` everywhere in ``model``."""
     for part in model.modules():
         for key in _hooks(part):
             del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]

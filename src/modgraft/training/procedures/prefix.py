@@ -67,7 +67,8 @@ def fold_prefix(host: HostLike, name: str, into: str) -> Implant:
     """
     places = _places(host, name)
     sites = list(host[name].paths)
-    folded = host.implant(into, Prefix(places[0].length), sites, expect=len(sites), active=False)
+    plain_one = Prefix(places[0].length, counted=places[0].counted)
+    folded = host.implant(into, plain_one, sites, expect=len(sites), active=False)
     with torch.no_grad():
         for place, plain in zip(places, folded.places, strict=True):
             assert isinstance(plain, Prefix)  # noqa: S101

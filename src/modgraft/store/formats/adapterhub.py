@@ -1,0 +1,503 @@
+"""AdapterHub's folders, as ``adapters`` saves one adapter: a bottleneck, Compacter, LoRA or IA³.
+
+    adapter_config.json    {config, model_type, model_class, model_name, hidden_size, name, version}
+    adapter.safetensors    its tensors; its name is a part of theirs
+
+A configuration that is set to what is not computed here in the same way is refused by its name.
+Bottlenecks are read and written in BERT, GPT-2, T5 and Llama; LoRA and IA³ wherever the roles of a
+host name its layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.computation.adapter import Adapter, ParallelAdapter
+from modgraft.computation.base import Computation
+from modgraft.computation.compacter import Compacter
+from modgraft.computation.lora import LoRA
+from modgraft.computation.rescale import Rescale
+from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.files import locked, write_json
+from modgraft.core.sites import find
+from modgraft.engine.implant import Implant, learning_parts
+from modgraft.store.card import Card, Saved, to_json
+from modgraft.store.file import Entry, TensorFile, read_json, write_tensors
+from modgraft.store.stored import Stored
+from modgraft.training.host_like import HostLike
+
+CONFIG, TENSORS = "adapter_config.json", "adapter.safetensors"
+VERSION = "adapters.1.3.0"
+KEYS = {"config", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
+OTHERS = ("head_config.json", "adapter_fusion_config.json", "adapter_setup.json")
+
+# What a bottleneck's configuration holds, and the only value understood where it is not read.
+_BOTTLENECK: dict[str, Any] = {
+    "mh_adapter": False, "output_adapter": True, "reduction_factor": 16, "non_linearity": "relu",
+    "original_ln_before": False, "original_ln_after": True, "ln_before": False, "ln_after": False,
+    "init_weights": "bert", "init_weights_seed": None, "is_parallel": False, "scaling": 1.0,
+    "use_gating": False, "residual_before_ln": True, "adapter_residual_before_ln": False,
+    "inv_adapter": None, "inv_adapter_reduction_factor": None, "cross_adapter": False,
+    "leave_out": [], "dropout": 0.0, "phm_layer": False, "phm_dim": 4, "factorized_phm_W": True,
+    "shared_W_phm": False, "shared_phm_rule": True, "factorized_phm_rule": False,
+    "phm_c_init": "normal", "phm_init_range": 0.0001, "learn_phm": True,
+    "hypercomplex_nonlinearity": "glorot-uniform", "phm_rank": 1, "phm_bias": True,
+    "stochastic_depth": 0.0,
+}  # fmt: skip
+_LORA: dict[str, Any] = {
+    "architecture": "lora", "selfattn_lora": True, "intermediate_lora": False,
+    "output_lora": False, "leave_out": [], "r": 8, "alpha": 8, "dropout": 0.0,
+    "attn_matrices": ["q", "v"], "composition_mode": "add", "init_weights": "lora",
+    "init_weights_seed": None, "use_gating": False, "use_dora": False, "vera_d": None,
+    "vera_b": None, "dtype": None,
+}  # fmt: skip
+_STARTS = {"init_weights", "init_weights_seed", "phm_c_init", "phm_init_range"}
+_STARTS |= {"hypercomplex_nonlinearity"}  # how it was drawn says nothing of what it is now
+_SIGMA = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "tanh": "tanh"}
+_MATRICES = {"q": "query", "k": "key", "v": "value"}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of ours, and where it lies in theirs."""
+
+    ours: str
+    theirs: str
+    turned: bool = False
+    half: tuple[int, int] | None = None  # which of how many rows, where several are one tensor
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return ours of theirs.
+
+        Raises:
+            CheckpointError: for a shape that theirs never has.
+        """
+        pieces = 1 if self.half is None else self.half[1]
+        if (self.turned and tensor.dim() != 3) or not tensor.dim() or len(tensor) % pieces:
+            raise CheckpointError(f"{self.theirs} is {list(tensor.shape)}, which it never is")
+        if self.half is not None:
+            tensor = tensor.chunk(self.half[1])[self.half[0]]
+        return tensor.transpose(1, 2) if self.turned else tensor
+
+
+def holds(folder: Path) -> bool:
+    """Return whether a folder looks like one of ``adapters``; PEFT's has a file of that name."""
+    if any((folder / name).is_file() for name in OTHERS):
+        return True
+    path = folder / CONFIG
+    return (
+        path.is_file() and path.stat().st_size < 2**20 and b'"peft_type"' not in path.read_bytes()
+    )
+
+
+def read(folder: Path, model: nn.Module) -> Stored:
+    """Read the adapter in a folder; see :class:`modgraft.store.formats.base.Format`."""
+    for name in (*OTHERS, "embedding.pt"):
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder}: {name} is there, and heads, fusions, setups and embeddings of adapters "
+                f"are not read; {CONFIG} and {TENSORS} alone in a folder are the adapter without"
+            )
+    if not (folder / TENSORS).exists():
+        raise CheckpointError(
+            f"{folder}: {TENSORS} is not there (pytorch_adapter.bin is a pickle, which is never "
+            f"read); save it anew: model.save_adapter(folder, name, use_safetensors=True)"
+        )
+    try:
+        said = read_json((folder / CONFIG).read_bytes())
+        config, name, version = dict(said["config"]), said["name"], said["version"]
+        if not isinstance(name, str) or not isinstance(version, str):
+            raise ValueError("name and version are texts")
+        if unknown := said.keys() - KEYS:
+            raise ValueError(f"{', '.join(sorted(unknown))} is not understood")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is not an adapter's ({error!r:.200})") from error
+    here = getattr(getattr(model, "config", None), "model_type", None)
+    if said.get("model_type") != here:
+        raise CheckpointError(
+            f"{folder}: the adapter is of a {said.get('model_type')!r:.40}, and this host is a "
+            f"{here}; load it into the model it was trained in"
+        )
+    found = re.fullmatch(r"adapters\.(\d+)\.(\d+)\.\d+.*", version)
+    if found is None or (int(found[1]), int(found[2])) < (1, 1):
+        raise CheckpointError(
+            f"{folder}: version {version!r:.40}: before adapters 1.1 the scale of a LoRA was "
+            f"another one; load it with adapters 1.3 and save it again"
+        )
+    try:
+        method, places = _understood(config, model)
+    except ModgraftError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    names = _names(method, places, name, model)
+    file = TensorFile(folder / TENSORS)
+    own = {_bare(key, model): key for key in file.entries}
+    expected = {each.theirs for each in names}
+    if own.keys() != expected:
+        if any("shared_parameters" in key for key in expected - own.keys()):
+            raise CheckpointError(
+                f"{file.path}: the rule that its Compacter's layers share is not in it (adapters "
+                f"leaves it out in a T5, or a model without a head); save one with "
+                f"shared_phm_rule=False, or from a model with a head"
+            )
+        lacking, extra = sorted(expected - own.keys()), sorted(own.keys() - expected)
+        raise CheckpointError(
+            f"{file.path}: {len(lacking)} tensors are missing {lacking[:3]} and {len(extra)} are "
+            f"not understood {extra[:3]}; the adapter is of another host, or of another kind than "
+            f"its configuration says"
+        )
+
+    def tensors() -> Mapping[str, Tensor]:
+        every = {key: file.tensor(whole) for key, whole in own.items()}
+        made = {}
+        for each in names:
+            try:
+                tensor = each.read(every[each.theirs])
+            except CheckpointError as error:
+                raise CheckpointError(f"{file.path}: {error}; copy the folder again") from error
+            if each.ours.endswith(":phi"):
+                tensor = tensor.reshape(-1)
+            made[f"{name}:{each.ours}"] = tensor.contiguous()
+        return made
+
+    saved = Saved(name=name, **to_json(method), sites=[label for _, label in places])
+    card = Card(names=[name], modules=[saved], versions={"adapters": version}, made="")
+    entries: Mapping[str, Entry] = {f"{name}:{e.ours}": file.entries[own[e.theirs]] for e in names}
+    return Stored(folder, card, entries, tensors)
+
+
+def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
+    """Write one module to a folder; see :class:`modgraft.store.formats.base.Format`."""
+    if len(names) != 1:
+        raise ModgraftError(f"a folder of adapters holds one adapter, not {', '.join(names)}")
+    implant, model = host._implants[names[0]], host.model
+    if beside := sorted(implant.beside | learning_parts(model)):
+        raise ModgraftError(
+            f"{implant.name!r} trained together with the host's {beside[0]}, which is not written "
+            f"in this format; save it as modgraft's"
+        )
+    config, places = _said(implant, model)
+    if config.get("phm_layer") and config["shared_phm_rule"] and not _prefix(model):
+        raise ModgraftError(
+            f"{implant.name!r}: of a {type(model).__name__} adapters neither saves nor loads the "
+            f"rule that a Compacter's layers share; it can be written with shared=False"
+        )
+    own, made = implant.tensors(), {}
+    for each in _names(implant.method, places, implant.name, model):
+        key = _prefix(model) + each.theirs
+        tensor = own[each.ours]
+        tensor = tensor[:, None] if each.ours.endswith(":phi") else tensor
+        tensor = tensor.transpose(1, 2) if each.turned else tensor
+        made[key] = torch.cat([made[key], tensor]) if key in made else tensor
+    of: Any = model.config
+    about = {
+        "config": config,
+        "hidden_size": getattr(of, "hidden_size", None),
+        "model_class": type(model).__name__,
+        "model_name": getattr(of, "_name_or_path", "") or None,
+        "model_type": of.model_type,
+        "name": implant.name,
+        "version": VERSION,
+    }
+    if folder.is_dir() and any(folder.iterdir()) and not holds(folder):
+        raise CheckpointError(f"{folder} is there and holds no adapter; choose another folder")
+    stale = (*OTHERS, "pytorch_adapter.bin", "embedding.pt")
+    if left := [name for name in stale if (folder / name).exists()]:
+        raise CheckpointError(f"{folder} holds {left[0]} of another adapter; choose another folder")
+    with locked(folder, TENSORS, CONFIG):
+        write_tensors(made, folder / TENSORS, {})
+        write_json(folder / CONFIG, about)
+
+
+# -- configurations ------------------------------------------------------------------------------
+
+Places = list[tuple[str, str]]  # the path of theirs, without the base model's name; our label
+
+
+def _check(config: Mapping[str, Any], known: Mapping[str, Any], read: set[str]) -> dict[str, Any]:
+    """Return the whole configuration, if what is not in ``read`` has the one value we compute."""
+    if unknown := config.keys() - known.keys():
+        raise ModgraftError(f"{', '.join(sorted(unknown))} is not understood")
+    for key in sorted(config.keys() & read):
+        if _kind(config[key]) != _kind(known[key]):
+            raise ModgraftError(
+                f"{key}={config[key]!r:.60} is not understood; it is as {known[key]}"
+            )
+    for key in sorted(known.keys() - read - _STARTS):
+        if key in config and config[key] != known[key]:
+            raise ModgraftError(
+                f"{key}={config[key]!r:.60} is not computed here (only {known[key]!r} is)"
+            )
+    return {**known, **config}
+
+
+def _kind(value: Any) -> object:
+    """Return what sort of value stands in a configuration; a list is of texts or of numbers."""
+    if isinstance(value, list):
+        return list, {_kind(one) for one in value} <= {str} or {_kind(one) for one in value} <= {
+            int
+        }
+    return int if type(value) is float and value == value else type(value)
+
+
+def _understood(config: Mapping[str, Any], model: nn.Module) -> tuple[Computation, Places]:
+    """Return the method of a configuration, and where it stands.
+
+    Raises:
+        ModgraftError: for what is set and not computed here.
+    """
+    if config.get("architecture") == "lora":
+        return _lora(config, model)
+    if "architecture" in config and config["architecture"] is not None:
+        raise ModgraftError(
+            f"architecture={config['architecture']!r:.40} is not read; bottlenecks, Compacter, "
+            f"LoRA and IA³ are"
+        )
+    known = {k: v for k, v in config.items() if k != "architecture"}
+    use = {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "is_parallel"}
+    use |= {"original_ln_before", "scaling", "phm_layer", "phm_dim", "phm_rank", "shared_phm_rule"}
+    c = _check(known, _BOTTLENECK, use | {"leave_out"})
+    places = _bottlenecks(model, c)
+    sigma, factor, scale = c["non_linearity"], c["reduction_factor"], c["scaling"]
+    if sigma not in (*_SIGMA, "silu"):
+        raise ModgraftError(f"non_linearity={sigma!r:.40} is not computed here")
+    if not 1 <= factor < 2**31 or factor != int(factor):
+        raise ModgraftError(f"reduction_factor={factor!r:.60} is no whole number from 1")
+    options: dict[str, Any] = {"reduction": int(factor), "scale": float(scale)}
+    options["nonlinearity"] = _SIGMA.get(sigma, sigma)
+    if c["phm_layer"]:
+        if c["is_parallel"]:
+            raise ModgraftError("phm_layer with is_parallel is not computed here")
+        options |= {"n": c["phm_dim"], "rank": c["phm_rank"], "shared": c["shared_phm_rule"]}
+        return Compacter(**options), places
+    return (ParallelAdapter if c["is_parallel"] else Adapter)(**options), places
+
+
+def _bottlenecks(model: nn.Module, c: Mapping[str, Any]) -> Places:
+    """Return where bottlenecks of a configuration stand."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    stream = c["original_ln_before"] or c["is_parallel"]
+    if c["original_ln_before"] and c["is_parallel"]:
+        raise ModgraftError("original_ln_before with is_parallel is not computed here")
+    if stream and (c["mh_adapter"] or not c["output_adapter"]):
+        raise ModgraftError(
+            "mh_adapter with original_ln_before or is_parallel is not computed here; "
+            "output_adapter alone is"
+        )
+    if c["is_parallel"] and kind not in ("bert", "t5"):
+        raise ModgraftError(f"is_parallel is not computed in a {kind} as it is in adapters")
+    if c["leave_out"] and kind == "t5":
+        raise ModgraftError("leave_out is not understood in a T5")
+    base = _prefix(model)
+    found: Places = []
+    for path, _ in model.named_modules():
+        path = path.removeprefix(base)
+        for attention, theirs, label in _stands(str(kind), path, stream, c["is_parallel"]):
+            number = int(re.findall(r"\d+", path)[0])
+            wanted = c["mh_adapter"] if attention else c["output_adapter"]
+            if wanted and number not in c["leave_out"]:
+                found.append((theirs, base + label))
+    if not found:
+        raise ModgraftError(
+            f"bottlenecks are read in BERT, GPT-2, T5 and Llama, or the configuration has none; "
+            f"this host is a {kind}"
+        )
+    return found
+
+
+def _stands(kind: str, path: str, stream: bool, parallel: bool) -> list[tuple[bool, str, str]]:
+    """Return whether it is after attention, the path of theirs and our label, in one layer."""
+    if kind == "bert" and re.fullmatch(r"encoder\.layer\.\d+", path):
+        end = "[residual]" if stream else ".dense"
+        return [
+            (True, f"{path}.attention.output", f"{path}.attention.output{end}"),
+            (False, f"{path}.output", f"{path}.output{end}"),
+        ]
+    layer = {"gpt2": (r"h\.\d+", "attn.c_proj", "mlp.c_proj"),
+             "llama": (r"layers\.\d+", "self_attn.o_proj", "mlp.down_proj")}  # fmt: skip
+    if kind in layer and re.fullmatch(layer[kind][0], path):
+        _, attention, last = layer[kind]
+        return [
+            (True, f"{path}.attention_adapters", f"{path}.{attention}"),
+            (False, f"{path}.output_adapters", path if stream else f"{path}.{last}"),
+        ]
+    if kind == "t5" and (block := re.fullmatch(r"((en|de)coder)\.block\.\d+", path)):
+        last = f"{path}.layer.{1 if block[2] == 'en' else 2}"
+        on_stream = last if parallel else path
+        return [
+            (True, f"{path}.layer.0", f"{path}.layer.0.SelfAttention.o"),
+            (False, last, on_stream if stream else f"{last}.DenseReluDense.wo"),
+        ]
+    return []
+
+
+def _lora(config: Mapping[str, Any], model: nn.Module) -> tuple[Computation, Places]:
+    """Read a LoRA or an IA³."""
+    scaled = config.get("composition_mode") == "scale"
+    use = {"selfattn_lora", "intermediate_lora", "output_lora", "attn_matrices", "r", "alpha"}
+    use |= {"leave_out", "composition_mode"} | (set() if scaled else {"dropout"})
+    c = _check(config, _LORA, use)
+    if c["composition_mode"] not in ("add", "scale"):
+        raise ModgraftError(f"composition_mode={c['composition_mode']!r:.40} is not understood")
+    if scaled and (c["r"], c["alpha"]) != (1, 1):
+        raise ModgraftError("composition_mode='scale' is read with r=1 and alpha=1")
+    places = _weights(model, c)
+    if scaled:
+        return Rescale(), places
+    return LoRA(rank=c["r"], alpha=float(c["alpha"]), dropout=float(c["dropout"])), places
+
+
+def _weights(model: nn.Module, c: Mapping[str, Any]) -> Places:
+    """Return the layers whose weights a configuration changes."""
+    if unknown := set(c["attn_matrices"]) - _MATRICES.keys():
+        raise ModgraftError(f"attn_matrices: {sorted(unknown)} are not understood")
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in ("bert", "gpt2", "t5", "llama"):
+        raise ModgraftError(f"LoRA and IA³ are read in BERT, GPT-2, T5 and Llama, not in a {kind}")
+    if c["leave_out"] and kind == "t5":
+        raise ModgraftError("leave_out is not understood in a T5")
+    if kind == "llama" and c["output_lora"]:
+        raise ModgraftError("output_lora is not understood in a Llama")
+    roles = [_MATRICES[m] for m in _MATRICES if c["selfattn_lora"] and m in c["attn_matrices"]]
+    roles += ["down" if kind == "llama" else "up"] * bool(c["intermediate_lora"])
+    roles += ["down"] * bool(c["output_lora"])
+    if not roles:
+        raise ModgraftError("the configuration changes no weight")
+    base = _prefix(model)
+    found = [(site.path.removeprefix(base), site.label) for site in find(model, roles)]
+    if untold := [p for p, _ in found if "crossattention" in p or p.endswith(".wi_0")]:
+        raise ModgraftError(f"LoRA and IA³ are not understood where a {kind} has {untold[0]}")
+    return [f for f in found if int(re.findall(r"\d+", f[0])[0]) not in c["leave_out"]]
+
+
+def _said(implant: Implant, model: nn.Module) -> tuple[dict[str, Any], Places]:
+    """Return the configuration of ours as theirs, and its places."""
+    method: Any = implant.method
+    tries: list[dict[str, Any]] = []
+    make: Callable[[nn.Module, Mapping[str, Any]], Places]
+    if isinstance(method, Adapter | ParallelAdapter | Compacter):
+        made, make = {**_BOTTLENECK, **_bottleneck_said(implant)}, _bottlenecks
+        ends = [(False, True), (True, True), (True, False)]
+        for before in (False,) if isinstance(method, ParallelAdapter) else (False, True):
+            for mh, output in ends:
+                one = {"original_ln_before": before, "mh_adapter": mh, "output_adapter": output}
+                tries.append({**made, **one})
+    elif isinstance(method, LoRA | Rescale):
+        made, make = {**_LORA, **_lora_said(method)}, _weights
+        several = [m for n in range(8) if (m := [k for i, k in enumerate("qkv") if n >> i & 1])]
+        for matrices in ([], *several):
+            for up, down in ((False, False), (True, False), (False, True), (True, True)):
+                one = {"selfattn_lora": bool(matrices), "intermediate_lora": up}
+                one |= {"output_lora": down}
+                tries.append({**made, **one, "attn_matrices": matrices or made["attn_matrices"]})
+    else:
+        raise ModgraftError(
+            f"{implant.name!r} is a {type(method).__name__}, which is not written as an adapter of "
+            f"AdapterHub; Adapter, ParallelAdapter, Compacter, LoRA and Rescale are"
+        )
+    why = "its sites are none of theirs"
+    for one in tries:
+        try:
+            every = make(model, one)
+        except ModgraftError as error:
+            why = str(error) if len(tries) == 1 else why
+            continue
+        own = set(implant.paths)
+        here = [place for place in every if place[1] in own]
+        if len(here) != len(own):
+            continue
+        numbers = [{int(re.findall(r"\d+", p)[0]) for p, _ in some} for some in (every, here)]
+        one["leave_out"] = sorted(numbers[0] - numbers[1])
+        try:
+            if {label for _, label in make(model, one)} == own:
+                _understood(one, model)
+                return one, here
+        except ModgraftError as error:
+            why = str(error)
+    raise ModgraftError(
+        f"{implant.name!r} cannot be written as an adapter of AdapterHub: {why} "
+        f"({', '.join(implant.paths[:3])}); save it as modgraft's"
+    )
+
+
+def _bottleneck_said(implant: Implant) -> dict[str, Any]:
+    method: Any = implant.method
+    factor = 16 if method.reduction is None else method.reduction
+    if method.width is not None:
+        raise ModgraftError(
+            f"{implant.name!r}: adapters says a width by reduction_factor alone; say reduction="
+        )
+    words = {ours: theirs for theirs, ours in _SIGMA.items()}
+    said = {"reduction_factor": factor, "non_linearity": words[method.nonlinearity]}
+    said |= {"scaling": method.scale, "is_parallel": isinstance(method, ParallelAdapter)}
+    if isinstance(method, Compacter):
+        said |= {"phm_layer": True, "phm_dim": method.n, "phm_rank": method.rank}
+        said["shared_phm_rule"] = method.shared
+    if isinstance(method, ParallelAdapter):
+        said["init_weights"] = "mam_adapter"
+    return said
+
+
+def _lora_said(method: Any) -> dict[str, Any]:
+    if isinstance(method, Rescale):
+        if method.where == "input":
+            raise ModgraftError("Rescale(where='input') is not written: adapters scales outputs")
+        return {"r": 1, "alpha": 1, "composition_mode": "scale", "init_weights": "ia3"}
+    if method.rslora or method.dora or method.bias:
+        raise ModgraftError("LoRA with rslora, dora or bias is not written as one of AdapterHub")
+    alpha = method.rank if method.alpha is None else method.alpha
+    alpha = int(alpha) if alpha == int(alpha) else alpha
+    return {"r": method.rank, "alpha": alpha, "dropout": method.dropout}
+
+
+# -- tensors -------------------------------------------------------------------------------------
+
+
+def _prefix(model: nn.Module) -> str:
+    """Return the path of the base model in a model, with its point."""
+    base = getattr(model, "base_model_prefix", "")
+    return f"{base}." if base and isinstance(getattr(model, base, None), nn.Module) else ""
+
+
+def _bare(key: str, model: nn.Module) -> str:
+    base = getattr(model, "base_model_prefix", "")
+    return key.removeprefix(f"{base}.") if base else key
+
+
+def _names(method: Computation, places: Places, name: str, model: nn.Module) -> list[_Tensor]:
+    """Return every tensor of a module at its places."""
+    made = []
+    if isinstance(method, LoRA | Rescale):
+        own = {"phi": "lora_B"} if isinstance(method, Rescale) else {"A": "lora_A", "B": "lora_B"}
+        for at, (path, label) in enumerate(places):
+            same = [i for i, (other, _) in enumerate(places) if other == path]
+            half = (same.index(at), len(same)) if len(same) > 1 else None
+            for ours, theirs in own.items():
+                key = f"{path}.loras.{name}.{theirs}"
+                made.append(_Tensor(f"{label}:{ours}", key, half=half))
+        return made
+    compact = isinstance(method, Compacter)
+    for number, (path, label) in enumerate(places):
+        for way, stem in (("down", "adapter_down.0"), ("up", "adapter_up")):
+            stem = f"{path}.adapters.{name}.{stem}"
+            if not compact:
+                for part in ("weight", "bias"):
+                    made.append(_Tensor(f"{label}:{way}.{part}", f"{stem}.{part}"))
+                continue
+            made += [
+                _Tensor(f"{label}:S_{way}", f"{stem}.W_right", turned=True),
+                _Tensor(f"{label}:T_{way}", f"{stem}.W_left"),
+                _Tensor(f"{label}:b_{way}", f"{stem}.b"),
+            ]
+            if not method.shared:
+                made.append(_Tensor(f"{label}:A_{way}", f"{stem}.phm_rule", turned=True))
+        if compact and method.shared and number == 0:
+            key = f"shared_parameters.{name}.phm_rule"
+            made.append(_Tensor(f"{label}:A", key, turned=True))
+    return made

@@ -1,0 +1,233 @@
+"""Folders that ``adapters`` really saved load here with its outputs, and are written as they were.
+
+``benchmarks/adapterhub.py`` made the fixtures, and with ``--check`` loads what is written here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import modgraft as mg
+from modgraft.core.errors import CheckpointError
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "adapterhub"
+MADE = json.loads((FOLDER / "made.json").read_text("utf-8"))
+CLOSE = {"bert": 1e-9, "gpt2": 1e-9, "t5": 1e-6, "llama": 5e-6}  # as in tests/peers
+REFUSED = {
+    ("parallel", "gpt2"): "is_parallel is not computed in a gpt2",  # ours reads another input
+    ("parallel", "llama"): "is_parallel is not computed in a llama",
+    ("compacter", "t5"): "rule that its Compacter's layers share is not in it",
+    ("compacter_plus_plus", "t5"): "rule that its Compacter's layers share is not in it",
+}
+CASES = [(path.parent.name, path.name) for path in sorted(FOLDER.glob("saved/*/*"))]
+READ = [case for case in CASES if case not in REFUSED]
+
+
+def model(name: str) -> nn.Module:
+    kind, config = MADE["hosts"][name]["class"], MADE["hosts"][name]["config"]
+    cls = getattr(transformers, kind)
+    made = cls(cls.config_class(**config)).eval()
+    weights = load_file(FOLDER / f"{name}.safetensors")
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            parameter.copy_(weights[f"weight/{key}"])
+    return made.double()
+
+
+def batch(name: str) -> dict[str, torch.Tensor]:
+    saved = load_file(FOLDER / f"{name}.safetensors")
+    return {k.removeprefix("input/"): t for k, t in saved.items() if "input/" in k}
+
+
+def copied(tmp_path: Path, method: str = "pfeiffer", name: str = "bert") -> Path:
+    return Path(shutil.copytree(FOLDER / "saved" / method / name, tmp_path / "folder"))
+
+
+def change(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    said = json.loads(path.read_text("utf-8"))
+    for key, value in changes.items():
+        (said if key in said else said["config"])[key] = value
+    path.write_text(json.dumps(said), encoding="utf-8")
+
+
+def test_every_fixture_is_used() -> None:
+    assert len(READ) == 28
+
+
+@pytest.mark.parametrize(("method", "name"), READ)
+def test_a_real_save_gives_its_outputs_and_is_written_as_it_was(
+    method: str, name: str, tmp_path: Path
+) -> None:
+    folder, host = FOLDER / "saved" / method / name, mg.Host(model(name))
+    host.load(folder)
+    with torch.no_grad():
+        output = host(**batch(name)).logits
+    expected = load_file(FOLDER / f"{method}.safetensors")[f"{name}/output"]
+    torch.testing.assert_close(output, expected, rtol=0, atol=CLOSE[name])
+
+    host.save("m", tmp_path / "new", format="adapterhub")
+    there, here = (load_file(f / "adapter.safetensors") for f in (folder, tmp_path / "new"))
+    assert there.keys() == here.keys()
+    for key, tensor in there.items():
+        assert torch.equal(here[key], tensor.double()), key
+    there, here = (
+        json.loads((f / "adapter_config.json").read_text("utf-8"))
+        for f in (folder, tmp_path / "new")
+    )
+    for drawn in ("init_weights", "model_name"):  # of the start, and of no host on a hub
+        for said in (there, there["config"], here, here["config"]):
+            said.pop(drawn, None)
+    assert here == there
+
+
+@pytest.mark.parametrize(("method", "name"), REFUSED)
+def test_real_saves_that_are_not_computed_alike_or_lack_a_tensor_are_refused(
+    method: str, name: str
+) -> None:
+    host = mg.Host(model(name))
+    with pytest.raises(CheckpointError, match=REFUSED[method, name]):
+        host.load(FOLDER / "saved" / method / name)
+    assert not host.implants
+
+
+def test_a_rule_that_adapters_would_lose_is_not_written(tmp_path: Path) -> None:
+    host = mg.Host(model("t5"))
+    host.implant("m", mg.Compacter(reduction=2), at="block")
+    with pytest.raises(mg.ModgraftError, match="shared=False"):
+        host.save("m", tmp_path / "new", format="adapterhub")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("pfeiffer", "ln_before", True),
+        ("pfeiffer", "use_gating", True),
+        ("pfeiffer", "residual_before_ln", "post_add"),
+        ("pfeiffer", "original_ln_after", False),
+        ("pfeiffer", "inv_adapter", "nice"),
+        ("pfeiffer", "dropout", 0.1),
+        ("pfeiffer", "scaling", "learned"),
+        ("pfeiffer", "non_linearity", "leakyrelu"),
+        ("pfeiffer", "reduction_factor", {"0": 4, "default": 2}),
+        ("pfeiffer", "mh_adapter", True),
+        ("lora", "use_dora", True),
+        ("lora", "vera_d", 0.1),
+        ("lora", "use_gating", True),
+        ("lora", "architecture", "reft"),
+        ("lora", "architecture", "union"),
+        ("lora", "surprise", 1),
+        ("lora", "alpha", "8"),
+        ("lora", "attn_matrices", ["q", ["v"]]),
+        ("lora", "leave_out", 3),
+        ("lora", "r", True),
+    ],
+)
+def test_what_is_set_and_not_understood_is_refused_by_name(
+    method: str, key: str, value: object, tmp_path: Path
+) -> None:
+    folder, host = copied(tmp_path, method), mg.Host(model("bert"))
+    change(folder, **{key: value})
+    with pytest.raises(CheckpointError, match=key):
+        host.load(folder)
+    assert not host.implants
+
+
+@pytest.mark.parametrize("name", ["head_config.json", "adapter_fusion_config.json", "embedding.pt"])
+def test_heads_fusions_and_embeddings_are_refused(name: str, tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    (folder / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=name):
+        mg.Host(model("bert")).load(folder)
+
+
+def test_a_pickle_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    (folder / "adapter.safetensors").rename(folder / "pytorch_adapter.bin")
+    with pytest.raises(CheckpointError, match=r"pickle.*use_safetensors=True"):
+        mg.Host(model("bert")).load(folder)
+
+
+@pytest.mark.parametrize("extra", [True, False])
+def test_a_tensor_too_many_or_too_few_is_refused(extra: bool, tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    tensors = load_file(folder / "adapter.safetensors")
+    key = next(iter(tensors))
+    tensors = {**tensors, f"{key}.more": torch.ones(2)} if extra else {
+        k: t for k, t in tensors.items() if k != key
+    }  # fmt: skip
+    save_file(tensors, folder / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match="not understood"):
+        mg.Host(model("bert")).load(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "end", "shape"),
+    [
+        ("lora", "gpt2", "c_attn.loras.m.lora_B", (33, 3)),
+        ("compacter", "bert", "W_right", (8,)),
+        ("pfeiffer", "bert", "adapter_up.weight", (3, 3)),
+    ],
+)
+def test_another_shape_is_refused(
+    method: str, name: str, end: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    folder, host = copied(tmp_path, method, name), mg.Host(model(name))
+    tensors = load_file(folder / "adapter.safetensors")
+    tensors = {k: torch.ones(shape) if k.endswith(end) else t for k, t in tensors.items()}
+    save_file(tensors, folder / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match=r"which it never is|where this host needs"):
+        host.load(folder)
+    assert not host.implants
+
+
+def test_another_host_another_version_and_a_broken_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="this host is a gpt2"):
+        mg.Host(model("gpt2")).load(FOLDER / "saved" / "lora" / "bert")
+    folder = copied(tmp_path, "lora")
+    change(folder, version="adapters.1.0.1")
+    with pytest.raises(CheckpointError, match="scale of a LoRA"):
+        mg.Host(model("bert")).load(folder)
+    (folder / "adapter_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is not an adapter's"):
+        mg.Host(model("bert")).load(folder)
+
+
+def test_layers_left_out_are_said_so(tmp_path: Path) -> None:
+    host = mg.Host(model("bert"))
+    host.implant("m", mg.LoRA(rank=2, alpha=3.0), at="bert.encoder.layer.1.*.query")
+    host.save("m", tmp_path, format="adapterhub")
+    config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))["config"]
+    assert (config["attn_matrices"], config["leave_out"]) == (["q"], [0])
+    again = mg.Host(model("bert"))
+    assert again.load(tmp_path).paths == host["m"].paths
+
+
+@pytest.mark.parametrize(
+    ("module", "at"),
+    [
+        (mg.LoRA(rank=2, rslora=True), "query"),
+        (mg.LoRA(rank=2), "cls.predictions.decoder"),
+        (mg.Adapter(width=3), "output"),
+        (mg.Adapter(), "*.intermediate.dense"),
+        (mg.Rescale(where="input"), "down"),
+        (mg.SoftPrompt(length=2), None),
+    ],
+)
+def test_what_has_no_place_in_the_format_is_refused(
+    module: mg.Computation, at: str | None, tmp_path: Path
+) -> None:
+    host = mg.Host(model("bert"))
+    host.implant("m", module, at=at)
+    with pytest.raises(mg.ModgraftError, match=r"writ|reduction="):
+        host.save("m", tmp_path / "new", format="adapterhub")
+    assert not (tmp_path / "new").exists()
