@@ -100,14 +100,13 @@ def kind_of(paths: Sequence[Path]) -> str:
         ModgraftError: for a folder of neither, or folders of both.
     """
     from modgraft.core.errors import ModgraftError
-    from modgraft.store import formats
-    from modgraft.store.folder import FILE
+    from modgraft.store.folder import FILE, found_in
 
     found: dict[str, Path] = {}
     for path in paths:
         if not path.is_dir():
             raise ModgraftError(f"{path} is no folder; give folders of modules or of checkpoints")
-        held = (path / FILE).exists() or formats.found_in(path) is not None
+        held = (path / FILE).exists() or found_in(path) is not None
         found["modules" if held else "checkpoints"] = path
     if len(found) == 2:
         raise ModgraftError(

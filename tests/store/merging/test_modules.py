@@ -26,6 +26,8 @@ KINDS: dict[str, Callable[[], mg.Computation]] = {
     "sparse": lambda: mg.SparseDelta(density=0.1),
     "dense": mg.DenseDelta,
     "subnetwork": mg.SparseSubnetwork,
+    "vera": lambda: mg.VeRA(rank=4),
+    "oft": lambda: mg.OFT(blocks=1),
 }
 TAKEN = ("bert", "gpt2", "t5", "llama", "cnn", "mha")
 
@@ -72,7 +74,7 @@ def total(host: mg.Host, name: str) -> dict[str, Tensor]:
 def test_a_sum_is_exact_whatever_is_in_it(name: str) -> None:
     """Also together; the outputs are those of the composition."""
     host = filled(name)
-    weights = [0.5, -1.0, 0.25, 1.0, 2.0, 0.5, 0.1]
+    weights = [0.5, -1.0, 0.25, 1.0, 2.0, 0.5, 0.1, 1.0, 0.5]
     for kind, weight in zip(KINDS, weights, strict=True):
         new = mg.merge(host, [kind], f"one_{kind}", "arithmetic", weights=[weight])
         assert new.provenance["relative_error"] == 0
@@ -93,7 +95,13 @@ def test_a_sum_is_exact_whatever_is_in_it(name: str) -> None:
 def test_every_method_takes_every_kind(method: str, name: str) -> None:
     """Two modules of any kinds; what comes out has been saved and loaded again."""
     host = filled(name)
-    pairs = [("lora", "rslora"), ("dora", "lora"), ("rescale", "sparse"), ("dense", "subnetwork")]
+    pairs = [
+        ("lora", "rslora"),
+        ("dora", "lora"),
+        ("rescale", "sparse"),
+        ("dense", "subnetwork"),
+        ("vera", "oft"),
+    ]
     for number, pair in enumerate(pairs):
         new = mg.merge(host, pair, f"m{number}", method)
         assert torch.isfinite(output(host, new.name, name)).all()
