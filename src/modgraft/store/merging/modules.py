@@ -120,7 +120,7 @@ def _implant(host: HostLike, name: str) -> Implant:
 
 def _scored(host: HostLike, names: Sequence[str], validate: Callable[[HostLike], float]) -> float:
     """Return the score of the average of some modules."""
-    with host.using(" + ".join(f"{1 / len(names)!r}*{name}" for name in names)):
+    with host.using(" + ".join(f"{1 / len(names)!r}*{name}" for name in names)), torch.no_grad():
         return validate(host)
 
 
