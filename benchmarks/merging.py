@@ -139,10 +139,8 @@ def merging(layers: int, width: int, rounds: int) -> tuple[Table, list[Claim]]:
         table.add_row(name, f"{errors[name]:.2e}", _quartiles([1e3 * t for t in times]))
     sums = list(ways)[:3]
     model.add_weighted_adapter(NAMES[:2], [1.0, 1.0], "new", combination_type="linear")
-    pair = {
-        path: sum(dense(d).double() for d in parts[path][:2])  # type: ignore[arg-type]
-        for path in paths
-    }
+    with torch.no_grad():
+        pair = {p: sum(dense(d).double() for d in parts[p][:2]) for p in paths}  # type: ignore[arg-type]
     of_two = _error(delta(True), pair)
     claims = [
         Claim("error of the exact sum", f"{errors[sums[0]]:.1e}", "≤ 1e-6",
