@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class Implant(nn.Module, ex.Composable):
         super().__init__()
         self.name = name
         self.describe(method)
-        self.paths = tuple(site.label for site in sites)
+        self.paths = tuple(sys.intern(site.label) for site in sites)  # many modules have the same
         self.places = nn.ModuleList(method.build_all(sites))
         self.beside: frozenset[str] = frozenset()
         self.replaced: dict[str, Tensor] = {}

@@ -34,7 +34,7 @@ _training = attrgetter("training")
 Rows = list[int]
 
 
-@dataclass
+@dataclass(slots=True)  # a thousand modules have ten thousands of them
 class Entry:
     """One module at one site.
 

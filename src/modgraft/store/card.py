@@ -129,13 +129,17 @@ class Card(BaseModel):
 
     def to_text(self) -> str:
         """Write the card as JSON, with its own hash."""
-        said = self.model_dump() | {"sha256": self.sha256}
+        said = self._said() | {"sha256": self.sha256}
         return json.dumps(said, ensure_ascii=False, allow_nan=False)
 
     @property
     def sha256(self) -> str:
         """The hash of the card, with that of the tensors in it: what the modules are known by."""
-        return card_digest(self.model_dump())
+        return card_digest(self._said())
+
+    def _said(self) -> dict[str, Any]:
+        """Return what is not left open, so that a later version's new fields change no hash."""
+        return {"format": self.format, **self.model_dump(exclude_defaults=True)}
 
     @classmethod
     def from_text(cls, text: str, path: object) -> Card:

@@ -35,7 +35,7 @@ DTYPES = {
 """The types that a tensor of a module, or of a host, may have."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A tensor as the header describes it: its type, its shape, and its bytes in the file."""
 
@@ -127,22 +127,16 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, size = path, size_of(path)
+        if size < 10:
+            raise broken(path, f"{size} bytes are less than a header")
         try:
-            kind = path.stat()
-        except OSError as error:
-            raise broken(path, f"{error.strerror or error}") from error
-        if not stat.S_ISREG(kind.st_mode):  # a pipe would be waited for
-            raise broken(path, "it is no regular file")
-        if kind.st_size < 10:
-            raise broken(path, f"{kind.st_size} bytes are less than a header")
-        try:
-            storage: Any = torch.UntypedStorage.from_file(str(path), False, kind.st_size)
+            storage: Any = torch.UntypedStorage.from_file(str(path), False, size)
         except RuntimeError as error:
             raise broken(path, str(error).partition("\n")[0]) from error
         self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
-        length = Header.length(self._bytes[:8].numpy().tobytes(), kind.st_size, path)
-        header = Header(self._bytes[:length].numpy().tobytes(), kind.st_size, path)
+        length = Header.length(self._bytes[:8].numpy().tobytes(), size, path)
+        header = Header(self._bytes[:length].numpy().tobytes(), size, path)
         self.metadata, self.entries, self._start = header.metadata, header.entries, header.start
 
     def tensor(self, name: str) -> Tensor:
@@ -165,6 +159,35 @@ class TensorFile:
 
     def _raw(self, entry: Entry) -> Tensor:
         return self._bytes[self._start + entry.begin : self._start + entry.end]
+
+
+def size_of(path: Path) -> int:
+    """Return how many bytes a file has.
+
+    Raises:
+        CheckpointError: for what is no regular file: a pipe would be waited for.
+    """
+    try:
+        kind = path.stat()
+    except OSError as error:
+        raise broken(path, f"{error.strerror or error}") from error
+    if not stat.S_ISREG(kind.st_mode):
+        raise broken(path, "it is no regular file")
+    return kind.st_size
+
+
+def read_small(path: Path) -> bytes:
+    """Read a file that is no larger than a header may be.
+
+    Raises:
+        CheckpointError: for a larger one, or what is no regular file.
+    """
+    if (size := size_of(path)) > LARGEST_HEADER:
+        raise broken(path, f"it has {size:,} bytes, more than any of a module")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise broken(path, f"{error.strerror or error}") from error
 
 
 def broken(path: object, why: str) -> CheckpointError:

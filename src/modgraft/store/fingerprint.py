@@ -48,9 +48,16 @@ def outline(model: nn.Module) -> dict[str, Any]:
         ``architecture``, the class's name; ``shape``, a hash over names and shapes of the weights
         and persistent buffers; ``config``, what of its configuration changes the function.
     """
-    shape = hashlib.sha256()
-    for name, tensor in sorted([*model.named_parameters(), *_buffers(model)], key=_name):
-        shape.update(f"{name}{list(tensor.shape)};".encode())
+    return _outline(model, dict(model.named_parameters()), dict(_buffers(model)))
+
+
+def _outline(
+    model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    shapes = sorted(
+        (name, list(t.shape)) for each in (parameters, buffers) for name, t in each.items()
+    )
+    shape = hashlib.sha256("".join(f"{name}{size};" for name, size in shapes).encode())
     kind = original(model)
     return {"architecture": kind.__name__, "shape": shape.hexdigest()[:16], "config": config(model)}
 
@@ -109,10 +116,11 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
     Returns:
         :func:`outline`, and ``weights`` and ``buffers``, a hash over all values of each.
     """
+    parameters, buffers = dict(model.named_parameters()), dict(_buffers(model))
     return {
-        **outline(model),
-        "weights": _combined(_each(model, dict(model.named_parameters())), without),
-        "buffers": _combined(_each(model, dict(_buffers(model))), ()),
+        **_outline(model, parameters, buffers),
+        "weights": _combined(_each(model, parameters), without),
+        "buffers": _combined(_each(model, buffers), ()),
     }
 
 

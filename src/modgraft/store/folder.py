@@ -30,7 +30,7 @@ from modgraft.engine.implant import Implant, learning_parts
 from modgraft.store import former
 from modgraft.store.bounded import Bounded
 from modgraft.store.card import CARD_FILE, Card, Saved, to_json
-from modgraft.store.file import CARD, TensorFile, digest_of, write_tensors
+from modgraft.store.file import CARD, TensorFile, broken, digest_of, write_tensors
 from modgraft.store.fingerprint import (
     differences,
     fingerprint,
@@ -74,10 +74,15 @@ def save(
 
 def holds_module(folder: Path) -> bool:
     """Return whether there are modules in a folder, or what a killed save left of them."""
-    files = {FILE, CARD_FILE, README, former.HOST_FILE}
-    left = re.compile(rf"\.({'|'.join(map(re.escape, files))})\.\w{{8}}\.part")
     names = {path.name for path in folder.iterdir()}
-    return bool(names & {FILE, CARD_FILE}) or all(map(left.fullmatch, names))
+    return bool(names & {FILE, CARD_FILE}) or names == temporaries(folder)
+
+
+def temporaries(folder: Path) -> set[str]:
+    """Return the names of the files that saves which were killed have left half-written."""
+    files = "|".join(map(re.escape, (FILE, CARD_FILE, README)))
+    left = re.compile(rf"\.({files})\.\w{{8}}\.part")
+    return {path.name for path in folder.iterdir() if left.fullmatch(path.name)}
 
 
 def packed(
@@ -129,9 +134,8 @@ def write(card: Card, tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 def write_derived(card: Card, folder: Path) -> None:
     """Write what people read: ``module.json``, and ``README.md`` if it is not their own."""
-    write_text(
-        folder / CARD_FILE, json.dumps(card.model_dump(), indent=2, ensure_ascii=False) + "\n"
-    )
+    said = json.loads(card.to_text())
+    write_text(folder / CARD_FILE, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
     page = folder / README
     if not page.exists() or WRITTEN in page.read_text("utf-8", errors="replace"):
         write_text(page, readme(card))
@@ -167,14 +171,25 @@ def stored(folder: Path, model: nn.Module) -> Stored:
     Raises:
         CheckpointError: for a folder without modules, or a file that is damaged or none of them.
     """
+    if not (folder / FILE).exists() and (other := found_in(folder)):
+        return other.read(folder, model)
+    return native(folder)
+
+
+def native(folder: Path) -> Stored:
+    """Read the card of the modules in a folder that modgraft wrote.
+
+    Raises:
+        CheckpointError: for a folder without them, or a file that is damaged or none of them.
+    """
     if not (folder / FILE).exists():
-        if other := found_in(folder):
-            return other.read(folder, model)
         raise CheckpointError(f"no module in {folder}: {FILE} is not there")
     file = TensorFile(folder / FILE)
     if CARD not in file.metadata:
         return former.stored(folder, file)
     card = Card.from_text(file.metadata[CARD], file.path)
+    if file.metadata != {"format": "pt", CARD: file.metadata[CARD]}:
+        raise broken(file.path, "its metadata are more than a card")
 
     def read() -> Mapping[str, Tensor]:
         if file.digest() != card.tensors:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modgraft.core.errors import CheckpointError
 from modgraft.store.card import CARD_FILE, Card, Saved, validated
-from modgraft.store.file import TensorFile, read_json
+from modgraft.store.file import TensorFile, read_json, read_small
 from modgraft.store.stored import Stored
 
 HOST_FILE = "host.safetensors"
@@ -41,15 +41,14 @@ def stored(folder: Path, file: TensorFile) -> Stored:
         CheckpointError: for an incomplete folder, or a file that is no module's card.
     """
     path = folder / CARD_FILE
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(
             f"no module in {folder}: {file.path.name} has no card of modgraft, and {path.name} is "
             f"not there"
         )
-    if path.stat().st_size > 2**25:
-        raise CheckpointError(f"{path} is not a module's card (it is larger than any)")
+    text = read_small(path)
     try:
-        said = read_json(path.read_bytes())
+        said = read_json(text)
     except ValueError as error:  # no JSON, no UTF-8
         raise CheckpointError(
             f"{path} is not a module's card ({error}); save the module again"

@@ -49,5 +49,5 @@ def readme(card: Card) -> str:
         lines += ["", "Made by", "", "```bash", card.command, "```"]
     if card.beside:
         lines += ["", f"With it trained, and are loaded with it: {', '.join(card.beside)}."]
-    lines += ["", f"{WRITTEN}, {card.made}."]
+    lines += ["", f"{WRITTEN}, {card.made}, {card.sha256}."]
     return "\n".join(lines) + "\n"
