@@ -15,6 +15,7 @@ from .computation.base import ParameterComposition as ParameterComposition
 from .computation.base import TokenComposition as TokenComposition
 from .computation.compacter import Compacter as Compacter
 from .computation.conv_adapter import ConvAdapter as ConvAdapter
+from .computation.dense_delta import DenseDelta as DenseDelta
 from .computation.gated_fusion import GatedFusion as GatedFusion
 from .computation.hypernetwork import HyperNetwork as HyperNetwork
 from .computation.intrinsic_dimension import IntrinsicDimension as IntrinsicDimension
@@ -55,6 +56,7 @@ from .routing.mixture import Mixture as Mixture
 from .routing.zero_shot import Arrow as Arrow
 from .routing.zero_shot import Phatgoose as Phatgoose
 from .routing.zero_shot import Similarity as Similarity
+from .store.merging.modules import merge as merge
 from .training.multitask import Tasks as Tasks
 from .training.procedures.continual import Continual as Continual
 from .training.procedures.continual import continual as continual

@@ -121,6 +121,10 @@ MODULES = {
             weights(supermask), merges=True,
         ),
         ModuleCase(
+            "dense_delta", lambda: mg.DenseDelta(bias=True), lambda h: h.lora_at,
+            weights(dense, lambda b, t, place: b + t["b"]), merges=True,
+        ),
+        ModuleCase(
             "sparse", lambda: mg.SparseDelta(density=0.1), lambda h: h.lora_at, weights(sparse),
             merges=True, prepare=_keep,
         ),

@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from modgraft.cli.convert import convert
+from modgraft.cli.diff import diff
 from modgraft.cli.hub import hub
 from modgraft.cli.inspect import inspect
 from modgraft.cli.log import ask, log
 from modgraft.cli.log_check import check
 from modgraft.cli.log_serve import lsp, mcp, page
+from modgraft.cli.merge import merge
 from modgraft.cli.mmcot import mmcot
 from modgraft.cli.recipe import recipe
 
@@ -30,6 +32,8 @@ app.add_typer(mmcot, name="mmcot")
 app.command("inspect")(inspect)
 app.command("convert")(convert)
 app.add_typer(hub, name="hub")
+app.command("merge")(merge)
+app.command("diff")(diff)
 app.command("recipe")(recipe)
 app.add_typer(log, name="log")
 app.command("ask")(ask)

@@ -31,6 +31,7 @@ class Implant(nn.Module, ex.Composable):
             saved beside it.
         replaced: those weights as they were before the module was loaded with its own, by name.
         trained_in: the fingerprint of the host it was trained in, if that is not this one.
+        provenance: where it comes from, such as the modules that it was merged from; it is saved.
     """
 
     def __init__(self, name: str, method: Computation, sites: Sequence[Site]) -> None:
@@ -42,6 +43,7 @@ class Implant(nn.Module, ex.Composable):
         self.beside: frozenset[str] = frozenset()
         self.replaced: dict[str, Tensor] = {}
         self.trained_in: dict[str, Any] | None = None
+        self.provenance: dict[str, Any] = {}
 
     @property
     def method(self) -> Computation:

@@ -125,6 +125,10 @@ def packed(
         tensors=digest_of(tensors),
         base_model=_hub_name(model),
     )
+    own = {i.name: i.provenance for i in implants if i.provenance}
+    more = about.get("provenance", {})
+    if own and isinstance(more, Mapping):
+        about = {**about, "provenance": {**own, **more}}
     return tensors, card.described(about)
 
 
@@ -308,6 +312,8 @@ def _load(
             joins = active and one and saved.name in card.names
             implant = _implant(host, modules, saved, method, new, own, joins)
             implant.trained_in = saved.trained_in or trained_in
+            if isinstance(comes_from := card.provenance.get(saved.name), dict):
+                implant.provenance = comes_from
             made.append(new)
         here = [host._implants[names[each]] for each in card.names]
         if active and not one and card.composition is not None:

@@ -1,0 +1,1 @@
+"""Merging: several modules become one module, several checkpoints one checkpoint."""

@@ -1,0 +1,164 @@
+"""Compares two checkpoints, or two modules of a host, weight by weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modgraft.core.precision import wide
+from modgraft.store.merging.checkpoints import BLOCK, Progress
+from modgraft.store.merging.low_rank import dense, svd, total
+from modgraft.store.merging.methods import Blocks, Deltas
+from modgraft.store.merging.modules import changes_of
+from modgraft.store.merging.weights import Checkpoint
+from modgraft.training.host_like import HostLike
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one tensor differs.
+
+    Attributes:
+        name: the tensor's, or the site's label.
+        shape: its shape.
+        one: ‖A‖, in the Frobenius norm.
+        other: ‖B‖.
+        relative: ‖B − A‖ / ‖A‖; infinity where A alone is 0.
+        cosine: that of the angle between A and B; None where one of them is 0.
+        rank: the rank of B − A, where it was asked for and this is a matrix.
+        only: ``"A"`` or ``"B"`` where the other one has no such tensor, ``"shape"`` where it has
+            another shape, ``"type"`` where it holds whole numbers and they differ, else ``""``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    one: float
+    other: float
+    relative: float
+    cosine: float | None
+    rank: int | None = None
+    only: str = ""
+
+    @property
+    def equal(self) -> bool:
+        """Whether every number is the same."""
+        return not self.only and self.relative == 0
+
+
+def compare_checkpoints(
+    one: str | Path,
+    other: str | Path,
+    base: str | Path | None = None,
+    *,
+    ranks: bool = False,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Compare two folders of weights, reading them block by block.
+
+    Args:
+        one: A's folder.
+        other: B's folder.
+        base: a checkpoint that is subtracted from both first; None: the weights are compared.
+        ranks: whether to find the rank of each matrix's difference, which needs it as a whole.
+        progress: told how many numbers are compared, and how many there are.
+
+    Returns:
+        A row for each tensor, in A's order, then those of B alone.
+
+    Raises:
+        CheckpointError: for a folder that is no checkpoint, or a base of other tensors.
+    """
+    with closing(Checkpoint(Path(one))) as a, closing(Checkpoint(Path(other))) as b:
+        origin = a if base is None else Checkpoint(Path(base))
+        with closing(origin):
+            sizes = {name: math.prod(entry.shape) for name, entry in a.entries.items()}
+            rows, done, every = [], 0, sum(sizes.values())
+            for name in [tensor for names in a.shards.values() for tensor in names]:
+                rows.append(_tensor(a, b, None if base is None else origin, name, ranks))
+                done += sizes[name]
+                if progress is not None:
+                    progress(done, every)
+            for name in [n for n in b.entries if n not in a.entries]:
+                rows.append(_alone(name, b.entries[name].shape, "B"))
+    return rows
+
+
+def compare_modules(host: HostLike, one: str, other: str) -> list[Row]:
+    """Compare the changes Δ of two modules of a host at each weight.
+
+    Args:
+        host: theirs.
+        one: A's name.
+        other: B's name.
+
+    Returns:
+        A row for each weight, with the rank of the difference.
+
+    Raises:
+        ModgraftError: for a module that is no change of weights.
+    """
+    rows = []
+    with torch.no_grad():
+        for label, changes in changes_of(host, [one, other]).items():
+            missing = [change is None for change in changes]
+            here = next(change for change in changes if change is not None)
+            if any(missing):
+                rows.append(_alone(label, tuple(here.shape), "B" if missing[0] else "A"))
+                continue
+            a, b = (change for change in changes if change is not None)
+            rank = len(svd(total([b, a], [1, -1]))[1]) if len(a.shape) == 2 else None
+            apart = dense(b) - dense(a)
+            rows.append(_row(label, tuple(a.shape), lambda x=a, y=b, z=apart: [[x, y, z]], rank))
+    return rows
+
+
+def _tensor(a: Checkpoint, b: Checkpoint, base: Checkpoint | None, name: str, ranks: bool) -> Row:
+    entry = a.entries[name]
+    if name not in b.entries:
+        return _alone(name, entry.shape, "A")
+    others = [each.entries.get(name) for each in (b, *([] if base is None else [base]))]
+    if any(other is None or other.shape != entry.shape for other in others):
+        return _alone(name, entry.shape, "shape")
+    size, kinds = math.prod(entry.shape), {entry.dtype, b.entries[name].dtype}
+    if not all(kind.is_floating_point for kind in kinds):
+        same = len(kinds) == 1 and all(
+            torch.equal(a.numbers(name, i, j), b.numbers(name, i, j)) for i, j in _steps(size)
+        )
+        return Row(name, entry.shape, 0.0, 0.0, 0.0, None, None, "" if same else "type")
+
+    def blocks() -> Iterable[list[Tensor]]:
+        for i, j in _steps(size):
+            one, other = wide(a.numbers(name, i, j)), wide(b.numbers(name, i, j))
+            if base is not None:
+                origin = wide(base.numbers(name, i, j))
+                one, other = one - origin, other - origin
+            yield [one, other, other - one]
+
+    rank = None
+    if ranks and len(entry.shape) == 2:
+        apart = torch.cat([block[2] for block in blocks()])
+        rank = len(svd(apart.reshape(entry.shape))[1])
+    return _row(name, entry.shape, blocks, rank)
+
+
+def _steps(size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+
+
+def _row(name: str, shape: tuple[int, ...], blocks: Blocks, rank: int | None) -> Row:
+    """Compare A and B, of which ``blocks`` gives A, B and B − A."""
+    products = Deltas(name, ["A", "B", "B - A"], [], blocks).products()
+    one, other, apart = products.diagonal().sqrt().tolist()
+    relative = apart / one if one else (math.inf if apart else 0.0)
+    cosine = float(products[0, 1]) / (one * other) if one and other else None
+    return Row(name, shape, one, other, relative, cosine, rank)
+
+
+def _alone(name: str, shape: tuple[int, ...], only: str) -> Row:
+    return Row(name, shape, 0.0, 0.0, math.inf, None, None, only)
