@@ -244,6 +244,18 @@ def test_tasks_and_shared_modules_merge_as_what_they_compute() -> None:
         mg.merge(host, ["lora", "h"], "n")
 
 
+def test_modules_that_wait_in_their_files_are_read(tmp_path: Path) -> None:
+    kinds = ["lora", "rslora", "sparse"]
+    host = filled("bert", kinds)
+    expected = output(host, " + ".join(kinds), "bert")
+    for kind in kinds:
+        folder = host.save(kind, tmp_path / kind)
+        host.remove(kind)
+        host.load(folder, kind, active=False, lazy=True)
+    mg.merge(host, kinds, "new", "arithmetic")
+    assert error(output(host, "new", "bert"), expected) < 1e-6
+
+
 def test_half_precision_is_summed_in_float32() -> None:
     host = mg.Host(HOSTS["llama"].model().to(torch.bfloat16))
     names = [implanted(host, "lora", HOSTS["llama"].lora_at, f"m{i}", i) for i in range(3)]
