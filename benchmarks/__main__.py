@@ -13,7 +13,16 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.show import Claim, as_markdown, read_claims, table_of
 
-BENCHMARKS = ("train_step", "train_grid", "multi_module", "side_by_side", "mmcot", "methods", "log")
+BENCHMARKS = (
+    "train_step",
+    "train_grid",
+    "multi_module",
+    "side_by_side",
+    "store",
+    "mmcot",
+    "methods",
+    "log",
+)
 
 
 def run(name: str) -> tuple[str, list[Claim]]:
