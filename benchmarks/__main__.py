@@ -18,10 +18,11 @@ BENCHMARKS = (
     "train_grid",
     "multi_module",
     "side_by_side",
+    "merging",
+    "store",
     "mmcot",
     "methods",
     "log",
-    "merging",
 )
 
 

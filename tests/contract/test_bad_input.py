@@ -318,7 +318,7 @@ def test_a_card_that_was_changed_is_refused_or_understood(name: str, tmp_path: P
     case = saved(MODULES[name], tmp_path / "m")
     whole = json.loads((tmp_path / "m" / "module.json").read_text("utf-8"))
     host = mg.Host(case.model())
-    for module in changed(whole["modules"][0]):
+    for module in changed({"trained_in": None, **whole["modules"][0]}):
         forge(tmp_path / "m", modules=[module])
         with suppress(mg.ModgraftError):  # and no other error
             host.load(tmp_path / "m", "m")
