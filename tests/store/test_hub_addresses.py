@@ -146,18 +146,18 @@ def test_a_full_disk_and_a_place_that_cannot_be_written_lose_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", full)
-    with pytest.raises(mg.ModgraftError, match=r"one cannot be used \(.*No space left on device"):
+    with pytest.raises(mg.ModgraftError, match=r"one cannot be .*No space left on device"):
         pull(find(str(two)), one)
-    with pytest.raises(mg.ModgraftError, match=r"hub cannot be used \(.*No space left on device"):
+    with pytest.raises(mg.ModgraftError, match=r"hub.* cannot be .*No space left on device"):
         hub.push(two)
     monkeypatch.undo()
     assert (verify(one).hash, verify(one).problems) == (before, [])
     assert [row.address for row in hub.listed()] == ["hub:qa@1"]
     assert set(hub.verify().values()) == {""}
     (tmp_path / "file").write_text("")
-    with pytest.raises(mg.ModgraftError, match="cannot be used"):
+    with pytest.raises(mg.ModgraftError, match=r"cannot be|is a file"):
         Hub(tmp_path / "file/hub").push(one)
-    with pytest.raises(mg.ModgraftError, match="cannot be used"):
+    with pytest.raises(mg.ModgraftError, match=r"cannot be|is a file"):
         pull(find(str(one)), tmp_path / "file/x")
 
 

@@ -23,7 +23,7 @@ from modgraft.store import huggingface
 from modgraft.store.card import Card
 from modgraft.store.folder import FILE, holds_module
 from modgraft.store.hub import Hub, put
-from modgraft.store.remote import KINDS, cache, fetch, filesystem, identity, reached
+from modgraft.store.remote import KINDS, cache, fetch, filesystem, identity
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,7 @@ def pull(found: Found, to: Path) -> None:
     if found.card is not None:
         if to.is_dir() and any(to.iterdir()) and not holds_module(to):
             raise CheckpointError(f"{to} is there and holds no module; choose another folder")
-        with reached(str(to)):
-            put(found.folder / FILE, to, found.card)
+        put(found.folder / FILE, to, found.card)
         return
     with new_folder(to) as part:
         for path in found.folder.iterdir():
