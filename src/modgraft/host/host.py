@@ -592,8 +592,8 @@ class Host(AsModel):
             ModgraftError: for an unknown name or field, or a folder that holds other things, or
                 that another process is writing to.
         """
-        from modgraft.store import formats
         from modgraft.store.folder import save
+        from modgraft.store.formats import base as formats
 
         several = list(self.implants) + list(self._waiting) if names is None else names
         chosen = [several] if isinstance(several, str) else list(several)

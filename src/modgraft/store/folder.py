@@ -25,7 +25,7 @@ from modgraft.computation.base import Computation
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.files import locked, write_text
 from modgraft.engine.implant import Implant, learning_parts
-from modgraft.store import formats, former
+from modgraft.store import former
 from modgraft.store.bounded import Bounded
 from modgraft.store.card import CARD_FILE, Card, Saved, to_json
 from modgraft.store.file import CARD, TensorFile, digest_of, write_tensors
@@ -35,6 +35,7 @@ from modgraft.store.fingerprint import (
     half_fingerprints,
     is_in_another_precision,
 )
+from modgraft.store.formats import base as formats
 from modgraft.store.readme import readme
 from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike

@@ -11,12 +11,11 @@ host name its layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from modgraft.computation.adapter import Adapter, ParallelAdapter
@@ -25,21 +24,17 @@ from modgraft.computation.compacter import Compacter
 from modgraft.computation.lora import LoRA
 from modgraft.computation.rescale import Rescale
 from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.core.files import locked, write_json
 from modgraft.core.sites import find
-from modgraft.engine.implant import Implant, learning_parts
 from modgraft.store.card import Card, Saved, to_json
-from modgraft.store.file import Entry, TensorFile, read_json, write_tensors
+from modgraft.store.file import Entry, TensorFile, read_json
 from modgraft.store.stored import Stored
-from modgraft.training.host_like import HostLike
 
 CONFIG, TENSORS = "adapter_config.json", "adapter.safetensors"
-VERSION = "adapters.1.3.0"
 KEYS = {"config", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
 OTHERS = ("head_config.json", "adapter_fusion_config.json", "adapter_setup.json")
 
 # What a bottleneck's configuration holds, and the only value understood where it is not read.
-_BOTTLENECK: dict[str, Any] = {
+BOTTLENECK: dict[str, Any] = {
     "mh_adapter": False, "output_adapter": True, "reduction_factor": 16, "non_linearity": "relu",
     "original_ln_before": False, "original_ln_after": True, "ln_before": False, "ln_after": False,
     "init_weights": "bert", "init_weights_seed": None, "is_parallel": False, "scaling": 1.0,
@@ -51,7 +46,7 @@ _BOTTLENECK: dict[str, Any] = {
     "hypercomplex_nonlinearity": "glorot-uniform", "phm_rank": 1, "phm_bias": True,
     "stochastic_depth": 0.0,
 }  # fmt: skip
-_LORA: dict[str, Any] = {
+LORA: dict[str, Any] = {
     "architecture": "lora", "selfattn_lora": True, "intermediate_lora": False,
     "output_lora": False, "leave_out": [], "r": 8, "alpha": 8, "dropout": 0.0,
     "attn_matrices": ["q", "v"], "composition_mode": "add", "init_weights": "lora",
@@ -60,7 +55,7 @@ _LORA: dict[str, Any] = {
 }  # fmt: skip
 _STARTS = {"init_weights", "init_weights_seed", "phm_c_init", "phm_init_range"}
 _STARTS |= {"hypercomplex_nonlinearity"}  # how it was drawn says nothing of what it is now
-_SIGMA = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "tanh": "tanh"}
+SIGMA = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "tanh": "tanh"}
 _MATRICES = {"q": "query", "k": "key", "v": "value"}
 
 
@@ -132,13 +127,13 @@ def read(folder: Path, model: nn.Module) -> Stored:
             f"another one; load it with adapters 1.3 and save it again"
         )
     try:
-        method, places = _understood(config, model)
+        method, places = understood(config, model)
     except ModgraftError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-    names = _names(method, places, name, model)
+    whole = names(method, places, name, model)
     file = TensorFile(folder / TENSORS)
-    own = {_bare(key, model): key for key in file.entries}
-    expected = {each.theirs for each in names}
+    own = {bare(key, model): key for key in file.entries}
+    expected = {each.theirs for each in whole}
     if own.keys() != expected:
         if any("shared_parameters" in key for key in expected - own.keys()):
             raise CheckpointError(
@@ -156,7 +151,7 @@ def read(folder: Path, model: nn.Module) -> Stored:
     def tensors() -> Mapping[str, Tensor]:
         every = {key: file.tensor(whole) for key, whole in own.items()}
         made = {}
-        for each in names:
+        for each in whole:
             try:
                 tensor = each.read(every[each.theirs])
             except CheckpointError as error:
@@ -168,51 +163,8 @@ def read(folder: Path, model: nn.Module) -> Stored:
 
     saved = Saved(name=name, **to_json(method), sites=[label for _, label in places])
     card = Card(names=[name], modules=[saved], versions={"adapters": version}, made="")
-    entries: Mapping[str, Entry] = {f"{name}:{e.ours}": file.entries[own[e.theirs]] for e in names}
+    entries: Mapping[str, Entry] = {f"{name}:{e.ours}": file.entries[own[e.theirs]] for e in whole}
     return Stored(folder, card, entries, tensors)
-
-
-def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
-    """Write one module to a folder; see :class:`modgraft.store.formats.Format`."""
-    if len(names) != 1:
-        raise ModgraftError(f"a folder of adapters holds one adapter, not {', '.join(names)}")
-    implant, model = host._implants[names[0]], host.model
-    if beside := sorted(implant.beside | learning_parts(model)):
-        raise ModgraftError(
-            f"{implant.name!r} trained together with the host's {beside[0]}, which is not written "
-            f"in this format; save it as modgraft's"
-        )
-    config, places = _said(implant, model)
-    if config.get("phm_layer") and config["shared_phm_rule"] and not _prefix(model):
-        raise ModgraftError(
-            f"{implant.name!r}: of a {type(model).__name__} adapters neither saves nor loads the "
-            f"rule that a Compacter's layers share; it can be written with shared=False"
-        )
-    own, made = implant.tensors(), {}
-    for each in _names(implant.method, places, implant.name, model):
-        key = _prefix(model) + each.theirs
-        tensor = own[each.ours]
-        tensor = tensor[:, None] if each.ours.endswith(":phi") else tensor
-        tensor = tensor.transpose(1, 2) if each.turned else tensor
-        made[key] = torch.cat([made[key], tensor]) if key in made else tensor
-    of: Any = model.config
-    about = {
-        "config": config,
-        "hidden_size": getattr(of, "hidden_size", None),
-        "model_class": type(model).__name__,
-        "model_name": getattr(of, "_name_or_path", "") or None,
-        "model_type": of.model_type,
-        "name": implant.name,
-        "version": VERSION,
-    }
-    if folder.is_dir() and any(folder.iterdir()) and not holds(folder):
-        raise CheckpointError(f"{folder} is there and holds no adapter; choose another folder")
-    stale = (*OTHERS, "pytorch_adapter.bin", "embedding.pt")
-    if left := [name for name in stale if (folder / name).exists()]:
-        raise CheckpointError(f"{folder} holds {left[0]} of another adapter; choose another folder")
-    with locked(folder, TENSORS, CONFIG):
-        write_tensors(made, folder / TENSORS, {})
-        write_json(folder / CONFIG, about)
 
 
 # -- configurations ------------------------------------------------------------------------------
@@ -246,7 +198,7 @@ def _kind(value: Any) -> object:
     return int if type(value) is float and value == value else type(value)
 
 
-def _understood(config: Mapping[str, Any], model: nn.Module) -> tuple[Computation, Places]:
+def understood(config: Mapping[str, Any], model: nn.Module) -> tuple[Computation, Places]:
     """Return the method of a configuration, and where it stands.
 
     Raises:
@@ -262,15 +214,15 @@ def _understood(config: Mapping[str, Any], model: nn.Module) -> tuple[Computatio
     known = {k: v for k, v in config.items() if k != "architecture"}
     use = {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "is_parallel"}
     use |= {"original_ln_before", "scaling", "phm_layer", "phm_dim", "phm_rank", "shared_phm_rule"}
-    c = _check(known, _BOTTLENECK, use | {"leave_out"})
-    places = _bottlenecks(model, c)
+    c = _check(known, BOTTLENECK, use | {"leave_out"})
+    places = bottlenecks(model, c)
     sigma, factor, scale = c["non_linearity"], c["reduction_factor"], c["scaling"]
-    if sigma not in (*_SIGMA, "silu"):
+    if sigma not in (*SIGMA, "silu"):
         raise ModgraftError(f"non_linearity={sigma!r:.40} is not computed here")
     if not 1 <= factor < 2**31 or factor != int(factor):
         raise ModgraftError(f"reduction_factor={factor!r:.60} is no whole number from 1")
     options: dict[str, Any] = {"reduction": int(factor), "scale": float(scale)}
-    options["nonlinearity"] = _SIGMA.get(sigma, sigma)
+    options["nonlinearity"] = SIGMA.get(sigma, sigma)
     if c["phm_layer"]:
         if c["is_parallel"]:
             raise ModgraftError("phm_layer with is_parallel is not computed here")
@@ -279,7 +231,7 @@ def _understood(config: Mapping[str, Any], model: nn.Module) -> tuple[Computatio
     return (ParallelAdapter if c["is_parallel"] else Adapter)(**options), places
 
 
-def _bottlenecks(model: nn.Module, c: Mapping[str, Any]) -> Places:
+def bottlenecks(model: nn.Module, c: Mapping[str, Any]) -> Places:
     """Return where bottlenecks of a configuration stand."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     stream = c["original_ln_before"] or c["is_parallel"]
@@ -294,7 +246,7 @@ def _bottlenecks(model: nn.Module, c: Mapping[str, Any]) -> Places:
         raise ModgraftError(f"is_parallel is not computed in a {kind} as it is in adapters")
     if c["leave_out"] and kind == "t5":
         raise ModgraftError("leave_out is not understood in a T5")
-    base = _prefix(model)
+    base = prefix(model)
     found: Places = []
     for path, _ in model.named_modules():
         path = path.removeprefix(base)
@@ -342,18 +294,18 @@ def _lora(config: Mapping[str, Any], model: nn.Module) -> tuple[Computation, Pla
     scaled = config.get("composition_mode") == "scale"
     use = {"selfattn_lora", "intermediate_lora", "output_lora", "attn_matrices", "r", "alpha"}
     use |= {"leave_out", "composition_mode"} | (set() if scaled else {"dropout"})
-    c = _check(config, _LORA, use)
+    c = _check(config, LORA, use)
     if c["composition_mode"] not in ("add", "scale"):
         raise ModgraftError(f"composition_mode={c['composition_mode']!r:.40} is not understood")
     if scaled and (c["r"], c["alpha"]) != (1, 1):
         raise ModgraftError("composition_mode='scale' is read with r=1 and alpha=1")
-    places = _weights(model, c)
+    places = weights(model, c)
     if scaled:
         return Rescale(), places
     return LoRA(rank=c["r"], alpha=float(c["alpha"]), dropout=float(c["dropout"])), places
 
 
-def _weights(model: nn.Module, c: Mapping[str, Any]) -> Places:
+def weights(model: nn.Module, c: Mapping[str, Any]) -> Places:
     """Return the layers whose weights a configuration changes."""
     if unknown := set(c["attn_matrices"]) - _MATRICES.keys():
         raise ModgraftError(f"attn_matrices: {sorted(unknown)} are not understood")
@@ -369,108 +321,29 @@ def _weights(model: nn.Module, c: Mapping[str, Any]) -> Places:
     roles += ["down"] * bool(c["output_lora"])
     if not roles:
         raise ModgraftError("the configuration changes no weight")
-    base = _prefix(model)
+    base = prefix(model)
     found = [(site.path.removeprefix(base), site.label) for site in find(model, roles)]
     if untold := [p for p, _ in found if "crossattention" in p or p.endswith(".wi_0")]:
         raise ModgraftError(f"LoRA and IA³ are not understood where a {kind} has {untold[0]}")
     return [f for f in found if int(re.findall(r"\d+", f[0])[0]) not in c["leave_out"]]
 
 
-def _said(implant: Implant, model: nn.Module) -> tuple[dict[str, Any], Places]:
-    """Return the configuration of ours as theirs, and its places."""
-    method: Any = implant.method
-    tries: list[dict[str, Any]] = []
-    make: Callable[[nn.Module, Mapping[str, Any]], Places]
-    if isinstance(method, Adapter | ParallelAdapter | Compacter):
-        made, make = {**_BOTTLENECK, **_bottleneck_said(implant)}, _bottlenecks
-        ends = [(False, True), (True, True), (True, False)]
-        for before in (False,) if isinstance(method, ParallelAdapter) else (False, True):
-            for mh, output in ends:
-                one = {"original_ln_before": before, "mh_adapter": mh, "output_adapter": output}
-                tries.append({**made, **one})
-    elif isinstance(method, LoRA | Rescale):
-        made, make = {**_LORA, **_lora_said(method)}, _weights
-        several = [m for n in range(8) if (m := [k for i, k in enumerate("qkv") if n >> i & 1])]
-        for matrices in ([], *several):
-            for up, down in ((False, False), (True, False), (False, True), (True, True)):
-                one = {"selfattn_lora": bool(matrices), "intermediate_lora": up}
-                one |= {"output_lora": down}
-                tries.append({**made, **one, "attn_matrices": matrices or made["attn_matrices"]})
-    else:
-        raise ModgraftError(
-            f"{implant.name!r} is a {type(method).__name__}, which is not written as an adapter of "
-            f"AdapterHub; Adapter, ParallelAdapter, Compacter, LoRA and Rescale are"
-        )
-    why = "its sites are none of theirs"
-    for one in tries:
-        try:
-            every = make(model, one)
-        except ModgraftError as error:
-            why = str(error) if len(tries) == 1 else why
-            continue
-        own = set(implant.paths)
-        here = [place for place in every if place[1] in own]
-        if len(here) != len(own):
-            continue
-        numbers = [{int(re.findall(r"\d+", p)[0]) for p, _ in some} for some in (every, here)]
-        one["leave_out"] = sorted(numbers[0] - numbers[1])
-        try:
-            if {label for _, label in make(model, one)} == own:
-                _understood(one, model)
-                return one, here
-        except ModgraftError as error:
-            why = str(error)
-    raise ModgraftError(
-        f"{implant.name!r} cannot be written as an adapter of AdapterHub: {why} "
-        f"({', '.join(implant.paths[:3])}); save it as modgraft's"
-    )
-
-
-def _bottleneck_said(implant: Implant) -> dict[str, Any]:
-    method: Any = implant.method
-    factor = 16 if method.reduction is None else method.reduction
-    if method.width is not None:
-        raise ModgraftError(
-            f"{implant.name!r}: adapters says a width by reduction_factor alone; say reduction="
-        )
-    words = {ours: theirs for theirs, ours in _SIGMA.items()}
-    said = {"reduction_factor": factor, "non_linearity": words[method.nonlinearity]}
-    said |= {"scaling": method.scale, "is_parallel": isinstance(method, ParallelAdapter)}
-    if isinstance(method, Compacter):
-        said |= {"phm_layer": True, "phm_dim": method.n, "phm_rank": method.rank}
-        said["shared_phm_rule"] = method.shared
-    if isinstance(method, ParallelAdapter):
-        said["init_weights"] = "mam_adapter"
-    return said
-
-
-def _lora_said(method: Any) -> dict[str, Any]:
-    if isinstance(method, Rescale):
-        if method.where == "input":
-            raise ModgraftError("Rescale(where='input') is not written: adapters scales outputs")
-        return {"r": 1, "alpha": 1, "composition_mode": "scale", "init_weights": "ia3"}
-    if method.rslora or method.dora or method.bias:
-        raise ModgraftError("LoRA with rslora, dora or bias is not written as one of AdapterHub")
-    alpha = method.rank if method.alpha is None else method.alpha
-    alpha = int(alpha) if alpha == int(alpha) else alpha
-    return {"r": method.rank, "alpha": alpha, "dropout": method.dropout}
-
-
 # -- tensors -------------------------------------------------------------------------------------
 
 
-def _prefix(model: nn.Module) -> str:
+def prefix(model: nn.Module) -> str:
     """Return the path of the base model in a model, with its point."""
     base = getattr(model, "base_model_prefix", "")
     return f"{base}." if base and isinstance(getattr(model, base, None), nn.Module) else ""
 
 
-def _bare(key: str, model: nn.Module) -> str:
+def bare(key: str, model: nn.Module) -> str:
+    """Return a key without the base model's name."""
     base = getattr(model, "base_model_prefix", "")
     return key.removeprefix(f"{base}.") if base else key
 
 
-def _names(method: Computation, places: Places, name: str, model: nn.Module) -> list[_Tensor]:
+def names(method: Computation, places: Places, name: str, model: nn.Module) -> list[_Tensor]:
     """Return every tensor of a module at its places."""
     made = []
     if isinstance(method, LoRA | Rescale):
