@@ -90,8 +90,7 @@ def said(implants: Sequence[Implant], model: nn.Module) -> dict[str, Any]:
         found = [both, *(one for one in found if "architecture" in one)]
     if len(found) == 1:
         return found[0]
-    configs = [{"architecture": None, **one} for one in found]
-    return {"architecture": "union", "configs": configs}
+    return {"architecture": "union", "configs": found}
 
 
 def _said(group: Sequence[Implant], model: nn.Module) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
 def _common(names: Sequence[str]) -> str:
     """Return the beginning that names have in common, up to a ``_``; else the first name."""
     parts = [name.split("_") for name in names]
-    same = [each[0] for each in zip(*parts, strict=False) if len(set(each)) == 1]
+    alike = takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False))
+    same = [each[0] for each in alike]
     return "_".join(same) if same and len(names) > 1 else names[0]
 
 
