@@ -165,6 +165,8 @@ METHODS |= {
         ],
     ),
     "head": ("LoRAConfig", {"r": 2, "alpha": 4}),
+    "fusion": ("SeqBnConfig", {"reduction_factor": 4}),
+    "fusion_static": ("DoubleSeqBnConfig", {"reduction_factor": 4}),
 }
 PICKLED = {
     "pytorch_adapter.bin": "adapter.safetensors",
@@ -186,6 +188,8 @@ ONLY = dict.fromkeys(METHODS, OLD) | {
     "mam": ("bert",),
     "several": ("bert", "gpt2", "llama"),
     "head": ("roberta", "distilbert"),
+    "fusion": ("gpt2", "t5", "llama"),
+    "fusion_static": ("bert", "gpt2"),
 }
 NOT_SAVED = ("stack",)
 
@@ -236,13 +240,13 @@ def configuration(kind: str, options: Any) -> Any:
     return getattr(adapters, kind)(**options)
 
 
-def save(model: nn.Module, folder: Path, with_head: bool) -> None:
+def save(model: nn.Module, folder: Path, name: str, with_head: bool) -> None:
     """Save the adapter as ``save_adapter`` does, but with what is one tensor by several names.
 
     A prefix is in the model and again in each layer, which safetensors refuses to write.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_adapter(str(folder), "m", with_head=with_head)
+    model.save_adapter(str(folder), name, with_head=with_head)
     for old, new in PICKLED.items():
         if (folder / old).exists():
             tensors = torch.load(folder / old, weights_only=True)
@@ -258,10 +262,14 @@ def run(host: str, method: str, folder: Path) -> dict[str, Tensor]:
     adapters.init(model)
     bare = set(model.state_dict())
     kind, options = METHODS[method]
-    names = ("m", "n") if method == "stack" else ("m",)
+    fused = method.startswith("fusion")
+    names = ("m", "n") if fused or method == "stack" else ("m",)
     for name in names:
         model.add_adapter(name, config=configuration(kind, options))
-    model.set_active_adapters(adapters.composition.Stack(*names))
+    together = (adapters.composition.Fuse if fused else adapters.composition.Stack)(*names)
+    if fused:
+        model.add_adapter_fusion(together, "static" if "static" in method else "dynamic")
+    model.set_active_adapters(together)
     model.eval()
     own = {k: p for k, p in model.named_parameters() if k not in bare}
     torch.manual_seed(2)
@@ -271,7 +279,12 @@ def run(host: str, method: str, folder: Path) -> dict[str, Tensor]:
     if method == "head":
         stir(model.classifier)
     if method not in NOT_SAVED and (host, method[:6]) != ("t5", "prefix"):
-        save(model, folder / "saved" / method / host, with_head=method == "head")
+        saved = folder / "saved" / method / host
+        if fused:
+            saved.mkdir(parents=True, exist_ok=True)
+            model.save_adapter_fusion(str(saved), together, use_safetensors=True)
+        for name in names:
+            save(model, saved / name if fused else saved, name, with_head=method == "head")
     model.double()
     own = {k: p for k, p in model.named_parameters() if k in own}
     for tensor in own.values():
@@ -290,16 +303,29 @@ def check(fixtures: Path, folder: Path) -> None:
         model = build(host)
         adapters.init(model)
         said: dict[str, list[str]] = {}
+        for member in sorted(each for each in path.iterdir() if each.is_dir()):
+            model.load_adapter(str(member), use_safetensors=True, with_head=False)
+        if (path / "adapter_fusion_config.json").exists():
+            name = model.load_adapter_fusion(
+                str(path), use_safetensors=True, set_active=True, loading_info=said
+            )
+            compare(model, fixtures, method, host)
+            continue
         name = model.load_adapter(
             str(path), use_safetensors=True, set_active=True, loading_info=said
         )
         lost = [k for k in said.get("missing_keys", []) if f".{name}." in k and ".pool." not in k]
         if lost or said.get("unexpected_keys"):
             raise SystemExit(f"{path}: missing {lost}, unexpected {said['unexpected_keys']}")
-        with torch.no_grad():
-            output = model.double().eval()(**batch(host)).logits
-        there = load_file(fixtures / f"{method}.safetensors")[f"{host}/output"]
-        print(f"{host:6} {method:22} differs by up to {(output - there).abs().max():.3g}")
+        compare(model, fixtures, method, host)
+
+
+def compare(model: nn.Module, fixtures: Path, method: str, host: str) -> None:
+    """Print how far a model's output is from the fixture's."""
+    with torch.no_grad():
+        output = model.double().eval()(**batch(host)).logits
+    there = load_file(fixtures / f"{method}.safetensors")[f"{host}/output"]
+    print(f"{host:10} {method:22} differs by up to {(output - there).abs().max():.3g}")
 
 
 def main(folder: Path) -> None:

@@ -61,7 +61,7 @@ def change(folder: Path, **changes: object) -> None:
 
 
 def test_every_fixture_is_used() -> None:
-    assert len(READ) == 62
+    assert len(READ) == 67
 
 
 @pytest.mark.parametrize(("method", "name"), READ)
@@ -80,7 +80,7 @@ def test_a_real_save_gives_its_outputs_and_is_written_as_it_was(
     assert there.keys() == here.keys()
     for key, tensor in there.items():
         assert torch.equal(here[key], tensor.double()), key
-    for file in ("adapter_config.json", "head_config.json"):
+    for file in ("adapter_config.json", "head_config.json", "adapter_fusion_config.json"):
         if (folder / file).exists():
             there, here = (
                 json.loads((f / file).read_text("utf-8")) for f in (folder, tmp_path / "new")
@@ -91,7 +91,7 @@ def test_a_real_save_gives_its_outputs_and_is_written_as_it_was(
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a folder; of a prefix, which is there again at each layer, one."""
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.rglob("*.safetensors")):
         found |= {k: t for k, t in load_file(path).items() if ".prefix_tuning.pool." not in k}
     return found
 
@@ -163,11 +163,73 @@ def test_what_is_set_and_not_understood_is_refused_by_name(
 
 
 @pytest.mark.parametrize("name", ["head_config.json", "adapter_fusion_config.json", "embedding.pt"])
-def test_heads_fusions_and_embeddings_are_refused(name: str, tmp_path: Path) -> None:
+def test_broken_heads_fusions_and_embeddings_are_refused(name: str, tmp_path: Path) -> None:
     folder = copied(tmp_path)
     (folder / name).write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match=name):
         mg.Host(model("bert")).load(folder)
+
+
+def test_prompts_and_prefixes_that_are_computed_otherwise_are_refused(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "prefix")
+    path = folder / "adapter_config.json"
+    said = json.loads(path.read_text("utf-8"))
+    said["config"]["architecture"] = "prompt_tuning"
+    path.write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="after the positions and the norm"):
+        mg.Host(model("bert")).load(folder)
+    said["config"]["architecture"], said["model_type"] = "prefix_tuning", "t5"
+    path.write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="relative positions"):
+        mg.Host(model("t5")).load(folder)
+    host = mg.Host(model("bert"))
+    host.implant("m", mg.Prefix(length=2, counted=True))
+    with pytest.raises(mg.ModgraftError, match="counts as positions"):
+        host.save("m", tmp_path / "new", format="adapterhub")
+
+
+def test_a_prefix_that_stands_otherwise_at_a_layer_is_refused(tmp_path: Path) -> None:
+    folder, host = copied(tmp_path, "prefix"), mg.Host(model("bert"))
+    tensors = load_file(folder / "adapter.safetensors")
+    key = next(key for key in tensors if ".pool." in key)
+    save_file(tensors | {key: tensors[key] + 1}, folder / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match="is there again"):
+        host.load(folder)
+    assert not host.implants
+
+
+@pytest.mark.parametrize("key", ["model_class", "config"])
+def test_a_head_of_another_class_is_refused(key: str, tmp_path: Path) -> None:
+    folder, host = copied(tmp_path, "head", "roberta"), mg.Host(model("roberta"))
+    said = json.loads((folder / "head_config.json").read_text("utf-8"))
+    said[key] = "RobertaAdapterModel" if key == "model_class" else {"head_type": "classification"}
+    (folder / "head_config.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="the head is of a"):
+        host.load(folder)
+
+
+def test_a_union_of_two_at_one_layer_is_refused(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "lora")
+    path = folder / "adapter_config.json"
+    said = json.loads(path.read_text("utf-8"))
+    said["config"] = {"architecture": "union", "configs": [said["config"], said["config"]]}
+    path.write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="two of a kind"):
+        mg.Host(model("bert")).load(folder)
+
+
+def test_a_fusion_needs_its_adapters_and_the_same_mathematics(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "fusion", "gpt2")
+    shutil.rmtree(folder / "n")
+    with pytest.raises(CheckpointError, match="the adapter 'n' of the fusion is neither in"):
+        mg.Host(model("gpt2")).load(folder)
+    host = mg.Host(model("gpt2"))
+    for name in "ab":
+        host.implant(name, mg.Adapter(reduction=4), at="block")
+    host.implant("f", mg.Mixture(["a", "b"], aggregate=mg.Fuse()))
+    with pytest.raises(mg.ModgraftError, match=r"Fuse\(effects=True\) is written"):
+        host.save("f", tmp_path / "new", format="adapterhub")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_pickle_is_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +13,13 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
 from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.store.file import read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter.safetensors"
 HEAD, HEAD_TENSORS = "head_config.json", "model_head.safetensors"
-OTHERS = ("adapter_fusion_config.json", "adapter_setup.json", "embedding.pt")
+FUSION, FUSION_TENSORS = "adapter_fusion_config.json", "model_adapter_fusion.safetensors"
+OTHERS = ("adapter_setup.json", "embedding.pt")
+KEYS = {"config", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
 STARTS = {"init_weights", "init_weights_seed", "phm_c_init", "phm_init_range"}
 STARTS |= {"hypercomplex_nonlinearity"}  # how it was drawn says nothing of what it is now
 
@@ -138,3 +143,32 @@ def kind_of(value: Any) -> object:
             kind_of(one) for one in value
         } <= {int}
     return int if type(value) is float and value == value else type(value)
+
+
+def about(path: Path, model: nn.Module, *more: str) -> dict[str, Any]:
+    """Return what a file says of an adapter or a fusion, for this type of host, by a known version.
+
+    Raises:
+        CheckpointError: for anything else.
+    """
+    try:
+        said = dict(read_json(path.read_bytes()))
+        said["config"] = dict(said["config"])
+        if not all(isinstance(said[key], str) for key in ("name", "version", "model_class")):
+            raise ValueError("name, version and model_class are texts")
+        if unknown := said.keys() - {*KEYS, *more}:
+            raise ValueError(f"{', '.join(sorted(unknown))} is not understood")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path} is not an adapter's ({error!r:.200})") from error
+    if said.get("model_type") != type_of(model):
+        raise CheckpointError(
+            f"{path.parent}: the adapter is of a {said.get('model_type')!r:.40}, and this host is "
+            f"a {type_of(model)}; load it into the model it was trained in"
+        )
+    found = re.fullmatch(r"adapters\.(\d+)\.(\d+)\.\d+.*", said["version"])
+    if found is None or (int(found[1]), int(found[2])) < (1, 1):
+        raise CheckpointError(
+            f"{path.parent}: version {said['version']!r:.40}: before adapters 1.1 the scale of a "
+            f"LoRA was another one; load it with adapters 1.3 and save it again"
+        )
+    return said
