@@ -232,6 +232,24 @@ def test_a_fusion_needs_its_adapters_and_the_same_mathematics(tmp_path: Path) ->
     assert not (tmp_path / "new").exists()
 
 
+def test_the_head_of_one_adapter_of_a_fusion_comes_with_it(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "fusion", "gpt2")
+    tensors = {"score.weight": torch.ones(2, 16)}
+    config = model("gpt2").config
+    config.num_labels = 2  # type: ignore[union-attr]
+    classifier = transformers.GPT2ForSequenceClassification(config).eval()  # type: ignore[arg-type]
+    said = {"config": None, "model_class": "GPT2ForSequenceClassification"}
+    for name in "mn":
+        save_file(tensors, folder / name / "model_head.safetensors")
+        (folder / name / "head_config.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="have a head each"):
+        mg.Host(classifier).load(folder)
+    (folder / "m" / "head_config.json").unlink()
+    again = mg.Host(classifier)
+    again.load(folder)
+    assert torch.equal(classifier.get_parameter("score.weight"), tensors["score.weight"])
+
+
 def test_a_pickle_is_refused_with_the_remedy(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     (folder / "adapter.safetensors").rename(folder / "pytorch_adapter.bin")

@@ -65,6 +65,12 @@ def read(folder: Path, model: nn.Module) -> Stored:
         raise CheckpointError(f"{path}: adapter_names={names!r:.80} are not those of its name")
     folders = [_folder(folder, name) for name in names]
     members = [adapter.read(each, model) for each in folders]
+    with_heads = [each for each in members if each.card.beside]
+    if len(with_heads) > 1:
+        raise CheckpointError(
+            f"{folder}: two of its adapters have a head each ({with_heads[0].folder}, "
+            f"{with_heads[1].folder}), and a host has one; leave all but one out of their folders"
+        )
     try:
         config = {k: v for k, v in of["config"].items() if k not in _TRAINING}
         c = check(config, _KNOWN, {"value"})
@@ -89,6 +95,7 @@ def read(folder: Path, model: nn.Module) -> Stored:
     card = Card(
         names=[name],
         modules=[*(each.card.modules[0] for each in members), saved],
+        beside=with_heads[0].card.beside if with_heads else [],
         versions={"adapters": of["version"]},
         made="",
     )
