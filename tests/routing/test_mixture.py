@@ -206,6 +206,21 @@ def test_fuse_attends_to_results() -> None:
     assert all(p.grad is not None for p in handle.parameters())
 
 
+@pytest.mark.parametrize("value", [True, False])
+@torch.no_grad()
+def test_fuse_may_read_effects_alone(value: bool) -> None:
+    torch.manual_seed(0)
+    fuse = mg.Fuse(value=value, effects=True)
+    fuse.build(2, 4)
+    fuse.double()
+    y, effects = torch.randn(3, 5, 4).double(), torch.randn(2, 3, 5, 4).double()
+    output = fuse(lambda j, of, at, weight: of + effects[j], [], y)
+    scores = torch.stack([(fuse.Q(y) * fuse.K(e)).sum(-1) for e in effects])
+    values = [fuse.V(e) if value else e for e in effects]
+    a = scores.softmax(0).unsqueeze(-1)
+    torch.testing.assert_close(output, y + a[0] * values[0] + a[1] * values[1])
+
+
 @torch.no_grad()
 def test_saved_and_loaded(tmp_path: Path) -> None:
     host = made("gpt2")

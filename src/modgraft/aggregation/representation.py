@@ -54,9 +54,12 @@ class Fuse(Aggregation):
 
     Args:
         value: whether there is a V; without it the result is a convex combination of the h_j.
+        effects: whether K and V read the modules' effects alone: y + Σ_j a_j V (h_j − y), as in
+            AdapterHub's ``adapters``. Without a V both are the same function.
     """
 
     value: bool = True
+    effects: bool = False
 
     @property
     def takes_weights(self) -> bool:
@@ -76,6 +79,7 @@ class Fuse(Aggregation):
 
     def forward(self, apply: ApplyModule, weights: list[Tensor], y: Tensor) -> Tensor:
         results = torch.stack([apply(j, y, y, 1.0) for j in range(self.count)], dim=-2)
-        a = self.attention(y, results)
-        values = self.V(results) if self.value else results
-        return torch.einsum("...n,...nd->...d", a, values)
+        read = results - y.unsqueeze(-2) if self.effects else results
+        a = self.attention(y, read)
+        combined = torch.einsum("...n,...nd->...d", a, self.V(read) if self.value else read)
+        return y + combined if self.effects else combined

@@ -1,1 +1,1 @@
-"""Folders of other tools, each format in a file of its own."""
+"""Other tools' formats, each a folder here."""

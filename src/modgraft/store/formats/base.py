@@ -1,16 +1,16 @@
-"""What a format of another tool is, and which there are.
+"""The formats there are, by name: each is a folder here that recognises, reads and writes.
 
-Each is a file beside this one with three functions, as :class:`Format` describes them. Whatever
-stands in a folder and is not understood is refused, and so is what cannot be written: nothing is
-left out.
+Its ``read.py`` defines ``holds`` and ``read``, and its ``write.py`` ``write``, as :class:`Format`
+describes them. Whatever stands in a folder and is not understood is refused, and so is what cannot
+be written: nothing is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
 
 from torch import nn
 
@@ -19,31 +19,24 @@ from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike
 
 NAMES: tuple[str, ...] = ("peft", "adapterhub")
-"""The formats, each the name of a file beside this one."""
+"""The formats, each the name of a folder here."""
 
 
-class Format(Protocol):
-    """What a format's file defines."""
+@dataclass(frozen=True)
+class Format:
+    """What a format's folder defines.
 
-    def holds(self, folder: Path) -> bool:
-        """Return whether a folder looks like one of this format."""
-        ...
+    Attributes:
+        holds: whether a folder looks like one of this format.
+        read: reads the modules in a folder, for a host's model, or raises a CheckpointError: for a
+            damaged folder, or one that holds what is not understood.
+        write: writes modules of a host to a folder, or raises a ModgraftError: for what the format
+            has no place for.
+    """
 
-    def read(self, folder: Path, model: nn.Module) -> Stored:
-        """Read the modules in a folder, for a host's model; see :class:`Stored`.
-
-        Raises:
-            CheckpointError: for a damaged folder, or one that holds what is not understood.
-        """
-        ...
-
-    def write(self, host: HostLike, names: Sequence[str], folder: Path) -> None:
-        """Write modules of a host to a folder.
-
-        Raises:
-            ModgraftError: for what the format has no place for.
-        """
-        ...
+    holds: Callable[[Path], bool]
+    read: Callable[[Path, nn.Module], Stored]
+    write: Callable[[HostLike, Sequence[str], Path], None]
 
 
 def named(name: str) -> Format:
@@ -55,7 +48,8 @@ def named(name: str) -> Format:
     if name not in NAMES:
         known = ", ".join(("modgraft", *NAMES))
         raise ModgraftError(f"format={name!r}: there are {known}")
-    return cast(Format, import_module(f"{__package__}.{name}"))
+    reader, writer = (import_module(f"{__package__}.{name}.{part}") for part in ("read", "write"))
+    return Format(reader.holds, reader.read, writer.write)
 
 
 def found_in(folder: Path) -> Format | None:

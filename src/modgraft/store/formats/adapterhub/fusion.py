@@ -1,0 +1,188 @@
+"""A fusion of ``adapters``: a mixture of bottlenecks, whose folders stand in its own or beside it.
+
+    adapter_fusion_config.json         {config, adapter_names, …}
+    model_adapter_fusion.safetensors   query, key and value at each place of the adapters
+
+Theirs is y + Σ_j a_j V e_j with e_j the effect of adapter j, and a = softmax_j((Q y)ᵀ K e_j).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from modgraft.aggregation.representation import Fuse
+from modgraft.computation.adapter import Adapter
+from modgraft.computation.compacter import Compacter
+from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.engine.implant import Implant, check_name
+from modgraft.routing.mixture import Mixture
+from modgraft.store.card import Card, Saved, to_json
+from modgraft.store.file import Entry, TensorFile
+from modgraft.store.formats.adapterhub import adapter
+from modgraft.store.formats.adapterhub.configurations import modules, said
+from modgraft.store.formats.adapterhub.layout import (
+    CONFIG,
+    FUSION,
+    FUSION_TENSORS,
+    HEAD,
+    OTHERS,
+    Module,
+    about,
+    bare,
+    check,
+    prefix,
+)
+from modgraft.store.stored import Stored
+
+_KNOWN: dict[str, Any] = {
+    "key": True, "query": True, "value": True, "query_before_ln": False, "regularization": True,
+    "residual_before": False, "temperature": False, "value_before_softmax": True,
+    "value_initialized": True, "dropout_prob": None,
+}  # fmt: skip
+_TRAINING = {"regularization", "value_initialized"}
+
+
+def read(folder: Path, model: nn.Module) -> Stored:
+    """Read the fusion in a folder and the adapters that it is over."""
+    path = folder / FUSION
+    of = about(path, model, "adapter_names")
+    if beside := [each for each in (CONFIG, HEAD, *OTHERS) if (folder / each).exists()]:
+        raise CheckpointError(
+            f"{folder}: {beside[0]} is there beside the fusion, and is not read with it; move it "
+            f"to a folder of its own"
+        )
+    if not (folder / FUSION_TENSORS).exists():
+        raise CheckpointError(
+            f"{folder}: {FUSION_TENSORS} is not there (pytorch_model_adapter_fusion.bin is a "
+            f"pickle, which is never read); save it anew with use_safetensors=True"
+        )
+    names = of.get("adapter_names")
+    if not isinstance(names, list) or not names or ",".join(map(str, names)) != of["name"]:
+        raise CheckpointError(f"{path}: adapter_names={names!r:.80} are not those of its name")
+    folders = [_folder(folder, name) for name in names]
+    members = [adapter.read(each, model) for each in folders]
+    with_heads = [each for each in members if each.card.beside]
+    if len(with_heads) > 1:
+        raise CheckpointError(
+            f"{folder}: two of its adapters have a head each ({with_heads[0].folder}, "
+            f"{with_heads[1].folder}), and a host has one; leave all but one out of their folders"
+        )
+    try:
+        config = {k: v for k, v in of["config"].items() if k not in _TRAINING}
+        c = check(config, _KNOWN, {"value"})
+        found = [
+            modules(about(each / CONFIG, model)["config"], model, name)
+            for each, name in zip(folders, names, strict=True)
+        ]
+        places = _places(found)
+    except ModgraftError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    keys = _keys(places, of["name"], c["value"])
+    file = TensorFile(folder / FUSION_TENSORS)
+    own = {bare(key, model): key for key in file.entries}
+    if unlike := sorted(own.keys() ^ keys.keys()):
+        raise CheckpointError(
+            f"{file.path}: {unlike[:3]} are in the file or meant by its adapters, and not both"
+        )
+    name = "_".join(names)
+    name = f"{name}_fusion" if name in names else name
+    method = Mixture(names, aggregate=Fuse(value=c["value"], effects=True))
+    saved = Saved(name=name, **to_json(method), sites=list(places))
+    card = Card(
+        names=[name],
+        modules=[*(each.card.modules[0] for each in members), saved],
+        beside=with_heads[0].card.beside if with_heads else [],
+        versions={"adapters": of["version"]},
+        made="",
+    )
+    entries: dict[str, Entry] = {k: e for each in members for k, e in each.entries.items()}
+    entries |= {f"{name}:{ours}": file.entries[own[key]] for key, ours in keys.items()}
+
+    def tensors() -> Mapping[str, Tensor]:
+        made = {key: tensor for each in members for key, tensor in each.read().items()}
+        return made | {f"{name}:{ours}": file.tensor(own[key]) for key, ours in keys.items()}
+
+    return Stored(folder, card, entries, tensors)
+
+
+def _folder(folder: Path, name: object) -> Path:
+    """Return the folder of an adapter of a fusion: in its own, or beside it."""
+    try:
+        check_name(str(name))
+    except ModgraftError as error:
+        raise CheckpointError(f"{folder / FUSION}: adapter_names: {error}") from error
+    found = [each / str(name) for each in (folder, folder.parent)]
+    for each in found:
+        if (each / CONFIG).is_file() and not (each / FUSION).exists():
+            return each
+    raise CheckpointError(
+        f"{folder}: the adapter {name!r} of the fusion is neither in {found[0]} nor in {found[1]}; "
+        f"save it there: model.save_adapter(folder, {name!r}, use_safetensors=True)"
+    )
+
+
+def _places(members: Sequence[Sequence[Module]]) -> dict[str, str]:
+    """Return the paths of theirs by our labels, which all members have alike.
+
+    Raises:
+        ModgraftError: for adapters that are fused otherwise here, or not all at the same places.
+    """
+    for found in members:
+        if len(found) != 1 or not isinstance(found[0].method, Adapter | Compacter):
+            raise ModgraftError("a fusion is read over bottlenecks and Compacters in sequence")
+        if set(found[0].sites) != set(members[0][0].sites):
+            raise ModgraftError("the adapters of the fusion are not at the same places")
+        if any(site.endswith("[residual]") for site in found[0].sites):
+            raise ModgraftError(
+                "its adapters act on the residual before a norm (original_ln_before in a BERT), "
+                "where no mixture acts here; a fusion of DoubleSeqBnConfig is read"
+            )
+    ties = members[0][0].ties
+    return {
+        tie.ours.partition(":")[0]: tie.theirs.partition(".adapters.")[0]
+        for tie in ties
+        if ".adapters." in tie.theirs
+    }
+
+
+def _keys(places: Mapping[str, str], name: str, value: bool) -> dict[str, str]:
+    """Return our names of a fusion's tensors by theirs."""
+    words = [("query", "Q", ("weight", "bias")), ("key", "K", ("weight", "bias"))]
+    words += [("value", "V", ("weight",))] * value
+    return {
+        f"{path}.adapter_fusion_layer.{name}.{theirs}.{part}": f"{label}:combine.{ours}.{part}"
+        for label, path in places.items()
+        for theirs, ours, parts in words
+        for part in parts
+    }
+
+
+def written(
+    implant: Implant, members: Sequence[Implant], model: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the configuration of a mixture as a fusion.
+
+    Raises:
+        ModgraftError: for another mixture, or modules that are none of their bottlenecks.
+    """
+    method, fuse = implant.method, getattr(implant.method, "aggregate", None)
+    if not isinstance(method, Mixture) or not isinstance(fuse, Fuse):
+        raise ModgraftError(
+            f"{implant.name!r} is a mixture that adapters has not; it has Mixture({method!r:.60}…, "
+            f"aggregate=Fuse(effects=True)) of bottlenecks"
+        )
+    if fuse.value and not fuse.effects:
+        raise ModgraftError(
+            f"{implant.name!r}: the V of adapters reads the modules' effects alone, and that of "
+            f"Fuse() their results; Fuse(effects=True) is written"
+        )
+    places = _places([modules(said([m], model), model, m.name) for m in members])
+    name, own = ",".join(m.name for m in members), implant.tensors()
+    keys = _keys(places, name, fuse.value)
+    static = {} if fuse.value else {"value": False, "regularization": False}
+    static |= {} if fuse.value else {"value_initialized": False}
+    return {prefix(model) + k: own[ours] for k, ours in keys.items()}, {**_KNOWN, **static}

@@ -1,0 +1,174 @@
+"""Where the tensors of a module of ours lie in a folder of ``adapters``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.computation.base import Computation
+from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.store.file import read_json
+
+CONFIG, TENSORS = "adapter_config.json", "adapter.safetensors"
+HEAD, HEAD_TENSORS = "head_config.json", "model_head.safetensors"
+FUSION, FUSION_TENSORS = "adapter_fusion_config.json", "model_adapter_fusion.safetensors"
+OTHERS = ("adapter_setup.json", "embedding.pt")
+KEYS = {"config", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
+STARTS = {"init_weights", "init_weights_seed", "phm_c_init", "phm_init_range"}
+STARTS |= {"hypercomplex_nonlinearity"}  # how it was drawn says nothing of what it is now
+
+Places = list[tuple[str, str]]
+"""The path of theirs, without the base model's name, and our label."""
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A tensor of ours, ``<label>:<key>``, and where it lies in theirs.
+
+    Attributes:
+        ours: its name.
+        theirs: the key of theirs, without the base model's name.
+        turned: whether the last two axes are changed for each other.
+        piece: which of how many, where several of ours are one of theirs.
+        vectors: of a flat prefix, how many vectors of how many heads each piece is.
+    """
+
+    ours: str
+    theirs: str
+    turned: bool = False
+    piece: tuple[int, int] = (0, 1)
+    vectors: tuple[int, int] | None = None
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return ours of theirs.
+
+        Raises:
+            CheckpointError: for a shape that theirs never has.
+        """
+        number, count = self.piece
+        length, heads = self.vectors or (1, 1)
+        if (
+            (self.turned and tensor.dim() != 3)
+            or not tensor.dim()
+            or len(tensor) % (count * length * heads)
+            or (self.vectors and tensor.dim() != 1)
+        ):
+            raise CheckpointError(f"{self.theirs} is {list(tensor.shape)}, which it never is")
+        if self.vectors is not None:  # [k · pieces · heads · d]
+            return tensor.view(length, count, heads, -1)[:, number]
+        tensor = tensor.chunk(count)[number]
+        if self.ours.endswith(":phi"):
+            tensor = tensor.reshape(-1)
+        return tensor.transpose(1, 2) if self.turned else tensor
+
+
+def written(ties: Sequence[Tie], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return theirs of ours."""
+    pieces: dict[str, list[tuple[Tie, Tensor]]] = {}
+    for tie in ties:
+        pieces.setdefault(tie.theirs, []).append((tie, own[tie.ours]))
+    made = {}
+    for key, some in pieces.items():
+        some.sort(key=lambda each: each[0].piece)
+        if some[0][0].vectors is not None:
+            made[key] = torch.stack([t for _, t in some], 1).flatten()
+            continue
+        shaped = [t[:, None] if tie.ours.endswith(":phi") else t for tie, t in some]
+        whole = torch.cat(shaped)
+        made[key] = whole.transpose(1, 2) if some[0][0].turned else whole
+    return made
+
+
+@dataclass(frozen=True)
+class Module:
+    """What is one module of ours in one of their adapters.
+
+    Attributes:
+        kind: a word for it, by which it is called where there are several.
+        method: the computation.
+        sites: the labels of its sites.
+        ties: its tensors.
+    """
+
+    kind: str
+    method: Computation
+    sites: Sequence[str]
+    ties: Sequence[Tie]
+
+
+def type_of(model: nn.Module) -> str:
+    """Return the type of a host as transformers names it, such as ``bert``."""
+    return str(getattr(getattr(model, "config", None), "model_type", None))
+
+
+def prefix(model: nn.Module) -> str:
+    """Return the path of the base model in a model, with its point."""
+    base = getattr(model, "base_model_prefix", "")
+    return f"{base}." if base and isinstance(getattr(model, base, None), nn.Module) else ""
+
+
+def bare(key: str, model: nn.Module) -> str:
+    """Return a key without the base model's name."""
+    base = getattr(model, "base_model_prefix", "")
+    return key.removeprefix(f"{base}.") if base else key
+
+
+def check(config: Mapping[str, Any], known: Mapping[str, Any], read: set[str]) -> dict[str, Any]:
+    """Return the whole configuration, if what is not in ``read`` has the one value we compute."""
+    if unknown := config.keys() - known.keys():
+        raise ModgraftError(f"{', '.join(sorted(unknown))} is not understood")
+    for key in sorted(config.keys() & read):
+        if kind_of(config[key]) != kind_of(known[key]):
+            raise ModgraftError(
+                f"{key}={config[key]!r:.60} is not understood; it is as {known[key]}"
+            )
+    for key in sorted(known.keys() - read - STARTS):
+        if key in config and config[key] != known[key]:
+            raise ModgraftError(
+                f"{key}={config[key]!r:.60} is not computed here (only {known[key]!r} is)"
+            )
+    return {**known, **config}
+
+
+def kind_of(value: Any) -> object:
+    """Return what sort of value stands in a configuration; a list is of texts or of numbers."""
+    if isinstance(value, list):
+        return list, {kind_of(one) for one in value} <= {str} or {
+            kind_of(one) for one in value
+        } <= {int}
+    return int if type(value) is float and value == value else type(value)
+
+
+def about(path: Path, model: nn.Module, *more: str) -> dict[str, Any]:
+    """Return what a file says of an adapter or a fusion, for this type of host, by a known version.
+
+    Raises:
+        CheckpointError: for anything else.
+    """
+    try:
+        said = dict(read_json(path.read_bytes()))
+        said["config"] = dict(said["config"])
+        if not all(isinstance(said[key], str) for key in ("name", "version", "model_class")):
+            raise ValueError("name, version and model_class are texts")
+        if unknown := said.keys() - {*KEYS, *more}:
+            raise ValueError(f"{', '.join(sorted(unknown))} is not understood")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path} is not an adapter's ({error!r:.200})") from error
+    if said.get("model_type") != type_of(model):
+        raise CheckpointError(
+            f"{path.parent}: the adapter is of a {said.get('model_type')!r:.40}, and this host is "
+            f"a {type_of(model)}; load it into the model it was trained in"
+        )
+    found = re.fullmatch(r"adapters\.(\d+)\.(\d+)\.\d+.*", said["version"])
+    if found is None or (int(found[1]), int(found[2])) < (1, 1):
+        raise CheckpointError(
+            f"{path.parent}: version {said['version']!r:.40}: before adapters 1.1 the scale of a "
+            f"LoRA was another one; load it with adapters 1.3 and save it again"
+        )
+    return said

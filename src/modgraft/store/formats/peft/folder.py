@@ -1,0 +1,165 @@
+"""A folder of PEFT: what is taken of one that is read, and what goes into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from modgraft.computation.base import Computation
+from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.layers import WEIGHTED
+from modgraft.core.sites import Site
+from modgraft.store.file import Entry, TensorFile
+from modgraft.store.formats.peft.options import CONFIG, Targeted
+from modgraft.store.formats.peft.targets import targets
+
+TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of ours, ``<site>:<name>``, and how it is made of the file's."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """What becomes one module of ours."""
+
+    method: Computation
+    sites: Sequence[str]
+    pieces: Sequence[Piece]
+    suffix: str = ""
+
+
+@dataclass
+class Folder:
+    """A folder of PEFT and the host that it is read for.
+
+    Attributes:
+        path: the folder's.
+        file: its tensors.
+        model: the host's.
+        left: the tensors that nobody has taken yet.
+    """
+
+    path: Path
+    file: TensorFile
+    model: nn.Module
+    left: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = set(self.file.entries)
+        # a layer that stands at two paths has the first as its name here
+        names: dict[int, str] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self._names: dict[str, str] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            self._names[path] = names.setdefault(id(module), path)
+            self.modules[path] = module
+        self._order = {path: i for i, path in enumerate(self.modules)}
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raise a CheckpointError that begins with the folder."""
+        raise CheckpointError(f"{self.path}: {why}")
+
+    def sites(self, suffix: str) -> list[str]:
+        """Return the paths of the tensors that end in ``suffix``, in the host's order.
+
+        Raises:
+            CheckpointError: for a path that is none in this host.
+        """
+        found = []
+        for key in self.left:
+            if key.startswith(PREFIX) and key.endswith(suffix):
+                path = key.removeprefix(PREFIX).removesuffix(suffix)
+                while path not in self.modules and path.endswith(".base_layer"):
+                    path = path.removesuffix(".base_layer")  # of experts: several in one layer
+                if path not in self.modules:
+                    near = get_close_matches(path, self.modules, n=2, cutoff=0.3)
+                    self.refuse(
+                        f"{key} belongs to a layer {path!r:.120} that this "
+                        f"{type(self.model).__name__} does not have; it has {', '.join(near)} …: "
+                        f"make the host with the class that it was trained with"
+                    )
+                found.append(path)
+        return sorted(set(found), key=self._order.__getitem__)
+
+    def label(self, path: str) -> str:
+        """Return the first path of the layer at ``path``."""
+        return self._names[path]
+
+    def take(self, key: str, *shape: int | None) -> Entry:
+        """Take a tensor of the file, of a shape (None: any size on that axis).
+
+        Raises:
+            CheckpointError: if it is not there, or another one is.
+        """
+        entry = self.file.entries.get(key)
+        if entry is None:
+            self.refuse(f"{key} is missing; the file is cut short, or another one: copy it again")
+        if len(entry.shape) != len(shape) or any(
+            want not in (None, has) for want, has in zip(shape, entry.shape, strict=True)
+        ):
+            wanted = ", ".join("any" if n is None else str(n) for n in shape)
+            self.refuse(f"{key} is {list(entry.shape)} where this host needs [{wanted}]")
+        self.left.discard(key)
+        return entry
+
+    def check_targets(self, said: Targeted, sites: Collection[str]) -> None:
+        """Compare the layers that have tensors with those that the options mean.
+
+        Raises:
+            CheckpointError: for a layer that is meant and has none, or has some and is not meant.
+        """
+        layers = {path for path, m in self.modules.items() if isinstance(m, WEIGHTED)}
+        meant = targets(said, layers)
+        if meant is None:
+            return
+        have = set(sites)
+        if lacking := sorted(meant - have):
+            self.refuse(
+                f"{CONFIG} means {lacking[0]}, and {len(lacking)} such layers have no tensors; "
+                f"the file is cut short, or the host has more layers than it was trained with"
+            )
+        if extra := sorted(have - meant):
+            self.refuse(f"there are tensors for {extra[0]}, which {CONFIG} does not mean")
+
+    def tensor(self, key: str) -> Tensor:
+        """Read a tensor of the file."""
+        return self.file.tensor(key)
+
+
+@dataclass
+class Written:
+    """Modules as PEFT has them.
+
+    Attributes:
+        tensors: by key, without the beginning that all have.
+        options: of ``adapter_config.json``, beside those of every kind.
+        paths: the layers that ``target_modules`` has to mean.
+        shared: tensors that stand beside the host's, such as VeRA's matrices.
+    """
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    paths: list[str]
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+
+def check_whole(name: str, what: str, site: Site, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Raise a ModgraftError unless a site is the whole of a layer of one of these kinds."""
+    if site.part is not None or site.parameter is not None or not isinstance(site.module, kinds):
+        raise ModgraftError(
+            f"{name!r} changes {site.label}: PEFT's {what} changes the whole of a "
+            f"{' or '.join(k.__name__ for k in kinds)}"
+        )

@@ -1,0 +1,126 @@
+"""The weights of the host that stand in a folder of PEFT beside the module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from modgraft.store.formats.peft.folder import PREFIX, Folder, Group
+from modgraft.store.formats.peft.options import CONFIG, Options, PrefixOptions, PromptOptions
+from modgraft.store.formats.peft.tokens import asked
+
+
+class HostWeights:
+    """The weights of the host that stand in a folder beside the module.
+
+    Attributes:
+        keys: their keys in the file by their names in the host.
+    """
+
+    def __init__(self, folder: Folder, said: Options) -> None:
+        self.folder, self.said = folder, said
+        model = folder.model
+        self._prefix = "base_model." if isinstance(said, PromptOptions | PrefixOptions) else PREFIX
+        self._bias = getattr(said, "bias", "none")
+        first: dict[int, str] = {}
+        self._names = {
+            name: first.setdefault(id(p), name)
+            for name, p in model.named_parameters(remove_duplicate=False)
+        }
+        self._buffers = dict(model.named_buffers())
+        self._tables = tables_of(model)
+        self.keys: dict[str, str] = {}
+        self._again: list[tuple[str, str]] = []  # of one weight: another key, and its name
+        for key in sorted(folder.left):
+            self._sort(key)
+
+    def _sort(self, key: str) -> None:
+        """Take a tensor that is the host's."""
+        said = key.removeprefix(self._prefix)
+        name = re.sub(r"\.(base_layer|original_module|modules_to_save)\.", ".", said)
+        if name == said == key or not self._is_meant(said, name):
+            return
+        if name in self._names:
+            own = self._names[name]
+            if re.search(r"\.(original_module|modules_to_save)\.", said) or own in self.keys:
+                self._again.append((key, own))
+            else:
+                self.keys[own] = key
+            self.folder.left.discard(key)
+        elif name in self._buffers:
+            self._again.append((key, name))
+            self.folder.left.discard(key)
+
+    def _is_meant(self, said: str, name: str) -> bool:
+        """Return whether the options say that a weight of the host is saved."""
+        path = name.rpartition(".")[0]
+        whole = self.said.modules_to_save or []
+        if any(part.endswith(m) for part in _ancestors(path) for m in whole):
+            return True
+        if name.endswith(".bias") and (
+            self._bias == "all" or (self._bias != "none" and ".base_layer." in said)
+        ):
+            return True
+        return id(self.folder.modules.get(path)) in self._tables  # which PEFT saves by itself
+
+    def check(self, groups: Iterable[Group]) -> None:
+        """Check that everything is there that the options say is saved.
+
+        Raises:
+            CheckpointError: with what is lacking.
+        """
+        wanted: set[str] = set()
+        for path, module in self.folder.modules.items():
+            if path and any(path.endswith(m) for m in self.said.modules_to_save or ()):
+                for name, _ in module.named_parameters():
+                    wanted.add(self._names[f"{path}.{name}"])
+        if self._bias != "none":
+            paths = {site for group in groups for site in group.sites}
+            wanted |= {
+                own
+                for name, own in self._names.items()
+                if name.endswith(".bias")
+                and (self._bias == "all" or name.removesuffix(".bias") in paths)
+            }
+        if lacking := sorted(wanted - self.keys.keys()):
+            self.folder.refuse(
+                f"{CONFIG} says that the host's {lacking[0]} is saved too, and it is missing, with "
+                f"{len(lacking) - 1} others; the file is cut short, or another one: copy it again"
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read them, and compare what stands there twice.
+
+        Raises:
+            CheckpointError: for one that stands there twice, or in a buffer of the host, otherwise.
+        """
+        found = {name: self.folder.tensor(key) for name, key in self.keys.items()}
+        for key, name in self._again:
+            if ".original_module." in key:  # as it was before; nothing reads it
+                continue
+            other = found.get(name)
+            if other is None:
+                own = self._buffers.get(name)
+                other = self.folder.model.get_parameter(name) if own is None else own
+            tensor = self.folder.tensor(key)
+            if tensor.shape != other.shape or not torch.equal(tensor.to(other), other):
+                self.folder.refuse(
+                    f"{key} is another one than {name} of this host, which it cannot replace: "
+                    f"it is a buffer, or another layer's weight too; load it into the host that it "
+                    f"was trained in"
+                )
+        return found
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+def tables_of(model: nn.Module) -> set[int]:
+    """Return the ids of the layers that PEFT saves by itself where they are changed or resized."""
+    found = [asked(model, name) for name in ("get_input_embeddings", "get_output_embeddings")]
+    return {id(table) for table in found if table is not None}

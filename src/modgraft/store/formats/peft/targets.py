@@ -1,0 +1,113 @@
+"""Which layers the options of a folder mean; a pattern that may take long is not run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.store.formats.peft.options import CONFIG, Targeted
+
+
+def targets(said: Targeted, paths: Iterable[str]) -> set[str] | None:
+    """Return the paths that PEFT would change; None where its pattern is not run.
+
+    A pattern that may take long on some text is not run: a stranger has written it.
+    """
+    target, excluded = said.target_modules, said.exclude_modules
+    if target is None or target == "all-linear":
+        return None
+    layers = said.layers_pattern or []
+    plain = [*(said.modules_to_save or ()), *([layers] if isinstance(layers, str) else layers)]
+    if not all(re.fullmatch(r"[\w.]+", text) for text in plain):
+        return None
+    if not all(is_quick(text) for text in (target, excluded) if isinstance(text, str)):
+        return None
+    return {path for path in paths if _is_target(said, path)}
+
+
+def _is_target(said: Targeted, path: str) -> bool:
+    if said.exclude_modules and _named(said.exclude_modules, path):
+        return False
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", path) for m in said.modules_to_save or ()):
+        return False
+    if not said.target_modules or not _named(said.target_modules, path):
+        return False
+    which = said.layers_to_transform
+    if which is None or which == [] or isinstance(said.target_modules, str):
+        return True
+    if path in said.target_modules:
+        return True
+    patterns = said.layers_pattern or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path) for pattern in patterns)
+    found = next((match for match in matches if match), None)
+    number = None if found is None else int(found[1])
+    return number == which if isinstance(which, int) else number in which
+
+
+def _named(selection: list[str] | str, path: str) -> bool:
+    """Return whether a list names a path or its end, or a pattern matches it."""
+    if isinstance(selection, str):
+        return re.fullmatch(selection, path) is not None
+    return path in selection or any(path.endswith(f".{name}") for name in selection)
+
+
+def ends_in(selection: list[str] | str, path: str) -> bool | None:
+    """Return whether a path ends as a list says or matches a pattern; None: that is not run."""
+    if isinstance(selection, list):
+        return any(path.endswith(name) for name in selection)
+    return bool(re.fullmatch(selection, path)) if is_quick(selection) else None
+
+
+def is_quick(pattern: str, most: int = 3) -> bool:
+    """Return whether a regular expression takes little time on any path.
+
+    It repeats no groups, and nothing else more than ``most`` times.
+    """
+    text = re.sub(r"\\[\w.]|\[[^\]\\\[]*\]", "x", pattern)
+    if len(pattern) > 20_000 or re.search(r"[^\w.\-^$|()*+?/]|\)[*+]|\(\?", text):
+        return False
+    if len(re.findall(r"[*+]", text)) > most:
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def by_pattern(patterns: Mapping[str, Any], path: str) -> Any:
+    """Return what the first pattern that matches the end of a path says, None where none does.
+
+    Raises:
+        CheckpointError: for a pattern that is not run.
+    """
+    for pattern, value in patterns.items():
+        if not is_quick(pattern, 2):
+            raise CheckpointError(
+                f"the pattern {pattern!r:.80} in {CONFIG} is not run, since it may take long; "
+                f"write the paths that it matches in its place"
+            )
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return None
+
+
+def aim(paths: Sequence[str], modules: Collection[str], said: dict[str, Any]) -> None:
+    """Write ``target_modules`` so that it means these layers and no others.
+
+    It is the last names of their paths if that is so, or the paths, or a pattern of them.
+    """
+    short = sorted({path.rpartition(".")[2] for path in paths})
+    pattern = "|".join(re.escape(path) for path in paths)
+    for target in (short, list(paths), pattern):
+        tried = Targeted.model_validate({**said, "target_modules": target})
+        if {path for path in modules if _is_target(tried, path)} == set(paths):
+            said["target_modules"] = target
+            return
+    raise ModgraftError(
+        f"PEFT cannot change {paths[0]} and others, since modules_to_save="
+        f"{said.get('modules_to_save')} holds one of them whole"
+    )

@@ -1,0 +1,197 @@
+"""Modules of ours as PEFT saves one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from modgraft.computation.base import Computation
+from modgraft.computation.lora import LoRA
+from modgraft.computation.oft import OFT
+from modgraft.computation.prefix import Prefix
+from modgraft.computation.prompts import SoftPrompt
+from modgraft.computation.rescale import Rescale
+from modgraft.computation.trainable_tokens import TrainableTokens
+from modgraft.computation.vera import VeRA
+from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.files import locked, write_json
+from modgraft.core.layers import LINEAR
+from modgraft.core.sites import Site, located
+from modgraft.engine.implant import learning_parts
+from modgraft.store.file import write_tensors
+from modgraft.store.formats.peft import ia3, lora_written, oft, prompts, tokens, vera
+from modgraft.store.formats.peft.folder import PREFIX, TENSORS, Written
+from modgraft.store.formats.peft.host_weights import tables_of
+from modgraft.store.formats.peft.options import CONFIG
+from modgraft.store.formats.peft.read import holds, name_of
+from modgraft.store.formats.peft.targets import aim
+from modgraft.training.host_like import HostLike
+
+VERSION = "0.21.2"  # of PEFT, whose format is written
+
+_BEFORE_INPUT = ("PROMPT_TUNING", "PREFIX_TUNING")
+"""What changes no layer of the host, so that this is not wrapped, and its keys are others."""
+
+_TASKS = {
+    "SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS", "ConditionalGeneration": "SEQ_2_SEQ_LM",
+    "CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
+}  # fmt: skip
+_WITH_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
+               "QUESTION_ANS": ("qa_outputs",)}  # fmt: skip
+"""The tasks for which PEFT saves the head by itself, and what it takes for one."""
+
+
+def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
+    """Write modules of a host as PEFT saves one adapter.
+
+    Raises:
+        ModgraftError: for what PEFT has no place for, with the reason, or a folder of other things.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not holds(folder):
+        raise CheckpointError(f"{folder} is there and holds nothing of PEFT; choose another folder")
+    model = host.model
+    implants = {name: host._implants[name] for name in names}
+    placed = {
+        name: list(zip(located(model, implant.paths), implant.places, strict=True))
+        for name, implant in implants.items()
+    }
+    kind, written = _written({n: i.method for n, i in implants.items()}, placed, model)
+    beside = sorted({n for i in implants.values() for n in i.beside} | learning_parts(model))
+    prefix = "base_model." if kind in _BEFORE_INPUT else PREFIX
+    bare = {"prompt_embeddings"}
+    tensors = {(k if k in bare else prefix + k): t for k, t in written.tensors.items()}
+    tensors |= {f"base_model.{key}": tensor for key, tensor in written.shared.items()}
+    task, heads = _task(model)
+    if kind in _BEFORE_INPUT and task is None:
+        raise ModgraftError(
+            f"PEFT puts prompts and prefixes before the input of models for {', '.join(_TASKS)}, "
+            f"and this host is a {type(model).__name__}"
+        )
+    saved = _saved_beside(kind, written, beside, heads, model)
+    tensors |= {prefix + key: tensor for key, tensor in saved.items()}
+    if heads and not set(heads) & set(written.options.get("modules_to_save") or ()):
+        task = None  # with which PEFT would look for a head in the folder
+    said = {
+        "peft_type": kind, "peft_version": VERSION, "task_type": task,
+        "base_model_name_or_path": name_of(model), "revision": None, "inference_mode": True,
+        "auto_mapping": None, "modules_to_save": None, **written.options,
+    }  # fmt: skip
+    if kind not in _BEFORE_INPUT:
+        layers = {path: m for path, m in model.named_modules() if path}
+        own = [layers[path] for path in written.paths if isinstance(layers[path], LINEAR)]
+        said["fan_in_fan_out"] = bool(own) and not any(isinstance(m, nn.Linear) for m in own)
+        said["target_modules"] = []
+        if written.paths:
+            aim(written.paths, layers, said)
+        if kind == "IA3":
+            ia3.aim_inner(written.paths, said)
+    with locked(folder, TENSORS, CONFIG):
+        write_tensors({k: t.detach().clone() for k, t in tensors.items()}, folder / TENSORS, {})
+        write_json(folder / CONFIG, dict(sorted(said.items())))
+
+
+Placed = Mapping[str, list[tuple[Site, Any]]]
+
+
+def _written(
+    methods: Mapping[str, Computation], placed: Placed, model: nn.Module
+) -> tuple[str, Written]:
+    """Return the type that PEFT has for modules, and what it keeps of them."""
+    if len(set(map(type, methods.values()))) == 1 and all(
+        isinstance(m, Rescale) for m in methods.values()
+    ):
+        name = " and ".join(methods)
+        return "IA3", ia3.write(name, [each for some in placed.values() for each in some])
+    by_type = {type(m): n for n, m in methods.items()}
+    if len(methods) == 2 and by_type.keys() == {LoRA, TrainableTokens}:
+        one, other = by_type[LoRA], by_type[TrainableTokens]
+        written = lora_written.write(one, methods[one], placed[one])  # type: ignore[arg-type]
+        rows = tokens.write(other, methods[other], placed[other], model, True)  # type: ignore[arg-type]
+        both = {s.path for s, _ in placed[one]} & {s.path for s, _ in placed[other]}
+        if both:
+            raise ModgraftError(f"PEFT has LoRA or trainable tokens at {min(both)}, and not both")
+        written.tensors |= rows.tensors
+        written.options |= rows.options
+        return "LORA", written
+    if len(methods) != 1:
+        raise ModgraftError(
+            f"PEFT keeps one module in a folder, and {', '.join(methods)} are several; save each "
+            f"to a folder of its own"
+        )
+    [(name, method)] = methods.items()
+    sites = placed[name]
+    match method:
+        case LoRA():
+            return "LORA", lora_written.write(name, method, sites)
+        case VeRA():
+            return "VERA", vera.write(name, method, sites)
+        case OFT():
+            return "OFT", oft.write(name, method, sites)
+        case TrainableTokens():
+            return "TRAINABLE_TOKENS", tokens.write(name, method, sites, model, False)
+        case SoftPrompt():
+            return "PROMPT_TUNING", prompts.write_prompt(name, method, model, sites[0][1])
+        case Prefix():
+            return "PREFIX_TUNING", prompts.write_prefix(name, method, sites, model)
+    raise ModgraftError(
+        f"{name!r} is a {type(method).__name__}, which PEFT's format has no place for; "
+        f"save it without format='peft'"
+    )
+
+
+def _saved_beside(
+    kind: str, written: Written, beside: Sequence[str], heads: Sequence[str], model: nn.Module
+) -> dict[str, Tensor]:
+    """Return what PEFT keeps of the host, by key, and set its options accordingly."""
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    left, found = set(beside), {}
+    if "bias" in written.options:
+        every = {name for name in parameters if name.endswith(".bias")}
+        own = {f"{path}.bias" for path in written.paths} & every
+        for word, some in (("all", every), (f"{kind.lower()}_only", own)):
+            if some and some <= left:
+                written.options["bias"] = word
+                left -= some
+                inner = {f"{name}.base_layer.bias": f"{name}.bias" for name in written.paths}
+                found |= {k: parameters[n] for k, n in inner.items() if n in some}
+                found |= {n: parameters[n] for n in some - set(inner.values())}
+                break
+    tables = tables_of(model)
+    for name in sorted(left):
+        path, _, parameter = name.rpartition(".")
+        if path in written.paths and parameter == "weight" and id(modules[path]) in tables:
+            found[f"{path}.base_layer.weight"] = parameters[name]
+            left.discard(name)
+    owners = {name.rpartition(".")[0] for name in left}
+    among = {h for h in heads for o in owners if f"{o}.".startswith(f"{h}.")}
+    if kind in _BEFORE_INPUT:
+        among = set(heads)
+    whole = {o for o in owners if not any(f"{o}.".startswith(f"{h}.") for h in among)} | among
+    whole = sorted(whole)
+    for path in whole:
+        meant = [p for p in modules if p.endswith(path)]
+        inside = [p for p in written.paths if f"{p}.".startswith(f"{path}.")]
+        if not path or meant != [path] or inside:
+            raise ModgraftError(
+                f"weights of {path or 'the host itself'} trained with the module, and PEFT saves "
+                f"the whole of a layer by its name: "
+                f"{'it is changed by the module too' if inside else 'others are called so'}; "
+                f"save it without format='peft'"
+            )
+        module = modules[path]
+        found |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+    if whole:
+        written.options["modules_to_save"] = whole
+    return found
+
+
+def _task(model: nn.Module) -> tuple[str | None, list[str]]:
+    """Return PEFT's word for what a host is for, and the layers that it then takes for heads."""
+    name = type(model).__name__
+    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    ends = _WITH_HEADS.get(task or "", ())
+    return task, [p for p, _ in model.named_modules() if ends and p.endswith(ends)]
