@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, MissingFileError
-from modgraft.store.address import find, name_of, pull
-from modgraft.store.hub import Hub
-from modgraft.store.remote import cache
+from modgraft.store.hub.address import find, name_of, pull
+from modgraft.store.hub.hub import Hub
+from modgraft.store.hub.remote import cache
 from modgraft.store.verify import verify
 from store.hub_cases import fill_of, saved, small_host
 

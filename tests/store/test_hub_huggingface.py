@@ -11,9 +11,9 @@ from huggingface_hub import constants
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, DataError
-from modgraft.store import huggingface
-from modgraft.store.address import find, pull
-from modgraft.store.huggingface import Place
+from modgraft.store.hub import huggingface
+from modgraft.store.hub.address import find, pull
+from modgraft.store.hub.huggingface import Place
 from modgraft.store.verify import verify
 from store.hub_cases import Server, fill_of, saved, serving, small_host
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from modgraft.store.address import find, pull
-from modgraft.store.hub import Hub
-from modgraft.store.remote import cache
+from modgraft.store.hub.address import find, pull
+from modgraft.store.hub.hub import Hub
+from modgraft.store.hub.remote import cache
 from modgraft.store.verify import verify
 from store.hub_cases import saved
 
@@ -30,9 +30,9 @@ KILLS = int(os.environ.get("KILLS", "20"))
 CODE = """
 import os, shutil, sys
 from pathlib import Path
-from modgraft.store.address import find, pull
-from modgraft.store.hub import Hub
-from modgraft.store.remote import cache
+from modgraft.store.hub.address import find, pull
+from modgraft.store.hub.hub import Hub
+from modgraft.store.hub.remote import cache
 at = Path(sys.argv[2])
 def pulls():
     for version in (1, 2) if os.getpid() % 2 else (2, 1):

@@ -10,9 +10,9 @@ import torch
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, CompositionError, DataError, UnknownNameError
-from modgraft.store.hub import Hub
-from modgraft.store.lock import Lock, lock
-from modgraft.store.update import update
+from modgraft.store.hub.hub import Hub
+from modgraft.store.hub.lock import Lock, lock
+from modgraft.store.hub.update import update
 from store.hub_cases import fill_of, saved, small_host
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, UnknownNameError
-from modgraft.store.hub import INDEX, Hub
+from modgraft.store.hub.hub import INDEX, Hub
 from modgraft.store.verify import verify
 from store.hub_cases import fill_of, saved, small_host
 
@@ -111,7 +111,7 @@ def test_the_index_is_made_from_the_files(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(said) == ["qa@1"]
 
     opened = []
-    monkeypatch.setattr("modgraft.store.hub.card_there", lambda *a: opened.append(a))
+    monkeypatch.setattr("modgraft.store.hub.hub.card_there", lambda *a: opened.append(a))
     assert [row.card.metrics for row in hub.listed()] == [{"f1": 0.5}]
     assert opened == []  # a search opens no files
     monkeypatch.undo()
@@ -141,7 +141,7 @@ def test_a_hub_that_cannot_be_written_is_read(
     def refused(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr("modgraft.store.hub.write_text", refused)
+    monkeypatch.setattr("modgraft.store.hub.hub.write_text", refused)
     assert addresses(hub) == ["hub:qa@1"]
 
 
@@ -178,7 +178,7 @@ def test_two_that_push_at_once(tmp_path: Path) -> None:
     for n in range(4):
         saved(tmp_path / f"{n}", float(n))
     code = (
-        "import sys; from pathlib import Path; from modgraft.store.hub import Hub\n"
+        "import sys; from pathlib import Path; from modgraft.store.hub.hub import Hub\n"
         "for each in sys.argv[2:]: Hub(sys.argv[1]).push(Path(each), 'qa')"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "hub")]

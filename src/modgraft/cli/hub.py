@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from modgraft.store.address import Found
-    from modgraft.store.hub import Hub
-    from modgraft.store.search import Listed
+    from modgraft.store.hub.address import Found
+    from modgraft.store.hub.hub import Hub
+    from modgraft.store.hub.search import Listed
 
 hub = typer.Typer(
     no_args_is_help=True,
@@ -62,9 +62,9 @@ def push(
 
       modgraft hub push modules/qa hf:me/qa-lora --private
     """
-    from modgraft.store import huggingface
     from modgraft.store.folder import FILE
-    from modgraft.store.remote import check_file
+    from modgraft.store.hub import huggingface
+    from modgraft.store.hub.remote import check_file
 
     found, place = _found(address, where, local=True), _hub(where)
     if to is not None and to.startswith("hf:"):
@@ -107,8 +107,8 @@ def pull(
 
       modgraft hub pull --lock mix.lock.json modules
     """
-    from modgraft.store import address as addresses
-    from modgraft.store.lock import Lock
+    from modgraft.store.hub import address as addresses
+    from modgraft.store.hub.lock import Lock
 
     if (address is None and lock is None) or (folder is not None and lock is not None):
         raise typer.BadParameter("give ADDRESS [FOLDER], or --lock FILE [FOLDER]")
@@ -150,7 +150,7 @@ def lock(
 
       modgraft hub lock "fr >> qa" mix.lock.json --module fr=hf:me/fr-lora
     """
-    from modgraft.store import lock as locks
+    from modgraft.store.hub import lock as locks
 
     pairs = [each.partition("=") for each in module or ()]
     if wrong := next((name for name, _, address in pairs if not address), None):
@@ -184,7 +184,7 @@ def update(
 
       modgraft hub update modules/qa
     """
-    from modgraft.store.update import update
+    from modgraft.store.hub.update import update
 
     rows = update(path, _hub(where), dry_run)
     lines = []
@@ -348,7 +348,7 @@ def remove(name: str, where: Where = None, yes: Yes = False, dry_run: Dry = Fals
 
 
 def _hub(where: str | None) -> Hub:
-    from modgraft.store.hub import Hub
+    from modgraft.store.hub.hub import Hub
 
     return Hub(where)
 
@@ -360,7 +360,7 @@ def _address(text: str) -> str:
 
 def _found(text: str, where: str | None, local: bool = False) -> Found:
     """Find a module; with ``local``, a folder that is there may be written without a slash."""
-    from modgraft.store.address import find
+    from modgraft.store.hub.address import find
 
     is_folder = local and Path(text).is_dir()
     return find(text if is_folder else _address(text), hub=_hub(where))
@@ -374,7 +374,7 @@ def _print_rows(rows: Sequence[Listed], as_json: bool, none: str) -> None:
     """Print versions as a table, or as JSON with their cards."""
     from modgraft.cli.inspect import show as show_table
     from modgraft.host.describe import table
-    from modgraft.store.remote import in_bytes
+    from modgraft.store.hub.remote import in_bytes
 
     if as_json or not rows:
         said = [

@@ -635,7 +635,7 @@ class Host(AsModel):
         active: bool = True,
         lazy: bool = False,
     ) -> Implant | None:
-        """Implant saved modules; see :mod:`modgraft.store.folder`, :mod:`modgraft.store.address`.
+        """Implant saved modules; see `modgraft.store.folder` and `modgraft.store.hub.address`.
 
         Weights of the host that trained with them are written into this host; ``remove`` brings
         back those that they replace.
@@ -661,9 +661,9 @@ class Host(AsModel):
                 host is then as it was.
             ModgraftError: for an address whose module cannot be fetched.
         """
-        from modgraft.store import lock
-        from modgraft.store.address import local
         from modgraft.store.folder import check_host, load, names_here, stored
+        from modgraft.store.hub import lock
+        from modgraft.store.hub.address import local
 
         if isinstance(folder, str | PathLike) and Path(folder).is_file():
             if name is not None or lazy:

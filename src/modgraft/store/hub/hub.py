@@ -25,8 +25,8 @@ from modgraft.store import former
 from modgraft.store.card import CARD_FILE, Card
 from modgraft.store.file import read_json
 from modgraft.store.folder import FILE, README, write_derived
-from modgraft.store.remote import card_there, check_file, filesystem, identity, reached
-from modgraft.store.search import Listed, search
+from modgraft.store.hub.remote import card_there, check_file, filesystem, identity, reached
+from modgraft.store.hub.search import Listed, search
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -152,7 +152,7 @@ class Hub:
         raise UnknownNameError.among(f"module on the hub {self.address}", name, names)
 
     def search(self, text: str = "", **conditions: Any) -> list[Listed]:
-        """Return the versions that some conditions hold for; see :mod:`modgraft.store.search`."""
+        """Return the versions that some conditions hold for: `modgraft.store.hub.search`."""
         return search(self.listed(), text, **conditions)
 
     def place(self, row: Listed) -> str:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modgraft.core.errors import ModgraftError, UnknownNameError
-from modgraft.store.address import find, pull
 from modgraft.store.card import Card
-from modgraft.store.hub import Hub
-from modgraft.store.lock import Lock, lock
-from modgraft.store.remote import identity
+from modgraft.store.hub.address import find, pull
+from modgraft.store.hub.hub import Hub
+from modgraft.store.hub.lock import Lock, lock
+from modgraft.store.hub.remote import identity
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from modgraft.core.expression import module_of
 from modgraft.core.files import read_json, write_json
 from modgraft.core.parse import parse
 from modgraft.engine.implant import Implant
-from modgraft.store.address import Found, find
 from modgraft.store.folder import load as load_folder
 from modgraft.store.folder import stored
-from modgraft.store.hub import Hub
+from modgraft.store.hub.address import Found, find
+from modgraft.store.hub.hub import Hub
 from modgraft.training.host_like import HostLike
 
 
@@ -34,7 +34,7 @@ class Locked(BaseModel):
         name: what the composition calls it.
         asked: the address that was asked for.
         address: with the version or commit that was found.
-        sha256: what it is known by; see :func:`~modgraft.store.remote.identity`.
+        sha256: what it is known by; see :func:`~modgraft.store.hub.remote.identity`.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")

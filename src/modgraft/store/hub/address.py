@@ -2,7 +2,7 @@
 
 | address | |
 |---|---|
-| ``hub:NAME``, ``hub:NAME@VERSION`` | on your hub, :class:`~modgraft.store.hub.Hub` |
+| ``hub:NAME``, ``hub:NAME@VERSION`` | on your hub, :class:`~modgraft.store.hub.hub.Hub` |
 | ``hf:USER/REPO``, ``…@REVISION``, ``…/FOLDER`` | on the Hugging Face Hub |
 | with ``://``, as ``s3://bucket/qa`` | a folder that fsspec opens |
 | anything else | a folder on this machine |
@@ -19,11 +19,11 @@ from typing import Any
 
 from modgraft.core.errors import CheckpointError, MissingFileError
 from modgraft.core.files import folder_path, new_folder
-from modgraft.store import huggingface
 from modgraft.store.card import Card
 from modgraft.store.folder import FILE, holds_module
-from modgraft.store.hub import Hub, put
-from modgraft.store.remote import KINDS, cache, fetch, filesystem, identity
+from modgraft.store.hub import huggingface
+from modgraft.store.hub.hub import Hub, put
+from modgraft.store.hub.remote import KINDS, cache, fetch, filesystem, identity
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Found:
     Attributes:
         folder: where.
         address: where it comes from, with the version or commit.
-        sha256: what it is known by; see :func:`~modgraft.store.remote.identity`.
+        sha256: what it is known by; see :func:`~modgraft.store.hub.remote.identity`.
         card: its card, None for another tool's folder.
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from modgraft.core.errors import DataError, ModgraftError
-from modgraft.store.remote import KINDS, check_holds_tensors, reached, tell
+from modgraft.store.hub.remote import KINDS, check_holds_tensors, reached, tell
 
 _FORM = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<folder>[^@]+))?")
 
