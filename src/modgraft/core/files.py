@@ -144,9 +144,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     target = target.absolute()
     part = target.with_name(f".{target.name}.part")
-    try:
+    with writing(target):
         _check_free(target)
-        with locked(part):
+        with _locked(part, wait=False):
             _check_free(target)  # who held `part` until now has renamed it
             try:
                 for left in part.iterdir():
@@ -159,11 +159,6 @@ def new_folder(target: Path) -> Iterator[Path]:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
         sync(target.parent)
-    except OSError as error:
-        if isinstance(error, ModgraftError):
-            raise
-        why = error.strerror or error
-        raise ModgraftError(f"{target} cannot be written ({why}); nothing of it is left") from error
 
 
 def _check_free(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -665,7 +666,7 @@ class Host(AsModel):
         from modgraft.store.hub import lock
         from modgraft.store.hub.address import local
 
-        if isinstance(folder, str | PathLike) and Path(folder).is_file():
+        if isinstance(folder, str | PathLike) and os.path.isfile(folder):  # noqa: PTH113, it never raises
             if name is not None or lazy:
                 raise ModgraftError(
                     f"host.load: {folder} is a file, and no folder; a lock file names its modules "

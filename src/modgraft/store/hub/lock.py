@@ -88,6 +88,8 @@ class Lock(BaseModel):
             CheckpointError: for what is no lock file.
         """
         remedy = "host.load takes a module's folder, an address, or a file of `modgraft hub lock`"
+        if path.suffix == ".safetensors":
+            raise CheckpointError(f"{path} is a file: give the folder that it is in, {path.parent}")
         said = read_json(path, what="a lock file", remedy=remedy)
         try:
             lock = cls.model_validate(said)
