@@ -102,7 +102,7 @@ def test_what_cannot_be_merged_is_said(tmp_path: Path) -> None:
         ([*folders, "--base", tmp_path], "no config.json here"),
         ([base, "--rank", "2"], "--rank and --into-model are of modules"),
         ([base, "--method", "ties"], "--base on the command line"),
-        ([base, "--method", "greedy_soup"], "takes validate="),
+        ([base, "--method", "greedy_soup"], "asks a function of yours"),
     ]
     for args, said in cases:
         with pytest.raises(ModgraftError, match=said):

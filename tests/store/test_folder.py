@@ -110,3 +110,12 @@ def test_the_same_host_in_another_precision_is_called_that(
     fresh.load(tmp_path / "qa", strict=False)
     with pytest.raises(mg.ModgraftError, match="was trained in another host"):
         mg.Host(case.model(seed=5).to(here)).load(tmp_path / "qa")
+
+
+@pytest.mark.parametrize("about", [{"metrics": {"f1": float("nan")}}, {"description": "\ud800"}])
+def test_what_no_card_can_hold_is_refused(tmp_path: Path, about: dict[str, Any]) -> None:
+    host = mg.Host(nn.Sequential(nn.Linear(4, 4)))
+    host.implant("a", mg.LoRA(rank=1), "0")
+    with pytest.raises(mg.ModgraftError, match="cannot stand in a card"):
+        host.save("a", tmp_path / "a", **about)
+    assert not (tmp_path / "a").exists()

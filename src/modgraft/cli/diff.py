@@ -13,12 +13,14 @@ import typer
 from rich.console import Console
 
 from modgraft.cli.merge import kind_of, loaded, shown_progress
+from modgraft.core.files import writing
 
 if TYPE_CHECKING:
     from modgraft.store.merging.diff import Row
 
 _ONLY = {
     "A": "only in A", "B": "only in B", "shape": "another shape", "type": "other whole numbers",
+    "NaN": "NaN or infinity",
 }  # fmt: skip
 
 
@@ -58,6 +60,8 @@ def diff(
     """
     from modgraft.store.merging.diff import compare_checkpoints, compare_modules
 
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"--plot {plot}: a picture's name ends in .png, .svg or .pdf")
     kind = kind_of([one, other])
     if kind == "modules":
         host, names = loaded([one, other], base)
@@ -65,14 +69,15 @@ def diff(
     else:
         with shown_progress("comparing", as_json) as progress:
             rows = compare_checkpoints(one, other, base, ranks=ranks, progress=progress)
-    if plot is not None:
-        _plot(rows, one, other, plot)
     if as_json:
         typer.echo(json.dumps({"compared": kind, "rows": [_plain(row) for row in rows]}, indent=2))
-        return
-    _print(rows, kind, every)
+    else:
+        _print(rows, kind, every)
     if plot is not None:
-        typer.echo(f"\nPicture: {plot}")
+        with writing(plot):
+            _plot(rows, one, other, plot)
+        if not as_json:
+            typer.echo(f"\nPicture: {plot}")
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -113,7 +118,8 @@ def _plot(rows: Sequence[Row], one: Path, other: Path, path: Path) -> None:
     ranked = any(row.rank is not None for row in shown)
     figure = Figure(figsize=(9, 6.5 if ranked else 4.5), layout="constrained")
     axes = figure.subplots(3 if ranked else 2, 1, sharex=True)
-    figure.suptitle(f"A = {one.name}, B = {other.name}: {len(shown)} weights in order")
+    more = f", {len(rows) - len(shown)} more cannot be drawn" if len(rows) > len(shown) else ""
+    figure.suptitle(f"A = {one.name}, B = {other.name}: {len(shown)} weights in order{more}")
     places = range(len(shown))
     axes[0].plot(places, [row.relative for row in shown], ".", markersize=4)
     axes[0].set_ylabel("‖B − A‖ / ‖A‖")
@@ -121,10 +127,12 @@ def _plot(rows: Sequence[Row], one: Path, other: Path, path: Path) -> None:
     axes[1].plot(places, angles, ".", markersize=4)
     axes[1].set_ylabel("cosine(A, B)")
     if ranked:
-        axes[2].plot(places, [row.rank if row.rank else 0 for row in shown], ".", markersize=4)
+        axes[2].plot(
+            places, [math.nan if row.rank is None else row.rank for row in shown], ".", markersize=4
+        )
         axes[2].set_ylabel("rank of B − A")
-    axes[-1].set_xlabel("weight")
-    if len(shown) <= 40:
-        axes[-1].set_xticks(list(places), [row.name for row in shown], rotation=90, fontsize=6)
+    step = max(1, -(-len(shown) // 40))  # every so-manieth has its name
+    ticks = list(places)[::step]
+    axes[-1].set_xticks(ticks, [shown[i].name for i in ticks], rotation=90, fontsize=6)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

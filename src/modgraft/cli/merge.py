@@ -66,9 +66,20 @@ def merge(
       modgraft merge ./math ./code --base ./pretrained --method dare --set density=0.3 --out ./both
     """
     from modgraft.core.errors import ModgraftError
+    from modgraft.store.merging.methods import SOUP
 
     kind = kind_of(paths)
     said = dict(_option(pair) for pair in options or [])
+    if own := {"weights", "rank", "base", "into", "validate", "progress", "method"} & said.keys():
+        raise typer.BadParameter(
+            f"--set {min(own)}=…: an option of a method; see --help for others"
+        )
+    if method == SOUP:
+        raise ModgraftError(
+            f"{SOUP} asks a function of yours for scores: mg.merge(host, …, validate=…) in Python"
+        )
+    if out.resolve() in {path.resolve() for path in paths}:
+        raise ModgraftError(f"{out} is among what is merged; write to another folder")
     numbers = None if weights is None else [_number(text) for text in weights.split(",")]
     if not as_json:
         typer.echo(f"{len(paths)} {kind}, {method}", err=True)
@@ -200,7 +211,9 @@ def _modules(
 
 def _option(pair: str) -> tuple[str, Any]:
     """Read ``NAME=VALUE``; a value is a number, true, false or a word."""
-    name, _, text = pair.partition("=")
+    name, equals, text = pair.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"--set {pair}: write NAME=VALUE, as density=0.2")
     try:
         return name, json.loads(text)
     except json.JSONDecodeError:

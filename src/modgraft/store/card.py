@@ -132,6 +132,13 @@ class Card(BaseModel):
                 f"a module's card has no {', '.join(sorted(unknown))}; it has {', '.join(ABOUT)}"
             )
         try:
+            json.dumps(dict(about), ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, TypeError) as error:  # NaN, half a character, no JSON
+            raise ModgraftError(
+                f"{dict(about)!r:.200} cannot stand in a card ({error}); leave out what is NaN, or "
+                f"no text or number"
+            ) from error
+        try:
             return type(self).model_validate({**self.model_dump(), **about})
         except ValidationError as error:
             first = error.errors()[0]

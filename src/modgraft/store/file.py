@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,6 +107,13 @@ class Header:
                 and all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end))
             ):
                 entry = Entry(DTYPES[kind], tuple(shape), begin, end)
+            case {"dtype": str(kind)} if kind not in DTYPES and re.fullmatch(
+                r"[A-Z]+\d\w{0,9}", kind
+            ):
+                raise CheckpointError(
+                    f"{self._name}: {key!r:.80} holds {kind}, which is not read; save it in one of "
+                    f"{', '.join(DTYPES)}"
+                )
             case _:
                 raise broken(self._name, f"its header describes {key!r:.80} as {said!r:.80}")
         size = entry.dtype.itemsize

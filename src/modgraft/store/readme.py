@@ -45,9 +45,10 @@ def readme(card: Card) -> str:
     if card.metrics:
         lines += ["", f"Measured on {card.data}:" if card.data else "Measured:", ""]
         lines += ["| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value:g} |" for name, value in card.metrics.items()]
+        said = {" ".join(n.replace("|", "\\|").split()): v for n, v in card.metrics.items()}
+        lines += [f"| {name} | {value:g} |" for name, value in said.items()]
     if card.command:
-        lines += ["", "Made by", "", "```bash", card.command, "```"]
+        lines += ["", "Made by", "", *(f"    {line}" for line in card.command.splitlines())]
     if card.beside:
         lines += ["", f"With it trained, and are loaded with it: {', '.join(card.beside)}."]
     lines += ["", f"{WRITTEN}, {card.made}, {card.sha256}."]

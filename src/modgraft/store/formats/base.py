@@ -7,6 +7,7 @@ be written: nothing is left out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from modgraft.core.errors import ModgraftError
+from modgraft.engine.implant import check_name
 from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike
 
@@ -37,6 +39,16 @@ class Format:
     holds: Callable[[Path], bool]
     read: Callable[[Path, nn.Module], Stored]
     write: Callable[[HostLike, Sequence[str], Path], None]
+
+
+def module_name(text: str, default: str) -> str:
+    """Return what a module can be called, of what another tool calls it: ``my-task``, my_task."""
+    name = re.sub(r"\W", "_", text)
+    try:
+        check_name(name)
+    except ModgraftError:
+        return default
+    return name
 
 
 def named(name: str) -> Format:

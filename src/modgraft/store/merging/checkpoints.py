@@ -82,6 +82,8 @@ def merge_checkpoints(
         ModgraftError: for an unknown method or option, or a missing base.
     """
     target = folder_path(out, "merge_checkpoints")
+    if isinstance(models, str | Path):
+        raise ModgraftError(f"merge_checkpoints({str(models)!r:.80}, …): give a list of folders")
     if (validate is not None) != (method == SOUP):
         raise ModgraftError(
             f"method={SOUP!r} takes validate=, a function of a checkpoint's folder that returns "
@@ -245,15 +247,31 @@ def _merged(
             block = read(base, number * step) + block
         block = block.flatten().to(entry.dtype)
         if not block.isfinite().all():
+            if (same := _same(first, models, name, number * step, block.numel())) is not None:
+                yield same
+                continue
             bad = [m.folder for m in models if not read(m, number * step).isfinite().all()]
             why = f"{bad[0]} does" if bad else f"it is too large for {entry.dtype}"
             raise CheckpointError(f"the merge of {name} holds NaN or infinity: {why}")
         yield block
 
 
+def _same(
+    first: Checkpoint, models: Sequence[Checkpoint], name: str, start: int, count: int
+) -> Tensor | None:
+    """Return numbers that all have alike, such as a mask of −∞; None where they have others."""
+    own = first.numbers(name, start, start + count)
+    others = (model.numbers(name, start, start + count) for model in models)
+    alike = all(torch.equal(own, other) for other in others)  # NaN is like nothing
+    return own if alike else None
+
+
 def _equal(first: Checkpoint, models: Sequence[Checkpoint], name: str) -> Iterator[Tensor]:
-    """Give a tensor of whole numbers, which all must have alike."""
+    """Give a tensor of whole numbers, which all must have alike; of a count of batches the most."""
     size = math.prod(first.entries[name].shape)
+    if name.endswith("num_batches_tracked"):  # of nn.BatchNorm2d, whose averages are merged
+        yield torch.stack([each.numbers(name) for each in (first, *models)]).amax(0)
+        return
     for start in range(0, size, BLOCK):
         block = first.numbers(name, start, min(start + BLOCK, size))
         for model in models:
@@ -267,8 +285,10 @@ def _equal(first: Checkpoint, models: Sequence[Checkpoint], name: str) -> Iterat
 
 def copy_rest(source: Path, folder: Path) -> None:
     """Copy what is no weights: configuration, tokenizer, licence."""
-    for path in source.iterdir():
+    for path in source.rglob("*"):
+        at = path.relative_to(source)
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         ours = path.name.lower() == "readme.md" or path.name == RECORD
-        if path.is_file() and not weights and not ours and not path.name.startswith("."):
-            shutil.copyfile(path, folder / path.name)
+        if path.is_file() and not weights and not ours and not any(p[0] == "." for p in at.parts):
+            (folder / at).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / at)

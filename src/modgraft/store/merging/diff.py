@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from modgraft.core.errors import CheckpointError
 from modgraft.core.precision import wide
 from modgraft.store.merging.checkpoints import BLOCK, Progress
-from modgraft.store.merging.low_rank import dense, svd, total
-from modgraft.store.merging.methods import Blocks, Deltas
+from modgraft.store.merging.low_rank import Change, dense, svd, total
 from modgraft.store.merging.modules import changes_of
 from modgraft.store.merging.weights import Checkpoint
 from modgraft.training.host_like import HostLike
@@ -33,7 +33,8 @@ class Row:
         cosine: that of the angle between A and B; None where one of them is 0.
         rank: the rank of B − A, where it was asked for and this is a matrix.
         only: ``"A"`` or ``"B"`` where the other one has no such tensor, ``"shape"`` where it has
-            another shape, ``"type"`` where it holds whole numbers and they differ, else ``""``.
+            another shape, ``"type"`` where it holds whole numbers and they differ, ``"NaN"`` where
+            one holds NaN or infinity, else ``""``.
     """
 
     name: str
@@ -77,6 +78,11 @@ def compare_checkpoints(
     with closing(Checkpoint(Path(one))) as a, closing(Checkpoint(Path(other))) as b:
         origin = a if base is None else Checkpoint(Path(base))
         with closing(origin):
+            if lacking := sorted((a.entries.keys() & b.entries.keys()) - origin.entries.keys()):
+                raise CheckpointError(
+                    f"{base} has no {lacking[0]}, which both have, and {len(lacking) - 1} others "
+                    f"neither: it is no base of theirs"
+                )
             sizes = {name: math.prod(entry.shape) for name, entry in a.entries.items()}
             rows, done, every = [], 0, sum(sizes.values())
             for name in [tensor for names in a.shards.values() for tensor in names]:
@@ -112,9 +118,11 @@ def compare_modules(host: HostLike, one: str, other: str) -> list[Row]:
                 rows.append(_alone(label, tuple(here.shape), "B" if missing[0] else "A"))
                 continue
             a, b = (change for change in changes if change is not None)
-            rank = len(svd(total([b, a], [1, -1]))[1]) if len(a.shape) == 2 else None
-            apart = dense(b) - dense(a)
-            rows.append(_row(label, tuple(a.shape), lambda x=a, y=b, z=apart: [[x, y, z]], rank))
+            both = [dense(a), dense(b)]
+            row = _row(label, tuple(a.shape), lambda both=both: [[*both, both[1] - both[0]]])
+            if len(a.shape) == 2 and not row.only:
+                row = replace(row, rank=_rank(total([b, a], [1, -1]), row))
+            rows.append(row)
     return rows
 
 
@@ -140,24 +148,60 @@ def _tensor(a: Checkpoint, b: Checkpoint, base: Checkpoint | None, name: str, ra
                 one, other = one - origin, other - origin
             yield [one, other, other - one]
 
-    rank = None
-    if ranks and len(entry.shape) == 2:
+    row = _row(name, entry.shape, blocks)
+    if ranks and len(entry.shape) == 2 and size and not row.only:
         apart = torch.cat([block[2] for block in blocks()])
-        rank = len(svd(apart.reshape(entry.shape))[1])
-    return _row(name, entry.shape, blocks, rank)
+        kind = max((e.dtype for e in (entry, b.entries[name])), key=lambda t: torch.finfo(t).eps)
+        sizes = [math.sqrt(float(d)) for d in _norms(a, b, name, size)]
+        row = replace(row, rank=_rank(apart.reshape(entry.shape), row, kind, max(sizes)))
+    return row
 
 
 def _steps(size: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
 
 
-def _row(name: str, shape: tuple[int, ...], blocks: Blocks, rank: int | None) -> Row:
+def _row(name: str, shape: tuple[int, ...], blocks: Callable[[], Iterable[list[Tensor]]]) -> Row:
     """Compare A and B, of which ``blocks`` gives A, B and B − A."""
-    products = Deltas(name, ["A", "B", "B - A"], [], blocks).products()
+    products, differ = torch.zeros(3, 3, dtype=torch.float64), False
+    for block in blocks():
+        flat = torch.stack([each.double().flatten() for each in block])
+        products += (flat @ flat.T).cpu()
+        differ = differ or bool(block[2].any())
+    if not products.isfinite().all():
+        return _alone(name, shape, "NaN")
     one, other, apart = products.diagonal().sqrt().tolist()
-    relative = apart / one if one else (math.inf if apart else 0.0)
+    relative = apart / one if one and apart else (math.inf if differ else 0.0)
     cosine = float(products[0, 1]) / (one * other) if one and other else None
-    return Row(name, shape, one, other, relative, cosine, rank)
+    return Row(name, shape, one, other, relative, cosine)
+
+
+def _rank(apart: Change, row: Row, kind: torch.dtype | None = None, size: float = 0.0) -> int:
+    """Return the rank of B − A, of which rounding errors of what is stored are no part.
+
+    Args:
+        apart: B − A.
+        row: what is known of it.
+        kind: the type that A and B are stored in; None: that of ``apart``.
+        size: the larger of their norms as they are stored, without a base; 0: as in ``row``.
+    """
+    if row.equal:
+        return 0
+    # an error of eps · |a| in each number is a matrix of noise, of norm about eps · ‖A‖ / √min
+    noise = torch.finfo(kind or apart.dtype).eps * (size or max(row.one, row.other))
+    least = 2 * noise / math.sqrt(min(row.shape))
+    return int((svd(apart)[1] > max(least, row.one * 1e-12)).sum())
+
+
+def _norms(a: Checkpoint, b: Checkpoint, name: str, size: int) -> list[Tensor]:
+    """Return ‖A‖² and ‖B‖² of a tensor as it is stored."""
+    return [
+        sum(
+            (each.numbers(name, i, j).double().square().sum() for i, j in _steps(size)),
+            torch.zeros((), dtype=torch.float64),
+        )
+        for each in (a, b)
+    ]
 
 
 def _alone(name: str, shape: tuple[int, ...], only: str) -> Row:

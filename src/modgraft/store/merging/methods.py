@@ -278,8 +278,8 @@ def _mixed(
     mixed = (weighted * agree).sum(0)
     if not normalize:
         return mixed
-    by = torch.tensordot(weighted.new_tensor(weights), agree.to(weighted.dtype), 1)
-    return mixed / torch.where(by == 0, 1.0, by)
+    by = torch.tensordot(weighted.new_tensor(weights, dtype=torch.float64), agree.double(), 1)
+    return mixed / torch.where(by.abs() < 1e-8, 1.0, by).to(mixed.dtype)  # weights may cancel
 
 
 # -- the table -----------------------------------------------------------------------------------
@@ -399,6 +399,8 @@ def asked(
         raise ModgraftError(f"{name} merges {wanted}, and {count} were given")
     if weights is not None and not method.weighted:
         raise ModgraftError(f"{name} takes no weights; say t=0.3, for instance")
+    if not isinstance(weights, list | tuple | None):
+        raise ModgraftError(f"weights={weights!r:.80}: a list, of one number for each of {count}")
     found = [1.0] * count if weights is None else [*weights]
     numbers = all(isinstance(w, int | float) and math.isfinite(w) for w in found)
     if len(found) != count or not numbers:

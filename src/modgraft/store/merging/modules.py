@@ -65,6 +65,10 @@ def merge(
         ModgraftError: for a module that is no change of weights, an unknown method or option, a
             rank that a site has not, or a name in use. The host is then as it was.
     """
+    if not hasattr(host, "implants"):
+        raise ModgraftError(f"merge(host, …) takes a modgraft.Host, not a {type(host).__name__}")
+    if isinstance(modules, str | Implant):
+        raise ModgraftError(f"merge(host, {modules!r:.80}, …): give a list of modules")
     names = [_name(host, each) for each in modules]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ModgraftError(f"{twice[0]!r} is to be merged twice; say weights= in place of that")
@@ -135,11 +139,18 @@ def _parent(host: HostLike, name: str, weight: float) -> dict[str, Any]:
 def changes_of(host: HostLike, names: Sequence[str]) -> dict[str, list[Change | None]]:
     """Return the changes of some modules at each weight, by its label; None where one has none.
 
+    Those of a bias stand under ``LABEL:bias``.
+
     Raises:
         ModgraftError: for a module that is no change of weights.
     """
     known = [_name(host, name) for name in names]
-    return {each.site.label: each.changes for each in _weights(host, known)}
+    found: dict[str, list[Change | None]] = {}
+    for each in _weights(host, known):
+        found[each.site.label] = each.changes
+        if any(bias is not None for bias in each.biases):
+            found[f"{each.site.label}:bias"] = list(each.biases)
+    return found
 
 
 # -- what is merged ------------------------------------------------------------------------------

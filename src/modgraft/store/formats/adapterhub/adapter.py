@@ -30,6 +30,7 @@ from modgraft.store.formats.adapterhub.layout import (
     about,
     bare,
 )
+from modgraft.store.formats.base import module_name
 from modgraft.store.stored import Stored
 
 _POOL = re.compile(r".*\.prefix_tuning\.pool\.")
@@ -63,7 +64,7 @@ def read(folder: Path, model: nn.Module) -> Stored:
     file, head = TensorFile(folder / TENSORS), heads.read(folder, model)
     own = {bare(key, model): key for key in file.entries if not _POOL.match(key)}
     _check(file, own, {tie.theirs for module in found for tie in module.ties})
-    names = _names(name, found)
+    names = _names(module_name(name, "adapter"), found)
 
     def tensors() -> Mapping[str, Tensor]:
         every = {key: file.tensor(whole) for key, whole in own.items()}

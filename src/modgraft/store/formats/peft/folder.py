@@ -22,6 +22,16 @@ TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 
 
+ONE_OF_TWO = "and PEFT changes a layer at one path alone, where a module here acts at both"
+
+
+def another_path(model: nn.Module, path: str) -> str | None:
+    """Return another path that leads to the same layer, None where there is none."""
+    layer = model.get_submodule(path)
+    every = model.named_modules(remove_duplicate=False)
+    return next((p for p, m in every if m is layer and p != path), None) if path else None
+
+
 @dataclass(frozen=True)
 class Piece:
     """A tensor of ours, ``<site>:<name>``, and how it is made of the file's."""
@@ -95,7 +105,13 @@ class Folder:
         return sorted(set(found), key=self._order.__getitem__)
 
     def label(self, path: str) -> str:
-        """Return the first path of the layer at ``path``."""
+        """Return the path of the layer at ``path``, which no other path may lead to.
+
+        Raises:
+            CheckpointError: for a layer of two paths, one of which PEFT leaves as it was.
+        """
+        if other := another_path(self.model, path):
+            self.refuse(f"{path} is also {other} in this host, {ONE_OF_TWO}")
         return self._names[path]
 
     def take(self, key: str, *shape: int | None) -> Entry:

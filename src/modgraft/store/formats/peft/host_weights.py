@@ -57,8 +57,7 @@ class HostWeights:
     def _is_meant(self, said: str, name: str) -> bool:
         """Return whether the options say that a weight of the host is saved."""
         path = name.rpartition(".")[0]
-        whole = self.said.modules_to_save or []
-        if any(part.endswith(m) for part in _ancestors(path) for m in whole):
+        if self._is_whole(name):
             return True
         if name.endswith(".bias") and (
             self._bias == "all" or (self._bias != "none" and ".base_layer." in said)
@@ -98,6 +97,8 @@ class HostWeights:
             CheckpointError: for one that stands there twice, or in a buffer of the host, otherwise.
         """
         found = {name: self.folder.tensor(key) for name, key in self.keys.items()}
+        for name, tensor in found.items():
+            self._check_alone(name, tensor)
         for key, name in self._again:
             if ".original_module." in key:  # as it was before; nothing reads it
                 continue
@@ -113,6 +114,23 @@ class HostWeights:
                     f"was trained in"
                 )
         return found
+
+    def _check_alone(self, name: str, tensor: Tensor) -> None:
+        """Refuse a copy that PEFT puts in place of one layer, where others share its weight."""
+        others = [n for n, own in self._names.items() if own == name and not self._is_whole(n)]
+        here = self.folder.model.get_parameter(name)
+        whole = any(self._is_whole(n) for n, own in self._names.items() if own == name)
+        if whole and others and not torch.equal(tensor.to(here), here):
+            self.folder.refuse(
+                f"{name} was trained as a copy (modules_to_save), and in this host {others[0]} is "
+                f"the same weight, which PEFT leaves as it was; make the host with "
+                f"tie_word_embeddings=False, so that each has its own"
+            )
+
+    def _is_whole(self, name: str) -> bool:
+        """Return whether a weight is of a layer that is saved whole."""
+        path, whole = name.rpartition(".")[0], self.said.modules_to_save or []
+        return any(part.endswith(m) for part in _ancestors(path) for m in whole)
 
 
 def _ancestors(path: str) -> list[str]:

@@ -8,7 +8,6 @@ option that is set and not understood is refused, and so are tensors that are la
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.engine.implant import check_name
+from modgraft.core.errors import CheckpointError
 from modgraft.store.card import Card, Saved, to_json
 from modgraft.store.file import Entry, TensorFile, read_json
+from modgraft.store.formats.base import module_name
 from modgraft.store.formats.peft import ia3, lora, oft, prompts, tokens, vera
 from modgraft.store.formats.peft.folder import PICKLE, TENSORS, Folder, Group
 from modgraft.store.formats.peft.host_weights import HostWeights
@@ -135,11 +134,7 @@ def name_of(model: nn.Module) -> str | None:
 
 def _stored(folder: Folder, said: Options, groups: Sequence[Group], host: HostWeights) -> Stored:
     """Return modules as :class:`Stored` has them, called by the folder's name."""
-    base = re.sub(r"\W", "_", folder.path.resolve().name)
-    try:
-        check_name(base)
-    except ModgraftError:
-        base = "peft"
+    base = module_name(folder.path.resolve().name, "peft")
     ends = [groups[0].suffix if len(groups) == 1 else group.suffix for group in groups]
     names = [base + (end if len(groups) > 1 else "") for end in ends]
     names = [f"{name}_{i}" if name in names[:i] else name for i, name in enumerate(names)]

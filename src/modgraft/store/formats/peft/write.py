@@ -23,7 +23,7 @@ from modgraft.core.sites import Site, located
 from modgraft.engine.implant import learning_parts
 from modgraft.store.file import write_tensors
 from modgraft.store.formats.peft import ia3, lora_written, oft, prompts, tokens, vera
-from modgraft.store.formats.peft.folder import PREFIX, TENSORS, Written
+from modgraft.store.formats.peft.folder import ONE_OF_TWO, PREFIX, TENSORS, Written, another_path
 from modgraft.store.formats.peft.host_weights import tables_of
 from modgraft.store.formats.peft.options import CONFIG
 from modgraft.store.formats.peft.read import holds, name_of
@@ -59,6 +59,10 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
         name: list(zip(located(model, implant.paths), implant.places, strict=True))
         for name, implant in implants.items()
     }
+    for name, some in placed.items():
+        for site, _ in some:
+            if other := another_path(model, site.path):
+                raise ModgraftError(f"{name!r} is at {site.path}, also {other}, {ONE_OF_TWO}")
     kind, written = _written({n: i.method for n, i in implants.items()}, placed, model)
     beside = sorted({n for i in implants.values() for n in i.beside} | learning_parts(model))
     prefix = "base_model." if kind in _BEFORE_INPUT else PREFIX
@@ -172,10 +176,18 @@ def _saved_beside(
         among = set(heads)
     whole = {o for o in owners if not any(f"{o}.".startswith(f"{h}.") for h in among)} | among
     whole = sorted(whole)
+    names = {id(p): n for n, p in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        own = names[id(parameter)]
+        if own != name and _is_in(own, whole) != _is_in(name, whole):
+            raise ModgraftError(
+                f"{own} trained with the module and is also {name}: PEFT would make a copy for one "
+                f"of them and leave the other as it was; save it without format='peft'"
+            )
     for path in whole:
-        meant = [p for p in modules if p.endswith(path)]
+        meant = [p for p in modules if p.endswith(path) and p not in whole]
         inside = [p for p in written.paths if f"{p}.".startswith(f"{path}.")]
-        if not path or meant != [path] or inside:
+        if not path or meant or inside:
             raise ModgraftError(
                 f"weights of {path or 'the host itself'} trained with the module, and PEFT saves "
                 f"the whole of a layer by its name: "
@@ -187,6 +199,10 @@ def _saved_beside(
     if whole:
         written.options["modules_to_save"] = whole
     return found
+
+
+def _is_in(name: str, paths: Sequence[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
 
 
 def _task(model: nn.Module) -> tuple[str | None, list[str]]:

@@ -1,0 +1,111 @@
+"""Layers and weights that a host has at two places, of which PEFT changes one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import modgraft as mg
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
+
+IDS = torch.arange(2, 14).reshape(2, 6)
+
+
+def llama(tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+class Twice(nn.Module):
+    """A layer that runs twice, by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(8, 8)
+        self.b = self.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("whole", ["lm_head", "embed_tokens"])
+def test_a_copy_of_one_side_of_a_tied_weight_is_refused(tmp_path: Path, whole: str) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[whole])
+    model: Any = peft.get_peft_model(llama(tied=True), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    host = mg.Host(llama(tied=True)).eval()
+    with torch.no_grad():
+        before = host(input_ids=IDS).logits
+        with pytest.raises(mg.ModgraftError, match="is the same weight, which PEFT leaves"):
+            host.load(tmp_path)
+        assert torch.equal(host(input_ids=IDS).logits, before)
+
+
+def test_a_tied_weight_that_trained_is_not_written(tmp_path: Path) -> None:
+    host = mg.Host(llama(tied=True))
+    host.implant("a", mg.LoRA(rank=2), at="query")
+    with host.training_only(["a", "host.lm_head"]):
+        with pytest.raises(mg.ModgraftError, match="leave the other as it was"):
+            host.save("a", tmp_path / "a", format="peft")
+        assert not (tmp_path / "a").exists()
+    free = mg.Host(llama(tied=False))
+    free.implant("a", mg.LoRA(rank=2), at="query")
+    with free.training_only(["a", "host.lm_head"]):
+        free.save("a", tmp_path / "a", format="peft")
+
+
+def test_a_layer_of_two_names_is_refused_both_ways(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["a"])
+    peft.get_peft_model(Twice(), config).save_pretrained(tmp_path / "theirs")  # type: ignore[arg-type]
+    host = mg.Host(Twice())
+    with pytest.raises(mg.ModgraftError, match="a is also b in this host"):
+        host.load(tmp_path / "theirs")
+    host.implant("m", mg.LoRA(rank=2), at="a")
+    with pytest.raises(mg.ModgraftError, match="at a, also b, and PEFT"):
+        host.save("m", tmp_path / "ours", format="peft")
+    host.save("m", tmp_path / "m")
+
+
+def test_a_head_whose_name_ends_another_is_written_with_it(tmp_path: Path) -> None:
+    def model() -> DistilBertForSequenceClassification:
+        torch.manual_seed(0)
+        return DistilBertForSequenceClassification(
+            DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=24)
+        ).eval()
+
+    config = peft.LoraConfig(r=2, target_modules=["q_lin"], task_type="SEQ_CLS")
+    theirs: Any = peft.get_peft_model(model(), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+        expected = theirs.eval()(input_ids=IDS).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    host = mg.Host(model()).eval()
+    host.load(tmp_path / "theirs")
+    host.save(None, tmp_path / "again", format="peft")
+    back: Any = peft.PeftModel.from_pretrained(model(), tmp_path / "again").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(host(input_ids=IDS).logits, expected)
+        torch.testing.assert_close(back(input_ids=IDS).logits, expected)
