@@ -6,6 +6,7 @@ host as it was, within two seconds of the processor, in a process that may alloc
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -315,9 +316,11 @@ def forged_card(draw: random.Random, folder: Path) -> None:
         if draw.random() < 0.15:
             del inside[key]
         elif draw.random() < 0.1 and isinstance(inside, dict):
-            inside[draw.choice(["rank", "dim", "extra", "type", "config"])] = draw.choice(VALUES)
+            inside[draw.choice(["rank", "dim", "extra", "type", "config"])] = copy.deepcopy(
+                draw.choice(VALUES)
+            )
         else:
-            inside[key] = draw.choice(VALUES)
+            inside[key] = copy.deepcopy(draw.choice(VALUES))
     put_card(folder, said)
 
 

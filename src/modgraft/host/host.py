@@ -662,7 +662,7 @@ class Host(AsModel):
                 host is then as it was.
             ModgraftError: for an address whose module cannot be fetched.
         """
-        from modgraft.store.folder import check_host, load, names_here, stored
+        from modgraft.store.folder import check_host, load, names_here, naming, stored
         from modgraft.store.hub import lock
         from modgraft.store.hub.address import local
 
@@ -681,8 +681,9 @@ class Host(AsModel):
                 return load(self, found, name, strict, active)[-1]
             check_host(self.model, found, strict)
             new = [names_here(found, name)[each] for each in found.card.names]
-            for each in new:
-                self._check_new(each)
+            with naming(path):
+                for each in new:
+                    self._check_new(each)
             for each in new:
                 self._waiting[each] = lambda: self._load(found, name, strict, new)
         return None

@@ -427,7 +427,8 @@ def _beside(host: HostLike, modules: Stored, tensors: Mapping[str, Tensor]) -> d
     """
     own, folder, named = dict(host.model.named_parameters()), modules.folder, modules.card.names
     found = {}
-    for name in modules.card.beside:
+    claimed = {weight for saved in modules.card.modules for weight in saved.beside}
+    for name in sorted(claimed.union(modules.card.beside)):
         kept, here = tensors.get(f":{name}"), own.get(name)
         if kept is None or here is None or kept.shape != here.shape:
             said = ["is not there" if t is None else f"is {list(t.shape)}" for t in (kept, here)]

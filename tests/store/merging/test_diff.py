@@ -55,7 +55,7 @@ def test_the_rank_is_that_of_what_was_added(tmp_path: Path, kind: torch.dtype) -
     weight = torch.randn(64, 96)
     added = weight + torch.randn(64, 4) @ torch.randn(4, 96)
     paths = [
-        checkpoint(tmp_path / name, w=tensor.to(kind), same=weight.to(kind))
+        checkpoint(tmp_path / name, w=tensor.to(kind), same=weight.to(kind).clone())
         for name, tensor in (("a", weight), ("b", added))
     ]
     ranks = {row.name: row.rank for row in compare_checkpoints(*paths, ranks=True)}
