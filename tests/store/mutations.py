@@ -316,9 +316,8 @@ def forged_card(draw: random.Random, folder: Path) -> None:
         if draw.random() < 0.15:
             del inside[key]
         elif draw.random() < 0.1 and isinstance(inside, dict):
-            inside[draw.choice(["rank", "dim", "extra", "type", "config"])] = copy.deepcopy(
-                draw.choice(VALUES)
-            )
+            key = draw.choice(["rank", "dim", "extra", "type", "config"])
+            inside[key] = copy.deepcopy(draw.choice(VALUES))
         else:
             inside[key] = copy.deepcopy(draw.choice(VALUES))
     put_card(folder, said)

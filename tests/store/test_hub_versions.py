@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import uuid
@@ -234,3 +235,11 @@ def test_what_is_no_hub_or_no_module(tmp_path: Path) -> None:
     assert hub.listed() == []
     with fsspec.open(f"memory://{uuid.uuid4()}/file", "w") as file:
         file.write("x")
+
+
+def test_what_is_no_file_does_not_hang_a_hub(tmp_path: Path) -> None:
+    (tmp_path / "hub" / "qa" / "1").mkdir(parents=True)
+    os.mkfifo(tmp_path / "hub" / "qa" / "1" / "module.safetensors")
+    hub = Hub(tmp_path / "hub")
+    assert "is no plain file" in hub.verify()["hub:qa@1"]
+    assert hub.listed() == []

@@ -14,7 +14,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
 from modgraft.computation.base import (
@@ -610,6 +610,14 @@ class Host(AsModel):
                 return save(self, chosen, path, about, together=not one)
             if about:
                 raise ModgraftError(f"format={format!r} has no place for {', '.join(about)}=")
+            now = None if names is not None else self.composition
+            if now is not None and any(
+                isinstance(w, Tensor) or w != 1 for w in now.weights().values()
+            ):
+                raise ModgraftError(
+                    f"format={format!r} has no place for the composition in force, {now}: merge it "
+                    f"into one module (mg.merge), or name the modules to save"
+                )
             named(format).write(self, chosen, path)
             return path
 

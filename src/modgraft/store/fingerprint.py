@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -74,15 +75,21 @@ def config(model: nn.Module) -> dict[str, Any]:
     if hasattr(said, "to_dict"):
         found |= _flat(said.to_dict(), "")
     values: dict[str, set[str]] = {}
-    for layer in model.modules():
+    places = hashlib.sha256()  # a setting at one layer is not the same at another
+    for number, layer in enumerate(model.modules()):
         kind = original(layer).__name__
+        places.update(f"{number}{kind}".encode())
         for name, value in layer.__dict__.items():
-            if name[0] == "_" or not isinstance(value, bool | int | float | str | tuple):
+            if name[0] == "_" or _is_beside(name, kind):
                 continue
-            if not _is_beside(name, kind):
+            if isinstance(value, bool | int | float | str | tuple):
                 values.setdefault(f"{kind}.{name}", set()).add(repr(value))
+                places.update(f"{name}{value!r}".encode())
+            elif isinstance(value, FunctionType | BuiltinFunctionType):  # an activation
+                places.update(f"{name}{value.__qualname__}".encode())
         if not layer._parameters and not layer._modules:  # activations
             values.setdefault("layers", set()).add(kind)
+    found["settings by layer"] = places.hexdigest()[:16]
     return found | {name: sorted(each) for name, each in values.items() if len(each) <= 8}
 
 

@@ -86,6 +86,8 @@ class Hub:
                     continue
                 key, stamp = "@".join(place), _stamp(info)
                 try:
+                    if info["type"] != "file":  # a pipe would be waited for
+                        raise CheckpointError(f"{path} is no plain file; remove it")
                     if key not in known or known[key]["stamp"] != stamp:
                         text = card_there(self._system, path, info["size"])
                         known[key] = {"stamp": stamp, "card": text}
@@ -214,6 +216,10 @@ class Hub:
                 f"and host.save it, or push it to hf:USER/REPO as it is"
             )
         check_file(folder / FILE, sha, str(folder))
+        if not name and len(card.names) > 1:
+            raise ModgraftError(
+                f"{folder} holds {', '.join(card.names)}; say what they are called together"
+            )
         name = checked(name or card.names[-1], "name")
         if version and checked(version, "tag").isdecimal():
             raise ModgraftError(
@@ -236,7 +242,9 @@ class Hub:
         versions = [row for row in rows if row.name == name]
         same = [row for row in versions if version in ("", row.version)]
         if there := [row for row in same if row.card.sha256 == card.sha256]:
-            return there[-1]
+            if dry_run or not self._why_broken(there[-1]):
+                return there[-1]
+            version, same = there[-1].version, []  # it is written again, whole
         if version and (same or f"hub:{name}@{version}" in broken):
             raise ModgraftError(
                 f"{name}@{version} is on the hub with another hash, and a version never changes: "
@@ -290,7 +298,11 @@ class Hub:
         Raises:
             ModgraftError: for a name that is in use, or cannot be one.
         """
-        old = self.find(name.partition("@")[0]).name
+        if "@" in name:
+            raise ModgraftError(
+                f"{name!r}: a name is changed for all versions; write {name.partition('@')[0]!r}"
+            )
+        old = self.find(name).name
         checked(new, "name")
         with self._alone():
             if self._system.exists(f"{self._root}/{new}"):

@@ -97,8 +97,11 @@ def _said(method: Any) -> dict[str, Any]:
         if method.where == "input":
             raise ModgraftError("Rescale(where='input') is not written: adapters scales outputs")
         return {"r": 1, "alpha": 1, "composition_mode": "scale", "init_weights": "ia3"}
-    if method.rslora or method.dora or method.bias:
-        raise ModgraftError("LoRA with rslora, dora or bias is not written as one of AdapterHub")
+    if method.rslora or method.dora or method.bias or method.rank_pattern or method.alpha_pattern:
+        raise ModgraftError(
+            "LoRA with rslora, dora, bias, rank_pattern or alpha_pattern is not written as one of "
+            "AdapterHub"
+        )
     alpha = method.rank if method.alpha is None else method.alpha
     alpha = int(alpha) if alpha == int(alpha) else alpha
     return {"r": method.rank, "alpha": alpha, "dropout": method.dropout}

@@ -69,6 +69,8 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
     if left := [each for each in stale if (folder / each).exists()]:
         raise CheckpointError(f"{folder} holds {left[0]} of another adapter; choose another folder")
     with locked(folder, TENSORS, CONFIG, HEAD_TENSORS, HEAD):
+        for each in (CONFIG, HEAD):  # so that a kill leaves no mixture of two
+            (folder / each).unlink(missing_ok=True)
         write_tensors(made, folder / TENSORS, {})
         write_json(folder / CONFIG, _about(config, name, model))
         if head:
@@ -95,6 +97,7 @@ def _write_fusion(host: HostLike, mixture: Implant, names: Sequence[str], folder
     for member in of:
         write(host, [member], folder / member)
     with locked(folder, FUSION_TENSORS, FUSION):
+        (folder / FUSION).unlink(missing_ok=True)
         write_tensors(tensors, folder / FUSION_TENSORS, {})
         write_json(folder / FUSION, said)
 

@@ -94,6 +94,7 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
         if kind == "IA3":
             ia3.aim_inner(written.paths, said)
     with locked(folder, TENSORS, CONFIG):
+        (folder / CONFIG).unlink(missing_ok=True)  # so that a kill leaves no mixture of two
         write_tensors({k: t.detach().clone() for k, t in tensors.items()}, folder / TENSORS, {})
         write_json(folder / CONFIG, dict(sorted(said.items())))
 
