@@ -17,6 +17,7 @@ from common import lines
 from contract.hosts import HOSTS
 from modgraft.cli.app import app
 from modgraft.core.errors import ModgraftError
+from modgraft.store.folder import native
 from modgraft.store.merging.diff import compare_checkpoints
 from store.merging.test_checkpoints import saved, three, weights
 from store.merging.test_modules import error, implanted, output
@@ -54,7 +55,9 @@ def test_modules_are_merged_into_a_module(tmp_path: Path) -> None:
     assert report["module"] == "LoRA(rank=3)"
     assert report["relative_error"] > 0
     assert report["options"] == {"scale": 0.5}
-    assert [each["name"] for each in report["parents"]] == ["m1_if", "m2_2nd_style"]
+    parents = {each["name"]: each["tensors"] for each in report["parents"]}
+    cards = [native(folder).card for folder in folders]
+    assert parents == {card.names[0]: card.tensors for card in cards}
     host.load(out, "newer", active=False)  # in place of the one before
     assert host["newer"].method.brief() == "LoRA(rank=3)"
 

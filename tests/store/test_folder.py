@@ -120,3 +120,13 @@ def test_what_no_card_can_hold_is_refused(tmp_path: Path, about: dict[str, Any])
     with pytest.raises(mg.ModgraftError, match="cannot stand in a card"):
         host.save("a", tmp_path / "a", **about)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_state_dict_has_what_waits(tmp_path: Path) -> None:
+    host = mg.Host(nn.Sequential(nn.Linear(4, 4)))
+    host.implant("a", mg.LoRA(rank=1), "0")
+    host.save("a", tmp_path / "a")
+    fresh = mg.Host(copy.deepcopy(nn.Sequential(nn.Linear(4, 4))))
+    fresh.model.load_state_dict(nn.Sequential(host.model.get_submodule("0")).state_dict())
+    fresh.load(tmp_path / "a", lazy=True)
+    assert fresh.state_dict().keys() == host.state_dict().keys()

@@ -189,3 +189,14 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(mg.ModgraftError):
         host.load(str(tmp_path / "hf:me"))
     assert set(host.implants) == before
+
+
+def test_what_was_damaged_in_the_cache_is_fetched_again(tmp_path: Path) -> None:
+    url = put(saved(tmp_path / "qa", 3.0), "memory", tmp_path)
+    small_host().load(url)
+    [file] = cache().glob("*/module.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    host = small_host()
+    host.load(url)
+    assert fill_of(host, "qa") == 3.0

@@ -127,8 +127,11 @@ def kind_of(paths: Sequence[Path]) -> str:
     return next(iter(found))
 
 
-def loaded(paths: Sequence[Path], base: str | None) -> tuple[Host, list[str]]:
-    """Make the host of saved modules and load them; return it and their names, as ``m1_<folder>``.
+def loaded(paths: Sequence[Path], base: str | None, new: str = "") -> tuple[Host, list[str]]:
+    """Make the host of saved modules and load them; return it and their names.
+
+    Those are the names that they were saved under, or ``m2_<folder>`` where one has that already,
+    or ``new`` will.
 
     Raises:
         ModgraftError: where nothing says which model is the host.
@@ -136,12 +139,10 @@ def loaded(paths: Sequence[Path], base: str | None) -> tuple[Host, list[str]]:
     from modgraft.cli.inspect import read_model
     from modgraft.core.errors import ModgraftError
     from modgraft.host.host import Host
-    from modgraft.store.folder import FILE, stored
+    from modgraft.store.folder import FILE, native, stored
 
     if base is None and (paths[0] / FILE).exists():
-        from torch import nn
-
-        base = stored(paths[0], nn.Module()).card.base_model
+        base = native(paths[0]).card.base_model
         if base is not None:
             typer.echo(f"the host: {base}, as the card of {paths[0]} says", err=True)
     if base is None:
@@ -152,7 +153,9 @@ def loaded(paths: Sequence[Path], base: str | None) -> tuple[Host, list[str]]:
     host = Host(read_model(base, weights=True).eval())
     names = []
     for number, path in enumerate(paths, 1):
-        names.append(f"m{number}_" + re.sub(r"\W", "_", path.resolve().name))
+        own = stored(path, host.model).card.names
+        taken = len(own) != 1 or own[0] in host or own[0] == new
+        names.append(f"m{number}_" + re.sub(r"\W", "_", path.resolve().name) if taken else own[0])
         host.load(path, names[-1], active=False)
     return host, names
 
@@ -190,7 +193,7 @@ def _modules(
     from modgraft.store.merging.checkpoints import copy_rest
     from modgraft.store.merging.modules import merge as merge_modules
 
-    host, names = loaded(paths, base)
+    host, names = loaded(paths, base, name)
     new = merge_modules(host, names, name, method, weights=weights, rank=rank, **options)
     if into_model:
         plain: Any = host.merge(name)

@@ -130,6 +130,7 @@ class Host(AsModel):
         self._implants = Implants(self.implants, self._context)
         self._reader = Reader(self._implants, self._context)
         self._waiting: dict[str, Callable[[], object]] = {}  # loaded, and not used yet
+        self.register_state_dict_pre_hook(self._bring_all)
         leave_fast_paths(model)
         if freeze:
             model.requires_grad_(False)
@@ -315,6 +316,11 @@ class Host(AsModel):
 
     def __contains__(self, name: str) -> bool:
         return name in self.implants or name in self._waiting
+
+    def _bring_all(self, *_: Any) -> None:
+        """Implant all that was loaded with ``lazy=True``; a hook of ``state_dict``."""
+        for name in list(self._waiting):
+            self._bring(name)
 
     def _bring(self, composition: Compositions) -> None:
         """Implant those modules of a composition that were loaded with ``lazy=True``."""

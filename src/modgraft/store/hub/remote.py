@@ -151,9 +151,14 @@ def fetch(system: AbstractFileSystem, root: str, address: str) -> Path:
         files = {PurePosixPath(row["name"]).name: row for row in rows if row["type"] == "file"}
         check_holds_tensors(files, address)
         if FILE in files and (text := card_there(system, files[FILE]["name"], files[FILE]["size"])):
-            place = cache() / Card.from_text(text, address).sha256
+            sha = Card.from_text(text, address).sha256
+            place = cache() / sha
             if (place / FILE).is_file():
-                return place
+                try:
+                    check_file(place / FILE, sha, address)
+                    return place
+                except CheckpointError:  # the disk's fault, or somebody's: it is fetched again
+                    shutil.rmtree(place)
             files = {FILE: files[FILE]}
         files = {name: row for name, row in files.items() if name.endswith(KINDS)}
         tell(address, {name: row["size"] or 0 for name, row in files.items()})
