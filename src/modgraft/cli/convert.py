@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from modgraft.cli.inspect import read_model
+from modgraft.cli.options import any_setting
 
 
 def convert(
@@ -66,7 +67,7 @@ def convert(
     if out.resolve() == folder.resolve():
         raise ModgraftError(f"{out} is what is read; write to another folder")
     model = host or named_host(folder)
-    read = read_model(model, True, kind, dict(map(_setting, settings or [])))
+    read = read_model(model, True, kind, dict(map(any_setting, settings or [])))
     made: Any = Host(read.eval())
     made.load(folder, strict=strict)
     names = list(made.implants)
@@ -109,14 +110,3 @@ def named_host(folder: Path) -> str:
         )
     typer.echo(f"the host: {name}, as {folder} says", err=True)
     return name
-
-
-def _setting(pair: str) -> tuple[str, Any]:
-    """Read ``NAME=VALUE``; a value is a number, true, false or a word."""
-    name, equals, text = pair.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"--set {pair}: write NAME=VALUE, as num_labels=3")
-    try:
-        return name, json.loads(text)
-    except json.JSONDecodeError:
-        return name, text

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from modgraft.cli.options import any_setting
+
 if TYPE_CHECKING:
     from modgraft.host.host import Host
 
@@ -69,7 +71,7 @@ def merge(
     from modgraft.store.merging.methods import SOUP
 
     kind = kind_of(paths)
-    said = dict(_option(pair) for pair in options or [])
+    said = dict(any_setting(pair) for pair in options or [])
     if own := {"weights", "rank", "base", "into", "validate", "progress", "method"} & said.keys():
         raise typer.BadParameter(
             f"--set {min(own)}=…: an option of a method; see --help for others"
@@ -210,17 +212,6 @@ def _modules(
         "into_model": into_model,
         **new.provenance,
     }
-
-
-def _option(pair: str) -> tuple[str, Any]:
-    """Read ``NAME=VALUE``; a value is a number, true, false or a word."""
-    name, equals, text = pair.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"--set {pair}: write NAME=VALUE, as density=0.2")
-    try:
-        return name, json.loads(text)
-    except json.JSONDecodeError:
-        return name, text
 
 
 def _number(text: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,17 @@ def changes(settings: Any, pairs: list[str]) -> dict[str, Any]:
         except ValueError as error:
             raise typer.BadParameter(f"--set {pair}: the value is no {kind.__name__}") from error
     return made
+
+
+def any_setting(pair: str) -> tuple[str, Any]:
+    """Parse ``NAME=VALUE``; a value is JSON, as a number, true or false, or else a word."""
+    name, equals, text = pair.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"--set {pair}: write NAME=VALUE, as density=0.2")
+    try:
+        return name, json.loads(text)
+    except json.JSONDecodeError:
+        return name, text
 
 
 def delete(run: Path) -> None:

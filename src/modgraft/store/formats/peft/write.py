@@ -153,18 +153,9 @@ def _saved_beside(
 ) -> dict[str, Tensor]:
     """Return what PEFT keeps of the host, by key, and set its options accordingly."""
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-    left, found = set(beside), {}
-    if "bias" in written.options:
-        every = {name for name in parameters if name.endswith(".bias")}
-        own = {f"{path}.bias" for path in written.paths} & every
-        for word, some in (("all", every), (f"{kind.lower()}_only", own)):
-            if some and some <= left:
-                written.options["bias"] = word
-                left -= some
-                inner = {f"{name}.base_layer.bias": f"{name}.bias" for name in written.paths}
-                found |= {k: parameters[n] for k, n in inner.items() if n in some}
-                found |= {n: parameters[n] for n in some - set(inner.values())}
-                break
+    biases = _biases(kind, written, set(beside), parameters) if "bias" in written.options else {}
+    found: dict[str, Tensor] = {key: parameters[name] for key, name in biases.items()}
+    left = set(beside) - set(biases.values())
     tables = tables_of(model)
     for name in sorted(left):
         path, _, parameter = name.rpartition(".")
@@ -177,14 +168,7 @@ def _saved_beside(
         among = set(heads)
     whole = {o for o in owners if not any(f"{o}.".startswith(f"{h}.") for h in among)} | among
     whole = sorted(whole)
-    names = {id(p): n for n, p in model.named_parameters()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        own = names[id(parameter)]
-        if own != name and _is_in(own, whole) != _is_in(name, whole):
-            raise ModgraftError(
-                f"{own} trained with the module and is also {name}: PEFT would make a copy for one "
-                f"of them and leave the other as it was; save it without format='peft'"
-            )
+    _check_untied(model, whole)
     for path in whole:
         meant = [p for p in modules if p.endswith(path) and p not in whole]
         inside = [p for p in written.paths if f"{p}.".startswith(f"{path}.")]
@@ -200,6 +184,35 @@ def _saved_beside(
     if whole:
         written.options["modules_to_save"] = whole
     return found
+
+
+def _biases(
+    kind: str, written: Written, beside: set[str], parameters: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Return the biases that PEFT has a word for, by key, and say that word in the options."""
+    every = {name for name in parameters if name.endswith(".bias")}
+    own = {f"{path}.bias" for path in written.paths} & every
+    for word, some in (("all", every), (f"{kind.lower()}_only", own)):
+        if some and some <= beside:
+            written.options["bias"] = word
+            return {
+                f"{path}.base_layer.bias" if path in written.paths else name: name
+                for name in some
+                for path in [name.removesuffix(".bias")]
+            }
+    return {}
+
+
+def _check_untied(model: nn.Module, whole: Sequence[str]) -> None:
+    """Refuse a layer that PEFT would copy, where a layer that it would not has the same weight."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        own = names[id(parameter)]
+        if own != name and _is_in(own, whole) != _is_in(name, whole):
+            raise ModgraftError(
+                f"{own} trained with the module and is also {name}: PEFT would make a copy for one "
+                f"of them and leave the other as it was; save it without format='peft'"
+            )
 
 
 def _is_in(name: str, paths: Sequence[str]) -> bool:
