@@ -90,27 +90,42 @@ def test_damaged_module_folders(tmp_path: Path) -> None:
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("there", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("here", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def with_statistics(seed: int) -> nn.Module:
+    """A network whose buffers have a precision too."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).train()
+    model(torch.randn(5, 4))
+    return model.eval()
+
+
+PRECISIONS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("there", PRECISIONS, ids=str)
+@pytest.mark.parametrize("here", PRECISIONS, ids=str)
+@pytest.mark.parametrize("kind", ["gpt2", "statistics"])
 def test_the_same_host_in_another_precision_is_called_that(
-    tmp_path: Path, there: torch.dtype, here: torch.dtype
+    tmp_path: Path, kind: str, there: torch.dtype, here: torch.dtype
 ) -> None:
     case = HOSTS["gpt2"]
-    exact = case.model()
+    make, at = (case.model, QV) if kind == "gpt2" else (with_statistics, "0")
+    exact = make(seed=0)
     host = mg.Host(copy.deepcopy(exact).to(there))
-    host.implant("qa", mg.LoRA(rank=2), at=QV)
+    host.implant("qa", mg.LoRA(rank=2), at=at)
     host.save("qa", tmp_path / "qa")
     fresh = mg.Host(copy.deepcopy(exact).to(here))
     if here == there:
         fresh.load(tmp_path / "qa")
         return
-    halves = torch.float32 not in (here, there)  # of one another they cannot be told
+    halves = {here, there} == {torch.float16, torch.bfloat16}  # of one another they cannot be told
     says = "another host" if halves else "this host in another precision"
-    with pytest.raises(mg.ModgraftError, match=rf"was trained in {says} \(weights differ"):
+    with pytest.raises(
+        mg.ModgraftError, match=rf"was trained in {says} \(weights(, buffers)? diff"
+    ):
         fresh.load(tmp_path / "qa")
     fresh.load(tmp_path / "qa", strict=False)
     with pytest.raises(mg.ModgraftError, match="was trained in another host"):
-        mg.Host(case.model(seed=5).to(here)).load(tmp_path / "qa")
+        mg.Host(make(seed=5).to(here)).load(tmp_path / "qa")
 
 
 @pytest.mark.parametrize("about", [{"metrics": {"f1": float("nan")}}, {"description": "\ud800"}])

@@ -178,7 +178,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]
     found = stored(folder, model)
     there, beside = found.card.host, found.card.beside
     differs = differences(model, there, beside, values=weights) if there else []
-    rounded = differs == ["weights"] and is_in_another_precision(model, there, beside)
+    rounded = is_in_another_precision(model, there, differs, beside)
     rows = []
     for saved in found.card.modules:
         absent = []

@@ -86,6 +86,7 @@ from modgraft.host.probe import probe
 from modgraft.host.probe_result import Probe
 from modgraft.routing.losses import with_routing_losses
 from modgraft.routing.mixture import Mixture
+from modgraft.store.settings import remember
 
 TARGETS = {"labels", "return_loss", "num_items_in_batch"}
 """What a call may be given beside its input."""
@@ -134,6 +135,7 @@ class Host(AsModel):
         leave_fast_paths(model)
         if freeze:
             model.requires_grad_(False)
+        remember(model)
         self._guard = Guard(self)
 
     @property

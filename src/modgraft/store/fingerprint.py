@@ -5,41 +5,54 @@ A module belongs to the host that it was trained in. Three things are compared, 
 - what the host computes with: names and shapes of its tensors, and what of its configuration
   changes the function (heads, epsilons, activations, strides);
 - its weights, and
-- its persistent buffers, such as running statistics, value for value.
+- its persistent buffers, such as running statistics, value for value; and what else its layers hold
+  (:mod:`modgraft.store.settings`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import BuiltinFunctionType, FunctionType
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from modgraft.core.errors import CheckpointError
 from modgraft.engine.own_forward import original
+from modgraft.store.settings import Setting, agrees, by_class, held, is_beside, settings
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, **HALVES}
+
+VALUES = ("weights", "buffers", "held")
+"""The parts of a fingerprint that are values, and no architecture."""
 
 _SAMPLES = 256  # values of each tensor that the first format's fingerprint reads
 
-_BESIDE_THE_FUNCTION = {
-    "training", "gradient_checkpointing", "use_cache", "transformers_version", "dtype",
-    "torch_dtype", "architectures", "id2label", "label2id", "problem_type", "return_dict",
-    "name_or_path", "output_attentions", "output_hidden_states", "max_seq_len_cached", "inplace",
-    "finetuning_task", "task_specific_params", "chunk_size_feed_forward", "attn_implementation",
-    "experts_implementation", "return_dict_in_generate", "tokenizer_class", "prefix",
-    "initializer_range", "initializer_factor", "init_std", "supports_gradient_checkpointing",
-}  # fmt: skip
-"""Settings that change how a host is trained, run or shown, and not what it computes."""
+_PATIENCE = 20  # what was read in a second is not read again for so many, so that it costs 5 %
 
-Digests = dict[str, tuple[tuple[Any, ...], bytes]]
 
-_digests: WeakKeyDictionary[nn.Module, Digests] = WeakKeyDictionary()
-"""The hash of each tensor of a host, with what tells whether it was written to since."""
+@dataclass
+class _Read:
+    """The hash of each tensor of a host, with what tells whether it was written to since.
+
+    Attributes:
+        digests: by name.
+        at: when all of them were read last.
+        took: how long that took, in seconds.
+    """
+
+    digests: dict[str, tuple[tuple[Any, ...], bytes]] = field(default_factory=dict)
+    at: float = 0.0
+    took: float = 0.0
+
+
+_read: WeakKeyDictionary[nn.Module, _Read] = WeakKeyDictionary()
 
 
 def outline(model: nn.Module) -> dict[str, Any]:
@@ -49,55 +62,51 @@ def outline(model: nn.Module) -> dict[str, Any]:
         ``architecture``, the class's name; ``shape``, a hash over names and shapes of the weights
         and persistent buffers; ``config``, what of its configuration changes the function.
     """
-    return _outline(model, dict(model.named_parameters()), dict(_buffers(model)))
+    return _outline(model, dict(model.named_parameters()), dict(_buffers(model)), settings(model))
 
 
 def _outline(
-    model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    layers: Sequence[Setting],
 ) -> dict[str, Any]:
     shapes = sorted(
         (name, list(t.shape)) for each in (parameters, buffers) for name, t in each.items()
     )
     shape = hashlib.sha256("".join(f"{name}{size};" for name, size in shapes).encode())
-    kind = original(model)
-    return {"architecture": kind.__name__, "shape": shape.hexdigest()[:16], "config": config(model)}
+    return {
+        "architecture": original(model).__name__,
+        "shape": shape.hexdigest()[:16],
+        "config": _config(model, layers),
+    }
 
 
-def config(model: nn.Module) -> dict[str, Any]:
+def _config(model: nn.Module, layers: Sequence[Setting]) -> dict[str, Any]:
     """Return what of a host's configuration changes its function, by name.
 
     The numbers and words of a transformers config stand under their names (those of a part as
-    ``vision_config.hidden_act``); the plain attributes of layers by class, ``LayerNorm.eps``, each
+    ``vision_config.hidden_act``); the plain settings of layers by class, ``LayerNorm.eps``, each
     with all its values.
     """
     found: dict[str, Any] = {}
     said: Any = getattr(model, "config", None)
     if hasattr(said, "to_dict"):
         found |= _flat(said.to_dict(), "")
-    values: dict[str, set[str]] = {}
-    places = hashlib.sha256()  # a setting at one layer is not the same at another
-    for number, layer in enumerate(model.modules()):
-        kind = original(layer).__name__
-        places.update(f"{number}{kind}".encode())
-        for name, value in layer.__dict__.items():
-            if name[0] == "_" or _is_beside(name, kind):
-                continue
-            if isinstance(value, bool | int | float | str | tuple):
-                values.setdefault(f"{kind}.{name}", set()).add(repr(value))
-                places.update(f"{name}{value!r}".encode())
-            elif isinstance(value, FunctionType | BuiltinFunctionType):  # an activation
-                places.update(f"{name}{value.__qualname__}".encode())
-        if not layer._parameters and not layer._modules:  # activations
-            values.setdefault("layers", set()).add(kind)
-    found["settings by layer"] = places.hexdigest()[:16]
-    return found | {name: sorted(each) for name, each in values.items() if len(each) <= 8}
+    kinds = [(path, original(layer).__name__, layer) for path, layer in model.named_modules()]
+    bare = {kind for _, kind, layer in kinds if not layer._parameters and not layer._modules}
+    if 0 < len(bare) <= 8:
+        found["layers"] = sorted(bare)  # activations
+    each = "".join(f"{kind};" for _, kind, _ in kinds)
+    found["layers in their order"] = hashlib.sha256(each.encode()).hexdigest()[:16]
+    return found | by_class(layers, {path: i for i, (path, _, _) in enumerate(kinds)})
 
 
 def _flat(said: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Return the plain values of a nested configuration by dotted name."""
     found: dict[str, Any] = {}
     for name, value in said.items():
-        if name[:1] == "_" or _is_beside(name):
+        if is_beside(name):
             continue
         if isinstance(value, Mapping):
             found |= _flat({str(k): v for k, v in value.items()}, f"{path}{name}.")
@@ -108,11 +117,6 @@ def _flat(said: Mapping[str, Any], path: str) -> dict[str, Any]:
     return found
 
 
-def _is_beside(name: str, kind: str = "") -> bool:
-    drops = "drop" in name or "Dropout" in kind  # off where a model is used
-    return drops or name in _BESIDE_THE_FUNCTION or name == "layer_idx"
-
-
 def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
     """Identify a host by every value of it.
 
@@ -121,25 +125,42 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
         without: the names of weights whose values do not count.
 
     Returns:
-        :func:`outline`, and ``weights`` and ``buffers``, a hash over all values of each.
+        :func:`outline`, and ``weights`` and ``buffers``, a hash over all values of each, and
+        ``held``: what else its layers hold, by its place.
     """
     parameters, buffers = dict(model.named_parameters()), dict(_buffers(model))
+    digests, layers = _each(model, {**parameters, **buffers}), settings(model)
     return {
-        **_outline(model, parameters, buffers),
-        "weights": _combined(_each(model, parameters), without),
-        "buffers": _combined(_each(model, buffers), ()),
+        **_outline(model, parameters, buffers, layers),
+        "weights": _combined({name: digests[name] for name in parameters}, without),
+        "buffers": _combined({name: digests[name] for name in buffers}, ()),
+        "held": held(layers),
     }
 
 
-def half_fingerprints(model: nn.Module, without: Collection[str] = ()) -> dict[str, str]:
-    """Return the hash of the weights as they would be in each half precision, by its name."""
-    parameters = dict(model.named_parameters())
-    wide = any(p.dtype in (torch.float32, torch.float64) for p in parameters.values())
-    return {
-        name: _combined({n: _digest(p, dtype) for n, p in parameters.items()}, without)
-        for name, dtype in HALVES.items()
-        if wide
-    }
+def rounded_fingerprints(model: nn.Module, without: Collection[str] = ()) -> dict[str, str]:
+    """Return the hash of the weights as they would be in each lower precision, by its name.
+
+    That of the buffers stands beside it, as ``"float16 buffers"``.
+    """
+    parameters, buffers = dict(model.named_parameters()), dict(_buffers(model))
+    widest = max((p.dtype.itemsize for p in parameters.values() if _is_float(p)), default=0)
+    found = {}
+    for name, dtype in PRECISIONS.items():
+        if dtype.itemsize < widest:
+            found[name] = _rounded(parameters, dtype, without)
+            if any(map(_is_float, buffers.values())):
+                found[f"{name} buffers"] = _rounded(buffers, dtype, ())
+    return found
+
+
+def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype, without: Collection[str]) -> str:
+    digests = {n: _digest(t, dtype if _is_float(t) else None) for n, t in tensors.items()}
+    return _combined(digests, without)
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
 
 
 def differences(
@@ -159,19 +180,43 @@ def differences(
 
     Returns:
         What differs: ``"architecture"``, ``"shape"``, ``"num_attention_heads (12 there, 4 here)"``,
-        ``"weights"``, ``"buffers"``. Of the configuration, only what both name is compared.
+        ``"weights"``, ``"buffers"``, ``"held: encoder.scale"``. Of the configuration, and of what
+        layers hold, only what both name is compared.
+
+    Raises:
+        CheckpointError: for what is no fingerprint.
     """
     if "config" not in there:
         return _former(model, there, without, values)
     here = fingerprint(model, without) if values else outline(model)
-    found = [k for k in here if k != "config" and here[k] != there.get(k)]
-    theirs, ours = there["config"], here["config"]
+    parts = [k for k in here if k not in ("config", "held")]
+    found = [k for k in parts if here[k] != there.get(k)]
+    theirs, ours = _part(there, "config"), here["config"]
     found += [
         f"{name} ({theirs[name]} there, {ours[name]} here)"
         for name in ours
         if name in theirs and not _agrees(name, theirs[name], ours[name])
     ]
+    theirs, ours = _part(there, "held"), here.get("held", {})
+    found += [
+        f"held: {name}" for name in ours if name in theirs and not agrees(theirs[name], ours[name])
+    ]
     return found
+
+
+def _part(there: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = there.get(name, {})
+    if not isinstance(part, Mapping):
+        raise CheckpointError(
+            f"the card's {name} of the host is {part!r:.80}, and no names with their values; it "
+            f"was changed: copy the folder again"
+        )
+    return part
+
+
+def are_of_values(differs: Collection[str]) -> bool:
+    """Return whether :func:`differences` are of values alone, and the architecture is the same."""
+    return all(each.partition(":")[0] in VALUES for each in differs)
 
 
 def _agrees(name: str, there: Any, here: Any) -> bool:
@@ -181,25 +226,39 @@ def _agrees(name: str, there: Any, here: Any) -> bool:
 
 
 def is_in_another_precision(
-    model: nn.Module, there: Mapping[str, str], without: Collection[str] = ()
+    model: nn.Module,
+    there: Mapping[str, Any],
+    differs: Collection[str],
+    without: Collection[str] = (),
 ) -> bool:
-    """Return whether a host is ``model`` in another precision, one of both a half precision.
+    """Return whether a host that differs is ``model`` in another precision.
 
     Args:
         model: a host's model.
-        there: the other's :func:`fingerprint` and :func:`half_fingerprints`.
+        there: the other's :func:`fingerprint` and :func:`rounded_fingerprints`.
+        differs: their :func:`differences`.
         without: the names of weights whose values do not count.
     """
-    sampled = "config" not in there
-    dtypes = {None: torch.float32} | HALVES if sampled else {None: None} | HALVES
-    ours = {
-        name: _sample(model, without, dtype)
-        if sampled
-        else _combined({n: _digest(p, dtype) for n, p in model.named_parameters()}, without)
-        for name, dtype in dtypes.items()
-    }
-    halves = [there.get(name) for name in HALVES]
-    return ours[None] in halves or there.get("weights") in [ours[name] for name in HALVES]
+    if not {"weights"} <= set(differs) <= {"weights", "buffers"}:
+        return False
+    if "config" not in there:
+        said = [_sample(model, without, dtype) for dtype in HALVES.values()]
+        ours = _sample(model, without, torch.float32)
+        return ours in [there.get(name) for name in HALVES] or there.get("weights") in said
+    parameters, buffers = dict(model.named_parameters()), dict(_buffers(model))
+    here = fingerprint(model, without)
+
+    def is_rounded(name: str, dtype: torch.dtype) -> bool:
+        weights, others = there.get(name), there.get(f"{name} buffers")
+        return (
+            here["weights"] == weights or _rounded(parameters, dtype, without) == there["weights"]
+        ) and (
+            "buffers" not in differs
+            or here["buffers"] == others
+            or _rounded(buffers, dtype, ()) == there["buffers"]
+        )
+
+    return any(is_rounded(*precision) for precision in PRECISIONS.items())
 
 
 def _name(item: tuple[str, Tensor]) -> str:
@@ -215,20 +274,31 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _each(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Hash tensors, those alone that were written to since this was asked last."""
-    known = _digests.setdefault(model, {})
+    """Hash tensors: all where that was long ago, and else those that were written to since.
+
+    A write that PyTorch does not count, through ``.data`` or numpy, is seen when all are read.
+    """
+    known = _read.setdefault(model, _Read())
+    begin = time.monotonic()
+    if begin - known.at > _PATIENCE * known.took:
+        known.digests.clear()
     traces = {name: _trace(tensor) for name, tensor in tensors.items()}
-    new = [name for name, trace in traces.items() if known.get(name, (None,))[0] != trace]
+    of = known.digests
+    new = [name for name, trace in traces.items() if of.get(name, (None,))[0] != trace]
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         made = pool.map(lambda name: _digest(tensors[name]), new) if new else ()
-        known.update({n: (traces[n], digest) for n, digest in zip(new, made, strict=True)})
-    return {name: known[name][1] for name in tensors}
+        read = {n: (traces[n], digest) for n, digest in zip(new, made, strict=True)}
+    if not of:
+        known.at = time.monotonic()
+        known.took = known.at - begin
+    of |= read
+    return {name: of[name][1] for name in tensors}
 
 
 def _trace(tensor: Tensor) -> tuple[Any, ...]:
     """Return what changes when a tensor is written to.
 
-    A write through ``.data`` is seen in a few values, if they are among those that it changes.
+    One that is not counted is seen in a few values, if they are among those that it changes.
     """
     flat = tensor.detach().reshape(-1)
     some = flat[:: max(1, flat.numel() // 8)].tolist() if flat.is_contiguous() else ()

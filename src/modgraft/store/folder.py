@@ -41,10 +41,11 @@ from modgraft.store.file import (
     write_tensors,
 )
 from modgraft.store.fingerprint import (
+    are_of_values,
     differences,
     fingerprint,
-    half_fingerprints,
     is_in_another_precision,
+    rounded_fingerprints,
 )
 from modgraft.store.formats.base import found_in
 from modgraft.store.readme import WRITTEN, readme
@@ -121,7 +122,7 @@ def packed(
         composition=str(now) if now is not None and known.issuperset(now.names()) else None,
         together=together,
         beside=beside,
-        host={**fingerprint(model, beside), **half_fingerprints(model, beside)},
+        host={**fingerprint(model, beside), **rounded_fingerprints(model, beside)},
         tensors=digest_of(tensors),
         base_model=_hub_name(model),
     )
@@ -237,10 +238,10 @@ def check_host(model: nn.Module, modules: Stored, strict: bool) -> dict[str, Any
     differs = differences(model, there, card.beside)
     if not differs:
         return None
-    of_values = set(differs) <= {"weights", "buffers"}
+    of_values = are_of_values(differs)
     if of_values and not strict:
         return dict(there)
-    rounded = differs == ["weights"] and is_in_another_precision(model, there, card.beside)
+    rounded = is_in_another_precision(model, there, differs, card.beside)
     other = "this host in another precision" if rounded else "another host"
     remedy = ", or say host.load(..., strict=False) to try it all the same" if of_values else ""
     raise CheckpointError(
