@@ -202,7 +202,7 @@ def located(model: nn.Module, labels: Sequence[str]) -> list[Site]:
     """Return the sites of exact labels, as :attr:`Site.label` writes them; nothing is a pattern.
 
     Raises:
-        SiteError: for a label that is none here, or that comes twice.
+        SiteError: for a label that is none here, that is two things, or that comes twice.
     """
     modules = {bare(path): (path, module) for path, module in model.named_modules()}
     sites = [_located(model, modules, label) for label in labels]
@@ -213,18 +213,32 @@ def located(model: nn.Module, labels: Sequence[str]) -> list[Site]:
 
 
 def _located(model: nn.Module, modules: Mapping[str, tuple[str, nn.Module]], label: str) -> Site:
-    text, part = split_part(bare(label.removesuffix(RESIDUAL)))
-    above, _, name = text.rpartition(".")
-    if text in modules:
-        site = _site(model, *modules[text], part)
-    elif above in modules and modules[above][1]._parameters.get(name) is not None:
-        site = _site(model, *modules[above], part, name)
-    else:
+    found = []
+    for text in dict.fromkeys((label, label.removesuffix(RESIDUAL))):
+        for layer, part in dict.fromkeys(((bare(text), None), _split(bare(text)))):
+            above, _, name = layer.rpartition(".")
+            site = None
+            if layer in modules:
+                site = _site(model, *modules[layer], part)
+            elif above in modules and modules[above][1]._parameters.get(name) is not None:
+                site = _site(model, *modules[above], part, name)
+            if site is not None:
+                found.append(replace(site, residual=text != label))
+    if len(found) > 1:  # a layer may be called c[0/2], beside one called c
+        raise SiteError(f"the site {label!r:.80} is two things here; call the layer otherwise")
+    if not found:
         raise SiteError(
             f"the site {label!r:.80} is not in this {type(model).__name__}: it has no such layer "
             f"or parameter"
         )
-    return replace(site, residual=label.endswith(RESIDUAL))
+    return found[0]
+
+
+def _split(text: str) -> tuple[str, Part | None]:
+    try:
+        return split_part(text)
+    except SiteError:  # no part; a layer may be called so
+        return text, None
 
 
 def _warn_of_experts(model: nn.Module, found: Mapping[str, Site]) -> None:

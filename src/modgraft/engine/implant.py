@@ -243,6 +243,9 @@ def check_learns(name: str, part: nn.Module) -> nn.Module:
     return part
 
 
+_NO_IMPLANTS = nn.ModuleDict()  # an instance has attributes that its class has not
+
+
 def check_name(name: str) -> None:
     """Refuse a name that a module cannot have.
 
@@ -251,7 +254,7 @@ def check_name(name: str) -> None:
             every ``nn.Module``, since a module is an attribute of ``host.implants``.
     """
     ex.check_name(name)
-    if hasattr(nn.ModuleDict, name):
+    if hasattr(_NO_IMPLANTS, name):
         raise ModgraftError(
             f"{name!r} cannot name a module: every nn.Module has an attribute of that name; take "
             f"another, such as {name + '_1'!r}"

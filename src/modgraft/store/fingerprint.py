@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.errors import CheckpointError
+from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.engine.own_forward import original
 from modgraft.store.settings import Setting, agrees, by_class, held, is_beside, settings
 
@@ -74,7 +74,15 @@ def _outline(
     shapes = sorted(
         (name, list(t.shape)) for each in (parameters, buffers) for name, t in each.items()
     )
-    shape = hashlib.sha256("".join(f"{name}{size};" for name, size in shapes).encode())
+    text = "".join(f"{name}{size};" for name, size in shapes)
+    try:
+        shape = hashlib.sha256(text.encode())
+        "".join(each.path for each in layers).encode()
+    except UnicodeEncodeError as error:
+        raise ModgraftError(
+            f"a layer of the host has half a character in its name, which no file can hold "
+            f"({error.object[error.start]!r}); call it otherwise"
+        ) from error
     return {
         "architecture": original(model).__name__,
         "shape": shape.hexdigest()[:16],

@@ -27,6 +27,7 @@ from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.expression import Expression, module_of
 from modgraft.core.files import locked, write_text
 from modgraft.core.parse import parse
+from modgraft.core.sites import located
 from modgraft.engine.implant import Implant, learning_parts
 from modgraft.store import former
 from modgraft.store.bounded import Bounded
@@ -101,6 +102,8 @@ def packed(
     """Return the tensors and the card of modules; see :func:`save`."""
     implants = [host._implants[name] for name in with_members(host, names)]
     model = host.model
+    for implant in implants:
+        located(model, implant.paths)  # what is written is found again, or refused now
     learns = learning_parts(model)
     beside = sorted(learns.union(*(i.beside for i in implants)))
     tensors = {f"{i.name}:{key}": t for i in implants for key, t in i.tensors().items()}
@@ -134,12 +137,31 @@ def packed(
 
 
 def write(card: Card, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a card and its tensors to a folder, in place of what is there, whole or not at all."""
+    """Write a card and its tensors to a folder, in place of what is there, whole or not at all.
+
+    Raises:
+        CheckpointError: where something else than a file is in the place of one.
+        ModgraftError: where the folder cannot be written to, or the module was, and not what people
+            read of it.
+    """
     text = card.to_text()
     with locked(folder, FILE, CARD_FILE, README):
+        for path in (folder / name for name in (FILE, CARD_FILE, README)):
+            if path.exists() and not path.is_file():
+                raise CheckpointError(
+                    f"{path} is no file, and a file is to be written there; move it away, or "
+                    f"choose another folder. What was there is as it was"
+                )
         write_tensors(tensors, folder / FILE, {CARD: text})
-        write_derived(card, folder)
-        (folder / former.HOST_FILE).unlink(missing_ok=True)
+        try:
+            write_derived(card, folder)
+            (folder / former.HOST_FILE).unlink(missing_ok=True)
+        except OSError as error:
+            raise ModgraftError(
+                f"{folder / FILE} is saved, and that is all of the module; what is written from it "
+                f"for people cannot be ({error.strerror or error}, at {error.filename}): see to "
+                f"that, and save again"
+            ) from error
 
 
 def write_derived(card: Card, folder: Path) -> None:
