@@ -661,7 +661,8 @@ class Host(AsModel):
             folder: where :meth:`save` put them, or an address: ``hub:NAME@VERSION``,
                 ``hf:USER/REPO@REVISION``, a URL such as ``s3://bucket/qa``. Or a file of
                 ``modgraft hub lock``: exactly the modules of a composition, which it puts in force.
-            name: the name here of a module that was saved alone; None: the one it had.
+            name: the name here of a module that was saved alone; None: the one it had. What was
+                one module of PEFT and is several here is called ``name`` and ``name_…``.
             strict: whether the host must be the one it was trained in, weight for weight; its
                 architecture must be the same in any case.
             active: whether it joins the composition in force, at its end; several bring the

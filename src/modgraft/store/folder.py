@@ -207,11 +207,24 @@ def stored(folder: Path, model: nn.Module) -> Stored:
         return native(folder)
     try:
         other = found_in(folder)
-        return native(folder) if other is None else other.read(folder, model)
+        if other is not None:
+            return other.read(folder, model)
+        if inside := _sub_folders(folder):
+            raise CheckpointError(
+                f"no module in {folder} itself; there are some in {', '.join(inside[:8])}: load "
+                f"host.load({str(folder / inside[0])!r}), or another"
+            )
+        return native(folder)
     except ModgraftError:
         raise
     except OSError as error:
         raise unreadable(folder, error) from error
+
+
+def _sub_folders(folder: Path) -> list[str]:
+    """Return the names of a folder's folders that hold modules, as PEFT keeps several adapters."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return [p.name for p in inside[:100] if (p / FILE).is_file() or found_in(p) is not None]
 
 
 def native(folder: Path) -> Stored:
@@ -284,7 +297,8 @@ def load(
     Args:
         host: where to implant them.
         modules: what :func:`stored` found.
-        name: the name in this host of the only module that was asked for; None: as saved.
+        name: the name in this host of the only module that was asked for, or what the names of
+            those begin with that were one module of another tool; None: as saved.
         strict: whether the host must be the one they were trained in, weight for weight.
         active: whether they join the composition in force, or bring the one they were saved with.
 
@@ -361,6 +375,8 @@ def names_here(modules: Stored, name: str | None) -> dict[str, str]:
         ModgraftError: for one name for several.
     """
     names = {saved.name: saved.name for saved in modules.card.modules}
+    if name is not None and modules.stem:
+        return {each: name + each.removeprefix(modules.stem) for each in names}
     if name is not None:
         if len(modules.card.names) != 1:
             raise ModgraftError(

@@ -22,9 +22,12 @@ class Stored:
         entries: type and shape of each tensor, by its name.
         read: reads all tensors, and verifies them: ``<module>:<site>:<name>``, and ``:<name>`` for
             weights of the host that trained with the modules.
+        stem: what all names begin with where one module of another tool is several here, as
+            ``qa`` and ``qa_input``; "" where each has its own.
     """
 
     folder: Path
     card: Card
     entries: Mapping[str, Entry]
     read: Callable[[], Mapping[str, Tensor]]
+    stem: str = ""

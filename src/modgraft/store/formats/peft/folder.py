@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,6 +21,9 @@ from modgraft.store.formats.peft.targets import targets
 
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+
+_WRAPPERS = ("base_layer", "original_module", "modules_to_save")
+"""What PEFT puts into the path of a layer that it changes or copies."""
 
 
 ONE_OF_TWO = "and PEFT changes a layer at one path alone, where a module here acts at both"
@@ -91,9 +95,7 @@ class Folder:
         found = []
         for key in self.left:
             if key.startswith(PREFIX) and key.endswith(suffix):
-                path = key.removeprefix(PREFIX).removesuffix(suffix)
-                while path not in self.modules and path.endswith(".base_layer"):
-                    path = path.removesuffix(".base_layer")  # of experts: several in one layer
+                path = self.unwrapped(key.removeprefix(PREFIX).removesuffix(suffix))
                 if path not in self.modules:
                     near = get_close_matches(path, self.modules, n=2, cutoff=0.3)
                     self.refuse(
@@ -103,6 +105,15 @@ class Folder:
                     )
                 found.append(path)
         return sorted(set(found), key=self._order.__getitem__)
+
+    def unwrapped(self, name: str) -> str:
+        """Return the name in the host of what PEFT has wrapped; a layer may be called so itself."""
+        found: list[str] = []
+        for part in name.split("."):
+            above, here = ".".join(found), ".".join([*found, part])
+            if part not in _WRAPPERS or above not in self.modules or here in self.modules:
+                found.append(part)
+        return ".".join(found)
 
     def label(self, path: str) -> str:
         """Return the path of the layer at ``path``, which no other path may lead to.
@@ -137,8 +148,15 @@ class Folder:
         Raises:
             CheckpointError: for a layer that is meant and has none, or has some and is not meant.
         """
-        layers = {path for path, m in self.modules.items() if isinstance(m, WEIGHTED)}
-        meant = targets(said, layers)
+        if said.target_modules is None and not getattr(said, "target_parameters", None):
+            short = json.dumps(sorted({path.rpartition(".")[2] for path in sites}))
+            self.refuse(
+                f"{CONFIG} has no target_modules, and PEFT takes such layers as it knows the "
+                f"architecture; where all that have tensors here are meant, write "
+                f'"target_modules": {short:.200} into it'
+            )
+        layers = {path: m for path, m in self.modules.items() if isinstance(m, WEIGHTED)}
+        meant = targets(said, layers, self.model)
         if meant is None:
             return
         have = set(sites)

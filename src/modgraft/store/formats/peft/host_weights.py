@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modgraft.store.formats.peft.folder import PREFIX, Folder, Group
 from modgraft.store.formats.peft.options import CONFIG, Options, PrefixOptions, PromptOptions
-from modgraft.store.formats.peft.tokens import asked
+from modgraft.store.formats.peft.targets import asked
 
 
 class HostWeights:
@@ -40,7 +40,7 @@ class HostWeights:
     def _sort(self, key: str) -> None:
         """Take a tensor that is the host's."""
         said = key.removeprefix(self._prefix)
-        name = re.sub(r"\.(base_layer|original_module|modules_to_save)\.", ".", said)
+        name = self.folder.unwrapped(said)
         if name == said == key or not self._is_meant(said, name):
             return
         if name in self._names:
@@ -117,13 +117,14 @@ class HostWeights:
 
     def _check_alone(self, name: str, tensor: Tensor) -> None:
         """Refuse a copy that PEFT puts in place of one layer, where others share its weight."""
-        others = [n for n, own in self._names.items() if own == name and not self._is_whole(n)]
+        every = [n for n, own in self._names.items() if own == name]
+        copied = [n for n in every if self._is_whole(n)]
+        others = [n for n in every if n not in copied]
         here = self.folder.model.get_parameter(name)
-        whole = any(self._is_whole(n) for n, own in self._names.items() if own == name)
-        if whole and others and not torch.equal(tensor.to(here), here):
+        if copied and others and not torch.equal(tensor.to(here), here):
             self.folder.refuse(
-                f"{name} was trained as a copy (modules_to_save), and in this host {others[0]} is "
-                f"the same weight, which PEFT leaves as it was; make the host with "
+                f"{copied[0]} was trained as a copy (modules_to_save), and in this host "
+                f"{others[0]} is the same weight, which PEFT leaves as it was; make the host with "
                 f"tie_word_embeddings=False, so that each has its own"
             )
 

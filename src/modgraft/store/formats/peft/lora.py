@@ -8,6 +8,7 @@ from the host's here.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ def read(folder: Folder, said: LoraOptions, host: Mapping[str, str]) -> Group:
         else:
             reader.experts(path)
     folder.check_targets(said, layers)
+    reader.check_tied(paths)
+    _warn_of_patterns(folder, said, [reader.known[s] for s in reader.ranks])
     ranks = {s: r for s, r in reader.ranks.items() if r != said.r}
     alphas = {s: a for s, a in reader.alphas.items() if a != said.lora_alpha}
     method = LoRA(
@@ -57,10 +60,22 @@ def read(folder: Folder, said: LoraOptions, host: Mapping[str, str]) -> Group:
     return Group(method, list(reader.ranks), reader.pieces)
 
 
+def _warn_of_patterns(folder: Folder, said: LoraOptions, paths: Sequence[str]) -> None:
+    for name, patterns in (("rank", said.rank_pattern), ("alpha", said.alpha_pattern)):
+        left = [each for each in patterns or {} if not any(by_pattern({each: 1}, p) for p in paths)]
+        if left:
+            warnings.warn(
+                f"{folder.path}: {name}_pattern has {left[0]!r:.80}, which matches no layer that "
+                f"is changed; it means nothing, in PEFT too",
+                stacklevel=2,
+            )
+
+
 class _Reader:
     def __init__(self, folder: Folder, said: LoraOptions, host: Mapping[str, str]) -> None:
         self.folder, self.said, self.host = folder, said, host
         self.ranks: dict[str, int] = {}
+        self.known: dict[str, str] = {}  # what PEFT's patterns know each site by
         self.alphas: dict[str, float] = {}
         self.pieces: list[Piece] = []
 
@@ -73,13 +88,30 @@ class _Reader:
             n for n, f in full.items() if f in wanted or any(f.endswith(f".{w}") for w in wanted)
         ]
 
+    def check_tied(self, paths: Sequence[str]) -> None:
+        """Refuse a layer whose change PEFT would tie to that of another, as its weight is tied."""
+        if not self.said.ensure_weight_tying:
+            return
+        owners: dict[int, list[str]] = {}
+        for path, layer in self.folder.modules.items():
+            if isinstance(layer, WEIGHTED):
+                owners.setdefault(id(stored(layer, None)), []).append(path)
+        for tied in owners.values():
+            if len(tied) > 1 and (self.said.trainable_token_indices or set(tied) & set(paths)):
+                self.folder.refuse(
+                    f"ensure_weight_tying changes {' and '.join(tied)} alike, which is not "
+                    f"computed here; merge it in PEFT, or train it without that"
+                )
+
     def _site(self, label: str, rank: int, path: str) -> None:
         """Take down a site, which PEFT's patterns know by a path."""
         said = self.said
-        asked = by_pattern(said.rank_pattern or {}, path) or said.r
+        asked = by_pattern(said.rank_pattern or {}, path)
+        asked = said.r if asked is None else asked
         if rank != asked:
             self.folder.refuse(f"{path} has tensors of rank {rank}, and its options say {asked}")
         alpha = by_pattern(said.alpha_pattern or {}, path)
+        self.known[label] = path
         self.ranks[label], self.alphas[label] = rank, said.lora_alpha if alpha is None else alpha
 
     def _piece(self, label: str, name: str, shape: Sequence[int], make: Any) -> None:

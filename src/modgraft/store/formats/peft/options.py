@@ -5,6 +5,7 @@ A field that has one value only is understood at that value alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,6 +16,10 @@ from modgraft.core.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
 
+Task = Literal[
+    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+]  # fmt: skip
+
 
 class Options(BaseModel):
     """What ``adapter_config.json`` says of every kind of module."""
@@ -23,12 +28,16 @@ class Options(BaseModel):
 
     peft_type: str
     peft_version: str | None = None
-    task_type: str | None = None
+    task_type: Task | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
     auto_mapping: dict[str, Any] | None = None
     modules_to_save: list[str] | None = None
+
+    def objection(self) -> str | None:
+        """Say what is wrong with options that contradict one another, None where nothing is."""
+        return None
 
 
 class Targeted(Options):
@@ -39,6 +48,16 @@ class Targeted(Options):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     fan_in_fan_out: bool = False  # said again by the class of the layer
+
+    def objection(self) -> str | None:  # noqa: D102
+        if self.layers_pattern and self.layers_to_transform is None:
+            return "layers_pattern is set and layers_to_transform is not, which it is of"
+        for pattern in (self.target_modules, self.exclude_modules):
+            try:
+                re.compile(pattern if isinstance(pattern, str) else "")
+            except re.error as error:
+                return f"{pattern!r:.80} is no regular expression ({error})"
+        return None
 
 
 class LoraOptions(Targeted):
@@ -72,7 +91,7 @@ class LoraOptions(Targeted):
     use_bdlora: None = None
     use_qalora: Literal[False] = False
     qalora_group_size: int = 16  # read with use_qalora alone
-    ensure_weight_tying: Literal[False] = False
+    ensure_weight_tying: bool = False
 
 
 class IA3Options(Targeted):
@@ -80,6 +99,12 @@ class IA3Options(Targeted):
 
     feedforward_modules: list[str] | str | None = None
     init_ia3_weights: bool = True
+
+    def objection(self) -> str | None:  # noqa: D102
+        inner, every = self.feedforward_modules, self.target_modules
+        if isinstance(inner, list) and isinstance(every, list) and not set(inner) <= set(every):
+            return f"feedforward_modules={inner!r:.80} are not among target_modules"
+        return super().objection()
 
 
 class VeraOptions(Targeted):
@@ -152,8 +177,10 @@ def options(kind: type[O], said: Mapping[str, Any], path: Path) -> O:
     Raises:
         CheckpointError: for one that is not of its type, or is set to what is not understood.
     """
+    off = {name for name, field in kind.model_fields.items() if field.default is False}
+    given = {k: v for k, v in said.items() if v is not None or k not in off}  # null is off there
     try:
-        found = kind.model_validate(dict(said))
+        found = kind.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
@@ -163,6 +190,8 @@ def options(kind: type[O], said: Mapping[str, Any], path: Path) -> O:
             f"{path} sets {name}={said[name]!r:.80}, which is not understood here "
             f"({first['msg']}); {_remedy(name)}"
         ) from error
+    if why := found.objection():
+        raise CheckpointError(f"{path}: {why}; PEFT does not read it either: copy the folder again")
     for name, value in (found.model_extra or {}).items():
         if value not in (None, False) and value not in ({}, []):
             raise CheckpointError(

@@ -167,4 +167,4 @@ def _stored(folder: Folder, said: Options, groups: Sequence[Group], host: HostWe
         }
         return found | {f":{name}": tensor for name, tensor in host.tensors().items()}
 
-    return Stored(folder.path, card, entries, tensors)
+    return Stored(folder.path, card, entries, tensors, stem=base)

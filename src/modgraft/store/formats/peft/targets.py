@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.layers import LINEAR
 from modgraft.store.formats.peft.options import CONFIG, Targeted
 
 
-def targets(said: Targeted, paths: Iterable[str]) -> set[str] | None:
+def targets(said: Targeted, layers: Mapping[str, nn.Module], model: nn.Module) -> set[str] | None:
     """Return the paths that PEFT would change; None where its pattern is not run.
 
     A pattern that may take long on some text is not run: a stranger has written it.
+
+    Args:
+        said: the options.
+        layers: those that can be changed, by path.
+        model: the host's, whose head ``"all-linear"`` leaves out.
     """
     target, excluded = said.target_modules, said.exclude_modules
-    if target is None or target == "all-linear":
-        return None
-    layers = said.layers_pattern or []
-    plain = [*(said.modules_to_save or ()), *([layers] if isinstance(layers, str) else layers)]
+    if isinstance(target, str) and target.lower() == "all-linear":
+        target = _every_linear(said, layers, model)
+        said = said.model_copy(update={"target_modules": target})
+    above = said.layers_pattern or []
+    plain = [*(said.modules_to_save or ()), *([above] if isinstance(above, str) else above)]
     if not all(re.fullmatch(r"[\w.]+", text) for text in plain):
         return None
     if not all(is_quick(text) for text in (target, excluded) if isinstance(text, str)):
         return None
-    return {path for path in paths if _is_target(said, path)}
+    return {path for path in layers if _is_target(said, path)}
+
+
+def _every_linear(said: Targeted, layers: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
+    """Return the linear layers but the head, as PEFT knows it in a model of transformers."""
+    head = None
+    if isinstance(model, PreTrainedModel):
+        head = asked(model, "get_output_embeddings")
+        if head is None and said.task_type == "SEQ_CLS":
+            heads = (getattr(model, name, None) for name in ("score", "classifier"))
+            head = next((each for each in heads if each is not None), None)
+    return [path for path, m in layers.items() if isinstance(m, LINEAR) and m is not head]
+
+
+def asked(model: nn.Module, name: str) -> nn.Module | None:
+    """Ask a transformers model for one of its layers, None where it has none."""
+    ask: Callable[[], Any] | None = getattr(model, name, None)
+    try:
+        return None if ask is None else ask()
+    except NotImplementedError:
+        return None
 
 
 def _is_target(said: Targeted, path: str) -> bool:
@@ -39,9 +69,10 @@ def _is_target(said: Targeted, path: str) -> bool:
         return True
     if path in said.target_modules:
         return True
-    patterns = said.layers_pattern or [r"[^.]*"]
+    patterns = said.layers_pattern or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path) for pattern in patterns)
+    before = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
+    matches = (re.match(rf"{each}\.(\d+)\.", path) for each in before)
     found = next((match for match in matches if match), None)
     number = None if found is None else int(found[1])
     return number == which if isinstance(which, int) else number in which

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from modgraft.store.formats.peft.folder import (
     check_whole,
 )
 from modgraft.store.formats.peft.options import TokensOptions
+from modgraft.store.formats.peft.targets import asked
 
 
 def read(folder: Folder, said: TokensOptions) -> list[Group]:
@@ -86,15 +86,6 @@ def _tied(model: nn.Module, sites: Sequence[str]) -> list[str]:
     kinds = (nn.Embedding, nn.Linear)
     own = stored(table, None)
     return [p for p, m in modules.items() if isinstance(m, kinds) and stored(m, None) is own]
-
-
-def asked(model: nn.Module, name: str) -> nn.Module | None:
-    """Ask a transformers model for one of its layers, None where it has none."""
-    ask: Callable[[], Any] | None = getattr(model, name, None)
-    try:
-        return None if ask is None else ask()
-    except NotImplementedError:
-        return None
 
 
 def _rows(folder: Folder, key: str, end: str) -> Tensor:

@@ -53,30 +53,53 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
     """
     if folder.is_dir() and any(folder.iterdir()) and not holds(folder):
         raise CheckpointError(f"{folder} is there and holds nothing of PEFT; choose another folder")
-    model = host.model
-    implants = {name: host._implants[name] for name in names}
+    model, implants = host.model, {name: host._implants[name] for name in names}
     placed = {
         name: list(zip(located(model, implant.paths), implant.places, strict=True))
         for name, implant in implants.items()
     }
-    for name, some in placed.items():
-        for site, _ in some:
-            if other := another_path(model, site.path):
-                raise ModgraftError(f"{name!r} is at {site.path}, also {other}, {ONE_OF_TWO}")
+    _check_at_one_path(placed, model)
     kind, written = _written({n: i.method for n, i in implants.items()}, placed, model)
-    beside = sorted({n for i in implants.values() for n in i.beside} | learning_parts(model))
-    prefix = "base_model." if kind in _BEFORE_INPUT else PREFIX
-    bare = {"prompt_embeddings"}
-    tensors = {(k if k in bare else prefix + k): t for k, t in written.tensors.items()}
-    tensors |= {f"base_model.{key}": tensor for key, tensor in written.shared.items()}
     task, heads = _task(model)
     if kind in _BEFORE_INPUT and task is None:
         raise ModgraftError(
             f"PEFT puts prompts and prefixes before the input of models for {', '.join(_TASKS)}, "
             f"and this host is a {type(model).__name__}"
         )
+    beside = sorted({n for i in implants.values() for n in i.beside} | learning_parts(model))
     saved = _saved_beside(kind, written, beside, heads, model)
-    tensors |= {prefix + key: tensor for key, tensor in saved.items()}
+    tensors = _by_key(kind, written, saved)
+    said = _options(kind, written, task, heads, model)
+    with locked(folder, TENSORS, CONFIG):
+        (folder / CONFIG).unlink(missing_ok=True)  # so that a kill leaves no mixture of two
+        write_tensors({k: t.detach().clone() for k, t in tensors.items()}, folder / TENSORS, {})
+        write_json(folder / CONFIG, dict(sorted(said.items())))
+
+
+Placed = Mapping[str, list[tuple[Site, Any]]]
+
+
+def _check_at_one_path(placed: Placed, model: nn.Module) -> None:
+    for name, some in placed.items():
+        for site, _ in some:
+            if other := another_path(model, site.path):
+                raise ModgraftError(f"{name!r} is at {site.path}, also {other}, {ONE_OF_TWO}")
+
+
+def _by_key(kind: str, written: Written, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all tensors by the keys of the file; a prompt is the only one without a path."""
+    prefix = "base_model." if kind in _BEFORE_INPUT else PREFIX
+    return {
+        **{k if k == "prompt_embeddings" else prefix + k: t for k, t in written.tensors.items()},
+        **{f"base_model.{key}": tensor for key, tensor in written.shared.items()},
+        **{prefix + key: tensor for key, tensor in saved.items()},
+    }
+
+
+def _options(
+    kind: str, written: Written, task: str | None, heads: Sequence[str], model: nn.Module
+) -> dict[str, Any]:
+    """Return what ``adapter_config.json`` says."""
     if heads and not set(heads) & set(written.options.get("modules_to_save") or ()):
         task = None  # with which PEFT would look for a head in the folder
     said = {
@@ -85,21 +108,20 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
         "auto_mapping": None, "modules_to_save": None, **written.options,
     }  # fmt: skip
     if kind not in _BEFORE_INPUT:
-        layers = {path: m for path, m in model.named_modules() if path}
-        own = [layers[path] for path in written.paths if isinstance(layers[path], LINEAR)]
-        said["fan_in_fan_out"] = bool(own) and not any(isinstance(m, nn.Linear) for m in own)
-        said["target_modules"] = []
-        if written.paths:
-            aim(written.paths, layers, said)
-        if kind == "IA3":
-            ia3.aim_inner(written.paths, said)
-    with locked(folder, TENSORS, CONFIG):
-        (folder / CONFIG).unlink(missing_ok=True)  # so that a kill leaves no mixture of two
-        write_tensors({k: t.detach().clone() for k, t in tensors.items()}, folder / TENSORS, {})
-        write_json(folder / CONFIG, dict(sorted(said.items())))
+        _aim(kind, written.paths, said, model)
+    return said
 
 
-Placed = Mapping[str, list[tuple[Site, Any]]]
+def _aim(kind: str, paths: Sequence[str], said: dict[str, Any], model: nn.Module) -> None:
+    """Say which layers are changed, and how their weights lie."""
+    layers = {path: m for path, m in model.named_modules() if path}
+    own = [layers[path] for path in paths if isinstance(layers[path], LINEAR)]
+    said["fan_in_fan_out"] = bool(own) and not any(isinstance(m, nn.Linear) for m in own)
+    said["target_modules"] = []
+    if paths:
+        aim(paths, layers, said)
+    if kind == "IA3":
+        ia3.aim_inner(paths, said)
 
 
 def _written(
