@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -29,11 +30,29 @@ MIXTURES: dict[str, Callable[[tuple[str, ...]], mg.Mixture]] = {
     "skills": lambda over: mg.Mixture(over, router=mg.SkillMatrix(tasks=("fr", "de"))),
     "fixed": lambda over: mg.Mixture(over, router=mg.Fixed(over[:1])),
     "fuse": lambda over: mg.Mixture(over, aggregate=mg.Fuse()),
+    "fuse_effects": lambda over: mg.Mixture(over, aggregate=mg.Fuse(effects=True)),
+    "averaged": lambda over: mg.Mixture(over, router=mg.Soft(level="task"), aggregate=mg.Average()),
     "sequential": lambda over: mg.Mixture(
         over, router=mg.Soft(level="task"), aggregate=mg.Sequential()
     ),
+    "arrow": lambda over: mg.Mixture(over, router=mg.Arrow()),
+    "phatgoose": lambda over: mg.Mixture(over, router=mg.Phatgoose(k=1)),
+    "similarity": lambda over: mg.Mixture(over, router=mg.Similarity(k=2), width=FEATURES),
+    "similarity_of_tokens": lambda over: mg.Mixture(over, router=mg.Similarity(level="token")),
 }
 """Mixtures of two modules, by name."""
+
+PROMPTS: dict[str, Callable[[], mg.Computation]] = {
+    "early_prompt": lambda: mg.SoftPrompt(length=3, at_start=True),
+    "attempt": lambda: mg.Attempt(over=["soft_prompt", "early_prompt"], length=3, rank=2),
+}
+"""What needs an input to put tokens before, beside the rows of the contract."""
+
+OTHERS: dict[str, Callable[[], mg.Computation]] = {
+    "lora_bias": lambda: mg.LoRA(rank=2, bias=True),
+    "lora_patterns": lambda: mg.LoRA(rank=2, rank_pattern={"*": 3}, alpha_pattern={"*": 5.0}),
+}
+"""Changes of weights beside the rows of the contract."""
 
 
 def everything(case: HostCase) -> tuple[mg.Host, list[str]]:
@@ -46,6 +65,11 @@ def everything(case: HostCase) -> tuple[mg.Host, list[str]]:
         if case.name not in module.refused:
             host.implant(name, module.make(), at=module.at(case), active=False)
             module.prepare(host, name)
+    for name, make in {**OTHERS, **(PROMPTS if case.text else {})}.items():
+        if name == "lora_bias" and case.name not in ("bert", "vit", "gpt2", "plain", "cnn"):
+            continue  # their layers have none
+        at = case.lora_at if name in OTHERS else None
+        host.implant(name, make(), at=at, active=False)
     for i in range(2):
         host.implant(f"mixed_{i}", mg.Adapter(reduction=4), at=case.adapter_at, active=False)
     for name, mixture in MIXTURES.items():
@@ -54,15 +78,39 @@ def everything(case: HostCase) -> tuple[mg.Host, list[str]]:
     with torch.no_grad():
         for p in host.implants.parameters():
             p.normal_(0.0, 0.2)
+        for name, buffer in host.implants.named_buffers():
+            if name.endswith(".embeddings"):  # what mg.embed_tasks takes
+                buffer.normal_()
     host.use("0.5*lora + adapter")
     return host, [n for name in host.implants for n in host[name].names]
 
 
+def test_every_kind_is_among_them() -> None:
+    made = [module.make() for module in MODULES.values()]
+    made += [make() for make in (OTHERS | PROMPTS).values()]
+    mixtures = [mixture(("a", "b")) for mixture in MIXTURES.values()]
+    parts = [part for m in mixtures for part in (m.router, m.aggregate)]
+    seen = {type(each) for each in (*made, *mixtures, *parts)}
+    public = [getattr(mg, name) for name in mg.__all__]
+    kinds = [
+        each
+        for each in public
+        if isinstance(each, type)
+        and issubclass(each, mg.Computation | mg.Router | mg.Aggregation)
+        and vars(each).get("__final__")  # others are what these are made from
+    ]
+    assert len(kinds) > 30
+    assert not {each.__name__ for each in kinds if each not in seen}
+
+
 def run(host: mg.Host, case: HostCase, **given: Any) -> Tensor:
     with torch.no_grad():
-        return tensor_of(
-            host(**case.batch(), side={"image": side(), "example": example()}, **given)
-        )
+        return tensor_of(host(**case.batch(), side=sides(given.get("modules")), **given))
+
+
+def sides(name: str | None) -> dict[str, mg.Side]:
+    """Return the side inputs; Attempt goes by the text itself, and mixtures by a vector."""
+    return {"image": side()} | ({} if name == "attempt" else {"example": example()})
 
 
 def example() -> mg.Side:
@@ -75,7 +123,8 @@ def step(host: mg.Host, case: HostCase, name: str) -> None:
     with host.training_only([handle.name, *handle.method.members]):
         learns = [p for p in host.parameters() if p.requires_grad]
         optimiser = torch.optim.Adam(learns, lr=0.01)
-        out = host(**case.batch(), side={"image": side(), "example": example()}, modules=name)
+        optimiser.zero_grad()
+        out = host(**case.batch(), side=sides(name), modules=name)
         tensor_of(out).square().mean().backward()
         optimiser.step()
 
@@ -106,6 +155,30 @@ def test_all_of_a_host_is_saved_loaded_and_trained_on(case: HostCase, tmp_path: 
     first, second = kept(tmp_path / "all"), kept(tmp_path / "again")
     assert first.keys() == second.keys()
     assert all(torch.equal(t, second[k]) for k, t in first.items())
+
+
+@pytest.mark.parametrize("case", HOSTS.values(), ids=list(HOSTS))
+def test_each_module_is_saved_loaded_and_trained_on(case: HostCase, tmp_path: Path) -> None:
+    """By itself, or with those that it is over."""
+    host, _ = everything(case)
+    model = case.model(shallow=True)
+    for name in list(host.implants):
+        host.save(name, tmp_path / name)
+        other = mg.Host(copy.deepcopy(model)).eval()
+        other.load(tmp_path / name, active=False)
+        assert list(other.implants) == [*host[name].method.members, name]
+        for task in host[name].names:
+            assert torch.equal(run(host, case, modules=task), run(other, case, modules=task)), task
+            if any(p.requires_grad for p in host[name].parameters()):
+                before = {k: t.clone() for k, t in host.implants.state_dict().items()}
+                step(host, case, task)
+                step(other, case, task)
+                after = host.implants.state_dict()
+                assert any(not torch.equal(t, before[k]) for k, t in after.items()), task
+        for each in other.implants:
+            mine, theirs = host[each].tensors(), other[each].tensors()
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(t, theirs[k]) for k, t in mine.items()), each
 
 
 def bert() -> mg.Host:
