@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,6 +298,10 @@ def read_json(text: str | bytes) -> Any:
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all."""
     own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    shared = Counter(t.untyped_storage().data_ptr() for t in own.values())
+    for name, tensor in own.items():  # safetensors takes no two views of one memory
+        if shared[tensor.untyped_storage().data_ptr()] > 1:
+            own[name] = tensor.clone()
     with whole(path) as part:
         try:
             save_file(own, part, metadata={"format": "pt", **metadata})

@@ -147,7 +147,8 @@ def write(card: Card, tensors: Mapping[str, Tensor], folder: Path) -> None:
     text = card.to_text()
     with locked(folder, FILE, CARD_FILE, README):
         for path in (folder / name for name in (FILE, CARD_FILE, README)):
-            if path.exists() and not path.is_file():
+            is_read = path.name == README and path.exists()  # a pipe would be waited for
+            if path.is_dir() or (is_read and not path.is_file()):
                 raise CheckpointError(
                     f"{path} is no file, and a file is to be written there; move it away, or "
                     f"choose another folder. What was there is as it was"
