@@ -68,7 +68,7 @@ def merge(
       modgraft merge ./math ./code --base ./pretrained --method dare --set density=0.3 --out ./both
     """
     from modgraft.core.errors import ModgraftError
-    from modgraft.store.merging.methods import SOUP
+    from modgraft.store.merging.table import SOUP
 
     kind = kind_of(paths)
     said = dict(any_setting(pair) for pair in options or [])

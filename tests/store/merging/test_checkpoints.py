@@ -28,7 +28,7 @@ from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.files import new_folder
 from modgraft.store.merging import checkpoints
 from modgraft.store.merging.checkpoints import RECORD, merge_checkpoints
-from modgraft.store.merging.methods import METHODS
+from modgraft.store.merging.table import METHODS
 from store.merging.test_methods import merged
 
 KILLS = int(os.environ.get("KILLS", "20"))

@@ -15,8 +15,8 @@ import modgraft as mg
 from contract.hosts import HOSTS, QV
 from modgraft.core.errors import ModgraftError
 from modgraft.store.merging.low_rank import dense
-from modgraft.store.merging.methods import METHODS
 from modgraft.store.merging.modules import changes_of
+from modgraft.store.merging.table import METHODS
 
 KINDS: dict[str, Callable[[], mg.Computation]] = {
     "lora": lambda: mg.LoRA(rank=2, alpha=3.0),

@@ -27,8 +27,8 @@ from modgraft.core.files import folder_path, new_folder, read_json, write_json
 from modgraft.core.precision import wide
 from modgraft.store.file import DTYPES, Entry
 from modgraft.store.merging.low_rank import dense
-from modgraft.store.merging.methods import METHODS, SOUP, Asked, asked
 from modgraft.store.merging.soup import greedy
+from modgraft.store.merging.table import METHODS, SOUP, Asked, asked
 from modgraft.store.merging.weights import INDEX, Checkpoint
 
 BLOCK = 2**16

@@ -22,8 +22,8 @@ from modgraft.core.sites import Site, located
 from modgraft.engine.implant import Implant
 from modgraft.store.file import digest_of
 from modgraft.store.merging.low_rank import Change, LowRank, dense, total, truncated
-from modgraft.store.merging.methods import SOUP, Asked, asked
 from modgraft.store.merging.soup import greedy
+from modgraft.store.merging.table import SOUP, Asked, asked
 from modgraft.training.host_like import HostLike
 
 

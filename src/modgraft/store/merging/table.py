@@ -1,0 +1,154 @@
+"""The table of the methods of merging, and a method as it was asked for, checked."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from modgraft.core.errors import ModgraftError
+from modgraft.store.merging.deltas import Blocks, Deltas
+from modgraft.store.merging.low_rank import Change
+from modgraft.store.merging.methods import (
+    arithmetic,
+    average,
+    dare,
+    isotropic,
+    knots,
+    slerp,
+    ties,
+    tsv,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        function: merges a tensor.
+        of_matrices: whether it is of matrices as wholes, which have singular values; what is no
+            matrix, a bias or a norm's weight, is averaged then. The others work number by number.
+        needs_base: whether whole checkpoints need the one that they were all trained from.
+        weighted: whether it takes weights.
+        count: how many it merges; None: any number.
+    """
+
+    function: Callable[..., Iterator[Change]]
+    of_matrices: bool = False
+    needs_base: bool = True
+    weighted: bool = True
+    count: int | None = None
+
+    @cached_property
+    def options(self) -> type[BaseModel]:
+        """Its options, as its function declares them: their types, bounds and defaults."""
+        given = inspect.signature(self.function, eval_str=True).parameters.values()
+        own: Any = {p.name: (p.annotation, p.default) for p in given if p.kind is p.KEYWORD_ONLY}
+        return create_model(
+            self.function.__name__, __config__=ConfigDict(strict=True, extra="forbid"), **own
+        )
+
+
+METHODS: dict[str, Method] = {
+    "average": Method(average, needs_base=False),
+    "arithmetic": Method(arithmetic),
+    "ties": Method(ties),
+    "dare": Method(dare),
+    "slerp": Method(slerp, needs_base=False, weighted=False, count=2),
+    "isotropic": Method(isotropic, of_matrices=True),
+    "tsv": Method(tsv, of_matrices=True),
+    "knots": Method(knots, of_matrices=True),
+}
+"""The methods by name."""
+
+SOUP = "greedy_soup"
+"""The average of those that a validation chooses: :func:`modgraft.store.merging.soup.greedy`."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A method with its options and weights, checked.
+
+    Attributes:
+        name: the method's.
+        options: all its options.
+        weights: one for each that is merged.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    weights: Sequence[float]
+
+    def in_blocks(self, shape: Sequence[int]) -> bool:
+        """Return whether a tensor of that shape is merged number by number."""
+        return not METHODS[self.name].of_matrices or len(shape) != 2
+
+    def merge(
+        self, name: str, parents: Sequence[str], shape: Sequence[int], blocks: Blocks
+    ) -> Iterator[Change]:
+        """Merge one tensor; give the blocks of the result.
+
+        Args:
+            name: the tensor's.
+            parents: the names of what is merged.
+            shape: the tensor's.
+            blocks: gives the blocks of Δ₁ … Δₙ.
+        """
+        method, these = METHODS[self.name], Deltas(name, parents, self.weights, blocks)
+        if method.of_matrices and self.in_blocks(shape):
+            return average(these)
+        return method.function(these, **self.options)
+
+
+def asked(
+    name: str, count: int, weights: Sequence[float] | None, options: Mapping[str, Any]
+) -> Asked:
+    """Return a method as it was asked for.
+
+    Args:
+        name: the method's.
+        count: how many are merged.
+        weights: one for each; None: 1.
+        options: those that are not to have their default.
+
+    Raises:
+        ModgraftError: for an unknown method or option, a value that an option cannot have, or
+            another number of weights.
+    """
+    if name not in METHODS:
+        raise ModgraftError(f"method={name!r:.80}: there are {', '.join([*METHODS, SOUP])}")
+    method = METHODS[name]
+    try:
+        known = method.options(**options).model_dump()
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        has = ", ".join(
+            f"{key}={each.default!r}" for key, each in method.options.model_fields.items()
+        )
+        raise ModgraftError(
+            f"{name}: {wrong['loc'][0]}={wrong['input']!r:.80}: {wrong['msg']}; its options, with "
+            f"their defaults: {has or 'none'}"
+        ) from error
+    if count < 1 or (method.count is not None and count != method.count):
+        wanted = f"{method.count} things" if method.count else "one thing at least"
+        raise ModgraftError(f"{name} merges {wanted}, and {count} were given")
+    if weights is not None and not method.weighted:
+        raise ModgraftError(f"{name} takes no weights; say t=0.3, for instance")
+    if not isinstance(weights, list | tuple | None):
+        raise ModgraftError(f"weights={weights!r:.80}: a list, of one number for each of {count}")
+    found = [1.0] * count if weights is None else [*weights]
+    numbers = all(isinstance(w, int | float) and math.isfinite(w) for w in found)
+    if len(found) != count or not numbers:
+        raise ModgraftError(f"weights={found!r:.80}: one finite number for each of {count}")
+    if (name == "average" or method.of_matrices) and abs(math.fsum(found)) < 1e-8:
+        raise ModgraftError(
+            f"weights={found!r:.80}: their sum is 0, by which an average divides; "
+            f"method='arithmetic' adds without dividing"
+        )
+    return Asked(name, known, [float(w) for w in found])
