@@ -192,8 +192,8 @@ def _modules(
     quiet: bool,
 ) -> dict[str, Any]:
     from modgraft.core.files import new_folder
-    from modgraft.store.merging.checkpoints import copy_rest
     from modgraft.store.merging.modules import merge as merge_modules
+    from modgraft.store.merging.streamed import copy_rest
 
     host, names = loaded(paths, base, name)
     new = merge_modules(host, names, name, method, weights=weights, rank=rank, **options)

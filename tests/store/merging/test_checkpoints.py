@@ -26,8 +26,9 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from contract.hosts import HOSTS
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.files import new_folder
-from modgraft.store.merging import checkpoints
-from modgraft.store.merging.checkpoints import RECORD, merge_checkpoints
+from modgraft.store.merging import streamed
+from modgraft.store.merging.checkpoints import merge_checkpoints
+from modgraft.store.merging.streamed import RECORD
 from modgraft.store.merging.table import METHODS
 from store.merging.test_methods import merged
 
@@ -62,7 +63,7 @@ def test_a_merge_is_the_formula_at_every_tensor(
     method: str, sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of 100 numbers, one file or shards; a base, and for two methods none."""
-    monkeypatch.setattr(checkpoints, "BLOCK", 100)
+    monkeypatch.setattr(streamed, "BLOCK", 100)
     base, *models = three(tmp_path, sharded=sharded)
     origin, *several = map(weights, (base, *models))
     out = merge_checkpoints(models, tmp_path / "out", method, base=base)
@@ -414,8 +415,8 @@ def test_a_checkpoint_twice_the_memory_limit_is_merged(tmp_path: Path) -> None:
 
 MERGING = """
 import os, sys
-from modgraft.store.merging import checkpoints
-checkpoints.BLOCK = 500
+from modgraft.store.merging import checkpoints, streamed
+streamed.BLOCK = 500
 for line in sys.stdin:
     *models, out = line.split()
     if (child := os.fork()) == 0:

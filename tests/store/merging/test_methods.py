@@ -92,6 +92,18 @@ def test_ties_trims_elects_and_means() -> None:
     close(merged("ties", matrices(), density=0.5, scale=0.5), [[1.5, 0, -3], [-1.5, 1.75, 3.5]])
 
 
+def test_ties_rescales_to_the_length_before_trimming() -> None:
+    """A's |·|₁ is 10.5 and 9 of it stays, B's 15.1 and 12, C's 16.5 and 15."""
+    a, b, c = (torch.zeros(2, 3, dtype=torch.float64) for _ in range(3))
+    a[0, 0], a[1, 0], a[1, 1] = 4, -3, 2
+    b[0, 2], b[1, 1], b[1, 2] = 3, 5, -4
+    c[0, 0], c[0, 2], c[1, 2] = 2, -6, 7
+    a, b, c = 10.5 / 9 * a, 15.1 / 12 * b, 16.5 / 15 * c
+    expected = merged("ties", [a, b, c], density=1.0)
+    close(merged("ties", matrices(), density=0.5, rescale="l1"), expected)
+    assert expected[0, 0] == pytest.approx((10.5 / 9 * 4 + 16.5 / 15 * 2) / 2)
+
+
 def test_ties_where_weights_cancel_or_nothing_stays() -> None:
     """A divisor of 0 is 1, and one number stays at least."""
     # 1·2 and −1·(−2) are both +, and their weights sum to 0
@@ -330,6 +342,10 @@ def test_a_truncation_is_the_nearest_of_its_rank() -> None:
         ("ties", 2, None, {"scale": math.inf}, "scale=inf"),
         ("ties", 2, None, {"normalize": 1}, "normalize=1: .* boolean"),
         ("ties", 2, None, {"elect": "mass"}, "'sum', 'count' or 'none'"),
+        ("dare_ties", 2, None, {}, "that is 'dare' with elect='sum', as mergekit's with rescale"),
+        ("ties", 2, None, {"int8_mask": True}, "int8_mask is here left out: the type of a mask"),
+        ("ties", 2, None, {"lambda": 0.5}, r"lambda=0.5: .* \(lambda is here scale="),
+        ("dare", 2, None, {"epsilon": 0.1}, "epsilon=0.1: Extra inputs are not permitted"),
         ("ties", 2, None, {"dens": 0.2}, "dens=0.2: .* its options, with their defaults: density"),
         ("average", 2, None, {"t": 0.2}, "their defaults: none"),
         ("dare", 2, None, {"rescale": "l2"}, "'density', 'l1' or 'none'"),

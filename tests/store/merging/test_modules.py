@@ -251,7 +251,7 @@ def test_modules_that_wait_in_their_files_are_read(tmp_path: Path) -> None:
     for kind in kinds:
         folder = host.save(kind, tmp_path / kind)
         host.remove(kind)
-        host.load(folder, kind, active=False, lazy=True)
+        host.load(folder, kind, lazy=True)
     mg.merge(host, kinds, "new", "arithmetic")
     assert error(output(host, "new", "bert"), expected) < 1e-6
 

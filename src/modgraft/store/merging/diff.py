@@ -13,9 +13,9 @@ from torch import Tensor
 
 from modgraft.core.errors import CheckpointError
 from modgraft.core.precision import wide
-from modgraft.store.merging.checkpoints import BLOCK, Progress
 from modgraft.store.merging.low_rank import Change, dense, svd, total
 from modgraft.store.merging.modules import changes_of
+from modgraft.store.merging.streamed import BLOCK, Progress
 from modgraft.store.merging.weights import Checkpoint
 from modgraft.training.host_like import HostLike
 

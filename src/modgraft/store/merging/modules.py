@@ -235,7 +235,7 @@ def _merged(here: _Weight, names: Sequence[str], how: Asked) -> _Merged:
     label = here.site.label
     changes, biases = _filled(here.changes), _filled(here.biases)
     shape = changes[0].shape
-    if len(shape) == 3 and not how.in_blocks(shape[1:]):  # each expert's is a matrix
+    if len(shape) == 3 and how.of_matrices:  # each expert's is a matrix
         experts = [
             _one(f"{label}:{i}", names, how, [change[i] for change in changes])
             for i in range(shape[0])

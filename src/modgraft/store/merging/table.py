@@ -71,6 +71,30 @@ SOUP = "greedy_soup"
 """The average of those that a validation chooses: :func:`modgraft.store.merging.soup.greedy`."""
 
 
+ELSEWHERE: dict[str, str] = {
+    "linear": "'average', or without mergekit's normalize 'arithmetic'",
+    "task_arithmetic": "'arithmetic'",
+    "cat": "'arithmetic'",
+    "svd": "'arithmetic' with rank=",
+    "ties_svd": "'ties' with rank=",
+    "dare_linear": "'dare', as mergekit's with rescale='l1'",
+    "dare_linear_svd": "'dare' with rank=",
+    "dare_ties": "'dare' with elect='sum', as mergekit's with rescale='l1'",
+    "dare_ties_svd": "'dare' with elect='sum' and rank=",
+    "iso_c": "'isotropic'",
+    "uniform_soup": "'average'",
+    "int8_mask": "left out: the type of a mask changes no number",
+    "lambda": "scale=",
+    "lambda_": "scale=",
+    "weight": "weights=, a number for each",
+    "consensus_method": "elect='sum' or 'count'",
+    "majority_sign_method": "elect='sum' (PEFT's total) or 'count' (its frequency)",
+    "combination_type": "method=",
+    "svd_rank": "rank=",
+}
+"""What the methods and options of mergekit and PEFT are called here."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """A method with its options and weights, checked.
@@ -85,9 +109,10 @@ class Asked:
     options: Mapping[str, Any]
     weights: Sequence[float]
 
-    def in_blocks(self, shape: Sequence[int]) -> bool:
-        """Return whether a tensor of that shape is merged number by number."""
-        return not METHODS[self.name].of_matrices or len(shape) != 2
+    @property
+    def of_matrices(self) -> bool:
+        """Whether a matrix is merged as a whole; see :class:`Method`."""
+        return METHODS[self.name].of_matrices
 
     def merge(
         self, name: str, parents: Sequence[str], shape: Sequence[int], blocks: Blocks
@@ -101,7 +126,7 @@ class Asked:
             blocks: gives the blocks of Δ₁ … Δₙ.
         """
         method, these = METHODS[self.name], Deltas(name, parents, self.weights, blocks)
-        if method.of_matrices and self.in_blocks(shape):
+        if method.of_matrices and len(shape) != 2:
             return average(these)
         return method.function(these, **self.options)
 
@@ -122,7 +147,8 @@ def asked(
             another number of weights.
     """
     if name not in METHODS:
-        raise ModgraftError(f"method={name!r:.80}: there are {', '.join([*METHODS, SOUP])}")
+        here = f"; that is {ELSEWHERE[name]}" if name in ELSEWHERE else ""
+        raise ModgraftError(f"method={name!r:.80}: there are {', '.join([*METHODS, SOUP])}{here}")
     method = METHODS[name]
     try:
         known = method.options(**options).model_dump()
@@ -131,9 +157,11 @@ def asked(
         has = ", ".join(
             f"{key}={each.default!r}" for key, each in method.options.model_fields.items()
         )
+        option = str(wrong["loc"][0])
+        here = f" ({option} is here {ELSEWHERE[option]})" if option in ELSEWHERE else ""
         raise ModgraftError(
-            f"{name}: {wrong['loc'][0]}={wrong['input']!r:.80}: {wrong['msg']}; its options, with "
-            f"their defaults: {has or 'none'}"
+            f"{name}: {option}={wrong['input']!r:.80}: {wrong['msg']}; its options, with "
+            f"their defaults: {has or 'none'}{here}"
         ) from error
     if count < 1 or (method.count is not None and count != method.count):
         wanted = f"{method.count} things" if method.count else "one thing at least"
