@@ -340,6 +340,9 @@ def test_a_greedy_soup_of_modules() -> None:
         (["lora"], "ties", {"validate": len}, "validate= belongs to method='greedy_soup'"),
         (["lora", "nan"], "arithmetic", {}, "holds NaN or infinity; a module among those"),
         (["lora", "nan"], "ties", {}, "holds NaN or infinity"),
+        (["lora", "nan"], "isotropic", {}, "holds NaN or infinity"),
+        (["lora", "nan"], "tsv", {}, "holds NaN or infinity"),
+        (["lora", "nan"], "knots", {}, "holds NaN or infinity"),
         (["lora"], "arithmetic", {"weights": [1e39]}, "or a weight is too large"),
     ],
 )

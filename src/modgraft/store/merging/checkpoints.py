@@ -113,8 +113,7 @@ def _opened(paths: Sequence[Path], opened: ExitStack) -> list[Checkpoint]:
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise ModgraftError(f"{twice[0]} is named twice; say weights= in place of that")
     several = [opened.enter_context(closing(Checkpoint(path))) for path in paths]
-    for each in several[1:]:
-        check_alike(several[0], each)
+    check_alike(several)
     return several
 
 

@@ -17,8 +17,8 @@ from modgraft.core.expression import module_of
 from modgraft.core.precision import wide
 from modgraft.store.merging.low_rank import Change, dense, svd, total
 from modgraft.store.merging.modules import changes_of
-from modgraft.store.merging.streamed import BLOCK, Progress
-from modgraft.store.merging.weights import Checkpoint
+from modgraft.store.merging.streamed import Progress
+from modgraft.store.merging.weights import BLOCK, Checkpoint
 from modgraft.training.host_like import HostLike
 
 

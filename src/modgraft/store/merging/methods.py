@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from modgraft.store.merging.deltas import Deltas
-from modgraft.store.merging.low_rank import Change, LowRank, dense, svd, total
+from modgraft.store.merging.low_rank import Change, LowRank, dense, orthogonal, svd, total
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -129,8 +129,8 @@ def tsv(these: Deltas, *, scale: Number = 1.0) -> Iterator[Change]:
     for deltas in these:
         most = max(1, min(deltas[0].shape) // len(deltas))
         found = [svd(total([d], [w])) for d, w in zip(deltas, these.weights, strict=True)]
-        u = _orthogonal(torch.cat([u[:, :most] for u, _, _ in found], 1))  # [out, Σ k]
-        v = _orthogonal(torch.cat([vh[:most].T for _, _, vh in found], 1))  # [in, Σ k]
+        u = orthogonal(torch.cat([u[:, :most] for u, _, _ in found], 1))  # [out, Σ k]
+        v = orthogonal(torch.cat([vh[:most].T for _, _, vh in found], 1))  # [in, Σ k]
         sigma = torch.cat([s[:most] for _, s, _ in found])
         yield LowRank(u * (scale * sigma), v.T).to(deltas[0].dtype)
 
@@ -173,12 +173,6 @@ def _aligned(deltas: Sequence[Change]) -> tuple[Tensor, list[Tensor]]:
         beside = torch.cat([dense(delta) for delta in deltas], 1)
     u, sigma, vh = svd(beside)
     return u, list((sigma[:, None] * vh).split(deltas[0].shape[-1], 1))
-
-
-def _orthogonal(columns: Tensor) -> Tensor:
-    """Return the matrix of orthonormal columns that is nearest to ``columns``."""
-    p, _, qh = torch.linalg.svd(columns, full_matrices=False)
-    return p @ qh
 
 
 def _kept_of_l1(blocks: Iterable[tuple[list[Tensor], list[Tensor]]], count: int) -> list[float]:

@@ -1,7 +1,7 @@
 """Merges the tensors of checkpoints one by one, and writes them as the files of a new checkpoint.
 
 A tensor is read in blocks from every checkpoint, merged, and written: what is in memory at a time
-are a few blocks of :data:`BLOCK` numbers for each checkpoint. The methods of matrices
+are a few blocks of :data:`weights.BLOCK` numbers for each checkpoint. The methods of matrices
 (``isotropic``, ``tsv``, ``knots``) hold one matrix of each checkpoint at a time.
 """
 
@@ -26,10 +26,7 @@ from modgraft.store.file import DTYPES, Entry
 from modgraft.store.merging.low_rank import dense
 from modgraft.store.merging.matrices import Matrices, matrices
 from modgraft.store.merging.table import Asked
-from modgraft.store.merging.weights import INDEX, Checkpoint
-
-BLOCK = 2**16
-"""How many numbers of a tensor are merged at a time."""
+from modgraft.store.merging.weights import BLOCK, INDEX, Checkpoint
 
 RECORD = "modgraft_merge.json"
 """The file that says what a checkpoint was made of."""
@@ -152,14 +149,15 @@ class Merging:
         return own if alike else None
 
     def _equal(self, name: str, size: int) -> Iterator[Tensor]:
-        """Give a tensor of whole numbers, which all must have alike; of counts the largest."""
+        """Give a tensor of whole numbers, alike in all that have it; of counts the largest."""
+        have = [model for model in self.models if name in model.entries]
         if name.endswith("num_batches_tracked"):  # of nn.BatchNorm2d, whose averages are merged
-            yield torch.stack([m.numbers(name) for m in (self.first, *self.models)]).amax(0)
+            yield torch.stack([each.numbers(name) for each in (self.first, *have)]).amax(0)
             return
         for start in range(0, size, BLOCK):
             end = min(start + BLOCK, size)
             block = self.first.numbers(name, start, end)
-            for model in self.models:
+            for model in have:
                 if not torch.equal(block, model.numbers(name, start, end)):
                     raise CheckpointError(
                         f"{name} holds whole numbers ({block.dtype}), which are not merged, and "
