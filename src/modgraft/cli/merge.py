@@ -161,7 +161,8 @@ def host_of(paths: Sequence[Path], base: str | None) -> tuple[Host, str]:
 
     cards = {path: native(path).card for path in paths if (path / FILE).exists()}
     if base is None:
-        named = {path: card.base_model for path, card in cards.items() if card.base_model}
+        said = {path: cards[path].base_model if path in cards else _peers(path) for path in paths}
+        named = {path: name for path, name in said.items() if name}
         if not named:
             raise ModgraftError(
                 f"which host is {paths[0]} for? Its card does not say; name it with --base MODEL, "
@@ -169,9 +170,9 @@ def host_of(paths: Sequence[Path], base: str | None) -> tuple[Host, str]:
             )
         path, base = next(iter(named.items()))
         typer.echo(f"the host: {base}, as the card of {path} says", err=True)
-    said = next((card.host for card in cards.values()), {})
-    kind = str(said.get("architecture"))
-    labels = said.get("config", {}).get(f"{kind}.num_labels", [])
+    there = next((card.host for card in cards.values()), {})
+    kind = str(there.get("architecture"))
+    labels = there.get("config", {}).get(f"{kind}.num_labels", [])
     model = read_model(
         base,
         weights=True,
@@ -179,6 +180,18 @@ def host_of(paths: Sequence[Path], base: str | None) -> tuple[Host, str]:
         settings={"num_labels": int(labels[0])} if len(labels) == 1 else None,
     )
     return Host(model.eval()), base
+
+
+def _peers(folder: Path) -> str | None:
+    """Return the host's name in a folder that PEFT or AdapterHub wrote."""
+    from modgraft.core.files import read_json
+
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    said = read_json(path, what="an adapter's configuration", remedy="copy the folder again")
+    name = said.get("base_model_name_or_path", said.get("model_name"))
+    return name if isinstance(name, str) and name else None
 
 
 @contextmanager
@@ -211,7 +224,7 @@ def _modules(
     given: dict[str, Any],
 ) -> dict[str, Any]:
     from modgraft.core.files import new_folder
-    from modgraft.store.folder import FILE, native
+    from modgraft.store.folder import stored
     from modgraft.store.merging.folders import merge_folders
     from modgraft.store.merging.streamed import copy_rest
 
@@ -223,8 +236,7 @@ def _modules(
             copy_rest(_beside_weights(base), part)
             plain.save_pretrained(part)
     else:
-        cards = [native(path).card for path in paths if (path / FILE).exists()]
-        said = {card.base_model for card in cards} - {None}
+        said = {stored(path, host.model).card.base_model for path in paths} - {None}
         about: dict[str, Any] = {"base_model": said.pop()} if len(said) == 1 else {}
         host.save(name, out, **about)
     return {

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -72,7 +73,9 @@ def test_heads_that_differ_are_chosen_or_refused(tmp_path: Path) -> None:
     def here() -> dict[str, Tensor]:
         return {name: host.model.get_parameter(name) for name in HEAD}
 
-    with pytest.raises(ModgraftError, match=r"qa and .*nli have a part .* differs: classifier\.bi"):
+    with pytest.raises(
+        ModgraftError, match=r"qa and .*nli each trained .* values: classifier\.bia"
+    ):
         merge_folders(host, folders, "no")
     for wrong, said in (("mean", "'mean': there are average, none"), ("bare2", "whose it is: qa")):
         with pytest.raises(ModgraftError, match=said):
@@ -192,6 +195,30 @@ def test_the_class_and_the_labels_are_those_of_the_card(tmp_path: Path) -> None:
     run(*args, "--out", tmp_path / "model", "--into-model")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert torch.equal(model.classifier.weight, heads(folders[1])["classifier.weight"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_host_of_folders_that_peft_wrote(tmp_path: Path) -> None:
+    """With a head in ``modules_to_save``."""
+    origin = base(tmp_path)
+    for seed, name in enumerate("ab"):
+        bare = AutoModelForSequenceClassification.from_pretrained(origin)
+        config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+        model: Any = peft.get_peft_model(bare, config)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0, 0.2)
+        model.save_pretrained(tmp_path / name)
+    run("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both", "--heads", "b")
+    card = native(tmp_path / "both").card
+    assert card.base_model == str(origin)
+    host = host_of(origin)
+    host.load(tmp_path / "both")
+    peer: Any = peft.PeftModel.from_pretrained(host_of(origin).model, tmp_path / "b")
+    theirs = peer.base_model.model.classifier.modules_to_save.default.weight
+    assert torch.equal(host.model.get_parameter("classifier.weight"), theirs)
 
 
 # -- diff ----------------------------------------------------------------------------------------

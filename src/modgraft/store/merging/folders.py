@@ -183,9 +183,9 @@ def _check_equal(parents: Sequence[Parent], choices: str) -> None:
             other = first.setdefault(name, parent)
             if not torch.equal(tensor, other.head[name]):
                 raise ModgraftError(
-                    f"{other.folder} and {parent.folder} have a part of the host beside them that "
-                    f"trained with each, and differs: {name}. Say which one the merge has, "
-                    f"--heads {choices} (heads= in Python)"
+                    f"{other.folder} and {parent.folder} each trained a part of the host beside "
+                    f"it, to other values: {name}. Say which one the merge has, --heads {choices} "
+                    f"(heads= in Python)"
                 )
 
 
