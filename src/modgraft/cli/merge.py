@@ -254,9 +254,16 @@ def _beside_weights(base: str) -> Path:
         return Path(base)
     from huggingface_hub import snapshot_download
 
+    from modgraft.core.errors import ModgraftError
     from modgraft.store.merging.streamed import WEIGHTS
 
-    return Path(snapshot_download(base, ignore_patterns=[f"*{ending}" for ending in WEIGHTS]))
+    try:
+        return Path(snapshot_download(base, ignore_patterns=[f"*{ending}" for ending in WEIGHTS]))
+    except (OSError, ValueError) as error:
+        raise ModgraftError(
+            f"the tokenizer and what else is beside the weights of {base} cannot be fetched "
+            f"({str(error).partition(chr(10))[0]:.200}); give its folder, --base ./folder"
+        ) from error
 
 
 def _number(text: str) -> float:

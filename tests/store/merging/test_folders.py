@@ -184,6 +184,13 @@ def test_the_host_of_the_card_brings_what_is_beside_its_weights(
     assert asked[0][0] == "some/hub"
     assert "*.safetensors" in asked[0][1]["ignore_patterns"]
 
+    def fails(name: str, **which: Any) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(ModgraftError, match=r"some/hub cannot be fetched \(no network\); give its"):
+        command._beside_weights("some/hub")
+
 
 def test_the_class_and_the_labels_are_those_of_the_card(tmp_path: Path) -> None:
     """The base is an encoder of another class, without a head."""

@@ -18,7 +18,9 @@ from transformers import (
     WhisperConfig,
     WhisperModel,
 )
+from typer.testing import CliRunner
 
+from modgraft.cli.app import app
 from modgraft.store.merging.checkpoints import merge_checkpoints
 from modgraft.store.merging.streamed import RECORD
 from store.merging.test_methods import merged
@@ -106,6 +108,9 @@ def test_without_a_configuration_three_axes_are_averaged_and_named(tmp_path: Pat
     out = merge_checkpoints(models, tmp_path / "out", "tsv", base=base)
     said = json.loads((out / RECORD).read_text())["averaged"]
     assert said == ["encoder.conv1.weight", "encoder.conv2.weight"]
+    args = ["merge", *map(str, models), "--base", str(base), "--method", "tsv", "--out"]
+    shown = CliRunner().invoke(app, [*args, str(tmp_path / "shown")]).stdout
+    assert f"nothing says that they are matrices: {', '.join(said)}" in shown
     expected = (several[0][said[0]] + several[1][said[0]]) / 2
     torch.testing.assert_close(tensors(out)[said[0]], expected, rtol=1e-5, atol=1e-5)
     for path in (base, *models):
