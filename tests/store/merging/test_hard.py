@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -201,6 +202,32 @@ def test_tied_embeddings_that_one_has_twice(place: int, tmp_path: Path) -> None:
     with_own(paths[place], **{"lm_head.weight": several[place]["transformer.wte.weight"] + 1})
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is in .* and not in"):
         merge_checkpoints(paths[1:], tmp_path / "no", "ties", base=paths[0])
+
+
+def test_shards_of_one_tensor_and_an_index_of_one_shard(tmp_path: Path) -> None:
+    """A file that held the copied head alone is not written; one shard keeps its index."""
+    paths = three(tmp_path)
+    several = [read(path) for path in paths]
+    own = several[0] | {"lm_head.weight": several[0]["transformer.wte.weight"].clone()}
+    (paths[0] / "model.safetensors").unlink()
+    (paths[1] / "model.safetensors").rename(paths[1] / "model-00001-of-00001.safetensors")
+    head, rest = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    save_file({"lm_head.weight": own["lm_head.weight"]}, paths[0] / head, {"format": "pt"})
+    save_file(several[0], paths[0] / rest, {"format": "pt"})
+    placed = {name: head if name == "lm_head.weight" else rest for name in own}
+    for path, where in (
+        (paths[0], placed),
+        (paths[1], dict.fromkeys(several[1], "model-00001-of-00001.safetensors")),
+    ):
+        index = {"metadata": {}, "weight_map": where}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for number, order in enumerate(([0, 1, 2], [1, 0, 2])):
+        out = merge_checkpoints([paths[i] for i in order], tmp_path / f"out{number}")
+        assert len(list(out.glob("*.safetensors"))) == 1
+        found = AutoModelForCausalLM.from_pretrained(out).state_dict()
+        for name in several[0]:
+            mean = sum(each[name].double() for each in several) / 3
+            torch.testing.assert_close(found[name].double(), mean, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -26,7 +26,7 @@ from modgraft.store.file import DTYPES, Entry
 from modgraft.store.merging.low_rank import dense
 from modgraft.store.merging.matrices import Matrices, matrices
 from modgraft.store.merging.table import Asked
-from modgraft.store.merging.weights import BLOCK, INDEX, Checkpoint
+from modgraft.store.merging.weights import BLOCK, INDEX, ONE_FILE, Checkpoint
 
 RECORD = "modgraft_merge.json"
 """The file that says what a checkpoint was made of."""
@@ -75,7 +75,8 @@ class Merging:
         Raises:
             CheckpointError: for whole numbers that differ, or a result that holds NaN or infinity.
         """
-        entries, shards = self.first.entries, self.first.shards
+        entries = self.first.entries
+        shards = {name: tensors for name, tensors in self.first.shards.items() if tensors}
         done, every = 0, sum(math.prod(entry.shape) for entry in entries.values())
         for name, tensors in shards.items():
             with (folder / name).open("wb") as file:
@@ -86,7 +87,7 @@ class Merging:
                         done += block.numel()
                         if progress is not None:
                             progress(done, every)
-        if len(shards) > 1:
+        if shards.keys() != {ONE_FILE}:
             placed = {tensor: name for name, tensors in shards.items() for tensor in tensors}
             size = {"total_size": self.first.nbytes}
             write_json(folder / INDEX, {"metadata": size, "weight_map": placed})
