@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from modgraft.cli.merge import kind_of, loaded, shown_progress
+from modgraft.cli.merge import host_of, kind_of, shown_progress
 from modgraft.core.files import writing
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def diff(
     """Show what differs between A and B: how much, in which direction, in how many directions.
 
     The norm of the difference is relative to A; the cosine is that of the angle between both. Of
-    modules, the changes of weights are compared, whatever makes them.
+    modules, the changes of weights are compared, whatever makes them, or of adapters and prompts
+    their own tensors; and the parts of the host, such as heads, that trained beside them.
 
     [bold]Examples[/bold]
 
@@ -58,14 +59,16 @@ def diff(
 
       modgraft diff ./before ./after --ranks --json
     """
-    from modgraft.store.merging.diff import compare_checkpoints, compare_modules
+    from modgraft.store.merging.diff import compare_checkpoints, compare_modules, compare_tensors
+    from modgraft.store.merging.folders import load_apart
 
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"--plot {plot}: a picture's name ends in .png, .svg or .pdf")
     kind = kind_of([one, other])
     if kind == "modules":
-        host, names = loaded([one, other], base)
-        rows = compare_modules(host, *names)
+        host, _ = host_of([one, other], base)
+        a, b = load_apart(host, [one, other])
+        rows = compare_modules(host, a.name, b.name) + compare_tensors(a.head, b.head)
     else:
         with shown_progress("comparing", as_json) as progress:
             rows = compare_checkpoints(one, other, base, ranks=ranks, progress=progress)
