@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from modgraft.cli.merge import kind_of, loaded, shown_progress
+from modgraft.cli.options import Strict
 from modgraft.core.files import writing
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def diff(
             "--ranks", help="Checkpoints: the rank of each difference too, which is slow."
         ),
     ] = False,
+    strict: Strict = True,
     every: Annotated[bool, typer.Option("--all", help="Show also what is equal.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file, a PNG or SVG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
@@ -64,7 +66,7 @@ def diff(
         raise typer.BadParameter(f"--plot {plot}: a picture's name ends in .png, .svg or .pdf")
     kind = kind_of([one, other])
     if kind == "modules":
-        host, names = loaded([one, other], base)
+        host, names = loaded([one, other], base, strict=strict)
         rows = compare_modules(host, *names)
     else:
         with shown_progress("comparing", as_json) as progress:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from modgraft.cli.options import any_setting
+from modgraft.cli.options import Strict, any_setting
 
 if TYPE_CHECKING:
     from modgraft.host.host import Host
@@ -46,6 +46,7 @@ def merge(
         int | None, typer.Option(min=1, help="Modules: the rank of the new one; left out, exact.")
     ] = None,
     name: Annotated[str, typer.Option(help="Modules: the name of the new one.")] = "merged",
+    strict: Strict = True,
     into_model: Annotated[
         bool,
         typer.Option("--into-model", help="Modules: write the host with the merge in its weights."),
@@ -96,7 +97,8 @@ def merge(
             )
         report: dict[str, Any] = {}
     else:
-        report = _modules(paths, out, method, base, numbers, rank, name, into_model, said, as_json)
+        host, names = loaded(paths, base, name, strict)
+        report = _modules(host, names, out, method, base, numbers, rank, name, into_model, said)
     report = {"merged": kind, "method": method, "out": str(out), **report}
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -129,7 +131,9 @@ def kind_of(paths: Sequence[Path]) -> str:
     return next(iter(found))
 
 
-def loaded(paths: Sequence[Path], base: str | None, new: str = "") -> tuple[Host, list[str]]:
+def loaded(
+    paths: Sequence[Path], base: str | None, new: str = "", strict: bool = True
+) -> tuple[Host, list[str]]:
     """Make the host of saved modules and load them; return it and their names.
 
     Those are the names that they were saved under, or ``m2_<folder>`` where one has that already,
@@ -158,7 +162,7 @@ def loaded(paths: Sequence[Path], base: str | None, new: str = "") -> tuple[Host
         own = stored(path, host.model).card.names
         taken = len(own) != 1 or own[0] in host or own[0] == new
         names.append(f"m{number}_" + re.sub(r"\W", "_", path.resolve().name) if taken else own[0])
-        host.load(path, names[-1], active=False)
+        host.load(path, names[-1], strict=strict, active=False)
     return host, names
 
 
@@ -180,7 +184,8 @@ def shown_progress(what: str, hidden: bool) -> Iterator[Callable[[int, int], Non
 
 
 def _modules(
-    paths: Sequence[Path],
+    host: Host,
+    names: list[str],
     out: Path,
     method: str,
     base: str | None,
@@ -189,13 +194,11 @@ def _modules(
     name: str,
     into_model: bool,
     options: dict[str, Any],
-    quiet: bool,
 ) -> dict[str, Any]:
     from modgraft.core.files import new_folder
     from modgraft.store.merging.checkpoints import copy_rest
     from modgraft.store.merging.modules import merge as merge_modules
 
-    host, names = loaded(paths, base, name)
     new = merge_modules(host, names, name, method, weights=weights, rank=rank, **options)
     if into_model:
         plain: Any = host.merge(name)

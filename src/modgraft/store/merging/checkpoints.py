@@ -96,7 +96,7 @@ def merge_checkpoints(
     if base is None and METHODS[how.name].needs_base:
         raise ModgraftError(
             f"{method} merges what models have learned since they were one; name that one: "
-            f"base='folder' (--base on the command line)"
+            f"base='folder'"
         )
     paths = [Path(each) for each in (*([] if base is None else [base]), *models)]
     if twice := [path for path in paths if paths.count(path) > 1]:
