@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from modgraft.cli.merge import host_of, kind_of, shown_progress
+from modgraft.cli.options import Strict
 from modgraft.core.files import writing
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def diff(
             "--ranks", help="Checkpoints: the rank of each difference too, which is slow."
         ),
     ] = False,
+    strict: Strict = True,
     every: Annotated[bool, typer.Option("--all", help="Show also what is equal.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file, a PNG or SVG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
@@ -67,7 +69,7 @@ def diff(
     kind = kind_of([one, other])
     if kind == "modules":
         host, _ = host_of([one, other], base)
-        a, b = load_apart(host, [one, other])
+        a, b = load_apart(host, [one, other], strict=strict)
         rows = compare_modules(host, a.name, b.name) + compare_tensors(a.head, b.head)
     else:
         with shown_progress("comparing", as_json) as progress:

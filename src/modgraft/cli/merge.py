@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from modgraft.cli.options import any_setting
+from modgraft.cli.options import Strict, any_setting
 
 if TYPE_CHECKING:
     from modgraft.host.host import Host
@@ -53,6 +53,7 @@ def merge(
         ),
     ] = None,
     name: Annotated[str, typer.Option(help="Modules: the name of the new one.")] = "merged",
+    strict: Strict = True,
     into_model: Annotated[
         bool,
         typer.Option("--into-model", help="Modules: write the host with the merge in its weights."),
@@ -106,8 +107,8 @@ def merge(
             )
         report: dict[str, Any] = {"averaged": json.loads((out / RECORD).read_text())["averaged"]}
     else:
-        given = said | {"method": method, "weights": numbers, "rank": rank, "heads": heads}
-        report = _modules(paths, out, base, name, into_model, given)
+        own = {"method": method, "weights": numbers, "rank": rank, "heads": heads, "strict": strict}
+        report = _modules(paths, out, base, name, into_model, said | own)
     report = {"merged": kind, "method": method, "out": str(out), **report}
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -211,7 +212,9 @@ def shown_progress(what: str, hidden: bool) -> Iterator[Callable[[int, int], Non
         yield lambda done, every: bar.update(task, completed=done, total=every)
 
 
-_APART = {"weights", "rank", "heads", "base", "into", "validate", "progress", "method"}
+_APART = {
+    "weights", "rank", "heads", "strict", "base", "into", "validate", "progress", "method",
+}  # fmt: skip
 """What has an option of its own, and is none of a method's."""
 
 

@@ -103,7 +103,7 @@ def _asked(
     if base is None and METHODS[how.name].needs_base:
         raise ModgraftError(
             f"{method} merges what models have learned since they were one; name that one: "
-            f"base='folder' (--base on the command line)"
+            f"base='folder'"
         )
     return how
 

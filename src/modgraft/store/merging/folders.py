@@ -43,7 +43,9 @@ class Parent:
     head: Mapping[str, Tensor]
 
 
-def load_apart(host: HostLike, folders: Sequence[Path], new: str = "") -> list[Parent]:
+def load_apart(
+    host: HostLike, folders: Sequence[Path], new: str = "", *, strict: bool = True
+) -> list[Parent]:
     """Load modules, each from a folder of its own; what trained beside them stays out of the host.
 
     They are called as they were saved, or ``m2_<folder>`` where one is called so already, or
@@ -67,7 +69,7 @@ def load_apart(host: HostLike, folders: Sequence[Path], new: str = "") -> list[P
             if name in host or name == new:
                 name = f"m{number}_" + re.sub(r"\W", "_", folder.resolve().name)
             before = set(host._implants)
-            load(host, modules, name, strict=True, active=False)
+            load(host, modules, name, strict=strict, active=False)
             head = {}
             for each in host._implants.keys() - before:
                 head |= _taken_out(host, host._implants[each])
@@ -99,6 +101,7 @@ def merge_folders(
     method: str = "average",
     *,
     heads: str | None = None,
+    strict: bool = True,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     **options: Any,
@@ -113,6 +116,7 @@ def merge_folders(
         heads: what the new module has beside it, of weights of the host that trained with several
             of them to different values: ``"average"``, with ``weights``; ``"none"``, so that the
             host's own stay; or the name of the module whose it takes. None: they are all equal.
+        strict: see ``host.load``.
         weights: one number for each module; None: 1.
         rank: the rank of the new module; None: exact.
         **options: those of the method.
@@ -129,7 +133,7 @@ def merge_folders(
             f"{SOUP} asks for scores of modules in one host: load them, and mg.merge(host, …)"
         )
     there = set(host._implants)
-    parents = load_apart(host, [Path(folder) for folder in folders], into)
+    parents = load_apart(host, [Path(folder) for folder in folders], into, strict=strict)
     try:
         names = [parent.name for parent in parents]
         new = merge(host, names, into, method, weights=weights, rank=rank, **options)
@@ -184,8 +188,7 @@ def _check_equal(parents: Sequence[Parent], choices: str) -> None:
             if not torch.equal(tensor, other.head[name]):
                 raise ModgraftError(
                     f"{other.folder} and {parent.folder} each trained a part of the host beside "
-                    f"it, to other values: {name}. Say which one the merge has, --heads {choices} "
-                    f"(heads= in Python)"
+                    f"it, to other values: {name}. Say which one the merge has: heads={choices}"
                 )
 
 
