@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.engine.own_forward import original
-from modgraft.store.settings import Setting, agrees, by_class, held, is_beside, settings
+from modgraft.store.settings import agrees, by_class, held, is_beside, settings
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 PRECISIONS = {"float32": torch.float32, **HALVES}
@@ -39,17 +39,21 @@ _PATIENCE = 20  # what was read in a second is not read again for so many, so th
 
 @dataclass
 class _Read:
-    """The hash of each tensor of a host, with what tells whether it was written to since.
+    """What was read of a host.
 
     Attributes:
-        digests: by name.
+        digests: the hash of each tensor by name, with what tells whether it was written to since.
         at: when all of them were read last.
         took: how long that took, in seconds.
+        outline: see :func:`outline`,
+        trace: and what it was made of.
     """
 
     digests: dict[str, tuple[tuple[Any, ...], bytes]] = field(default_factory=dict)
     at: float = 0.0
     took: float = 0.0
+    outline: dict[str, Any] = field(default_factory=dict)
+    trace: tuple[Any, ...] = ()
 
 
 _read: WeakKeyDictionary[nn.Module, _Read] = WeakKeyDictionary()
@@ -62,52 +66,82 @@ def outline(model: nn.Module) -> dict[str, Any]:
         ``architecture``, the class's name; ``shape``, a hash over names and shapes of the weights
         and persistent buffers; ``config``, what of its configuration changes the function.
     """
-    return _outline(model, dict(model.named_parameters()), dict(_buffers(model)), settings(model))
+    return _outline(_Parts(model))
 
 
-def _outline(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    layers: Sequence[Setting],
-) -> dict[str, Any]:
-    shapes = sorted(
-        (name, list(t.shape)) for each in (parameters, buffers) for name, t in each.items()
-    )
-    text = "".join(f"{name}{size};" for name, size in shapes)
+class _Parts:
+    """What a model is made of: layers, and what of it has values, by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.layers = model, list(model.named_modules())
+        self.kinds = [original(layer) for _, layer in self.layers]
+        self.settings = settings(model, self.layers)
+        self.parameters: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}  # those that belong to the model's state
+        seen: set[Tensor] = set()  # a tied weight counts once, by its first name
+        for path, layer in self.layers:
+            at = f"{path}." if path else ""
+            for name, tensor in layer._parameters.items():
+                if tensor is not None and tensor not in seen:
+                    seen.add(tensor)
+                    self.parameters[at + name] = tensor
+            for name, buffer in layer._buffers.items():
+                if buffer is not None and name not in layer._non_persistent_buffers_set:
+                    self.buffers[at + name] = buffer
+        config: Any = getattr(model, "config", None)
+        self.config = _flat(config.to_dict(), "") if hasattr(config, "to_dict") else {}
+
+    @property
+    def trace(self) -> tuple[Any, ...]:
+        """What :func:`_outline` depends on."""
+        shapes = [(n, t.shape) for each in (self.parameters, self.buffers) for n, t in each.items()]
+        return self.config, self.kinds, self.settings, shapes
+
+
+def _outline(parts: _Parts) -> dict[str, Any]:
+    known, trace = _read.setdefault(parts.model, _Read()), parts.trace
+    if trace != known.trace:
+        known.trace, known.outline = trace, _new_outline(parts)
+    return known.outline
+
+
+def _new_outline(parts: _Parts) -> dict[str, Any]:
+    tensors = sorted({**parts.parameters, **parts.buffers}.items(), key=_name)
+    text = "".join(f"{name}{list(t.shape)};" for name, t in tensors)
     try:
         shape = hashlib.sha256(text.encode())
-        "".join(each.path for each in layers).encode()
+        "".join(each.path for each in parts.settings).encode()
     except UnicodeEncodeError as error:
         raise ModgraftError(
             f"a layer of the host has half a character in its name, which no file can hold "
             f"({error.object[error.start]!r}); call it otherwise"
         ) from error
     return {
-        "architecture": original(model).__name__,
+        "architecture": original(parts.model).__name__,
         "shape": shape.hexdigest()[:16],
-        "config": _config(model, layers),
+        "config": _config(parts),
     }
 
 
-def _config(model: nn.Module, layers: Sequence[Setting]) -> dict[str, Any]:
+def _config(parts: _Parts) -> dict[str, Any]:
     """Return what of a host's configuration changes its function, by name.
 
     The numbers and words of a transformers config stand under their names (those of a part as
     ``vision_config.hidden_act``); the plain settings of layers by class, ``LayerNorm.eps``, each
     with all its values.
     """
-    found: dict[str, Any] = {}
-    said: Any = getattr(model, "config", None)
-    if hasattr(said, "to_dict"):
-        found |= _flat(said.to_dict(), "")
-    kinds = [(path, original(layer).__name__, layer) for path, layer in model.named_modules()]
-    bare = {kind for _, kind, layer in kinds if not layer._parameters and not layer._modules}
+    names = [kind.__name__ for kind in parts.kinds]
+    bare = {
+        name
+        for name, (_, layer) in zip(names, parts.layers, strict=True)
+        if not layer._parameters and not layer._modules
+    }
+    found = dict(parts.config)
     if 0 < len(bare) <= 8:
         found["layers"] = sorted(bare)  # activations
-    each = "".join(f"{kind};" for _, kind, _ in kinds)
+    each = "".join(f"{name};" for name in names)
     found["layers in their order"] = hashlib.sha256(each.encode()).hexdigest()[:16]
-    return found | by_class(layers, {path: i for i, (path, _, _) in enumerate(kinds)})
+    return found | by_class(parts.settings, {path: i for i, (path, _) in enumerate(parts.layers)})
 
 
 def _flat(said: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -136,13 +170,13 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
         :func:`outline`, and ``weights`` and ``buffers``, a hash over all values of each, and
         ``held``: what else its layers hold, by its place.
     """
-    parameters, buffers = dict(model.named_parameters()), dict(_buffers(model))
-    digests, layers = _each(model, {**parameters, **buffers}), settings(model)
+    parts = _Parts(model)
+    digests = _each(model, {**parts.parameters, **parts.buffers})
     return {
-        **_outline(model, parameters, buffers, layers),
-        "weights": _combined({name: digests[name] for name in parameters}, without),
-        "buffers": _combined({name: digests[name] for name in buffers}, ()),
-        "held": held(layers),
+        **_outline(parts),
+        "weights": _combined({name: digests[name] for name in parts.parameters}, without),
+        "buffers": _combined({name: digests[name] for name in parts.buffers}, ()),
+        "held": held(parts.settings),
     }
 
 
@@ -151,14 +185,14 @@ def rounded_fingerprints(model: nn.Module, without: Collection[str] = ()) -> dic
 
     That of the buffers stands beside it, as ``"float16 buffers"``.
     """
-    parameters, buffers = dict(model.named_parameters()), dict(_buffers(model))
-    widest = max((p.dtype.itemsize for p in parameters.values() if _is_float(p)), default=0)
+    parts = _Parts(model)
+    widest = max((p.dtype.itemsize for p in parts.parameters.values() if _is_float(p)), default=0)
     found = {}
     for name, dtype in PRECISIONS.items():
         if dtype.itemsize < widest:
-            found[name] = _rounded(parameters, dtype, without)
-            if any(map(_is_float, buffers.values())):
-                found[f"{name} buffers"] = _rounded(buffers, dtype, ())
+            found[name] = _rounded(parts.parameters, dtype, without)
+            if any(map(_is_float, parts.buffers.values())):
+                found[f"{name} buffers"] = _rounded(parts.buffers, dtype, ())
     return found
 
 
@@ -253,17 +287,17 @@ def is_in_another_precision(
         said = [_sample(model, without, dtype) for dtype in HALVES.values()]
         ours = _sample(model, without, torch.float32)
         return ours in [there.get(name) for name in HALVES] or there.get("weights") in said
-    parameters, buffers = dict(model.named_parameters()), dict(_buffers(model))
-    here = fingerprint(model, without)
+    parts, here = _Parts(model), fingerprint(model, without)
 
     def is_rounded(name: str, dtype: torch.dtype) -> bool:
         weights, others = there.get(name), there.get(f"{name} buffers")
         return (
-            here["weights"] == weights or _rounded(parameters, dtype, without) == there["weights"]
+            here["weights"] == weights
+            or _rounded(parts.parameters, dtype, without) == there["weights"]
         ) and (
             "buffers" not in differs
             or here["buffers"] == others
-            or _rounded(buffers, dtype, ()) == there["buffers"]
+            or _rounded(parts.buffers, dtype, ()) == there["buffers"]
         )
 
     return any(is_rounded(*precision) for precision in PRECISIONS.items())
@@ -271,14 +305,6 @@ def is_in_another_precision(
 
 def _name(item: tuple[str, Tensor]) -> str:
     return item[0]
-
-
-def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Return the buffers that belong to a model's state, by name."""
-    for path, layer in model.named_modules():
-        for name, buffer in layer._buffers.items():
-            if buffer is not None and name not in layer._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name, buffer
 
 
 def _each(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dis
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache, partial
@@ -49,7 +49,10 @@ _ROUGH = {"float16", "bfloat16"}
 
 _LARGEST = 1e4  # a mask's infinity is another number in each precision
 
+_PLAIN = (bool, int, float, str)
+
 Said = str | list[Any]
+Layers = Iterable[tuple[str, nn.Module]]
 
 
 class Setting(NamedTuple):
@@ -81,13 +84,15 @@ _made: WeakKeyDictionary[nn.Module, dict[tuple[str, str], Said]] = WeakKeyDictio
 def remember(model: nn.Module) -> None:
     """Take down what the layers of a model hold, before it runs as a host."""
     if model not in _made:
-        _made[model] = {(each.path, each.name): each.value for each in _found(model)}
+        _made[model] = {
+            (each.path, each.name): each.value for each in _found(model.named_modules())
+        }
 
 
-def settings(model: nn.Module) -> list[Setting]:
+def settings(model: nn.Module, layers: Layers) -> list[Setting]:
     """Return what the layers of a model hold and is no state, in the order of the layers."""
-    found, made = list(_found(model)), _made.get(model)
-    if made is None:
+    found, made = list(_found(layers)), _made.get(model)
+    if made is None or {(each.path, each.name): each.value for each in found} == made:
         return found
     changed = [each for each in found if not agrees(each.value, made.get((each.path, each.name)))]
     states = {(each.kind, each.name) for each in changed if _is_written(each)}
@@ -125,8 +130,8 @@ def _near(one: Any, other: Any) -> bool:
     return False  # no sketches
 
 
-def _found(model: nn.Module) -> Iterator[Setting]:
-    for path, layer in model.named_modules():
+def _found(layers: Layers) -> Iterator[Setting]:
+    for path, layer in layers:
         kind = original(layer)
         for name, value in layer.__dict__.items():
             if name[0] == "_" or is_beside(name, kind.__name__) or (said := _said(value)) is None:
@@ -141,14 +146,16 @@ def _found(model: nn.Module) -> Iterator[Setting]:
 
 def _said(value: Any) -> Said | None:
     """Return a value as :attr:`Setting.value` has it, None where it says nothing of a function."""
-    if isinstance(value, bool | int | float | str):
+    if value is None or hasattr(type(value), "to_dict"):  # a config, which is read by itself
+        return None
+    if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, FunctionType | BuiltinFunctionType):
         return value.__qualname__
-    if isinstance(value, tuple) and all(isinstance(v, bool | int | float | str) for v in value):
-        return repr(tuple(value)) if value else None
-    if value is None or (isinstance(value, dict | list | tuple | set) and not value):
+    if isinstance(value, dict | list | tuple | set) and not value:
         return None
+    if isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value):
+        return repr(tuple(value))
     tensors: list[Tensor] = []
     text = _text(value, tensors, 0)
     if text is None:
@@ -170,9 +177,7 @@ def _text(value: Any, tensors: list[Tensor], depth: int) -> str | None:
         return None
     if isinstance(value, partial):
         value = [value.func, value.args, value.keywords]
-    elif isinstance(value, SimpleNamespace) or (
-        is_dataclass(value) and not hasattr(value, "to_dict")  # a config, which is read by itself
-    ):
+    elif isinstance(value, SimpleNamespace) or is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):  # in an order of its own: that of a file is another
         value = sorted(value.items(), key=lambda item: str(item[0]))
