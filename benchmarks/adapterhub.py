@@ -10,7 +10,8 @@ own, and this file uses nothing of modgraft:
 
 The first writes ``HOST.safetensors`` for each small host (weights, a padded batch, the bare
 output), ``METHOD.safetensors`` for each method (``HOST/tensor/NAME`` as ``adapters`` names it,
-``HOST/grad/NAME`` of mean(output²), ``HOST/output``), and ``made.json`` with versions and
+``HOST/grad/NAME`` of mean(output²), ``HOST/output``; of some ``METHOD/HOST`` in
+``outputs.safetensors`` and no more), and ``made.json`` with versions and
 configurations. All is float32 but the outputs, which ``adapters`` computed in float64 from that.
 ``saved/METHOD/HOST`` is the folder that ``save_adapter`` makes of them, as safetensors. The second
 loads folders of that layout, written by modgraft, and compares outputs with those of the fixtures.
@@ -120,6 +121,20 @@ HOSTS = {
             "dropout": 0.0,
         },
     ),
+    "vit": (
+        "ViT",
+        "ForImageClassification",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "image_size": 4,
+            "patch_size": 2,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+    ),
 }
 PHM = {"reduction_factor": 2, "phm_dim": 4, "phm_rank": 2}
 INVERTIBLE = {
@@ -144,6 +159,7 @@ METHODS = {
     "stack": ("SeqBnConfig", {"reduction_factor": 4}),
     "invertible": ("BnConfig", INVERTIBLE),
 }
+EVERY = {"reduction_factor": 4, "mh_adapter": True, "cross_adapter": True}
 SPLIT = {"reduction_factor": 4, "original_ln_before": False, "non_linearity": "relu"}
 METHODS |= {
     "houlsby_attention": ("BnConfig", {**SPLIT, "mh_adapter": True, "output_adapter": False}),
@@ -167,17 +183,22 @@ METHODS |= {
     "head": ("LoRAConfig", {"r": 2, "alpha": 4}),
     "fusion": ("SeqBnConfig", {"reduction_factor": 4}),
     "fusion_static": ("DoubleSeqBnConfig", {"reduction_factor": 4}),
+    "cross": ("DoubleSeqBnConfig", {"reduction_factor": 4, "cross_adapter": True}),
+    "on_attention": ("SeqBnConfig", {**EVERY, "original_ln_before": True}),
+    "beside_attention": ("ParBnConfig", EVERY),
+    "left_out": ("LoRAConfig", {"r": 2, "alpha": 4, "leave_out": [0, 2]}),
 }
 PICKLED = {
     "pytorch_adapter.bin": "adapter.safetensors",
     "pytorch_model_head.bin": "model_head.safetensors",
 }
+OUTPUT_ALONE = ("cross", "on_attention", "beside_attention", "left_out")
 OLD = ("bert", "gpt2", "t5", "llama")
 PREFIXED = ("bert", "gpt2", "llama", "roberta", "distilbert", "bart")
 # Two adapters, one on the other; and at Llama's embeddings alone: the models with static heads do
 # not undo it, and in others no single layer puts out what it acts on. A prefix in a T5 is for
 # tests/peers alone.
-ONLY = dict.fromkeys(METHODS, OLD) | {
+ONLY = {method: OLD for method in METHODS if method not in OUTPUT_ALONE} | {
     "stack": ("bert", "gpt2"),
     "invertible": ("llama",),
     "pfeiffer_invertible": ("llama",),
@@ -192,6 +213,22 @@ ONLY = dict.fromkeys(METHODS, OLD) | {
     "fusion_static": ("bert", "gpt2"),
 }
 NOT_SAVED = ("stack",)
+# Of these the outputs alone are kept, all in one file.
+FURTHER = ("roberta", "distilbert", "bart", "vit")
+MORE = {
+    "houlsby": FURTHER,
+    "pfeiffer": FURTHER,
+    "parallel": ("roberta", "distilbert"),
+    "compacter": ("roberta", "distilbert", "vit"),
+    "compacter_plus_plus": ("distilbert", "bart"),
+    "cross": ("t5", "bart"),
+    "on_attention": ("roberta", "distilbert", "bart", "t5"),
+    "beside_attention": ("roberta", "distilbert", "t5"),
+    "left_out": ("t5", "bart"),
+    "invertible": ("roberta", "distilbert", "gpt2", "bart"),
+    "pfeiffer_invertible": ("roberta", "gpt2"),
+}
+OUTPUTS = "outputs"
 
 
 def stir(module: nn.Module) -> None:
@@ -228,9 +265,16 @@ def batch(name: str) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     ids[1, 5:], mask[1, 5:] = 0, 0
     made = {"input_ids": ids, "attention_mask": mask}
+    if name == "vit":
+        return {"pixel_values": torch.randn(3, 3, 4, 4, generator=generator)}
     if name in ("t5", "bart"):
         made["labels"] = torch.randint(3, 41, (3, 5), generator=generator)
     return made
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    """The batch, images as float64 as the model is."""
+    return {k: v.double() if v.is_floating_point() else v for k, v in batch(name).items()}
 
 
 def configuration(kind: str, options: Any) -> Any:
@@ -289,7 +333,7 @@ def run(host: str, method: str, folder: Path) -> dict[str, Tensor]:
     own = {k: p for k, p in model.named_parameters() if k in own}
     for tensor in own.values():
         tensor.requires_grad_(True)
-    output = model(**batch(host)).logits
+    output = model(**inputs(host)).logits
     output.square().mean().backward()
     made = {f"{host}/tensor/{k}": p.detach().float() for k, p in own.items()}
     made |= {f"{host}/grad/{k}": p.grad.float() for k, p in own.items()}
@@ -323,8 +367,11 @@ def check(fixtures: Path, folder: Path) -> None:
 def compare(model: nn.Module, fixtures: Path, method: str, host: str) -> None:
     """Print how far a model's output is from the fixture's."""
     with torch.no_grad():
-        output = model.double().eval()(**batch(host)).logits
-    there = load_file(fixtures / f"{method}.safetensors")[f"{host}/output"]
+        output = model.double().eval()(**inputs(host)).logits
+    if host in MORE.get(method, ()):
+        there = load_file(fixtures / f"{OUTPUTS}.safetensors")[f"{method}/{host}"]
+    else:
+        there = load_file(fixtures / f"{method}.safetensors")[f"{host}/output"]
     print(f"{host:10} {method:22} differs by up to {(output - there).abs().max():.3g}")
 
 
@@ -333,19 +380,26 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     bare = {}
     for host in HOSTS:
-        model, inputs = build(host), batch(host)
+        model = build(host)
         tensors = {f"weight/{k}": p.detach().clone() for k, p in model.named_parameters()}
-        tensors |= {f"input/{k}": v for k, v in inputs.items()}
+        tensors |= {f"input/{k}": v for k, v in batch(host).items()}
         with torch.no_grad():
-            tensors["output"] = bare[host] = model.double()(**inputs).logits
+            tensors["output"] = bare[host] = model.double()(**inputs(host)).logits
         save_file(tensors, folder / f"{host}.safetensors")
+    outputs = {}
     for method in METHODS:
         tensors = {}
-        for host in ONLY[method]:
-            tensors |= run(host, method, folder)
-            changed = (tensors[f"{host}/output"] - bare[host]).abs().max()
-            print(f"{host:6} {method:22} changes the output by up to {changed:.3g}")
-        save_file(tensors, folder / f"{method}.safetensors")
+        for host in (*ONLY.get(method, ()), *MORE.get(method, ())):
+            made = run(host, method, folder)
+            changed = (made[f"{host}/output"] - bare[host]).abs().max()
+            print(f"{host:10} {method:22} changes the output by up to {changed:.3g}")
+            if host in MORE.get(method, ()):
+                outputs[f"{method}/{host}"] = made[f"{host}/output"]
+            else:
+                tensors |= made
+        if tensors:
+            save_file(tensors, folder / f"{method}.safetensors")
+    save_file(outputs, folder / f"{OUTPUTS}.safetensors")
     made = {
         "versions": {m.__name__: m.__version__ for m in (adapters, transformers, torch)},
         "hosts": {k: {"class": s + t, "config": c} for k, (s, t, c) in HOSTS.items()},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from modgraft.computation.rescale import Rescale
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import find
 from modgraft.store.formats.adapterhub.layout import Module, Places, Tie, check, prefix, type_of
+from modgraft.store.formats.adapterhub.places import layer_number
 
 LORA: dict[str, Any] = {
     "architecture": "lora", "selfattn_lora": True, "intermediate_lora": False,
@@ -62,8 +62,6 @@ def weights(model: nn.Module, c: Mapping[str, Any]) -> Places:
     kind = type_of(model)
     if kind not in _HOSTS:
         raise ModgraftError(f"LoRA and IA³ are read in {', '.join(_HOSTS)}, not in a {kind}")
-    if c["leave_out"] and kind in ("t5", "bart"):
-        raise ModgraftError(f"leave_out is not understood in a {kind}, of two stacks")
     if kind == "llama" and c["output_lora"]:
         raise ModgraftError("output_lora is not understood in a Llama")
     roles = [_MATRICES[m] for m in _MATRICES if c["selfattn_lora"] and m in c["attn_matrices"]]
@@ -75,7 +73,7 @@ def weights(model: nn.Module, c: Mapping[str, Any]) -> Places:
     found = [(site.path.removeprefix(base), site.label) for site in find(model, roles)]
     if untold := [p for p, _ in found if "crossattention" in p or p.endswith(".wi_0")]:
         raise ModgraftError(f"LoRA and IA³ are not understood where a {kind} has {untold[0]}")
-    return [f for f in found if int(re.findall(r"\d+", f[0])[0]) not in c["leave_out"]]
+    return [f for f in found if layer_number(model, f[0]) not in c["leave_out"]]
 
 
 def tries(name: str, method: Computation) -> Iterator[dict[str, Any]]:
