@@ -29,18 +29,36 @@ REFUSED = {
     ("compacter", "t5"): "rule that its Compacter's layers share is not in it",
     ("compacter_plus_plus", "t5"): "rule that its Compacter's layers share is not in it",
 }
+TASKS = {
+    "head_classification": "ForSequenceClassification",
+    "head_pooled": "ForSequenceClassification",
+    "head_tagging": "ForTokenClassification",
+    "head_question_answering": "ForQuestionAnswering",
+}
+BASES = ("encoder.", "decoder.", "shared.")  # of a T5, which has no name for what is no head
 CASES = [(path.parent.name, path.name) for path in sorted(FOLDER.glob("saved/*/*"))]
-READ = [case for case in CASES if case not in REFUSED]
+HEADS = [case for case in CASES if case[0].startswith("head_")]
+READ = [case for case in CASES if case not in {*REFUSED, *HEADS}]
 
 
-def model(name: str) -> nn.Module:
+def model(name: str, method: str = "") -> nn.Module:
     kind, config = MADE["hosts"][name]["class"], MADE["hosts"][name]["config"]
+    if method in TASKS:
+        kind, config = kind.partition("For")[0], config | {"num_labels": 3}
+        kind = kind.removesuffix("LMHeadModel") + TASKS[method]
+        if method == "head_question_answering":
+            config |= {"num_labels": 2}
+    elif method.startswith("head_image"):
+        config = config | {"num_labels": 3}
     cls = getattr(transformers, kind)
     made = cls(cls.config_class(**config)).eval()
     weights = {in_today(k): t for k, t in load_file(FOLDER / f"{name}.safetensors").items()}
     with torch.no_grad():
         for key, parameter in made.named_parameters():
-            parameter.copy_(weights[f"weight/{key}"])
+            if "pooler" in key:
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+            elif not method.startswith("head_") or key.startswith((*BASES, made.base_model_prefix)):
+                parameter.copy_(weights[f"weight/{key}"])
     return made.double()
 
 
@@ -57,10 +75,25 @@ def in_today(key: str) -> str:
     return key
 
 
-def batch(name: str) -> dict[str, torch.Tensor]:
+def batch(name: str, method: str = "") -> dict[str, torch.Tensor]:
     saved = load_file(FOLDER / f"{name}.safetensors")
     found = {k.removeprefix("input/"): t for k, t in saved.items() if "input/" in k}
+    if method.startswith("head_") and name != "vit":
+        labels = found.pop("labels", None)
+        if not method.endswith("lm"):
+            found["input_ids"][:, 4] = 1  # where a text ends
+        elif labels is not None:
+            found["decoder_input_ids"] = labels
     return {k: t.double() if t.is_floating_point() else t for k, t in found.items()}
+
+
+def computed(host: mg.Host, name: str, method: str = "") -> torch.Tensor:
+    """Return the logits, those of a span's start and end side by side."""
+    with torch.no_grad():
+        output = host(**batch(name, method))
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], -1)
+    return output.logits
 
 
 def output_of(method: str, name: str) -> torch.Tensor:
@@ -93,9 +126,7 @@ def test_a_real_save_gives_its_outputs_and_is_written_as_it_was(
 ) -> None:
     folder, host = FOLDER / "saved" / method / name, mg.Host(model(name))
     host.load(folder)
-    with torch.no_grad():
-        output = host(**batch(name)).logits
-    expected = output_of(method, name)
+    output, expected = computed(host, name), output_of(method, name)
     torch.testing.assert_close(output, expected, rtol=0, atol=CLOSE.get(name, 1e-9))
 
     host.save(None, tmp_path / "new", format="adapterhub")
@@ -236,6 +267,70 @@ def test_a_prefix_that_stands_otherwise_at_a_layer_is_refused(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="is there again"):
         host.load(folder)
     assert not host.implants
+
+
+@pytest.mark.parametrize(("method", "name"), HEADS)
+def test_heads_of_adapter_models_are_those_of_the_class_that_computes_them(
+    method: str, name: str, tmp_path: Path
+) -> None:
+    host = mg.Host(model(name, method))
+    host.load(FOLDER / "saved" / method / name)
+    output, expected = computed(host, name, method), output_of(method, name)
+    torch.testing.assert_close(output, expected, rtol=0, atol=CLOSE.get(name, 1e-9))
+
+    host.save(None, tmp_path, format="adapterhub")
+    again = mg.Host(model(name, method))
+    again.load(tmp_path)
+    assert torch.equal(computed(again, name, method), output)
+
+
+def flexible(tmp_path: Path, method: str, name: str, **changes: object) -> Path:
+    """Return a folder with a head of an AdapterModel, whose configuration is changed."""
+    folder = copied(tmp_path, method, name)
+    path = folder / "head_config.json"
+    said = json.loads(path.read_text("utf-8"))
+    said["config"] |= changes
+    path.write_text(json.dumps(said), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "key", "value"),
+    [
+        ("head_classification", "roberta", "layers", 3),
+        ("head_classification", "roberta", "use_pooler", True),
+        ("head_classification", "distilbert", "activation_function", "tanh"),
+        ("head_classification", "bert", "head_type", "multilabel_classification"),
+        ("head_classification", "bert", "head_type", "multiple_choice"),
+        ("head_classification", "bert", "dropout_prob", 0.5),
+        ("head_classification", "bert", "label2id", ["A"]),
+        ("head_classification", "bert", "bias", "no"),
+        ("head_causal_lm", "gpt2", "shift_labels", False),
+        ("head_tagging", "bert", "surprise", 1),
+    ],
+)
+def test_a_head_that_the_host_does_not_compute_is_refused(
+    method: str, name: str, key: str, value: object, tmp_path: Path
+) -> None:
+    folder, host = flexible(tmp_path, method, name, **{key: value}), mg.Host(model(name, method))
+    with pytest.raises(CheckpointError, match=f"head_config.json.*{key}"):
+        host.load(folder)
+    assert not host.implants
+
+
+def test_the_words_of_a_tied_head_are_those_of_the_host(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "head_causal_lm", "gpt2")
+    tensors = load_file(folder / "model_head.safetensors")
+    save_file({k: t + 1 for k, t in tensors.items()}, folder / "model_head.safetensors")
+    with pytest.raises(CheckpointError, match="is not the table of words"):
+        mg.Host(model("gpt2")).load(folder)
+
+
+def test_labels_that_the_host_calls_otherwise_are_warned_of(tmp_path: Path) -> None:
+    labels = {"no": 0, "perhaps": 1, "yes": 2}
+    folder = flexible(tmp_path, "head_tagging", "bert", label2id=labels)
+    with pytest.warns(UserWarning, match="perhaps"):
+        mg.Host(model("bert", "head_tagging")).load(folder)
 
 
 @pytest.mark.parametrize("key", ["model_class", "config"])

@@ -56,12 +56,14 @@ def read(folder: Path, model: nn.Module) -> Stored:
         found = modules(said["config"], model, name)
     except ModgraftError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-    if any(m.kind == "invertible" for m in found) and said["model_class"].endswith("AdapterModel"):
+    file, head = TensorFile(folder / TENSORS), heads.read(folder, model)
+    undone = said["model_class"].endswith("AdapterModel") and (head.file is None or head.undoes)
+    if undone and any(module.kind == "invertible" for module in found):
         raise CheckpointError(
             f"{folder}: its inv_adapter was trained in a {said['model_class']}, whose head may "
-            f"undo it; it is read from a model of the host's own class"
+            f"undo it; it is read from a model of the host's own class, or with a head that does "
+            f"not (of classes, tags or spans)"
         )
-    file, head = TensorFile(folder / TENSORS), heads.read(folder, model)
     own = {bare(key, model): key for key in file.entries if not _POOL.match(key)}
     _check(file, own, {tie.theirs for module in found for tie in module.ties})
     names = _names(module_name(name, "adapter"), found)
@@ -77,7 +79,7 @@ def read(folder: Path, model: nn.Module) -> Stored:
                 except CheckpointError as error:
                     raise CheckpointError(f"{file.path}: {error}; copy the folder again") from error
                 made[f"{each}:{tie.ours}"] = tensor.contiguous()
-        return made | ({f":{n}": head.tensor(n) for n in head.entries} if head else {})
+        return made | {f":{n}": tensor for n, tensor in head.tensors().items()}
 
     saved = [
         Saved(name=each, **to_json(module.method), sites=list(module.sites))
@@ -87,7 +89,7 @@ def read(folder: Path, model: nn.Module) -> Stored:
         names=names,
         modules=saved,
         composition=" >> ".join(names),
-        beside=sorted(head.entries) if head else [],
+        beside=sorted(head.names),
         versions={"adapters": said["version"]},
         made="",
     )
@@ -96,7 +98,7 @@ def read(folder: Path, model: nn.Module) -> Stored:
         for each, module in zip(names, found, strict=True)
         for tie in module.ties
     }
-    entries |= {f":{n}": entry for n, entry in (head.entries.items() if head else ())}
+    entries |= {f":{n}": entry for n, entry in head.entries.items()}
     return Stored(folder, card, entries, tensors)
 
 
