@@ -227,6 +227,7 @@ MORE = {
     "left_out": ("t5", "bart"),
     "invertible": ("roberta", "distilbert", "gpt2", "bart"),
     "pfeiffer_invertible": ("roberta", "gpt2"),
+    "fusion": ("bert", "distilbert", "bart"),
 }
 OUTPUTS = "outputs"
 # Heads of AutoAdapterModel, each beside an adapter: how it is added, and its options by host.

@@ -136,11 +136,6 @@ def _places(members: Sequence[Sequence[Module]]) -> dict[str, str]:
             raise ModgraftError("a fusion is read over bottlenecks and Compacters in sequence")
         if set(found[0].sites) != set(members[0][0].sites):
             raise ModgraftError("the adapters of the fusion are not at the same places")
-        if any(site.endswith("[residual]") for site in found[0].sites):
-            raise ModgraftError(
-                "its adapters act on the residual before a norm (original_ln_before in a BERT), "
-                "where no mixture acts here; a fusion of DoubleSeqBnConfig is read"
-            )
     ties = members[0][0].ties
     return {
         tie.ours.partition(":")[0]: tie.theirs.partition(".adapters.")[0]
