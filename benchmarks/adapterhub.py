@@ -186,13 +186,14 @@ METHODS |= {
     "cross": ("DoubleSeqBnConfig", {"reduction_factor": 4, "cross_adapter": True}),
     "on_attention": ("SeqBnConfig", {**EVERY, "original_ln_before": True}),
     "beside_attention": ("ParBnConfig", EVERY),
+    "dora": ("DoRAConfig", {"r": 3, "alpha": 3}),
     "left_out": ("LoRAConfig", {"r": 2, "alpha": 4, "leave_out": [0, 2]}),
 }
 PICKLED = {
     "pytorch_adapter.bin": "adapter.safetensors",
     "pytorch_model_head.bin": "model_head.safetensors",
 }
-OUTPUT_ALONE = ("cross", "on_attention", "beside_attention", "left_out")
+OUTPUT_ALONE = ("cross", "on_attention", "beside_attention", "dora", "left_out")
 OLD = ("bert", "gpt2", "t5", "llama")
 PREFIXED = ("bert", "gpt2", "llama", "roberta", "distilbert", "bart")
 # Two adapters, one on the other; and at Llama's embeddings alone: the models with static heads do
@@ -224,6 +225,7 @@ MORE = {
     "cross": ("t5", "bart"),
     "on_attention": ("roberta", "distilbert", "bart", "t5"),
     "beside_attention": ("roberta", "distilbert", "t5"),
+    "dora": ("t5", "llama"),
     "left_out": ("t5", "bart"),
     "invertible": ("roberta", "distilbert", "gpt2", "bart"),
     "pfeiffer_invertible": ("roberta", "gpt2"),

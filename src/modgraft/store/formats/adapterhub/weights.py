@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from modgraft.computation.base import Computation
@@ -34,13 +35,17 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
     """
     scaled = config.get("composition_mode") == "scale"
     use = {"selfattn_lora", "intermediate_lora", "output_lora", "attn_matrices", "r", "alpha"}
-    use |= {"leave_out", "composition_mode"} | (set() if scaled else {"dropout"})
-    c = check(config, LORA, use)
+    use |= {"leave_out", "composition_mode"} | (set() if scaled else {"dropout", "use_dora"})
+    c = check({k: v for k, v in config.items() if k != "dtype"}, LORA, use)
     if c["composition_mode"] not in ("add", "scale"):
         raise ModgraftError(f"composition_mode={c['composition_mode']!r:.40} is not understood")
     if scaled and (c["r"], c["alpha"]) != (1, 1):
         raise ModgraftError("composition_mode='scale' is read with r=1 and alpha=1")
     places = weights(model, c)
+    if config.get("dtype") not in (None, "float32", "float16", "bfloat16"):
+        raise ModgraftError(f"dtype={config['dtype']!r:.40} is not understood")
+    if c["use_dora"]:
+        _check_dora(model, c, places)
     own = {"phi": "lora_B"} if scaled else {"A": "lora_A", "B": "lora_B"}
     ties = []
     for at, (path, label) in enumerate(places):
@@ -48,11 +53,34 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
         for ours, theirs in own.items():
             key = f"{path}.loras.{name}.{theirs}"
             ties.append(Tie(f"{label}:{ours}", key, piece=(same.index(at), len(same))))
+        if c["use_dora"]:
+            weight = model.get_parameter(f"{prefix(model)}{path}.weight").detach()
+            norm = weight.to(torch.promote_types(weight.dtype, torch.float32)).norm(dim=1)
+            key = f"{path}.loras.{name}.m.weight"
+            ties.append(Tie(f"{label}:magnitude", key, above=norm))
     labels = [label for _, label in places]
     if scaled:
         return [Module("ia3", Rescale(), labels, ties)]
-    method = LoRA(rank=c["r"], alpha=float(c["alpha"]), dropout=float(c["dropout"]))
+    method = LoRA(c["r"], float(c["alpha"]), dropout=float(c["dropout"]), dora=c["use_dora"])
     return [Module("lora", method, labels, ties)]
+
+
+def _check_dora(model: nn.Module, c: Mapping[str, Any], places: Places) -> None:
+    """Refuse DoRA where theirs is another function: it scales biases, and norms W + BA unscaled."""
+    kind = type_of(model)
+    layers = [model.get_submodule(prefix(model) + path) for path, _ in places]
+    if any(getattr(layer, "bias", None) is not None for layer in layers):
+        raise ModgraftError(
+            f"use_dora in a {kind}, whose layers have a bias: adapters scales that too, which is "
+            f"not computed here; it is read where there is none, as in T5 and Llama"
+        )
+    if c["alpha"] != c["r"]:
+        raise ModgraftError(
+            f"use_dora with alpha={c['alpha']} and r={c['r']}: adapters leaves alpha out of the "
+            f"norm, which is not computed here; it is read with alpha=r"
+        )
+    if c["dropout"]:
+        raise ModgraftError("use_dora with dropout is not computed here")
 
 
 def weights(model: nn.Module, c: Mapping[str, Any]) -> Places:
@@ -95,11 +123,12 @@ def _said(method: Any) -> dict[str, Any]:
         if method.where == "input":
             raise ModgraftError("Rescale(where='input') is not written: adapters scales outputs")
         return {"r": 1, "alpha": 1, "composition_mode": "scale", "init_weights": "ia3"}
-    if method.rslora or method.dora or method.bias or method.rank_pattern or method.alpha_pattern:
+    if method.rslora or method.bias or method.rank_pattern or method.alpha_pattern:
         raise ModgraftError(
-            "LoRA with rslora, dora, bias, rank_pattern or alpha_pattern is not written as one of "
+            "LoRA with rslora, bias, rank_pattern or alpha_pattern is not written as one of "
             "AdapterHub"
         )
     alpha = method.rank if method.alpha is None else method.alpha
     alpha = int(alpha) if alpha == int(alpha) else alpha
-    return {"r": method.rank, "alpha": alpha, "dropout": method.dropout}
+    said = {"r": method.rank, "alpha": alpha, "dropout": method.dropout}
+    return said | {"use_dora": method.dora}
