@@ -227,7 +227,7 @@ MORE = {
     "beside_attention": ("roberta", "distilbert", "t5"),
     "dora": ("t5", "llama"),
     "left_out": ("t5", "bart"),
-    "invertible": ("roberta", "distilbert", "gpt2", "bart"),
+    "invertible": ("bert", "roberta", "distilbert", "gpt2", "bart"),
     "pfeiffer_invertible": ("roberta", "gpt2"),
     "fusion": ("bert", "distilbert", "bart"),
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.store.file import Entry, TensorFile, read_json
+from modgraft.store.file import TensorFile, read_json
 from modgraft.store.formats.adapterhub.layout import HEAD, HEAD_TENSORS, kind_of, prefix
+from modgraft.store.formats.found import Waiting
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,18 @@ class Head:
     undoes: bool = False
 
     @property
-    def entries(self) -> dict[str, Entry]:
-        """Type and shape of each tensor, by the name of the host's weight."""
-        return {} if self.file is None else {k: self.file.entries[v] for k, v in self.names.items()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Read the tensors, by the name of the host's weight.
-
-        Raises:
-            CheckpointError: for words unlike those that the host reads.
-        """
-        if self.file is None:
+    def beside(self) -> Waiting:
+        """The tensors by the names of the host's weights."""
+        if (file := self.file) is None:
             return {}
+        return {
+            own: (file.entries[key], partial(file.tensor, key)) for own, key in self.names.items()
+        }
+
+    def verify(self) -> None:
+        """Raise a CheckpointError for words unlike those that the host reads."""
+        if self.file is None:
+            return
         for key, same in self.tied.items():
             own = self.file.tensor(same) if isinstance(same, str) else same
             if not torch.equal(self.file.tensor(key).to(own), own):
@@ -132,7 +134,6 @@ class Head:
                     f"{self.file.path}: {key} is not {of}, to which it is tied; load it into the "
                     f"model it was trained in"
                 )
-        return {own: self.file.tensor(key) for own, key in self.names.items()}
 
 
 def read(folder: Path, model: nn.Module) -> Head:
