@@ -115,6 +115,7 @@ class Computation(Configured):
             )
         built = type(self)(**self.config())
         built.build(site)
+        built.drop_empty()
         if hidden := [name for name in built._modules if hasattr(type(built), name)]:
             raise ModgraftError(
                 f"{type(self).__name__}.build: self.{hidden[0]} is an attribute of every module, "

@@ -75,16 +75,15 @@ class LoRA(ParameterComposition):
                 raise ModgraftError(
                     f"LoRA(rank_pattern={{{pattern!r}: {rank}}}): the rank is at least 1"
                 )
-        self._here: tuple[int, float | None] = self.rank, self.alpha
+        self._rank, self._alpha = self.rank, self.alpha
         if not 0 <= self.dropout < 1:
             raise ModgraftError(f"LoRA(dropout={self.dropout}): dropout is in [0, 1)")
 
     @property
     def scale(self) -> float:
         """Return s = α / r, or α / √r; in a built copy, that at its site."""
-        rank, alpha = self._here
-        alpha = rank if alpha is None else alpha
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
+        alpha = self._rank if self._alpha is None else self._alpha
+        return alpha / (math.sqrt(self._rank) if self.rslora else self._rank)
 
     def build_all(self, sites: Sequence[Site]) -> list[Computation]:
         for pattern in {**(self.rank_pattern or {}), **(self.alpha_pattern or {})}:
@@ -98,7 +97,7 @@ class LoRA(ParameterComposition):
     def build(self, site: Site) -> None:
         *stack, rows, columns = weight_matrix(site.module, site.part, site.parameter).shape
         rank = _of_first(self.rank_pattern, site, self.rank)
-        self._here = rank, _of_first(self.alpha_pattern, site, self.alpha)
+        self._rank, self._alpha = rank, _of_first(self.alpha_pattern, site, self.alpha)
         if rank > min(rows, columns):
             raise ModgraftError(
                 f"LoRA(rank={rank}) at {site.label}: its weight is {rows} × {columns}, "

@@ -112,8 +112,7 @@ class _Whole:
         self.groups = getattr(layer, "groups", 1)
         self.scale = first.scale
         if len(parts) == 1:
-            own, alpha = first._here
-            self.alpha: float = own if alpha is None else alpha
+            self.alpha: float = first._rank if first._alpha is None else first._alpha
         else:
             self.alpha = self.scale * self._root(self.rank)
         self.split = self.groups > 1 and self._is_split()
