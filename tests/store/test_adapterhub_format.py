@@ -117,7 +117,7 @@ def change(folder: Path, **changes: object) -> None:
 
 
 def test_every_fixture_is_used() -> None:
-    assert len(READ) == 105
+    assert len(READ) == 108
 
 
 @pytest.mark.parametrize(("method", "name"), READ)

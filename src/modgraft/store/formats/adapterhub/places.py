@@ -148,6 +148,27 @@ def places(model: nn.Module, locations: set[str], reads: str) -> list[tuple[int,
     return found
 
 
+_CALLED = {
+    "vit": {
+        r"layers\.(\d+)\.": r"encoder.layer.\1.",
+        r"attention\.q_proj": "attention.attention.query",
+        r"attention\.k_proj": "attention.attention.key",
+        r"attention\.v_proj": "attention.attention.value",
+        r"mlp\.fc1": "intermediate.dense",
+        r"mlp\.fc2": "output.dense",
+    }
+}
+"""What layers of ours are called in the transformers of ``adapters``, where that is otherwise."""
+
+
+def path_of(model: nn.Module, path: str) -> str:
+    """Return the path of theirs, without the base model's name, of a layer of the host."""
+    path = path.removeprefix(prefix(model))
+    for ours, theirs in _CALLED.get(type_of(model), {}).items():
+        path = re.sub(ours, theirs, path)
+    return path
+
+
 _WORDS = {
     "output": "sub-layer's output",
     "stream": "residual stream (original_ln_before)",

@@ -29,6 +29,7 @@ _LOCATIONS = {
     "distilbert": {"self": "self_attention"},
     "gpt2": {"self_prefix": "self_attention"},
     "llama": {"self_prefix": "self_attention"},
+    "vit": {"self_prefix": "self_attention"},
     "bart": {
         "encoder_prefix": "encoder.*.self_attn",
         "self_prefix": "decoder.*.self_attn",

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
 from modgraft.computation.lora import LoRA
 from modgraft.computation.rescale import Rescale
 from modgraft.core.errors import ModgraftError
-from modgraft.core.sites import find
-from modgraft.store.formats.adapterhub.layout import Module, Places, Tie, check, prefix, type_of
-from modgraft.store.formats.adapterhub.places import layer_number
+from modgraft.core.sites import find, located
+from modgraft.store.formats.adapterhub.layout import Module, Places, Tie, check, type_of
+from modgraft.store.formats.adapterhub.places import layer_number, path_of
 
 LORA: dict[str, Any] = {
     "architecture": "lora", "selfattn_lora": True, "intermediate_lora": False,
@@ -24,7 +24,7 @@ LORA: dict[str, Any] = {
     "vera_b": None, "dtype": None,
 }  # fmt: skip
 _MATRICES = {"q": "query", "k": "key", "v": "value"}
-_HOSTS = ("bert", "roberta", "distilbert", "gpt2", "t5", "bart", "llama")
+_HOSTS = ("bert", "roberta", "distilbert", "gpt2", "t5", "bart", "llama", "vit")
 
 
 def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Module]:
@@ -54,7 +54,7 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
             key = f"{path}.loras.{name}.{theirs}"
             ties.append(Tie(f"{label}:{ours}", key, piece=(same.index(at), len(same))))
         if c["use_dora"]:
-            weight = model.get_parameter(f"{prefix(model)}{path}.weight").detach()
+            weight = cast(Tensor, model.get_submodule(label).weight).detach()
             norm = weight.to(torch.promote_types(weight.dtype, torch.float32)).norm(dim=1)
             key = f"{path}.loras.{name}.m.weight"
             ties.append(Tie(f"{label}:magnitude", key, above=norm))
@@ -68,7 +68,7 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
 def _check_dora(model: nn.Module, c: Mapping[str, Any], places: Places) -> None:
     """Refuse DoRA where theirs is another function: it scales biases, and norms W + BA unscaled."""
     kind = type_of(model)
-    layers = [model.get_submodule(prefix(model) + path) for path, _ in places]
+    layers = [site.module for site in located(model, [label for _, label in places])]
     if any(getattr(layer, "bias", None) is not None for layer in layers):
         raise ModgraftError(
             f"use_dora in a {kind}, whose layers have a bias: adapters scales that too, which is "
@@ -97,8 +97,7 @@ def weights(model: nn.Module, c: Mapping[str, Any]) -> Places:
     roles += ["down"] * bool(c["output_lora"])
     if not roles:
         raise ModgraftError("the configuration changes no weight")
-    base = prefix(model)
-    found = [(site.path.removeprefix(base), site.label) for site in find(model, roles)]
+    found = [(path_of(model, site.path), site.label) for site in find(model, roles)]
     if untold := [p for p, _ in found if "crossattention" in p or p.endswith(".wi_0")]:
         raise ModgraftError(f"LoRA and IA³ are not understood where a {kind} has {untold[0]}")
     return [f for f in found if layer_number(model, f[0]) not in c["leave_out"]]
