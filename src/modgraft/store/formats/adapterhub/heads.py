@@ -164,65 +164,62 @@ def read(folder: Path, model: nn.Module) -> Head:
             f"{folder}: {HEAD_TENSORS} is not there (pytorch_model_head.bin is a pickle, which is "
             f"never read); save it anew with use_safetensors=True"
         )
-    kind = _kind(path, config, model) if config is not None else None
-    file = TensorFile(folder / HEAD_TENSORS)
+    kind = None if config is None else _kind(path, config, model)
     keys = _parts(model) if kind is None else _layers(kind, str(name), model)
+    file = TensorFile(folder / HEAD_TENSORS)
     names, tied = _sorted({k: keys[k] for k in keys if k in file.entries}, model)
     wanted, _ = _sorted(keys, model)
-    extra = file.entries.keys() - keys.keys()
-    if unlike := sorted(extra) or sorted(wanted[n] for n in wanted.keys() - names.keys()):
+    lacking = {wanted[name] for name in wanted.keys() - names.keys()}
+    if unlike := sorted(lacking | (file.entries.keys() - keys.keys())):
         raise CheckpointError(
             f"{file.path}: {unlike[:3]} are in the head or in this {here}, and not in both"
         )
     return Head(file, names, tied, kind is None or kind.name.endswith("_lm"))
 
 
-def _kind(path: Path, config: dict[str, Any], model: nn.Module) -> Kind:
+def _kind(path: Path, config: Mapping[str, Any], model: nn.Module) -> Kind:
     """Return the head of the host's class that computes what a configuration says.
 
     Raises:
-        CheckpointError: where there is none.
+        CheckpointError: where there is none, or what is set is not understood.
     """
-    here = type(model).__name__
     for key, value in config.items():
-        if key not in _KNOWN:
-            raise CheckpointError(f"{path}: {key} is not understood")
-        if _KNOWN[key] is None or (value is None and key in _MAY_BE_NONE):
-            continue
-        if kind_of(value) != kind_of(_KNOWN[key]):
+        like = _KNOWN.get(key)
+        known = key in _KNOWN and (like is None or kind_of(value) == kind_of(like))
+        if not known and not (value is None and key in _MAY_BE_NONE):
             raise CheckpointError(f"{path}: {key}={value!r:.60} is not understood")
-    kinds = _KINDS.get(here, ())
-    several = config.get("head_type") == "multilabel_classification" or config.get("multilabel")
-    found = str(config.get("head_type")).removeprefix("multilabel_")
-    for kind in kinds:
-        if kind.name == found and kind.options.items() <= config.items():
-            break
-    else:
+    kinds = _KINDS.get(type(model).__name__, ())
+    name = str(config.get("head_type")).removeprefix("multilabel_")
+    fits = [k for k in kinds if k.name == name and k.options.items() <= config.items()]
+    if not fits:
         has = " or ".join(f"{k.name} of {dict(k.options)}" for k in kinds) or "none of theirs"
         said = {key: config.get(key) for kind in kinds for key in kind.options}
         raise CheckpointError(
             f"{path}: a head of head_type={config.get('head_type')!r:.40} and {said} is not what "
-            f"this host computes: a {here} has {has}; load it into a class that has it, or leave "
-            f"{HEAD} out of the folder to load the adapter alone"
+            f"this host computes: a {type(model).__name__} has {has}; load it into a class that "
+            f"has it, or leave {HEAD} out of the folder to load the adapter alone"
         )
-    of: Any = model.config
-    if bool(several) != (getattr(of, "problem_type", None) == "multi_label_classification"):
+    _check_training(path, config, model)
+    _check_labels(path, config.get("label2id"), model.config)
+    return fits[0]
+
+
+def _check_training(path: Path, config: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise a CheckpointError for a head that would train otherwise in the host."""
+    several = config["head_type"] == "multilabel_classification" or config.get("multilabel")
+    loss = "single_label_classification" if config.get("num_labels") != 1 else "regression"
+    may_be = ("multi_label_classification",) if several else (None, loss)
+    if (here := getattr(model.config, "problem_type", None)) not in may_be:
         raise CheckpointError(
-            f"{path}: head_type={config['head_type']!r}, and this host has problem_type="
-            f"{of.problem_type!r}, so that its loss is another; several labels of one example are "
-            f"problem_type='multi_label_classification' in its config, one is None"
+            f"{path}: head_type={config['head_type']!r} has another loss than this host, of "
+            f"problem_type={here!r}; make the host with problem_type={may_be[-1]!r}"
         )
-    if config.get("dropout_prob") not in (None, *_dropouts(model)):
+    dropouts = sorted({m.p for m in model.modules() if isinstance(m, nn.Dropout)})
+    if config.get("dropout_prob") not in (None, *dropouts):
         raise CheckpointError(
             f"{path}: dropout_prob={config['dropout_prob']!r:.40} is none of this host's "
-            f"({_dropouts(model)}); make the host with that dropout"
+            f"({dropouts}); make the host with that dropout"
         )
-    _check_labels(path, config.get("label2id"), of)
-    return kind
-
-
-def _dropouts(model: nn.Module) -> list[float]:
-    return sorted({m.p for m in model.modules() if isinstance(m, nn.Dropout)})
 
 
 def _check_labels(path: Path, labels: Any, of: Any) -> None:
