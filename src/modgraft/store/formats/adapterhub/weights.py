@@ -33,6 +33,21 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
     Raises:
         ModgraftError: for what is set and not computed here.
     """
+    c = _checked(config)
+    places = weights(model, c)
+    labels = [label for _, label in places]
+    if c["composition_mode"] == "scale":
+        return [Module("ia3", Rescale(), labels, _ties(places, name, {"phi": "lora_B"}))]
+    ties = _ties(places, name, {"A": "lora_A", "B": "lora_B"})
+    if c["use_dora"]:
+        _check_dora(model, c, places)
+        ties += _magnitudes(model, places, name)
+    method = LoRA(c["r"], float(c["alpha"]), dropout=float(c["dropout"]), dora=c["use_dora"])
+    return [Module("lora", method, labels, ties)]
+
+
+def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the whole configuration, if it is computed here; a type is how tensors are kept."""
     scaled = config.get("composition_mode") == "scale"
     use = {"selfattn_lora", "intermediate_lora", "output_lora", "attn_matrices", "r", "alpha"}
     use |= {"leave_out", "composition_mode"} | (set() if scaled else {"dropout", "use_dora"})
@@ -41,28 +56,30 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
         raise ModgraftError(f"composition_mode={c['composition_mode']!r:.40} is not understood")
     if scaled and (c["r"], c["alpha"]) != (1, 1):
         raise ModgraftError("composition_mode='scale' is read with r=1 and alpha=1")
-    places = weights(model, c)
     if config.get("dtype") not in (None, "float32", "float16", "bfloat16"):
         raise ModgraftError(f"dtype={config['dtype']!r:.40} is not understood")
-    if c["use_dora"]:
-        _check_dora(model, c, places)
-    own = {"phi": "lora_B"} if scaled else {"A": "lora_A", "B": "lora_B"}
+    return c
+
+
+def _ties(places: Places, name: str, own: Mapping[str, str]) -> list[Tie]:
+    """Return tensors by what theirs are called; those of one fused layer are pieces of one."""
     ties = []
     for at, (path, label) in enumerate(places):
         same = [i for i, (other, _) in enumerate(places) if other == path]
         for ours, theirs in own.items():
             key = f"{path}.loras.{name}.{theirs}"
             ties.append(Tie(f"{label}:{ours}", key, piece=(same.index(at), len(same))))
-        if c["use_dora"]:
-            weight = cast(Tensor, model.get_submodule(label).weight).detach()
-            norm = weight.to(torch.promote_types(weight.dtype, torch.float32)).norm(dim=1)
-            key = f"{path}.loras.{name}.m.weight"
-            ties.append(Tie(f"{label}:magnitude", key, above=norm))
-    labels = [label for _, label in places]
-    if scaled:
-        return [Module("ia3", Rescale(), labels, ties)]
-    method = LoRA(c["r"], float(c["alpha"]), dropout=float(c["dropout"]), dora=c["use_dora"])
-    return [Module("lora", method, labels, ties)]
+    return ties
+
+
+def _magnitudes(model: nn.Module, places: Places, name: str) -> list[Tie]:
+    """Return the magnitudes of DoRA: theirs are whole, ours are counted from the host's norms."""
+    ties = []
+    for path, label in places:
+        weight = cast(Tensor, model.get_submodule(label).weight).detach()
+        norm = weight.to(torch.promote_types(weight.dtype, torch.float32)).norm(dim=1)
+        ties.append(Tie(f"{label}:magnitude", f"{path}.loras.{name}.m.weight", above=norm))
+    return ties
 
 
 def _check_dora(model: nn.Module, c: Mapping[str, Any], places: Places) -> None:
