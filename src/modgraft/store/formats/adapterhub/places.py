@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -39,16 +39,6 @@ class Row(NamedTuple):
     stream: str = ""
     parallel: str = ""
     theirs_block: str = ""
-
-
-def _summed(block: str, attention: str, cross: str, last: str) -> tuple[Row, ...]:
-    """Return rows of BERT's kind, where one layer makes y, and sums and norms it."""
-    paths = {"mh_adapter": attention, "cross_adapter": cross, "output_adapter": last}
-    return tuple(
-        Row(location, block, path, f"{path}.dense", f"{path}[residual]", f"{path}[residual]")
-        for location, path in paths.items()
-        if path
-    )
 
 
 def _before_norms(block: str, attention: str, last: str, theirs: str = "") -> tuple[Row, ...]:
@@ -87,7 +77,12 @@ def _t5(stack: str) -> tuple[Row, ...]:
     )
 
 
-_BERT = _summed("encoder.layer.*", "attention.output", "", "output")
+_BERT = tuple(
+    Row(
+        location, "encoder.layer.*", path, f"{path}.dense", f"{path}[residual]", f"{path}[residual]"
+    )
+    for location, path in (("mh_adapter", "attention.output"), ("output_adapter", "output"))
+)  # one layer makes y, and sums and norms it
 ROWS: dict[str, tuple[Row, ...]] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -129,10 +124,10 @@ def places(model: nn.Module, locations: set[str], reads: str) -> list[tuple[int,
     if kind not in ROWS:
         raise ModgraftError(f"bottlenecks are read in {', '.join(ROWS)}, not in a {kind}")
     found = []
-    for path, module in model.named_modules():
+    for path, _ in model.named_modules():
         path = path.removeprefix(prefix(model))
         for row, number in _rows(kind, path):
-            if row.location not in locations or not _has(module, row.output):
+            if row.location not in locations:
                 continue
             own = getattr(row, reads)
             if not own:
@@ -184,18 +179,11 @@ def _rows(kind: str, path: str) -> Iterator[tuple[Row, int]]:
             yield row, int(found[1])
 
 
-def _has(block: nn.Module, path: str) -> bool:
-    try:
-        block.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
 def layer_number(model: nn.Module, path: str) -> int:
     """Return the number of the layer that a path is in; a decoder's come after its encoder's."""
     path = path.removeprefix(prefix(model))
     number = int(re.findall(r"\d+", path)[0])
-    both = path.startswith("decoder.") and _has(model, f"{prefix(model)}encoder")
-    config: object = model.config
-    return number + (config.num_hidden_layers if both else 0)  # type: ignore[attr-defined]
+    base = model.get_submodule(prefix(model).removesuffix("."))
+    both = path.startswith("decoder.") and "encoder" in base._modules
+    config: Any = model.config
+    return number + (config.num_hidden_layers if both else 0)
