@@ -46,9 +46,9 @@ gpu: $(STAMP)  ## on a GPU: the contract suite, a step and decoding in bf16 and 
 zoo: $(STAMP)  ## try every kind of module on 180 small hosts, and print what holds (half an hour)
 	PYTHONPATH=tests $(BIN)/python -m zoo --jobs $(JOBS) $(ARGS)
 
-damage: $(STAMP)  ## kill 200 saves, pulls, fetches and pushes, and load 20,000 damaged files (twelve minutes)
+damage: $(STAMP)  ## kill 200 saves, pulls, fetches, pushes and merges, load 20,000 damaged files (a quarter of an hour)
 	KILLS=200 MUTATIONS=20000 $(BIN)/python -m pytest -s tests/store/test_kills.py tests/store/test_hub_kills.py \
-	  tests/store/test_mutated.py
+	  tests/store/merging/test_checkpoints.py::test_a_killed_merge_is_whole_or_not_there tests/store/test_mutated.py
 
 check: $(STAMP)  ## formatting, lint, types and the rooms' imports
 	$(BIN)/ruff format --check .

@@ -56,6 +56,8 @@ from .routing.mixture import Mixture as Mixture
 from .routing.zero_shot import Arrow as Arrow
 from .routing.zero_shot import Phatgoose as Phatgoose
 from .routing.zero_shot import Similarity as Similarity
+from .store.hub.hub import Hub as Hub
+from .store.hub.lock import lock as lock
 from .store.merging.modules import merge as merge
 from .training.multitask import Tasks as Tasks
 from .training.procedures.continual import Continual as Continual

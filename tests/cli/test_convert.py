@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 
 import modgraft as mg
 from modgraft.cli.app import app
+from modgraft.store.folder import native
+from modgraft.store.verify import verify
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -97,3 +100,123 @@ def test_bad_input(model: Path, tmp_path: Path, words: list[str], why: str) -> N
     assert said.exit_code != 0
     assert why in str(said.exception)
     assert not (tmp_path / "out").exists()
+
+
+ABOUT: dict[str, Any] = {
+    "metrics": {"f1": 0.75, "em": 0.5}, "licence": "apache-2.0", "description": "Answers questions",
+    "task": "question-answering", "data": "SQuAD", "command": "make qa", "base_model": "me/model",
+    "provenance": {"from": "a run"},
+}  # fmt: skip
+
+
+def about(folder: Path) -> dict[str, Any]:
+    card = native(folder).card
+    return {field: getattr(card, field) for field in ABOUT}
+
+
+def test_what_is_known_goes_along(model: Path, tmp_path: Path) -> None:
+    host = host_of(model)
+    host.implant("qa", mg.LoRA(rank=2), at="query")
+    host.save("qa", tmp_path / "ours", **ABOUT)
+    given = ["--host", model]
+    assert run(tmp_path / "ours", tmp_path / "copy", *given, "--name", "squad").exit_code == 0
+    assert about(tmp_path / "copy") == ABOUT
+    assert native(tmp_path / "copy").card.names == ["squad"]
+    for to in ("peft", "adapterhub"):
+        theirs, again = tmp_path / to, tmp_path / f"{to}-again"
+        assert run(tmp_path / "ours", theirs, "--to", to, *given).exit_code == 0
+        page = (theirs / "README.md").read_text("utf-8")
+        assert all(word in page for word in ("apache-2.0", "Answers questions", "| f1 | 0.75 |"))
+        done = run(theirs, again, *given, "--name", "squad", "--json")
+        assert done.exit_code == 0, done.output
+        assert [each["name"] for each in json.loads(done.stdout)["modules"]] == ["squad"]
+        fields = ("metrics", "licence", "task", "base_model")
+        assert {f: about(again)[f] for f in fields} == {f: ABOUT[f] for f in fields}
+        assert (again / "README.md").read_text("utf-8") == page  # somebody's own, with the rest
+        assert verify(again).problems == []
+
+
+def test_one_module_stays_one_and_several_their_composition(model: Path, tmp_path: Path) -> None:
+    host = host_of(model)
+    host.implant("qa", mg.LoRA(rank=2), at="query")
+    host.implant("b", mg.LoRA(rank=2), at="value")
+    host.use("0.5*qa + b")
+    host.save("qa", tmp_path / "one")
+    host.save(["qa", "b"], tmp_path / "two")
+    host.save("qa", tmp_path / "theirs", format="peft")
+    for folder, together in (("one", False), ("theirs", False), ("two", True)):
+        done = run(tmp_path / folder, tmp_path / f"{folder}-new", "--host", model)
+        assert done.exit_code == 0, done.output
+        assert native(tmp_path / f"{folder}-new").card.together == together
+    assert native(tmp_path / "two-new").card.composition == "0.5*qa + b"
+    said = run(tmp_path / "two", tmp_path / "x", "--host", model, "--name", "squad")
+    assert "holds qa, b, which --name 'squad' cannot all be called" in str(said.exception)
+
+
+def test_a_readme_that_cannot_be_read_is_said(model: Path, tmp_path: Path) -> None:
+    host = host_of(model)
+    host.implant("qa", mg.LoRA(rank=2), at="query")
+    folder = host.save("qa", tmp_path / "theirs", format="peft")
+    for number, page in enumerate(("---\n- a\n---\n", "---\na: [\n---\n", "---\n3\n---\n")):
+        (folder / "README.md").write_text(page)
+        done = run(folder, tmp_path / f"{number}", "--host", model)
+        assert done.exit_code == 0, done.output
+        assert "its head cannot be read" in done.stderr
+        assert (tmp_path / f"{number}" / "README.md").read_text() == page
+    (folder / "README.md").write_text("no head")
+    assert run(folder, tmp_path / "plain", "--host", model).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--class", "set_seed"], "config is a BertConfig, and set_seed makes no models of it"),
+        (["--class", "BertConfig"], "BertConfig makes no models|BertConfig makes models"),
+        (["--class", "Trainer"], "Trainer makes no models of it"),
+        (["--class", "GPT2LMHeadModel"], "GPT2LMHeadModel makes models of a GPT2Config"),
+        (["--class", "AutoModelForSpeechSeq2Seq"], "makes no models of it"),
+        (["--set", "num_labels=many"], "See whether --set num_labels=many is right"),
+        (["--set", "hidden_size=20"], "See whether --set hidden_size=20 is right"),
+        (["--set", "num_hidden_layers=null"], "See whether --set num_hidden_layers=None is right"),
+        (["--set", "num_lables=3"], "a BertConfig has no num_lables"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_classes_and_settings_that_cannot_be(
+    model: Path, tmp_path: Path, words: list[str], why: str
+) -> None:
+    host = host_of(model)
+    host.implant("qa", mg.LoRA(rank=2), at="query")
+    host.save("qa", tmp_path / "ours")
+    said = run(tmp_path / "ours", tmp_path / "out", "--host", model, *words)
+    assert isinstance(said.exception, mg.ModgraftError), said.exception
+    assert re.search(why, str(said.exception)), said.exception
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_auto_class_is_one_of_models(model: Path, tmp_path: Path) -> None:
+    host = host_of(model)
+    host.implant("qa", mg.LoRA(rank=2), at="query")
+    host.save("qa", tmp_path / "ours")
+    words = ["--host", model, "--class", "AutoModelForMaskedLM"]
+    assert run(tmp_path / "ours", tmp_path / "out", *words).exit_code == 0
+
+
+def test_a_host_of_other_weights_is_refused_in_the_commands_words(
+    model: Path, tmp_path: Path
+) -> None:
+    host = host_of(model)
+    host.implant("qa", mg.LoRA(rank=2), at="query")
+    host.save("qa", tmp_path / "ours")
+    torch.manual_seed(1)
+    BertForMaskedLM(BertConfig(**SHAPE)).save_pretrained(model)
+    said = run(tmp_path / "ours", tmp_path / "out", "--host", model)
+    assert str(said.exception).endswith("or say --no-strict to try it all the same")
+    assert run(tmp_path / "ours", tmp_path / "out", "--host", model, "--no-strict").exit_code == 0
+    for command in (["diff"], ["merge", "--out", str(tmp_path / "merged")]):
+        words = [*command, str(tmp_path / "ours"), str(tmp_path / "ours"), "--base", str(model)]
+        said = CliRunner().invoke(app, words)
+        assert str(said.exception).endswith("or say --no-strict to try it all the same")
+        assert CliRunner().invoke(app, [*words, "--no-strict"]).exit_code == 0
+    with pytest.raises(mg.ModgraftError, match="or say strict=False to try it all the same"):
+        host_of(model).load(tmp_path / "ours")

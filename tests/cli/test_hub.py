@@ -42,11 +42,10 @@ def test_a_modules_way() -> None:
     assert said("push", "modules/qa") == {"address": "hub:qa@1", "sha256": sha}
     saved(Path("plain"), 2.0, metrics={"f1": 0.9})
     assert run("push", "plain", "qa").startswith("hub:qa@2  ")
-    assert run("push", "modules/qa", "hub:qa", "--tag", "paper").startswith("hub:qa@paper  ")
+    assert run("push", "modules/qa", "hub:qa", "--tag", "paper").startswith("hub:qa@1  ")
 
     rows = run("list")
     assert [line.split()[0] for line in rows.splitlines() if "@" in line] == [
-        "qa@paper",
         "qa@1",
         "qa@2",
     ]
@@ -76,7 +75,7 @@ def test_a_modules_way() -> None:
     assert "Remove hub:squad@1" in run("remove", "squad@1", answer="n\n", code=1)
     assert "would be removed: hub:squad@1" in run("remove", "squad@1", "--dry-run")
     assert "removed: hub:squad@1" in run("remove", "squad@1", answer="y\n")
-    assert "hub:squad@paper, hub:squad@2" in run("remove", "squad", "--yes")
+    assert "hub:squad@2" in run("remove", "squad", "--yes")
     assert said("list") == []
 
 
@@ -163,3 +162,46 @@ def test_help_shows_examples() -> None:
     )
     for command in commands:
         assert f"modgraft hub {command}" in run(command, "--help")
+
+
+def test_what_a_tag_names_and_what_is_broken(tmp_path: Path) -> None:
+    saved(Path("qa"), 1.0)
+    run("push", "qa", "--tag", "paper")
+    run("push", str(saved(Path("b"), 2.0)))
+    assert "qa@1 @paper" in run("list")
+    assert said("list")[0]["tags"] == ["paper"]
+    assert [row["address"] for row in said("list", "qa@paper")] == ["hub:qa@1"]
+    assert said("show", "qa@paper")["address"] == "hub:qa@1"
+    (tmp_path / "hub/qa/2/module.safetensors").write_bytes(b"cut")
+    result = CliRunner().invoke(app, ["hub", "list"])
+    assert (result.exit_code, "qa@1" in result.stdout) == (0, True)
+    assert result.stderr == "broken: hub:qa@2; `modgraft hub verify` says why\n"
+
+
+def test_a_lock_of_another_hub(tmp_path: Path) -> None:
+    run("push", str(saved(Path("mine"), 1.0)))
+    run("push", str(saved(Path("theirs"), 2.0)), "--hub", "team")
+    assert said("lock", "qa", "in/mix.json", "--hub", "team")["hub"] == "../team"
+    run("pull", "--lock", "in/mix.json", "all")
+    assert verify(Path("all/qa")).hash == verify(Path("theirs")).hash
+    with pytest.raises(mg.ModgraftError, match="'qa' is locked to hub:qa@1 with hash"):
+        run("pull", "--lock", "in/mix.json", "all", "--hub", "hub")
+    saved(Path("theirs"), 3.0)
+    run("push", "theirs", "--hub", "team")
+    assert "qa: hub:qa@1 → hub:qa@2" in run("update", "in/mix.json")
+
+
+def test_options_that_would_do_nothing_are_refused() -> None:
+    saved(Path("qa"), 1.0)
+    run("push", "qa", "hf:me/qa", "--tag", "paper", code=2)
+    run("push", "qa", "hf:me/qa", "--hub", "team", code=2)
+    run("push", "qa", "--private", code=2)
+    assert run("push", "qa", "hf:me/qa", "--dry-run").startswith("would be hf:me/qa")
+
+
+def test_addresses_are_verified_too(tmp_path: Path) -> None:
+    saved(Path("qa"), 1.0)
+    url = f"memory://{tmp_path.name}/other"
+    run("push", "qa", "--hub", url)
+    assert run("verify", f"{url}/qa/1") == f"{url}/qa/1: whole\n"
+    assert run("verify", "qa", "--hub", url) == "hub:qa@1: whole\n"

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
 import modgraft as mg
 from common import fnet, lines
 from contract.hosts import HOSTS, QV
+from contract.modules import MODULES, implanted
 from modgraft.cli.app import app
 from modgraft.core.errors import DataError, SiteError
 from modgraft.host.describe import lora_cost
@@ -140,3 +142,50 @@ def test_meta_models_take_no_memory(tmp_path: Path) -> None:
     assert {p.device for p in read_model(str(saved(tmp_path))).parameters()} == {
         torch.device("meta")
     }
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_inspect_tries_what_it_says_to_fit(tmp_path: Path, weights: bool) -> None:
+    """A head of another size, a layer that is not there: a line of the table, in any format."""
+    shape = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+
+    def model(labels: int, layers: int = 2) -> Path:
+        config = BertConfig(**shape, num_labels=labels, num_hidden_layers=layers)
+        torch.manual_seed(0)
+        BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    host = mg.Host(BertForSequenceClassification.from_pretrained(model(3)))
+    host.implant("c", mg.LoRA(rank=2), at="query")
+    modules = []
+    with host.training_only(["c", "host.classifier"]):
+        for form in ("peft", "modgraft"):
+            modules += ["--modules", host.save("c", tmp_path / form, format=form)]
+    flags = ["--weights"] * weights
+
+    def fits(folder: Path) -> list[bool]:
+        report = json.loads(run(folder, *modules, *flags, "--json"))
+        return [each["fits"] for each in report["modules"]]
+
+    assert fits(model(3)) == [True, True]
+    assert fits(model(2)) == fits(model(3, layers=1)) == [False, False]
+    text = run(model(2), *modules, *flags)
+    assert "classifier.bias, which is [3] in the folder and is [2] in this host" in text
+    text = run(model(3, layers=1), *modules, *flags)
+    assert "no: base_model.model.bert.encoder.layer.1" in text
+    assert "no: 1 of its sites are not here" in text
+    (tmp_path / "peft" / "adapter_config.json").write_text("{")
+    assert "no: " in run(model(3), *modules, *flags)
+
+
+def test_inspect_says_nothing_false_of_modules_that_need_values(tmp_path: Path) -> None:
+    """Without weights a model is only shapes, which some modules ask for values."""
+    folder = saved(tmp_path)
+    modules = []
+    for name in ("lora", "sparse", "subnetwork", "gated_fusion", "prefix", "mixture"):
+        if name in MODULES and "bert" not in MODULES[name].refused:
+            host = implanted(HOSTS["bert"], MODULES[name])
+            modules += ["--modules", host.save("m", tmp_path / name)]
+    report = json.loads(run(folder, *modules, "--json"))
+    assert len(report["modules"]) >= 4
+    assert all(each["fits"] for each in report["modules"])

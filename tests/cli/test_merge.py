@@ -104,7 +104,7 @@ def test_what_cannot_be_merged_is_said(tmp_path: Path) -> None:
         ([*folders, "--base", base, "--rank", "99"], "so the rank is 1 to 16"),
         ([*folders, "--base", tmp_path], "no config.json here"),
         ([base, "--rank", "2"], "--rank and --into-model are of modules"),
-        ([base, "--method", "ties"], "--base on the command line"),
+        ([base, "--method", "ties"], "name that one: --base"),
         ([base, "--method", "greedy_soup"], "asks a function of yours"),
     ]
     for args, said in cases:

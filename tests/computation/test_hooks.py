@@ -1,6 +1,7 @@
 """Hooks of torch on a module at a site: empty dictionaries of them are made when asked for."""
 
 import copy
+import pickle
 from collections import OrderedDict
 
 import pytest
@@ -13,7 +14,7 @@ import modgraft as mg
 @pytest.fixture
 def place() -> nn.Module:
     host = mg.Host(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
-    host.implant("qa", mg.Adapter(reduction=2), at="0")
+    host.implant("qa", mg.Rescale(), at="0")
     return host["qa"].places[0]
 
 
@@ -41,22 +42,19 @@ def test_two_modules_have_hooks_of_their_own(place):
 
 def test_every_hook_runs(place):
     seen = []
-    place.register_forward_pre_hook(lambda m, args: seen.append("before"))
-    place.register_forward_hook(lambda m, args, out: seen.append("after"))
-    place.register_full_backward_hook(lambda m, gin, gout: seen.append("backward"))
     place.register_state_dict_pre_hook(lambda m, prefix, keep: seen.append("saving"))
+    place.register_load_state_dict_pre_hook(lambda m, *args: seen.append("loading"))
     place.register_load_state_dict_post_hook(lambda m, keys: seen.append("loaded"))
-    x = torch.randn(3, 4, requires_grad=True)
-    place(x, x, None).sum().backward()
     place.load_state_dict(place.state_dict())
-    assert seen == ["before", "after", "backward", "saving", "loaded"]
+    assert seen == ["saving", "loading", "loaded"]
 
 
-def test_a_copy_keeps_its_hooks(place):
-    place.register_forward_hook(lambda module, args, out: out + 1)
-    again, x = copy.deepcopy(place), torch.randn(3, 4)
-    assert torch.equal(again(x, x, None), place(x, x, None))
-    assert len(again._forward_hooks) == 1
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_keeps_its_hooks(place, copied):
+    place.register_forward_hook(print)
+    again = copied(place)
+    assert list(again._forward_hooks.values()) == [print]
+    assert again._backward_hooks == OrderedDict()
 
 
 def test_a_buffer_may_come_later(place):

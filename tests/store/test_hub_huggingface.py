@@ -116,7 +116,7 @@ def test_what_is_not_there_is_said(server: Server, tmp_path: Path) -> None:
 
 def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match="not in the cache, and the Hugging Face Hub cannot be"):
+    with pytest.raises(DataError, match="cannot be reached, and not all of it is in the cache"):
         find("hf:me/qa")
     with pytest.raises(mg.ModgraftError, match=r"hf:me/qa.* cannot be used"):
         huggingface.push(saved(tmp_path / "qa"), Place.read("hf:me/qa"), "qa", private=False)
@@ -150,3 +150,65 @@ def test_a_module_is_uploaded(
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(mg.ModgraftError, match="write hf:USER/REPO"):
         find(address)
+
+
+def test_half_of_a_module_is_no_module_offline(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A fetch that was killed leaves a snapshot of some of the files."""
+    host = small_host()
+    host.implant("qa", mg.LoRA(rank=2), at="0")
+    server.commit("me/qa.v1", files_of(host.save("qa", tmp_path / "peft", format="peft")))
+    snapshot = huggingface.fetch(Place.read("hf:me/qa.v1"))[0]
+    (snapshot / "adapter_config.json").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="and not all of it is in the cache"):
+        find("hf:me/qa.v1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert small_host().load("hf:me/qa.v1").name == "qa_v1"
+
+
+def test_what_was_damaged_in_the_cache_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    server.commit("me/qa", files_of(saved(tmp_path / "one", 3.0)))
+    blob = (find("hf:me/qa").folder / "module.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\1")
+    host = small_host()
+    host.load("hf:me/qa")
+    assert fill_of(host, "qa") == 3.0
+
+
+def test_a_revision_with_a_slash(server: Server, tmp_path: Path) -> None:
+    commit = server.commit("me/qa", files_of(saved(tmp_path / "one", 3.0)))
+    assert find(f"hf:me/qa@{commit}").address == f"hf:me/qa@{commit}"
+    for address in ("hf:me/qa@refs%2Fpr%2F1", "hf:me/qa@refs/pr/1"):
+        with pytest.raises(DataError, match="a slash in one is written %2F"):
+            find(address)
+    assert any("/revision/refs/pr/1" in each for each in server.asked)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>'")
+def test_another_tools_folder_is_not_mixed_with_what_is_there(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files would be behind ``module.safetensors``, and another module be loaded than sent."""
+    monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
+    host = small_host()
+    host.implant("qa", mg.LoRA(rank=2), at="0")
+    folder = host.save("qa", tmp_path / "peft", format="peft")
+    server.commit("me/qa", files_of(saved(tmp_path / "one", 3.0)))
+    commits = len(server.repos["me/qa"])
+    with pytest.raises(CheckpointError, match=r"has module\.safetensors already"):
+        huggingface.push(folder, Place.read("hf:me/qa"), "peft", private=False)
+    assert len(server.repos["me/qa"]) == commits
+    address = huggingface.push(folder, Place.read("hf:me/qa@main/peft"), "peft", private=False)
+    assert find(address).sha256 == find(str(folder)).sha256
+    again = huggingface.push(folder, Place.read("hf:me/qa@main/peft"), "peft", private=False)
+    assert find(again).sha256 == find(str(folder)).sha256
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "qa")
+    (folder / "module.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid")
+    for call in (lambda: small_host().load(folder), lambda: find(str(folder))):
+        with pytest.raises(CheckpointError, match="git-lfs's pointer to the file: `git lfs pull`"):
+            call()

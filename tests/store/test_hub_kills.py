@@ -1,4 +1,4 @@
-"""A pull, a fetch or a push that is killed leaves what was there or what is new, whole.
+"""A pull, a fetch, a push or a merge that is killed leaves the old or the new, whole.
 
 ``KILLS`` says how many are killed of each, at random moments.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from modgraft.store.folder import native
 from modgraft.store.hub.address import find, pull
 from modgraft.store.hub.hub import Hub
 from modgraft.store.hub.remote import cache
@@ -30,9 +31,11 @@ KILLS = int(os.environ.get("KILLS", "20"))
 CODE = """
 import os, shutil, sys
 from pathlib import Path
+import modgraft as mg
 from modgraft.store.hub.address import find, pull
 from modgraft.store.hub.hub import Hub
 from modgraft.store.hub.remote import cache
+from store.hub_cases import small_host
 at = Path(sys.argv[2])
 def pulls():
     for version in (1, 2) if os.getpid() % 2 else (2, 1):
@@ -41,6 +44,14 @@ def fetches():
     for n in (1, 2):
         shutil.rmtree(find((at / str(n)).as_uri()).folder)
         find((at / str(n)).as_uri())
+host = small_host()
+for name in "ab":
+    host.load(at / "1", name)
+def merges():
+    for weight in (1.0, 3.0):
+        mg.merge(host, ["a", "b"], "m", "arithmetic", weights=[weight, weight])
+        host.save("m", at / "pulled", metrics={"weight": weight})
+        host.remove("m")
 def pushes():
     for tag in ("a", "b"):
         Hub().push(at / "1", "k", tag)
@@ -55,7 +66,7 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("what", ["pulls", "fetches", "pushes"])
+@pytest.mark.parametrize("what", ["pulls", "fetches", "pushes", "merges"])
 def test_kills_at_random_moments(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,10 +95,18 @@ def test_kills_at_random_moments(
         assert set(there.values()) == {""}, there
         return ", ".join(there)
 
-    look: Callable[[], str] = {"pulls": pulled, "fetches": fetched, "pushes": pushed}[what]
+    def merged() -> str:
+        found = verify(tmp_path / "pulled")
+        assert found.whole, found.problems
+        return f"merged with {native(tmp_path / 'pulled').card.metrics}"
+
+    look: Callable[[], str] = {
+        "pulls": pulled, "fetches": fetched, "pushes": pushed, "merges": merged,
+    }[what]  # fmt: skip
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), *sys.path]))
     seen, draw = Counter[str](), random.Random(0)
     process = subprocess.Popen(
-        [sys.executable, "-c", CODE, what, str(tmp_path)],
+        [sys.executable, "-c", CODE, what, str(tmp_path)], env=os.environ | {"PYTHONPATH": paths},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdin

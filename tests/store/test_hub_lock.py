@@ -152,3 +152,55 @@ def test_a_pulled_folder_is_updated(hub: Hub, tmp_path: Path) -> None:
     assert [(u.old, u.new) for u in update(folder)] == [("hub:qa@2", "hub:qa@2")]
     with pytest.raises(UnknownNameError, match="is not on the hub"):
         update(saved(tmp_path / "x", 8.0))
+
+
+@pytest.mark.parametrize("where", ["folder", "relative", "memory"])
+def test_a_lock_of_another_hub_names_it(
+    where: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Your own hub has modules of the same names, which are others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    address = {"folder": str(tmp_path / "team"), "relative": "team"}.get(
+        where, f"memory://{tmp_path.name}/team"
+    )
+    team = mg.Hub(address)
+    team.push(saved(tmp_path / "theirs", 8.0))
+    made = mg.lock("qa", base="here", hub=team)
+    made.write("here/mix.json")
+    assert made.hub == {"relative": "../team"}.get(where, address)
+    host = small_host()
+    host.load("here/mix.json")
+    assert fill_of(host, "qa") == 8.0
+    assert [(u.old, u.new) for u in update("here/mix.json")] == [("hub:qa@1",) * 2]
+    team.push(saved(tmp_path / "newer", 9.0))
+    assert [(u.old, u.new) for u in update("here/mix.json")] == [("hub:qa@1", "hub:qa@2")]
+    assert Lock.read("here/mix.json").hub == made.hub
+    assert fill_of_lock("here/mix.json") == 9.0
+    own = mg.lock("qa", base=tmp_path, hub=hub)
+    own.write("own.json")
+    assert own.hub is None  # your own is not named
+    assert fill_of_lock("own.json") == 2.0
+
+
+def fill_of_lock(path: str) -> float:
+    host = small_host()
+    host.load(path)
+    return fill_of(host, "qa")
+
+
+def test_addresses_are_paths_or_texts(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1").rename("hub:qa")
+    made = lock("qa", {"qa": Path("hub:qa")}, tmp_path)
+    assert made.modules[0].address == "./hub:qa"
+    made.write("mix.json")
+    assert fill_of_lock("mix.json") == 1.0
+    host = small_host()
+    host.load("hub:qa")
+    assert str(lock(host.composition, {}, tmp_path).composition) == "qa"  # type: ignore[arg-type]
+    for wrong in (3, b"qa", None):
+        with pytest.raises(mg.ModgraftError, match="a module's address takes the path"):
+            lock("qa", {"qa": wrong}, tmp_path)  # type: ignore[dict-item]

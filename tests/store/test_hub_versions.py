@@ -7,14 +7,19 @@ import os
 import subprocess
 import sys
 import uuid
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, UnknownNameError
-from modgraft.store.hub.hub import INDEX, Hub
+from modgraft.store.hub.given import Given
+from modgraft.store.hub.hub import Hub
+from modgraft.store.hub.index import GIVEN, INDEX
+from modgraft.store.hub.search import Listed
 from modgraft.store.verify import verify
 from store.hub_cases import fill_of, saved, small_host
 
@@ -39,13 +44,15 @@ def test_versions_are_numbered_and_never_change(hub: Hub, tmp_path: Path) -> Non
     assert addresses(hub) == ["hub:qa@1"]
     assert hub.push(two).address == "hub:qa@2"
     assert hub.push(one).address == "hub:qa@1"  # it is there
-    assert hub.push(two, "other", "paper").address == "hub:other@paper"
-    assert hub.push(one, version="paper").address == "hub:qa@paper"
+    assert hub.push(two, "other", "paper").address == "hub:other@1"
+    assert hub.push(one, tag="paper").address == "hub:qa@1"
+    assert hub.push(one, tag="paper").tags == ("paper",)
     with pytest.raises(mg.ModgraftError, match=r"qa@paper is on the hub with another hash"):
-        hub.push(two, version="paper")
-    assert addresses(hub) == ["hub:other@paper", "hub:qa@paper", "hub:qa@1", "hub:qa@2"]
+        hub.push(two, tag="paper")
+    assert addresses(hub) == ["hub:other@1", "hub:qa@1", "hub:qa@2"]
     assert hub.find("qa") == hub.find("qa@2")
     assert hub.find("other") == hub.find("hub:other@paper")
+    assert hub.find("qa@paper") == hub.find("qa@1")
     assert hub.find("qa@1").card.sha256 == verify(one).hash
     assert hub.verify() == dict.fromkeys(addresses(hub), "")
 
@@ -79,12 +86,12 @@ def test_names_that_are_paths_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(mg.ModgraftError, match="cannot be a module's name"):
         hub.push(folder, name)
     with pytest.raises(mg.ModgraftError, match="cannot be a module's tag"):
-        hub.push(folder, version=name)
+        hub.push(folder, tag=name)
     hub.push(folder)
     with pytest.raises(mg.ModgraftError, match="cannot be a module's name"):
         hub.rename("qa", name)
     with pytest.raises(mg.ModgraftError, match="is a number, which the hub gives"):
-        hub.push(folder, version="7")
+        hub.push(folder, tag="7")
     assert addresses(hub) == ["hub:qa@1"]
 
 
@@ -99,9 +106,9 @@ def test_remove_and_rename(hub: Hub, tmp_path: Path) -> None:
     assert hub.push(one, "new").address == "hub:new@3"
     assert hub.remove("new") == ["hub:new@2", "hub:new@3"]
     assert addresses(hub) == ["hub:qab@1"]
-    assert hub.push(two, "new").address == "hub:new@1"
+    assert hub.push(two, "new").address == "hub:new@4"
     if hub.folder:
-        assert {p.name for p in hub.folder.iterdir()} == {INDEX, "new", "qab"}
+        assert {p.name for p in hub.folder.iterdir()} == {GIVEN, INDEX, "new", "qab"}
 
 
 def test_the_index_is_made_from_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +119,7 @@ def test_the_index_is_made_from_the_files(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(said) == ["qa@1"]
 
     opened = []
-    monkeypatch.setattr("modgraft.store.hub.hub.card_there", lambda *a: opened.append(a))
+    monkeypatch.setattr("modgraft.store.hub.index.card_there", lambda *a: opened.append(a))
     assert [row.card.metrics for row in hub.listed()] == [{"f1": 0.5}]
     assert opened == []  # a search opens no files
     monkeypatch.undo()
@@ -121,7 +128,7 @@ def test_the_index_is_made_from_the_files(tmp_path: Path, monkeypatch: pytest.Mo
         "",
         "[]",
         '{"qa@1": 3}',
-        '{"qa@1": {"stamp": "", "card": "{}"}}',
+        '{"qa@1": {"stamp": "", "text": "{}"}}',
         '{"qb@1": {}}',
     ):
         index.write_text(damaged)
@@ -170,7 +177,7 @@ def test_broken_versions_are_said_and_can_be_removed(
         small_host().load("hub:qa@1")
     with pytest.raises(CheckpointError, match="it was changed"):
         hub.push(tmp_path / "hub/qa/1", "copy")
-    assert hub.push(saved(tmp_path / "4", 4.0)).address == "hub:qa@4"  # 3 was given once
+    assert hub.push(saved(tmp_path / "4", 4.0)).address == "hub:qa@4"
     assert hub.remove("qa@3") == ["hub:qa@3"]
     assert "hub:qa@3" not in hub.verify()
 
@@ -243,3 +250,157 @@ def test_what_is_no_file_does_not_hang_a_hub(tmp_path: Path) -> None:
     hub = Hub(tmp_path / "hub")
     assert "is no plain file" in hub.verify()["hub:qa@1"]
     assert hub.listed() == []
+
+
+def test_the_newest_is_what_was_pushed_last_whatever_it_is_called(hub: Hub, tmp_path: Path) -> None:
+    folders = [saved(tmp_path / f"{n}", float(n)) for n in (1, 2, 3)]
+    hub.push(folders[0]), hub.push(folders[1])
+    assert hub.push(folders[2], tag="paper").address == "hub:qa@3"
+    assert hub.find("qa").tags == ("paper",)
+    hub.push(folders[0], tag="first")
+    assert hub.find("qa").address == "hub:qa@3"
+    host = small_host()
+    host.load("hub:qa")
+    host.load("hub:qa@first", "first")
+    assert (fill_of(host, "qa"), fill_of(host, "first")) == (3.0, 1.0)
+    with pytest.raises(UnknownNameError, match=r"no version 'x'.*there are 1, 2, 3, first, paper"):
+        hub.find("qa@x")
+    assert [row.address for row in hub.listed("qa@first")] == ["hub:qa@1"]
+
+
+def test_a_number_is_given_once(hub: Hub, tmp_path: Path) -> None:
+    one, two = saved(tmp_path / "1", 1.0), saved(tmp_path / "2", 2.0)
+    hub.push(one, tag="paper")
+    assert hub.remove("qa@paper") == ["hub:qa@1"]
+    assert hub.listed() == []
+    with pytest.raises(UnknownNameError):
+        hub.find("qa")
+    assert hub.push(two, tag="paper").address == "hub:qa@2"  # a tag is chosen, and free again
+    with pytest.raises(UnknownNameError, match=r"no version '1' .* any more: it was removed"):
+        hub.find("qa@1")
+    hub.rename("qa", "squad")
+    assert hub.push(one).address == "hub:qa@3"
+    assert hub.find("squad@paper").address == "hub:squad@2"
+    with pytest.raises(UnknownNameError):
+        hub.find("qa@paper")
+    hub.remove("qa")
+    hub.rename("squad", "qa")  # back again: its numbers are its own
+    assert addresses(hub) == ["hub:qa@2"]
+    assert hub.push(one).address == "hub:qa@4"
+    assert hub.push(two, "squad").address == "hub:squad@3"
+    hub.push(two, "style")  # style@1 is another one than squad@1 was
+    hub.remove("squad")
+    with pytest.raises(mg.ModgraftError, match="squad@1 was another module once"):
+        hub.rename("style", "squad")
+    assert addresses(hub) == ["hub:qa@2", "hub:qa@4", "hub:style@1"]
+
+
+def test_two_pushes_at_one_moment_get_two_numbers(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another push has the number between a push's look at the hub and its own."""
+    one, two = saved(tmp_path / "1", 1.0), saved(tmp_path / "2", 2.0)
+    number = Given.number
+
+    def late(self: Given, name: str, least: int, sha: str) -> str:
+        monkeypatch.setattr(Given, "number", number)
+        monkeypatch.setattr("modgraft.store.hub.hub.locked", lambda *_, **__: nullcontext())
+        assert Hub().push(two, tag="paper").address == "hub:qa@1"
+        return self.number(name, least, sha)
+
+    monkeypatch.setattr(Given, "number", late)
+    with pytest.raises(mg.ModgraftError, match=r"qa@2 is there, but not as paper: .*to hub:qa@1"):
+        hub.push(one, tag="paper")
+    assert [row.card.sha256 for row in hub.listed()] == [verify(two).hash, verify(one).hash]
+    assert hub.find("qa@paper").address == "hub:qa@1"
+    assert set(hub.verify().values()) == {""}
+
+
+def test_what_a_protocol_cannot_hold_off_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("modgraft.store.hub.given.EXCLUSIVE", frozenset())
+    one, two = saved(tmp_path / "1", 1.0), saved(tmp_path / "2", 2.0)
+    hub = Hub(f"memory://{uuid.uuid4()}/hub")
+    hub.push(one)
+    assert "let one push at a time" in capsys.readouterr().err
+    before = Given.number
+
+    def same(self: Given, name: str, least: int, sha: str) -> str:
+        monkeypatch.setattr(Given, "number", before)
+        put = Hub._put
+
+        def late(self: Hub, file: Path, row: Listed) -> None:
+            monkeypatch.setattr(Hub, "_put", put)
+            put(self, file, row)
+            put(self, one / "module.safetensors", row)  # who pushed at the same moment
+
+        monkeypatch.setattr(Hub, "_put", late)
+        return self.number(name, least, sha)
+
+    monkeypatch.setattr(Given, "number", same)
+    with pytest.raises(mg.ModgraftError, match="somebody else pushed hub:qa@2 at the same moment"):
+        hub.push(two)
+
+
+@pytest.mark.parametrize("call", ["remove", "rename"])
+def test_what_is_gone_when_its_turn_comes_is_named(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(tmp_path / "hub")
+    hub.push(saved(tmp_path / "1"))
+    alone = Hub._alone
+
+    def late(self: Hub) -> Any:
+        monkeypatch.setattr(Hub, "_alone", alone)
+        Hub(tmp_path / "hub").rename("qa", "other")
+        return alone(self)
+
+    monkeypatch.setattr(Hub, "_alone", late)
+    with pytest.raises(UnknownNameError, match=r"no module on the hub .* is named 'qa'.*'other'"):
+        hub.remove("qa") if call == "remove" else hub.rename("qa", "new")
+    assert addresses(hub) == ["hub:other@1"]
+
+
+def test_names_that_differ_in_case_alone_are_refused(hub: Hub, tmp_path: Path) -> None:
+    one, two = saved(tmp_path / "1", 1.0), saved(tmp_path / "2", 2.0)
+    hub.push(one, tag="paper"), hub.push(one, "qa.v1")
+    for call in (
+        lambda: hub.push(two, "QA"),
+        lambda: hub.push(two, tag="Paper"),
+        lambda: hub.rename("qa", "QA.v1"),
+    ):
+        with pytest.raises(mg.ModgraftError, match="but for its case"):
+            call()
+    assert addresses(hub) == ["hub:qa@1", "hub:qa.v1@1"]
+    host = small_host()
+    host.load("hub:qa.v1@1")
+
+
+@pytest.mark.parametrize("where", ["hub", "hub/more"])
+def test_a_file_is_no_hub(where: str, tmp_path: Path) -> None:
+    (tmp_path / "hub").write_text("")
+    with pytest.raises(mg.ModgraftError, match=r"hub is a file, and no folder"):
+        Hub(tmp_path / where)
+    url = f"memory://{uuid.uuid4()}/hub"
+    fsspec.filesystem("memory").pipe_file(url, b"x")
+    with pytest.raises(mg.ModgraftError, match="is a file; a hub is a folder, or a URL of one"):
+        Hub(url).listed()
+    for wrong in ("", 3):
+        with pytest.raises(mg.ModgraftError):
+            Hub(wrong)  # type: ignore[arg-type]
+
+
+def test_a_broken_version_is_not_passed_over(hub: Hub, tmp_path: Path) -> None:
+    hub.push(saved(tmp_path / "1", 1.0)), hub.push(saved(tmp_path / "2", 2.0), tag="paper")
+    system, root = fsspec.core.url_to_fs(hub.address)
+    for path, why in ((f"{root}/qa/2", "cannot be read"), (f"{root}/qa/beta", "no version's")):
+        system.makedirs(path, exist_ok=True)
+        system.pipe_file(f"{path}/module.safetensors", b"12345678")
+        with pytest.raises(CheckpointError, match=why):
+            hub.find(path.rpartition("/hub/")[2].replace("/", "@"))
+    for name in ("qa", "qa@paper"):
+        with pytest.raises(CheckpointError, match="hub:qa@2: "):
+            hub.find(name)
+    assert hub.remove("qa@paper") == ["hub:qa@2"]
+    assert hub.find("qa").address == "hub:qa@1"

@@ -19,6 +19,7 @@ from modgraft.cli.log_check import check
 from modgraft.cli.log_serve import lsp, mcp, page
 from modgraft.cli.merge import merge
 from modgraft.cli.mmcot import mmcot
+from modgraft.cli.options import in_options
 from modgraft.cli.recipe import recipe
 
 app = typer.Typer(
@@ -30,10 +31,10 @@ app = typer.Typer(
 )
 app.add_typer(mmcot, name="mmcot")
 app.command("inspect")(inspect)
-app.command("convert")(convert)
+app.command("convert")(in_options(convert, format="to"))
 app.add_typer(hub, name="hub")
-app.command("merge")(merge)
-app.command("diff")(diff)
+app.command("merge")(in_options(merge))
+app.command("diff")(in_options(diff))
 app.command("recipe")(recipe)
 app.add_typer(log, name="log")
 app.command("ask")(ask)

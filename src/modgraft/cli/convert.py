@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modgraft.cli.inspect import read_model
-from modgraft.cli.options import any_setting
+from modgraft.cli.options import Strict, any_setting
+
+if TYPE_CHECKING:
+    from modgraft.store.card import Card
 
 
 def convert(
@@ -38,18 +41,17 @@ def convert(
             "--set", metavar="NAME=VALUE", help="A value of the model's config: num_labels=3."
         ),
     ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict/--no-strict", help="Refuse a model of other weights than it was trained in."
-        ),
-    ] = True,
+    name: Annotated[
+        str | None, typer.Option(help="What to call the module; left out, as it is called there.")
+    ] = None,
+    strict: Strict = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
 ) -> None:
     """Write a module in another format.
 
     The model is needed, since formats name its layers in their own ways. What the other format has
-    no place for is refused, and nothing is written then.
+    no place for is refused, and nothing is written then. Metrics, licence and description go along,
+    in the card or, of other tools, README.md.
 
     [bold]Examples[/bold]
 
@@ -62,18 +64,26 @@ def convert(
     """
     from modgraft.core.errors import ModgraftError
     from modgraft.host.host import Host
-    from modgraft.store.folder import stored
+    from modgraft.store.folder import FILE, stored
 
     if out.resolve() == folder.resolve():
         raise ModgraftError(f"{out} is what is read; write to another folder")
     model = host or named_host(folder)
     read = read_model(model, True, kind, dict(map(any_setting, settings or [])))
     made: Any = Host(read.eval())
-    made.load(folder, strict=strict)
+    source = stored(folder, read).card
+    made.load(folder, name, strict=strict)
     names = list(made.implants)
-    made.save(None, out, format=to)
+    one = len(source.names) == 1 and not source.together
+    own = (folder / FILE).exists()
+    about = _about(folder, source, own)
+    made.save(
+        (name or source.names[0]) if one else None, out, format=to,
+        **(about if to == "modgraft" else {}),
+    )  # fmt: skip
     written = stored(out, read)
     written.read()  # raises for what cannot be read again
+    _write_page(folder, out, written.card.described(about), own, to)
     modules = [
         {"name": saved.name, "method": saved.method(out).brief(), "sites": len(saved.sites)}
         for saved in written.card.modules
@@ -84,6 +94,41 @@ def convert(
         return
     for each in modules:
         typer.echo(f"{out}: {each['name']}, {each['method']} at {each['sites']} sites, as {to}")
+
+
+def _about(folder: Path, card: Card, own: bool) -> dict[str, Any]:
+    """Return what is known of the modules in a folder, which another tool says in README.md."""
+    from modgraft.core.errors import CheckpointError
+    from modgraft.store.card import ABOUT, Card
+    from modgraft.store.file import read_small
+    from modgraft.store.folder import README
+    from modgraft.store.readme import read_readme
+
+    page = folder / README
+    if not own:
+        try:
+            return read_readme(read_small(page).decode(errors="replace")) if page.exists() else {}
+        except CheckpointError as error:
+            typer.echo(f"{page}: {error}; what it says is not in the card", err=True)
+            return {}
+    nothing = Card(names=card.names, modules=card.modules)
+    said = {field: getattr(card, field) for field in ABOUT}
+    return {field: value for field, value in said.items() if value != getattr(nothing, field)}
+
+
+def _write_page(folder: Path, out: Path, card: Card, own: bool, to: str) -> None:
+    """Write README.md: somebody's own page is copied, and another tool's folder has one of ours."""
+    from modgraft.core.files import write_text
+    from modgraft.store.file import read_small
+    from modgraft.store.folder import README
+    from modgraft.store.readme import WRITTEN, readme
+
+    page, libraries = folder / README, {"peft": "peft", "adapterhub": "adapter-transformers"}
+    text = read_small(page).decode(errors="replace") if page.is_file() else ""
+    if text and not (own and WRITTEN in text):
+        write_text(out / README, text)
+    elif to in libraries:
+        write_text(out / README, readme(card, libraries[to]))
 
 
 def named_host(folder: Path) -> str:

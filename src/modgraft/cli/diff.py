@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from modgraft.cli.merge import kind_of, loaded, shown_progress
+from modgraft.cli.merge import host_of, kind_of, shown_progress
+from modgraft.cli.options import Strict
 from modgraft.core.files import writing
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def diff(
             "--ranks", help="Checkpoints: the rank of each difference too, which is slow."
         ),
     ] = False,
+    strict: Strict = True,
     every: Annotated[bool, typer.Option("--all", help="Show also what is equal.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file, a PNG or SVG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
@@ -48,7 +50,8 @@ def diff(
     """Show what differs between A and B: how much, in which direction, in how many directions.
 
     The norm of the difference is relative to A; the cosine is that of the angle between both. Of
-    modules, the changes of weights are compared, whatever makes them.
+    modules, the changes of weights are compared, whatever makes them, or of adapters and prompts
+    their own tensors; and the parts of the host, such as heads, that trained beside them.
 
     [bold]Examples[/bold]
 
@@ -58,14 +61,16 @@ def diff(
 
       modgraft diff ./before ./after --ranks --json
     """
-    from modgraft.store.merging.diff import compare_checkpoints, compare_modules
+    from modgraft.store.merging.diff import compare_checkpoints, compare_modules, compare_tensors
+    from modgraft.store.merging.folders import load_apart
 
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"--plot {plot}: a picture's name ends in .png, .svg or .pdf")
     kind = kind_of([one, other])
     if kind == "modules":
-        host, names = loaded([one, other], base)
-        rows = compare_modules(host, *names)
+        host, _ = host_of([one, other], base)
+        a, b = load_apart(host, [one, other], strict=strict)
+        rows = compare_modules(host, a.name, b.name) + compare_tensors(a.head, b.head)
     else:
         with shown_progress("comparing", as_json) as progress:
             rows = compare_checkpoints(one, other, base, ranks=ranks, progress=progress)

@@ -2,49 +2,60 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-if TYPE_CHECKING:
-    from modgraft.store.hub.address import Found
-    from modgraft.store.hub.hub import Hub
-    from modgraft.store.hub.search import Listed
+from modgraft.cli import hub_show
+from modgraft.cli.hub_options import (
+    Dry,
+    Json,
+    Where,
+    Yes,
+    as_address,
+    found,
+    opened,
+    say,
+)
 
 hub = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Modules with versions. NAME and NAME@VERSION are on your hub: the folder or URL of --hub "
-    "or $MODGRAFT_HUB, else ~/.local/share/modgraft/hub. An ADDRESS is one of these, "
-    "hf:USER/REPO@REVISION/FOLDER, a URL such as s3://bucket/qa, or a folder, as ./qa.",
+    help="""Share modules, with versions: in a folder, at a URL, on the Hugging Face Hub.
+
+    Your hub is a folder, $MODGRAFT_HUB or ~/.local/share/modgraft/hub; --hub names another one, or
+    a URL. It needs no server.
+
+      modgraft hub push modules/qa          adds what host.save wrote, as qa@1
+
+      modgraft hub list
+
+      modgraft hub pull qa ./qa             or, in Python, host.load("hub:qa")
+
+    An ADDRESS is NAME, NAME@VERSION or NAME@TAG on the hub; hf:USER/REPO@REVISION/FOLDER; a URL
+    such as s3://bucket/qa; or a folder, as ./qa.
+    """,
+    epilog="Exits with 0; with 1 where something is refused, missing or broken, and nothing is "
+    "changed then; with 2 for a command that cannot be read.",
 )
 
-Where = Annotated[
-    str | None, typer.Option("--hub", metavar="FOLDER|URL", help="Another hub than yours.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")]
-Dry = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-Address = Annotated[str, typer.Argument(metavar="ADDRESS")]
-Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]…", help="None: all.")]
+_MOVE, _LOOK, _CHANGE = "Move modules", "Look", "Change a hub"
 
 
-# -- moving modules ------------------------------------------------------------------------------
-
-
-@hub.command("push")
+@hub.command("push", rich_help_panel=_MOVE)
 def push(
-    address: Address,
+    address: Annotated[
+        str, typer.Argument(metavar="FOLDER|ADDRESS", help="What host.save wrote, or any module.")
+    ],
     to: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME|hf:USER/REPO]", help="None: the name it was saved with."),
+        typer.Argument(
+            metavar="NAME|hf:USER/REPO", help="None: on the hub, by the name it was saved with."
+        ),
     ] = None,
-    tag: Annotated[str, typer.Option(help="A version's name; none: the next number.")] = "",
+    tag: Annotated[str, typer.Option(help="What else to call this version: NAME@TAG.")] = "",
     private: Annotated[bool, typer.Option("--private", help="If hf: makes a repository.")] = False,
     where: Where = None,
     dry_run: Dry = False,
@@ -52,7 +63,7 @@ def push(
 ) -> None:
     """Add a module to a hub as a new version, or upload it to the Hugging Face Hub.
 
-    What is there already, by its hash, is not added again; no version is ever overwritten.
+    Versions are numbered. One whose hash is there already is not added again; none is ever changed.
 
     [bold]Examples[/bold]
 
@@ -62,31 +73,23 @@ def push(
 
       modgraft hub push modules/qa hf:me/qa-lora --private
     """
-    from modgraft.store.folder import FILE
-    from modgraft.store.hub import huggingface
-    from modgraft.store.hub.remote import check_file
+    from modgraft.store.hub import address as addresses
 
-    found, place = _found(address, where, local=True), _hub(where)
     if to is not None and to.startswith("hf:"):
-        repo = huggingface.Place.read(to)
-        if found.card is not None:
-            check_file(found.folder / FILE, found.sha256, found.address)
-        pushed = to
-        if not dry_run:
-            message = (
-                f"{', '.join(found.card.names) if found.card else 'Module'} {found.sha256[:12]}"
-            )
-            pushed = huggingface.push(found.folder, repo, message, private)
-    else:
-        name = (to or "").removeprefix("hub:")
-        pushed = place.push(found.folder, name, tag, dry_run=dry_run).address
-    _say({"address": pushed, "sha256": found.sha256}, as_json,
-         f"{'would be ' * dry_run}{pushed}  {found.sha256[:12]}")  # fmt: skip
+        if tag or where is not None:
+            raise typer.BadParameter(f"--tag and --hub are of a hub; write {to}@BRANCH")
+    elif private:
+        raise typer.BadParameter("--private is of hf:USER/REPO")
+    place = opened(where)
+    it = addresses.find(address if Path(address).is_dir() else as_address(address), hub=place)
+    pushed = addresses.push(it, to or "", place, tag=tag, private=private, dry_run=dry_run)
+    say({"address": pushed, "sha256": it.sha256}, as_json,
+        f"{'would be ' * dry_run}{pushed}  {it.sha256[:12]}")  # fmt: skip
 
 
-@hub.command("pull")
+@hub.command("pull", rich_help_panel=_MOVE)
 def pull(
-    address: Annotated[str | None, typer.Argument(metavar="[ADDRESS]")] = None,
+    address: Annotated[str | None, typer.Argument(metavar="ADDRESS")] = None,
     folder: Annotated[
         Path | None, typer.Argument(help="None: a new folder here, of the module's name.")
     ] = None,
@@ -113,22 +116,22 @@ def pull(
     if (address is None and lock is None) or (folder is not None and lock is not None):
         raise typer.BadParameter("give ADDRESS [FOLDER], or --lock FILE [FOLDER]")
     if lock is not None:
-        into = Path(address or ".")
-        modules = Lock.read(lock).modules
-        pulled = [(m.found(lock.parent, _hub(where)), into / m.name) for m in modules]
+        into, named = Path(address or "."), None if where is None else opened(where)
+        modules = Lock.read(lock).found(lock.parent, named)
+        pulled = [(it, into / name) for name, it in modules.items()]
     else:
-        found = _found(address or "", where)
-        pulled = [(found, folder or Path(addresses.name_of(found.address)))]
+        it = found(address or "", opened(where))
+        pulled = [(it, folder or Path(addresses.name_of(it.address)))]
     if not dry_run:
-        for found, target in pulled:
-            addresses.pull(found, target)
+        for it, target in pulled:
+            addresses.pull(it, target)
     rows = [{"folder": str(t), "address": f.address, "sha256": f.sha256} for f, t in pulled]
-    _say(rows, as_json, "\n".join(
+    say(rows, as_json, "\n".join(
         f"{r['folder']}: {'would be ' * dry_run}{r['address']}  {r['sha256'][:12]}" for r in rows
     ))  # fmt: skip
 
 
-@hub.command("lock")
+@hub.command("lock", rich_help_panel=_MOVE)
 def lock(
     composition: Annotated[str, typer.Argument(help="What is to be the same everywhere.")],
     file: Annotated[Path, typer.Argument(help="The lock file.")] = Path("modules.lock.json"),
@@ -136,7 +139,7 @@ def lock(
         list[str] | None,
         typer.Option(
             metavar="NAME=ADDRESS",
-            help="Where a module is, if not on your hub. May be given again.",
+            help="Where a module is, if not on the hub. May be given again.",
         ),
     ] = None,
     where: Where = None,
@@ -155,16 +158,15 @@ def lock(
     pairs = [each.partition("=") for each in module or ()]
     if wrong := next((name for name, _, address in pairs if not address), None):
         raise typer.BadParameter(f"--module {wrong}: write NAME=ADDRESS, as fr=hf:me/fr-lora")
-    made = locks.lock(
-        composition, {name: _address(text) for name, _, text in pairs}, file.parent, _hub(where)
-    )
+    addresses = {name: as_address(text) for name, _, text in pairs}
+    made = locks.lock(composition, addresses, file.parent, opened(where))
     made.write(file)
     rows = [f"  {m.name}: {m.address}  {m.sha256[:12]}" for m in made.modules]
     text = "\n".join([f"{file}: {composition}", *rows])
-    _say({"file": str(file), **made.model_dump()}, as_json, text)
+    say({"file": str(file), **made.model_dump()}, as_json, text)
 
 
-@hub.command("update")
+@hub.command("update", rich_help_panel=_MOVE)
 def update(
     path: Annotated[
         Path, typer.Argument(help="A lock file, or a folder of a module that was pulled.")
@@ -186,7 +188,7 @@ def update(
     """
     from modgraft.store.hub.update import update
 
-    rows = update(path, _hub(where), dry_run)
+    rows = update(path, None if where is None else opened(where), dry_run)
     lines = []
     for row in rows:
         if row.old == row.new:
@@ -194,139 +196,39 @@ def update(
         else:
             lines.append(f"{row.name}: {row.old} → {row.new}{' (not done)' * dry_run}")
             lines.append(f"  {'; '.join(row.changes)}")
-    _say([asdict(row) for row in rows], as_json, "\n".join(lines))
+    say([asdict(row) for row in rows], as_json, "\n".join(lines))
 
 
-# -- looking -------------------------------------------------------------------------------------
+hub.command("list", rich_help_panel=_LOOK)(hub_show.listing)
+hub.command("search", rich_help_panel=_LOOK)(hub_show.search)
+hub.command("show", rich_help_panel=_LOOK)(hub_show.show)
+hub.command("verify", rich_help_panel=_LOOK)(hub_show.verify)
 
 
-@hub.command("list")
-def listing(names: Names = None, where: Where = None, as_json: Json = False) -> None:
-    """List the versions on a hub.
-
-    [bold]Example[/bold]
-
-      modgraft hub list
-    """
-    place = _hub(where)
-    rows = [row for row in place.listed() if not names or row.name in names]
-    for name in names or ():
-        place.find(name)
-    _print_rows(rows, as_json, f"nothing on the hub {place.address}")
-
-
-@hub.command("search")
-def search(
-    text: Annotated[list[str] | None, typer.Argument(metavar="[WORD]…")] = None,
-    host: Annotated[
-        str,
-        typer.Option(help="A class, a name, the start of a hash, or a model's folder: what fits?"),
-    ] = "",
-    task: Annotated[str, typer.Option(help="As question-answering.")] = "",
-    kind: Annotated[str, typer.Option(help="As lora.")] = "",
-    metric: Annotated[
-        list[str] | None, typer.Option(help='As "f1>0.8". May be given again.')
-    ] = None,
+@hub.command("rename", rich_help_panel=_CHANGE)
+def rename(
+    name: Annotated[str, typer.Argument(help="The name on the hub.")],
+    new: Annotated[str, typer.Argument(help="Another one.")],
     where: Where = None,
-    as_json: Json = False,
 ) -> None:
-    """Search a hub by words, host, task, kind and metrics; all must hold.
-
-    [bold]Examples[/bold]
-
-      modgraft hub search squad --kind lora --metric "f1>0.8"
-
-      modgraft hub search --host ./my-model
-    """
-    from modgraft.store.fingerprint import differences
-
-    place, folder = _hub(where), Path(host)
-    is_model = bool(host) and (folder / "config.json").is_file()
-    rows = place.search(
-        " ".join(text or ()), host="" if is_model else host, task=task, kind=kind,
-        metrics=metric or (),
-    )  # fmt: skip
-    if is_model:
-        from modgraft.cli.inspect import read_model
-
-        model = read_model(host)
-        rows = [r for r in rows if not differences(model, r.card.host, r.card.beside, values=False)]
-    _print_rows(rows, as_json, f"nothing of that on the hub {place.address}")
-
-
-@hub.command("show")
-def show(address: Address, where: Where = None, as_json: Json = False) -> None:
-    """Show a module's card.
-
-    [bold]Examples[/bold]
-
-      modgraft hub show qa
-
-      modgraft hub show hf:me/qa-lora
-    """
-    from rich.markdown import Markdown
-
-    from modgraft.store.readme import readme
-
-    found = _found(address, where)
-    if as_json:
-        card = json.loads(found.card.to_text()) if found.card else None
-        _say({"address": found.address, "sha256": found.sha256, "card": card}, True, "")
-        return
-    console = Console(highlight=False, markup=False)
-    console.print(f"{found.address}  {found.sha256}", soft_wrap=True)
-    if found.card is None:
-        files = ", ".join(sorted(path.name for path in found.folder.iterdir()))
-        console.print(f"another tool's module, without a card: {files}", soft_wrap=True)
-        return
-    text = readme(found.card).split("---\n", 2)[2].strip()
-    console.print(Markdown(text) if console.is_terminal else text)
-
-
-@hub.command("verify")
-def verify(names: Names = None, where: Where = None, as_json: Json = False) -> None:
-    """Read modules to the last bit, on a hub or in folders (./qa); exit with 1 if one is broken.
-
-    [bold]Examples[/bold]
-
-      modgraft hub verify
-
-      modgraft hub verify qa@2 ./modules/style
-    """
-    from modgraft.store.verify import verify as verify_folder
-
-    place, found = _hub(where), {}
-    for name in names or [""]:
-        if name and "/" in name:
-            report = verify_folder(Path(name))
-            found[name] = "" if report.whole else "; ".join(report.problems)
-        else:
-            found |= place.verify(name)
-    rows = [{"address": a, "whole": not why, "why": why} for a, why in found.items()]
-    text = "\n".join(f"{a}: {why or 'whole'}" for a, why in found.items())
-    _say(rows, as_json, text or f"nothing on the hub {place.address}")
-    if any(found.values()):
-        raise typer.Exit(1)
-
-
-# -- changing ------------------------------------------------------------------------------------
-
-
-@hub.command("rename")
-def rename(name: str, new: str, where: Where = None) -> None:
     """Give a module with all its versions another name; lock files keep the old one.
 
     [bold]Example[/bold]
 
       modgraft hub rename qa qa_squad
     """
-    _hub(where).rename(name, new)
+    opened(where).rename(name, new)
     typer.echo(f"{name} is {new}")
 
 
-@hub.command("remove")
-def remove(name: str, where: Where = None, yes: Yes = False, dry_run: Dry = False) -> None:
-    """Remove NAME@VERSION, or every version of NAME.
+@hub.command("remove", rich_help_panel=_CHANGE)
+def remove(
+    name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="On the hub.")],
+    where: Where = None,
+    yes: Yes = False,
+    dry_run: Dry = False,
+) -> None:
+    """Remove NAME@VERSION, or every version of NAME; their numbers are not given again.
 
     [bold]Examples[/bold]
 
@@ -334,7 +236,7 @@ def remove(name: str, where: Where = None, yes: Yes = False, dry_run: Dry = Fals
 
       modgraft hub remove qa --yes
     """
-    place = _hub(where)
+    place = opened(where)
     gone = place.versions(name)
     if dry_run:
         typer.echo(f"would be removed: {', '.join(gone)}")
@@ -342,59 +244,3 @@ def remove(name: str, where: Where = None, yes: Yes = False, dry_run: Dry = Fals
     if not yes:
         typer.confirm(f"Remove {', '.join(gone)} from {place.address}, for good?", abort=True)
     typer.echo(f"removed: {', '.join(place.remove(name))}")
-
-
-# -- words and tables ----------------------------------------------------------------------------
-
-
-def _hub(where: str | None) -> Hub:
-    from modgraft.store.hub.hub import Hub
-
-    return Hub(where)
-
-
-def _address(text: str) -> str:
-    """Return an address: a word without ':' and '/' is a name on the hub."""
-    return text if ":" in text or "/" in text else f"hub:{text}"
-
-
-def _found(text: str, where: str | None, local: bool = False) -> Found:
-    """Find a module; with ``local``, a folder that is there may be written without a slash."""
-    from modgraft.store.hub.address import find
-
-    is_folder = local and Path(text).is_dir()
-    return find(text if is_folder else _address(text), hub=_hub(where))
-
-
-def _say(value: Any, as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text)
-
-
-def _print_rows(rows: Sequence[Listed], as_json: bool, none: str) -> None:
-    """Print versions as a table, or as JSON with their cards."""
-    from modgraft.cli.inspect import show as show_table
-    from modgraft.host.describe import table
-    from modgraft.store.hub.remote import in_bytes
-
-    if as_json or not rows:
-        said = [
-            {"name": r.name, "version": r.version, "address": r.address, "bytes": r.size,
-             "card": json.loads(r.card.to_text())}
-            for r in rows
-        ]  # fmt: skip
-        _say(said, as_json, none)
-        return
-    cells = [
-        (
-            f"{r.name}@{r.version}",
-            ", ".join(dict.fromkeys(m.type for m in r.card.modules)),
-            r.card.base_model or r.card.host.get("architecture", ""),
-            r.card.task or "",
-            ", ".join(f"{k} {v:.4g}" for k, v in r.card.metrics.items()),
-            in_bytes(r.size),
-            r.card.sha256[:12],
-        )
-        for r in rows
-    ]
-    columns = ("module", "method", "host", "task", "metrics", "size", "hash")
-    show_table(Console(highlight=False, markup=False), table(columns, cells))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from modgraft.store.stored import Stored
 
 SHOWN = 8
 """The number of a selection's sites that are listed; --json lists all."""
@@ -81,7 +84,7 @@ def read_model(
     import transformers
     from transformers import AutoConfig
 
-    from modgraft.core.errors import DataError
+    from modgraft.core.errors import DataError, ModgraftError
 
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -97,27 +100,64 @@ def read_model(
     if not folder.exists():
         what = "config.json and the weights" if weights else "config.json, no weights,"
         typer.echo(f"fetching {what} of {name} from the Hugging Face hub", err=True)
+    given = " ".join(f"--set {key}={value}" for key, value in (settings or {}).items())
     try:
-        config = AutoConfig.from_pretrained(name, **(settings or {}))
-        made = _class_of(config) if kind is None else getattr(transformers, kind, None)
-        if made is None:
+        found: Any = AutoConfig.from_pretrained(name, **(settings or {}), return_unused_kwargs=True)
+        config, unused = found
+        if unknown := unused.keys() & (settings or {}).keys():
             raise DataError(
-                f"transformers {transformers.__version__} has no {kind}", file=name,
-                remedy="Name a class of it, such as BertForSequenceClassification",
+                f"a {type(config).__name__} has no {', '.join(sorted(unknown))}", file=name,
+                remedy="See its config.json for those that --set can change",
             )  # fmt: skip
+        made = _class_of(config) if kind is None else _class_named(kind, config, name)
         if weights:
             return made.from_pretrained(name, config=config)
         with torch.device("meta"):  # only shapes, so that size does not matter
             return made(config)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        remedy = (
-            "See whether its config.json is whole, and its model_type one that transformers "
-            f"{transformers.__version__} knows; any other model: print(mg.Host(model)) in Python"
-            if folder.exists()
-            else "See the name and the network, or give a folder that you have"
-        )
-        raise DataError(first.rstrip("."), file=name, remedy=remedy) from error
+    except ModgraftError:
+        raise
+    except Exception as error:  # transformers has others for each thing that may be wrong
+        if isinstance(error, OSError | ValueError) and not given and kind is None:
+            remedy = (
+                "See whether its config.json is whole, and its model_type one that "
+                f"transformers {transformers.__version__} knows; any other model: "
+                f"print(mg.Host(model)) in Python"
+                if folder.exists()
+                else "See the name and the network, or give a folder that you have"
+            )
+        else:
+            asked = " ".join(filter(None, [f"--class {kind}" if kind else "", given]))
+            remedy = f"See whether {asked or 'its config.json'} is right for these weights"
+        first = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        raise DataError(first.rstrip(".:"), file=name, remedy=remedy) from error
+
+
+def _class_named(kind: str, config: Any, name: str) -> Any:
+    """Return a class of transformers that makes models of a config.
+
+    Raises:
+        DataError: where there is none of that name, or it makes others.
+    """
+    import transformers
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    from modgraft.core.errors import DataError
+
+    found: Any = getattr(transformers, kind, None)
+    if not isinstance(found, type):
+        found = None
+    elif issubclass(found, _BaseAutoModelClass):
+        found = found._model_mapping.get(type(config), None)  # type: ignore[union-attr]
+    elif not issubclass(found, transformers.PreTrainedModel):
+        found = None
+    own = getattr(found, "config_class", None)
+    if own is not None and isinstance(config, own):
+        return found
+    of = f"makes models of a {own.__name__}" if own else "makes no models of it"
+    raise DataError(
+        f"its config is a {type(config).__name__}, and {kind} {of}", file=name,
+        remedy=f"Name another class, such as {(config.architectures or ['AutoModel'])[0]}",
+    )  # fmt: skip
 
 
 def _class_of(config: Any) -> Any:
@@ -169,13 +209,28 @@ def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]
 
 
 def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]:
-    """Describe saved modules: what they are, their size, and whether they fit this model."""
-    from modgraft.core.errors import SiteError, UnknownNameError
+    """Describe saved modules: what they are, their size, and whether they fit this model.
+
+    Raises:
+        CheckpointError: for a folder that holds no modules.
+    """
+    from modgraft.core.errors import ModgraftError, SiteError, UnknownNameError
     from modgraft.core.sites import located
     from modgraft.store.fingerprint import differences, is_in_another_precision
-    from modgraft.store.folder import stored
+    from modgraft.store.folder import FILE, stored
+    from modgraft.store.formats.base import found_in
 
-    found = stored(folder, model)
+    row: dict[str, Any] = {
+        "folder": str(folder), "name": folder.name, "type": None, "config": {}, "method": "–",
+        "sites": 0, "parameters": 0, "fits": False, "differs": [], "rounded": False, "absent": [],
+        "compared": ["architecture", "shape", "config"] + ["weights", "buffers"] * weights,
+    }  # fmt: skip
+    try:
+        found = stored(folder, model)
+    except ModgraftError as error:
+        if not (folder / FILE).exists() and found_in(folder) is None:
+            raise
+        return [row | {"refused": str(error).removeprefix(f"{folder}: ")}]
     there, beside = found.card.host, found.card.beside
     differs = differences(model, there, beside, values=weights) if there else []
     rounded = differs == ["weights"] and is_in_another_precision(model, there, beside)
@@ -191,8 +246,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]
             method = saved.method(folder).brief()
         except UnknownNameError:  # a class of the user's, which is not imported here
             method = f"{saved.type}(…)"
-        rows.append({
-            "folder": str(folder),
+        rows.append(row | {
             "name": saved.name,
             "type": saved.type,
             "config": saved.config,
@@ -203,13 +257,39 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]
                 for key, entry in found.entries.items()
                 if key.startswith(f"{saved.name}:")
             ),
-            "fits": not differs and not absent,
-            "compared": ["architecture", "shape", "config"] + ["weights", "buffers"] * weights,
             "differs": differs,
             "rounded": rounded,
             "absent": absent,
         })  # fmt: skip
-    return rows
+    any_absent = any(each["absent"] for each in rows)
+    refused = "" if differs or any_absent else _refused(model, found)
+    return [
+        each | {"fits": not (differs or each["absent"] or refused), "refused": refused}
+        for each in rows
+    ]
+
+
+def _refused(model: nn.Module, found: Stored) -> str:
+    """Return why a model refuses modules that are loaded into it, "" where it takes them."""
+    from modgraft.core.errors import ModgraftError, UnknownNameError
+    from modgraft.host.host import Host
+    from modgraft.store.folder import load
+
+    card = found.card.model_copy(update={"host": {}})  # which was compared
+    host = Host(model)
+    try:
+        load(host, replace(found, card=card), None, strict=False, active=False)
+    except UnknownNameError:  # a class of the user's, which is not imported here
+        return ""
+    except ModgraftError as error:
+        return str(error).removeprefix(f"{found.folder}: ")
+    except RuntimeError:  # a model without weights has no values for what a method asks of them
+        if all(not parameter.is_meta for parameter in model.parameters()):
+            raise
+        return ""
+    for name in reversed(list(host.implants)):
+        host.remove(name)
+    return ""
 
 
 def _print(model: nn.Module, report: dict[str, Any]) -> None:
@@ -270,6 +350,8 @@ def _share(size: int, total: int) -> str:
 
 
 def _verdict(card: dict[str, Any]) -> str:
+    if card["refused"]:
+        return f"no: {card['refused']}"
     if card["absent"]:
         return f"no: {len(card['absent'])} of its sites are not here, {card['absent'][0]} for one"
     if card["differs"]:

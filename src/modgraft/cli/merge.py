@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from modgraft.cli.options import any_setting
+from modgraft.cli.options import Strict, any_setting
 
 if TYPE_CHECKING:
     from modgraft.host.host import Host
@@ -45,7 +44,16 @@ def merge(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Modules: the rank of the new one; left out, exact.")
     ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="Modules whose heads, or other parts of the host that trained with them, differ: "
+            "average, none (the host's own stay), or the name of the module whose are taken.",
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(help="Modules: the name of the new one.")] = "merged",
+    strict: Strict = True,
     into_model: Annotated[
         bool,
         typer.Option("--into-model", help="Modules: write the host with the merge in its weights."),
@@ -68,11 +76,11 @@ def merge(
       modgraft merge ./math ./code --base ./pretrained --method dare --set density=0.3 --out ./both
     """
     from modgraft.core.errors import ModgraftError
-    from modgraft.store.merging.methods import SOUP
+    from modgraft.store.merging.table import SOUP
 
     kind = kind_of(paths)
     said = dict(any_setting(pair) for pair in options or [])
-    if own := {"weights", "rank", "base", "into", "validate", "progress", "method"} & said.keys():
+    if own := _APART & said.keys():
         raise typer.BadParameter(
             f"--set {min(own)}=…: an option of a method; see --help for others"
         )
@@ -86,17 +94,21 @@ def merge(
     if not as_json:
         typer.echo(f"{len(paths)} {kind}, {method}", err=True)
     if kind == "checkpoints":
-        if rank is not None or into_model:
-            raise ModgraftError("--rank and --into-model are of modules, and these are checkpoints")
+        if rank is not None or into_model or heads is not None:
+            raise ModgraftError(
+                "--heads, --rank and --into-model are of modules, and these are checkpoints"
+            )
         from modgraft.store.merging.checkpoints import merge_checkpoints
+        from modgraft.store.merging.streamed import RECORD
 
         with shown_progress("merging", as_json) as progress:
             merge_checkpoints(
                 paths, out, method, base=base, weights=numbers, progress=progress, **said
             )
-        report: dict[str, Any] = {}
+        report: dict[str, Any] = {"averaged": json.loads((out / RECORD).read_text())["averaged"]}
     else:
-        report = _modules(paths, out, method, base, numbers, rank, name, into_model, said, as_json)
+        own = {"method": method, "weights": numbers, "rank": rank, "heads": heads, "strict": strict}
+        report = _modules(paths, out, base, name, into_model, said | own)
     report = {"merged": kind, "method": method, "out": str(out), **report}
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -104,6 +116,10 @@ def merge(
         lost = report.get("relative_error")
         more = f", {100 * lost:.2g} % of Δ left out by the rank" if lost else ""
         typer.echo(f"{out}: {report.get('module', 'a checkpoint')}{more}")
+        if averaged := report.get("averaged"):
+            typer.echo(
+                f"averaged, since nothing says that they are matrices: {', '.join(averaged)}"
+            )
 
 
 def kind_of(paths: Sequence[Path]) -> str:
@@ -129,37 +145,54 @@ def kind_of(paths: Sequence[Path]) -> str:
     return next(iter(found))
 
 
-def loaded(paths: Sequence[Path], base: str | None, new: str = "") -> tuple[Host, list[str]]:
-    """Make the host of saved modules and load them; return it and their names.
+def host_of(paths: Sequence[Path], base: str | None) -> tuple[Host, str]:
+    """Make the host of saved modules; return it, and the folder or hub name that it is from.
 
-    Those are the names that they were saved under, or ``m2_<folder>`` where one has that already,
-    or ``new`` will.
+    Its class, and how many labels it has, are those that the cards say.
 
     Raises:
         ModgraftError: where nothing says which model is the host.
     """
+    import transformers
+
     from modgraft.cli.inspect import read_model
     from modgraft.core.errors import ModgraftError
     from modgraft.host.host import Host
-    from modgraft.store.folder import FILE, native, stored
+    from modgraft.store.folder import FILE, native
 
-    if base is None and (paths[0] / FILE).exists():
-        base = native(paths[0]).card.base_model
-        if base is not None:
-            typer.echo(f"the host: {base}, as the card of {paths[0]} says", err=True)
+    cards = {path: native(path).card for path in paths if (path / FILE).exists()}
     if base is None:
-        raise ModgraftError(
-            f"which host is {paths[0]} for? Its card does not say; name it with --base MODEL, a "
-            f"folder or a hub name"
-        )
-    host = Host(read_model(base, weights=True).eval())
-    names = []
-    for number, path in enumerate(paths, 1):
-        own = stored(path, host.model).card.names
-        taken = len(own) != 1 or own[0] in host or own[0] == new
-        names.append(f"m{number}_" + re.sub(r"\W", "_", path.resolve().name) if taken else own[0])
-        host.load(path, names[-1], active=False)
-    return host, names
+        said = {path: cards[path].base_model if path in cards else _peers(path) for path in paths}
+        named = {path: name for path, name in said.items() if name}
+        if not named:
+            raise ModgraftError(
+                f"which host is {paths[0]} for? Its card does not say; name it with --base MODEL, "
+                f"a folder or a hub name"
+            )
+        path, base = next(iter(named.items()))
+        typer.echo(f"the host: {base}, as the card of {path} says", err=True)
+    there = next((card.host for card in cards.values()), {})
+    kind = str(there.get("architecture"))
+    labels = there.get("config", {}).get(f"{kind}.num_labels", [])
+    model = read_model(
+        base,
+        weights=True,
+        kind=kind if hasattr(transformers, kind) else None,
+        settings={"num_labels": int(labels[0])} if len(labels) == 1 else None,
+    )
+    return Host(model.eval()), base
+
+
+def _peers(folder: Path) -> str | None:
+    """Return the host's name in a folder that PEFT or AdapterHub wrote."""
+    from modgraft.core.files import read_json
+
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    said = read_json(path, what="an adapter's configuration", remedy="copy the folder again")
+    name = said.get("base_model_name_or_path", said.get("model_name"))
+    return name if isinstance(name, str) and name else None
 
 
 @contextmanager
@@ -179,32 +212,36 @@ def shown_progress(what: str, hidden: bool) -> Iterator[Callable[[int, int], Non
         yield lambda done, every: bar.update(task, completed=done, total=every)
 
 
+_APART = {
+    "weights", "rank", "heads", "strict", "base", "into", "validate", "progress", "method",
+}  # fmt: skip
+"""What has an option of its own, and is none of a method's."""
+
+
 def _modules(
     paths: Sequence[Path],
     out: Path,
-    method: str,
     base: str | None,
-    weights: list[float] | None,
-    rank: int | None,
     name: str,
     into_model: bool,
-    options: dict[str, Any],
-    quiet: bool,
+    given: dict[str, Any],
 ) -> dict[str, Any]:
     from modgraft.core.files import new_folder
-    from modgraft.store.merging.checkpoints import copy_rest
-    from modgraft.store.merging.modules import merge as merge_modules
+    from modgraft.store.folder import stored
+    from modgraft.store.merging.folders import merge_folders
+    from modgraft.store.merging.streamed import copy_rest
 
-    host, names = loaded(paths, base, name)
-    new = merge_modules(host, names, name, method, weights=weights, rank=rank, **options)
+    host, base = host_of(paths, base)
+    new = merge_folders(host, paths, name, **given)
     if into_model:
         plain: Any = host.merge(name)
         with new_folder(out) as part:
-            if base is not None and Path(base).is_dir():
-                copy_rest(Path(base), part)
+            copy_rest(_beside_weights(base), part)
             plain.save_pretrained(part)
     else:
-        host.save(name, out)
+        said = {stored(path, host.model).card.base_model for path in paths} - {None}
+        about: dict[str, Any] = {"base_model": said.pop()} if len(said) == 1 else {}
+        host.save(name, out, **about)
     return {
         "module": new.method.brief(),
         "sites": len(new.paths),
@@ -212,6 +249,24 @@ def _modules(
         "into_model": into_model,
         **new.provenance,
     }
+
+
+def _beside_weights(base: str) -> Path:
+    """Return the folder of a model, or that with what a hub has of it beside its weights."""
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+
+    from modgraft.core.errors import ModgraftError
+    from modgraft.store.merging.streamed import WEIGHTS
+
+    try:
+        return Path(snapshot_download(base, ignore_patterns=[f"*{ending}" for ending in WEIGHTS]))
+    except (OSError, ValueError) as error:
+        raise ModgraftError(
+            f"the tokenizer and what else is beside the weights of {base} cannot be fetched "
+            f"({str(error).partition(chr(10))[0]:.200}); give its folder, --base ./folder"
+        ) from error
 
 
 def _number(text: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, wraps
@@ -57,15 +56,6 @@ class Configured(nn.Module):
         self = super().__new__(cls)
         nn.Module.__init__(self)
         return self
-
-    def drop_empty(self) -> None:
-        """Let go of torch's dictionaries of hooks that are empty: one that is asked for is back.
-
-        They are 1.6 KB at a site, and a thousand modules have forty thousand sites.
-        """
-        for each in _HOOKS:
-            if not self.__dict__.get(each.name, True):
-                del self.__dict__[each.name]
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments; ``type(self)(**self.config())`` is a fresh equal."""
@@ -139,25 +129,6 @@ def _wrong(method: Configured) -> str | None:
     values = {name: getattr(method, name) for name in types if hasattr(method, name)}
     found = mismatch(values, types)
     return None if found is None else f"{type(method).__name__}({found[0]}): {found[1]}"
-
-
-class _Made:
-    """An attribute that is made, empty, when it is asked for."""
-
-    def __init__(self, name: str, kind: type) -> None:
-        self.name, self._kind = name, kind
-
-    def __get__(self, module: nn.Module | None, owner: type) -> Any:
-        return self if module is None else module.__dict__.setdefault(self.name, self._kind())
-
-
-_HOOKS = [
-    _Made(name, type(value))
-    for name, value in vars(nn.Module()).items()
-    if isinstance(value, OrderedDict | set)
-]
-for _each in _HOOKS:
-    setattr(Configured, _each.name, _each)
 
 
 @cache

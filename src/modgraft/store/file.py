@@ -80,6 +80,8 @@ class Header:
         Raises:
             CheckpointError: for a header that is longer than the file, or than any module's.
         """
+        if first == b"version ":
+            raise broken(name, "it is git-lfs's pointer to the file: `git lfs pull` brings that")
         length = int.from_bytes(first, "little")
         if len(first) < 8 or not 2 <= length <= min(LARGEST_HEADER, size - 8):
             raise broken(name, f"its header of {length:,} bytes is not in it, or no module's")

@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.merging_memory import within
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM
@@ -26,9 +26,10 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from contract.hosts import HOSTS
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.files import new_folder
-from modgraft.store.merging import checkpoints
-from modgraft.store.merging.checkpoints import RECORD, merge_checkpoints
-from modgraft.store.merging.methods import METHODS
+from modgraft.store.merging import streamed
+from modgraft.store.merging.checkpoints import merge_checkpoints
+from modgraft.store.merging.streamed import RECORD
+from modgraft.store.merging.table import METHODS
 from store.merging.test_methods import merged
 
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -62,7 +63,7 @@ def test_a_merge_is_the_formula_at_every_tensor(
     method: str, sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of 100 numbers, one file or shards; a base, and for two methods none."""
-    monkeypatch.setattr(checkpoints, "BLOCK", 100)
+    monkeypatch.setattr(streamed, "BLOCK", 100)
     base, *models = three(tmp_path, sharded=sharded)
     origin, *several = map(weights, (base, *models))
     out = merge_checkpoints(models, tmp_path / "out", method, base=base)
@@ -361,52 +362,14 @@ def test_two_at_one_place_do_not_mix(tmp_path: Path) -> None:
 
 # -- beyond memory -------------------------------------------------------------------------------
 
-WITHIN = """
-import re, resource, sys
-from pathlib import Path
-from modgraft.store.merging.checkpoints import merge_checkpoints
-
-def read(name):
-    return 1024 * int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-
-limit = read("VmHWM") + 40 * 2**20
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-print(limit, flush=True)
-base, one, two, out = input().split()
-merge_checkpoints([one, two], out, "ties", base=base)
-print(read("VmHWM"), read("VmData"))
-"""
-
 
 def test_a_checkpoint_twice_the_memory_limit_is_merged(tmp_path: Path) -> None:
-    """One tensor of it alone is larger than the limit; the peak of resident memory is below it.
-
-    The limit is what a process has that has imported everything, and 40 MiB.
-    """
-    folders = [tmp_path / name for name in ("base", "one", "two", "out")]
-    with subprocess.Popen(
-        [sys.executable, "-c", WITHIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        limit = int(process.stdout.readline())
-        size = 8 * (limit // 8 + 1000)
-        sizes = {"a": [0, size], "b": [size, 2 * size]}
-        entry = {"dtype": "F64", "shape": [size // 8]}
-        text = json.dumps({name: {**entry, "data_offsets": at} for name, at in sizes.items()})
-        for number, folder in enumerate(folders[:3]):
-            folder.mkdir()
-            with (folder / "model.safetensors").open("wb") as file:
-                file.write(len(text).to_bytes(8, "little") + text.encode())
-                file.seek(2 * size - 8, os.SEEK_CUR)  # zeros, which take no room on the disk
-                file.write(struct.pack("<d", 1.0 + number))
-        answer, _ = process.communicate(" ".join(map(str, folders)) + "\n")
-    resident, data = map(int, answer.split())
-    assert resident < limit
-    assert data < limit
-    with (folders[3] / "model.safetensors").open("rb") as file:
-        assert file.seek(-8, os.SEEK_END) > 2 * limit
-        assert struct.unpack("<d", file.read()) == (1 + (1 + 2) / 2,)
+    """One tensor of it alone is larger than the limit; the peak of resident memory is below it."""
+    found = within(tmp_path)
+    assert found.size > 2 * found.limit
+    assert found.resident < found.limit
+    assert found.data < found.limit
+    assert found.last == 1 + (1 + 2) / 2
     shutil.rmtree(tmp_path)
 
 
@@ -414,8 +377,8 @@ def test_a_checkpoint_twice_the_memory_limit_is_merged(tmp_path: Path) -> None:
 
 MERGING = """
 import os, sys
-from modgraft.store.merging import checkpoints
-checkpoints.BLOCK = 500
+from modgraft.store.merging import checkpoints, streamed
+streamed.BLOCK = 500
 for line in sys.stdin:
     *models, out = line.split()
     if (child := os.fork()) == 0:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modgraft.core.errors import ModgraftError
+from modgraft.store.merging.deltas import Deltas
 from modgraft.store.merging.low_rank import Change, LowRank, dense, svd, truncated
-from modgraft.store.merging.methods import METHODS, Deltas, asked
 from modgraft.store.merging.soup import greedy
+from modgraft.store.merging.table import METHODS, asked
 
 A = [[4.0, -1.0, 0.5], [-3.0, 2.0, 0.0]]
 B = [[-1.0, -2.0, 3.0], [0.1, 5.0, -4.0]]
@@ -91,6 +92,18 @@ def test_ties_trims_elects_and_means() -> None:
     close(merged("ties", matrices(), density=0.5, scale=0.5), [[1.5, 0, -3], [-1.5, 1.75, 3.5]])
 
 
+def test_ties_rescales_to_the_length_before_trimming() -> None:
+    """A's |·|₁ is 10.5 and 9 of it stays, B's 15.1 and 12, C's 16.5 and 15."""
+    a, b, c = (torch.zeros(2, 3, dtype=torch.float64) for _ in range(3))
+    a[0, 0], a[1, 0], a[1, 1] = 4, -3, 2
+    b[0, 2], b[1, 1], b[1, 2] = 3, 5, -4
+    c[0, 0], c[0, 2], c[1, 2] = 2, -6, 7
+    a, b, c = 10.5 / 9 * a, 15.1 / 12 * b, 16.5 / 15 * c
+    expected = merged("ties", [a, b, c], density=1.0)
+    close(merged("ties", matrices(), density=0.5, rescale="l1"), expected)
+    assert expected[0, 0] == pytest.approx((10.5 / 9 * 4 + 16.5 / 15 * 2) / 2)
+
+
 def test_ties_where_weights_cancel_or_nothing_stays() -> None:
     """A divisor of 0 is 1, and one number stays at least."""
     # 1·2 and −1·(−2) are both +, and their weights sum to 0
@@ -101,9 +114,7 @@ def test_ties_where_weights_cancel_or_nothing_stays() -> None:
 
 def test_dare_drops_and_rescales() -> None:
     deltas = random(60, 50)
-    kept = [
-        k for _, ks in Deltas("w", "012", [1.0] * 3, lambda: [deltas]).dropped(0.3, 5) for k in ks
-    ]
+    (kept,) = Deltas("w", "012", [1.0] * 3, lambda: [deltas]).dropped(0.3, 5)
     for delta, each in zip(deltas, kept, strict=True):
         assert 0.27 < each.count_nonzero() / delta.numel() < 0.33
         assert torch.equal(each, delta * (each != 0))
@@ -208,17 +219,29 @@ def test_greedy_soup_takes_what_does_not_harm() -> None:
 # -- whole tensors, and blocks of them -----------------------------------------------------------
 
 
+def test_what_is_drawn_does_not_depend_on_the_blocks() -> None:
+    """Beyond one portion; the tensor's name, the parent's and the seed alone decide."""
+    (delta,) = random(90, 100, count=1)
+
+    def kept(name: str, parent: str, step: int) -> Tensor:
+        flat = delta.flatten()
+        these = Deltas(name, [parent], [1.0], lambda: [[part] for part in flat.split(step)])
+        return torch.cat([block[0] for block in these.dropped(0.5, 0)])
+
+    whole = kept("w", "a", 9000)
+    for step in (1, 7, 4096, 5000):
+        assert torch.equal(kept("w", "a", step), whole)
+    for other in (kept("v", "a", 9000), kept("w", "b", 9000)):
+        assert 0.4 < ((other != 0) == (whole != 0)).double().mean() < 0.6
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.of_matrices])
 def test_blocks_give_what_the_whole_gives(method: str, dtype: torch.dtype) -> None:
     deltas = [delta.to(dtype) for delta in random(13, 11, count=2)]
     whole = merged(method, deltas)
     for step in (1, 16, 50, 200):
-        blocks = merged(method, deltas, step=step)
-        if method == "dare":  # what is drawn is another number for each block of one number
-            assert 0.3 < blocks.count_nonzero() / whole.numel() < 0.95
-        else:
-            torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(merged(method, deltas, step=step), whole, rtol=1e-6, atol=1e-6)
 
 
 @given(
@@ -319,6 +342,10 @@ def test_a_truncation_is_the_nearest_of_its_rank() -> None:
         ("ties", 2, None, {"scale": math.inf}, "scale=inf"),
         ("ties", 2, None, {"normalize": 1}, "normalize=1: .* boolean"),
         ("ties", 2, None, {"elect": "mass"}, "'sum', 'count' or 'none'"),
+        ("dare_ties", 2, None, {}, "that is 'dare' with elect='sum', as mergekit's with rescale"),
+        ("ties", 2, None, {"int8_mask": True}, "int8_mask is here left out: the type of a mask"),
+        ("ties", 2, None, {"lambda": 0.5}, r"lambda=0.5: .* \(lambda is here scale="),
+        ("dare", 2, None, {"epsilon": 0.1}, "epsilon=0.1: Extra inputs are not permitted"),
         ("ties", 2, None, {"dens": 0.2}, "dens=0.2: .* its options, with their defaults: density"),
         ("average", 2, None, {"t": 0.2}, "their defaults: none"),
         ("dare", 2, None, {"rescale": "l2"}, "'density', 'l1' or 'none'"),

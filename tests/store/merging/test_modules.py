@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import modgraft as mg
 from contract.hosts import HOSTS, QV
 from modgraft.core.errors import ModgraftError
 from modgraft.store.merging.low_rank import dense
-from modgraft.store.merging.methods import METHODS
 from modgraft.store.merging.modules import changes_of
+from modgraft.store.merging.table import METHODS
 
 KINDS: dict[str, Callable[[], mg.Computation]] = {
     "lora": lambda: mg.LoRA(rank=2, alpha=3.0),
@@ -198,6 +198,32 @@ def test_modules_at_different_places_of_one_weight() -> None:
     assert mg.merge(host, [a, e], "apart", "average").method.brief() == "LoRA(rank=3)"
 
 
+def test_a_rank_where_biases_change() -> None:
+    """At some of the layers, of which all have a bias: 0 at the others; or not all: refused."""
+    host = mg.Host(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)))
+    host.implant("biased", mg.LoRA(rank=2, bias=True), "0", active=False)
+    host.implant("plain", mg.LoRA(rank=2), ["0", "1"], active=False)
+    host.implant("bare", mg.LoRA(rank=2), "2", active=False)
+    with torch.no_grad():
+        for name in ("biased", "plain", "bare"):
+            for parameter in host[name].parameters():
+                parameter.normal_()
+    x = torch.randn(5, 8)
+    for rank in (None, 4):
+        new = mg.merge(host, ["biased", "plain"], f"m{rank}", "arithmetic", rank=rank)
+        assert new.method.brief() == "LoRA(rank=4, bias=True)"
+        with torch.no_grad():
+            expected = host(x, modules="biased + plain")
+            torch.testing.assert_close(host(x, modules=new.name), expected)
+    with pytest.raises(ModgraftError, match="rank=4: biases change too, and 2 has none"):
+        mg.merge(host, ["biased", "bare"], "no", rank=4)
+    assert "no" not in host
+    whole = mg.merge(host, ["biased", "bare"], "whole", "arithmetic")
+    assert whole.method.brief() == "DenseDelta(bias=True)"
+    with torch.no_grad():
+        torch.testing.assert_close(host(x, modules="whole"), host(x, modules="biased + bare"))
+
+
 def test_experts_are_merged_one_by_one() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -251,7 +277,7 @@ def test_modules_that_wait_in_their_files_are_read(tmp_path: Path) -> None:
     for kind in kinds:
         folder = host.save(kind, tmp_path / kind)
         host.remove(kind)
-        host.load(folder, kind, active=False, lazy=True)
+        host.load(folder, kind, lazy=True)
     mg.merge(host, kinds, "new", "arithmetic")
     assert error(output(host, "new", "bert"), expected) < 1e-6
 
@@ -314,6 +340,9 @@ def test_a_greedy_soup_of_modules() -> None:
         (["lora"], "ties", {"validate": len}, "validate= belongs to method='greedy_soup'"),
         (["lora", "nan"], "arithmetic", {}, "holds NaN or infinity; a module among those"),
         (["lora", "nan"], "ties", {}, "holds NaN or infinity"),
+        (["lora", "nan"], "isotropic", {}, "holds NaN or infinity"),
+        (["lora", "nan"], "tsv", {}, "holds NaN or infinity"),
+        (["lora", "nan"], "knots", {}, "holds NaN or infinity"),
         (["lora"], "arithmetic", {"weights": [1e39]}, "or a weight is too large"),
     ],
 )

@@ -2,7 +2,7 @@
 
 | address | |
 |---|---|
-| ``hub:NAME``, ``hub:NAME@VERSION`` | on your hub, :class:`~modgraft.store.hub.hub.Hub` |
+| ``hub:NAME``, ``…@VERSION``, ``…@TAG`` | on your hub, :class:`~modgraft.store.hub.hub.Hub` |
 | ``hf:USER/REPO``, ``…@REVISION``, ``…/FOLDER`` | on the Hugging Face Hub |
 | with ``://``, as ``s3://bucket/qa`` | a folder that fsspec opens |
 | anything else | a folder on this machine |
@@ -23,7 +23,7 @@ from modgraft.store.card import Card
 from modgraft.store.folder import FILE, holds_module
 from modgraft.store.hub import huggingface
 from modgraft.store.hub.hub import Hub, put
-from modgraft.store.hub.remote import KINDS, cache, fetch, filesystem, identity
+from modgraft.store.hub.remote import KINDS, cache, check_file, fetch, filesystem, identity
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ def local(place: Any, what: str) -> Path:
     return find(place).folder if is_address(place) else folder_path(place, what)
 
 
-def find(address: str, base: Path = Path(), hub: Hub | None = None) -> Found:
+def find(address: str | Path, base: Path = Path(), hub: Hub | None = None) -> Found:
     """Bring a module onto this machine, unless it is here; tensors are verified when they are read.
 
     Args:
-        address: its address.
+        address: its address; a Path is a local folder, whatever it is called.
         base: the folder that a local folder's path starts from.
         hub: what ``hub:`` means; None: your hub.
 
@@ -74,7 +74,14 @@ def find(address: str, base: Path = Path(), hub: Hub | None = None) -> Found:
         CheckpointError: for a damaged card, or a folder without a module.
         ModgraftError: for an address that cannot be reached.
     """
-    if address.startswith("hub:"):
+    if not isinstance(address, str) or not is_address(address):
+        folder, address = base / folder_path(address, "a module's address"), written(address)
+        if not folder.is_dir():
+            raise MissingFileError(
+                "there is no such folder", file=folder,
+                remedy="Give a module's folder, hub:NAME, hf:USER/REPO or a URL",
+            )  # fmt: skip
+    elif address.startswith("hub:"):
         hub = hub or Hub()
         row = hub.find(address)
         if hub.folder is not None:
@@ -84,19 +91,24 @@ def find(address: str, base: Path = Path(), hub: Hub | None = None) -> Found:
         address = row.address
     elif address.startswith("hf:"):
         folder, address = huggingface.fetch(huggingface.Place.read(address))
-    elif is_address(address):
-        folder = fetch(*filesystem(address), address)
     else:
-        folder = base / address
-        if not folder.is_dir():
-            raise MissingFileError(
-                "there is no such folder", file=folder,
-                remedy="Give a module's folder, hub:NAME, hf:USER/REPO or a URL",
-            )  # fmt: skip
+        folder = fetch(*filesystem(address), address)
     sha, card = identity(folder)
     if card is None and is_address(address):
         folder = _named(folder, sha, name_of(address))
     return Found(folder, address, sha, card)
+
+
+def written(place: str | Path) -> str:
+    """Return an address as text; a folder that is called like an address is written ``./hub:qa``.
+
+    Raises:
+        ModgraftError: for what is no text and no path.
+    """
+    if isinstance(place, str):
+        return place
+    text = os.fspath(folder_path(place, "a module's address"))
+    return f"./{text}" if is_address(text) else text
 
 
 def name_of(address: str) -> str:
@@ -118,7 +130,35 @@ def _named(folder: Path, sha: str, name: str) -> Path:
     return place
 
 
-def pull(found: Found, to: Path) -> None:
+def push(
+    found: Found, to: str, hub: Hub, *, tag: str = "", private: bool = False, dry_run: bool = False
+) -> str:
+    """Put a module on a hub, or on the Hugging Face Hub, and return its address there.
+
+    Args:
+        found: the module.
+        to: what to call it on the hub, ``""`` as it is called; or ``hf:USER/REPO``.
+        hub: the hub.
+        tag: what else to call the version on it.
+        private: whether a repository that is made is private.
+        dry_run: whether to change nothing.
+
+    Raises:
+        ModgraftError: for a damaged module, a name that cannot be one, or where nothing can be
+            written.
+    """
+    if not to.startswith("hf:"):
+        return hub.push(found.folder, to.removeprefix("hub:"), tag, dry_run=dry_run).address
+    place = huggingface.Place.read(to)
+    if found.card is not None:
+        check_file(found.folder / FILE, found.sha256, found.address)
+    if dry_run:
+        return to
+    names = ", ".join(found.card.names) if found.card else "Module"
+    return huggingface.push(found.folder, place, f"{names} {found.sha256[:12]}", private)
+
+
+def pull(found: Found, to: str | Path) -> None:
     """Copy a module into a folder, whole or not at all, and verify it to the last bit.
 
     Args:
@@ -131,6 +171,7 @@ def pull(found: Found, to: Path) -> None:
         ModgraftError: for another tool's module, of several files, which cannot be replaced all at
             once, over a folder that is there; or for a folder that cannot be written.
     """
+    to = folder_path(to, "pull")
     if found.card is not None:
         if to.is_dir() and any(to.iterdir()) and not holds_module(to):
             raise CheckpointError(f"{to} is there and holds no module; choose another folder")

@@ -1,127 +1,117 @@
 """A hub of modules: a folder, here or at any address that fsspec knows, with versions and an index.
 
-    HUB/NAME/VERSION/module.safetensors   and beside it what is written from it for people
-    HUB/.index.json                       the cards, so that a search opens no files
+    HUB/NAME/3/module.safetensors   and beside it what is written from it for people
 
-A version is there when its file is there, and never changes. The index holds what was read of the
-files: whoever finds a file that it lacks, or another one, reads that, so that it may be deleted.
+A version is there when its file is there, and never changes. Its number is given once, also where
+two push at the same time; a tag is another name of a version. `modgraft.store.hub.index` has the
+files that say so.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from modgraft.core.errors import CheckpointError, ModgraftError, UnknownNameError
-from modgraft.core.files import locked, whole, write_text
+from modgraft.core.files import folder_path, locked, whole, write_text
 from modgraft.store import former
 from modgraft.store.card import CARD_FILE, Card
-from modgraft.store.file import read_json
 from modgraft.store.folder import FILE, README, write_derived
-from modgraft.store.hub.remote import card_there, check_file, filesystem, identity, reached
+from modgraft.store.hub.given import Given, check_case, checked
+from modgraft.store.hub.index import INDEX, Contents, contents, index_text, read_index
+from modgraft.store.hub.remote import (
+    bar,
+    check_file,
+    filesystem,
+    identity,
+    protocols,
+    reached,
+    tell,
+)
 from modgraft.store.hub.search import Listed, search
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-INDEX = ".index.json"
 WHERE = "MODGRAFT_HUB"
 """The environment variable that says where the hub is; without it, ~/.local/share/modgraft/hub."""
-
-_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,95}")
 
 
 class Hub:
     """The modules in one place.
 
+    >>> hub = mg.Hub()
+    >>> hub.push(host.save("qa", "modules/qa"))
+    >>> host.load("hub:qa")
+
     Args:
         address: a folder, or a URL of fsspec (``s3://bucket/modules``, ``memory://hub``); None:
-            what ``MODGRAFT_HUB`` says, or a folder in the home.
+            your hub, where ``MODGRAFT_HUB`` says, or a folder in the home.
+
+    Attributes:
+        address: where it is.
+        yours: whether it is your hub, and not one that was named.
+        folder: the folder, None for a hub at a URL.
 
     Raises:
-        ModgraftError: for an address that cannot be opened.
+        ModgraftError: for an address that cannot be opened, or a file.
     """
 
     def __init__(self, address: str | Path | None = None) -> None:
-        home = Path("~/.local/share/modgraft/hub").expanduser()
-        self.address = str(address or os.environ.get(WHERE) or home)
+        self.yours = address is None
+        if address is None:
+            address = os.environ.get(WHERE) or Path("~/.local/share/modgraft/hub").expanduser()
+        self.address = address if isinstance(address, str) else str(folder_path(address, "Hub"))
+        if not self.address:
+            raise ModgraftError('a hub is a folder or a URL of one, and "" is none')
         if self.address.startswith(("hf:", "hub:")):
             raise ModgraftError(
                 f"{self.address} is the address of a module; a hub is a folder or a URL of one, "
                 f"such as s3://bucket/modules"
             )
         self._system, self._root = filesystem(self.address)
-        protocol = self._system.protocol
-        local = "file" in ([protocol] if isinstance(protocol, str) else protocol)
-        self.folder = Path(self._root) if local else None
+        local = "file" in protocols(self._system)
+        self.folder = folder_path(self._root, f"the hub {self.address}") if local else None
+        self._given = Given(self._system, self._root, local)
 
     # -- looking ----------------------------------------------------------------------------------
 
-    def listed(self) -> list[Listed]:
-        """Return every version of every module, by name and age.
+    def listed(self, name: str = "") -> list[Listed]:
+        """Return the versions of all modules by name and number, or those that ``name`` means.
+
+        Args:
+            name: ``NAME``, ``NAME@VERSION`` or ``NAME@TAG``; "": all there are.
 
         Raises:
+            UnknownNameError: where there is none of that name.
             ModgraftError: where the hub cannot be reached.
         """
-        return self._scan()[0]
+        there = self._contents()
+        meant = self._meant(there, name) if name else []
+        return [row for row in there.rows if not name or row.address in meant]
 
-    def _scan(self) -> tuple[list[Listed], dict[str, str]]:
-        """Return the versions, and what is wrong with those whose files cannot be read."""
+    def _contents(self) -> Contents:
+        """Look at the files, and keep what was read of them in the index."""
         with reached(self.address):
             self._system.invalidate_cache()
-            if not self._system.exists(self._root):
-                return [], {}
-            files: Any = self._system.find(self._root, maxdepth=3, detail=True)
-            known = self._index()
-            rows, broken, index = [], {}, {}
-            for path, info in files.items():
-                if (place := self._place(path)) is None:
-                    continue
-                key, stamp = "@".join(place), _stamp(info)
-                try:
-                    if info["type"] != "file":  # a pipe would be waited for
-                        raise CheckpointError(f"{path} is no plain file; remove it")
-                    if key not in known or known[key]["stamp"] != stamp:
-                        text = card_there(self._system, path, info["size"])
-                        known[key] = {"stamp": stamp, "card": text}
-                    card = Card.from_text(known[key]["card"], path)
-                    rows.append(Listed(*place, info["size"], card))
-                    index[key] = known[key]
-                except CheckpointError as error:
-                    broken[f"hub:{key}"] = str(error)
-            if index != self._index():
-                self._write_index(index)
-        return sorted(rows, key=lambda row: row.order), broken
+            try:
+                known = read_index(self._system.cat_file(f"{self._root}/{INDEX}"))
+            except OSError:  # none: it is made from the files
+                known = {}
+            before = dict(known)
+            there = contents(self._system, self._root, known)
+            if there.read != before:
+                self._write_index(index_text(there.read))
+        return there
 
-    def _place(self, path: str) -> tuple[str, str] | None:
-        """Return the name and version that a file is of, None if it is no module's."""
-        parts = path.removeprefix(self._root).strip("/").split("/")
-        if len(parts) != 3 or parts[2] != FILE or not all(map(_WORD.fullmatch, parts[:2])):
-            return None
-        return parts[0], parts[1]
-
-    def _index(self) -> dict[str, dict[str, str]]:
-        try:
-            said = read_json(self._system.cat_file(f"{self._root}/{INDEX}"))
-        except (OSError, ValueError):  # none, or a damaged one: it is made anew from the files
-            return {}
-        fits = isinstance(said, dict) and all(
-            isinstance(row, dict)
-            and row.keys() == {"stamp", "card"}
-            and isinstance(row["card"], str)
-            for row in said.values()
-        )
-        return said if fits else {}
-
-    def _write_index(self, index: dict[str, dict[str, str]]) -> None:
-        text = json.dumps(index, ensure_ascii=False, indent=1)
+    def _write_index(self, text: str) -> None:
         try:
             if self.folder is not None:
                 write_text(self.folder / INDEX, text)
@@ -130,28 +120,43 @@ class Hub:
         except (OSError, NotImplementedError):  # not ours to write: everyone reads the files
             return
 
-    def find(self, name: str) -> Listed:
-        """Return a module by ``NAME``, the newest version, or ``NAME@VERSION``.
+    def _meant(self, there: Contents, name: str) -> list[str]:
+        """Return the addresses that a name means, with those that are broken.
 
-        The newest is that with the highest number; where there are only tags, the one made last.
+        Raises:
+            UnknownNameError: if there is none.
+        """
+        if found := there.meant(name):
+            return found
+        module, _, version = name.removeprefix("hub:").partition("@")
+        if not (have := there.meant(module)):
+            raise UnknownNameError.among(f"module on the hub {self.address}", module, there.names())
+        once = version.isdecimal() and int(version) in there.given.get(module, ())
+        tags = [tag for name, tag in sorted(there.tags) if name == module]
+        raise UnknownNameError(
+            f"{module!r} has no version {version!r} on the hub {self.address}"
+            f"{' any more: it was removed' * once}; there are "
+            f"{', '.join([*(each.partition('@')[2] for each in have), *tags])}"
+        )
+
+    def find(self, name: str) -> Listed:
+        """Return a version by ``NAME@VERSION`` or ``NAME@TAG``; by ``NAME``, the newest.
+
+        The newest is the one that was pushed last, which has the highest number.
 
         Raises:
             UnknownNameError: with what there is.
+            CheckpointError: for one that is broken.
         """
-        name = name.removeprefix("hub:")
-        rows, broken = self._scan()
-        if why := broken.get(f"hub:{name}"):
-            raise CheckpointError(why)
-        if name and (found := [row for row in rows if _is(row.address, name)]):
-            return found[-1]
-        name, _, version = name.partition("@")
-        if have := [row.version for row in rows if row.name == name]:
-            raise UnknownNameError(
-                f"{name!r} has no version {version!r} on the hub {self.address}; there are "
-                f"{', '.join(have)}"
-            )
-        names = {row.name for row in rows}
-        raise UnknownNameError.among(f"module on the hub {self.address}", name, names)
+        there = self._contents()
+        address = self._meant(there, name)[-1]
+        if why := there.broken.get(address):
+            raise CheckpointError(f"{address}: {why}")
+        return next(row for row in there.rows if row.address == address)
+
+    def broken(self) -> dict[str, str]:
+        """Return the versions that cannot be read, and why: by address."""
+        return self._contents().broken
 
     def search(self, text: str = "", **conditions: Any) -> list[Listed]:
         """Return the versions that some conditions hold for: `modgraft.store.hub.search`."""
@@ -166,18 +171,15 @@ class Hub:
         return self._system, self.place(row)
 
     def verify(self, name: str = "") -> dict[str, str]:
-        """Read versions to the last bit: of all modules, of ``NAME``, or ``NAME@VERSION``.
+        """Read versions to the last bit: of all modules, or those that ``name`` means.
 
         Returns:
             For each of them what is wrong with it, or "".
         """
-        rows, broken = self._scan()
-        name = name.removeprefix("hub:")
-        found = {row.address: self._why_broken(row) for row in rows if _is(row.address, name)}
-        found |= {address: why for address, why in broken.items() if _is(address, name)}
-        if name and not found:
-            self.find(name)
-        return found
+        there = self._contents()
+        found = {row.address: row for row in there.rows}
+        meant = self._meant(there, name) if name else [*found, *there.broken]
+        return {each: there.broken.get(each) or self._why_broken(found[each]) for each in meant}
 
     def _why_broken(self, row: Listed) -> str:
         try:
@@ -186,7 +188,10 @@ class Hub:
                     path = path / row.name / row.version / FILE
                 else:
                     path = Path(scratch, FILE)
-                    self._system.get_file(f"{self.place(row)}/{FILE}", str(path))
+                    tell(row.address, {FILE: row.size})
+                    self._system.get_file(
+                        f"{self.place(row)}/{FILE}", str(path), callback=bar(FILE)
+                    )
                 check_file(path, row.card.sha256, row.address)
         except CheckpointError as error:
             return str(error)
@@ -195,25 +200,26 @@ class Hub:
     # -- changing ---------------------------------------------------------------------------------
 
     def push(
-        self, folder: Path, name: str = "", version: str = "", *, dry_run: bool = False
+        self, folder: str | Path, name: str = "", tag: str = "", *, dry_run: bool = False
     ) -> Listed:
-        """Add the module in a folder as a version of ``name``.
+        """Add the module in a folder as a version of ``name``, unless its hash is there already.
 
         Args:
             folder: the module's.
             name: what to call it here; "": as the module is called.
-            version: a tag; "": the next number, or the version that has the same hash already.
+            tag: what else to call this version.
             dry_run: whether to write nothing, and only to return what would be there.
 
         Raises:
             CheckpointError: for a folder whose module is damaged, or of another tool.
-            ModgraftError: for a name or tag that cannot be one, or a tag that is another module's.
+            ModgraftError: for a name or tag that cannot be one, or a tag of another version.
         """
+        folder = folder_path(folder, "hub.push")
         sha, card = identity(folder)
         if card is None:
             raise CheckpointError(
-                f"{folder} is another tool's, and has no card that a hub could list; host.load it "
-                f"and host.save it, or push it to hf:USER/REPO as it is"
+                f"{folder} is another tool's, and has no card that a hub could list; `modgraft "
+                f"convert` writes it as ours, or push it to hf:USER/REPO as it is"
             )
         check_file(folder / FILE, sha, str(folder))
         if not name and len(card.names) > 1:
@@ -221,116 +227,155 @@ class Hub:
                 f"{folder} holds {', '.join(card.names)}; say what they are called together"
             )
         name = checked(name or card.names[-1], "name")
-        if version and checked(version, "tag").isdecimal():
-            raise ModgraftError(
-                f"the tag {version!r} is a number, which the hub gives: leave it out"
-            )
+        if tag and checked(tag, "tag").isdecimal():
+            raise ModgraftError(f"the tag {tag!r} is a number, which the hub gives: leave it out")
+        size = (folder / FILE).stat().st_size
         if dry_run:
-            return self._add(folder, card, name, version, dry_run)
-        with self._alone():  # nobody else gives a number now
-            return self._add(folder, card, name, version, dry_run)
+            return self._planned(self._contents(), Listed(name, "", size, card), tag)
+        with self._alone():
+            there = self._contents()
+            row = self._planned(there, Listed(name, "", size, card), tag)
+            if row.address not in there.meant(name):
+                row = replace(row, version=self._given.number(name, int(row.version), sha))
+                self._put(folder / FILE, row)
+            elif self._why_broken(row):
+                self._put(folder / FILE, row)  # again, whole
+            if tag and tag not in row.tags:
+                self._tag(row, tag)
+            found = self.find(row.address)
+        if found.card.sha256 != sha:
+            raise ModgraftError(
+                f"somebody else pushed {row.address} at the same moment, and {self.address} cannot "
+                f"hold one of two off: push again"
+            )
+        return found
+
+    def _planned(self, there: Contents, new: Listed, tag: str) -> Listed:
+        """Return the version that has the hash of a new one, or the new one with its number."""
+        check_case(there.names(), new.name)
+        check_case({other for name, other in there.tags if name == new.name}, tag)
+        same = [row for row in there.rows if row.name == new.name]
+        same = [row for row in same if row.card.sha256 == new.card.sha256]
+        if tag and (named := there.meant(f"{new.name}@{tag}")):
+            same = [row for row in same if row.address in named]
+            if not same:
+                raise ModgraftError(
+                    f"{new.name}@{tag} is on the hub with another hash, and a version never "
+                    f"changes: choose another tag, or remove that one"
+                )
+        return same[-1] if same else replace(new, version=str(there.next_number(new.name)))
+
+    def _put(self, file: Path, row: Listed) -> None:
+        """Write a version's folder."""
+        if self.folder is not None:
+            put(file, self.folder / row.name / row.version, row.card)
+            return
+        if not self._given.exclusive:
+            print(
+                f"{self.address}: of two pushes at the same moment, this protocol cannot hold one "
+                f"off; let one push at a time",
+                file=sys.stderr,
+            )
+        with TemporaryDirectory() as scratch:
+            write_derived(row.card, Path(scratch))
+            self._system.makedirs(self.place(row), exist_ok=True)
+            tell(f"{row.address} on {self.address}", {FILE: row.size}, "sending")
+            for each in (Path(scratch, CARD_FILE), Path(scratch, README), file):
+                target = f"{self.place(row)}/{each.name}"
+                self._system.put_file(str(each), target, callback=bar(each.name))  # the last is all
+
+    def _tag(self, row: Listed, tag: str) -> None:
+        """Give a version a tag, which another version that is there does not have."""
+        if self._given.create(row.name, tag, row.version):
+            return
+        there = self._contents()
+        if row.address in (named := there.meant(f"{row.name}@{tag}")):
+            return
+        if named:
+            raise ModgraftError(
+                f"{row.address} is there, but not as {tag}: somebody else gave that tag at the "
+                f"same moment, to {named[0]}; push again with another tag"
+            )
+        self._given.drop(row.name, tag)  # of a version that was removed by who was killed then
+        self._given.create(row.name, tag, row.version)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Wait until nobody else changes the hub, where that can be known, and say what fails."""
         one = nullcontext() if self.folder is None else locked(self.folder, INDEX, wait=True)
         with reached(self.address), one:
+            self._given.clean()
             yield
 
-    def _add(self, folder: Path, card: Card, name: str, version: str, dry_run: bool) -> Listed:
-        rows, broken = self._scan()
-        versions = [row for row in rows if row.name == name]
-        same = [row for row in versions if version in ("", row.version)]
-        if there := [row for row in same if row.card.sha256 == card.sha256]:
-            if dry_run or not self._why_broken(there[-1]):
-                return there[-1]
-            version, same = there[-1].version, []  # it is written again, whole
-        if version and (same or f"hub:{name}@{version}" in broken):
-            raise ModgraftError(
-                f"{name}@{version} is on the hub with another hash, and a version never changes: "
-                f"choose another tag, or remove that one"
-            )
-        all_of_it = [row.address for row in versions] + [a for a in broken if _is(a, name)]
-        numbers = [int(v) for a in all_of_it if (v := a.rpartition("@")[2]).isdecimal()]
-        version = version or str(max(numbers, default=0) + 1)
-        if dry_run:
-            return Listed(name, version, (folder / FILE).stat().st_size, card)
-        if self.folder is not None:
-            put(folder / FILE, self.folder / name / version, card)
-        else:
-            place = f"{self._root}/{name}/{version}"
-            with TemporaryDirectory() as scratch:
-                write_derived(card, Path(scratch))
-                self._system.makedirs(place, exist_ok=True)
-                for each in (Path(scratch, CARD_FILE), Path(scratch, README), folder / FILE):
-                    self._system.put_file(str(each), f"{place}/{each.name}")  # the last is all
-        return self.find(f"{name}@{version}")
-
     def versions(self, name: str) -> list[str]:
-        """Return the addresses that ``NAME`` or ``NAME@VERSION`` means, those that are broken too.
+        """Return the addresses that a name means, those that are broken too.
 
         Raises:
             UnknownNameError: if there is none.
         """
-        rows, broken = self._scan()
-        found = [*(row.address for row in rows), *broken]
-        found = [address for address in found if name and _is(address, name.removeprefix("hub:"))]
-        return found or [self.find(name).address]
+        return self._meant(self._contents(), name)
 
     def remove(self, name: str) -> list[str]:
-        """Remove ``NAME@VERSION``, or every version of ``NAME``, and return their addresses."""
-        gone = self.versions(name)
+        """Remove ``NAME@VERSION``, or every version of ``NAME``, and return their addresses.
+
+        Their numbers are not given again, so that nothing that names them means another module.
+
+        Raises:
+            UnknownNameError: if there is none.
+        """
+        self.versions(name)
         with self._alone():
+            there = self._contents()
+            gone = self._meant(there, name)
+            hashes = {row.address: row.card.sha256 for row in there.rows}
             for address in gone:
-                path = f"{self._root}/{address.removeprefix('hub:').replace('@', '/')}"
+                module, _, version = address.removeprefix("hub:").partition("@")
+                self._given.create(module, version, hashes.get(address, ""))
+                path = f"{self._root}/{module}/{version}"
                 self._system.rm_file(f"{path}/{FILE}")  # without it, it is no version
+                for tag in there.tags_of(module, version):
+                    self._given.drop(module, tag)
                 if self._system.exists(path):
                     self._system.rm(path, recursive=True)
-            left = f"{self._root}/{name.removeprefix('hub:').partition('@')[0]}"
+            left = f"{self._root}/{gone[0].removeprefix('hub:').partition('@')[0]}"
             if self._system.exists(left) and not self._system.find(left):
                 self._system.rm(left, recursive=True)
-        self.listed()
+            self._contents()
         return gone
 
     def rename(self, name: str, new: str) -> None:
-        """Give a module with all its versions another name.
+        """Give a module with all its versions another name; its numbers and tags stay.
 
         Raises:
-            ModgraftError: for a name that is in use, or cannot be one.
+            UnknownNameError: for a module that is not there.
+            ModgraftError: for a name that is in use, or cannot be one, or was another module's.
         """
         if "@" in name:
             raise ModgraftError(
                 f"{name!r}: a name is changed for all versions; write {name.partition('@')[0]!r}"
             )
-        old = self.find(name).name
         checked(new, "name")
+        self.versions(name)
         with self._alone():
+            there = self._contents()
+            old = self._meant(there, name)[0].removeprefix("hub:").partition("@")[0]
+            check_case(there.names() - {old}, new)
             if self._system.exists(f"{self._root}/{new}"):
                 raise ModgraftError(f"{new!r} is on the hub already; choose another name")
+            was, given = self._given.texts(new), self._given.texts(old)
+            given |= {row.version: row.card.sha256 for row in there.rows if row.name == old}
+            if twice := [word for word, of in given.items() if was.get(word, of) != of]:
+                raise ModgraftError(
+                    f"{new}@{twice[0]} was another module once, and a version never changes; "
+                    f"choose another name"
+                )
+            for word, of in given.items():
+                self._given.create(new, word, of)
             self._system.mv(f"{self._root}/{old}", f"{self._root}/{new}", recursive=True)
-        self.listed()
-
-
-def checked(word: str, what: str) -> str:
-    """Refuse a name or a tag that cannot be one, such as a path."""
-    if not _WORD.fullmatch(word):
-        raise ModgraftError(
-            f"{word!r:.80} cannot be a module's {what} on a hub: letters, digits and '_.+-', a "
-            f"letter or digit first"
-        )
-    return word
-
-
-def _is(address: str, name: str) -> bool:
-    """Return whether a version is meant by ``NAME``, ``NAME@VERSION``, or "", which is all."""
-    return not name or f"{address}@".startswith(f"hub:{name}@")
-
-
-def _stamp(info: dict[str, Any]) -> str:
-    """Return what tells whether a file is the one that was read, in any file system's words."""
-    from fsspec.utils import tokenize
-
-    return tokenize({key: value for key, value in info.items() if key != "atime"})
+            for module, tag in there.tags:
+                if module == old:
+                    self._given.drop(old, tag)
+            self._contents()
 
 
 def put(file: Path, folder: Path, card: Card) -> None:

@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from modgraft.core.errors import DataError, ModgraftError
-from modgraft.store.hub.remote import KINDS, check_holds_tensors, reached, tell
+from modgraft.core.errors import CheckpointError, DataError, ModgraftError
+from modgraft.store.folder import FILE
+from modgraft.store.hub.remote import (
+    KINDS,
+    check_file,
+    check_holds_tensors,
+    identity,
+    reached,
+    tell,
+)
 
 _FORM = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<folder>[^@]+))?")
 
@@ -82,10 +90,26 @@ def fetch(place: Place) -> tuple[Path, str]:
             tell(f"hf:{place.repo}", sizes)
         bar = _bar(bool(sizes))
         snapshot = Path(snapshot_download(place.repo, **which, tqdm_class=bar))
+        if _is_damaged(snapshot / place.folder):  # the disk's fault, or somebody's
+            tell(f"hf:{place.repo}", {FILE: (snapshot / place.folder / FILE).stat().st_size})
+            snapshot_download(place.repo, **which, tqdm_class=_bar(True), force_download=True)
     folder = snapshot / place.folder
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     check_holds_tensors(names, place.at(place.revision or snapshot.name))
     return folder, place.at(snapshot.name)
+
+
+def _is_damaged(folder: Path) -> bool:
+    """Return whether the file of a module in the cache is not, to the last bit, what it was."""
+    if not (folder / FILE).is_file():
+        return False
+    try:
+        sha, card = identity(folder)
+        if card is not None:
+            check_file(folder / FILE, sha, str(folder))
+    except CheckpointError:
+        return True
+    return False
 
 
 def _bar(shown: bool) -> Any:
@@ -106,13 +130,28 @@ def push(folder: Path, place: Place, message: str, private: bool) -> str:
         The address with the commit.
 
     Raises:
+        CheckpointError: for another tool's folder where other modules are, with which it would be
+            one module, or behind which it would not be seen.
         ModgraftError: where you may not write, or it cannot be reached.
     """
+    start = f"{place.folder}/" if place.folder else ""
     from huggingface_hub import HfApi
 
     with _answered(place):
         api = HfApi()
         api.create_repo(place.repo, private=private or None, exist_ok=True)
+        own = {path.name for path in folder.iterdir()}
+        if FILE not in own:
+            names = api.list_repo_files(place.repo, revision=place.revision)
+            there = [n.removeprefix(start) for n in names if n.startswith(start)]
+            beside = [n for n in there if n.endswith(KINDS[0]) and "/" not in n and n not in own]
+        else:
+            beside = []
+        if beside:
+            raise CheckpointError(
+                f"hf:{place.repo} has {', '.join(beside)} already, and this folder of another tool "
+                f"would be mixed with it; push to a folder of it, as {place.at('main')}/NAME"
+            )
         commit = api.upload_folder(
             repo_id=place.repo, folder_path=folder, path_in_repo=place.folder or None,
             revision=place.revision, commit_message=message,
@@ -138,14 +177,12 @@ def _answered(place: Place) -> Iterator[None]:
                 why = "there is no such repository, or it is private"
                 remedy = f"See the name, or {log_in}"
             case errors.RevisionNotFoundError():
-                why, remedy = (
-                    f"it has no revision {place.revision!r}",
-                    "See its page for those it has",
-                )
+                why = f"it has no revision {place.revision!r}"
+                remedy = "See its page for those it has; a slash in one is written %2F"
             case errors.HfHubHTTPError(response=answer) if answer.status_code in (401, 403):
                 why, remedy = "you may not do that", f"{log_in[0].upper()}{log_in[1:]}, as who may"
             case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
-                why = "it is not in the cache, and the Hugging Face Hub cannot be reached"
+                why = "the Hugging Face Hub cannot be reached, and not all of it is in the cache"
                 remedy = (
                     "See the network, and that HF_HUB_OFFLINE is not set; or give a local folder"
                 )

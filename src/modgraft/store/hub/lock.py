@@ -4,11 +4,14 @@
      "composition": "0.5*qa + style",
      "modules": [{"name": "qa", "asked": "hub:qa", "address": "hub:qa@2", "sha256": "9f2c…"}, …]}
 
-``asked`` is what the address was found from, and an update asks again.
+``asked`` is what the address was found from, and an update asks again. ``hub`` is there where
+``hub:`` means another hub than your own: a URL, or a folder from which a relative path starts at
+the lock file.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -17,12 +20,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.expression import module_of
-from modgraft.core.files import read_json, write_json
+from modgraft.core.files import read_json, write_json, writing
 from modgraft.core.parse import parse
 from modgraft.engine.implant import Implant
 from modgraft.store.folder import load as load_folder
 from modgraft.store.folder import stored
-from modgraft.store.hub.address import Found, find
+from modgraft.store.hub.address import Found, find, is_address, written
 from modgraft.store.hub.hub import Hub
 from modgraft.training.host_like import HostLike
 
@@ -66,6 +69,7 @@ class Lock(BaseModel):
     Attributes:
         format: the version of this format.
         composition: of the modules.
+        hub: what ``hub:`` means in it; None: the hub of whoever loads it.
         modules: each of them.
     """
 
@@ -73,14 +77,36 @@ class Lock(BaseModel):
 
     format: Literal[1] = 1
     composition: str
+    hub: str | None = None
     modules: list[Locked]
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Write the lock file, whole or not at all."""
-        write_json(path, self.model_dump())
+        with writing(Path(path)):
+            write_json(path, {"format": self.format, **self.model_dump(exclude_defaults=True)})
+
+    def hub_from(self, base: Path) -> Hub | None:
+        """Return the hub that it names, of a lock file in the folder ``base``."""
+        if self.hub is None:
+            return None
+        return Hub(self.hub if is_address(self.hub) else base / self.hub)
+
+    def found(self, base: Path, hub: Hub | None = None) -> dict[str, Found]:
+        """Return exactly its modules, by name.
+
+        Args:
+            base: the folder of the lock file.
+            hub: what ``hub:`` means; None: the hub that it names, else yours.
+
+        Raises:
+            CheckpointError: for another module at one of its addresses.
+            ModgraftError: for what cannot be fetched.
+        """
+        hub = hub or self.hub_from(base)
+        return {module.name: module.found(base, hub) for module in self.modules}
 
     @classmethod
-    def read(cls, path: Path) -> Lock:
+    def read(cls, path: str | Path) -> Lock:
         """Read a lock file.
 
         Raises:
@@ -88,6 +114,7 @@ class Lock(BaseModel):
             CheckpointError: for what is no lock file.
         """
         remedy = "host.load takes a module's folder, an address, or a file of `modgraft hub lock`"
+        path = Path(path)
         if path.suffix == ".safetensors":
             raise CheckpointError(f"{path} is a file: give the folder that it is in, {path.parent}")
         said = read_json(path, what="a lock file", remedy=remedy)
@@ -109,26 +136,36 @@ class Lock(BaseModel):
 
 
 def lock(
-    composition: str, addresses: Mapping[str, str], base: Path, hub: Hub | None = None
+    composition: str,
+    addresses: Mapping[str, str | Path] | None = None,
+    base: str | Path = "",
+    hub: Hub | None = None,
 ) -> Lock:
-    """Find the modules that a composition names.
+    """Find the modules that a composition names; ``.write(file)`` writes the lock file.
+
+    >>> mg.lock("0.5*qa + style", {"style": "modules/style"}).write("mix.lock.json")
+    >>> host.load("mix.lock.json")
 
     Args:
         composition: it.
         addresses: of modules by name; of one that is not here, ``hub:NAME``.
-        base: the folder of the lock file, which local folders' paths start from.
-        hub: what ``hub:`` means; None: your hub.
+        base: the folder that the lock file is to be in, from which paths in it start.
+        hub: what ``hub:`` means; None: your hub. Another one is named in the lock file.
+
+    Returns:
+        What the lock file is to say.
 
     Raises:
         CompositionError: for what is no composition.
         ModgraftError: for an address whose module is not in the composition, or several in one.
     """
+    composition, addresses, base = str(composition), addresses or {}, Path(base)
     names = names_in(composition)
     if unused := addresses.keys() - set(names):
         raise ModgraftError(f"{', '.join(sorted(unused))} is not in {composition!r}; leave it out")
     modules = []
     for name in names:
-        asked = addresses.get(name, f"hub:{name}")
+        asked = written(addresses.get(name, f"hub:{name}"))
         found = find(asked, base, hub)
         if found.card is not None and len(found.card.names) > 1:
             raise ModgraftError(
@@ -136,7 +173,15 @@ def lock(
                 f"were saved one by one"
             )
         modules.append(Locked(name=name, asked=asked, address=found.address, sha256=found.sha256))
-    return Lock(composition=composition, modules=modules)
+    where = None if hub is None or hub.yours else _from(base, hub)
+    return Lock(composition=composition, hub=where, modules=modules)
+
+
+def _from(base: Path, hub: Hub) -> str:
+    """Return how a lock file in ``base`` names a hub: as it was named, if that is not relative."""
+    if is_address(hub.address) or Path(hub.address).is_absolute():
+        return hub.address
+    return os.path.relpath(hub.address, base)
 
 
 def load(host: HostLike, path: Path, strict: bool, active: bool) -> list[Implant]:
@@ -148,10 +193,10 @@ def load(host: HostLike, path: Path, strict: bool, active: bool) -> list[Implant
     """
     lock, before = Lock.read(path), host.composition
     made: list[Implant] = []
-    found = {module.name: module.found(path.parent).folder for module in lock.modules}
+    found = lock.found(path.parent)
     try:
-        for name, folder in found.items():
-            made += load_folder(host, stored(folder, host.model), name, strict, active=False)
+        for name, each in found.items():
+            made += load_folder(host, stored(each.folder, host.model), name, strict, active=False)
         if active:
             host.use(lock.composition)
     except BaseException:

@@ -46,6 +46,11 @@ def filesystem(address: str) -> tuple[AbstractFileSystem, str]:
         return system, root.rstrip("/")
 
 
+def protocols(system: AbstractFileSystem) -> set[str]:
+    """Return the names of the protocol that a file system is of, such as ``s3``."""
+    return {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+
+
 @contextmanager
 def reached(address: str) -> Iterator[None]:
     """Say what could not be reached, and what to do, instead of what a library says."""
@@ -169,7 +174,7 @@ def fetch(system: AbstractFileSystem, root: str, address: str) -> Path:
         part = Path(tempfile.mkdtemp(dir=cache(), prefix=".fetch-"))
         try:
             for name, row in files.items():
-                system.get_file(row["name"], str(part / name), callback=_bar(name))
+                system.get_file(row["name"], str(part / name), callback=bar(name))
             return _placed(part, cache() / identity(part)[0])
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -187,11 +192,9 @@ def _placed(part: Path, place: Path) -> Path:
     return place
 
 
-def tell(address: str, sizes: dict[str, int]) -> None:
-    """Say on standard error what is about to be fetched, and how large it is."""
-    print(
-        f"fetching {address}: {', '.join(sizes)}, {in_bytes(sum(sizes.values()))}", file=sys.stderr
-    )
+def tell(address: str, sizes: dict[str, int], does: str = "fetching") -> None:
+    """Say on standard error what is about to be fetched or sent, and how large it is."""
+    print(f"{does} {address}: {', '.join(sizes)}, {in_bytes(sum(sizes.values()))}", file=sys.stderr)
 
 
 def in_bytes(size: int) -> str:
@@ -203,8 +206,8 @@ def in_bytes(size: int) -> str:
     return f"{size:,.3g} GB"
 
 
-def _bar(name: str) -> Any:
-    """Return what shows the bytes that have come, on a terminal."""
+def bar(name: str) -> Any:
+    """Return what shows the bytes that have passed, on a terminal."""
     from fsspec.callbacks import TqdmCallback
 
     return TqdmCallback({"desc": name, "unit": "B", "unit_scale": True, "disable": None})

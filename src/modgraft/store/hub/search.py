@@ -6,7 +6,6 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from modgraft.core.errors import ModgraftError
 from modgraft.store.card import Card
@@ -23,26 +22,22 @@ class Listed:
 
     Attributes:
         name: its name there.
-        version: a number that the hub gave it, or a tag.
+        version: the number that the hub gave it.
         size: bytes of its file.
         card: its card.
+        tags: what else it is called there.
     """
 
     name: str
     version: str
     size: int
     card: Card
+    tags: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:
         """``hub:NAME@VERSION``."""
         return f"hub:{self.name}@{self.version}"
-
-    @property
-    def order(self) -> tuple[Any, ...]:
-        """What versions of a module are sorted by: tags by date, then numbers."""
-        number = int(self.version) if self.version.isdecimal() else 0
-        return self.name, number, self.card.made, self.version
 
 
 def search(

@@ -30,25 +30,29 @@ class Update:
     changes: list[str]
 
 
-def update(path: Path, hub: Hub | None = None, dry_run: bool = False) -> list[Update]:
+def update(path: str | Path, hub: Hub | None = None, dry_run: bool = False) -> list[Update]:
     """Bring newer versions of modules.
 
     Args:
         path: a lock file, whose modules are asked for again and which is written anew; or a folder
             of a module, which is found on the hub by its hash and replaced.
-        hub: what ``hub:`` means; None: your hub.
+        hub: what ``hub:`` means; None: the hub that the lock file names, else yours.
         dry_run: whether to change nothing.
 
     Raises:
         UnknownNameError: for a folder whose module is not on the hub.
         ModgraftError: for a module that cannot be fetched.
     """
-    hub = hub or Hub()
-    return _of_lock(path, hub, dry_run) if path.is_file() else [_of_folder(path, hub, dry_run)]
+    path = Path(path)
+    if path.is_file():
+        return _of_lock(path, hub, dry_run)
+    return [_of_folder(path, hub or Hub(), dry_run)]
 
 
-def _of_lock(path: Path, hub: Hub, dry_run: bool) -> list[Update]:
+def _of_lock(path: Path, hub: Hub | None, dry_run: bool) -> list[Update]:
     old, base = Lock.read(path), path.parent
+    was_at = old.hub_from(base)
+    hub = hub or was_at
     new = lock(old.composition, {m.name: m.asked for m in old.modules}, base, hub)
     rows = []
     for now in new.modules:
@@ -58,12 +62,14 @@ def _of_lock(path: Path, hub: Hub, dry_run: bool) -> list[Update]:
             rows.append(Update(now.name, was.address, was.address, []))
             continue
         try:
-            before = was.found(base, hub).card
+            before = was.found(base, was_at).card
         except ModgraftError:  # it is gone, or was replaced where it was
             before = None
         address = now.address if now.address != was.address else f"{now.address} as it is now"
         after = now.found(base, hub).card
         rows.append(Update(now.name, was.address, address, changes(before, after)))
+    if hub is was_at:
+        new.hub = old.hub  # as it was written
     if not dry_run:
         new.write(path)
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modgraft.computation.base import ParameterComposition
 from modgraft.core.errors import CheckpointError
+from modgraft.core.expression import module_of
 from modgraft.core.precision import wide
-from modgraft.store.merging.checkpoints import BLOCK, Progress
 from modgraft.store.merging.low_rank import Change, dense, svd, total
 from modgraft.store.merging.modules import changes_of
-from modgraft.store.merging.weights import Checkpoint
+from modgraft.store.merging.streamed import Progress
+from modgraft.store.merging.weights import BLOCK, Checkpoint
 from modgraft.training.host_like import HostLike
 
 
@@ -98,17 +100,21 @@ def compare_checkpoints(
 def compare_modules(host: HostLike, one: str, other: str) -> list[Row]:
     """Compare the changes Δ of two modules of a host at each weight.
 
+    Where a module is no change of weights, such as an adapter or a prompt, the tensors of both are
+    compared as they are, by site and name.
+
     Args:
         host: theirs.
         one: A's name.
         other: B's name.
 
     Returns:
-        A row for each weight, with the rank of the difference.
-
-    Raises:
-        ModgraftError: for a module that is no change of weights.
+        A row for each weight, or each tensor, with the rank of the difference.
     """
+    methods = [host._implants.computation(name) for name in (one, other)]
+    if not all(isinstance(method, ParameterComposition) for method in methods):
+        tensors = [host._implants[module_of(name)].tensors() for name in (one, other)]
+        return compare_tensors(*tensors)
     rows = []
     with torch.no_grad():
         for label, changes in changes_of(host, [one, other]).items():
@@ -118,12 +124,39 @@ def compare_modules(host: HostLike, one: str, other: str) -> list[Row]:
                 rows.append(_alone(label, tuple(here.shape), "B" if missing[0] else "A"))
                 continue
             a, b = (change for change in changes if change is not None)
-            both = [dense(a), dense(b)]
-            row = _row(label, tuple(a.shape), lambda both=both: [[*both, both[1] - both[0]]])
-            if len(a.shape) == 2 and not row.only:
-                row = replace(row, rank=_rank(total([b, a], [1, -1]), row))
-            rows.append(row)
+            rows.append(_ranked(label, dense(a), dense(b), total([b, a], [1, -1])))
     return rows
+
+
+def compare_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[Row]:
+    """Compare tensors by name.
+
+    Returns:
+        A row for each, in A's order, then those of B alone, with the rank of the difference.
+    """
+    rows = []
+    for name in {**one, **other}:
+        a, b = one.get(name), other.get(name)
+        if a is None or b is None:
+            here = a if a is not None else b
+            rows.append(_alone(name, tuple(torch.as_tensor(here).shape), "B" if a is None else "A"))
+        elif a.shape != b.shape:
+            rows.append(_alone(name, tuple(a.shape), "shape"))
+        elif not (a.is_floating_point() and b.is_floating_point()):
+            same = a.dtype == b.dtype and torch.equal(a, b)
+            rows.append(Row(name, tuple(a.shape), 0.0, 0.0, 0.0, None, only="" if same else "type"))
+        else:
+            a, b = wide(a.detach()), wide(b.detach())
+            rows.append(_ranked(name, a, b, b - a))
+    return rows
+
+
+def _ranked(name: str, a: Tensor, b: Tensor, apart: Change) -> Row:
+    """Compare A and B with the rank of B − A, of a matrix."""
+    row = _row(name, tuple(a.shape), lambda: [[a, b, b - a]])
+    if len(a.shape) != 2 or not a.numel() or row.only:
+        return row
+    return replace(row, rank=_rank(apart, row))
 
 
 def _tensor(a: Checkpoint, b: Checkpoint, base: Checkpoint | None, name: str, ranks: bool) -> Row:

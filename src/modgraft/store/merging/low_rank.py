@@ -72,12 +72,19 @@ def total(changes: Sequence[Change], weights: Sequence[float]) -> Change:
 def svd(change: Change) -> tuple[Tensor, Tensor, Tensor]:
     """Return U ``[out, k]``, σ ``[k]`` and Vᵀ ``[k, in]`` of a matrix of rank k, in float64.
 
-    Singular values that are rounding errors of the given precision are left out.
+    Singular values that are rounding errors of the given precision are left out. Of a matrix that
+    holds NaN or infinity all is NaN.
     """
     u, sigma, vh = _svd(change)
     least = sigma[:1] * max(change.shape) * torch.finfo(change.dtype).eps
-    k = int((sigma > least).sum())
+    k = int((~(sigma <= least)).sum())  # what is NaN stays
     return u[:, :k], sigma[:k], vh[:k]
+
+
+def orthogonal(columns: Tensor) -> Tensor:
+    """Return the matrix of orthonormal columns that is nearest to ``columns``, in float64."""
+    p, _, qh = _svd(columns)
+    return p @ qh
 
 
 def truncated(change: Change, rank: int) -> tuple[LowRank, Tensor]:
@@ -99,6 +106,12 @@ def truncated(change: Change, rank: int) -> tuple[LowRank, Tensor]:
 
 
 def _svd(change: Change) -> tuple[Tensor, Tensor, Tensor]:
+    parts = [change.left, change.right] if isinstance(change, LowRank) else [change]
+    if not all(part.isfinite().all() for part in parts):  # torch raises, or gives some numbers
+        *stack, out, ins = change.shape
+        sizes = [*stack, out, min(out, ins)], [*stack, min(out, ins)], [*stack, min(out, ins), ins]
+        u, sigma, vh = (parts[0].new_full(size, torch.nan, dtype=torch.float64) for size in sizes)
+        return u, sigma, vh
     if not isinstance(change, LowRank):
         return torch.linalg.svd(change.double(), full_matrices=False)
     outer, upper = torch.linalg.qr(change.left.double())  # [out, k], [k, r]

@@ -22,8 +22,8 @@ from modgraft.core.sites import Site, located
 from modgraft.engine.implant import Implant
 from modgraft.store.file import digest_of
 from modgraft.store.merging.low_rank import Change, LowRank, dense, total, truncated
-from modgraft.store.merging.methods import SOUP, Asked, asked
 from modgraft.store.merging.soup import greedy
+from modgraft.store.merging.table import SOUP, Asked, asked
 from modgraft.training.host_like import HostLike
 
 
@@ -63,7 +63,8 @@ def merge(
 
     Raises:
         ModgraftError: for a module that is no change of weights, an unknown method or option, a
-            rank that a site has not, or a name in use. The host is then as it was.
+            rank that a site has not, or that a LoRA cannot have because biases change and a site
+            has none, or a name in use. The host is then as it was.
     """
     if not hasattr(host, "implants"):
         raise ModgraftError(f"merge(host, …) takes a modgraft.Host, not a {type(host).__name__}")
@@ -235,7 +236,7 @@ def _merged(here: _Weight, names: Sequence[str], how: Asked) -> _Merged:
     label = here.site.label
     changes, biases = _filled(here.changes), _filled(here.biases)
     shape = changes[0].shape
-    if len(shape) == 3 and not how.in_blocks(shape[1:]):  # each expert's is a matrix
+    if len(shape) == 3 and how.of_matrices:  # each expert's is a matrix
         experts = [
             _one(f"{label}:{i}", names, how, [change[i] for change in changes])
             for i in range(shape[0])
@@ -298,20 +299,34 @@ def _as_module(
         made.append(replace(each, change=change))
     whole, lost = sizes.tolist()
     at = {each.site.label: each for each in made}
+    if rank is not None and (bare := _without_bias(made)) is not None:
+        raise ModgraftError(
+            f"rank={rank}: biases change too, and {bare} has none, where no LoRA that changes "
+            f"biases can be; leave out rank=, which gives a DenseDelta, or merge what is at layers "
+            f"with a bias apart from the rest"
+        )
     new = host.implant(name, _method(made, most), list(at), active=False)
     for label, place in zip(new.paths, new.places, strict=True):
         _fill(new.method, place, at[label])
     return new, (lost / whole) ** 0.5 if whole else 0.0
 
 
+def _without_bias(merged: Sequence[_Merged]) -> str | None:
+    """Return a site that has no bias, where biases of others change; None where there is none."""
+    if all(each.bias is None for each in merged):
+        return None
+    sites = [each.site for each in merged]
+    bare = (s.label for s in sites if bias_vector(s.module, s.part, s.parameter) is None)
+    return next(bare, None)
+
+
 def _method(merged: Sequence[_Merged], most: int) -> Computation:
     """Return the method that holds changes, the smallest one."""
     biased = any(each.bias is not None for each in merged)
     ranks = [each.change.rank for each in merged if isinstance(each.change, LowRank)]
-    if len(ranks) == len(merged) and max(ranks) <= most:
-        at = [(each.site.module, each.site.part, each.site.parameter) for each in merged]
-        if not biased or all(bias_vector(*each) is not None for each in at):
-            return LoRA(rank=max(1, *ranks), bias=biased)
+    low = len(ranks) == len(merged) and max(ranks) <= most
+    if low and _without_bias(merged) is None:
+        return LoRA(rank=max(1, *ranks), bias=biased)
     size = sum(each.change.shape.numel() for each in merged)
     used = sum(int(dense(each.change).count_nonzero()) for each in merged)
     if biased or 2 * used > size or any(len(each.change.shape) > 2 for each in merged):

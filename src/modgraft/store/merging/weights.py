@@ -22,6 +22,9 @@ from modgraft.store.file import Entry, Header, broken
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
+BLOCK = 2**16
+"""How many numbers of a tensor are read at a time."""
+
 
 class Checkpoint:
     """A folder of weights, of which slices are read.
@@ -71,6 +74,24 @@ class Checkpoint:
                 raise CheckpointError(f"{file.name} has become shorter while it was read")
             left -= got
         return torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0)
+
+    def equal(self, one: str, other: str) -> bool:
+        """Return whether two tensors of one shape are the same, to the last bit."""
+        if self.entries[one].dtype != self.entries[other].dtype:
+            return False
+        size = math.prod(self.entries[one].shape)
+        return all(
+            torch.equal(self.numbers(one, start, end), self.numbers(other, start, end))
+            for start in range(0, size, BLOCK)
+            for end in [min(start + BLOCK, size)]
+        )
+
+    def leave_out(self, name: str) -> None:
+        """Do as if there were no such tensor."""
+        del self.entries[name]
+        for tensors in self.shards.values():
+            if name in tensors:
+                tensors.remove(name)
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of each of its files."""

@@ -1,0 +1,181 @@
+"""What there is on a hub: versions, their tags, and which numbers were ever given.
+
+    HUB/NAME/3/module.safetensors   a version
+    HUB/.versions/NAME/3            the hash of what was given the number 3; it stays for good
+    HUB/.versions/NAME/paper        3, the version of which ``paper`` is a tag
+    HUB/.index.json                 what was read of these files, so that a look opens none of them
+
+The index may be deleted: whoever finds a file that it lacks, or another one, reads that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.store.card import Card
+from modgraft.store.file import read_json
+from modgraft.store.folder import FILE
+from modgraft.store.hub.remote import card_there
+from modgraft.store.hub.search import Listed
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+INDEX = ".index.json"
+GIVEN = ".versions"
+
+WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,95}")
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
+
+
+@dataclass
+class Contents:
+    """What there is.
+
+    Attributes:
+        rows: the versions, by name and number.
+        broken: of those that cannot be read, what is wrong, by address.
+        tags: the number that a tag stands for, by name and tag.
+        given: the numbers that were ever given, by name.
+        read: what the index is to hold: of each file a stamp and a text, by ``NAME@VERSION``.
+    """
+
+    rows: list[Listed] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    tags: dict[tuple[str, str], str] = field(default_factory=dict)
+    given: dict[str, set[int]] = field(default_factory=dict)
+    read: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def names(self) -> set[str]:
+        """Return the names of modules."""
+        return {row.name for row in self.rows} | {_split(each)[0] for each in self.broken}
+
+    def meant(self, name: str) -> list[str]:
+        """Return the addresses of ``NAME@VERSION``, of a tag's version, or of all of ``NAME``.
+
+        They are in order, the newest last, and with them are those that are broken.
+        """
+        module, at, version = name.removeprefix("hub:").partition("@")
+        found = [_split(each) for each in (*(row.address for row in self.rows), *self.broken)]
+        version = self.tags.get((module, version), version)
+        mine = [v for n, v in found if n == module and (not at or v == version)]
+        return [f"hub:{module}@{v}" for v in sorted(mine, key=_age)]
+
+    def tags_of(self, name: str, version: str) -> tuple[str, ...]:
+        """Return the tags of a version."""
+        return tuple(sorted(t for (n, t), v in self.tags.items() if (n, v) == (name, version)))
+
+    def next_number(self, name: str) -> int:
+        """Return a number that no version of a module has had."""
+        return 1 + max(self.given.get(name, set()), default=0)
+
+
+def contents(system: AbstractFileSystem, root: str, known: dict[str, dict[str, str]]) -> Contents:
+    """Look at a hub's files, and read those that are not known.
+
+    Args:
+        system: the hub's file system.
+        root: its folder.
+        known: what the index holds.
+
+    Raises:
+        ModgraftError: for a hub that is a file.
+    """
+    found = Contents()
+    if not system.exists(root):
+        return found
+    files: Any = system.find(root, maxdepth=3, detail=True)
+    if root in files:
+        raise ModgraftError(f"{root} is a file; a hub is a folder, or a URL of one")
+
+    def text(key: str, info: dict[str, Any], read: Callable[[], str]) -> str:
+        stamp = _stamp(info)
+        if known.get(key, {}).get("stamp") != stamp:
+            known[key] = {"stamp": stamp, "text": read()}
+        found.read[key] = known[key]
+        return known[key]["text"]
+
+    modules = {}
+    for path, info in files.items():
+        parts = path.removeprefix(root).strip("/").split("/")
+        if len(parts) != 3 or not WORD.fullmatch(parts[1]):
+            continue
+        if parts[0] == GIVEN and _NUMBER.fullmatch(parts[2]):
+            found.given.setdefault(parts[1], set()).add(int(parts[2]))
+        elif parts[0] == GIVEN and WORD.fullmatch(parts[2]):
+            name, tag = parts[1:]
+            with suppress(FileNotFoundError):  # removed since it was listed
+                found.tags[name, tag] = text(f"{name}@{tag}", info, partial(short, system, path))
+        elif parts[2] == FILE and WORD.fullmatch(parts[0]):
+            modules[parts[0], parts[1]] = path, info
+    for (name, version), (path, info) in modules.items():
+        try:
+            if not _NUMBER.fullmatch(version):
+                raise CheckpointError(
+                    f"{path} is in no version's folder, which a number names; push it as {name}, "
+                    f"with {version} for its tag, and remove it here"
+                )
+            found.given.setdefault(name, set()).add(int(version))
+            if info["type"] != "file":  # a pipe would be waited for
+                raise CheckpointError(f"{path} is no plain file; remove it")
+            said = text(f"{name}@{version}", info, partial(card_there, system, path, info["size"]))
+            card = Card.from_text(said, path)
+            tags = found.tags_of(name, version)
+            found.rows.append(Listed(name, version, info["size"], card, tags))
+        except FileNotFoundError:  # removed since it was listed
+            continue
+        except CheckpointError as error:
+            found.read.pop(f"{name}@{version}", None)
+            found.broken[f"hub:{name}@{version}"] = str(error)
+    found.rows.sort(key=lambda row: (row.name, _age(row.version)))
+    return found
+
+
+def short(system: AbstractFileSystem, path: str) -> str:
+    """Read a file of a word or a hash."""
+    with system.open(path, "rb") as file:
+        return bytes(file.read(100)).decode(errors="replace").strip()  # type: ignore[arg-type]
+
+
+def read_index(text: str | bytes) -> dict[str, dict[str, str]]:
+    """Read an index; a damaged one is empty."""
+    try:
+        said = read_json(text)
+    except ValueError:
+        return {}
+    fits = isinstance(said, dict) and all(
+        isinstance(row, dict)
+        and row.keys() == {"stamp", "text"}
+        and all(isinstance(each, str) for each in row.values())
+        for row in said.values()
+    )
+    return said if fits else {}
+
+
+def index_text(read: dict[str, dict[str, str]]) -> str:
+    """Write an index."""
+    return json.dumps(read, ensure_ascii=False, indent=1)
+
+
+def _split(address: str) -> tuple[str, str]:
+    name, _, version = address.removeprefix("hub:").partition("@")
+    return name, version
+
+
+def _age(version: str) -> tuple[int, str]:
+    """Return what versions are sorted by; what is no number comes first."""
+    return (int(version) if _NUMBER.fullmatch(version) else 0), version
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    """Return what tells whether a file is the one that was read, in any file system's words."""
+    from fsspec.utils import tokenize
+
+    return tokenize({key: value for key, value in info.items() if key != "atime"})
