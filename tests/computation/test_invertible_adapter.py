@@ -43,6 +43,13 @@ def test_what_it_does_at_an_embedding_it_undoes_elsewhere(
         torch.testing.assert_close(host(x), table, rtol=0, atol=1e-12 * (1 + table.abs().max()))
 
 
+def test_without_the_inverse_every_site_applies_the_coupling() -> None:
+    host = coupled(6, inverse=False)
+    place, again = host["m"].places
+    y = torch.randn(2, 3, 6, dtype=torch.float64)
+    assert torch.equal(place(y, None, None), again(y, None, None))
+
+
 def test_the_equation_of_the_paper_and_its_gradient() -> None:
     """Row by row, o1 = F(e2) + e1 and o2 = G(o1) + e2, where F and G have two layers each."""
     host = coupled(6)

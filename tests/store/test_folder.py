@@ -145,3 +145,13 @@ def test_a_state_dict_has_what_waits(tmp_path: Path) -> None:
     fresh.model.load_state_dict(nn.Sequential(host.model.get_submodule("0")).state_dict())
     fresh.load(tmp_path / "a", lazy=True)
     assert fresh.state_dict().keys() == host.state_dict().keys()
+
+
+def test_a_module_at_a_part_that_is_seen_at_work_loads(tmp_path: Path) -> None:
+    """The host then runs while the limit to what a stranger's card may make is in force."""
+    host = mg.Host(HOSTS["gpt2"].model(shallow=True))
+    host.implant("m", mg.Adapter(reduction=2), at="transformer.drop")
+    host.save("m", tmp_path)
+    again = mg.Host(HOSTS["gpt2"].model(shallow=True))
+    again.load(tmp_path, strict=False)
+    assert list(again["m"].paths) == ["transformer.drop"]

@@ -58,6 +58,9 @@ class Computation(Configured):
     example of ``[g, n, d]``: a vector parameter is then ``[g, 1, d]``, and an ``nn.Linear`` child
     is replaced by a batched one, which may be called but has no weight to read."""
 
+    in_residual: ClassVar[bool] = False
+    """Whether it acts in a layer's residual too: a function of the output, or of several such."""
+
     default_at: ClassVar[str | None] = None
     """The selection of sites used when ``at=`` is left out; None makes ``at=`` required."""
 
@@ -106,7 +109,7 @@ class Computation(Configured):
                 f"{type(self).__name__} at {site.label}: an nn.MultiheadAttention takes query, key "
                 f"and value, and sums no residual; leave out [residual]"
             )
-        if site.residual and not isinstance(self, FunctionComposition):
+        if site.residual and not self.in_residual:
             raise SiteError(
                 f"{type(self).__name__} at {site.label}: only a function of activations, such as "
                 f"Adapter, can act in a residual; leave out [residual]"
@@ -260,6 +263,8 @@ for _each in _HOOKS:
 
 class FunctionComposition(Computation):
     """f'(x) = g(f(x; θ), x; φ): the module is a function of the site's output (and input)."""
+
+    in_residual: ClassVar[bool] = True
 
     def at(self, site: Site) -> Self:
         """Return a copy built for ``site``; refuse a site whose output has no feature axis."""

@@ -32,6 +32,8 @@ class InvertibleAdapter(FunctionComposition):
     Args:
         reduction: r = d / 2m, rounded so that the bottleneck's m is whole; 2 in MAD-X.
         nonlinearity: σ: ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``tanh``.
+        inverse: whether sites that embed no input apply the inverse; without it every site applies
+            the coupling itself, as after the norm of the embeddings, and nothing is undone.
 
     Raises:
         ModgraftError: for an odd d, a reduction above d/2, sites of several widths, or an output
@@ -42,6 +44,7 @@ class InvertibleAdapter(FunctionComposition):
 
     reduction: int = 2
     nonlinearity: Nonlinearity = "relu"
+    inverse: bool = True
 
     def __post_init__(self) -> None:
         check_options("InvertibleAdapter", self.reduction, None, self.nonlinearity, 1.0)
@@ -60,7 +63,7 @@ class InvertibleAdapter(FunctionComposition):
                 f"InvertibleAdapter(reduction={self.reduction}) at {site.label}: half of its width "
                 f"is {half}, so nothing would be left; use a reduction of at most {half}"
             )
-        self._label, self._inverse, self._width = site.label, not site.embeds, d
+        self._label, self.undoes, self._width = site.label, self.inverse and not site.embeds, d
         self.D_F, self.U_F = nn.Linear(half, m), nn.Linear(m, half)
         self.D_G, self.U_G = nn.Linear(half, m), nn.Linear(m, half)
         for zero in (self.D_F.bias, self.D_G.bias, *self.U_F.parameters(), *self.U_G.parameters()):
@@ -83,7 +86,7 @@ class InvertibleAdapter(FunctionComposition):
     def forward(self, y: Tensor, x: Tensor | None, side: Side | None) -> Tensor:
         check_output("InvertibleAdapter", y, self._width)
         one, two = y.chunk(2, dim=-1)  # [B, …, d] → two of [B, …, d/2]
-        if self._inverse:
+        if self.undoes:
             two = two - self._mix(self.D_G, self.U_G, one)
             one = one - self._mix(self.D_F, self.U_F, two)
         else:

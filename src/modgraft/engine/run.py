@@ -35,6 +35,7 @@ from modgraft.engine.kernels.linear import Change, one_product
 from modgraft.engine.plan import Entry, Group, make_groups
 from modgraft.engine.residual import Step, shifted
 from modgraft.engine.state import STATE, SiteCall, State, with_choices
+from modgraft.routing.mixture import RoutedMixture
 
 
 def run(layer: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -298,12 +299,28 @@ def _shift_residual(site: SiteCall, composition: Expression) -> tuple[tuple, dic
 def _in_residual(site: SiteCall, entry: Entry, y: Tensor, r: Tensor) -> Tensor:
     """Return the result of a module that acts in the residual ``r``, on the output ``y``."""
     module = entry.module
+    if isinstance(module, RoutedMixture):
+        return _mixed_in_residual(site, module, y, r)
     assert isinstance(module, FunctionComposition)  # noqa: S101
     side = Applier(site, site.state.entries, r).side(entry, y.shape[0])
     with as_the_layer(y):
         if entry.part is None:
             return module(y, r, side).to(y.dtype)
         return entry.part.replaced(y, entry.axis, lambda own: module(own, r, side).to(y.dtype))
+
+
+def _mixed_in_residual(site: SiteCall, routed: RoutedMixture, y: Tensor, r: Tensor) -> Tensor:
+    """Return what a mixture without a router makes of its modules there; see above."""
+
+    def apply(j: int, y: Tensor, total: Tensor, weight: Weight) -> Tensor:
+        for entry in site.state.entries.get(routed.members[j], ()):
+            if entry.residual:
+                effect = _in_residual(site, entry, y, r) - y
+                total = total + weighted(site.per_row(weight, y), effect)
+        return total
+
+    with as_the_layer(y):
+        return routed.mixture.combine(apply, [], y).to(y.dtype)
 
 
 # -- attention ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from modgraft.core.embeddings import token_table
 from modgraft.core.errors import ModgraftError, SideError
 from modgraft.core.expression import Name, module_of
 from modgraft.core.parse import parse
-from modgraft.core.sites import Site, find
+from modgraft.core.sites import RESIDUAL, Site, find
 from modgraft.engine.implant import Implant, Implants
 from modgraft.engine.inputs.rows import IGNORED
 from modgraft.routing.base import Member, Router
@@ -51,14 +51,15 @@ def mixed_sites(model: nn.Module, implants: Implants, mixture: Mixture) -> list[
         for label in implant.paths:
             site = find(model, label)[0]
             weighed = mixture.level == "example" and mixture.aggregate.is_weighted_sum
-            if site.residual or (site.parameter is not None and not weighed):
+            routed = site.residual and mixture.router is not None
+            if routed or (site.parameter is not None and not weighed):
                 or_else = "" if site.residual else ", or route examples, Soft(level='example')"
                 raise ModgraftError(
                     f"Mixture({list(mixture.over)}): {name!r} acts at {label}, inside the layer or "
                     f"its residual, where it cannot be weighed; mix modules at layers' "
                     f"outputs{or_else}"
                 )
-            paths[site.path] = None
+            paths[f"{site.path}{RESIDUAL if site.residual else ''}"] = None
     mixture.check(members)
     return list(paths)
 

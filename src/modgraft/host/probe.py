@@ -301,7 +301,7 @@ class _Host:
             )
         if isinstance(place, FunctionComposition) and not site.part and seen.output is not None:
             self._judge_width(row, site, seen.output)
-        if site.residual:
+        if site.residual and isinstance(place, FunctionComposition):  # and no mixture of such
             self._judge_residual(row, place)
 
     def _judge_width(self, row: Probed, site: Site, y: Tensor) -> None:

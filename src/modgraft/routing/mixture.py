@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import field, replace
 from itertools import chain
-from typing import Self, final
+from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,12 @@ class Mixture(Computation):
 
     Raises:
         ModgraftError: for no module or one named twice, a router with an aggregation that takes
-            none, modules of attention weights, of a residual or of the input; at level ``token``
-            also for an output that is not ``[B, n, d]``, or a module that reads other tokens.
+            none, modules of attention weights or of the input, or of a residual under a router; at
+            level ``token`` also for an output that is not ``[B, n, d]``, or a module that reads
+            other tokens.
     """
+
+    in_residual: ClassVar[bool] = True
 
     over: Sequence[str]
     # a class attribute None would hide the router, which nn.Module keeps among its children
@@ -174,7 +177,8 @@ class Mixture(Computation):
             redirect(self.route, self.route.state_dict(), ModuleTensors(first.route))
 
     def at(self, site: Site) -> Self:
-        if site.residual or site.parameter is not None:
+        routed = site.residual and self.router is not None
+        if routed or site.parameter is not None:
             raise SiteError(
                 f"Mixture at {site.label}: its modules there change weights inside the layer or "
                 f"its residual, which cannot be weighed example by example; mix modules at a "

@@ -35,7 +35,8 @@ class Bounded(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         size = args[0] if args and not isinstance(args[0], torch.Tensor) else 0
-        numbers = math.prod(size) if isinstance(size, list | tuple) else size
-        if isinstance(numbers, int | float) and numbers > self._most:
-            raise MemoryError(f"a tensor of {numbers:,} numbers; the file has room for fewer")
+        if isinstance(size, list | tuple):  # a shape, or the tensors that are put together
+            size = 0 if any(isinstance(n, torch.Tensor) for n in size) else math.prod(size)
+        if isinstance(size, int | float) and size > self._most:
+            raise MemoryError(f"a tensor of {size:,} numbers; the file has room for fewer")
         return func(*args, **(kwargs or {}))

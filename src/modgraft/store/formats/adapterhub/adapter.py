@@ -11,15 +11,16 @@ A configuration that is set to what is not computed here in the same way is refu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.store.card import Card, Saved, to_json
-from modgraft.store.file import Entry, TensorFile
+from modgraft.store.file import TensorFile
 from modgraft.store.formats.adapterhub import heads
 from modgraft.store.formats.adapterhub.configurations import modules
 from modgraft.store.formats.adapterhub.layout import (
@@ -27,18 +28,90 @@ from modgraft.store.formats.adapterhub.layout import (
     OTHERS,
     TENSORS,
     Module,
+    Tie,
     about,
     bare,
 )
 from modgraft.store.formats.base import module_name
+from modgraft.store.formats.found import Found, Waiting, stored
 from modgraft.store.stored import Stored
 
 _POOL = re.compile(r".*\.prefix_tuning\.pool\.")
 """What stands in the keys of a prefix that is there again, at each layer."""
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What one adapter's folder holds.
+
+    Attributes:
+        version: of ``adapters``, by which it was saved.
+        means: what its configuration means.
+        modules: the same, with names and tensors.
+        head: the head beside it.
+        verify: what says whether its tensors contradict each other.
+    """
+
+    version: str
+    means: Sequence[Module]
+    modules: Sequence[Found]
+    head: heads.Head
+    verify: Sequence[Callable[[], None]]
+
+
 def read(folder: Path, model: nn.Module) -> Stored:
     """Read the adapter in a folder; see :mod:`modgraft.store.formats.base`."""
+    one = found(folder, model)
+    return stored(
+        folder,
+        one.modules,
+        one.head.beside,
+        one.verify,
+        composition=" >> ".join(module.name for module in one.modules),
+        versions={"adapters": one.version},
+    )
+
+
+def found(folder: Path, model: nn.Module) -> Adapter:
+    """Return what is in an adapter's folder.
+
+    Raises:
+        CheckpointError: for a damaged folder, or one that holds what is not understood.
+    """
+    _check_files(folder)
+    said = about(folder / CONFIG, model)
+    try:
+        means = modules(said["config"], model, said["name"])
+    except ModgraftError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    head = heads.read(folder, model)
+    _check_undone(folder, said["model_class"], means, head)
+    file = TensorFile(folder / TENSORS)
+    own = {bare(key, model): key for key in file.entries if not _POOL.match(key)}
+    _check(file, own, {tie.theirs for module in means for tie in module.ties})
+    names = _names(module_name(said["name"], "adapter"), means)
+    made = [
+        Found(name, module.method, module.sites, _waiting(file, own, module))
+        for name, module in zip(names, means, strict=True)
+    ]
+    again = partial(_check_again, file, own)
+    return Adapter(said["version"], means, made, head, [again, head.verify])
+
+
+def _waiting(file: TensorFile, own: Mapping[str, str], module: Module) -> Waiting:
+    """Return the tensors of a module, which wait in a file where ``own`` says."""
+
+    def make(tie: Tie) -> Tensor:
+        try:
+            return tie.read(file.tensor(own[tie.theirs]))
+        except CheckpointError as error:
+            raise CheckpointError(f"{file.path}: {error}; copy the folder again") from error
+
+    return {tie.ours: (file.entries[own[tie.theirs]], partial(make, tie)) for tie in module.ties}
+
+
+def _check_files(folder: Path) -> None:
+    """Raise a CheckpointError for files that are not read, or lacking."""
     for name in OTHERS:
         if (folder / name).exists():
             raise CheckpointError(
@@ -50,54 +123,17 @@ def read(folder: Path, model: nn.Module) -> Stored:
             f"{folder}: {TENSORS} is not there (pytorch_adapter.bin is a pickle, which is never "
             f"read); save it anew: model.save_adapter(folder, name, use_safetensors=True)"
         )
-    said = about(folder / CONFIG, model)
-    name = said["name"]
-    try:
-        found = modules(said["config"], model, name)
-    except ModgraftError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-    if any(m.kind == "invertible" for m in found) and said["model_class"].endswith("AdapterModel"):
+
+
+def _check_undone(folder: Path, of: str, means: Sequence[Module], head: heads.Head) -> None:
+    """Raise a CheckpointError for an invertible adapter that a head may undo."""
+    undone = of.endswith("AdapterModel") and (head.file is None or head.undoes)
+    if undone and any(module.kind == "invertible" for module in means):
         raise CheckpointError(
-            f"{folder}: its inv_adapter was trained in a {said['model_class']}, whose head may "
-            f"undo it; it is read from a model of the host's own class"
+            f"{folder}: its inv_adapter was trained in a {of}, whose head may "
+            f"undo it; it is read from a model of the host's own class, or with a head that does "
+            f"not (of classes, tags or spans)"
         )
-    file, head = TensorFile(folder / TENSORS), heads.read(folder, model)
-    own = {bare(key, model): key for key in file.entries if not _POOL.match(key)}
-    _check(file, own, {tie.theirs for module in found for tie in module.ties})
-    names = _names(module_name(name, "adapter"), found)
-
-    def tensors() -> Mapping[str, Tensor]:
-        every = {key: file.tensor(whole) for key, whole in own.items()}
-        _check_again(file, every)
-        made = {}
-        for each, module in zip(names, found, strict=True):
-            for tie in module.ties:
-                try:
-                    tensor = tie.read(every[tie.theirs])
-                except CheckpointError as error:
-                    raise CheckpointError(f"{file.path}: {error}; copy the folder again") from error
-                made[f"{each}:{tie.ours}"] = tensor.contiguous()
-        return made | ({f":{n}": head.tensor(n) for n in head.entries} if head else {})
-
-    saved = [
-        Saved(name=each, **to_json(module.method), sites=list(module.sites))
-        for each, module in zip(names, found, strict=True)
-    ]
-    card = Card(
-        names=names,
-        modules=saved,
-        composition=" >> ".join(names),
-        beside=sorted(head.entries) if head else [],
-        versions={"adapters": said["version"]},
-        made="",
-    )
-    entries: dict[str, Entry] = {
-        f"{each}:{tie.ours}": file.entries[own[tie.theirs]]
-        for each, module in zip(names, found, strict=True)
-        for tie in module.ties
-    }
-    entries |= {f":{n}": entry for n, entry in (head.entries.items() if head else ())}
-    return Stored(folder, card, entries, tensors)
 
 
 def _check(file: TensorFile, own: Mapping[str, str], expected: set[str]) -> None:
@@ -118,12 +154,12 @@ def _check(file: TensorFile, own: Mapping[str, str], expected: set[str]) -> None
     )
 
 
-def _check_again(file: TensorFile, every: Mapping[str, Tensor]) -> None:
+def _check_again(file: TensorFile, own: Mapping[str, str]) -> None:
     """Raise a CheckpointError if a prefix stands otherwise at a layer than in the model."""
     for key in file.entries:
         if _POOL.match(key):
-            first = every.get(_POOL.sub("prefix_tuning.", key))
-            if first is None or not torch.equal(first, file.tensor(key)):
+            first = own.get(_POOL.sub("prefix_tuning.", key))
+            if first is None or not torch.equal(file.tensor(first), file.tensor(key)):
                 raise CheckpointError(
                     f"{file.path}: {key} is there again, and is not the prefix of the model; copy "
                     f"the folder again"

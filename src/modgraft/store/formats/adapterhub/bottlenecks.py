@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from modgraft.computation.compacter import Compacter
 from modgraft.computation.invertible_adapter import InvertibleAdapter
 from modgraft.core.errors import ModgraftError
 from modgraft.store.formats.adapterhub.layout import Module, Places, Tie, check, prefix, type_of
+from modgraft.store.formats.adapterhub.places import EMBEDDED, places
 
 BOTTLENECK: dict[str, Any] = {
     "mh_adapter": False, "output_adapter": True, "reduction_factor": 16, "non_linearity": "relu",
@@ -27,8 +28,7 @@ BOTTLENECK: dict[str, Any] = {
     "hypercomplex_nonlinearity": "glorot-uniform", "phm_rank": 1, "phm_bias": True,
     "stochastic_depth": 0.0,
 }  # fmt: skip
-_EMBEDDED = {"llama": "embed_tokens"}
-"""Where the embeddings are one layer's output, and nothing between them and the model."""
+LOCATIONS = ("mh_adapter", "output_adapter", "cross_adapter")
 _COUPLED = {"inv_adapter": "nice", "inv_adapter_reduction_factor": 2}
 SIGMA = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "swish": "silu", "tanh": "tanh"}
 
@@ -40,17 +40,17 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
         ModgraftError: for what is set and not computed here.
     """
     known = {k: v for k, v in config.items() if k != "architecture"}
-    use = {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "is_parallel"}
+    use = {*LOCATIONS, "reduction_factor", "non_linearity", "is_parallel"}
     use |= {"original_ln_before", "scaling", "phm_layer", "phm_dim", "phm_rank", "shared_phm_rule"}
     coupled = known.get("inv_adapter") == "nice"
     use |= {"inv_adapter_reduction_factor"} if coupled else set()
     c = check(known, {**BOTTLENECK, **_COUPLED} if coupled else BOTTLENECK, use | {"leave_out"})
     found = [_invertible(model, c, name)] if coupled else []
-    if coupled and not (c["mh_adapter"] or c["output_adapter"]):
+    if coupled and not any(c[key] for key in LOCATIONS):
         return found
-    method, places = _method(c), bottlenecks(model, c)
-    labels = [label for _, label in places]
-    return [*found, Module("bottleneck", method, labels, _ties(method, places, name))]
+    method, stand = _method(c), bottlenecks(model, c)
+    labels = [label for _, label in stand]
+    return [*found, Module("bottleneck", method, labels, _ties(method, stand, name))]
 
 
 def _method(c: Mapping[str, Any]) -> Computation:
@@ -73,89 +73,52 @@ def _method(c: Mapping[str, Any]) -> Computation:
 def _invertible(model: nn.Module, c: Mapping[str, Any], name: str) -> Module:
     """Return the invertible adapter of a configuration; no host's own head undoes it."""
     kind, factor = type_of(model), c["inv_adapter_reduction_factor"]
-    if kind not in _EMBEDDED:
+    if kind not in EMBEDDED:
         raise ModgraftError(
             f"inv_adapter in a {kind}: it acts on what no single layer puts out, and is read in "
-            f"{', '.join(_EMBEDDED)}"
+            f"{', '.join(EMBEDDED)}"
         )
     sigma: Any = SIGMA.get(c["non_linearity"], c["non_linearity"])
     if sigma not in SIGMA.values():
         raise ModgraftError(f"non_linearity={c['non_linearity']!r:.40} is not computed here")
     if not 1 <= factor < 2**31 or factor != int(factor):
         raise ModgraftError(f"inv_adapter_reduction_factor={factor!r:.60} is no whole number")
-    label = prefix(model) + _EMBEDDED[kind]
+    label = prefix(model) + EMBEDDED[kind]
+    stem = f"{'encoder.' if kind == 'bart' else ''}invertible_adapters.{name}"
     ties = [
-        Tie(f"{label}:{ours}_{block}.{part}", f"invertible_adapters.{name}.{block}.{theirs}.{part}")
+        Tie(f"{label}:{ours}_{block}.{part}", f"{stem}.{block}.{theirs}.{part}")
         for block in ("F", "G")
         for ours, theirs in (("D", 0), ("U", 2))
         for part in ("weight", "bias")
     ]
-    method = InvertibleAdapter(reduction=int(factor), nonlinearity=sigma)
+    method = InvertibleAdapter(reduction=int(factor), nonlinearity=sigma, inverse=False)
     return Module("invertible", method, [label], ties)
+
+
+def _reads(c: Mapping[str, Any]) -> str:
+    """Return what bottlenecks of a configuration read; see :mod:`places`."""
+    if c["is_parallel"]:  # nothing is read of the stream then, whatever original_ln_before says
+        return "parallel"
+    return "stream" if c["original_ln_before"] else "output"
 
 
 def bottlenecks(model: nn.Module, c: Mapping[str, Any]) -> Places:
     """Return where bottlenecks of a configuration stand."""
-    kind = type_of(model)
-    stream = c["original_ln_before"] or c["is_parallel"]
-    if c["original_ln_before"] and c["is_parallel"]:
-        raise ModgraftError("original_ln_before with is_parallel is not computed here")
-    if stream and (c["mh_adapter"] or not c["output_adapter"]):
-        raise ModgraftError(
-            "mh_adapter with original_ln_before or is_parallel is not computed here; "
-            "output_adapter alone is"
-        )
-    if c["is_parallel"] and kind not in ("bert", "t5"):
-        raise ModgraftError(f"is_parallel is not computed in a {kind} as it is in adapters")
-    if c["leave_out"] and kind == "t5":
-        raise ModgraftError("leave_out is not understood in a t5, of two stacks")
-    base = prefix(model)
-    found: Places = []
-    for path, _ in model.named_modules():
-        path = path.removeprefix(base)
-        for attention, theirs, label in _stands(kind, path, stream, c["is_parallel"]):
-            number = int(re.findall(r"\d+", path)[0])
-            wanted = c["mh_adapter"] if attention else c["output_adapter"]
-            if wanted and number not in c["leave_out"]:
-                found.append((theirs, base + label))
+    wanted = {key for key in LOCATIONS if c[key]}
+    found = [
+        (theirs, label)
+        for number, theirs, label in places(model, wanted, _reads(c))
+        if number not in c["leave_out"]
+    ]
     if not found:
-        raise ModgraftError(
-            f"bottlenecks are read in BERT, GPT-2, T5 and Llama, or the configuration has none; "
-            f"this host is a {kind}"
-        )
+        raise ModgraftError("the configuration has bottlenecks nowhere in this host")
     return found
 
 
-def _stands(kind: str, path: str, stream: bool, parallel: bool) -> list[tuple[bool, str, str]]:
-    """Return whether it is after attention, the path of theirs and our label, in one layer."""
-    if kind == "bert" and re.fullmatch(r"encoder\.layer\.\d+", path):
-        end = "[residual]" if stream else ".dense"
-        return [
-            (True, f"{path}.attention.output", f"{path}.attention.output{end}"),
-            (False, f"{path}.output", f"{path}.output{end}"),
-        ]
-    layer = {"gpt2": (r"h\.\d+", "attn.c_proj", "mlp.c_proj"),
-             "llama": (r"layers\.\d+", "self_attn.o_proj", "mlp.down_proj")}  # fmt: skip
-    if kind in layer and re.fullmatch(layer[kind][0], path):
-        _, attention, last = layer[kind]
-        return [
-            (True, f"{path}.attention_adapters", f"{path}.{attention}"),
-            (False, f"{path}.output_adapters", path if stream else f"{path}.{last}"),
-        ]
-    if kind == "t5" and (block := re.fullmatch(r"((en|de)coder)\.block\.\d+", path)):
-        last = f"{path}.layer.{1 if block[2] == 'en' else 2}"
-        on_stream = last if parallel else path
-        return [
-            (True, f"{path}.layer.0", f"{path}.layer.0.SelfAttention.o"),
-            (False, last, on_stream if stream else f"{last}.DenseReluDense.wo"),
-        ]
-    return []
-
-
-def _ties(method: Computation, places: Places, name: str) -> list[Tie]:
+def _ties(method: Computation, stand: Places, name: str) -> list[Tie]:
     """Return every tensor of a bottleneck at its places."""
     made = []
-    for number, (path, label) in enumerate(places):
+    for number, (path, label) in enumerate(stand):
         for way, stem in (("down", "adapter_down.0"), ("up", "adapter_up")):
             stem = f"{path}.adapters.{name}.{stem}"
             if not isinstance(method, Compacter):
@@ -190,9 +153,9 @@ def tries(name: str, method: Computation) -> Iterator[dict[str, Any]]:
         return
     made = {**BOTTLENECK, **_said(name, method)}
     for before in (False,) if isinstance(method, ParallelAdapter) else (False, True):
-        for mh, output in ((False, True), (True, True), (True, False)):
-            one = {"original_ln_before": before, "mh_adapter": mh, "output_adapter": output}
-            yield {**made, **one}
+        for cross, mh, output in product((False, True), repeat=3):
+            one = {"mh_adapter": mh, "output_adapter": output, "cross_adapter": cross}
+            yield {**made, **one, "original_ln_before": before}
 
 
 def _said(name: str, method: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.engine.implant import Implant
 from modgraft.store.formats.adapterhub import bottlenecks, prefixes, weights
 from modgraft.store.formats.adapterhub.layout import Module
+from modgraft.store.formats.adapterhub.places import layer_number
 
 _ORDER = ("prefix", "self", "invertible", "lora", "ia3", "bottleneck")
 """How they act where several stand at one layer: a bottleneck reads what the weights made."""
@@ -104,7 +105,7 @@ def _said(group: Sequence[Implant], model: nn.Module) -> dict[str, Any]:
             every = _sites(modules(one, model, name))
             if not own <= every:
                 continue
-            one["leave_out"] = sorted(_numbers(every) - _numbers(own))
+            one["leave_out"] = sorted(_numbers(model, every) - _numbers(model, own))
             if _sites(modules(one, model, name)) == own:
                 return one
         except ModgraftError as error:
@@ -117,6 +118,11 @@ def _said(group: Sequence[Implant], model: nn.Module) -> dict[str, Any]:
 
 def _tries(implant: Implant) -> Iterable[dict[str, Any]]:
     name, method = implant.name, implant.method
+    if isinstance(method, InvertibleAdapter) and any(place.undoes for place in implant.places):
+        raise ModgraftError(
+            f"{name!r} undoes an invertible adapter at {implant.paths[-1]}, and adapters has one "
+            f"at the embeddings alone"
+        )
     match method:
         case Adapter() | ParallelAdapter() | Compacter() | InvertibleAdapter():
             return bottlenecks.tries(name, method)
@@ -134,6 +140,6 @@ def _sites(found: Iterable[Module]) -> set[str]:
     return {site for module in found for site in module.sites}
 
 
-def _numbers(labels: Iterable[str]) -> set[int]:
+def _numbers(model: nn.Module, labels: Iterable[str]) -> set[int]:
     """Return the numbers of the layers that labels stand in."""
-    return {int(number[0]) for label in labels if (number := re.findall(r"\d+", label))}
+    return {layer_number(model, label) for label in labels if re.search(r"\d", label)}

@@ -9,6 +9,7 @@ Theirs is y + Σ_j a_j V e_j with e_j the effect of adapter j, and a = softmax_j
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from modgraft.computation.compacter import Compacter
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.engine.implant import Implant, check_name
 from modgraft.routing.mixture import Mixture
-from modgraft.store.card import Card, Saved, to_json
-from modgraft.store.file import Entry, TensorFile
+from modgraft.store.file import TensorFile
 from modgraft.store.formats.adapterhub import adapter
 from modgraft.store.formats.adapterhub.configurations import modules, said
+from modgraft.store.formats.adapterhub.heads import Head
 from modgraft.store.formats.adapterhub.layout import (
     CONFIG,
     FUSION,
@@ -36,6 +37,7 @@ from modgraft.store.formats.adapterhub.layout import (
     check,
     prefix,
 )
+from modgraft.store.formats.found import Found, Waiting, stored
 from modgraft.store.stored import Stored
 
 _KNOWN: dict[str, Any] = {
@@ -50,6 +52,36 @@ def read(folder: Path, model: nn.Module) -> Stored:
     """Read the fusion in a folder and the adapters that it is over."""
     path = folder / FUSION
     of = about(path, model, "adapter_names")
+    _check_files(folder)
+    names = of.get("adapter_names")
+    if not isinstance(names, list) or not names or ",".join(map(str, names)) != of["name"]:
+        raise CheckpointError(f"{path}: adapter_names={names!r:.80} are not those of its name")
+    members = [adapter.found(_folder(folder, name), model) for name in names]
+    head = _head(folder, members)
+    try:
+        c = check({k: v for k, v in of["config"].items() if k not in _TRAINING}, _KNOWN, {"value"})
+        places = _places([member.means for member in members])
+    except ModgraftError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    name = "_".join(names)
+    fused = Found(
+        name=f"{name}_fusion" if name in names else name,
+        method=Mixture(names, aggregate=Fuse(value=c["value"], effects=True)),
+        sites=list(places),
+        tensors=_waiting(folder, model, _keys(places, of["name"], c["value"])),
+    )
+    return stored(
+        folder,
+        [*(member.modules[0] for member in members), fused],
+        head.beside,
+        [check for member in members for check in member.verify],
+        names=[fused.name],
+        versions={"adapters": of["version"]},
+    )
+
+
+def _check_files(folder: Path) -> None:
+    """Raise a CheckpointError for files that are not read with a fusion, or lacking."""
     if beside := [each for each in (CONFIG, HEAD, *OTHERS) if (folder / each).exists()]:
         raise CheckpointError(
             f"{folder}: {beside[0]} is there beside the fusion, and is not read with it; move it "
@@ -60,53 +92,44 @@ def read(folder: Path, model: nn.Module) -> Stored:
             f"{folder}: {FUSION_TENSORS} is not there (pytorch_model_adapter_fusion.bin is a "
             f"pickle, which is never read); save it anew with use_safetensors=True"
         )
-    names = of.get("adapter_names")
-    if not isinstance(names, list) or not names or ",".join(map(str, names)) != of["name"]:
-        raise CheckpointError(f"{path}: adapter_names={names!r:.80} are not those of its name")
-    folders = [_folder(folder, name) for name in names]
-    members = [adapter.read(each, model) for each in folders]
-    with_heads = [each for each in members if each.card.beside]
-    if len(with_heads) > 1:
+
+
+def _head(folder: Path, members: Sequence[adapter.Adapter]) -> Head:
+    """Return the one head that is beside the adapters of a fusion.
+
+    Raises:
+        CheckpointError: for two.
+    """
+    found = [member.head for member in members if member.head.file is not None]
+    if len(found) > 1:
+        one, two = (head.file.path.parent for head in found[:2] if head.file is not None)
         raise CheckpointError(
-            f"{folder}: two of its adapters have a head each ({with_heads[0].folder}, "
-            f"{with_heads[1].folder}), and a host has one; leave all but one out of their folders"
+            f"{folder}: two of its adapters have a head each ({one}, {two}), and a host has one; "
+            f"leave all but one out of their folders"
         )
-    try:
-        config = {k: v for k, v in of["config"].items() if k not in _TRAINING}
-        c = check(config, _KNOWN, {"value"})
-        found = [
-            modules(about(each / CONFIG, model)["config"], model, name)
-            for each, name in zip(folders, names, strict=True)
-        ]
-        places = _places(found)
-    except ModgraftError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    keys = _keys(places, of["name"], c["value"])
+    return found[0] if found else Head()
+
+
+def _waiting(folder: Path, model: nn.Module, keys: Mapping[str, str]) -> Waiting:
+    """Return the tensors of a fusion, which wait in its file.
+
+    Args:
+        folder: its folder.
+        model: the host's.
+        keys: our names by theirs.
+
+    Raises:
+        CheckpointError: for tensors that are lacking or not understood.
+    """
     file = TensorFile(folder / FUSION_TENSORS)
     own = {bare(key, model): key for key in file.entries}
     if unlike := sorted(own.keys() ^ keys.keys()):
         raise CheckpointError(
             f"{file.path}: {unlike[:3]} are in the file or meant by its adapters, and not both"
         )
-    name = "_".join(names)
-    name = f"{name}_fusion" if name in names else name
-    method = Mixture(names, aggregate=Fuse(value=c["value"], effects=True))
-    saved = Saved(name=name, **to_json(method), sites=list(places))
-    card = Card(
-        names=[name],
-        modules=[*(each.card.modules[0] for each in members), saved],
-        beside=with_heads[0].card.beside if with_heads else [],
-        versions={"adapters": of["version"]},
-        made="",
-    )
-    entries: dict[str, Entry] = {k: e for each in members for k, e in each.entries.items()}
-    entries |= {f"{name}:{ours}": file.entries[own[key]] for key, ours in keys.items()}
-
-    def tensors() -> Mapping[str, Tensor]:
-        made = {key: tensor for each in members for key, tensor in each.read().items()}
-        return made | {f"{name}:{ours}": file.tensor(own[key]) for key, ours in keys.items()}
-
-    return Stored(folder, card, entries, tensors)
+    return {
+        ours: (file.entries[own[key]], partial(file.tensor, own[key])) for key, ours in keys.items()
+    }
 
 
 def _folder(folder: Path, name: object) -> Path:
@@ -136,11 +159,6 @@ def _places(members: Sequence[Sequence[Module]]) -> dict[str, str]:
             raise ModgraftError("a fusion is read over bottlenecks and Compacters in sequence")
         if set(found[0].sites) != set(members[0][0].sites):
             raise ModgraftError("the adapters of the fusion are not at the same places")
-        if any(site.endswith("[residual]") for site in found[0].sites):
-            raise ModgraftError(
-                "its adapters act on the residual before a norm (original_ln_before in a BERT), "
-                "where no mixture acts here; a fusion of DoubleSeqBnConfig is read"
-            )
     ties = members[0][0].ties
     return {
         tie.ours.partition(":")[0]: tie.theirs.partition(".adapters.")[0]

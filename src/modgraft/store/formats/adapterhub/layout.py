@@ -37,6 +37,7 @@ class Tie:
         turned: whether the last two axes are changed for each other.
         piece: which of how many, where several of ours are one of theirs.
         vectors: of a flat prefix, how many vectors of how many heads each piece is.
+        above: of a column, what ours is counted from: theirs is the sum.
     """
 
     ours: str
@@ -44,6 +45,7 @@ class Tie:
     turned: bool = False
     piece: tuple[int, int] = (0, 1)
     vectors: tuple[int, int] | None = None
+    above: Tensor | None = None
 
     def read(self, tensor: Tensor) -> Tensor:
         """Return ours of theirs.
@@ -63,9 +65,22 @@ class Tie:
         if self.vectors is not None:  # [k · pieces · heads · d]
             return tensor.view(length, count, heads, -1)[:, number]
         tensor = tensor.chunk(count)[number]
-        if self.ours.endswith(":phi"):
+        if self.is_column:
             tensor = tensor.reshape(-1)
+        if self.above is not None:
+            if tensor.shape != self.above.shape:
+                raise CheckpointError(f"{self.theirs} is {list(tensor.shape)}, which it never is")
+            tensor = tensor - self.above
         return tensor.transpose(1, 2) if self.turned else tensor
+
+    @property
+    def is_column(self) -> bool:
+        """Whether theirs is ``[n, 1]`` where ours is ``[n]``."""
+        return self.ours.endswith((":phi", ":magnitude"))
+
+    def column(self, tensor: Tensor) -> Tensor:
+        """Return ours as it stands in theirs."""
+        return (tensor if self.above is None else tensor + self.above)[:, None]
 
 
 def written(ties: Sequence[Tie], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +94,7 @@ def written(ties: Sequence[Tie], own: Mapping[str, Tensor]) -> dict[str, Tensor]
         if some[0][0].vectors is not None:
             made[key] = torch.stack([t for _, t in some], 1).flatten()
             continue
-        shaped = [t[:, None] if tie.ours.endswith(":phi") else t for tie, t in some]
+        shaped = [tie.column(t) if tie.is_column else t for tie, t in some]
         whole = torch.cat(shaped)
         made[key] = whole.transpose(1, 2) if some[0][0].turned else whole
     return made

@@ -6,7 +6,6 @@ relative positions of the text by its length.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from modgraft.computation.prefix import Prefix, key_value_shape
 from modgraft.core.errors import ModgraftError
 from modgraft.core.sites import Site, find
 from modgraft.store.formats.adapterhub.layout import Module, Tie, check, prefix, type_of
+from modgraft.store.formats.adapterhub.places import layer_number
 
 PREFIX: dict[str, Any] = {
     "architecture": "prefix_tuning", "encoder_prefix": True, "cross_prefix": True,
@@ -29,6 +29,7 @@ _LOCATIONS = {
     "distilbert": {"self": "self_attention"},
     "gpt2": {"self_prefix": "self_attention"},
     "llama": {"self_prefix": "self_attention"},
+    "vit": {"self_prefix": "self_attention"},
     "bart": {
         "encoder_prefix": "encoder.*.self_attn",
         "self_prefix": "decoder.*.self_attn",
@@ -54,8 +55,6 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
         )
     if kind not in _LOCATIONS:
         raise ModgraftError(f"prefixes are read in {', '.join(_LOCATIONS)}, not in a {kind}")
-    if c["leave_out"] and kind == "bart":
-        raise ModgraftError("leave_out is not understood in a bart, of two stacks")
     method = Prefix(c["prefix_length"], None if c["flat"] else c["bottleneck_size"])
     found = []
     for location, at in _LOCATIONS[kind].items():
@@ -65,7 +64,7 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
         sites = [
             site
             for site in find(model, where)
-            if int(re.findall(r"\d+", site.path)[0]) not in c["leave_out"]
+            if layer_number(model, site.path) not in c["leave_out"]
         ]
         stem = f"prefix_tuning.prefix_tunings.{name}.{location}"
         labels = [site.label for site in sites]

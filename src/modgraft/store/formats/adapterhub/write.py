@@ -47,13 +47,8 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
         _write_fusion(host, mixtures[0], names, folder)
         return
     beside = {each for i in implants for each in i.beside} | learning_parts(model)
-    head = heads.tensors(model) if beside else {}
-    if inner := sorted(beside - head.keys()):
-        raise ModgraftError(
-            f"{names[0]!r} trained together with the host's {inner[0]}, which is no part of its "
-            f"head and is not written in this format; save it as modgraft's"
-        )
     name = _common(names)
+    head, of_head = heads.written(model, beside, name)
     config = configuration_of(implants, model)
     if config.get("phm_layer") and config["shared_phm_rule"] and not prefix(model):
         raise ModgraftError(
@@ -75,7 +70,7 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
         write_json(folder / CONFIG, _about(config, name, model))
         if head:
             write_tensors(head, folder / HEAD_TENSORS, {})
-            write_json(folder / HEAD, _about(config, name, model) | heads.about(model))
+            write_json(folder / HEAD, _about(config, name, model) | of_head)
 
 
 def _write_fusion(host: HostLike, mixture: Implant, names: Sequence[str], folder: Path) -> None:

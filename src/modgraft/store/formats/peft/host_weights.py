@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from modgraft.store.formats.found import Waiting
 from modgraft.store.formats.peft.folder import PREFIX, Folder, Group
 from modgraft.store.formats.peft.options import CONFIG, Options, PrefixOptions, PromptOptions
 from modgraft.store.formats.peft.targets import asked
@@ -90,8 +92,14 @@ class HostWeights:
                 f"{len(lacking) - 1} others; the file is cut short, or another one: copy it again"
             )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Read them, and compare what stands there twice.
+    @property
+    def waiting(self) -> Waiting:
+        """The tensors, which wait in the file."""
+        entries, read = self.folder.file.entries, self.folder.tensor
+        return {name: (entries[key], partial(read, key)) for name, key in self.keys.items()}
+
+    def verify(self) -> None:
+        """Compare what stands there twice.
 
         Raises:
             CheckpointError: for one that stands there twice, or in a buffer of the host, otherwise.
@@ -113,7 +121,6 @@ class HostWeights:
                     f"it is a buffer, or another layer's weight too; load it into the host that it "
                     f"was trained in"
                 )
-        return found
 
     def _check_alone(self, name: str, tensor: Tensor) -> None:
         """Refuse a copy that PEFT puts in place of one layer, where others share its weight."""

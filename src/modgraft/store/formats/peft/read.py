@@ -9,18 +9,18 @@ option that is set and not understood is refused, and so are tensors that are la
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError
-from modgraft.store.card import Card, Saved, to_json
 from modgraft.store.file import Entry, TensorFile, read_json
 from modgraft.store.formats.base import module_name
+from modgraft.store.formats.found import Found, stored
 from modgraft.store.formats.peft import ia3, lora, oft, prompts, tokens, vera
-from modgraft.store.formats.peft.folder import PICKLE, TENSORS, Folder, Group
+from modgraft.store.formats.peft.folder import PICKLE, TENSORS, Folder, Group, Piece
 from modgraft.store.formats.peft.host_weights import HostWeights
 from modgraft.store.formats.peft.options import (
     CONFIG,
@@ -138,33 +138,23 @@ def _stored(folder: Folder, said: Options, groups: Sequence[Group], host: HostWe
     ends = [groups[0].suffix if len(groups) == 1 else group.suffix for group in groups]
     names = [base + (end if len(groups) > 1 else "") for end in ends]
     names = [f"{name}_{i}" if name in names[:i] else name for i, name in enumerate(names)]
-    entries: dict[str, Entry] = {}
-    for name, group in zip(names, groups, strict=True):
-        for piece in group.pieces:
-            size = 4 * torch.Size(piece.shape).numel()
-            entries[f"{name}:{piece.name}"] = Entry(torch.float32, piece.shape, 0, size)
-    entries |= {f":{name}": folder.file.entries[key] for name, key in host.keys.items()}
     modules = [
-        Saved(name=name, **to_json(group.method), sites=list(group.sites))
+        Found(name, group.method, group.sites, {p.name: _waiting(p) for p in group.pieces})
         for name, group in zip(names, groups, strict=True)
     ]
-    card = Card(
-        names=names,
-        modules=modules,
+    return stored(
+        folder.path,
+        modules,
+        host.waiting,
+        [host.verify],
+        stem=base,
         composition=" + ".join(names),
-        beside=sorted(host.keys),
         versions={"peft": said.peft_version or "unknown"},
-        made="",
         base_model=said.base_model_name_or_path,
         provenance={"peft_type": said.peft_type, "task_type": said.task_type},
     )
 
-    def tensors() -> Mapping[str, Tensor]:
-        found = {
-            f"{name}:{piece.name}": piece.make().contiguous()
-            for name, group in zip(names, groups, strict=True)
-            for piece in group.pieces
-        }
-        return found | {f":{name}": tensor for name, tensor in host.tensors().items()}
 
-    return Stored(folder.path, card, entries, tensors, stem=base)
+def _waiting(piece: Piece) -> tuple[Entry, Callable[[], Tensor]]:
+    size = 4 * torch.Size(piece.shape).numel()
+    return Entry(torch.float32, piece.shape, 0, size), piece.make
