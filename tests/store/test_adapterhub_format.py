@@ -143,6 +143,16 @@ def test_a_real_save_gives_its_outputs_and_is_written_as_it_was(
             assert meant(here, name) == meant(there, name)
 
 
+def test_a_union_takes_another_name() -> None:
+    host = mg.Host(model("bert"))
+    folder = FOLDER / "saved" / "mam" / "bert"
+    host.load(folder)
+    host.load(folder, name="again", active=False)
+    first, second = (sorted(n for n in host.implants if n.startswith("again") is a) for a in (0, 1))
+    assert len(first) == len(second) > 1
+    assert [name.partition("_")[2] for name in first] == [n.partition("_")[2] for n in second]
+
+
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a folder; of a prefix, which is there again at each layer, one."""
     found = {}

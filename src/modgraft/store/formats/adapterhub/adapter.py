@@ -45,6 +45,7 @@ class Adapter:
     """What one adapter's folder holds.
 
     Attributes:
+        name: what it is called.
         version: of ``adapters``, by which it was saved.
         means: what its configuration means.
         modules: the same, with names and tensors.
@@ -52,6 +53,7 @@ class Adapter:
         verify: what says whether its tensors contradict each other.
     """
 
+    name: str
     version: str
     means: Sequence[Module]
     modules: Sequence[Found]
@@ -67,6 +69,7 @@ def read(folder: Path, model: nn.Module) -> Stored:
         one.modules,
         one.head.beside,
         one.verify,
+        stem=one.name,
         composition=" >> ".join(module.name for module in one.modules),
         versions={"adapters": one.version},
     )
@@ -89,13 +92,14 @@ def found(folder: Path, model: nn.Module) -> Adapter:
     file = TensorFile(folder / TENSORS)
     own = {bare(key, model): key for key in file.entries if not _POOL.match(key)}
     _check(file, own, {tie.theirs for module in means for tie in module.ties})
-    names = _names(module_name(said["name"], "adapter"), means)
+    name = module_name(said["name"], "adapter")
+    names = _names(name, means)
     made = [
-        Found(name, module.method, module.sites, _waiting(file, own, module))
-        for name, module in zip(names, means, strict=True)
+        Found(each, module.method, module.sites, _waiting(file, own, module))
+        for each, module in zip(names, means, strict=True)
     ]
     again = partial(_check_again, file, own)
-    return Adapter(said["version"], means, made, head, [again, head.verify])
+    return Adapter(name, said["version"], means, made, head, [again, head.verify])
 
 
 def _waiting(file: TensorFile, own: Mapping[str, str], module: Module) -> Waiting:
