@@ -124,8 +124,12 @@ class Reader:
         Raises:
             CompositionError: with the nearest name.
         """
-        for name in () if composition is None else composition.names():
-            if name not in self._context.names:
+        self._check_names(() if composition is None else composition.names())
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        known = self._context.names
+        for name in names:
+            if name not in known:
                 self._implants.computation(name)  # raises with the nearest name
 
     def _checked(self, read: ex.Expression) -> ex.Expression | None:
@@ -137,14 +141,15 @@ class Reader:
             part for part in ex.walk(read) if isinstance(part, ex.Concat)
         ]  # raises if too deep
         names = read.names()
-        self.check_known(read)
+        self._check_names(names)
         for name, weight in read.weights().items():
             if not isinstance(weight, Tensor) and abs(weight) > ex.LARGEST:
                 raise CompositionError(
                     f"{str(read)!r:.80}: the weights of {name!r} add up to {weight:g}, and the "
                     f"largest float32 is {ex.LARGEST:g}"
                 )
-        inputs = {n: self._implants.computation(n) for n in names if n in self._context.inputs}
+        before = self._context.inputs  # the modules that put something before the input
+        inputs = {n: self._implants.computation(n) for n in names if n in before} if before else {}
         if inputs or joins:
             check_inputs(read, inputs)
         return read.mapped(str)
