@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,13 +137,15 @@ def test_what_layers_hold_can_be_overridden_as_weights_can(tmp_path: Path, pair:
 
 
 @pytest.mark.parametrize("runs", [(1, 0), (0, 1), (1, 2)])
-def test_state_is_no_setting(tmp_path: Path, runs: tuple[int, int]) -> None:
+@pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda h: pickle.loads(pickle.dumps(h))])
+def test_state_is_no_setting(tmp_path: Path, runs: tuple[int, int], copied: Any) -> None:
     hosts = []
     for times in runs:
         torch.manual_seed(0)
-        hosts.append(mg.Host(nn.Sequential(Running())))
+        host = mg.Host(nn.Sequential(Running()))
         for n in range(times):
-            hosts[-1](torch.randn(2 + n, 4))
+            host(torch.randn(2 + n, 4))
+        hosts.append(copied(host) if copied else host)
     hosts[0].implant("a", mg.LoRA(rank=1), nn.Linear)
     hosts[0].save("a", tmp_path / "a")
     hosts[1].load(tmp_path / "a")

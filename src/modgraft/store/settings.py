@@ -81,12 +81,21 @@ _made: WeakKeyDictionary[nn.Module, dict[tuple[str, str], Said]] = WeakKeyDictio
 """What the layers of a host held when it was made, by path and name."""
 
 
-def remember(model: nn.Module) -> None:
-    """Take down what the layers of a model hold, before it runs as a host."""
+def remember(model: nn.Module, held: dict[tuple[str, str], Said] | None = None) -> None:
+    """Take down what the layers of a model hold, before it runs as a host.
+
+    Args:
+        model: the host's.
+        held: of a copy, what was taken down of the first one.
+    """
     if model not in _made:
-        _made[model] = {
-            (each.path, each.name): each.value for each in _found(model.named_modules())
-        }
+        found = _found(model.named_modules()) if held is None else ()
+        _made[model] = held or {(each.path, each.name): each.value for each in found}
+
+
+def remembered(model: nn.Module) -> dict[tuple[str, str], Said] | None:
+    """Return what was taken down of a host, for a copy of it."""
+    return _made.get(model)
 
 
 def settings(model: nn.Module, layers: Layers) -> list[Setting]:
