@@ -212,7 +212,7 @@ def query(
 
 @log.command("queue")
 def queue(as_json: Json = False, folder: In = None, bib: Bib = None) -> None:
-    """The reading queue: each source, how far it got, and what is still owed to it.
+    """Show the reading queue: each source, how far it got, and what is still owed to it.
 
     [bold]Example[/bold]
 
@@ -228,7 +228,7 @@ def questions(
     as_json: Json = False,
     folder: In = None,
 ) -> None:
-    """The questions that are open.
+    """Show the questions that are open.
 
     [bold]Example[/bold]
 
@@ -240,7 +240,7 @@ def questions(
 
 @log.command("lessons")
 def lessons(as_json: Json = False, folder: In = None) -> None:
-    """What was learned.
+    """Show what was learned.
 
     [bold]Example[/bold]
 
@@ -257,7 +257,7 @@ def backlinks(
     folder: In = None,
     bib: Bib = None,
 ) -> None:
-    """Everything that was said of a source.
+    """Show everything that was said of a source.
 
     [bold]Example[/bold]
 
@@ -274,7 +274,7 @@ def changed(
     as_json: Json = False,
     folder: In = None,
 ) -> None:
-    """What was written between two dates, headings left out.
+    """Show what was written between two dates, headings left out.
 
     [bold]Example[/bold]
 

@@ -159,7 +159,7 @@ def _line(text: str, *things: Thing) -> Line:
 
 
 def _locales(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
-    """ "uzbek (Cyrillic, Uzbekistan)": each locale of CLDR's, and each language's likely one."""
+    """Yield "uzbek (Cyrillic, Uzbekistan)" of each locale, and each language's likely one."""
     core = babel("core")
     tags = {*babel("localedata").locale_identifiers(), *core.get_global("likely_subtags").values()}
     for tag in sorted(tags):
@@ -172,7 +172,7 @@ def _locales(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]
 
 
 def _spoken(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
-    """ "Switzerland: German 76%, French 39%": the languages of a country, three at most."""
+    """Yield "Switzerland: German 76%, French 39%": a country's languages, three at most."""
     spoken = babel("core").get_global("territory_languages")
     percent = babel("numbers").format_percent
     for code in sorted(spoken):
@@ -185,7 +185,7 @@ def _spoken(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
 
 
 def _cities(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
-    """ "Germany Time (Berlin)": CLDR's region format of a zone and its city."""
+    """Yield "Germany Time (Berlin)": CLDR's region format of a zone and its city."""
     pattern = locale.zone_formats["region"]
     for code, zones in sorted(babel("core").get_global("territory_zones").items()):
         place = ("territory", code)
@@ -196,7 +196,7 @@ def _cities(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
 
 
 def _money(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
-    """ "1,234.50 Swiss francs"."""
+    """Yield "1,234.50 Swiss francs"."""
     money = babel("numbers").format_currency
     for thing in sorted(t for t in called if t[0] == "currency"):
         amount = draw.choice([draw.randint(2, 99), draw.randint(100, 99_999) / 100])
@@ -204,7 +204,7 @@ def _money(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
 
 
 def _amounts(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
-    """ "3 kilometers per hour"."""
+    """Yield "3 kilometers per hour"."""
     amount = babel("units").format_unit
     for thing in sorted(t for t in called if t[0] == "unit"):
         for number in (draw.randint(2, 20), draw.randint(21, 999)):
@@ -214,7 +214,7 @@ def _amounts(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]
 
 
 def _hours(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
-    """ "14:30:00 Central European Time": CLDR's full format of a time of day."""
+    """Yield "14:30:00 Central European Time": CLDR's full format of a time of day."""
     dates = babel("dates")
     pattern = locale.time_formats["full"].pattern
     for thing in sorted(t for t in called if t[0] == "zone"):
@@ -224,7 +224,7 @@ def _hours(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
 
 
 def _days(locale: Any, called: Called, draw: random.Random) -> Iterator[Line]:
-    """ "Monday, March 4, 2024" and "3 days ago"."""
+    """Yield "Monday, March 4, 2024" and "3 days ago"."""
     dates = babel("dates")
     for _ in range(150):
         day = date(1950, 1, 1) + timedelta(draw.randrange(36_500))

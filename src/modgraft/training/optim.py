@@ -47,10 +47,10 @@ def warmup_steps(warmup: int | float, total: int) -> int:
 def learning_rate(
     step: int, *, lr: float, total: int, warmup: int = 0, schedule: str = "linear"
 ) -> float:
-    """η(s) = η·s/w for s ≤ w, else η·d((s − w − 1)/(T − w)); s = 1 … T is the step, w the warm-up.
+    """Return η(s) = η·s/w for s ≤ w, else η·d((s − w − 1)/(T − w)).
 
-    The peak η is reached at s = w and held at s = w + 1; no step has a rate of zero, so none is
-    wasted. d is one of `SCHEDULES`.
+    s = 1 … T is the step, w the warm-up. The peak η is reached at s = w and held at s = w + 1; no
+    step has a rate of zero, so none is wasted. d is one of `SCHEDULES`.
 
     Raises:
         ModgraftError: an unknown schedule.
@@ -116,7 +116,9 @@ def adamw(
     weight_decay: float = 0.01,
     fused: bool = True,
 ) -> torch.optim.AdamW:
-    """θ ← θ − η·(m̂/(√v̂ + ε) + λθ), λ only on matrices (Loshchilov and Hutter 2019).
+    """Make the optimiser of θ ← θ − η·(m̂/(√v̂ + ε) + λθ), λ only on matrices.
+
+    See Loshchilov and Hutter 2019.
 
     Args:
         host: any module; only its parameters with `requires_grad` are taken.
@@ -132,10 +134,10 @@ def adamw(
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """‖g‖₂ over all gradients, a scalar tensor."""
+    """Return ‖g‖₂ over all gradients, a scalar tensor."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, clip: float) -> None:
-    """g ← g · min(1, clip / ‖g‖₂), given ‖g‖₂ = `norm`, which must be finite."""
+    """Set g ← g · min(1, clip / ‖g‖₂), given ‖g‖₂ = `norm`, which must be finite."""
     torch.nn.utils.clip_grads_with_norm_(list(parameters), clip, norm)
