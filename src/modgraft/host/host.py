@@ -86,7 +86,6 @@ from modgraft.host.probe import probe
 from modgraft.host.probe_result import Probe
 from modgraft.routing.losses import with_routing_losses
 from modgraft.routing.mixture import Mixture
-from modgraft.store.settings import remember, remembered
 
 TARGETS = {"labels", "return_loss", "num_items_in_batch"}
 """What a call may be given beside its input."""
@@ -135,7 +134,6 @@ class Host(AsModel):
         leave_fast_paths(model)
         if freeze:
             model.requires_grad_(False)
-        remember(model)
         self._guard = Guard(self)
 
     @property
@@ -154,14 +152,11 @@ class Host(AsModel):
     def __reduce_ex__(self, protocol: Any) -> Any:
         for name in list(self._waiting):  # a copy has no part in what is read from this one's files
             self._bring(name)
-        make, arguments, state = super().__reduce_ex__(protocol)
-        return make, arguments, {**state, "_held": remembered(self.model)}
+        return super().__reduce_ex__(protocol)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hook what the modules of an unpickled host need hooked in this process."""
-        held = state.pop("_held", None)
         super().__setstate__(state)
-        remember(self.model, held)
         for implant in self._implants.values():
             if isinstance(implant.method.unwrapped, KeyValueComposition):
                 hook_attention()

@@ -4,9 +4,10 @@ A module belongs to the host that it was trained in. Three things are compared, 
 
 - what the host computes with: names and shapes of its tensors, and what of its configuration
   changes the function (heads, epsilons, activations, strides);
-- its weights, and
-- its persistent buffers, such as running statistics, value for value; and what else its layers hold
-  (:mod:`modgraft.store.settings`).
+- its weights and its persistent buffers, such as running statistics, value for value, and
+- what else its layers hold (:mod:`modgraft.store.settings`).
+
+The first may not differ at all; the others may, if that is asked for.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.patterns import bare, wraps
 from modgraft.engine.own_forward import original
-from modgraft.store.settings import agrees, by_class, held, is_beside, settings
+from modgraft.store.settings import agrees, by_class, dense_parts, held, is_beside, settings
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 PRECISIONS = {"float32": torch.float32, **HALVES}
 
-VALUES = ("weights", "buffers", "held")
-"""The parts of a fingerprint that are values, and no architecture."""
+VALUES = ("weights", "buffers", "settings", "held")
+"""The parts of a fingerprint that are no architecture."""
 
 _SAMPLES = 256  # values of each tensor that the first format's fingerprint reads
 
@@ -64,7 +66,8 @@ def outline(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``architecture``, the class's name; ``shape``, a hash over names and shapes of the weights
-        and persistent buffers; ``config``, what of its configuration changes the function.
+        and persistent buffers; ``config``, what of its configuration changes the function;
+        ``settings``, the plain ones of layers that are no class of torch.
     """
     return _outline(_Parts(model))
 
@@ -73,9 +76,11 @@ class _Parts:
     """What a model is made of: layers, and what of it has values, by name."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.layers = model, list(model.named_modules())
+        every = model.named_modules()
+        self.model = model
+        self.layers = [(bare(path), layer) for path, layer in every if not wraps(layer)]
         self.kinds = [original(layer) for _, layer in self.layers]
-        self.settings = settings(model, self.layers)
+        self.settings = settings(self.layers)
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}  # those that belong to the model's state
         seen: set[Tensor] = set()  # a tied weight counts once, by its first name
@@ -88,6 +93,9 @@ class _Parts:
             for name, buffer in layer._buffers.items():
                 if buffer is not None and name not in layer._non_persistent_buffers_set:
                     self.buffers[at + name] = buffer
+            if unpack := getattr(layer, "_weight_bias", None):  # of torch's quantised layers
+                packed = zip(("weight", "bias"), unpack(), strict=True)
+                self.buffers |= {at + name: tensor for name, tensor in packed if tensor is not None}
         config: Any = getattr(model, "config", None)
         self.config = _flat(config.to_dict(), "") if hasattr(config, "to_dict") else {}
 
@@ -117,9 +125,10 @@ def _new_outline(parts: _Parts) -> dict[str, Any]:
             f"({error.object[error.start]!r}); call it otherwise"
         ) from error
     return {
-        "architecture": original(parts.model).__name__,
+        "architecture": parts.kinds[0].__name__,
         "shape": shape.hexdigest()[:16],
         "config": _config(parts),
+        "settings": _settings(parts, of_torch=False),
     }
 
 
@@ -127,28 +136,38 @@ def _config(parts: _Parts) -> dict[str, Any]:
     """Return what of a host's configuration changes its function, by name.
 
     The numbers and words of a transformers config stand under their names (those of a part as
-    ``vision_config.hidden_act``); the plain settings of layers by class, ``LayerNorm.eps``, each
-    with all its values.
+    ``vision_config.hidden_act``); the plain settings of torch's layers by class,
+    ``LayerNorm.eps``, each with all its values.
     """
-    names = [kind.__name__ for kind in parts.kinds]
-    bare = {
-        name
-        for name, (_, layer) in zip(names, parts.layers, strict=True)
+    alone = {
+        kind.__name__
+        for kind, (_, layer) in zip(parts.kinds, parts.layers, strict=True)
         if not layer._parameters and not layer._modules
     }
     found = dict(parts.config)
-    if 0 < len(bare) <= 8:
-        found["layers"] = sorted(bare)  # activations
-    each = "".join(f"{name};" for name in names)
-    found["layers in their order"] = hashlib.sha256(each.encode()).hexdigest()[:16]
-    return found | by_class(parts.settings, {path: i for i, (path, _) in enumerate(parts.layers)})
+    if 0 < len(alone) <= 8:
+        found["layers"] = sorted(alone)  # activations
+    return found | _settings(parts, of_torch=True)
+
+
+def _settings(parts: _Parts, of_torch: bool) -> dict[str, Any]:
+    """Return the plain settings of layers by class, of torch's classes or of all others.
+
+    Those may hold what changes no function, and switch classes of parts as they run.
+    """
+    some = [e for e in parts.settings if e.kind.__module__.startswith("torch.nn.") is of_torch]
+    found = by_class(some, {path: i for i, (path, _) in enumerate(parts.layers)})
+    if not of_torch:
+        each = "".join(f"{kind.__name__};" for kind in parts.kinds)
+        found["layers in their order"] = hashlib.sha256(each.encode()).hexdigest()[:16]
+    return found
 
 
 def _flat(said: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Return the plain values of a nested configuration by dotted name."""
     found: dict[str, Any] = {}
     for name, value in said.items():
-        if is_beside(name):
+        if is_beside(name, value):
             continue
         if isinstance(value, Mapping):
             found |= _flat({str(k): v for k, v in value.items()}, f"{path}{name}.")
@@ -231,19 +250,25 @@ def differences(
     if "config" not in there:
         return _former(model, there, without, values)
     here = fingerprint(model, without) if values else outline(model)
-    parts = [k for k in here if k not in ("config", "held")]
+    parts = [k for k in here if k not in ("config", "settings", "held")]
     found = [k for k in parts if here[k] != there.get(k)]
-    theirs, ours = _part(there, "config"), here["config"]
-    found += [
-        f"{name} ({theirs[name]} there, {ours[name]} here)"
-        for name in ours
-        if name in theirs and not _agrees(name, theirs[name], ours[name])
-    ]
+    for part, called in (("config", ""), ("settings", "settings: ")):
+        theirs, ours = _part(there, part), here[part]
+        found += [
+            called + _in_words(name, theirs[name], ours[name])
+            for name in ours
+            if name in theirs and not _agrees(name, theirs[name], ours[name])
+        ]
     theirs, ours = _part(there, "held"), here.get("held", {})
     found += [
         f"held: {name}" for name in ours if name in theirs and not agrees(theirs[name], ours[name])
     ]
     return found
+
+
+def _in_words(name: str, there: Any, here: Any) -> str:
+    hashed = name.endswith((" by layer", " in their order"))
+    return name if hashed else f"{name} ({there} there, {here} here)"
 
 
 def _part(there: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -334,6 +359,8 @@ def _trace(tensor: Tensor) -> tuple[Any, ...]:
 
     One that is not counted is seen in a few values, if they are among those that it changes.
     """
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        return (object(),)  # equal to nothing
     flat = tensor.detach().reshape(-1)
     some = flat[:: max(1, flat.numel() // 8)].tolist() if flat.is_contiguous() else ()
     return tensor.data_ptr(), tensor._version, tensor.dtype, tuple(some)
@@ -341,8 +368,11 @@ def _trace(tensor: Tensor) -> tuple[Any, ...]:
 
 def _digest(tensor: Tensor, dtype: torch.dtype | None = None) -> bytes:
     """Hash the values of a tensor, rounded to ``dtype``."""
-    flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").digest()
+    whole = hashlib.sha256()
+    for part in dense_parts(tensor):
+        flat = part.to("cpu", dtype).contiguous().reshape(-1)
+        whole.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return whole.digest()
 
 
 def _combined(digests: Mapping[str, bytes], without: Collection[str]) -> str:

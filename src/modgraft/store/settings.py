@@ -2,8 +2,8 @@
 
 There are plain settings (a number of heads, an epsilon, an activation), and lists, dictionaries and
 tensors, among them buffers that no state dict has. Some of it is no setting but state: a cache, a
-counter, a mask as long as the last input. State is what has changed since the host was made, and
-what the layer's own code writes to outside its constructor; what is empty is not said.
+counter, a mask as long as the last input. State is what the layer's own code writes to while it
+runs, in ``forward`` and whatever that calls.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import dis
 import hashlib
 import math
+import re
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache, partial
 from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,12 +31,20 @@ BESIDE_THE_FUNCTION = {
     "torch_dtype", "architectures", "id2label", "label2id", "problem_type", "return_dict",
     "name_or_path", "output_attentions", "output_hidden_states", "max_seq_len_cached", "inplace",
     "finetuning_task", "task_specific_params", "chunk_size_feed_forward", "attn_implementation",
-    "experts_implementation", "return_dict_in_generate", "tokenizer_class", "prefix",
+    "experts_implementation", "return_dict_in_generate", "tokenizer_class",
     "initializer_range", "initializer_factor", "init_std", "supports_gradient_checkpointing",
     "hf_device_map", "layer_idx", "all_tied_weights_keys", "warnings_issued",
     "use_nested_tensor", "enable_nested_tensor",
 }  # fmt: skip
 """Settings that change how a host is trained, run or shown, and not what it computes."""
+
+_DROPS = re.compile(r"(^|_|layer|p)drop(out|_?path)?(_|$)")
+"""The names of rates of what is dropped in training."""
+
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?")
+
+_OF_CONFIGS = {"config", "cfg", "args", "hparams"}
+"""What objects are called that hold settings."""
 
 _CHANGING = {
     "append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear",
@@ -77,42 +87,25 @@ class Setting(NamedTuple):
         return f"{self.path}.{self.name}" if self.path else self.name
 
 
-_made: WeakKeyDictionary[nn.Module, dict[tuple[str, str], Said]] = WeakKeyDictionary()
-"""What the layers of a host held when it was made, by path and name."""
+def settings(layers: Layers) -> list[Setting]:
+    """Return what layers hold and is no state, in their order."""
+    found = []
+    for path, layer in layers:
+        kind = original(layer)
+        for name, value in _held_by(layer, kind):
+            if (said := _said(name, value)) is not None and not _is_state(kind, name, said):
+                found.append(Setting(path, kind, name, said))
+    return found
 
 
-def remember(model: nn.Module, held: dict[tuple[str, str], Said] | None = None) -> None:
-    """Take down what the layers of a model hold, before it runs as a host.
-
-    Args:
-        model: the host's.
-        held: of a copy, what was taken down of the first one.
-    """
-    if model not in _made:
-        found = _found(model.named_modules()) if held is None else ()
-        _made[model] = held or {(each.path, each.name): each.value for each in found}
-
-
-def remembered(model: nn.Module) -> dict[tuple[str, str], Said] | None:
-    """Return what was taken down of a host, for a copy of it."""
-    return _made.get(model)
-
-
-def settings(model: nn.Module, layers: Layers) -> list[Setting]:
-    """Return what the layers of a model hold and is no state, in the order of the layers."""
-    found, made = list(_found(layers)), _made.get(model)
-    if made is None or {(each.path, each.name): each.value for each in found} == made:
-        return found
-    changed = [each for each in found if not agrees(each.value, made.get((each.path, each.name)))]
-    states = {(each.kind, each.name) for each in changed if _is_written(each)}
-    return [each for each in found if (each.kind, each.name) not in states]
-
-
-@cache
-def is_beside(name: str, kind: str = "") -> bool:
+def is_beside(name: str, value: Any) -> bool:
     """Return whether a setting changes nothing of what a host computes."""
-    drops = "drop" in name or "Dropout" in kind  # off where a model is used
-    return drops or name[:1] == "_" or name in BESIDE_THE_FUNCTION
+    if name[:1] == "_" or name in BESIDE_THE_FUNCTION:
+        return True
+    if isinstance(value, str):
+        return bool(_DEVICE.fullmatch(value))
+    rate = isinstance(value, float | int) and not isinstance(value, bool)
+    return rate and bool(_DROPS.search(name))  # off where a model is used
 
 
 def agrees(one: Said | None, other: Said | None) -> bool:
@@ -129,42 +122,36 @@ def agrees(one: Said | None, other: Said | None) -> bool:
 
 def _near(one: Any, other: Any) -> bool:
     match one, other:
-        case [str() as mine, float() as a, float() as b], [
-            str() as theirs,
-            float() as c,
-            float() as d,
-        ]:
+        case [str(mine), float(a), float(b), m], [str(theirs), float(c), float(d), n]:
             most = (1e-2 if {mine, theirs} & _ROUGH else 1e-5) * max(abs(a), abs(c))
-            return abs(a - c) <= most and abs(b - d) <= most
+            return abs(a - c) <= most and abs(b - d) <= most and m == n
     return False  # no sketches
 
 
-def _found(layers: Layers) -> Iterator[Setting]:
-    for path, layer in layers:
-        kind = original(layer)
-        for name, value in layer.__dict__.items():
-            if name[0] == "_" or is_beside(name, kind.__name__) or (said := _said(value)) is None:
-                continue
-            if not callable(value) or not hasattr(kind, name):  # a method that a tool has wrapped
-                yield Setting(path, kind, name, said)
-        for name in sorted(layer._non_persistent_buffers_set):
-            buffer = layer._buffers.get(name)
-            if buffer is not None and (said := _said(buffer)) is not None:
-                yield Setting(path, kind, name, said)
+def _held_by(layer: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
+    dropout = "Dropout" in kind.__name__
+    for name, value in layer.__dict__.items():
+        if name[0] == "_" or is_beside(name, value) or (dropout and name == "p"):
+            continue
+        if not callable(value) or not hasattr(kind, name):  # a method that a tool has wrapped
+            yield name, value
+    for name in sorted(layer._non_persistent_buffers_set):
+        if layer._buffers.get(name) is not None:
+            yield name, layer._buffers[name]
 
 
-def _said(value: Any) -> Said | None:
+def _said(name: str, value: Any) -> Said | None:
     """Return a value as :attr:`Setting.value` has it, None where it says nothing of a function."""
-    if value is None or hasattr(type(value), "to_dict"):  # a config, which is read by itself
-        return None
-    if isinstance(value, _PLAIN):
+    if value is None or isinstance(value, _PLAIN):
         return repr(value)
+    if hasattr(type(value), "to_dict"):  # a config, which is read by itself
+        return None
     if isinstance(value, FunctionType | BuiltinFunctionType):
         return value.__qualname__
-    if isinstance(value, dict | list | tuple | set) and not value:
-        return None
     if isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value):
         return repr(tuple(value))
+    if name in _OF_CONFIGS and hasattr(value, "__dict__") and not callable(value):
+        value = vars(value)
     tensors: list[Tensor] = []
     text = _text(value, tensors, 0)
     if text is None:
@@ -179,6 +166,10 @@ def _text(value: Any, tensors: list[Tensor], depth: int) -> str | None:
         return repr(value)
     if isinstance(value, Enum | type | FunctionType | BuiltinFunctionType):
         return getattr(value, "__qualname__", str(value))
+    if isinstance(value, np.generic):
+        return repr(value.item())
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        value = torch.as_tensor(value)
     if isinstance(value, Tensor):
         tensors.append(value)
         return str(list(value.shape))
@@ -186,7 +177,7 @@ def _text(value: Any, tensors: list[Tensor], depth: int) -> str | None:
         return None
     if isinstance(value, partial):
         value = [value.func, value.args, value.keywords]
-    elif isinstance(value, SimpleNamespace) or is_dataclass(value):
+    elif isinstance(value, SimpleNamespace | Namespace) or is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):  # in an order of its own: that of a file is another
         value = sorted(value.items(), key=lambda item: str(item[0]))
@@ -200,47 +191,90 @@ def _text(value: Any, tensors: list[Tensor], depth: int) -> str | None:
 
 @torch.no_grad()
 def _sketch(tensor: Tensor) -> list[Any]:
-    """Return a tensor's type, its root mean square, and its product with numbers that are fixed."""
+    """Return a tensor's type and its root mean square, its product with numbers that are fixed, and
+    how many are NaN; of whole numbers, a hash."""
     kind = str(tensor.dtype).removeprefix("torch.")
-    if tensor.is_meta or tensor.layout != torch.strided:
-        return [kind, 0.0, 0.0]
-    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    flat = flat.detach().to("cpu", torch.float64).nan_to_num().clamp(-_LARGEST, _LARGEST).flatten()
+    own = dense_parts(tensor)
+    if not all(part.is_floating_point() or part.is_complex() for part in own):
+        whole = hashlib.sha256()
+        for part in own:
+            whole.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return [kind, whole.hexdigest()[:16]]
+    flat = [torch.view_as_real(p) if p.is_complex() else p for p in own]
+    flat = torch.cat([p.to("cpu", torch.float64).flatten() for p in flat] or [torch.empty(0)])
+    lost = int(flat.isnan().sum())
+    flat = flat.nan_to_num().clamp(-_LARGEST, _LARGEST)
     if not len(flat):
-        return [kind, 0.0, 0.0]
+        return [kind, 0.0, 0.0, lost]
     fixed = torch.cos(torch.arange(len(flat), dtype=torch.float64).square() + 0.5)
     size = math.sqrt(len(flat))
-    return [kind, float(flat.norm()) / size, float(flat @ fixed) / size]
+    return [kind, float(flat.norm()) / size, float(flat @ fixed) / size, lost]
 
 
-def _is_written(setting: Setting) -> bool:
-    """Return whether a layer's own code writes to what it holds, after it was made."""
-    stored, changed = _written(setting.kind)
-    return setting.name in (stored if isinstance(setting.value, str) else stored | changed)
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the dense tensors that a tensor of any layout is made of."""
+    own = tensor.detach()
+    if own.is_meta:
+        return []
+    if own.is_nested:
+        return [part.contiguous() for part in own.unbind()]
+    if own.is_quantized:
+        scales = (
+            [torch.tensor([own.q_scale(), own.q_zero_point()])]
+            if own.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+            else [own.q_per_channel_scales(), own.q_per_channel_zero_points()]
+        )
+        return [own.int_repr(), *scales]
+    if own.layout == torch.sparse_coo:
+        own = own.coalesce()
+        return [own.indices(), own.values()]
+    if own.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [own.crow_indices(), own.col_indices(), own.values()]
+    if own.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [own.ccol_indices(), own.row_indices(), own.values()]
+    return [own.resolve_conj().resolve_neg()]
+
+
+def _is_state(kind: type[nn.Module], name: str, value: Said) -> bool:
+    """Return whether a layer's own code writes to what it holds while it runs."""
+    stored, changed = _written(kind)
+    return name in stored or (not isinstance(value, str) and name in changed)
 
 
 @cache
 def _written(kind: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names that a class stores to after it was made, and those whose content it may
-    change there."""
+    """Return the names that a class stores to while it runs, and those whose content it may change
+    then."""
     stored: set[str] = set()
     changed: set[str] = set()
-    for each in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        for name, function in vars(each).items():
-            if name != "__init__" and isinstance(function, FunctionType):
+    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    left, seen = ["forward", "train"], set()
+    while left:
+        if (name := left.pop()) in seen:
+            continue
+        seen.add(name)
+        for function in (vars(each).get(name) for each in classes):
+            function = getattr(function, "__func__", getattr(function, "fget", function))
+            if isinstance(function, FunctionType):
                 for code in _codes(function, set()):
-                    lines = list(dis.get_instructions(code))
-                    names = set(code.co_names)
-                    stored |= {line.argval for line in lines if line.opname == "STORE_ATTR"}
-                    if names & _STORING:
-                        stored |= {c for c in code.co_consts if isinstance(c, str)}
-                    if (
-                        {line.opname for line in lines} & {"STORE_SUBSCR", "DELETE_SUBSCR"}
-                        or names & _CHANGING
-                        or any(n[-1] == "_" and n[0] != "_" for n in names)
-                    ):
-                        changed |= names
+                    left += code.co_names
+                    _look(code, stored, changed)
     return frozenset(stored), frozenset(changed)
+
+
+def _look(code: CodeType, stored: set[str], changed: set[str]) -> None:
+    """Add the names that a piece of code stores to, and those whose content it may change."""
+    lines = list(dis.get_instructions(code))
+    names = set(code.co_names)
+    stored |= {line.argval for line in lines if line.opname in ("STORE_ATTR", "DELETE_ATTR")}
+    if names & _STORING:
+        stored |= {each for each in code.co_consts if isinstance(each, str)}
+    if (
+        {line.opname for line in lines} & {"STORE_SUBSCR", "DELETE_SUBSCR"}
+        or names & _CHANGING
+        or any(name[-1] == "_" and name[0] != "_" for name in names)
+    ):
+        changed |= names
 
 
 def _codes(function: FunctionType, seen: set[int]) -> Iterator[CodeType]:
@@ -264,9 +298,9 @@ def by_class(found: Sequence[Setting], paths: Mapping[str, int]) -> dict[str, An
     """
     values: dict[str, list[tuple[int, str]]] = {}
     for each in found:
-        if isinstance(each.value, str):
-            name = f"{each.kind.__name__}.{each.name}"
-            values.setdefault(name, []).append((paths[each.path], each.value))
+        value = each.value if isinstance(each.value, str) else "…"  # compared by its place
+        name = f"{each.kind.__name__}.{each.name}"
+        values.setdefault(name, []).append((paths[each.path], value))
     said: dict[str, Any] = {}
     for name, here in values.items():
         distinct = sorted({value for _, value in here})
