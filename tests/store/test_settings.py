@@ -129,6 +129,26 @@ def test_another_function_is_refused(pair: str, tmp_path: Path) -> None:
         other.load(folder)
 
 
+def test_what_changes_between_two_loads_is_seen(tmp_path: Path) -> None:
+    one, other = hosts_of(lambda: Net(1), lambda: Net(1))
+    folder = saved(one, tmp_path / "a")
+    for change, back in (
+        (lambda m: setattr(m, "value", 2), lambda m: setattr(m, "value", 1)),
+        (lambda m: setattr(m, "value", [1]), lambda m: setattr(m, "value", 1)),
+        (
+            lambda m: setattr(m.first, "out_features", 5),
+            lambda m: setattr(m.first, "out_features", 4),
+        ),
+    ):
+        other.load(folder, name="b")
+        other.remove("b")
+        change(other.model)
+        with pytest.raises(mg.ModgraftError, match="trained in another host"):
+            other.load(folder, name="b")
+        back(other.model)
+    other.load(folder, name="b")
+
+
 @pytest.mark.parametrize(
     ("one", "other"), [("cuda:0", "cpu"), ("cpu", "meta"), (torch.device("cpu"), None)]
 )

@@ -13,12 +13,14 @@ import hashlib
 import math
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache, partial
+from operator import is_
 from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -87,25 +89,63 @@ class Setting(NamedTuple):
         return f"{self.path}.{self.name}" if self.path else self.name
 
 
+class _Seen(NamedTuple):
+    """A layer whose settings are all plain, as it was seen last."""
+
+    path: str
+    kind: type[nn.Module]
+    names: list[str]
+    values: list[Any]
+    settings: list[Setting]
+
+    def is_as(self, path: str, kind: type[nn.Module], held: Mapping[str, Any]) -> bool:
+        """Return whether the layer holds the very same objects."""
+        same = path == self.path and kind is self.kind and len(held) == len(self.values)
+        return same and all(map(is_, held.values(), self.values)) and list(held) == self.names
+
+
+_seen: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
+
+
 def settings(layers: Layers) -> list[Setting]:
     """Return what layers hold and is no state, in their order."""
-    found = []
+    found: list[Setting] = []
     for path, layer in layers:
-        kind = original(layer)
-        for name, value in _held_by(layer, kind):
-            if (said := _said(name, value)) is not None and not _is_state(kind, name, said):
-                found.append(Setting(path, kind, name, said))
+        kind, held = original(layer), layer.__dict__
+        seen = None if layer._non_persistent_buffers_set else _seen.get(layer)
+        if seen is None or not seen.is_as(path, kind, held):
+            own = list(_settings_of(path, kind, layer))
+            if any(not isinstance(each.value, str) for each in own):
+                _seen.pop(layer, None)  # what they hold can change where it is
+                found += own
+                continue
+            _seen[layer] = seen = _Seen(path, kind, list(held), list(held.values()), own)
+        found += seen.settings
     return found
+
+
+def _settings_of(path: str, kind: type[nn.Module], layer: nn.Module) -> Iterator[Setting]:
+    stored, changed = _written(kind)
+    for name, value in _held_by(layer, kind):
+        if name in stored or (said := _said(name, value)) is None:
+            continue
+        if isinstance(said, str) or name not in changed:
+            yield Setting(path, kind, name, said)
 
 
 def is_beside(name: str, value: Any) -> bool:
     """Return whether a setting changes nothing of what a host computes."""
-    if name[:1] == "_" or name in BESIDE_THE_FUNCTION:
+    if name[0] == "_" or name in BESIDE_THE_FUNCTION:
         return True
-    if isinstance(value, str):
+    kind = type(value)
+    if kind is str:
         return bool(_DEVICE.fullmatch(value))
-    rate = isinstance(value, float | int) and not isinstance(value, bool)
-    return rate and bool(_DROPS.search(name))  # off where a model is used
+    return (kind is float or kind is int) and _is_rate(name)
+
+
+@cache
+def _is_rate(name: str) -> bool:
+    return bool(_DROPS.search(name))  # off where a model is used
 
 
 def agrees(one: Said | None, other: Said | None) -> bool:
@@ -133,7 +173,7 @@ def _held_by(layer: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, Any
     for name, value in layer.__dict__.items():
         if name[0] == "_" or is_beside(name, value) or (dropout and name == "p"):
             continue
-        if not callable(value) or not hasattr(kind, name):  # a method that a tool has wrapped
+        if not (callable(value) and hasattr(kind, name)):  # a method that a tool has wrapped
             yield name, value
     for name in sorted(layer._non_persistent_buffers_set):
         if layer._buffers.get(name) is not None:
@@ -233,12 +273,6 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     if own.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [own.ccol_indices(), own.row_indices(), own.values()]
     return [own.resolve_conj().resolve_neg()]
-
-
-def _is_state(kind: type[nn.Module], name: str, value: Said) -> bool:
-    """Return whether a layer's own code writes to what it holds while it runs."""
-    stored, changed = _written(kind)
-    return name in stored or (not isinstance(value, str) and name in changed)
 
 
 @cache
