@@ -158,19 +158,30 @@ def token_table(host: nn.Module) -> nn.Embedding:
             f"{type(host).__name__} reads no text and has no vocabulary to look tokens up in; "
             f"what goes before its input here is SoftPrompt(init='random') or a LinearMap"
         )
+    table, why = _input_table(host), "reads no token embeddings that others could be put before"
+    if isinstance(table, nn.Embedding):
+        why = (
+            "looks its tokens up in a table, and its forward takes no inputs_embeds in their place"
+        )
+    elif table is not None and "input_ids" in arguments_of(host):
+        why = f"looks its tokens up in a {type(table).__name__}, and no prompt can be served by one"
+        why += " that is no nn.Embedding"
     raise ModgraftError(
-        f"{type(host).__name__} reads no token embeddings that others could be put before; "
-        f"implant a module that acts at a layer, such as LoRA(rank=8)"
+        f"{type(host).__name__} {why}; implant a module that acts at a layer, such as LoRA(rank=8)"
     )
 
 
 def _text_table(host: nn.Module) -> nn.Embedding | None:
-    try:
-        table = host.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
+    table = _input_table(host)
     reads = isinstance(table, nn.Embedding) and "inputs_embeds" in arguments_of(host)
     return table if reads else None
+
+
+def _input_table(host: nn.Module) -> nn.Module | None:
+    try:
+        return host.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def token_width(host: nn.Module) -> int:
@@ -273,11 +284,7 @@ def _source(module: str) -> str:
 
 def _position_rows(reader: nn.Module) -> Iterator[int]:
     """Yield how many positions each table of them has that ``reader`` looks them up in."""
-    eyes = tuple(
-        f"{path}."
-        for path, module in reader.named_modules()
-        if path and getattr(module, "main_input_name", "input_ids") != "input_ids"
-    )
+    eyes = tuple(f"{path}." for path, m in reader.named_modules() if path and _is_eye(m, reader))
     for path, module in reader.named_modules():
         if not _POSITIONS.fullmatch(path.rpartition(".")[2]) or path.startswith(eyes):
             continue
@@ -291,6 +298,17 @@ def _position_rows(reader: nn.Module) -> Iterator[int]:
             continue
         if _POSITIONS.fullmatch(path.rpartition(".")[2]) and buffer.dim() == 2:
             yield len(buffer)
+
+
+def _is_eye(part: nn.Module, reader: nn.Module) -> bool:
+    """Return whether a part of what reads the text reads something else, such as an image.
+
+    It says so, or is made by another kind of configuration, as Idefics' eye is.
+    """
+    if getattr(part, "main_input_name", "input_ids") != "input_ids":
+        return True
+    own, text = (getattr(m, "config", None) for m in (part, reader))
+    return own is not None and text is not None and type(own) is not type(text)
 
 
 def counts_from(model: nn.Module) -> int | None:
