@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from modgraft.core.aligned import Aligned, aligned
 from modgraft.core.errors import ModgraftError
 from modgraft.core.patterns import joined
 
@@ -43,6 +44,7 @@ class Reading:
         arguments: the names of the arguments that it takes, in order.
         width: the number of features of a token at the first layer.
         first: how many positions stay first: 1 where a class token is read there.
+        aligned: which other arguments hold something for each token of a text.
         room: how many positions a table of them has; None where there is no such table, since
             relative and rotary positions have no last one.
         longest: how many positions the configuration speaks of, which may be no limit.
@@ -60,6 +62,7 @@ class Reading:
     arguments: tuple[str, ...]
     width: int
     first: int
+    aligned: Aligned
     room: int | None = None
     longest: int | None = None
     table: nn.Embedding | None = None
@@ -114,12 +117,13 @@ def reading_of(host: nn.Module) -> Reading:
         ModgraftError: for a host that reads no tokens.
     """
     name, arguments = type(host).__name__, arguments_of(host)
+    beside = aligned(type(host).forward, arguments)
     inside = _image_layers(host)
     if inside:
         embeddings = host.get_submodule(inside[0])
         first = sum(p.shape[1] for n, p in embeddings.named_parameters(recurse=False) if _leads(n))
         width = int(host.config.hidden_size)  # type: ignore[union-attr]
-        return Reading(name, arguments, width, first, inside=inside)
+        return Reading(name, arguments, width, first, beside, inside=inside)
     table = token_table(host)
     reader = _reader(host, table)
     tables = tuple(
@@ -136,6 +140,7 @@ def reading_of(host: nn.Module) -> Reading:
         arguments,
         table.embedding_dim,
         first,
+        beside,
         min(rooms, default=None),
         longest,
         table,
@@ -173,8 +178,9 @@ def token_table(host: nn.Module) -> nn.Embedding:
 
 def _text_table(host: nn.Module) -> nn.Embedding | None:
     table = _input_table(host)
-    reads = isinstance(table, nn.Embedding) and "inputs_embeds" in arguments_of(host)
-    return table if reads else None
+    if isinstance(table, nn.Embedding) and "inputs_embeds" in arguments_of(host):
+        return table
+    return None
 
 
 def _input_table(host: nn.Module) -> nn.Module | None:

@@ -11,7 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import modgraft as mg
-from engine.inputs.text_hosts import LENGTH, SPECIAL, drawn, ids, prompted
+from engine.inputs.text_hosts import LENGTH, SPECIAL, drawn, idefics, ids, prompted
 from modgraft.core.embeddings import reading_of
 
 IMAGE = 40
@@ -226,18 +226,6 @@ def test_the_positions_of_an_eye_are_not_those_of_the_text() -> None:
     assert host(input_ids=words).logits.shape[:2] == (2, 7)  # an eye of 5 positions
     with pytest.raises(mg.ModgraftError, match="has 12 positions"):
         host(input_ids=words.repeat(1, 2))
-
-
-def idefics() -> nn.Module:
-    """Make an Idefics, whose eye has 5 positions, and whose text's are rotations."""
-    eye = {"embed_dim": 16, "image_size": 8, "patch_size": 4, "intermediate_size": 24,
-           "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
-    config = tf.IdeficsConfig(
-        vocab_size=41, additional_vocab_size=0, hidden_size=16, intermediate_size=24,
-        num_hidden_layers=1, num_attention_heads=2, cross_layer_interval=1, use_resampler=False,
-        vision_config=eye, **SPECIAL,
-    )  # fmt: skip
-    return drawn(tf.IdeficsForVisionText2Text(config))
 
 
 def test_a_text_of_rotations_has_the_room_of_no_eye() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,9 @@ _PLACES = {
     "mc_token_ids",  # GPT-2 with two heads: where a choice is read
 }  # fmt: skip
 """Arguments that name places in the text."""
+
+_PADDING = {"xpath_tags_seq": "tag_pad_id", "xpath_subs_seq": "subs_pad_id"}  # MarkupLM's
+"""Arguments that have an id for none, by its name in the configuration, where others have 0."""
 
 Source = Callable[[int], list[Tokens]]
 """The batch size → what each module puts before the input, in order."""
@@ -124,10 +127,14 @@ def splice(
 
     writes_on = generating and not decodes
     mask = _mask_of_padding(model, text) if given is None and writes_on else given
-    rows = Rows.of(kwargs, what, text, mask)
+    others = reading.aligned.among(kwargs, (batch, length))
+    rows = Rows.of(kwargs, what, text, mask, others)
     if not decodes:
         rows.values |= _labels(model, kwargs, text, groups)
-    new = [{what: value} for value in _values_of(groups, what, reading)]
+    new = [
+        {what: value, **_padding(others, value, reading)}
+        for value in _values_of(groups, what, reading)
+    ]
     packed = begins(reading, rows, kwargs) if groups and given is None and not generating else None
     if packed is not None:
         insert_in_each(rows, groups, new, packed, reading)
@@ -288,6 +295,15 @@ def _values_of(groups: Sequence[Tokens], what: str, reading: Reading) -> list[Te
         found.append(_new_ids(first, own, reading.padding))
         first += own.seen.numel()
     return found
+
+
+def _padding(others: Mapping[str, Tensor], made: Tensor, reading: Reading) -> dict[str, Tensor]:
+    """Return the padding of those of ``others`` that have some, at tokens ``made`` ``[B, k]``."""
+    return {
+        key: value.new_full((*made.shape[:2], *value.shape[2:]), getattr(reading.config, name))
+        for key, name in _PADDING.items()
+        if (value := others.get(key)) is not None
+    }
 
 
 def _relay(reading: Reading, groups: Sequence[Tokens]) -> NewIds:
