@@ -32,6 +32,8 @@ _MASKS_BY_POSITION = re.compile(
     r"\bposition_ids\"?[=:] ?(text_)?position_ids\b"
 )
 _FROM_ONE = re.compile(r"position_ids\.unsqueeze\(0\) \+ 1\b")
+_JOINS = re.compile(r"torch\.cat\([(\[](\w+), (\w+)[)\]], dim=1\)")
+_SEEN = re.compile(r"visual|image")
 _POSITIONS = re.compile(r"wpe|(char_)?(embed_)?pos(ition)?s?(_emb(ed(ding)?)?s?|_encoding)?")
 
 
@@ -54,6 +56,7 @@ class Reading:
             has some for each block).
         config: the configuration of what reads the text, if it has one.
         by_position: whether positions that begin again tell the texts in one row apart.
+        text_first: whether an image comes behind the text, in one sequence.
         inside: in a host that reads images, the layers whose output is the first sequence of
             tokens, and whose input is the last.
     """
@@ -69,6 +72,7 @@ class Reading:
     tables: tuple[tuple[str, bool], ...] = ()
     config: Any = None
     by_position: bool = False
+    text_first: bool = False
     inside: tuple[str, str] | None = None
 
     @property
@@ -147,6 +151,7 @@ def reading_of(host: nn.Module) -> Reading:
         tables,
         config,
         _packs(reader),
+        _text_is_first(reader),
     )
 
 
@@ -281,6 +286,17 @@ def _is_told_to_decode(host: nn.Module, reader: nn.Module) -> bool | None:
 def _packs(reader: nn.Module) -> bool:
     """Return whether ``reader`` gives its positions to what makes its mask."""
     return _is_model(reader) and bool(_MASKS_BY_POSITION.search(_source(type(reader).__module__)))
+
+
+def _text_is_first(reader: nn.Module) -> bool:
+    """Return whether ``reader`` puts an image behind its text, by the file that it is written in.
+
+    No such file puts one image behind another, but for the class token of an eye.
+    """
+    joins = _JOINS.findall(_source(type(reader).__module__)) if _is_model(reader) else []
+    return any(
+        _SEEN.match(two) and not re.search("cls|class|visual|image", one) for one, two in joins
+    )
 
 
 @cache

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import modgraft as mg
 from engine.inputs.text_hosts import LENGTH, SPECIAL, drawn, idefics, ids, outside, prompted
 from modgraft.core.aligned import aligned
-from modgraft.core.embeddings import arguments_of
+from modgraft.core.embeddings import _text_is_first, arguments_of
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 SIZE: dict[str, Any] = {
@@ -164,3 +164,59 @@ APART: tuple[tuple[Any, str], ...] = (
 def test_what_is_as_long_as_the_text_by_chance_is_none_of_it(kind: Any, name: str) -> None:
     known = aligned(kind.forward, arguments_of(kind.__new__(kind)))
     assert not known.among({name: ids()}, (3, 7))
+
+
+# -- an image behind the text, or beside it -----------------------------------------------------
+
+
+@torch.no_grad()
+def test_an_image_behind_the_text_stays_behind_it() -> None:
+    config = tf.VisualBertConfig(**SIZE, visual_embedding_dim=12)
+    model = drawn(tf.VisualBertForPreTraining(config))
+    host, phi = prompted(model)
+    image = {"visual_embeds": torch.randn(3, 4, 12), "visual_attention_mask": ONE.expand(-1, 4)}
+    labels, mask = torch.randint(0, 41, (3, 11)), torch.ones(3, 7, dtype=torch.long)
+    ours = host(input_ids=ids(), attention_mask=mask, labels=labels, **image)
+    host.use(None)
+    ignored = torch.full((3, LENGTH), -100)
+    whole = model(
+        **outside(model, phi, ids(), 1), attention_mask=torch.ones(3, 7 + LENGTH), **image,
+        labels=torch.cat([labels[:, :1], ignored, labels[:, 1:]], 1),
+    )  # fmt: skip
+    long = whole.prediction_logits
+    expected = torch.cat([long[:, :1], long[:, 1 + LENGTH :]], 1)
+    torch.testing.assert_close(ours.prediction_logits, expected, **CLOSE)
+    torch.testing.assert_close(ours.loss, whole.loss, **CLOSE)
+
+
+def test_a_probe_reads_an_image_behind_the_text() -> None:
+    config = tf.VisualBertConfig(**SIZE, visual_embedding_dim=12)
+    host, _ = prompted(drawn(tf.VisualBertModel(config)))
+    batch = {"input_ids": ids(), "visual_embeds": torch.randn(3, 4, 12)}
+    batch |= {"attention_mask": ONE.expand(-1, 7), "visual_attention_mask": ONE.expand(-1, 4)}
+    assert not host.probe(batch).faults
+    assert host(**batch).last_hidden_state.shape[1] == 11
+
+
+@torch.no_grad()
+def test_an_image_beside_the_text() -> None:
+    config = tf.LxmertConfig(
+        vocab_size=41, hidden_size=32, intermediate_size=40, num_attention_heads=4, l_layers=1,
+        x_layers=1, r_layers=1, visual_feat_dim=6,
+    )  # fmt: skip
+    model = drawn(tf.LxmertModel(config))
+    host, phi = prompted(model)
+    image = {"visual_feats": torch.randn(3, 10, 6), "visual_pos": torch.rand(3, 10, 4)}
+    ours = host(input_ids=ids(), **image)
+    host.use(None)
+    whole = model(**outside(model, phi, ids(), 1), **image)
+    long = whole.language_output
+    expected = torch.cat([long[:, :1], long[:, 1 + LENGTH :]], 1)
+    torch.testing.assert_close(ours.language_output, expected, **CLOSE)
+    torch.testing.assert_close(ours.vision_output, whole.vision_output, **CLOSE)
+
+
+def test_where_an_image_follows() -> None:
+    first = (tf.VisualBertModel, tf.ViltModel, tf.LayoutLMv2Model, tf.LayoutLMv3Model)
+    for kind in (*first, tf.GitModel, tf.FlavaModel, tf.BertModel, tf.LxmertModel, tf.UdopModel):
+        assert _text_is_first(kind.__new__(kind)) == (kind in first), kind

@@ -46,6 +46,7 @@ class Splice:
         ends_unseen: ``[B]`` bool, whether what a decoder reads a class at is padding; None: it is
             known to be none.
         relay: acts at the layers inside the host where the tokens come in or leave.
+        image_follows: whether outputs that are longer hold an image behind the text.
     """
 
     kwargs: dict[str, Any]
@@ -55,6 +56,7 @@ class Splice:
     wanted: Any = ...
     ends_unseen: Tensor | None = None
     relay: Relay | None = None
+    image_follows: bool = False
 
     def trim(self, out: Any) -> Any:
         """Return the model's output without the positions of the tokens."""
@@ -67,13 +69,16 @@ class Splice:
             _check_end(out, self.ends_unseen)
         for key, dims in (
             ("logits", 3), ("prediction_logits", 3), ("last_hidden_state", 3),
-            ("start_logits", 2), ("end_logits", 2),
+            ("language_output", 3), ("text_features", 3), ("start_logits", 2), ("end_logits", 2),
         ):  # fmt: skip
             value = getattr(out, key, None)
             if not isinstance(value, Tensor):
                 continue
-            if value.dim() == dims and value.shape[1] == self.total:
-                value = gather(value, self.keep)
+            longer = self.image_follows and dims == 3
+            if value.dim() == dims and (
+                value.shape[1] == self.total or (longer and value.shape[1] > self.total)
+            ):
+                value = torch.cat([gather(value, self.keep), value[:, self.total :]], dim=1)
                 out = replace(out, **{key: value[:, self.wanted] if key == "logits" else value})
             elif dims == 2 and value.dim() == 3 and value.shape[2] == self.total:  # [B, Q, T]
                 kept = self.keep[:, None].expand(-1, value.shape[1], -1)
@@ -129,8 +134,12 @@ def splice(
     mask = _mask_of_padding(model, text) if given is None and writes_on else given
     others = reading.aligned.among(kwargs, (batch, length))
     rows = Rows.of(kwargs, what, text, mask, others)
+    of_image = None
     if not decodes:
         rows.values |= _labels(model, kwargs, text, groups)
+        of_image = _labels_behind(kwargs, text) if reading.text_first else None
+        if of_image is not None:
+            rows.values[LABELS] = kwargs[LABELS][:, :length]
     new = [
         {what: value, **_padding(others, value, reading)}
         for value in _values_of(groups, what, reading)
@@ -142,8 +151,11 @@ def splice(
     else:
         _insert(rows, groups, new, reading, given is not None, writes_on)
     kwargs |= rows.as_arguments()
+    if of_image is not None:
+        kwargs[LABELS] = torch.cat([kwargs[LABELS], of_image], dim=1)
     relay = _relay(reading, groups) if what == IDS and groups else None
     whole = Splice(kwargs, text, rows.keep, rows.values[what].shape[1], relay=relay)
+    whole = replace(whole, image_follows=reading.text_first)
     if decodes:
         return replace(whole, keep=None)
     count = sum(own.seen.shape[1] for own in groups)
@@ -264,6 +276,14 @@ def _labels(
         counted = kwargs.get("num_items_in_batch") is not None
         found[LABELS] = _first_unpredicted(model, found[LABELS], groups, counted)
     return found
+
+
+def _labels_behind(kwargs: dict[str, Any], text: Tensor) -> Tensor | None:
+    """Return the labels ``[B, V]`` of the image behind a text, of labels ``[B, T + V]``."""
+    labels, length = kwargs.get(LABELS), text.shape[1]
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.shape[1] <= length:
+        return None
+    return labels[:, length:] if _by_token(labels[:, :length], text) else None
 
 
 def _first_unpredicted(
