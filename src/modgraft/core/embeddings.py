@@ -32,7 +32,7 @@ _MASKS_BY_POSITION = re.compile(
     r"\bposition_ids\"?[=:] ?(text_)?position_ids\b"
 )
 _FROM_ONE = re.compile(r"position_ids\.unsqueeze\(0\) \+ 1\b")
-_JOINS = re.compile(r"torch\.cat\([(\[](\w+), (\w+)[)\]], dim=1\)")
+_JOINS = re.compile(r"torch\.cat\([(\[](?!cls|class)(\w+), (\w+)[)\]], dim=1\)")
 _SEEN = re.compile(r"visual|image")
 _POSITIONS = re.compile(r"wpe|(char_)?(embed_)?pos(ition)?s?(_emb(ed(ding)?)?s?|_encoding)?")
 
@@ -56,7 +56,7 @@ class Reading:
             has some for each block).
         config: the configuration of what reads the text, if it has one.
         by_position: whether positions that begin again tell the texts in one row apart.
-        text_first: whether an image comes behind the text, in one sequence.
+        image_is: where an image is in one sequence with the text, "behind" or "before" it.
         inside: in a host that reads images, the layers whose output is the first sequence of
             tokens, and whose input is the last.
     """
@@ -72,7 +72,7 @@ class Reading:
     tables: tuple[tuple[str, bool], ...] = ()
     config: Any = None
     by_position: bool = False
-    text_first: bool = False
+    image_is: str = ""
     inside: tuple[str, str] | None = None
 
     @property
@@ -151,7 +151,7 @@ def reading_of(host: nn.Module) -> Reading:
         tables,
         config,
         _packs(reader),
-        _text_is_first(reader),
+        _place_of_image(reader),
     )
 
 
@@ -288,15 +288,17 @@ def _packs(reader: nn.Module) -> bool:
     return _is_model(reader) and bool(_MASKS_BY_POSITION.search(_source(type(reader).__module__)))
 
 
-def _text_is_first(reader: nn.Module) -> bool:
-    """Return whether ``reader`` puts an image behind its text, by the file that it is written in.
+def _place_of_image(reader: nn.Module) -> str:
+    """Return where ``reader`` puts an image in one sequence with its text, by the file that it is
+    written in: ``"behind"`` or ``"before"`` it, and empty if it does neither.
 
-    No such file puts one image behind another, but for the class token of an eye.
+    The class token that an eye puts before its patches is no text.
     """
-    joins = _JOINS.findall(_source(type(reader).__module__)) if _is_model(reader) else []
-    return any(
-        _SEEN.match(two) and not re.search("cls|class|visual|image", one) for one, two in joins
-    )
+    for names in _JOINS.findall(_source(type(reader).__module__)) if _is_model(reader) else ():
+        seen = [bool(_SEEN.search(name)) for name in names]
+        if seen == [False, True] or seen == [True, False]:
+            return "behind" if seen[1] else "before"
+    return ""
 
 
 @cache

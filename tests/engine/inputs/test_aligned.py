@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import modgraft as mg
 from engine.inputs.text_hosts import LENGTH, SPECIAL, drawn, idefics, ids, outside, prompted
 from modgraft.core.aligned import aligned
-from modgraft.core.embeddings import _text_is_first, arguments_of
+from modgraft.core.embeddings import _place_of_image, arguments_of
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 SIZE: dict[str, Any] = {
@@ -216,7 +216,24 @@ def test_an_image_beside_the_text() -> None:
     torch.testing.assert_close(ours.vision_output, whole.vision_output, **CLOSE)
 
 
-def test_where_an_image_follows() -> None:
-    first = (tf.VisualBertModel, tf.ViltModel, tf.LayoutLMv2Model, tf.LayoutLMv3Model)
-    for kind in (*first, tf.GitModel, tf.FlavaModel, tf.BertModel, tf.LxmertModel, tf.UdopModel):
-        assert _text_is_first(kind.__new__(kind)) == (kind in first), kind
+def test_where_an_image_is() -> None:
+    behind = (tf.VisualBertModel, tf.ViltModel, tf.LayoutLMv2Model, tf.LayoutLMv3Model)
+    for kind in (*behind, tf.GitModel, tf.BertModel, tf.LxmertModel, tf.LlavaModel):
+        place = "behind" if kind in behind else "before" if kind is tf.GitModel else ""
+        assert _place_of_image(kind.__new__(kind)) == place, kind
+
+
+@torch.no_grad()
+def test_an_image_before_the_text_stays_before_it() -> None:
+    model = drawn(
+        tf.GitForCausalLM(tf.GitConfig(**SIZE, vision_config=EYE | {"num_attention_heads": 4}))
+    )
+    host, phi = prompted(model)
+    image = {"pixel_values": torch.randn(3, 3, 8, 8)}
+    ours = host(input_ids=ids(), labels=ids(), **image)
+    host.use(None)
+    labels = torch.cat([torch.full((3, LENGTH), -100), ids()], 1)
+    whole = model(**outside(model, phi, ids(), 0), labels=labels, **image)
+    expected = torch.cat([whole.logits[:, :5], whole.logits[:, 5 + LENGTH :]], 1)
+    torch.testing.assert_close(ours.logits, expected, **CLOSE)
+    torch.testing.assert_close(ours.loss, whole.loss, **CLOSE)

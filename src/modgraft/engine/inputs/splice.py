@@ -46,7 +46,7 @@ class Splice:
         ends_unseen: ``[B]`` bool, whether what a decoder reads a class at is padding; None: it is
             known to be none.
         relay: acts at the layers inside the host where the tokens come in or leave.
-        image_follows: whether outputs that are longer hold an image behind the text.
+        image_is: where outputs that are longer hold an image, "behind" or "before" the text.
     """
 
     kwargs: dict[str, Any]
@@ -56,7 +56,7 @@ class Splice:
     wanted: Any = ...
     ends_unseen: Tensor | None = None
     relay: Relay | None = None
-    image_follows: bool = False
+    image_is: str = ""
 
     def trim(self, out: Any) -> Any:
         """Return the model's output without the positions of the tokens."""
@@ -74,11 +74,11 @@ class Splice:
             value = getattr(out, key, None)
             if not isinstance(value, Tensor):
                 continue
-            longer = self.image_follows and dims == 3
-            if value.dim() == dims and (
-                value.shape[1] == self.total or (longer and value.shape[1] > self.total)
-            ):
-                value = torch.cat([gather(value, self.keep), value[:, self.total :]], dim=1)
+            own = bool(self.image_is) and dims == 3 and value.shape[1] > self.total
+            if value.dim() == dims and (own or value.shape[1] == self.total):
+                start = value.shape[1] - self.total if self.image_is == "before" else 0
+                text, end = gather(value[:, start:], self.keep), value[:, start + self.total :]
+                value = torch.cat([value[:, :start], text, end], dim=1)
                 out = replace(out, **{key: value[:, self.wanted] if key == "logits" else value})
             elif dims == 2 and value.dim() == 3 and value.shape[2] == self.total:  # [B, Q, T]
                 kept = self.keep[:, None].expand(-1, value.shape[1], -1)
@@ -137,7 +137,7 @@ def splice(
     of_image = None
     if not decodes:
         rows.values |= _labels(model, kwargs, text, groups)
-        of_image = _labels_behind(kwargs, text) if reading.text_first else None
+        of_image = _labels_behind(kwargs, text) if reading.image_is == "behind" else None
         if of_image is not None:
             rows.values[LABELS] = kwargs[LABELS][:, :length]
     new = [
@@ -155,7 +155,7 @@ def splice(
         kwargs[LABELS] = torch.cat([kwargs[LABELS], of_image], dim=1)
     relay = _relay(reading, groups) if what == IDS and groups else None
     whole = Splice(kwargs, text, rows.keep, rows.values[what].shape[1], relay=relay)
-    whole = replace(whole, image_follows=reading.text_first)
+    whole = replace(whole, image_is=reading.image_is)
     if decodes:
         return replace(whole, keep=None)
     count = sum(own.seen.shape[1] for own in groups)
