@@ -210,6 +210,25 @@ def test_the_batch_on_the_second_axis() -> None:
     )
 
 
+class Split(nn.Linear):
+    """A linear layer with some more outputs, of a layer inside it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 6)
+        self.more = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super().forward(x), self.more(x)], -1)
+
+
+def test_a_layer_that_is_changed_inside_too() -> None:
+    host = mg.Host(nn.Sequential(nn.Linear(8, 8), Split()))
+    host.implant("a", mg.LoRA(rank=2), at=["1", "1.more"])
+    found = host.probe({"input": torch.randn(3, 8)})
+    assert not found.faults
+    assert [row.merged for row in found.sites] == [0.0, 0.0]
+
+
 def test_a_residual_that_runs_a_layer_twice() -> None:
     try:
         host = implanted(Recurrent(), "block[residual]", mg.Adapter(width=2))

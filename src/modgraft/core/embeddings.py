@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from modgraft.core.aligned import Aligned, aligned
 from modgraft.core.errors import ModgraftError
 from modgraft.core.patterns import joined
 
@@ -31,6 +32,8 @@ _MASKS_BY_POSITION = re.compile(
     r"\bposition_ids\"?[=:] ?(text_)?position_ids\b"
 )
 _FROM_ONE = re.compile(r"position_ids\.unsqueeze\(0\) \+ 1\b")
+_JOINS = re.compile(r"torch\.cat\([(\[](?!cls|class)(\w+), (\w+)[)\]], dim=1\)")
+_SEEN = re.compile(r"visual|image")
 _POSITIONS = re.compile(r"wpe|(char_)?(embed_)?pos(ition)?s?(_emb(ed(ding)?)?s?|_encoding)?")
 
 
@@ -43,6 +46,7 @@ class Reading:
         arguments: the names of the arguments that it takes, in order.
         width: the number of features of a token at the first layer.
         first: how many positions stay first: 1 where a class token is read there.
+        aligned: which other arguments hold something for each token of a text.
         room: how many positions a table of them has; None where there is no such table, since
             relative and rotary positions have no last one.
         longest: how many positions the configuration speaks of, which may be no limit.
@@ -52,6 +56,7 @@ class Reading:
             has some for each block).
         config: the configuration of what reads the text, if it has one.
         by_position: whether positions that begin again tell the texts in one row apart.
+        image_is: where an image is in one sequence with the text, "behind" or "before" it.
         inside: in a host that reads images, the layers whose output is the first sequence of
             tokens, and whose input is the last.
     """
@@ -60,12 +65,14 @@ class Reading:
     arguments: tuple[str, ...]
     width: int
     first: int
+    aligned: Aligned
     room: int | None = None
     longest: int | None = None
     table: nn.Embedding | None = None
     tables: tuple[tuple[str, bool], ...] = ()
     config: Any = None
     by_position: bool = False
+    image_is: str = ""
     inside: tuple[str, str] | None = None
 
     @property
@@ -114,12 +121,13 @@ def reading_of(host: nn.Module) -> Reading:
         ModgraftError: for a host that reads no tokens.
     """
     name, arguments = type(host).__name__, arguments_of(host)
+    beside = aligned(type(host).forward, arguments)
     inside = _image_layers(host)
     if inside:
         embeddings = host.get_submodule(inside[0])
         first = sum(p.shape[1] for n, p in embeddings.named_parameters(recurse=False) if _leads(n))
         width = int(host.config.hidden_size)  # type: ignore[union-attr]
-        return Reading(name, arguments, width, first, inside=inside)
+        return Reading(name, arguments, width, first, beside, inside=inside)
     table = token_table(host)
     reader = _reader(host, table)
     tables = tuple(
@@ -136,12 +144,14 @@ def reading_of(host: nn.Module) -> Reading:
         arguments,
         table.embedding_dim,
         first,
+        beside,
         min(rooms, default=None),
         longest,
         table,
         tables,
         config,
         _packs(reader),
+        _place_of_image(reader),
     )
 
 
@@ -158,19 +168,31 @@ def token_table(host: nn.Module) -> nn.Embedding:
             f"{type(host).__name__} reads no text and has no vocabulary to look tokens up in; "
             f"what goes before its input here is SoftPrompt(init='random') or a LinearMap"
         )
+    table, why = _input_table(host), "reads no token embeddings that others could be put before"
+    if isinstance(table, nn.Embedding):
+        why = (
+            "looks its tokens up in a table, and its forward takes no inputs_embeds in their place"
+        )
+    elif table is not None and "input_ids" in arguments_of(host):
+        why = f"looks its tokens up in a {type(table).__name__}, and no prompt can be served by one"
+        why += " that is no nn.Embedding"
     raise ModgraftError(
-        f"{type(host).__name__} reads no token embeddings that others could be put before; "
-        f"implant a module that acts at a layer, such as LoRA(rank=8)"
+        f"{type(host).__name__} {why}; implant a module that acts at a layer, such as LoRA(rank=8)"
     )
 
 
 def _text_table(host: nn.Module) -> nn.Embedding | None:
+    table = _input_table(host)
+    if isinstance(table, nn.Embedding) and "inputs_embeds" in arguments_of(host):
+        return table
+    return None
+
+
+def _input_table(host: nn.Module) -> nn.Module | None:
     try:
-        table = host.get_input_embeddings()  # type: ignore[operator]
+        return host.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    reads = isinstance(table, nn.Embedding) and "inputs_embeds" in arguments_of(host)
-    return table if reads else None
 
 
 def token_width(host: nn.Module) -> int:
@@ -266,6 +288,19 @@ def _packs(reader: nn.Module) -> bool:
     return _is_model(reader) and bool(_MASKS_BY_POSITION.search(_source(type(reader).__module__)))
 
 
+def _place_of_image(reader: nn.Module) -> str:
+    """Return where ``reader`` puts an image in one sequence with its text, by the file that it is
+    written in: ``"behind"`` or ``"before"`` it, and empty if it does neither.
+
+    The class token that an eye puts before its patches is no text.
+    """
+    for names in _JOINS.findall(_source(type(reader).__module__)) if _is_model(reader) else ():
+        seen = [bool(_SEEN.search(name)) for name in names]
+        if seen == [False, True] or seen == [True, False]:
+            return "behind" if seen[1] else "before"
+    return ""
+
+
 @cache
 def _source(module: str) -> str:
     return inspect.getsource(_files[module])
@@ -273,11 +308,7 @@ def _source(module: str) -> str:
 
 def _position_rows(reader: nn.Module) -> Iterator[int]:
     """Yield how many positions each table of them has that ``reader`` looks them up in."""
-    eyes = tuple(
-        f"{path}."
-        for path, module in reader.named_modules()
-        if path and getattr(module, "main_input_name", "input_ids") != "input_ids"
-    )
+    eyes = tuple(f"{path}." for path, m in reader.named_modules() if path and _is_eye(m, reader))
     for path, module in reader.named_modules():
         if not _POSITIONS.fullmatch(path.rpartition(".")[2]) or path.startswith(eyes):
             continue
@@ -291,6 +322,17 @@ def _position_rows(reader: nn.Module) -> Iterator[int]:
             continue
         if _POSITIONS.fullmatch(path.rpartition(".")[2]) and buffer.dim() == 2:
             yield len(buffer)
+
+
+def _is_eye(part: nn.Module, reader: nn.Module) -> bool:
+    """Return whether a part of what reads the text reads something else, such as an image.
+
+    It says so, or is made by another kind of configuration, as Idefics' eye is.
+    """
+    if getattr(part, "main_input_name", "input_ids") != "input_ids":
+        return True
+    own, text = (getattr(m, "config", None) for m in (part, reader))
+    return own is not None and text is not None and type(own) is not type(text)
 
 
 def counts_from(model: nn.Module) -> int | None:

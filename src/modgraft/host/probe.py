@@ -209,7 +209,12 @@ class _Host:
 
         def look(path: str, args: tuple, kwargs: dict, y: Tensor) -> None:
             if path in changes and isinstance(self.layers[path], WEIGHTED):
-                local[path] = self._local(self.layers[path], changes[path], args, kwargs, y)
+                inside = {
+                    p[len(path) :].lstrip("."): some
+                    for p, some in changes.items()
+                    if p == path or not path or p.startswith(f"{path}.")
+                }
+                local[path] = self._local(self.layers[path], inside, args, kwargs, y)
 
         ran: dict[int, int] = {}
         handles = [
@@ -265,17 +270,27 @@ class _Host:
         return row
 
     def _local(
-        self, layer: nn.Module, changes: list[Change], args: tuple, kwargs: dict, y: Tensor
+        self,
+        layer: nn.Module,
+        changes: Mapping[str, list[Change]],
+        args: tuple,
+        kwargs: dict,
+        y: Tensor,
     ) -> tuple[bool, float | None]:
         """Return whether a layer put out something else than alone, and how far it is off that
-        with θ + Δ, as a share of the effect."""
+        with θ + Δ, as a share of the effect. Changes are by the path within the layer."""
         with self.bare(), torch.no_grad():
             alone = first_float(layer.forward(*args, **kwargs))
             assert alone is not None  # noqa: S101
             acts = apart(y, alone)
             if "forward" in layer.__dict__ or is_parametrized(layer):
                 return acts, None
-            copy = with_tensors(layer, new_weights(layer, changes))
+            new = {
+                joined(path, name): value
+                for path, some in changes.items()
+                for name, value in new_weights(layer.get_submodule(path), some).items()
+            }
+            copy = with_tensors(layer, new)
             truth = first_float(copy.forward(*args, **kwargs))
         assert truth is not None  # noqa: S101
         effect = distance(truth, alone)

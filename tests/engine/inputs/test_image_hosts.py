@@ -11,7 +11,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 import modgraft as mg
-from engine.inputs.text_hosts import LENGTH, SPECIAL, drawn, ids, prompted
+from engine.inputs.text_hosts import LENGTH, SPECIAL, drawn, idefics, ids, prompted
+from modgraft.core.embeddings import reading_of
 
 IMAGE = 40
 TEXT: dict[str, Any] = {
@@ -225,3 +226,18 @@ def test_the_positions_of_an_eye_are_not_those_of_the_text() -> None:
     assert host(input_ids=words).logits.shape[:2] == (2, 7)  # an eye of 5 positions
     with pytest.raises(mg.ModgraftError, match="has 12 positions"):
         host(input_ids=words.repeat(1, 2))
+
+
+def test_a_text_of_rotations_has_the_room_of_no_eye() -> None:
+    assert reading_of(idefics()).room is None
+
+
+def test_why_a_host_with_a_table_takes_no_prompt() -> None:
+    size: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24,
+                            "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+    clap = tf.ClapTextModelWithProjection(tf.ClapTextConfig(**size))
+    with pytest.raises(mg.ModgraftError, match="its forward takes no inputs_embeds in their place"):
+        mg.Host(clap).implant("p", mg.SoftPrompt(length=2))
+    quantised = tf.IBertForMaskedLM(tf.IBertConfig(**size))
+    with pytest.raises(mg.ModgraftError, match="looks its tokens up in a QuantEmbedding"):
+        mg.Host(quantised).implant("p", mg.SoftPrompt(length=2))

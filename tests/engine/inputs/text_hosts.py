@@ -112,6 +112,18 @@ def writer(name: str) -> nn.Module:
     return make(name, "ForCausalLM", "LMHeadModel")
 
 
+def idefics() -> nn.Module:
+    """Make an Idefics, whose eye has 5 positions, and whose text's are rotations."""
+    eye = {"embed_dim": 16, "image_size": 8, "patch_size": 4, "intermediate_size": 24,
+           "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+    config = tf.IdeficsConfig(
+        vocab_size=41, additional_vocab_size=0, hidden_size=16, intermediate_size=24,
+        num_hidden_layers=1, num_attention_heads=2, cross_layer_interval=1, use_resampler=False,
+        vision_config=eye, **SPECIAL,
+    )  # fmt: skip
+    return drawn(tf.IdeficsForVisionText2Text(config))
+
+
 def prompted(model: nn.Module) -> tuple[mg.Host, nn.Parameter]:
     """Implant a soft prompt; return its tokens φ ``[3, d]`` too."""
     host = mg.Host(model).eval()

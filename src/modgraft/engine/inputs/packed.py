@@ -15,7 +15,7 @@ from torch import Tensor
 from modgraft.core.embeddings import Reading
 from modgraft.core.errors import ModgraftError
 from modgraft.engine.inputs.relays import Tokens
-from modgraft.engine.inputs.rows import IGNORED, LABELED, POSITIONS, Rows, gather
+from modgraft.engine.inputs.rows import IGNORED, LABELED, POSITIONS, Rows, gather, is_common
 
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -64,7 +64,8 @@ def insert_in_each(
     Args:
         rows: what there is for each position; no position is masked.
         groups: the tokens, in order.
-        new: what there is at those of each module, ``[B, k, …]``; of anything else, 0.
+        new: what there is at those of each module, ``[B, k, …]``; of anything else, 0, or what is
+            common.
         begins: ``[B, T]`` bool, where each text begins.
         reading: what the host reads.
 
@@ -97,4 +98,6 @@ def insert_in_each(
         rows.values[key] = gather(torch.cat([own, there, end], dim=1), index)
         if key == POSITIONS:
             rows.values[key][at] = value[row, first][:, None] + j[:, None]
+        elif is_common(key, value):
+            rows.values[key][at] = value[row, first][:, None]
     rows.unseen = torch.zeros_like(index, dtype=torch.bool)

@@ -16,7 +16,7 @@ IGNORED = -100
 
 MASK, LABELS, POSITIONS = "attention_mask", "labels", "position_ids"
 LABELED = (LABELS, "shift_labels")  # of what is read at a position, of what is predicted there
-_NONE_AT_TOKENS = ("token_type_ids", "global_attention_mask", "bbox")  # ends of names; 0 at tokens
+_OF_TEXT = ("langs", "lang_ids", "task_type_ids")  # which a whole text has in common
 
 
 @dataclass
@@ -35,7 +35,14 @@ class Rows:
     unseen: Tensor
 
     @classmethod
-    def of(cls, kwargs: Mapping[str, Any], what: str, text: Tensor, mask: Tensor | None) -> Rows:
+    def of(
+        cls,
+        kwargs: Mapping[str, Any],
+        what: str,
+        text: Tensor,
+        mask: Tensor | None,
+        others: Mapping[str, Tensor],
+    ) -> Rows:
         """Begin with what a call has without any token, but its labels.
 
         Args:
@@ -43,13 +50,11 @@ class Rows:
             what: the name of the text's.
             text: ids ``[B, T]`` or embeddings ``[B, T, d]``.
             mask: ``[B, T]``; None: all of it is seen.
+            others: the arguments that hold something else for each token, ``[B, T, …]``.
         """
         if mask is None:
             mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
-        values = {what: text, MASK: mask}
-        for key, value in kwargs.items():
-            if key.endswith(_NONE_AT_TOKENS) and value.shape[:2] == mask.shape:
-                values[key] = value
+        values = {what: text, MASK: mask, **others}
         if POSITIONS in kwargs:  # [B or 1, T], or in several dimensions [D, B, T]
             positions = kwargs[POSITIONS]
             positions = positions.reshape(-1, *positions.shape[-2:]).permute(1, 2, 0)
@@ -71,7 +76,7 @@ class Rows:
 
         Args:
             own: the tokens.
-            new: what there is at them, ``[B, k, …]``; of anything else, 0.
+            new: what there is at them, ``[B, k, …]``; of anything else, 0, or what is common.
             padded: whether texts may begin with padding, which they then stay behind.
         """
         mask, seen = self.values[MASK], own.seen
@@ -93,6 +98,8 @@ class Rows:
                 there = none + IGNORED
             elif key == POSITIONS:
                 value, there = _moved(value, start, seen)
+            elif is_common(key, value):
+                there = gather(value, start.clamp(max=length - 1).expand(-1, count))
             # [B, T, …], [B, k, …] → [B, T + k, …]
             out[key] = gather(torch.cat([value, there.to(value.dtype)], dim=1), index)
         self.values = out
@@ -105,6 +112,12 @@ class Rows:
         order = (~self.unseen if front else self.unseen).int().argsort(dim=1, stable=True)
         self.values = {key: gather(value, order) for key, value in self.values.items()}
         self.keep = order.argsort(dim=1).gather(1, self.keep)
+
+
+def is_common(key: str, value: Tensor) -> bool:
+    """Return whether tokens have what the token has that they go before: the language of the text,
+    or which images it sees, ``[B, T, …]``."""
+    return key in _OF_TEXT or (key.endswith("_mask") and value.dim() > 2)
 
 
 def _moved(positions: Tensor, start: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,9 @@ _PLACES = {
 }  # fmt: skip
 """Arguments that name places in the text."""
 
+_PADDING = {"xpath_tags_seq": "tag_pad_id", "xpath_subs_seq": "subs_pad_id"}  # MarkupLM's
+"""Arguments that have an id for none, by its name in the configuration, where others have 0."""
+
 Source = Callable[[int], list[Tokens]]
 """The batch size → what each module puts before the input, in order."""
 
@@ -43,6 +46,7 @@ class Splice:
         ends_unseen: ``[B]`` bool, whether what a decoder reads a class at is padding; None: it is
             known to be none.
         relay: acts at the layers inside the host where the tokens come in or leave.
+        image_is: where outputs that are longer hold an image, "behind" or "before" the text.
     """
 
     kwargs: dict[str, Any]
@@ -52,6 +56,7 @@ class Splice:
     wanted: Any = ...
     ends_unseen: Tensor | None = None
     relay: Relay | None = None
+    image_is: str = ""
 
     def trim(self, out: Any) -> Any:
         """Return the model's output without the positions of the tokens."""
@@ -64,13 +69,16 @@ class Splice:
             _check_end(out, self.ends_unseen)
         for key, dims in (
             ("logits", 3), ("prediction_logits", 3), ("last_hidden_state", 3),
-            ("start_logits", 2), ("end_logits", 2),
+            ("language_output", 3), ("text_features", 3), ("start_logits", 2), ("end_logits", 2),
         ):  # fmt: skip
             value = getattr(out, key, None)
             if not isinstance(value, Tensor):
                 continue
-            if value.dim() == dims and value.shape[1] == self.total:
-                value = gather(value, self.keep)
+            own = bool(self.image_is) and dims == 3 and value.shape[1] > self.total
+            if value.dim() == dims and (own or value.shape[1] == self.total):
+                start = value.shape[1] - self.total if self.image_is == "before" else 0
+                text, end = gather(value[:, start:], self.keep), value[:, start + self.total :]
+                value = torch.cat([value[:, :start], text, end], dim=1)
                 out = replace(out, **{key: value[:, self.wanted] if key == "logits" else value})
             elif dims == 2 and value.dim() == 3 and value.shape[2] == self.total:  # [B, Q, T]
                 kept = self.keep[:, None].expand(-1, value.shape[1], -1)
@@ -124,10 +132,18 @@ def splice(
 
     writes_on = generating and not decodes
     mask = _mask_of_padding(model, text) if given is None and writes_on else given
-    rows = Rows.of(kwargs, what, text, mask)
+    others = reading.aligned.among(kwargs, (batch, length))
+    rows = Rows.of(kwargs, what, text, mask, others)
+    of_image = None
     if not decodes:
         rows.values |= _labels(model, kwargs, text, groups)
-    new = [{what: value} for value in _values_of(groups, what, reading)]
+        of_image = _labels_behind(kwargs, text) if reading.image_is == "behind" else None
+        if of_image is not None:
+            rows.values[LABELS] = kwargs[LABELS][:, :length]
+    new = [
+        {what: value, **_padding(others, value, reading)}
+        for value in _values_of(groups, what, reading)
+    ]
     packed = begins(reading, rows, kwargs) if groups and given is None and not generating else None
     if packed is not None:
         insert_in_each(rows, groups, new, packed, reading)
@@ -135,8 +151,11 @@ def splice(
     else:
         _insert(rows, groups, new, reading, given is not None, writes_on)
     kwargs |= rows.as_arguments()
+    if of_image is not None:
+        kwargs[LABELS] = torch.cat([kwargs[LABELS], of_image], dim=1)
     relay = _relay(reading, groups) if what == IDS and groups else None
     whole = Splice(kwargs, text, rows.keep, rows.values[what].shape[1], relay=relay)
+    whole = replace(whole, image_is=reading.image_is)
     if decodes:
         return replace(whole, keep=None)
     count = sum(own.seen.shape[1] for own in groups)
@@ -259,6 +278,14 @@ def _labels(
     return found
 
 
+def _labels_behind(kwargs: dict[str, Any], text: Tensor) -> Tensor | None:
+    """Return the labels ``[B, V]`` of the image behind a text, of labels ``[B, T + V]``."""
+    labels, length = kwargs.get(LABELS), text.shape[1]
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.shape[1] <= length:
+        return None
+    return labels[:, length:] if _by_token(labels[:, :length], text) else None
+
+
 def _first_unpredicted(
     model: nn.Module, labels: Tensor, groups: Sequence[Tokens], counted: bool
 ) -> Tensor:
@@ -288,6 +315,15 @@ def _values_of(groups: Sequence[Tokens], what: str, reading: Reading) -> list[Te
         found.append(_new_ids(first, own, reading.padding))
         first += own.seen.numel()
     return found
+
+
+def _padding(others: Mapping[str, Tensor], made: Tensor, reading: Reading) -> dict[str, Tensor]:
+    """Return the padding of those of ``others`` that have some, at tokens ``made`` ``[B, k]``."""
+    return {
+        key: value.new_full((*made.shape[:2], *value.shape[2:]), getattr(reading.config, name))
+        for key, name in _PADDING.items()
+        if (value := others.get(key)) is not None
+    }
 
 
 def _relay(reading: Reading, groups: Sequence[Tokens]) -> NewIds:
