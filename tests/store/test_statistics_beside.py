@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import modgraft as mg
 from common import forge, kept
@@ -101,6 +103,46 @@ def test_statistics_come_back_with_their_module(
     other.save("a", tmp_path / "again")  # they still belong to the module
     at = {"bn": ":bn", "head": ":head.1"}[part]
     assert kept(tmp_path / "again").keys() > {f"{at}.{name}" for name in STATISTICS}
+    other.remove("a")
+    assert same(state(other), before)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_peft_has_them_too(tmp_path: Path, here: bool) -> None:
+    if here:
+        host = trained()
+        host.save("a", tmp_path / "a", format="peft")
+        other: nn.Module = peft.PeftModel.from_pretrained(fresh().model, tmp_path / "a").eval()  # type: ignore[arg-type]
+        torch.testing.assert_close(out(other), out(host))
+        return
+    options = peft.LoraConfig(r=1, target_modules=["c"], modules_to_save=["bn"])
+    theirs = peft.get_peft_model(fresh().model, options).train()  # type: ignore[arg-type]
+    theirs.get_submodule("base_model.model.head").eval()  # whose statistics PEFT would not save
+    theirs(inputs())  # moves the others
+    theirs.eval().save_pretrained(str(tmp_path / "b"))
+    host, before = fresh(), state(fresh())
+    host.load(tmp_path / "b", "b")
+    torch.testing.assert_close(out(host), out(theirs))
+    assert host.model.get_buffer("bn.num_batches_tracked") == 1
+    host.remove("b")
+    assert same(state(host), before)
+
+
+def test_a_spectral_norm_comes_along(tmp_path: Path) -> None:
+    def made() -> mg.Host:
+        host = fresh()
+        torch.manual_seed(1)
+        host.model.head = spectral_norm(nn.Linear(4, 4))
+        return mg.Host(host.model)
+
+    host = made()
+    host.implant("a", mg.LoRA(rank=1), at="c")
+    host.fit([{"x": inputs()}], train=["a", "host.head"], steps=5, progress=False)
+    host.eval().save("a", tmp_path / "a")
+    other = made().eval()
+    before = state(other)
+    other.load(tmp_path / "a")
+    assert torch.equal(out(other), out(host))
     other.remove("a")
     assert same(state(other), before)
 
