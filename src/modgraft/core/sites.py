@@ -55,7 +55,7 @@ class Site:
     @property
     def label(self) -> str:
         """The site as a selection, ``"h.0.attn.c_attn[0/3]"``."""
-        whole = joined(self.path, (self.parameter or "").removesuffix(".weight"))
+        whole = joined(bare(self.path), (self.parameter or "").removesuffix(".weight"))
         return f"{whole}{self.part or ''}{RESIDUAL if self.residual else ''}"
 
     @property

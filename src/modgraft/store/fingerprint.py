@@ -156,7 +156,7 @@ def _settings(parts: _Parts, of_torch: bool) -> dict[str, Any]:
     Those may hold what changes no function, and switch classes of parts as they run.
     """
     some = [e for e in parts.settings if e.kind.__module__.startswith("torch.nn.") is of_torch]
-    found = by_class(some, {path: i for i, (path, _) in enumerate(parts.layers)})
+    found = by_class(some)
     if not of_torch:
         each = "".join(f"{kind.__name__};" for kind in parts.kinds)
         found["layers in their order"] = hashlib.sha256(each.encode()).hexdigest()[:16]

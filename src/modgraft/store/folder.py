@@ -27,6 +27,7 @@ from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.expression import Expression, module_of
 from modgraft.core.files import locked, write_text
 from modgraft.core.parse import parse
+from modgraft.core.patterns import bare
 from modgraft.core.sites import located
 from modgraft.engine.implant import Implant, learning_parts, moving_buffers, tensor_at
 from modgraft.store import former
@@ -440,8 +441,12 @@ def _implant(
 
 
 def _of_module(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    start = f"{name}:"
-    return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+    start, found = f"{name}:", {}
+    for key, tensor in tensors.items():
+        if key.startswith(start):
+            site, _, own = key.removeprefix(start).rpartition(":")
+            found[f"{bare(site)}:{own}"] = tensor  # of a host that was compiled, once
+    return found
 
 
 def _is_there(

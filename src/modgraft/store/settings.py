@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache, partial
@@ -290,20 +290,19 @@ def _codes(function: FunctionType, seen: set[int]) -> Iterator[CodeType]:
             yield from _codes(inner, seen)
 
 
-def by_class(found: Sequence[Setting], paths: Mapping[str, int]) -> dict[str, Any]:
+def by_class(found: Sequence[Setting]) -> dict[str, Any]:
     """Return the plain settings by class and name, ``LayerNorm.eps``: their values.
 
-    Where a class has several values, a hash says which layer has which: a setting at one layer is
-    not the same at another.
+    Where a class has several values, a hash says which of its layers has which: a setting at one
+    layer is not the same at another.
     """
-    values: dict[str, list[tuple[int, str]]] = {}
+    values: dict[str, list[str]] = {}
     for each in found:
         value = each.value if isinstance(each.value, str) else "…"  # compared by its place
-        name = f"{each.kind.__name__}.{each.name}"
-        values.setdefault(name, []).append((paths[each.path], value))
+        values.setdefault(f"{each.kind.__name__}.{each.name}", []).append(value)
     said: dict[str, Any] = {}
     for name, here in values.items():
-        distinct = sorted({value for _, value in here})
+        distinct = sorted(set(here))
         if len(distinct) <= 8:
             said[name] = distinct
         if len(distinct) > 1:
