@@ -22,7 +22,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.core.tensors import is_plain
 from modgraft.engine.state import STATE, State
 
-_STATISTICS = (_NormBase, _SpectralNorm)
+STATISTICS = (_NormBase, _SpectralNorm)
 """Layers that training moves, and that compute in evaluation mode from where they are."""
 
 _LARGE = 2**20
@@ -57,7 +57,7 @@ class Guard:
 
     def trains(self, layer: nn.Module, model: nn.Module) -> bool:
         """Return whether a layer of ``model`` is in training mode, or is held out of it here."""
-        return layer.training or (model.training and isinstance(layer, _STATISTICS))
+        return layer.training or (model.training and isinstance(layer, STATISTICS))
 
     @contextmanager
     def state(self, host: nn.Module) -> Iterator[None]:
@@ -296,36 +296,23 @@ class Frozen:
     def _look(self, model: nn.Module) -> None:
         self._statistics: list[tuple[nn.Module, nn.Module]] = []
         self._buffers: list[tuple[nn.Module, str, nn.Module]] = []
-        parts = {model: model}  # with parameters of its own, or around a layer that has none
-        for layer in model.modules():
-            self._find(layer, parts[layer])
-            around = parts[layer] if next(layer.parameters(), None) is None else layer
-            parts.update((child, around) for child in layer.children() if child not in parts)
-
-    def _find(self, layer: nn.Module, around: nn.Module) -> None:
-        """Find what training moves in ``layer``, which belongs to ``around``."""
-        part = layer if any(p is not None for p in layer._parameters.values()) else around
-        if not isinstance(layer, _STATISTICS):
-            passing = layer._non_persistent_buffers_set
-            self._buffers += [
-                (layer, name, part)
-                for name, own in layer._buffers.items()
-                if own is not None and name not in passing and is_plain(own)
-            ]
-        else:
-            self._statistics.append((layer, part))
+        for _, layer, part in parts_of(model):
+            if isinstance(layer, STATISTICS):
+                self._statistics.append((layer, part))
+            else:
+                self._buffers += [(layer, name, part) for name, _ in kept_buffers(layer)]
 
     def hold(self, model: nn.Module) -> None:
         """Put layers of running statistics into the mode of their model, frozen ones excepted."""
-        now = [layer for layer in model.modules() if isinstance(layer, _STATISTICS)]
+        now = [layer for layer in model.modules() if isinstance(layer, STATISTICS)]
         if not {layer for layer, _ in self._statistics}.issuperset(now):
             self._look(model)  # some were replaced, by synchronised ones for instance
         for layer, part in self._statistics:
-            layer.__dict__["training"] = model.training and not _frozen(part)
+            layer.__dict__["training"] = model.training and not is_frozen(part)
 
     def _hold(self) -> None:
         for layer, part in self._statistics:
-            if layer.training and _frozen(part):
+            if layer.training and is_frozen(part):
                 layer.__dict__["training"] = False
 
     def call(self, training: bool) -> AbstractContextManager[None]:
@@ -354,7 +341,7 @@ class Frozen:
     def _lend(self) -> None:
         for layer, name, part in self._buffers:
             own = layer._buffers.get(name)
-            if own is not None and _frozen(part):
+            if own is not None and is_frozen(part):
                 copy = own.clone()
                 layer._buffers[name] = copy
                 self._lent.append((layer, name, own, copy))
@@ -374,9 +361,31 @@ class Frozen:
 def let_go(model: nn.Module) -> None:
     """Put layers of running statistics into the mode of ``model``, which is no host's any more."""
     for layer in model.modules():
-        if isinstance(layer, _STATISTICS):
+        if isinstance(layer, STATISTICS):
             layer.training = model.training
 
 
-def _frozen(part: nn.Module) -> bool:
+def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield the path of each layer, the layer, and the part whose training moves its buffers.
+
+    That is the layer itself, or where it has no parameters of its own, what is around it.
+    """
+    around = {model: model}
+    for path, layer in model.named_modules():
+        own = any(p is not None for p in layer._parameters.values())
+        yield path, layer, layer if own else around[layer]
+        inner = around[layer] if next(layer.parameters(), None) is None else layer
+        around.update((child, inner) for child in layer.children() if child not in around)
+
+
+def kept_buffers(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that a layer itself saves, by name."""
+    passing = layer._non_persistent_buffers_set
+    for name, own in layer._buffers.items():
+        if own is not None and name not in passing and is_plain(own):
+            yield name, own
+
+
+def is_frozen(part: nn.Module) -> bool:
+    """Return whether nothing in a part learns."""
     return not any(p.requires_grad for p in part.parameters())

@@ -15,6 +15,7 @@ from modgraft.core.context import Context
 from modgraft.core.errors import CompositionError, ModgraftError, UnknownNameError
 from modgraft.core.parse import parse
 from modgraft.core.sites import Site
+from modgraft.engine.guard import STATISTICS, is_frozen, kept_buffers, parts_of
 from modgraft.routing.mixture import Mixture
 from modgraft.routing.stats import Usage
 
@@ -27,9 +28,9 @@ class Implant(nn.Module, ex.Composable):
         method: the computation as the user wrote it, without parameters.
         paths: the labels of its sites, in order.
         places: the built computations, one a site.
-        beside: the names of the host's weights that trained with it, such as a head's; they are
-            saved beside it.
-        replaced: those weights as they were before the module was loaded with its own, by name.
+        beside: the names of the host's weights that trained with it, such as a head's, and of the
+            buffers that moved with them; they are saved beside it.
+        replaced: those tensors as they were before the module was loaded with its own, by name.
         trained_in: the fingerprint of the host it was trained in, if that is not this one.
         provenance: where it comes from, such as the modules that it was merged from; it is saved.
     """
@@ -162,28 +163,27 @@ class Implants(Mapping[str, Implant]):
         return len(self._modules)
 
     def put_beside(self, implant: Implant, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Write the weights of the host that trained with ``implant`` into ``model``, by name."""
+        """Write what of the host trained with ``implant`` into ``model``, by name."""
         others = self._beside(implant)
+        for name in tensors.keys() - others.keys() - implant.beside:
+            implant.replaced[name] = tensor_at(model, name).detach().clone()
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own = model.get_parameter(name)
-                if name not in others and name not in implant.beside:
-                    implant.replaced[name] = own.detach().clone()
-                own.copy_(tensor)
+                tensor_at(model, name).copy_(tensor)
         implant.beside |= tensors.keys()
 
     def take_back(self, implant: Implant, model: nn.Module) -> None:
-        """Undo :meth:`put_beside`, where no other module has the same weights beside it."""
+        """Undo :meth:`put_beside`, where no other module has the same beside it."""
         others = self._beside(implant)
         with torch.no_grad():
             for name, before in implant.replaced.items():
                 if name in others:
                     others[name].replaced[name] = before
                 else:
-                    model.get_parameter(name).copy_(before)
+                    tensor_at(model, name).copy_(before)
 
     def _beside(self, implant: Implant) -> dict[str, Implant]:
-        """Return by name the weights of the host that belong beside another module, and which."""
+        """Return by name what of the host belongs beside another module, and which."""
         others = [other for other in self.values() if other is not implant]
         return {name: other for other in reversed(others) for name in other.beside}
 
@@ -215,14 +215,41 @@ def learner(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def learning_parts(model: nn.Module) -> frozenset[str]:
-    """Return the names of the weights of ``model`` that require a gradient, if not all of them do.
+    """Return the names of what trains in ``model``, unless all of its weights do.
 
-    A part that trains with a module, such as a head, belongs to it; a host that trains as a whole
-    is another host.
+    Those are the weights that require a gradient, and the buffers that move with them. A part that
+    trains with a module, such as a head, belongs to it; a host that trains as a whole is another
+    host.
     """
-    every = dict(model.named_parameters())
-    learns = frozenset(name for name, p in every.items() if p.requires_grad)
-    return frozenset() if len(learns) == len(every) else learns
+    if all(p.requires_grad for p in model.parameters()):
+        return frozenset()
+    weights = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    return weights.union(name for name, _, learns in moving_buffers(model) if learns)
+
+
+def moving_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield the buffers that belong to weights of ``model``, and whether these learn.
+
+    They are what a layer with weights saves besides them, as a batch normalisation its running
+    statistics; one without weights moves with the part that it is in.
+    """
+    for path, layer, part in parts_of(model):
+        if part is layer:
+            learns = any(p is not None and p.requires_grad for p in layer._parameters.values())
+        elif isinstance(layer, STATISTICS):
+            learns = not is_frozen(part)
+        else:
+            continue
+        for name, buffer in kept_buffers(layer):
+            if 0 not in buffer.stride():  # a view of one number many times cannot be written to
+                yield f"{path}.{name}" if path else name, buffer, learns
+
+
+def tensor_at(model: nn.Module, name: str) -> Tensor:
+    """Return the weight or the buffer of ``model`` of that name."""
+    path, _, own = name.rpartition(".")
+    buffer = model.get_submodule(path)._buffers.get(own)
+    return model.get_parameter(name) if buffer is None else buffer
 
 
 def check_learns(name: str, part: nn.Module) -> nn.Module:

@@ -41,7 +41,7 @@ class Saved(BaseModel):
         type: the class of its computation.
         config: the arguments of that class; a computation among them has a type and config too.
         sites: the labels of its sites.
-        beside: the names of the host's weights that trained with it.
+        beside: the names of the host's weights and buffers that trained with it.
         trained_in: the fingerprint of the host it was trained in, if it was then loaded into
             another one and saved from there.
     """
@@ -70,9 +70,9 @@ class Card(BaseModel):
         composition: what was in force, if all of it is here.
         together: whether they were saved as several, or as all of a host: they then bring that
             composition, where one module joins what is in force.
-        beside: the names of the host's weights that are in the file too; those that no module has
-            beside itself belong to the last of ``names``.
-        host: the fingerprint of the host, without those weights, and that in half precision.
+        beside: the names of the host's weights and buffers that are in the file too; those that no
+            module has beside itself belong to the last of ``names``.
+        host: the fingerprint of the host, without those, and that in half precision.
         tensors: the SHA-256 of the tensors.
         versions: of what they were saved with.
         made: when, in UTC.

@@ -183,7 +183,7 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
 
     Args:
         model: the host's.
-        without: the names of weights whose values do not count.
+        without: the names of weights and buffers whose values do not count.
 
     Returns:
         :func:`outline`, and ``weights`` and ``buffers``, a hash over all values of each, and
@@ -194,7 +194,7 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
     return {
         **_outline(parts),
         "weights": _combined({name: digests[name] for name in parts.parameters}, without),
-        "buffers": _combined({name: digests[name] for name in parts.buffers}, ()),
+        "buffers": _combined({name: digests[name] for name in parts.buffers}, without),
         "held": held(parts.settings),
     }
 
@@ -211,7 +211,7 @@ def rounded_fingerprints(model: nn.Module, without: Collection[str] = ()) -> dic
         if dtype.itemsize < widest:
             found[name] = _rounded(parts.parameters, dtype, without)
             if any(map(_is_float, parts.buffers.values())):
-                found[f"{name} buffers"] = _rounded(parts.buffers, dtype, ())
+                found[f"{name} buffers"] = _rounded(parts.buffers, dtype, without)
     return found
 
 
@@ -236,7 +236,7 @@ def differences(
     Args:
         model: the host's.
         there: the :func:`fingerprint` of another one, also one that the first format holds.
-        without: the names of weights whose values do not count.
+        without: the names of weights and buffers whose values do not count.
         values: whether to compare weights and buffers too, and not the :func:`outline` alone.
 
     Returns:
@@ -304,7 +304,7 @@ def is_in_another_precision(
         model: a host's model.
         there: the other's :func:`fingerprint` and :func:`rounded_fingerprints`.
         differs: their :func:`differences`.
-        without: the names of weights whose values do not count.
+        without: the names of weights and buffers whose values do not count.
     """
     if not {"weights"} <= set(differs) <= {"weights", "buffers"}:
         return False
@@ -322,7 +322,7 @@ def is_in_another_precision(
         ) and (
             "buffers" not in differs
             or here["buffers"] == others
-            or _rounded(parts.buffers, dtype, ()) == there["buffers"]
+            or _rounded(parts.buffers, dtype, without) == there["buffers"]
         )
 
     return any(is_rounded(*precision) for precision in PRECISIONS.items())

@@ -6,8 +6,8 @@
         README.md            the model card of a hub, written from it
 
 The first file is all of it, and it is replaced as a whole: whoever reads finds what was there
-before, or what is there now. Tensors are named ``<module>:<site>:<name>``; weights of the host that
-trained with a module, such as a classifier's, ``:<name>``.
+before, or what is there now. Tensors are named ``<module>:<site>:<name>``; what of the host
+trained with a module, such as a classifier's weights, ``:<name>``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from modgraft.core.files import locked, write_text
 from modgraft.core.parse import parse
 from modgraft.core.patterns import bare
 from modgraft.core.sites import located
-from modgraft.engine.implant import Implant, learning_parts
+from modgraft.engine.implant import Implant, learning_parts, moving_buffers, tensor_at
 from modgraft.store import former
 from modgraft.store.bounded import Bounded
 from modgraft.store.card import CARD_FILE, Card, Saved, to_json
@@ -108,7 +108,7 @@ def packed(
     learns = learning_parts(model)
     beside = sorted(learns.union(*(i.beside for i in implants)))
     tensors = {f"{i.name}:{key}": t for i in implants for key, t in i.tensors().items()}
-    tensors |= {f":{name}": model.get_parameter(name) for name in beside}
+    tensors |= {f":{name}": tensor_at(model, name) for name in beside}
     now = host.composition
     known = {name for implant in implants for name in implant.names}
     card = Card(
@@ -464,16 +464,21 @@ def _is_there(
 
 
 def _beside(host: HostLike, modules: Stored, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of the host that trained with modules, if they can be written into it.
+    """Return what of the host trained with modules, if it can be written into this one.
 
     Raises:
-        CheckpointError: for a weight that this host has not, or not in that shape, or that trained
-            with another of its modules to another value.
+        CheckpointError: for a weight or buffer that this host has not, or not in that shape, or
+            that trained with another of its modules to another value.
     """
-    own, folder, named = dict(host.model.named_parameters()), modules.folder, modules.card.names
-    found = {}
-    claimed = {weight for saved in modules.card.modules for weight in saved.beside}
-    for name in sorted(claimed.union(modules.card.beside)):
+    folder, named = modules.folder, modules.card.names
+    names = {*modules.card.beside, *(n for saved in modules.card.modules for n in saved.beside)}
+    if not names:
+        return {}
+    own: dict[str, Tensor] = dict(host.model.named_parameters())
+    buffers = {name: buffer for name, buffer, _ in moving_buffers(host.model)}
+    own |= buffers
+    found: dict[str, Tensor] = {}
+    for name in sorted(names):
         kept, here = tensors.get(f":{name}"), own.get(name)
         if kept is None or here is None or kept.shape != here.shape:
             said = ["is not there" if t is None else f"is {list(t.shape)}" for t in (kept, here)]
@@ -481,7 +486,8 @@ def _beside(host: HostLike, modules: Stored, tensors: Mapping[str, Tensor]) -> d
                 f"{folder}: {named[0]!r} was trained together with the host's {name}, which "
                 f"{said[0]} in the folder and {said[1]} in this host; make the host as it was there"
             )
-        found[name] = _cast(kept, here, name, folder)
+        but = ~torch.isfinite(here) if name in buffers else None  # a mask's infinity
+        found[name] = _cast(kept, here, name, folder, but)
         users = [n for n, implant in host._implants.items() if name in implant.beside]
         if users and not torch.equal(found[name].to(here), here):
             raise CheckpointError(
@@ -515,8 +521,13 @@ def _fill(implant: Implant, tensors: Mapping[str, Tensor], folder: Path) -> None
             present[key].copy_(_cast(tensor, present[key], key, folder))
 
 
-def _cast(tensor: Tensor, like: Tensor, key: str, folder: Path) -> Tensor:
-    """Return a saved tensor in the type of ``like``, if that loses nothing but precision."""
+def _cast(
+    tensor: Tensor, like: Tensor, key: str, folder: Path, but: Tensor | None = None
+) -> Tensor:
+    """Return a saved tensor in the type of ``like``, if that loses nothing but precision.
+
+    It is finite, save where ``but`` is true.
+    """
     if tensor.dtype != like.dtype and not (tensor.is_floating_point() and like.is_floating_point()):
         raise CheckpointError(
             f"{folder}: {key} holds {str(tensor.dtype).removeprefix('torch.')} where "
@@ -524,7 +535,8 @@ def _cast(tensor: Tensor, like: Tensor, key: str, folder: Path) -> Tensor:
             f"folder again"
         )
     cast = tensor.to(like.dtype)
-    if not torch.isfinite(cast).all():
+    finite = torch.isfinite(cast)
+    if not (finite if but is None else finite | but.to(finite.device)).all():
         raise CheckpointError(
             f"{folder}: {key} holds NaN or infinity; the run that wrote it had diverged, or its "
             f"numbers are too large for {str(like.dtype).removeprefix('torch.')}"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from modgraft.core.errors import ModgraftError
-from modgraft.engine.implant import Implant
+from modgraft.engine.implant import Implant, tensor_at
 from modgraft.store.card import Card
 from modgraft.store.folder import load, stored
 from modgraft.store.merging.modules import merge
@@ -34,7 +34,7 @@ class Parent:
         folder: where it is saved.
         name: what it is called in the host.
         card: what its folder says of it.
-        head: the weights of the host that trained with it, by name.
+        head: the weights and buffers of the host that trained with it, by name.
     """
 
     folder: Path
@@ -88,7 +88,7 @@ def _remove_new(host: HostLike, there: Collection[str]) -> None:
 
 def _taken_out(host: HostLike, implant: Implant) -> dict[str, Tensor]:
     """Take what trained beside a module out of the host, which has its own again; return it."""
-    head = {n: host.model.get_parameter(n).detach().clone() for n in sorted(implant.beside)}
+    head = {n: tensor_at(host.model, n).detach().clone() for n in sorted(implant.beside)}
     host._implants.take_back(implant, host.model)
     implant.beside, implant.replaced = frozenset(), {}
     return head
@@ -201,4 +201,5 @@ def _average(name: str, several: Sequence[tuple[float, Tensor]]) -> Tensor:
             f"average divides; take the head of one, or none"
         )
     total = sum(weight / whole * tensor.double() for weight, tensor in several)
-    return torch.as_tensor(total).to(several[0][1].dtype)
+    dtype, mean = several[0][1].dtype, torch.as_tensor(total)
+    return (mean if dtype.is_floating_point else mean.round()).to(dtype)  # a count stays whole

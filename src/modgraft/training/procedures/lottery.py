@@ -15,6 +15,7 @@ from modgraft.computation.sparse import SparseDelta, SparseSubnetwork
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import weight_matrix
 from modgraft.core.sites import find
+from modgraft.engine.implant import moving_buffers
 from modgraft.training.history import History
 from modgraft.training.host_like import HostLike
 from modgraft.training.stream import Batch
@@ -95,7 +96,8 @@ def magnitude_pruning(
         if rewind:
             train("rewind", steps=rewind, epochs=None)
         with host.training_only([name, *also]):
-            learn = [p for p in host.parameters() if p.requires_grad]
+            learn: list[Tensor] = [p for p in host.parameters() if p.requires_grad]
+            learn += [buffer for _, buffer, learns in moving_buffers(host.model) if learns]
         began = [p.detach().clone() for p in learn]
         for number in range(rounds + 1):
             if number:

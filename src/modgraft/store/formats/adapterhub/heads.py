@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.engine.implant import moving_buffers
 from modgraft.store.file import TensorFile, read_json
 from modgraft.store.formats.adapterhub.layout import HEAD, HEAD_TENSORS, kind_of, prefix
 from modgraft.store.formats.found import Waiting
@@ -261,6 +262,7 @@ def _sorted(
 ) -> tuple[dict[str, str], dict[str, Tensor | str]]:
     """Return the key of each weight of the host by its name, and the keys of what is tied."""
     called = {id(p): n for n, p in model.named_parameters()}
+    called |= {id(buffer): n for n, buffer, _ in moving_buffers(model)}
     words = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     names: dict[str, str] = {}
     tied: dict[str, Tensor | str] = {}

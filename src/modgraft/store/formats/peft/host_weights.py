@@ -1,4 +1,4 @@
-"""The weights of the host that stand in a folder of PEFT beside the module."""
+"""What of the host stands in a folder of PEFT beside the module: weights, running statistics."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from modgraft.engine.implant import moving_buffers, tensor_at
 from modgraft.store.formats.found import Waiting
 from modgraft.store.formats.peft.folder import PREFIX, Folder, Group
 from modgraft.store.formats.peft.options import CONFIG, Options, PrefixOptions, PromptOptions
@@ -16,7 +17,7 @@ from modgraft.store.formats.peft.targets import asked
 
 
 class HostWeights:
-    """The weights of the host that stand in a folder beside the module.
+    """The weights of the host, and the buffers that move with them, in a folder beside the module.
 
     Attributes:
         keys: their keys in the file by their names in the host.
@@ -28,11 +29,10 @@ class HostWeights:
         self._prefix = "base_model." if isinstance(said, PromptOptions | PrefixOptions) else PREFIX
         self._bias = getattr(said, "bias", "none")
         first: dict[int, str] = {}
-        self._names = {
-            name: first.setdefault(id(p), name)
-            for name, p in model.named_parameters(remove_duplicate=False)
-        }
-        self._buffers = dict(model.named_buffers())
+        own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        own |= {name: buffer for name, buffer, _ in moving_buffers(model)}
+        self._names = {name: first.setdefault(id(tensor), name) for name, tensor in own.items()}
+        self._buffers = {name for name, _ in model.named_buffers()} - own.keys()
         self._tables = tables_of(model)
         self.keys: dict[str, str] = {}
         self._again: list[tuple[str, str]] = []  # of one weight: another key, and its name
@@ -76,8 +76,8 @@ class HostWeights:
         wanted: set[str] = set()
         for path, module in self.folder.modules.items():
             if path and any(path.endswith(m) for m in self.said.modules_to_save or ()):
-                for name, _ in module.named_parameters():
-                    wanted.add(self._names[f"{path}.{name}"])
+                inside = {f"{path}.{name}" for name in module.state_dict()}
+                wanted |= {self._names[name] for name in inside & self._names.keys()}
         if self._bias != "none":
             paths = {site for group in groups for site in group.sites}
             wanted |= {
@@ -112,8 +112,7 @@ class HostWeights:
                 continue
             other = found.get(name)
             if other is None:
-                own = self._buffers.get(name)
-                other = self.folder.model.get_parameter(name) if own is None else own
+                other = tensor_at(self.folder.model, name)
             tensor = self.folder.tensor(key)
             if tensor.shape != other.shape or not torch.equal(tensor.to(other), other):
                 self.folder.refuse(
@@ -127,7 +126,7 @@ class HostWeights:
         every = [n for n, own in self._names.items() if own == name]
         copied = [n for n in every if self._is_whole(n)]
         others = [n for n in every if n not in copied]
-        here = self.folder.model.get_parameter(name)
+        here = tensor_at(self.folder.model, name)
         if copied and others and not torch.equal(tensor.to(here), here):
             self.folder.refuse(
                 f"{copied[0]} was trained as a copy (modules_to_save), and in this host "
