@@ -6,11 +6,12 @@ A weight is seen as a matrix [out, in] whatever its layout; a convolution's is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -27,6 +28,15 @@ WEIGHTED = (*LINEAR, nn.Embedding, *CONVOLUTIONS)
 """The layers that are linear in one weight: there the sub-module and its weight are one site."""
 
 _POINTWISE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+def open_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the sub-modules of ``model`` with their paths, but for what TorchScript has compiled.
+
+    That runs as one program, in which nothing can be put.
+    """
+    named = model.named_modules()
+    return ((path, module) for path, module in named if not isinstance(module, ScriptModule))
 
 
 def stored(layer: nn.Module, name: str | None) -> Tensor:

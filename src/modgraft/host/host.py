@@ -63,6 +63,7 @@ from modgraft.engine.served_weight import (
     watch_forwards,
 )
 from modgraft.engine.shown import Shown
+from modgraft.host.accepted import check_model
 from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
     Composition,
@@ -118,13 +119,7 @@ class Host(AsModel):
 
     def __init__(self, model: nn.Module, freeze: bool = True) -> None:
         super().__init__()
-        if isinstance(model, Host):
-            raise ModgraftError("this is a Host already; implant in it, or wrap its .model anew")
-        if not isinstance(model, nn.Module):
-            raise ModgraftError(
-                f"Host({model!r:.80}): a host is a model, an nn.Module, as "
-                f"AutoModel.from_pretrained('bert-base-uncased') gives"
-            )
+        check_model(model)
         self._modules["model"] = model  # where ``self.model`` finds it
         self._context = Context()
         self.implants = nn.ModuleDict()
