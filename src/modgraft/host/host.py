@@ -63,6 +63,7 @@ from modgraft.engine.served_weight import (
     watch_forwards,
 )
 from modgraft.engine.shown import Shown
+from modgraft.host.accelerate_state import hook_accelerate
 from modgraft.host.accepted import check_model
 from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
@@ -94,6 +95,7 @@ TARGETS = {"labels", "return_loss", "num_items_in_batch"}
 
 hook_checkpoints()
 hook_functional_calls()
+hook_accelerate()
 
 if TYPE_CHECKING:
     from modgraft.store.stored import Stored
