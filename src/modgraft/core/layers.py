@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.core.errors import SiteError
+from modgraft.core.offloaded import brought
 from modgraft.core.parts import Part, share
 from modgraft.core.patterns import joined
 
@@ -42,16 +43,19 @@ def open_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def stored(layer: nn.Module, name: str | None) -> Tensor:
     """Return the parameter called ``name`` (None: the weight), as ``layer`` stores it.
 
-    A layer with modules answers whoever else asks with its changed weight.
+    A layer with modules answers whoever else asks with its changed weight. One that is offloaded
+    has what its hook keeps.
     """
     name = name or "weight"
     own = layer._parameters.get(name)
     if own is not None:
-        return own
-    value: Any = layer
-    for each in name.split("."):
-        value = _own(value, each)
-    return value
+        return brought(layer, name, own) if own.is_meta else own
+    above, _, last = name.rpartition(".")
+    owner: Any = layer
+    for each in above.split(".") if above else ():
+        owner = _own(owner, each)
+    value = _own(owner, last)
+    return brought(owner, last, value) if isinstance(value, Tensor) and value.is_meta else value
 
 
 def _own(layer: nn.Module, name: str) -> Any:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.offloaded import reads_offloaded
 from modgraft.engine.own_forward import original
 from modgraft.store.settings import agrees, by_class, held, is_beside, settings
 
@@ -59,6 +60,7 @@ class _Read:
 _read: WeakKeyDictionary[nn.Module, _Read] = WeakKeyDictionary()
 
 
+@reads_offloaded
 def outline(model: nn.Module) -> dict[str, Any]:
     """Describe a host without reading its weights.
 
@@ -159,6 +161,7 @@ def _flat(said: Mapping[str, Any], path: str) -> dict[str, Any]:
     return found
 
 
+@reads_offloaded
 def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
     """Identify a host by every value of it.
 
@@ -180,6 +183,7 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
     }
 
 
+@reads_offloaded
 def rounded_fingerprints(model: nn.Module, without: Collection[str] = ()) -> dict[str, str]:
     """Return the hash of the weights as they would be in each lower precision, by its name.
 
@@ -205,6 +209,7 @@ def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point()
 
 
+@reads_offloaded
 def differences(
     model: nn.Module,
     there: Mapping[str, Any],
@@ -267,6 +272,7 @@ def _agrees(name: str, there: Any, here: Any) -> bool:
     return there == here or unset
 
 
+@reads_offloaded
 def is_in_another_precision(
     model: nn.Module,
     there: Mapping[str, Any],
