@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +109,64 @@ def test_what_a_layer_keeps_of_its_weights_follows_them() -> None:
     assert not torch.allclose(changed, bare)
     torch.testing.assert_close(host.merge("a")(x).logits, changed, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(host(x).logits, bare)
+
+
+def _compiled(how: str, model: nn.Module) -> Any:
+    return torch.jit.script(model) if how == "script" else torch.jit.trace(model, torch.randn(2, 6))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_what_torchscript_has_compiled_has_no_sites(how: str, tmp_path: Path) -> None:
+    inner = _compiled(how, nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    host = mg.Host(nn.Sequential(inner, nn.Linear(6, 4)).double()).eval()
+    assert "1 " in str(host)
+    assert "0.0" not in str(host)
+    for at in (
+        "0",
+        "0.0",
+        "0.*",
+        "0.0.weight",
+        "0.0[residual]",
+        "query",
+        lambda path, _: "0" in path,
+    ):
+        with pytest.raises(
+            mg.ModgraftError, match=r"; 0: compiled by TorchScript .* before torch\.jit"
+        ):
+            host.implant("a", mg.LoRA(rank=2), at=at)
+    with pytest.raises(mg.ModgraftError, match=r"no Conv2d .*; 0: compiled by TorchScript"):
+        host.sites(nn.Conv2d)
+    host.implant("a", mg.LoRA(rank=2), at=nn.Linear)
+    assert list(host["a"].paths) == ["1"]
+    with torch.no_grad():
+        for p in host["a"].parameters():
+            p.normal_(0, 0.5)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    (place,), (layer,) = host["a"].places, [host.model.get_submodule("1")]
+    theta = layer._parameters
+    wanted = nn.functional.linear(inner(x), theta["weight"] + place.B @ place.A, theta["bias"])
+    torch.testing.assert_close(host(x), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(host.merge("a")(x), host(x), rtol=1e-5, atol=1e-6)
+    host.save("a", tmp_path / "a")
+    host.remove("a")
+    host.load(tmp_path / "a")
+    torch.testing.assert_close(host(x), wanted, rtol=1e-5, atol=1e-6)
+    assert not host.probe({"input": x}).faults
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_a_model_that_torchscript_has_compiled_is_no_host(how: str) -> None:
+    with pytest.raises(mg.ModgraftError, match=r"compiled by TorchScript .* before torch\.jit"):
+        mg.Host(_compiled(how, nn.Sequential(nn.Linear(6, 6))))
+
+
+def test_a_layer_without_a_shape_has_to_run_first() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    with pytest.raises(mg.ModgraftError, match=r"0\.weight has no shape .* run the model once"):
+        mg.Host(model)
+    model(torch.randn(3, 6))
+    host = mg.Host(model).eval()
+    host.implant("a", mg.LoRA(rank=2), at="0")
+    assert host(torch.randn(3, 6)).shape == (3, 4)

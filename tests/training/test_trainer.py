@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import modgraft as mg
@@ -147,16 +147,83 @@ def test_label_smoothing_shifts_the_labels_of_a_causal_model(tmp_path: Path) -> 
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_accelerate_saves_and_loads_its_state(tmp_path: Path) -> None:
-    accelerator = Accelerator(cpu=True)
-    made = accelerator.prepare(host("gpt2"))
-    accelerator.save_state(str(tmp_path / "state"))
+class Scored(nn.Module):
+    """A host in another model, which has a head beside it, as a value model of RL has."""
+
+    def __init__(self, made: mg.Host) -> None:
+        super().__init__()
+        self.host, self.head = made, nn.Linear(16, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.host(ids, output_hidden_states=True).hidden_states[-1])
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "torch"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_accelerate_saves_and_loads_what_learns(
+    name: str, safe: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerator, made, folder = Accelerator(cpu=True), host(name), tmp_path / "state"
+    optimizer = torch.optim.AdamW(made["a"].parameters(), 1e-2)
+    made, optimizer = accelerator.prepare(made, optimizer)
+    made(**{k: torch.stack([r[k] for r in rows(4)]) for k in rows(1)[0]}).loss.backward()
+    optimizer.step()
+    accelerator.save_state(str(folder), safe_serialization=safe)
+    assert "shared tensor" not in caplog.text
+    frozen = sum(p.nbytes for p in made.model.parameters())
+    whole = folder / ("model.safetensors" if safe else "pytorch_model.bin")
+    assert whole.stat().st_size < frozen / 2
     before = {k: v.clone() for k, v in made.state_dict().items()}
     with torch.no_grad():
         for p in made["a"].parameters():
             p.zero_()
-    accelerator.load_state(str(tmp_path / "state"))
+    accelerator.load_state(str(folder))
     assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
+    assert not accelerator._save_model_state_pre_hook
+    assert not accelerator._load_model_state_pre_hook
+    made.implant("b", mg.LoRA(rank=2), at="query")
+    with pytest.raises(RuntimeError, match=r"implants\.b"):
+        accelerator.load_state(str(folder))
+    made.remove("b")
+    with torch.no_grad():
+        next(made.model.parameters()).add_(1.0)
+    with pytest.raises(mg.ModgraftError, match="saved in another host"):
+        accelerator.load_state(str(folder))
+
+
+def test_accelerate_saves_a_host_in_another_model_and_one_that_trains(tmp_path: Path) -> None:
+    accelerator, inner = Accelerator(cpu=True), host("gpt2")
+    inner.model.get_submodule("transformer.ln_f").requires_grad_(True)
+    plain, made = nn.Linear(3, 3), Scored(inner)
+    plain, made = accelerator.prepare(plain, made)
+    accelerator.save_state(str(tmp_path / "state"))
+    stored = load_file(tmp_path / "state/model_1.safetensors")
+    assert {k for k in stored if "implants" not in k} == {
+        "head.weight", "head.bias", "host.host_fingerprint", "host.model.transformer.ln_f.weight",
+        "host.model.transformer.ln_f.bias",
+    }  # fmt: skip
+    before = [p.detach().clone() for p in (*plain.parameters(), *made.parameters())]
+    with torch.no_grad():
+        for p in (*plain.parameters(), *made.parameters()):
+            if p.requires_grad:
+                p.zero_()
+    accelerator.load_state(str(tmp_path / "state"))
+    found = [*plain.parameters(), *made.parameters()]
+    assert all(map(torch.equal, found, before))
+
+
+def test_accelerate_loads_a_state_with_all_weights(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    made = accelerator.prepare(host("gpt2"))
+    state = {k: v.clone() for k, v in made.state_dict().items()}
+    accelerator.save_state(str(tmp_path))
+    tied = "model.lm_head.weight"
+    save_file({k: v for k, v in state.items() if k != tied}, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        for p in made.parameters():
+            p.zero_()
+    accelerator.load_state(str(tmp_path))
+    assert all(torch.equal(v, state[k]) for k, v in made.state_dict().items())
 
 
 def test_pipelines_take_a_host() -> None:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modgraft.core.architectures import FAMILIES
 from modgraft.core.attention import asks_registry
-from modgraft.core.layers import is_stack, weight_labels
+from modgraft.core.layers import is_stack, open_modules, weight_labels
 from modgraft.core.patterns import joined, pattern, starred
 
 
@@ -40,7 +40,7 @@ _FEEDFORWARD = (
 def guess(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
     """Return role → patterns, of those roles that names and shapes of the layers leave no doubt
     about."""
-    modules = dict(model.named_modules())
+    modules = dict(open_modules(model))
     names = (
         "query key value output attention self_attention cross_attention up down block "
         "experts experts.up experts.down"

@@ -6,15 +6,17 @@ A weight is seen as a matrix [out, in] whatever its layout; a convolution's is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from modgraft.core.errors import SiteError
+from modgraft.core.offloaded import brought
 from modgraft.core.parts import Part, share
 from modgraft.core.patterns import joined
 
@@ -29,19 +31,31 @@ WEIGHTED = (*LINEAR, nn.Embedding, *CONVOLUTIONS)
 _POINTWISE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
+def open_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the sub-modules of ``model`` with their paths, but for what TorchScript has compiled.
+
+    That runs as one program, in which nothing can be put.
+    """
+    named = model.named_modules()
+    return ((path, module) for path, module in named if not isinstance(module, ScriptModule))
+
+
 def stored(layer: nn.Module, name: str | None) -> Tensor:
     """Return the parameter called ``name`` (None: the weight), as ``layer`` stores it.
 
-    A layer with modules answers whoever else asks with its changed weight.
+    A layer with modules answers whoever else asks with its changed weight. One that is offloaded
+    has what its hook keeps.
     """
     name = name or "weight"
     own = layer._parameters.get(name)
     if own is not None:
-        return own
-    value: Any = layer
-    for each in name.split("."):
-        value = _own(value, each)
-    return value
+        return brought(layer, name, own) if own.is_meta else own
+    above, _, last = name.rpartition(".")
+    owner: Any = layer
+    for each in above.split(".") if above else ():
+        owner = _own(owner, each)
+    value = _own(owner, last)
+    return brought(owner, last, value) if isinstance(value, Tensor) and value.is_meta else value
 
 
 def _own(layer: nn.Module, name: str) -> Any:

@@ -14,7 +14,14 @@ from typing import Any
 from torch import nn
 
 from modgraft.core.errors import SiteError
-from modgraft.core.layers import CONVOLUTIONS, LINEAR, WEIGHTED, is_stack, weight_labels
+from modgraft.core.layers import (
+    CONVOLUTIONS,
+    LINEAR,
+    WEIGHTED,
+    is_stack,
+    open_modules,
+    weight_labels,
+)
 from modgraft.core.parts import Part, split_part
 from modgraft.core.patterns import bare, joined, pattern, starred, wraps
 from modgraft.core.roles import family_of, roles_of, same_input
@@ -186,7 +193,7 @@ def find(model: nn.Module, at: At, *, expect: int | None = None) -> list[Site]:
     found = {site.label: site for each in several for site in _find_one(model, each)}
     if any(isinstance(each, type) and issubclass(each, LINEAR) for each in several):
         _warn_of_experts(model, found)
-    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    order = {path: i for i, (path, _) in enumerate(open_modules(model))}
     sites = sorted(
         found.values(), key=lambda s: (order[s.path], s.parameter or "", s.part or _WHOLE)
     )
@@ -204,7 +211,7 @@ def located(model: nn.Module, labels: Sequence[str]) -> list[Site]:
     Raises:
         SiteError: for a label that is none here, that is two things, or that comes twice.
     """
-    modules = {bare(path): (path, module) for path, module in model.named_modules()}
+    modules = {bare(path): (path, module) for path, module in open_modules(model)}
     sites = [_located(model, modules, label) for label in labels]
     if len(set(labels)) < len(sites):
         twice = next(label for label in labels if labels.count(label) > 1)
@@ -229,7 +236,7 @@ def _located(model: nn.Module, modules: Mapping[str, tuple[str, nn.Module]], lab
     if not found:
         raise SiteError(
             f"the site {label!r:.80} is not in this {type(model).__name__}: it has no such layer "
-            f"or parameter"
+            f"or parameter{_compiled(model)}"
         )
     return found[0]
 
@@ -243,7 +250,7 @@ def _split(text: str) -> tuple[str, Part | None]:
 
 def _warn_of_experts(model: nn.Module, found: Mapping[str, Site]) -> None:
     """Say which weights of experts a selection of linear layers leaves out."""
-    modules = model.named_modules()
+    modules = open_modules(model)
     left = [
         label
         for path, module in modules
@@ -278,15 +285,19 @@ def _find_one(model: nn.Module, at: At) -> list[Site]:
         raise SiteError(
             f"a selection is a role, a path pattern, a type, a predicate or a list, not {at!r:.80}"
         )
-    modules = dict(model.named_modules())
+    modules = dict(open_modules(model))
     holds = (lambda _, module: isinstance(module, at)) if isinstance(at, type) else at
     sites = [_site(model, path, module) for path, module in modules.items() if holds(path, module)]
     if sites:
         return sites
     if isinstance(at, type):
         kinds = sorted({type(m).__name__ for m in modules.values()})
-        raise SiteError(f"no {at.__name__} in the host; it is made of {', '.join(kinds)}")
-    raise SiteError(f"the predicate {at!r} holds for none of {len(modules)} sub-modules")
+        raise SiteError(
+            f"no {at.__name__} in the host; it is made of {', '.join(kinds)}{_compiled(model)}"
+        )
+    raise SiteError(
+        f"the predicate {at!r} holds for none of {len(modules)} sub-modules{_compiled(model)}"
+    )
 
 
 def _find_named(model: nn.Module, at: str) -> list[Site]:
@@ -315,14 +326,14 @@ def _match(model: nn.Module, selection: str, numbers: bool = False) -> list[Site
     """Find the sub-modules that a pattern means, or if it means none, the parameters."""
     text, part = split_part(selection)
     wanted = pattern(text, numbers)
-    means = {p: m for p, m in model.named_modules() if wanted.matches(p) or wanted.matches(bare(p))}
+    means = {p: m for p, m in open_modules(model) if wanted.matches(p) or wanted.matches(bare(p))}
     inner = {p: m for p, m in means.items() if not wraps(m)}  # what torch has wrapped something in
     found = [_site(model, p, m, part) for p, m in (inner or means).items()]
     if found:
         return found
     named = [
         (path, module, name, value)
-        for path, module in model.named_modules()
+        for path, module in open_modules(model)
         for name, value in module._parameters.items()
         if wanted.matches(joined(path, name))
     ]
@@ -370,11 +381,25 @@ def matches(selection: str, site: Site) -> bool:
 def _no_match(model: nn.Module, at: str) -> SiteError:
     roles = roles_of(model)
     known = roles.patterns
-    paths = [p for p, _ in model.named_modules() if p]
-    weights = [label for p, m in model.named_modules() for label, _ in weight_labels(p, m)]
+    paths = [p for p, _ in open_modules(model) if p]
+    weights = [label for p, m in open_modules(model) for label, _ in weight_labels(p, m)]
     near = get_close_matches(at, [*paths, *weights], n=3, cutoff=0.4) or paths[:3]
     near_roles = get_close_matches(at, [role for role in known if role != at], n=1)
     hint = f"did you mean at={near_roles[0]!r}? " if near_roles else ""
     if at in known:
         hint = f"This {type(model).__name__} has no such part; "
-    return SiteError(f"{at!r} matches no site. {hint}{roles}; paths near it: {', '.join(near)}")
+    return SiteError(
+        f"{at!r} matches no site. {hint}{roles}; paths near it: {', '.join(near)}{_compiled(model)}"
+    )
+
+
+def _compiled(model: nn.Module) -> str:
+    """Say which parts of a model have no sites, because TorchScript has compiled them."""
+    compiled = dict(model.named_modules()).keys() - dict(open_modules(model)).keys()
+    tops = sorted(path for path in compiled if path.rpartition(".")[0] not in compiled)
+    if not tops:
+        return ""
+    return (
+        f"; {', '.join(tops)}: compiled by TorchScript (torch.jit), so that nothing in it is a "
+        f"site; make the host of the modules from before torch.jit.script or trace"
+    )

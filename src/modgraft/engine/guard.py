@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.offloaded import REMEDY
 from modgraft.core.tensors import is_plain
 from modgraft.engine.state import STATE, State
 
@@ -264,6 +265,11 @@ def _compare(at: str, layer: nn.Module, module: object, error: Exception) -> Non
     own = next(module.parameters(), None) if isinstance(module, nn.Module) else None
     if own is None or theirs is None:
         return
+    if theirs.is_meta:
+        raise ModgraftError(
+            f"{at}: the weights of this {type(layer).__name__} are offloaded, and are there only "
+            f"while it runs; {REMEDY}"
+        ) from error
     types = "type" in str(error)  # torch's words: the same dtype, a scalar type
     if own.device != theirs.device or (types and own.dtype != theirs.dtype):
         raise ModgraftError(

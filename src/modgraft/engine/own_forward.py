@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modgraft.core.compiled import eagerly
@@ -72,9 +73,22 @@ def run(layer: nn.Module, changes: Sequence[Change], args: tuple, kwargs: dict) 
 
 
 def _run_patched(layer: nn.Module, changes: Sequence[Change], args: tuple, kwargs: dict) -> Any:
-    """Run the forward that was set on a layer, which reads its weight as others do."""
-    with serving(layer, changes):
-        return layer.__dict__[PATCHED](*args, **kwargs)
+    """Run the forward that was set on a layer, which reads its weight as others do.
+
+    What accelerate's hook reads when it moves the weights is the layer's own.
+    """
+    patched, hook = layer.__dict__[PATCHED], layer.__dict__.get("_hf_hook")
+    function = getattr(patched, "func", None)  # of accelerate's functools.partial
+    moves = getattr(function, "__module__", "") == "accelerate.hooks"
+    if hook is None or not moves or torch.compiler.is_dynamo_compiling():
+        with serving(layer, changes):
+            return patched(*args, **kwargs)
+    with serving(layer, ()):
+        args, kwargs = hook.pre_forward(layer, *args, **kwargs)
+        grad = torch.is_grad_enabled() and not hook.no_grad
+        with serving(layer, changes), torch.set_grad_enabled(grad):
+            out = layer.__dict__["_old_forward"](*args, **kwargs)
+        return hook.post_forward(layer, out)
 
 
 _run_patched_eagerly = eagerly(_run_patched)  # torch.compile cannot follow what is read so

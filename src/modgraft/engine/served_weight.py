@@ -98,9 +98,11 @@ def served(name: str, original: property | None) -> property:
     """
 
     def read(layer: nn.Module) -> Any:
-        own, state = stored(layer, name), layer.__dict__.get(STATE)
-        if own is None or state is None or COPIED in layer.__dict__ or own.is_meta:
+        if (own := layer._parameters.get(name)) is not None and own.is_meta:
             return own  # with an offloaded weight nothing is computed
+        own, state = stored(layer, name), layer.__dict__.get(STATE)
+        if own is None or state is None or COPIED in layer.__dict__:
+            return own
         try:
             return shown(layer, state, own)
         except AttributeError as error:  # which would make nn.Module look for the plain tensor

@@ -8,6 +8,7 @@ attributes (its device, its ``generation_config``), and to save itself. A host a
 - An attribute that a host does not have is its model's.
 - ``save_pretrained``, which the Trainer calls for a checkpoint, writes what learns and no more: the
   modules, and those weights of the host that train. ``load_state_dict`` takes that back.
+  accelerate's ``save_state`` does the same, by :mod:`~modgraft.host.accelerate_state`.
 """
 
 from __future__ import annotations
@@ -125,11 +126,16 @@ class AsModel(nn.Module):
             return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = self._learnt(self.state_dict() if state_dict is None else state_dict)
-        said = json.dumps(fingerprint(self.model, _of_model(kept))).encode()
-        kept = {key: value.detach().cpu().contiguous() for key, value in kept.items()}
-        kept[OF_HOST] = torch.tensor(list(said), dtype=torch.uint8)
+        kept = self._kept(self.state_dict() if state_dict is None else state_dict)
         save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def _kept(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is saved of a ``state_dict``: what learns, and which host it belongs to."""
+        learnt = self._learnt(state)
+        said = json.dumps(fingerprint(self.model, _of_model(learnt))).encode()
+        kept = {key: value.detach().cpu().contiguous() for key, value in learnt.items()}
+        kept[OF_HOST] = torch.tensor(list(said), dtype=torch.uint8)
+        return kept
 
     def _learnt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the entries of a ``state_dict`` that training changes; a tied one once."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from modgraft.core.errors import SiteError
 from modgraft.core.expression import Expression, Weight
-from modgraft.core.layers import WEIGHTED, weight_labels, weight_matrix
+from modgraft.core.layers import WEIGHTED, open_modules, weight_labels, weight_matrix
 from modgraft.core.patterns import starred
 from modgraft.core.roles import roles_of
 from modgraft.core.sites import Site, find
@@ -99,7 +99,7 @@ def rows_of(model: nn.Module) -> list[Row]:
 
 def _by_pattern(model: nn.Module) -> list[Row]:
     groups: dict[tuple[str, type], list[str]] = {}
-    modules = dict(model.named_modules())
+    modules = dict(open_modules(model))
     for path, module in modules.items():
         direct = next(module.parameters(recurse=False), None) is not None
         inner = not direct and any(True for _ in module.parameters())

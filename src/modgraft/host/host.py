@@ -63,6 +63,8 @@ from modgraft.engine.served_weight import (
     watch_forwards,
 )
 from modgraft.engine.shown import Shown
+from modgraft.host.accelerate_state import hook_accelerate
+from modgraft.host.accepted import check_model
 from modgraft.host.as_model import AsModel
 from modgraft.host.compositions import (
     Composition,
@@ -92,6 +94,7 @@ TARGETS = {"labels", "return_loss", "num_items_in_batch"}
 
 hook_checkpoints()
 hook_functional_calls()
+hook_accelerate()
 
 if TYPE_CHECKING:
     from modgraft.store.stored import Stored
@@ -117,13 +120,7 @@ class Host(AsModel):
 
     def __init__(self, model: nn.Module, freeze: bool = True) -> None:
         super().__init__()
-        if isinstance(model, Host):
-            raise ModgraftError("this is a Host already; implant in it, or wrap its .model anew")
-        if not isinstance(model, nn.Module):
-            raise ModgraftError(
-                f"Host({model!r:.80}): a host is a model, an nn.Module, as "
-                f"AutoModel.from_pretrained('bert-base-uncased') gives"
-            )
+        check_model(model)
         self._modules["model"] = model  # where ``self.model`` finds it
         self._context = Context()
         self.implants = nn.ModuleDict()

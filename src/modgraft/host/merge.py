@@ -10,6 +10,7 @@ from torch import nn
 from modgraft.computation.base import Computation, InputComposition, ParameterComposition
 from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import Expression
+from modgraft.core.offloaded import present
 from modgraft.core.sites import find
 from modgraft.engine.fast_paths import take_fast_paths
 from modgraft.engine.graft import ungraft_all
@@ -53,7 +54,7 @@ def merged(model: nn.Module, implants: Implants, composition: Expression | None)
     unwatch_forwards(plain)
     count_padding_too(plain)
     let_go(plain)
-    with torch.no_grad():
+    with torch.no_grad(), present(plain):
         for path, here in changes.items():
             # every Δ is relative to the bare host's weight, and is added to that
             write(plain, path, new_weights(model.get_submodule(path), here))

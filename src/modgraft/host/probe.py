@@ -33,11 +33,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from modgraft.computation.base import Computation, FunctionComposition, ParameterComposition
 from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.layers import STATE, feature_axis, stored
+from modgraft.core.offloaded import is_offloaded
 from modgraft.core.sites import WEIGHTED, Site, find, joined
 from modgraft.engine.graft import restored
 from modgraft.engine.implant import Implants
 from modgraft.engine.kernels.functional_call import new_weights, with_tensors
 from modgraft.engine.kernels.linear import Change
+from modgraft.engine.own_forward import PATCHED
 from modgraft.engine.served_weight import kept_elsewhere
 from modgraft.engine.writes import storage_of, taken_back
 from modgraft.host.measure import (
@@ -129,6 +131,11 @@ class _Host:
             for site in find(model, label)
         }
         self.notes: list[str] = []
+        if is_offloaded(model):
+            self.notes.append(
+                "Weights of this host are offloaded, so that its output is not compared with that "
+                "of the weights θ + Δ."
+            )
         if max(_first(batch).shape[:2]) < 2:
             raise ModgraftError("host.probe takes a batch of two different examples at least")
         with watched(self.layers) as self.alone:
@@ -283,7 +290,7 @@ class _Host:
             alone = first_float(layer.forward(*args, **kwargs))
             assert alone is not None  # noqa: S101
             acts = apart(y, alone)
-            if "forward" in layer.__dict__ or is_parametrized(layer):
+            if {PATCHED, "forward"} & layer.__dict__.keys() or is_parametrized(layer):
                 return acts, None
             new = {
                 joined(path, name): value
@@ -367,6 +374,8 @@ class _Host:
     ) -> None:
         """Compare the host's output with that of the weights θ + Δ."""
         if any(is_parametrized(self.layers[path]) for path in changes):
+            return
+        if is_offloaded(self.model):  # its hooks would put θ back
             return
         new = {
             path: {joined(path, n): v for n, v in new_weights(self.layers[path], some).items()}

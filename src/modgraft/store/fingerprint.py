@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.offloaded import reads_offloaded
 from modgraft.core.patterns import bare, wraps
 from modgraft.engine.own_forward import original
 from modgraft.store.settings import agrees, by_class, dense_parts, held, is_beside, settings
@@ -61,6 +62,7 @@ class _Read:
 _read: WeakKeyDictionary[nn.Module, _Read] = WeakKeyDictionary()
 
 
+@reads_offloaded
 def outline(model: nn.Module) -> dict[str, Any]:
     """Describe a host without reading its weights.
 
@@ -178,6 +180,7 @@ def _flat(said: Mapping[str, Any], path: str) -> dict[str, Any]:
     return found
 
 
+@reads_offloaded
 def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
     """Identify a host by every value of it.
 
@@ -199,6 +202,7 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
     }
 
 
+@reads_offloaded
 def rounded_fingerprints(model: nn.Module, without: Collection[str] = ()) -> dict[str, str]:
     """Return the hash of the weights as they would be in each lower precision, by its name.
 
@@ -224,6 +228,7 @@ def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point()
 
 
+@reads_offloaded
 def differences(
     model: nn.Module,
     there: Mapping[str, Any],
@@ -292,6 +297,7 @@ def _agrees(name: str, there: Any, here: Any) -> bool:
     return there == here or unset
 
 
+@reads_offloaded
 def is_in_another_precision(
     model: nn.Module,
     there: Mapping[str, Any],

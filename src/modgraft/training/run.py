@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
 from modgraft.core.files import folder_path
+from modgraft.core.offloaded import is_offloaded
+from modgraft.core.tensors import device_of
 from modgraft.training import checkpoint as disk
 from modgraft.training import stream as data
 from modgraft.training.forward import Forward, mean_loss, mean_parts, own_modes
@@ -98,7 +100,10 @@ class Run:
     def prepare(self, stack: ExitStack) -> None:
         """Make the optimiser; no gradient is left when `stack` closes."""
         self.device = self.accelerator.device
-        self.host.to(self.device)
+        if is_offloaded(self.host):  # hooks move the layers, one by one
+            self.device = device_of(self.host)
+        else:
+            self.host.to(self.device)
         self.parameters = trainable(self.part)
         self.names = {id(p): name for name, p in self.parameters.items()}
         s = self.settings
