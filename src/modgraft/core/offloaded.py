@@ -42,7 +42,7 @@ def hooks_of(layer: nn.Module) -> list[tuple[AlignDevicesHook, Mapping[str, Tens
 
 def is_offloaded(model: nn.Module) -> bool:
     """Return whether weights of ``model`` are offloaded."""
-    return any(hooks_of(layer) for layer in model.modules())
+    return any("_hf_hook" in layer.__dict__ and hooks_of(layer) for layer in model.modules())
 
 
 def brought(layer: nn.Module, name: str, own: Tensor) -> Tensor:
@@ -123,6 +123,8 @@ def reads_offloaded(
 
     @wraps(function)
     def reading(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not is_offloaded(model):
+            return function(model, *args, **kwargs)
         with present(model):
             return function(model, *args, **kwargs)
 

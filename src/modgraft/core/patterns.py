@@ -98,7 +98,7 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 def wraps(module: nn.Module) -> bool:
     """Return whether ``module`` is a wrapper of torch around one layer."""
-    return not _WRAPPERS.isdisjoint(module._modules)
+    return not _WRAPPERS.isdisjoint(module._modules.keys())
 
 
 def bare(path: str) -> str:
