@@ -27,6 +27,7 @@ from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
 from modgraft.core.errors import ModgraftError, UndividedError
+from modgraft.core.expression import module_of
 from modgraft.core.files import folder_path, writing
 from modgraft.core.layers import STATE
 from modgraft.core.per_example import Weighted, joined
@@ -621,13 +622,17 @@ class Host(AsModel):
                 return save(self, chosen, path, about, together=not one)
             if about:
                 raise ModgraftError(f"format={format!r} has no place for {', '.join(about)}=")
-            now = None if names is not None else self.composition
+            now = None if one else self.composition  # which a single module does not bring
+            if now is not None and not {*chosen}.issuperset(map(module_of, now.names())):
+                now = None  # nor do several that are not all of it
             if now is not None and any(
                 isinstance(w, Tensor) or w != 1 for w in now.weights().values()
             ):
                 raise ModgraftError(
-                    f"format={format!r} has no place for the composition in force, {now}: merge it "
-                    f"into one module (mg.merge), or name the modules to save"
+                    f"format={format!r} has no place for the composition in force, {now}, whose "
+                    f"weights several modules, or all, would bring: merge it into one module "
+                    f"(mg.merge, modgraft merge), or save a module by itself: "
+                    f"host.save({chosen[0]!r}, …)"
                 )
             named(format).write(self, chosen, path)
             return path
