@@ -657,7 +657,7 @@ class Host(AsModel):
         name: str | None = None,
         *,
         strict: bool = True,
-        active: bool = True,
+        active: bool | None = None,
         lazy: bool = False,
     ) -> Implant | None:
         """Implant saved modules; see `modgraft.store.folder` and `modgraft.store.hub.address`.
@@ -674,9 +674,9 @@ class Host(AsModel):
             strict: whether the host must be the one it was trained in, weight for weight; its
                 architecture must be the same in any case.
             active: whether it joins the composition in force, at its end; several bring the
-                composition that they were saved with.
+                composition that they were saved with. None: unless it is ``lazy``.
             lazy: whether to read the card alone now, and to verify the tensors and implant them at
-                the first use; the module joins no composition then.
+                the first use; the module joins no composition then, and several bring none.
 
         Returns:
             The handle of the module, of several that of the last one; with ``lazy``, None:
@@ -685,12 +685,20 @@ class Host(AsModel):
         Raises:
             CheckpointError: for a folder that is damaged or none of these, or another host. The
                 host is then as it was.
-            ModgraftError: for an address whose module cannot be fetched.
+            ModgraftError: for an address whose module cannot be fetched, or ``lazy`` and
+                ``active``.
         """
         from modgraft.store.folder import check_host, load, names_here, naming, stored
         from modgraft.store.hub import lock
         from modgraft.store.hub.address import local
 
+        if lazy and active:
+            raise ModgraftError(
+                "host.load: a module that is read at its first use (lazy=True) joins no "
+                "composition now; leave out active=True, and name it where it is to act, in "
+                "host.use(…)"
+            )
+        active = active is not False
         if isinstance(folder, str | PathLike) and os.path.isfile(folder):  # noqa: PTH113, it never raises
             if name is not None or lazy:
                 raise ModgraftError(
