@@ -104,6 +104,8 @@ def test_inspect_says_what_is_wrong(tmp_path: Path) -> None:
 
     assert "no config.json here. Give a folder that model.save_pretrained" in refused(tmp_path)
     assert "this is no folder" in refused(tmp_path / "config.json")
+    assert "this is no folder" in refused("/nowhere")  # which no hub is asked for
+    assert "this is no folder" in refused("./nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "unheard"}')
     assert "model type `unheard`" in refused(tmp_path)
     (tmp_path / "config.json").write_text("{")

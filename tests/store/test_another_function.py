@@ -196,6 +196,14 @@ def test_a_weighted_composition_has_no_place_elsewhere(tmp_path: Path, format: s
     host.use("0.5*qa")
     with pytest.raises(mg.ModgraftError, match="no place for the composition in force"):
         host.save(None, tmp_path / "all", format=format)
+    with pytest.raises(mg.ModgraftError, match=r"save a module by itself: host.save\('qa', …\)"):
+        host.save(["qa"], tmp_path / "all", format=format)
+    assert not (tmp_path / "all").exists()
+    host.save("qa", tmp_path / "one", format=format)
+    host.implant("b", mg.LoRA(rank=2), at="query", active=False)
+    host.use("0.5*b + qa")
+    host.save(["qa"], tmp_path / "part", format=format)  # which brings no composition with b
+    host.remove("b")
     host.use("qa")
     host.save(None, tmp_path / "all", format=format)
 

@@ -143,6 +143,9 @@ def test_a_state_dict_has_what_waits(tmp_path: Path) -> None:
     host.save("a", tmp_path / "a")
     fresh = mg.Host(copy.deepcopy(nn.Sequential(nn.Linear(4, 4))))
     fresh.model.load_state_dict(nn.Sequential(host.model.get_submodule("0")).state_dict())
+    with pytest.raises(mg.ModgraftError, match="joins no composition now; leave out active=True"):
+        fresh.load(tmp_path / "a", lazy=True, active=True)  # type: ignore[call-overload]
+    assert "a" not in fresh
     fresh.load(tmp_path / "a", lazy=True)
     assert fresh.state_dict().keys() == host.state_dict().keys()
 

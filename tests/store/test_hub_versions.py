@@ -20,6 +20,7 @@ from modgraft.store.hub.given import Given
 from modgraft.store.hub.hub import Hub
 from modgraft.store.hub.index import GIVEN, INDEX
 from modgraft.store.hub.search import Listed
+from modgraft.store.hub.update import update
 from modgraft.store.verify import verify
 from store.hub_cases import fill_of, saved, small_host
 
@@ -404,3 +405,14 @@ def test_a_broken_version_is_not_passed_over(hub: Hub, tmp_path: Path) -> None:
             hub.find(name)
     assert hub.remove("qa@paper") == ["hub:qa@2"]
     assert hub.find("qa").address == "hub:qa@1"
+
+
+def test_what_is_missing_is_said_with_the_command(tmp_path: Path) -> None:
+    host = small_host()
+    for name in ("a", "b"):
+        host.implant(name, mg.LoRA(rank=2), at="0")
+    both = host.save(["a", "b"], tmp_path / "both")
+    with pytest.raises(mg.ModgraftError, match=r"modgraft hub push .*both NAME"):
+        Hub(tmp_path / "hub").push(both)
+    with pytest.raises(mg.ModgraftError, match=r"l\.json is not there; give a lock file"):
+        update(tmp_path / "l.json", Hub(tmp_path / "hub"))

@@ -62,6 +62,33 @@ def test_a_copy_of_one_side_of_a_tied_weight_is_refused(tmp_path: Path, whole: s
         assert torch.equal(host(input_ids=IDS).logits, before)
 
 
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_a_copy_that_stays_tied_is_the_shared_weight(tmp_path: Path, whole: list[str]) -> None:
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=whole, ensure_weight_tying=True
+    )
+    model: Any = peft.get_peft_model(llama(tied=True), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "a")
+    host = mg.Host(llama(tied=True)).eval()
+    with torch.no_grad():
+        before = host(input_ids=IDS).logits
+        host.load(tmp_path / "a")
+        torch.testing.assert_close(host(input_ids=IDS).logits, model(input_ids=IDS).logits)
+        host.remove("a")
+        assert torch.equal(host(input_ids=IDS).logits, before)
+
+
+def test_a_lora_of_a_tied_embedding_names_the_option(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    peft.get_peft_model(llama(tied=True), config).save_pretrained(tmp_path / "a")  # type: ignore[arg-type]
+    with pytest.raises(mg.ModgraftError, match="ensure_weight_tying gives lm_head what the embed"):
+        mg.Host(llama(tied=True)).load(tmp_path / "a")
+
+
 def test_a_tied_weight_that_trained_is_not_written(tmp_path: Path) -> None:
     host = mg.Host(llama(tied=True))
     host.implant("a", mg.LoRA(rank=2), at="query")

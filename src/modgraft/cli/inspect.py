@@ -92,7 +92,7 @@ def read_model(
             "no config.json here", file=folder,
             remedy="Give a folder that model.save_pretrained(folder) wrote, or a hub name",
         )  # fmt: skip
-    if folder.is_file() or (not folder.exists() and name.count("/") != 1 and "/" in name):
+    if folder.is_file() or (not folder.exists() and not _may_be_on_a_hub(name)):
         raise DataError(
             "this is no folder", file=name,
             remedy="Give a folder with a config.json, or a hub name such as bert-base-uncased",
@@ -158,6 +158,11 @@ def _class_named(kind: str, config: Any, name: str) -> Any:
         f"its config is a {type(config).__name__}, and {kind} {of}", file=name,
         remedy=f"Name another class, such as {(config.architectures or ['AutoModel'])[0]}",
     )  # fmt: skip
+
+
+def _may_be_on_a_hub(name: str) -> bool:
+    """Return whether a model on the Hugging Face hub may be called so, and no path alone is."""
+    return name.count("/") <= 1 and not name.startswith(("/", ".", "~")) and "\\" not in name
 
 
 def _class_of(config: Any) -> Any:

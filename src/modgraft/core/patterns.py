@@ -92,18 +92,18 @@ def starred(path: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
 
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 """The names under which layers stand in what torch wraps around them."""
 
 
 def wraps(module: nn.Module) -> bool:
     """Return whether ``module`` is a wrapper of torch around one layer."""
-    return not _WRAPPERS.isdisjoint(module._modules.keys())
+    return not WRAPPERS.isdisjoint(module._modules.keys())
 
 
 def bare(path: str) -> str:
     """Return a path without the wrappers in it."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
 def joined(path: str, name: str) -> str:

@@ -27,6 +27,7 @@ from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
 from modgraft.core.errors import ModgraftError, UndividedError
+from modgraft.core.expression import module_of
 from modgraft.core.files import folder_path, writing
 from modgraft.core.layers import STATE
 from modgraft.core.per_example import Weighted, joined
@@ -613,13 +614,17 @@ class Host(AsModel):
                 return save(self, chosen, path, about, together=not one)
             if about:
                 raise ModgraftError(f"format={format!r} has no place for {', '.join(about)}=")
-            now = None if names is not None else self.composition
+            now = None if one else self.composition  # which a single module does not bring
+            if now is not None and not {*chosen}.issuperset(map(module_of, now.names())):
+                now = None  # nor do several that are not all of it
             if now is not None and any(
                 isinstance(w, Tensor) or w != 1 for w in now.weights().values()
             ):
                 raise ModgraftError(
-                    f"format={format!r} has no place for the composition in force, {now}: merge it "
-                    f"into one module (mg.merge), or name the modules to save"
+                    f"format={format!r} has no place for the composition in force, {now}, whose "
+                    f"weights several modules, or all, would bring: merge it into one module "
+                    f"(mg.merge, modgraft merge), or save a module by itself: "
+                    f"host.save({chosen[0]!r}, …)"
                 )
             named(format).write(self, chosen, path)
             return path
@@ -644,7 +649,7 @@ class Host(AsModel):
         name: str | None = None,
         *,
         strict: bool = True,
-        active: bool = True,
+        active: bool | None = None,
         lazy: bool = False,
     ) -> Implant | None:
         """Implant saved modules; see `modgraft.store.folder` and `modgraft.store.hub.address`.
@@ -661,9 +666,9 @@ class Host(AsModel):
             strict: whether the host must be the one it was trained in, weight for weight; its
                 architecture must be the same in any case.
             active: whether it joins the composition in force, at its end; several bring the
-                composition that they were saved with.
+                composition that they were saved with. None: unless it is ``lazy``.
             lazy: whether to read the card alone now, and to verify the tensors and implant them at
-                the first use; the module joins no composition then.
+                the first use; the module joins no composition then, and several bring none.
 
         Returns:
             The handle of the module, of several that of the last one; with ``lazy``, None:
@@ -672,12 +677,20 @@ class Host(AsModel):
         Raises:
             CheckpointError: for a folder that is damaged or none of these, or another host. The
                 host is then as it was.
-            ModgraftError: for an address whose module cannot be fetched.
+            ModgraftError: for an address whose module cannot be fetched, or ``lazy`` and
+                ``active``.
         """
         from modgraft.store.folder import check_host, load, names_here, naming, stored
         from modgraft.store.hub import lock
         from modgraft.store.hub.address import local
 
+        if lazy and active:
+            raise ModgraftError(
+                "host.load: a module that is read at its first use (lazy=True) joins no "
+                "composition now; leave out active=True, and name it where it is to act, in "
+                "host.use(…)"
+            )
+        active = active is not False
         if isinstance(folder, str | PathLike) and os.path.isfile(folder):  # noqa: PTH113, it never raises
             if name is not None or lazy:
                 raise ModgraftError(

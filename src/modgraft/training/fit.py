@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from modgraft.core.errors import ModgraftError
 from modgraft.training.history import History
 from modgraft.training.note import noted
 from modgraft.training.optim import trainable
@@ -46,7 +48,7 @@ def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
             go on.
     """
     if unknown := settings.keys() - {f.name for f in fields(Settings)}:
-        raise TypeError(f"fit() got an unexpected keyword argument {min(unknown)!r}")
+        raise _no_setting(min(unknown))
     given = Settings(**settings)
     trainable(host)
     accelerator = accelerator_for()
@@ -56,6 +58,19 @@ def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
         if given.note:
             run.noted = partial(noted, run, loader, given.label)
         return run.start()
+
+
+def _no_setting(name: str) -> ModgraftError:
+    """Say that there is no such setting, and which there are."""
+    known = [f.name for f in fields(Settings)]
+    near = get_close_matches(name, known, n=1)
+    if "loss" in name.split("_"):
+        why = "the loss is what the model returns as .loss; compute it in the model's forward"
+    elif near:
+        why = f"did you mean {near[0]}=?"
+    else:
+        why = f"there are {', '.join(known)}"
+    return ModgraftError(f"fit({name}=…) is no setting; {why}")
 
 
 # so that help(), an editor and a notebook show every setting with its default

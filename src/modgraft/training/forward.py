@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.plain import plain
 from modgraft.training.parts import PARTS, Apart, Parts
 from modgraft.training.stream import Batch, Stream, Weigh, to_device
 
@@ -66,7 +68,11 @@ class Forward:
         parts: Parts | None = batch.get(PARTS)
         given = {k: v for k, v in batch.items() if k not in self.ignore and k != PARTS}
         with self._autocast(), nullcontext() if parts is None else Apart(parts.rows):
-            output = model(**to_device(given, self.device))
+            try:
+                output = model(**to_device(given, self.device))
+            except TypeError as error:
+                self._check_taken(given, error)
+                raise
         of_dict = isinstance(output, Mapping)
         loss = output.get("loss") if of_dict else getattr(output, "loss", None)
         name = type(self.host).__name__
@@ -83,6 +89,20 @@ class Forward:
                 f"train them one after the other, by host.fit"
             )
         return output, loss
+
+    def _check_taken(self, given: Iterable[str], error: TypeError) -> None:
+        """Raise a ModgraftError where the batch has what the model's ``forward`` does not take."""
+        model = plain(getattr(self.host, "model", self.host))
+        takes = signature(model.forward).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            return
+        own = signature(self.host.forward).parameters.keys()  # such as a host's side=
+        if unknown := sorted({*given} - takes.keys() - own):
+            raise ModgraftError(
+                f"the batch has {', '.join(unknown)}, which {type(model).__name__}.forward("
+                f"{', '.join(takes)}) does not take; leave it out of the batch, or say "
+                f"ignore={[*sorted(self.ignore), *unknown]}"
+            ) from error
 
     def _autocast(self) -> Any:
         if self.precision == "bf16":

@@ -7,16 +7,20 @@ be written: nothing is left out.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
-from modgraft.engine.implant import check_name
+from modgraft.core.plain import full_name, plain, plain_name
+from modgraft.core.sites import located
+from modgraft.engine.implant import Implant, check_name
 from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike
 
@@ -27,6 +31,9 @@ NAMES: tuple[str, ...] = ("peft", "adapterhub")
 @dataclass(frozen=True)
 class Format:
     """What a format's folder defines.
+
+    ``read`` and ``write`` are given the model without what torch has wrapped around it and its
+    layers, so that a file names the layers of the plain model.
 
     Attributes:
         holds: whether a folder looks like one of this format.
@@ -61,7 +68,63 @@ def named(name: str) -> Format:
         known = ", ".join(("modgraft", *NAMES))
         raise ModgraftError(f"format={name!r}: there are {known}")
     reader, writer = (import_module(f"{__package__}.{name}.{part}") for part in ("read", "write"))
-    return Format(reader.holds, reader.read, writer.write)
+
+    def read(folder: Path, model: nn.Module) -> Stored:
+        return _for_wrapped(reader.read(folder, plain(model)), model)
+
+    def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
+        is_plain = plain(host.model) is host.model
+        unwrapped: Any = host if is_plain else _Unwrapped(host)
+        writer.write(unwrapped, names, folder)
+
+    return Format(reader.holds, read, write)
+
+
+class _Unwrapped:
+    """What ``write`` needs of a host: its model without wrappers, and modules that name it so."""
+
+    def __init__(self, host: HostLike) -> None:
+        self.model = plain(host.model)
+        self._implants = {n: self._named(i, host.model) for n, i in host._implants.items()}
+
+    def _named(self, implant: Implant, model: nn.Module) -> Implant:
+        named = copy.copy(implant)
+        named.paths = tuple(plain_name(model, path) for path in implant.paths)
+        named.beside = frozenset(plain_name(model, name) for name in implant.beside)
+        return named
+
+
+def _for_wrapped(found: Stored, model: nn.Module) -> Stored:
+    """Name what was found in a folder as this model does, which may be wrapped."""
+    if plain(model) is model:
+        return found
+
+    def label(site: str) -> str:
+        return located(model, [full_name(model, site)])[0].label
+
+    def key(text: str) -> str:
+        module, _, rest = text.partition(":")
+        site, colon, name = rest.rpartition(":")
+        return f"{module}:{labels[site]}:{name}" if colon else f":{full_name(model, name)}"
+
+    def read() -> Mapping[str, Tensor]:
+        return {key(text): tensor for text, tensor in found.read().items()}
+
+    labels = {site: label(site) for saved in found.card.modules for site in saved.sites}
+    modules = [
+        saved.model_copy(
+            update={
+                "sites": [labels[site] for site in saved.sites],
+                "beside": [full_name(model, name) for name in saved.beside],
+            }
+        )
+        for saved in found.card.modules
+    ]
+    beside = sorted(full_name(model, name) for name in found.card.beside)
+    card = found.card.model_copy(update={"modules": modules, "beside": beside})
+    return replace(
+        found, card=card, entries={key(k): e for k, e in found.entries.items()}, read=read
+    )
 
 
 def found_in(folder: Path) -> Format | None:

@@ -224,7 +224,8 @@ class Hub:
         check_file(folder / FILE, sha, str(folder))
         if not name and len(card.names) > 1:
             raise ModgraftError(
-                f"{folder} holds {', '.join(card.names)}; say what they are called together"
+                f"{folder} holds {', '.join(card.names)}; say what they are called together: "
+                f"hub.push({str(folder)!r}, 'NAME'), modgraft hub push {folder} NAME"
             )
         name = checked(name or card.names[-1], "name")
         if tag and checked(tag, "tag").isdecimal():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from modgraft.core.errors import ModgraftError, UnknownNameError
+from modgraft.core.errors import CheckpointError, ModgraftError, UnknownNameError
 from modgraft.store.card import Card
 from modgraft.store.hub.address import find, pull
 from modgraft.store.hub.hub import Hub
@@ -40,12 +40,18 @@ def update(path: str | Path, hub: Hub | None = None, dry_run: bool = False) -> l
         dry_run: whether to change nothing.
 
     Raises:
+        CheckpointError: where nothing is there.
         UnknownNameError: for a folder whose module is not on the hub.
         ModgraftError: for a module that cannot be fetched.
     """
     path = Path(path)
     if path.is_file():
         return _of_lock(path, hub, dry_run)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not there; give a lock file that `modgraft hub lock` wrote, or the folder "
+            f"of a module"
+        )
     return [_of_folder(path, hub or Hub(), dry_run)]
 
 

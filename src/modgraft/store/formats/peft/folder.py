@@ -165,7 +165,13 @@ class Folder:
                 f"{CONFIG} means {lacking[0]}, and {len(lacking)} such layers have no tensors; "
                 f"the file is cut short, or the host has more layers than it was trained with"
             )
-        if extra := sorted(have - meant):
+        extra = sorted(have - meant)
+        if extra and getattr(said, "ensure_weight_tying", False):
+            self.refuse(
+                f"ensure_weight_tying gives {extra[0]} what the embedding has that it is tied to, "
+                f"which no module here does; train it in PEFT with ensure_weight_tying=False"
+            )
+        if extra:
             self.refuse(f"there are tensors for {extra[0]}, which {CONFIG} does not mean")
 
     def tensor(self, key: str) -> Tensor:

@@ -15,6 +15,8 @@ from modgraft.store.formats.peft.folder import PREFIX, Folder, Group
 from modgraft.store.formats.peft.options import CONFIG, Options, PrefixOptions, PromptOptions
 from modgraft.store.formats.peft.targets import asked
 
+_TIED_NAMES = {"embed_tokens", "lm_head"}
+
 
 class HostWeights:
     """The weights of the host, and the buffers that move with them, in a folder beside the module.
@@ -127,12 +129,30 @@ class HostWeights:
         copied = [n for n in every if self._is_whole(n)]
         others = [n for n in every if n not in copied]
         here = tensor_at(self.folder.model, name)
-        if copied and others and not torch.equal(tensor.to(here), here):
+        if (
+            copied
+            and others
+            and not self._stays_tied(copied)
+            and not torch.equal(tensor.to(here), here)
+        ):
             self.folder.refuse(
                 f"{copied[0]} was trained as a copy (modules_to_save), and in this host "
                 f"{others[0]} is the same weight, which PEFT leaves as it was; make the host with "
                 f"tie_word_embeddings=False, so that each has its own"
             )
+
+    def _stays_tied(self, copied: Iterable[str]) -> bool:
+        """Return whether PEFT gives what is tied to the input's embedding the same copy.
+
+        It does so, where that is asked for, with tables of its two names alone.
+        """
+        model = self.folder.model
+        tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+        table, modules = asked(model, "get_input_embeddings"), self.folder.modules
+        ends = {each.rpartition(".")[2] for each in self.said.modules_to_save or ()}
+        if not getattr(self.said, "ensure_weight_tying", False) or not ends & _TIED_NAMES:
+            return False
+        return bool(tied) and any(modules[name.rpartition(".")[0]] is table for name in copied)
 
     def _is_whole(self, name: str) -> bool:
         """Return whether a weight is of a layer that is saved whole."""

@@ -15,6 +15,9 @@ from modgraft.core.sites import Site, find
 from modgraft.store.formats.peft.folder import Folder, Group, Piece, Written
 from modgraft.store.formats.peft.options import PrefixOptions, PromptOptions
 
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
+"""The names that configurations give to how far back tokens see."""
+
 
 def read_prompt(folder: Folder, said: PromptOptions) -> Group:
     """Return a soft prompt."""
@@ -63,6 +66,8 @@ def read_prefix(folder: Folder, said: PrefixOptions) -> Group:
     sites = find(folder.model, "self_attention")
     if len(sites) != layers or heads < 1:
         folder.refuse(f"it has keys of {layers} layers, and this host attends in {len(sites)}")
+    if why := _within_window(sites):
+        folder.refuse(f"{why}; load it in PEFT, or make the host without the window")
     for i, site in enumerate(sites):
         here = key_value_shape("Prefix", site)
         width = said.token_dim // heads
@@ -101,6 +106,8 @@ def write_prefix(
             f"{name!r} comes from an MLP, which PEFT does not save; mg.fold_prefix(host, {name!r}, "
             f"into=…) makes the prefix that it computes"
         )
+    if why := _within_window([site for site, _ in sites]):
+        raise ModgraftError(f"{name!r}: {why}; save it without format='peft'")
     every = [site.label for site in find(model, "self_attention")]
     shapes = {(p.heads, p.width, p.value_width) for _, p in sites}
     if [site.label for site, _ in sites] != every or len(shapes) != 1:
@@ -120,3 +127,25 @@ def write_prefix(
         "encoder_hidden_size": None, "prefix_projection": False,
     }  # fmt: skip
     return Written({"prompt_embeddings": torch.stack(both, 1).flatten(1)}, said, [])
+
+
+def _within_window(sites: Sequence[Site]) -> str | None:
+    """Say which layer attends within a window, None where every token sees all before it.
+
+    A prefix of PEFT stands in the KV cache, and falls out of a window as the text goes on. One that
+    is as long as the longest text of the host is none.
+    """
+    for i, site in enumerate(sites):
+        config = getattr(site.module, "config", None)
+        types, at = getattr(config, "layer_types", None), getattr(site.module, "layer_idx", i)
+        if types and isinstance(at, int) and "full" in str(types[at]):
+            continue
+        most = getattr(config, "max_position_embeddings", None)
+        for option in _WINDOWS:
+            size = getattr(site.module if hasattr(site.module, option) else config, option, None)
+            if size and (not isinstance(most, int) or size < most):
+                return (
+                    f"{site.label} attends within a window ({option}={size}), out of which PEFT's "
+                    f"prefix falls as the text goes on, where every token sees one of ours"
+                )
+    return None
