@@ -102,6 +102,18 @@ def test_bad_input(model: Path, tmp_path: Path, words: list[str], why: str) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_no_module_is_said(model: Path, tmp_path: Path) -> None:
+    for folder, why in (
+        (tmp_path / "nope", "there is no such folder"),
+        (model, "there is no module in .*: a model is there"),
+        (tmp_path, "there is no module in"),
+    ):
+        said = run(folder, tmp_path / "out")
+        assert said.exit_code != 0
+        assert re.search(why, str(said.exception))
+        assert not (tmp_path / "out").exists()
+
+
 ABOUT: dict[str, Any] = {
     "metrics": {"f1": 0.75, "em": 0.5}, "licence": "apache-2.0", "description": "Answers questions",
     "task": "question-answering", "data": "SQuAD", "command": "make qa", "base_model": "me/model",

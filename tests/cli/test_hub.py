@@ -205,3 +205,23 @@ def test_addresses_are_verified_too(tmp_path: Path) -> None:
     run("push", "qa", "--hub", url)
     assert run("verify", f"{url}/qa/1") == f"{url}/qa/1: whole\n"
     assert run("verify", "qa", "--hub", url) == "hub:qa@1: whole\n"
+
+
+def test_a_tag_is_moved(tmp_path: Path) -> None:
+    run("push", str(saved(Path("old"), 1.0)), "--tag", "paper")
+    run("push", str(saved(Path("new"), 2.0)))
+    text = "hub:qa@paper, a tag; hub:qa@1 stays\n"
+    assert run("remove", "qa@paper", "--dry-run") == f"would be removed: {text}"
+    assert run("remove", "qa@paper") == f"removed: {text}"
+    run("push", "new", "--tag", "paper")
+    assert [(row["address"], row["tags"]) for row in said("list")] == [
+        ("hub:qa@1", []), ("hub:qa@2", ["paper"]),
+    ]  # fmt: skip
+
+
+def test_a_lock_in_another_folder_takes_paths_from_here(tmp_path: Path) -> None:
+    saved(Path("mods/qa"), 1.0)
+    made = said("lock", "qa", "locks/a.json", "--module", "qa=mods/qa")
+    assert made["modules"][0]["address"] == "../mods/qa"
+    run("pull", "--lock", "locks/a.json", "all")
+    assert verify(Path("all/qa")).hash == verify(Path("mods/qa")).hash

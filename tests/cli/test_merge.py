@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +200,18 @@ def test_diff_compares_the_changes_of_modules(tmp_path: Path) -> None:
         assert row["relative"] == pytest.approx(0.5, rel=1e-5)
         assert row["cosine"] == pytest.approx(1)
         assert row["rank"] == 2
+
+
+def test_a_refusal_shows_no_bar_and_one_module_is_no_modules(tmp_path: Path) -> None:
+    paths = [str(saved(tmp_path / name)) for name in "ab"]
+    words = ["merge", *paths, "--method", "dare", "--base", paths[0], "--out", str(tmp_path / "o")]
+    said = CliRunner().invoke(app, [*words, "--set", "density="])
+    assert said.exit_code == 1
+    assert said.stderr == "2 checkpoints, dare\n"
+    said = CliRunner().invoke(app, ["merge", paths[0], "--out", str(tmp_path / "o")])
+    assert said.stderr.startswith("1 checkpoint, average\n")
+
+
+def test_the_package_runs_as_the_command() -> None:
+    run = [sys.executable, "-m", "modgraft", "--version"]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()

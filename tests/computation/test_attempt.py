@@ -209,7 +209,7 @@ def test_what_it_is_over_stays() -> None:
         (lambda: mg.Attempt(over=["mlni"], length=3), "did you mean 'mnli'"),
         (lambda: mg.Attempt(over=["lora"], length=3), "'lora' is a LoRA, which puts no tokens"),
         (lambda: mg.Attempt(over=["eye"], length=3), "'eye' is a LinearMap.*depends on the input"),
-        (lambda: mg.Attempt(over=["att"], length=3), "'att' is a Attempt.*depends on the input"),
+        (lambda: mg.Attempt(over=["att"], length=3), "'att' is an Attempt.*depends on the input"),
         (lambda: mg.Mixture(["mnli", "squad"]), r"mg\.Attempt\(over="),
     ],
 )

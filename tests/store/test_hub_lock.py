@@ -204,3 +204,31 @@ def test_addresses_are_paths_or_texts(
     for wrong in (3, b"qa", None):
         with pytest.raises(mg.ModgraftError, match="a module's address takes the path"):
             lock("qa", {"qa": wrong}, tmp_path)  # type: ignore[dict-item]
+
+
+def test_a_lock_file_may_be_written_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, third = tmp_path / "here", tmp_path / "third"
+    third.mkdir()
+    saved(here / "mods" / "qa", 1.0), saved(here / "hub:odd", 2.0, "odd")
+    Hub(here / "team").push(saved(tmp_path / "3", 3.0, "style"))
+    monkeypatch.chdir(here)
+    made = mg.lock("qa + odd + style", {"qa": "mods/qa", "odd": "./hub:odd"}, hub="team")
+    monkeypatch.chdir(third)
+    made.write(here / "locks" / "deep" / "a.json")
+    made.write("b.json")
+    monkeypatch.chdir(tmp_path)
+    said = json.loads((here / "locks" / "deep" / "a.json").read_text())
+    assert said["hub"] == "../../team"
+    assert [m["address"] for m in said["modules"]] == [
+        "../../mods/qa", "../../hub:odd", "hub:style@1",
+    ]  # fmt: skip
+    made.write(here / "c.json")
+    assert json.loads((here / "c.json").read_text())["modules"][1]["address"] == "./hub:odd"
+    for file in ("here/locks/deep/a.json", "third/b.json", "here/c.json"):
+        host = small_host()
+        host.load(file)
+        assert [fill_of(host, name) for name in ("qa", "odd", "style")] == [1.0, 2.0, 3.0]
+    Lock.read("third/b.json").write("here/mods/d.json")
+    small_host().load("here/mods/d.json")

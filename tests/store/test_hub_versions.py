@@ -19,6 +19,7 @@ from modgraft.core.errors import CheckpointError, UnknownNameError
 from modgraft.store.hub.given import Given
 from modgraft.store.hub.hub import Hub
 from modgraft.store.hub.index import GIVEN, INDEX
+from modgraft.store.hub.remote import reached
 from modgraft.store.hub.search import Listed
 from modgraft.store.hub.update import update
 from modgraft.store.verify import verify
@@ -272,7 +273,7 @@ def test_the_newest_is_what_was_pushed_last_whatever_it_is_called(hub: Hub, tmp_
 def test_a_number_is_given_once(hub: Hub, tmp_path: Path) -> None:
     one, two = saved(tmp_path / "1", 1.0), saved(tmp_path / "2", 2.0)
     hub.push(one, tag="paper")
-    assert hub.remove("qa@paper") == ["hub:qa@1"]
+    assert hub.remove("qa@1") == ["hub:qa@1"]
     assert hub.listed() == []
     with pytest.raises(UnknownNameError):
         hub.find("qa")
@@ -403,7 +404,7 @@ def test_a_broken_version_is_not_passed_over(hub: Hub, tmp_path: Path) -> None:
     for name in ("qa", "qa@paper"):
         with pytest.raises(CheckpointError, match="hub:qa@2: "):
             hub.find(name)
-    assert hub.remove("qa@paper") == ["hub:qa@2"]
+    assert hub.remove("qa@2") == ["hub:qa@2"]
     assert hub.find("qa").address == "hub:qa@1"
 
 
@@ -416,3 +417,32 @@ def test_what_is_missing_is_said_with_the_command(tmp_path: Path) -> None:
         Hub(tmp_path / "hub").push(both)
     with pytest.raises(mg.ModgraftError, match=r"l\.json is not there; give a lock file"):
         update(tmp_path / "l.json", Hub(tmp_path / "hub"))
+
+
+def test_removing_by_a_tag_takes_the_tag_alone_and_so_moves_it(hub: Hub, tmp_path: Path) -> None:
+    old, new = saved(tmp_path / "old", 1.0), saved(tmp_path / "new", 2.0)
+    hub.push(old, tag="paper"), hub.push(new)
+    with pytest.raises(mg.ModgraftError, match=r"as hub:qa@1: .* hub\.remove\('qa@paper'\)"):
+        hub.push(new, tag="paper")
+    assert hub.remove("qa@paper", dry_run=True) == hub.remove("hub:qa@paper") == ["hub:qa@paper"]
+    assert addresses(hub) == ["hub:qa@1", "hub:qa@2"]
+    with pytest.raises(UnknownNameError, match="no version 'paper'"):
+        hub.remove("qa@paper")
+    assert hub.push(new, tag="paper").address == "hub:qa@2"
+    assert hub.find("qa@paper").address == "hub:qa@2"
+    assert hub.verify() == {"hub:qa@1": "", "hub:qa@2": ""}
+
+
+def test_mistakes_of_a_program_are_not_the_hubs(hub: Hub, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "one")
+    assert hub.push(folder, name=None, tag=None).address == "hub:qa@1"
+    wrong: Any = 3
+    with pytest.raises(mg.ModgraftError, match="3 cannot be a module's tag"):
+        hub.push(folder, tag=wrong)
+    with pytest.raises(AttributeError, match="oops"), reached("hub"):
+        raise AttributeError("oops")
+    with pytest.raises(mg.ModgraftError, match=r"^reference://x lacks a part"):
+        Hub("reference://x")
+    with pytest.raises(UnknownNameError) as refused:
+        hub.find("qa@01")
+    assert "removed" not in str(refused.value)

@@ -151,7 +151,7 @@ def test_another_model_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "method", "at", "words"),
     [
-        ("bert", mg.Adapter(reduction=4), "output", "is a Adapter, which PEFT's format has no"),
+        ("bert", mg.Adapter(reduction=4), "output", "is an Adapter, which PEFT's format has no"),
         ("t5", mg.Prefix(length=2), None, "leaves the text its positions, and PEFT"),
         ("bert", mg.Shared(mg.LoRA(rank=2)), "query", "is a Shared, which PEFT's format has no"),
         ("gpt2", mg.Rescale(where="input"), "query", "scales the input of a part"),

@@ -135,11 +135,20 @@ def named_host(folder: Path) -> str:
     """Return the model that a folder says it is for.
 
     Raises:
+        MissingFileError: where there is no such folder.
+        CheckpointError: for a folder without a module.
         ModgraftError: where it says none.
     """
-    from modgraft.core.errors import ModgraftError
+    from modgraft.core.errors import CheckpointError, MissingFileError, ModgraftError
     from modgraft.core.files import read_json
-    from modgraft.store.folder import FILE, native
+    from modgraft.store.folder import FILE, found_in, native
+
+    if not folder.is_dir():
+        remedy = "Give the folder that host.save, PEFT or AdapterHub wrote"
+        raise MissingFileError("there is no such folder", file=folder, remedy=remedy)
+    if not (folder / FILE).exists() and found_in(folder) is None:
+        more = ": a model is there, and convert writes modules" * (folder / "config.json").is_file()
+        raise CheckpointError(f"there is no module in {folder}{more}")
 
     name: Any = None
     if (folder / FILE).exists():

@@ -117,7 +117,7 @@ def pull(
         raise typer.BadParameter("give ADDRESS [FOLDER], or --lock FILE [FOLDER]")
     if lock is not None:
         into, named = Path(address or "."), None if where is None else opened(where)
-        modules = Lock.read(lock).found(lock.parent, named)
+        modules = Lock.read(lock).found(named)
         pulled = [(it, into / name) for name, it in modules.items()]
     else:
         it = found(address or "", opened(where))
@@ -159,7 +159,7 @@ def lock(
     if wrong := next((name for name, _, address in pairs if not address), None):
         raise typer.BadParameter(f"--module {wrong}: write NAME=ADDRESS, as fr=hf:me/fr-lora")
     addresses = {name: as_address(text) for name, _, text in pairs}
-    made = locks.lock(composition, addresses, file.parent, opened(where))
+    made = locks.lock(composition, addresses, hub=opened(where)).in_folder(file.parent)
     made.write(file)
     rows = [f"  {m.name}: {m.address}  {m.sha256[:12]}" for m in made.modules]
     text = "\n".join([f"{file}: {composition}", *rows])
@@ -223,24 +223,29 @@ def rename(
 
 @hub.command("remove", rich_help_panel=_CHANGE)
 def remove(
-    name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="On the hub.")],
+    name: Annotated[str, typer.Argument(metavar="NAME[@VERSION|@TAG]", help="On the hub.")],
     where: Where = None,
     yes: Yes = False,
     dry_run: Dry = False,
 ) -> None:
     """Remove NAME@VERSION, or every version of NAME; their numbers are not given again.
 
+    Of NAME@TAG the tag alone is removed, so that another version may have it.
+
     [bold]Examples[/bold]
 
       modgraft hub remove qa@1
 
+      modgraft hub remove qa@paper
+
       modgraft hub remove qa --yes
     """
     place = opened(where)
-    gone = place.versions(name)
+    stays, gone = place.versions(name), place.remove(name, dry_run=True)
+    more = "" if gone == stays else f", a tag; {stays[0]} stays"
     if dry_run:
-        typer.echo(f"would be removed: {', '.join(gone)}")
+        typer.echo(f"would be removed: {', '.join(gone)}{more}")
         return
-    if not yes:
+    if not yes and not more:
         typer.confirm(f"Remove {', '.join(gone)} from {place.address}, for good?", abort=True)
-    typer.echo(f"removed: {', '.join(place.remove(name))}")
+    typer.echo(f"removed: {', '.join(place.remove(name))}{more}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,7 +92,8 @@ def merge(
         raise ModgraftError(f"{out} is among what is merged; write to another folder")
     numbers = None if weights is None else [_number(text) for text in weights.split(",")]
     if not as_json:
-        typer.echo(f"{len(paths)} {kind}, {method}", err=True)
+        what = kind if len(paths) > 1 else kind[:-1]
+        typer.echo(f"{len(paths)} {what}, {method}", err=True)
     if kind == "checkpoints":
         if rank is not None or into_model or heads is not None:
             raise ModgraftError(
@@ -197,7 +198,7 @@ def _peers(folder: Path) -> str | None:
 
 @contextmanager
 def shown_progress(what: str, hidden: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar in a ``with`` block; gives the function that moves it."""
+    """Show a bar in a ``with`` block once it is moved; gives the function that moves it."""
     from rich.progress import (
         BarColumn,
         Progress,
@@ -207,9 +208,16 @@ def shown_progress(what: str, hidden: bool) -> Iterator[Callable[[int, int], Non
     )
 
     columns = TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, every: bar.update(task, completed=done, total=every)
+    bar = Progress(*columns, console=Console(stderr=True), disable=hidden)
+    task = bar.add_task(what, total=None)
+    with ExitStack() as shown:
+
+        def move(done: int, every: int) -> None:
+            if not bar.live.is_started and not hidden:
+                shown.enter_context(bar)
+            bar.update(task, completed=done, total=every)
+
+        yield move
 
 
 _APART = {

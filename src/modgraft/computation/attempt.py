@@ -15,7 +15,7 @@ from modgraft.computation.base import Computation, TokenComposition
 from modgraft.computation.prompts import SoftPrompt
 from modgraft.core.context import EXAMPLE, Side
 from modgraft.core.embeddings import token_width
-from modgraft.core.errors import ModgraftError, SideError
+from modgraft.core.errors import ModgraftError, SideError, an
 from modgraft.core.sites import Site
 
 
@@ -84,7 +84,9 @@ class Attempt(TokenComposition):
             ModgraftError: with the remedy.
         """
         for name, method in members:
-            what = f"Attempt(over={list(self.over)}): {name!r} is a {type(method).__name__}, which "
+            what = (
+                f"Attempt(over={list(self.over)}): {name!r} is {an(type(method).__name__)}, which "
+            )
             if not isinstance(method, TokenComposition):
                 raise ModgraftError(
                     f"{what}puts no tokens before the input; mg.Mixture([…]) is over such modules"

@@ -12,6 +12,11 @@ from functools import partial
 from pathlib import Path
 
 
+def an(noun: str) -> str:
+    """Return a class's name with its article: ``an Adapter``, ``a LoRA``."""
+    return f"{'an' if noun[:1] in 'AEIOaeio' else 'a'} {noun}"
+
+
 class ModgraftError(ValueError):
     """Base of every error modgraft raises on purpose."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modgraft.computation.base import Computation
 from modgraft.core import expression as ex
 from modgraft.core.context import Context
-from modgraft.core.errors import CompositionError, ModgraftError, UnknownNameError
+from modgraft.core.errors import CompositionError, ModgraftError, UnknownNameError, an
 from modgraft.core.parse import parse
 from modgraft.core.sites import Site
 from modgraft.engine.guard import STATISTICS, is_frozen, kept_buffers, parts_of
@@ -93,7 +93,9 @@ class Implant(nn.Module, ex.Composable):
             ModgraftError: for a module that is no mixture.
         """
         if not isinstance(self.method, Mixture) or self.method.router is None:
-            raise ModgraftError(f"{self.name!r} is a {type(self.method).__name__}; no router in it")
+            raise ModgraftError(
+                f"{self.name!r} is {an(type(self.method).__name__)}; no router in it"
+            )
         places, paths = list(self.places), self.paths
         if self.method.level != "token":  # one choice for the whole network
             places, paths = places[:1], ("",)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from modgraft.computation.hypernetwork import HyperNetwork
-from modgraft.core.errors import ModgraftError, UnknownNameError
+from modgraft.core.errors import ModgraftError, UnknownNameError, an
 from modgraft.host.host import Host
 
 
@@ -38,7 +38,7 @@ def add_task(host: Host, name: str, task: str, like: str | None = None) -> nn.Pa
     method, call = implant.method, f"add_task(host, {name!r}, {task!r})"
     if not isinstance(method, HyperNetwork):
         raise ModgraftError(
-            f"{call}: {name!r} is a {type(method).__name__}, which has no tasks; "
+            f"{call}: {name!r} is {an(type(method).__name__)}, which has no tasks; "
             f"mg.HyperNetwork({method!r}, tasks=({task!r},)) has"
         )
     if not isinstance(task, str) or not task:

@@ -26,7 +26,7 @@ from modgraft.computation.base import (
 from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
-from modgraft.core.errors import ModgraftError, UndividedError
+from modgraft.core.errors import ModgraftError, UndividedError, an
 from modgraft.core.expression import module_of
 from modgraft.core.files import folder_path, writing
 from modgraft.core.layers import STATE
@@ -520,11 +520,11 @@ class Host(AsModel):
     def _placed(self, sides: Mapping[str, Side]) -> dict[str, Side]:
         if not isinstance(sides, Mapping):
             wanted = "{'image': mg.Side(tensor, mask)}, by the name that a module reads"
-            raise ModgraftError(f"side is a {type(sides).__name__}; write side={wanted}")
+            raise ModgraftError(f"side is {an(type(sides).__name__)}; write side={wanted}")
         for name, side in sides.items():
             if not isinstance(side, Side):
                 raise ModgraftError(
-                    f"side input {name!r} is a {type(side).__name__}; write mg.Side(tensor, mask)"
+                    f"side input {name!r} is {an(type(side).__name__)}; write mg.Side(tensor, mask)"
                 )
         device = device_of(self.model) if sides else None
         return {n: s if s.tensor.device == device else s.to(device) for n, s in sides.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from modgraft.core.context import Side
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, an
 
 #: what a loader yields: named tensors, `modgraft.Side`s, a list of ids
 Batch = Mapping[str, Any]
@@ -126,7 +126,7 @@ class Stream:
     ) -> None:
         if isinstance(loader, Iterator):
             raise ModgraftError(
-                f"the loader is a {type(loader).__name__}, which can be read only once; give a "
+                f"the loader is {an(type(loader).__name__)}, which can be read only once; give a "
                 "DataLoader, a list of batches or an object whose __iter__ starts anew"
             )
         self.loader, self.seed, self.rank, self.world, self.pad = loader, seed, rank, world, pad
@@ -169,8 +169,8 @@ class Stream:
         for i, batch in enumerate(batches, start):
             if not isinstance(batch, Mapping):
                 raise ModgraftError(
-                    f"batch {i} of epoch {epoch} is a {type(batch).__name__}; fit needs a dict of "
-                    "forward's arguments, such as modgraft's collate returns"
+                    f"batch {i} of epoch {epoch} is {an(type(batch).__name__)}; fit needs a dict "
+                    "of forward's arguments, such as modgraft's collate returns"
                 )
             yield batch
 

@@ -160,6 +160,10 @@ def test_isotropic_levels_the_singular_values() -> None:
     deltas = random(7, 5)
     u, sigma, vh = torch.linalg.svd(torch.stack(deltas).sum(0), full_matrices=False)
     close(merged("isotropic", deltas), sigma.mean() * u @ vh)
+    some = [dense(each) for each in low_rank(7, 5, 1, 2)]  # the mean is over 3, and not over 5
+    sigma = torch.linalg.svdvals(sum(some, torch.zeros(7, 5, dtype=torch.float64)))
+    found = torch.linalg.svdvals(torch.as_tensor(merged("isotropic", some)))
+    close(found, torch.cat([sigma[:3].sum().expand(3) / 3, torch.zeros(2)]))
 
 
 def test_tsv_keeps_what_does_not_interfere() -> None:

@@ -82,7 +82,7 @@ def _is_part(path: str) -> bool:
 
 def checked(word: str, what: str) -> str:
     """Refuse a name or a tag that cannot be one, such as a path."""
-    if not WORD.fullmatch(word):
+    if not isinstance(word, str) or not WORD.fullmatch(word):
         raise ModgraftError(
             f"{word!r:.80} cannot be a module's {what} on a hub: letters, digits and '_.+-', a "
             f"letter or digit first"

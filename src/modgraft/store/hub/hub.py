@@ -131,7 +131,7 @@ class Hub:
         module, _, version = name.removeprefix("hub:").partition("@")
         if not (have := there.meant(module)):
             raise UnknownNameError.among(f"module on the hub {self.address}", module, there.names())
-        once = version.isdecimal() and int(version) in there.given.get(module, ())
+        once = version in map(str, there.given.get(module, ()))
         tags = [tag for name, tag in sorted(there.tags) if name == module]
         raise UnknownNameError(
             f"{module!r} has no version {version!r} on the hub {self.address}"
@@ -200,14 +200,19 @@ class Hub:
     # -- changing ---------------------------------------------------------------------------------
 
     def push(
-        self, folder: str | Path, name: str = "", tag: str = "", *, dry_run: bool = False
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        tag: str | None = None,
+        *,
+        dry_run: bool = False,
     ) -> Listed:
         """Add the module in a folder as a version of ``name``, unless its hash is there already.
 
         Args:
             folder: the module's.
-            name: what to call it here; "": as the module is called.
-            tag: what else to call this version.
+            name: what to call it here; None or "": as the module is called.
+            tag: what else to call this version; None or "": nothing.
             dry_run: whether to write nothing, and only to return what would be there.
 
         Raises:
@@ -227,7 +232,7 @@ class Hub:
                 f"{folder} holds {', '.join(card.names)}; say what they are called together: "
                 f"hub.push({str(folder)!r}, 'NAME'), modgraft hub push {folder} NAME"
             )
-        name = checked(name or card.names[-1], "name")
+        name, tag = checked(name or card.names[-1], "name"), tag or ""
         if tag and checked(tag, "tag").isdecimal():
             raise ModgraftError(f"the tag {tag!r} is a number, which the hub gives: leave it out")
         size = (folder / FILE).stat().st_size
@@ -261,8 +266,10 @@ class Hub:
             same = [row for row in same if row.address in named]
             if not same:
                 raise ModgraftError(
-                    f"{new.name}@{tag} is on the hub with another hash, and a version never "
-                    f"changes: choose another tag, or remove that one"
+                    f"{new.name}@{tag} is on the hub with another hash, as {named[0]}: "
+                    f"choose another tag, or move this one: hub.remove('{new.name}@{tag}') or "
+                    f"`modgraft hub remove {new.name}@{tag}` takes the tag alone away; then push "
+                    f"again"
                 )
         return same[-1] if same else replace(new, version=str(there.next_number(new.name)))
 
@@ -316,18 +323,32 @@ class Hub:
         """
         return self._meant(self._contents(), name)
 
-    def remove(self, name: str) -> list[str]:
-        """Remove ``NAME@VERSION``, or every version of ``NAME``, and return their addresses.
+    def remove(self, name: str, *, dry_run: bool = False) -> list[str]:
+        """Remove ``NAME@VERSION``, every version of ``NAME``, or of ``NAME@TAG`` the tag alone.
 
-        Their numbers are not given again, so that nothing that names them means another module.
+        The number of a version is not given again, so that nothing that names it means another
+        module. A tag that was removed may be given again, to another version: so it is moved.
+
+        Args:
+            name: what is removed.
+            dry_run: whether to remove nothing.
+
+        Returns:
+            The addresses that mean nothing afterwards: of versions, or ``hub:NAME@TAG``.
 
         Raises:
             UnknownNameError: if there is none.
         """
-        self.versions(name)
+        gone = self._removed(self._contents(), name)
+        if dry_run:
+            return gone
         with self._alone():
             there = self._contents()
-            gone = self._meant(there, name)
+            gone = self._removed(there, name)
+            if self._is_tag(there, name):
+                self._given.drop(*gone[0].removeprefix("hub:").split("@"))
+                self._contents()
+                return gone
             hashes = {row.address: row.card.sha256 for row in there.rows}
             for address in gone:
                 module, _, version = address.removeprefix("hub:").partition("@")
@@ -343,6 +364,14 @@ class Hub:
                 self._system.rm(left, recursive=True)
             self._contents()
         return gone
+
+    def _removed(self, there: Contents, name: str) -> list[str]:
+        """Return the addresses that mean nothing once ``name`` is removed."""
+        meant = self._meant(there, name)
+        return [f"hub:{name.removeprefix('hub:')}"] if self._is_tag(there, name) else meant
+
+    def _is_tag(self, there: Contents, name: str) -> bool:
+        return tuple(name.removeprefix("hub:").split("@")) in there.tags
 
     def rename(self, name: str, new: str) -> None:
         """Give a module with all its versions another name; its numbers and tags stay.

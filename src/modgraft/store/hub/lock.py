@@ -5,8 +5,8 @@
      "modules": [{"name": "qa", "asked": "hub:qa", "address": "hub:qa@2", "sha256": "9f2c…"}, …]}
 
 ``asked`` is what the address was found from, and an update asks again. ``hub`` is there where
-``hub:`` means another hub than your own: a URL, or a folder from which a relative path starts at
-the lock file.
+``hub:`` means another hub than your own: a URL, or a folder. Relative paths in the file start from
+the folder that it is in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.expression import module_of
@@ -48,7 +48,7 @@ class Locked(BaseModel):
     sha256: str
 
     def found(self, base: Path, hub: Hub | None = None) -> Found:
-        """Return exactly this module.
+        """Return exactly this module; relative paths start from ``base``.
 
         Raises:
             CheckpointError: for another one at its address.
@@ -79,31 +79,59 @@ class Lock(BaseModel):
     composition: str
     hub: str | None = None
     modules: list[Locked]
+    _base: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @property
+    def base(self) -> Path:
+        """The folder from which relative paths in it start."""
+        return self._base
 
     def write(self, path: str | Path) -> None:
-        """Write the lock file, whole or not at all."""
-        with writing(Path(path)):
-            write_json(path, {"format": self.format, **self.model_dump(exclude_defaults=True)})
+        """Write the lock file, whole or not at all; relative paths start from its folder then."""
+        path = Path(path)
+        said = self.in_folder(path.parent).model_dump(exclude_defaults=True)
+        with writing(path):
+            write_json(path, {"format": self.format, **said})
 
-    def hub_from(self, base: Path) -> Hub | None:
-        """Return the hub that it names, of a lock file in the folder ``base``."""
+    def in_folder(self, folder: Path) -> Lock:
+        """Return it as a file in a folder says it: relative paths start from there."""
+        old, new = self._base.resolve(), folder.resolve()
+
+        def moved(place: str) -> str:
+            if old == new or is_address(place) or Path(place).is_absolute():
+                return place
+            return written(Path(os.path.relpath(old / place, new)))
+
+        modules = [
+            Locked(name=m.name, asked=moved(m.asked), address=moved(m.address), sha256=m.sha256)
+            for m in self.modules
+        ]
+        hub = None if self.hub is None else moved(self.hub)
+        return Lock(composition=self.composition, hub=hub, modules=modules).starting(new)
+
+    def starting(self, base: Path) -> Lock:
+        """Let relative paths start from ``base``; return this lock."""
+        self._base = base.absolute()
+        return self
+
+    def named_hub(self) -> Hub | None:
+        """Return the hub that it names."""
         if self.hub is None:
             return None
-        return Hub(self.hub if is_address(self.hub) else base / self.hub)
+        return Hub(self.hub if is_address(self.hub) else self._base / self.hub)
 
-    def found(self, base: Path, hub: Hub | None = None) -> dict[str, Found]:
+    def found(self, hub: Hub | None = None) -> dict[str, Found]:
         """Return exactly its modules, by name.
 
         Args:
-            base: the folder of the lock file.
             hub: what ``hub:`` means; None: the hub that it names, else yours.
 
         Raises:
             CheckpointError: for another module at one of its addresses.
             ModgraftError: for what cannot be fetched.
         """
-        hub = hub or self.hub_from(base)
-        return {module.name: module.found(base, hub) for module in self.modules}
+        hub = hub or self.named_hub()
+        return {module.name: module.found(self._base, hub) for module in self.modules}
 
     @classmethod
     def read(cls, path: str | Path) -> Lock:
@@ -132,14 +160,14 @@ class Lock(BaseModel):
                 f"{path}: the composition {lock.composition!r} is not one of the modules "
                 f"{', '.join(names)}; lock it anew"
             )
-        return lock
+        return lock.starting(path.parent)
 
 
 def lock(
     composition: str,
     addresses: Mapping[str, str | Path] | None = None,
     base: str | Path = "",
-    hub: Hub | None = None,
+    hub: Hub | str | Path | None = None,
 ) -> Lock:
     """Find the modules that a composition names; ``.write(file)`` writes the lock file.
 
@@ -149,8 +177,10 @@ def lock(
     Args:
         composition: it.
         addresses: of modules by name; of one that is not here, ``hub:NAME``.
-        base: the folder that the lock file is to be in, from which paths in it start.
-        hub: what ``hub:`` means; None: your hub. Another one is named in the lock file.
+        base: the folder from which relative paths in ``addresses`` start; left out, the current
+            one. Wherever the lock file is written, its paths lead from there to the same folders.
+        hub: what ``hub:`` means, a hub or its address; None: your hub. Another one is named in the
+            lock file.
 
     Returns:
         What the lock file is to say.
@@ -160,6 +190,8 @@ def lock(
         ModgraftError: for an address whose module is not in the composition, or several in one.
     """
     composition, addresses, base = str(composition), addresses or {}, Path(base)
+    if hub is not None and not isinstance(hub, Hub):
+        hub = Hub(hub)
     names = names_in(composition)
     if unused := addresses.keys() - set(names):
         raise ModgraftError(f"{', '.join(sorted(unused))} is not in {composition!r}; leave it out")
@@ -174,11 +206,11 @@ def lock(
             )
         modules.append(Locked(name=name, asked=asked, address=found.address, sha256=found.sha256))
     where = None if hub is None or hub.yours else _from(base, hub)
-    return Lock(composition=composition, hub=where, modules=modules)
+    return Lock(composition=composition, hub=where, modules=modules).starting(base)
 
 
 def _from(base: Path, hub: Hub) -> str:
-    """Return how a lock file in ``base`` names a hub: as it was named, if that is not relative."""
+    """Return a hub's address, from ``base`` where it is a relative path."""
     if is_address(hub.address) or Path(hub.address).is_absolute():
         return hub.address
     return os.path.relpath(hub.address, base)
@@ -193,7 +225,7 @@ def load(host: HostLike, path: Path, strict: bool, active: bool) -> list[Implant
     """
     lock, before = Lock.read(path), host.composition
     made: list[Implant] = []
-    found = lock.found(path.parent)
+    found = lock.found()
     try:
         for name, each in found.items():
             made += load_folder(host, stored(each.folder, host.model), name, strict, active=False)

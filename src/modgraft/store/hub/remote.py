@@ -42,7 +42,10 @@ def filesystem(address: str) -> tuple[AbstractFileSystem, str]:
     from fsspec.core import url_to_fs
 
     with reached(address):
-        system, root = url_to_fs(address)
+        try:
+            system, root = url_to_fs(address)
+        except TypeError as error:  # a part that the protocol needs, such as ftp's machine
+            raise ModgraftError(f"{address} lacks a part: {error}; see its protocol") from error
         return system, root.rstrip("/")
 
 
@@ -56,8 +59,8 @@ def reached(address: str) -> Iterator[None]:
     """Say what could not be reached, and what to do, instead of what a library says."""
     try:
         yield
-    except ModgraftError:
-        raise
+    except (ModgraftError, AttributeError, NameError, TypeError, AssertionError):
+        raise  # ours, or a mistake in a program, which is no matter of the address
     except ImportError as error:  # fsspec's, of the package that a protocol needs
         raise ModgraftError(f"{address} cannot be opened: {error}") from error
     except FileNotFoundError as error:

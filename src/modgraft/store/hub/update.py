@@ -57,7 +57,7 @@ def update(path: str | Path, hub: Hub | None = None, dry_run: bool = False) -> l
 
 def _of_lock(path: Path, hub: Hub | None, dry_run: bool) -> list[Update]:
     old, base = Lock.read(path), path.parent
-    was_at = old.hub_from(base)
+    was_at = old.named_hub()
     hub = hub or was_at
     new = lock(old.composition, {m.name: m.asked for m in old.modules}, base, hub)
     rows = []

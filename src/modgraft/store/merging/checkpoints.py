@@ -19,6 +19,7 @@ from modgraft.store.merging.alike import check_alike
 from modgraft.store.merging.soup import greedy
 from modgraft.store.merging.streamed import RECORD, Merging, Progress
 from modgraft.store.merging.table import METHODS, SOUP, Asked, asked
+from modgraft.store.merging.vocabularies import check_vocabularies
 from modgraft.store.merging.weights import Checkpoint
 
 
@@ -55,7 +56,8 @@ def merge_checkpoints(
 
     Raises:
         CheckpointError: for a folder of pickles, a missing shard, checkpoints of other tensors or
-            shapes, a disk that is full. There is no ``out`` then.
+            shapes, tokenizers that have another word for an id, a disk that is full. There is no
+            ``out`` then.
         ModgraftError: for an unknown method or option, or a missing base.
     """
     target = folder_path(out, "merge_checkpoints")
@@ -114,6 +116,7 @@ def _opened(paths: Sequence[Path], opened: ExitStack) -> list[Checkpoint]:
         raise ModgraftError(f"{twice[0]} is named twice; say weights= in place of that")
     several = [opened.enter_context(closing(Checkpoint(path))) for path in paths]
     check_alike(several)
+    check_vocabularies(paths)
     return several
 
 

@@ -111,7 +111,8 @@ def isotropic(these: Deltas, *, scale: Number = 1.0) -> Iterator[Change]:
     """Δ = λ·σ̄·U Vᵀ, with U Σ Vᵀ = Σᵢ wᵢ·Δᵢ and σ̄ the mean of its singular values.
 
     Iso-C (Marczak et al. 2025, arXiv:2502.04959): every direction of the sum is as strong as any
-    other. The mean is that over the directions that the sum has, its rank.
+    other. The mean is over the r singular values of a sum of rank r, and not over the zeros
+    beside them, whose directions are arbitrary.
     """
     for deltas in these:
         u, sigma, vh = svd(total(deltas, these.weights))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modgraft.computation.base import Computation
 from modgraft.computation.sparse import SparseDelta, SparseSubnetwork
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, an
 from modgraft.core.layers import weight_matrix
 from modgraft.core.sites import find
 from modgraft.engine.implant import moving_buffers
@@ -217,7 +217,7 @@ def _places(host: HostLike, name: str, kind: type[Method]) -> dict[str, Method]:
     }  # a place without parameters uses those of another
     if not places:
         raise ModgraftError(
-            f"{name!r} is a {type(implant.method).__name__}; this trains a {kind.__name__}: "
+            f"{name!r} is {an(type(implant.method).__name__)}; this trains a {kind.__name__}: "
             f"host.implant('m', mg.{kind.__name__}(), at='query')"
         )
     return places

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from modgraft.computation.prefix import Prefix
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, an
 from modgraft.engine.implant import Implant
 from modgraft.engine.inputs.prefix_attention import observed
 from modgraft.training.host_like import HostLike
@@ -81,5 +81,5 @@ def _places(host: HostLike, name: str) -> list[Prefix]:
     places = [place for place in host[name].places if isinstance(place, Prefix)]
     if not places:
         kind = type(host[name].method).__name__
-        raise ModgraftError(f"{name!r} is a {kind}; this is for mg.Prefix(length=…)")
+        raise ModgraftError(f"{name!r} is {an(kind)}; this is for mg.Prefix(length=…)")
     return places

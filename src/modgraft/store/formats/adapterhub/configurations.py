@@ -18,7 +18,7 @@ from modgraft.computation.invertible_adapter import InvertibleAdapter
 from modgraft.computation.lora import LoRA
 from modgraft.computation.prefix import Prefix
 from modgraft.computation.rescale import Rescale
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, an
 from modgraft.engine.implant import Implant
 from modgraft.store.formats.adapterhub import bottlenecks, prefixes, weights
 from modgraft.store.formats.adapterhub.layout import Module
@@ -131,8 +131,9 @@ def _tries(implant: Implant) -> Iterable[dict[str, Any]]:
         case Prefix():
             return prefixes.tries(name, method)
     raise ModgraftError(
-        f"{name!r} is a {type(method).__name__}, which is not written as an adapter of AdapterHub; "
-        f"Adapter, ParallelAdapter, Compacter, InvertibleAdapter, LoRA, Rescale and Prefix are"
+        f"{name!r} is {an(type(method).__name__)}, which is not written as an adapter of "
+        f"AdapterHub; Adapter, ParallelAdapter, Compacter, InvertibleAdapter, LoRA, Rescale and "
+        f"Prefix are"
     )
 
 

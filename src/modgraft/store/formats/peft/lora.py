@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.lora import LoRA
+from modgraft.core.errors import an
 from modgraft.core.layers import (
     CONVOLUTIONS,
     WEIGHTED,
@@ -122,8 +123,8 @@ class _Reader:
         layer, folder = self.folder.modules[path], self.folder
         if not isinstance(layer, WEIGHTED):
             folder.refuse(
-                f"{path} is a {type(layer).__name__}, which PEFT changes in a way of its own; LoRA "
-                f"is read at linear layers, embeddings, convolutions and target_parameters"
+                f"{path} is {an(type(layer).__name__)}, which PEFT changes in a way of its own; "
+                f"LoRA is read at linear layers, embeddings, convolutions and target_parameters"
             )
         label, start = folder.label(path), PREFIX + path
         if isinstance(layer, nn.Embedding):

@@ -16,7 +16,7 @@ from modgraft.computation.prompts import SoftPrompt
 from modgraft.computation.rescale import Rescale
 from modgraft.computation.trainable_tokens import TrainableTokens
 from modgraft.computation.vera import VeRA
-from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.errors import CheckpointError, ModgraftError, an
 from modgraft.core.files import locked, write_json
 from modgraft.core.layers import LINEAR
 from modgraft.core.sites import Site, located
@@ -64,7 +64,7 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
     if kind in _BEFORE_INPUT and task is None:
         raise ModgraftError(
             f"PEFT puts prompts and prefixes before the input of models for {', '.join(_TASKS)}, "
-            f"and this host is a {type(model).__name__}"
+            f"and this host is {an(type(model).__name__)}"
         )
     beside = sorted({n for i in implants.values() for n in i.beside} | learning_parts(model))
     saved = _saved_beside(kind, written, beside, heads, model)
@@ -165,7 +165,7 @@ def _written(
         case Prefix():
             return "PREFIX_TUNING", prompts.write_prefix(name, method, sites, model)
     raise ModgraftError(
-        f"{name!r} is a {type(method).__name__}, which PEFT's format has no place for; "
+        f"{name!r} is {an(type(method).__name__)}, which PEFT's format has no place for; "
         f"save it without format='peft'"
     )
 
