@@ -109,12 +109,14 @@ class Module:
         method: the computation.
         sites: the labels of its sites.
         ties: its tensors.
+        left_out: the paths of theirs where it would stand too, in layers that it leaves out.
     """
 
     kind: str
     method: Computation
     sites: Sequence[str]
     ties: Sequence[Tie]
+    left_out: Sequence[str] = ()
 
 
 def type_of(model: nn.Module) -> str:
