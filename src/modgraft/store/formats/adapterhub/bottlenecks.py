@@ -40,6 +40,13 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
         ModgraftError: for what is set and not computed here.
     """
     known = {k: v for k, v in config.items() if k != "architecture"}
+    if isinstance(factors := known.get("reduction_factor"), dict):
+        if "default" not in factors or any(f != factors["default"] for f in factors.values()):
+            raise ModgraftError(
+                f"reduction_factor={factors!r:.80}: layers with widths of their own are not "
+                f"computed here (only one factor for all is)"
+            )
+        known["reduction_factor"] = factors["default"]
     use = {*LOCATIONS, "reduction_factor", "non_linearity", "is_parallel"}
     use |= {"original_ln_before", "scaling", "phm_layer", "phm_dim", "phm_rank", "shared_phm_rule"}
     coupled = known.get("inv_adapter") == "nice"

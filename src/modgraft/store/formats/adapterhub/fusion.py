@@ -86,7 +86,7 @@ def read(folder: Path, model: nn.Module) -> Stored:
         head.beside,
         [check for member in members for check in member.verify],
         names=[fused.name],
-        versions={"adapters": of["version"]},
+        versions={"adapters": of["version"] or "unknown"},
     )
 
 

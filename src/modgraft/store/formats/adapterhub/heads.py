@@ -18,8 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.store.file import TensorFile, read_json
-from modgraft.store.formats.adapterhub.layout import HEAD, HEAD_TENSORS, kind_of, prefix, type_of
+from modgraft.store.file import TensorFile
+from modgraft.store.formats.adapterhub.layout import (
+    HEAD,
+    HEAD_TENSORS,
+    content,
+    kind_of,
+    prefix,
+    type_of,
+)
 from modgraft.store.formats.found import Waiting
 
 
@@ -148,11 +155,10 @@ def read(folder: Path, model: nn.Module) -> Head:
     if not (folder / HEAD).exists():
         return Head()
     path, here = folder / HEAD, type(model).__name__
-    try:
-        said = dict(read_json(path.read_bytes()))
-        config, of, name = said["config"], str(said["model_class"]), said.get("name")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} is not a head's ({error!r:.200})") from error
+    said = content(path, "a head's")
+    if not said.keys() >= {"config", "model_class"}:
+        raise CheckpointError(f"{path} is not a head's: it says no config and model_class")
+    config, of, name = said["config"], str(said["model_class"]), said.get("name")
     flexible = of.endswith(("AdapterModel", "ModelWithHeads"))
     whole = config is None and of == here
     if not (flexible and isinstance(config, dict)) and not whole:
