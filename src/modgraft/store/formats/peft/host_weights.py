@@ -125,8 +125,8 @@ class HostWeights:
                 }
                 if len(both) == 2:
                     self.folder.refuse(
-                        f"{' and '.join(sorted(both))} were trained apart (modules_to_save), and "
-                        f"in this host they are the same weight; {_untied(min(both - {name}))}"
+                        f"{' and '.join(sorted(both))} are two weights in the file, and in "
+                        f"this host they are the same weight; {_untied(min(both - {name}))}"
                     )
                 self.folder.refuse(
                     f"{key} is another one than {name} of this host, which it cannot replace: "
