@@ -467,6 +467,18 @@ def test_layers_left_out_are_said_so(tmp_path: Path) -> None:
     assert again.load(tmp_path).paths == host["m"].paths
 
 
+def test_prefixes_of_a_decoder_alone_are_written(tmp_path: Path) -> None:
+    host = mg.Host(model("bart"))
+    host.implant("m_self", mg.Prefix(length=2, reparametrise=3), at="model.decoder.*.self_attn")
+    host.implant("m_cross", mg.Prefix(length=2, reparametrise=3), at="cross_attention")
+    host.save(["m_self", "m_cross"], tmp_path, format="adapterhub")
+    config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))["config"]
+    assert (config["encoder_prefix"], config["leave_out"]) == (False, [])
+    again = mg.Host(model("bart"))
+    again.load(tmp_path)
+    assert torch.equal(computed(again, "bart"), computed(host, "bart"))
+
+
 @pytest.mark.parametrize(
     ("module", "at"),
     [

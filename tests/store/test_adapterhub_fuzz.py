@@ -42,7 +42,7 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
-MEANT = {"alpha", "scaling", "non_linearity", "original_ln_before"}
+MEANT = {"alpha", "scaling", "non_linearity", "original_ln_before", "version"}
 """What gives another function of the same tensors, as the file now says."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,64 @@ def test_a_lora_of_a_tied_embedding_names_the_option(tmp_path: Path) -> None:
     peft.get_peft_model(llama(tied=True), config).save_pretrained(tmp_path / "a")  # type: ignore[arg-type]
     with pytest.raises(mg.ModgraftError, match="ensure_weight_tying gives lm_head what the embed"):
         mg.Host(llama(tied=True)).load(tmp_path / "a")
+
+
+def copied(tmp_path: Path, *whole: str) -> tuple[Path, Tensor]:
+    """Return PEFT's folder of copies that trained in a tied model, and PEFT's logits."""
+    llama(tied=True).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[*whole])
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model: Any = peft.get_peft_model(base, config).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+        logits = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs", logits
+
+
+def test_a_host_that_is_untied_as_advised_gives_pefts_logits(tmp_path: Path) -> None:
+    folder, logits = copied(tmp_path, "embed_tokens")
+    model: Any = llama(tied=True)
+    with pytest.raises(mg.ModgraftError) as refused:
+        mg.Host(model).load(folder)
+    advice = str(refused.value).partition("before it is a host: ")[2]
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()  # type: ignore[no-untyped-call]
+    assert advice == (
+        "model.lm_head = copy.deepcopy(model.lm_head); model.config.tie_word_embeddings = False"
+    )
+    model.lm_head = copy.deepcopy(model.lm_head)
+    model.config.tie_word_embeddings = False
+    host = mg.Host(model)
+    host.load(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(host(input_ids=IDS).logits, logits)
+
+
+def test_a_random_head_in_place_of_a_tied_one_is_refused(tmp_path: Path) -> None:
+    folder, _ = copied(tmp_path, "embed_tokens")
+    model: Any = LlamaForCausalLM.from_pretrained(tmp_path / "base", tie_word_embeddings=False)
+    host = mg.Host(model.eval())
+    with pytest.raises(mg.ModgraftError, match=r"lm_head\.weight of this host is another"):
+        host.load(folder)
+    assert not host.implants
+
+
+def test_copies_of_both_sides_of_a_tie_name_it(tmp_path: Path) -> None:
+    folder, logits = copied(tmp_path, "embed_tokens", "lm_head")
+    model: Any = llama(tied=True)
+    with pytest.raises(
+        mg.ModgraftError, match=r"are two weights in the file, .* they are the same weight"
+    ):
+        mg.Host(model).load(folder)
+    model = llama(tied=True)
+    model.lm_head = copy.deepcopy(model.lm_head)
+    model.config.tie_word_embeddings = False
+    host = mg.Host(model)
+    host.load(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(host(input_ids=IDS).logits, logits)
 
 
 def test_a_tied_weight_that_trained_is_not_written(tmp_path: Path) -> None:

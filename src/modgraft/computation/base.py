@@ -312,8 +312,14 @@ class TokenComposition(InputComposition):
         """Return a copy built for the host at ``site``.
 
         Raises:
-            ModgraftError: if the host reads no tokens.
+            ModgraftError: if the host reads no tokens, or is inside a wrapper.
         """
+        if site.path:
+            raise SiteError(
+                f"{type(self).__name__} at {site.path}: its tokens go before the input of the whole "
+                f"host, of which that is a part; of a compiled model, say mg.Host(model), and then "
+                f"torch.compile(host)"
+            )
         token_width(site.module)
         return super().at(site)
 

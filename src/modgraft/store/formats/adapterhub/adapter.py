@@ -32,6 +32,7 @@ from modgraft.store.formats.adapterhub.layout import (
     about,
     bare,
 )
+from modgraft.store.formats.adapterhub.older import today
 from modgraft.store.formats.base import module_name
 from modgraft.store.formats.found import Found, Waiting, stored
 from modgraft.store.stored import Stored
@@ -83,13 +84,13 @@ def found(folder: Path, model: nn.Module) -> Adapter:
     """
     _check_files(folder)
     said = about(folder / CONFIG, model)
+    file = TensorFile(folder / TENSORS)
     try:
-        means = modules(said["config"], model, said["name"])
+        means = modules(today(said, file.entries), model, said["name"])
     except ModgraftError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     head = heads.read(folder, model)
     _check_undone(folder, said["model_class"], means, head)
-    file = TensorFile(folder / TENSORS)
     own = {bare(key, model): key for key in file.entries if not _POOL.match(key)}
     _check(file, own, {tie.theirs for module in means for tie in module.ties})
     name = module_name(said["name"], "adapter")
@@ -99,7 +100,7 @@ def found(folder: Path, model: nn.Module) -> Adapter:
         for each, module in zip(names, means, strict=True)
     ]
     again = partial(_check_again, file, own)
-    return Adapter(name, said["version"], means, made, head, [again, head.verify])
+    return Adapter(name, said["version"] or "unknown", means, made, head, [again, head.verify])
 
 
 def _waiting(file: TensorFile, own: Mapping[str, str], module: Module) -> Waiting:
@@ -131,7 +132,7 @@ def _check_files(folder: Path) -> None:
 
 def _check_undone(folder: Path, of: str, means: Sequence[Module], head: heads.Head) -> None:
     """Raise a CheckpointError for an invertible adapter that a head may undo."""
-    undone = of.endswith("AdapterModel") and (head.file is None or head.undoes)
+    undone = of.endswith(("AdapterModel", "ModelWithHeads")) and (head.file is None or head.undoes)
     if undone and any(module.kind == "invertible" for module in means):
         raise CheckpointError(
             f"{folder}: its inv_adapter was trained in a {of}, whose head may "

@@ -40,6 +40,13 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
         ModgraftError: for what is set and not computed here.
     """
     known = {k: v for k, v in config.items() if k != "architecture"}
+    if isinstance(factors := known.get("reduction_factor"), dict):
+        if "default" not in factors or any(f != factors["default"] for f in factors.values()):
+            raise ModgraftError(
+                f"reduction_factor={factors!r:.80}: layers with widths of their own are not "
+                f"computed here (only one factor for all is)"
+            )
+        known["reduction_factor"] = factors["default"]
     use = {*LOCATIONS, "reduction_factor", "non_linearity", "is_parallel"}
     use |= {"original_ln_before", "scaling", "phm_layer", "phm_dim", "phm_rank", "shared_phm_rule"}
     coupled = known.get("inv_adapter") == "nice"
@@ -48,9 +55,9 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
     found = [_invertible(model, c, name)] if coupled else []
     if coupled and not any(c[key] for key in LOCATIONS):
         return found
-    method, stand = _method(c), bottlenecks(model, c)
-    labels = [label for _, label in stand]
-    return [*found, Module("bottleneck", method, labels, _ties(method, stand, name))]
+    method, (stand, left) = _method(c), bottlenecks(model, c)
+    labels, ties = [label for _, label in stand], _ties(method, stand, name)
+    return [*found, Module("bottleneck", method, labels, ties, left)]
 
 
 def _method(c: Mapping[str, Any]) -> Computation:
@@ -102,17 +109,13 @@ def _reads(c: Mapping[str, Any]) -> str:
     return "stream" if c["original_ln_before"] else "output"
 
 
-def bottlenecks(model: nn.Module, c: Mapping[str, Any]) -> Places:
-    """Return where bottlenecks of a configuration stand."""
-    wanted = {key for key in LOCATIONS if c[key]}
-    found = [
-        (theirs, label)
-        for number, theirs, label in places(model, wanted, _reads(c))
-        if number not in c["leave_out"]
-    ]
+def bottlenecks(model: nn.Module, c: Mapping[str, Any]) -> tuple[Places, list[str]]:
+    """Return where bottlenecks of a configuration stand, and the paths of theirs left out."""
+    every = places(model, {key for key in LOCATIONS if c[key]}, _reads(c))
+    found = [(theirs, label) for n, theirs, label in every if n not in c["leave_out"]]
     if not found:
         raise ModgraftError("the configuration has bottlenecks nowhere in this host")
-    return found
+    return found, [theirs for n, theirs, _ in every if n in c["leave_out"]]
 
 
 def _ties(method: Computation, stand: Places, name: str) -> list[Tie]:

@@ -99,7 +99,7 @@ def _said(group: Sequence[Implant], model: nn.Module) -> dict[str, Any]:
     name, own = group[0].name, {label for implant in group for label in implant.paths}
     if any(repr(i.method) != repr(group[0].method) for i in group):
         raise ModgraftError(f"{name!r} and another prefix are unlike, and become one in adapters")
-    why = "its sites are none of theirs"
+    why, fits = "its sites are none of theirs", list[dict[str, Any]]()
     for one in _tries(group[0]):
         try:
             every = _sites(modules(one, model, name))
@@ -107,9 +107,11 @@ def _said(group: Sequence[Implant], model: nn.Module) -> dict[str, Any]:
                 continue
             one["leave_out"] = sorted(_numbers(model, every) - _numbers(model, own))
             if _sites(modules(one, model, name)) == own:
-                return one
+                fits.append(one)
         except ModgraftError as error:
             why = str(error)
+    if fits:  # what a kind of place says need not be said by layers
+        return min(fits, key=lambda one: len(one["leave_out"]))
     raise ModgraftError(
         f"{name!r} cannot be written as an adapter of AdapterHub: {why} "
         f"({', '.join(group[0].paths[:3])}); save it as modgraft's"

@@ -8,8 +8,10 @@ Theirs is y + Σ_j a_j V e_j with e_j the effect of adapter j, and a = softmax_j
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from modgraft.aggregation.representation import Fuse
 from modgraft.computation.adapter import Adapter
 from modgraft.computation.compacter import Compacter
 from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.engine.implant import Implant, check_name
+from modgraft.engine.implant import Implant
 from modgraft.routing.mixture import Mixture
 from modgraft.store.file import TensorFile
 from modgraft.store.formats.adapterhub import adapter
@@ -37,6 +39,7 @@ from modgraft.store.formats.adapterhub.layout import (
     check,
     prefix,
 )
+from modgraft.store.formats.base import module_name
 from modgraft.store.formats.found import Found, Waiting, stored
 from modgraft.store.stored import Stored
 
@@ -57,26 +60,33 @@ def read(folder: Path, model: nn.Module) -> Stored:
     if not isinstance(names, list) or not names or ",".join(map(str, names)) != of["name"]:
         raise CheckpointError(f"{path}: adapter_names={names!r:.80} are not those of its name")
     members = [adapter.found(_folder(folder, name), model) for name in names]
+    called = _called(names)
     head = _head(folder, members)
     try:
         c = check({k: v for k, v in of["config"].items() if k not in _TRAINING}, _KNOWN, {"value"})
         places = _places([member.means for member in members])
     except ModgraftError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    name = "_".join(names)
+    unused = {path: path for path in members[0].means[0].left_out}
+    name = "_".join(called)
     fused = Found(
-        name=f"{name}_fusion" if name in names else name,
-        method=Mixture(names, aggregate=Fuse(value=c["value"], effects=True)),
+        name=f"{name}_fusion" if name in called else name,
+        method=Mixture(called, aggregate=Fuse(value=c["value"], effects=True)),
         sites=list(places),
-        tensors=_waiting(folder, model, _keys(places, of["name"], c["value"])),
+        tensors=_waiting(
+            folder,
+            model,
+            _keys(places, of["name"], c["value"]),
+            _keys(unused, of["name"], c["value"]).keys(),
+        ),
     )
     return stored(
         folder,
-        [*(member.modules[0] for member in members), fused],
+        [*(replace(m.modules[0], name=n) for m, n in zip(members, called, strict=True)), fused],
         head.beside,
         [check for member in members for check in member.verify],
         names=[fused.name],
-        versions={"adapters": of["version"]},
+        versions={"adapters": of["version"] or "unknown"},
     )
 
 
@@ -110,20 +120,21 @@ def _head(folder: Path, members: Sequence[adapter.Adapter]) -> Head:
     return found[0] if found else Head()
 
 
-def _waiting(folder: Path, model: nn.Module, keys: Mapping[str, str]) -> Waiting:
+def _waiting(folder: Path, model: nn.Module, keys: Mapping[str, str], unused: Set[str]) -> Waiting:
     """Return the tensors of a fusion, which wait in its file.
 
     Args:
         folder: its folder.
         model: the host's.
         keys: our names by theirs.
+        unused: theirs in layers that all its adapters leave out, where nothing reads them.
 
     Raises:
         CheckpointError: for tensors that are lacking or not understood.
     """
     file = TensorFile(folder / FUSION_TENSORS)
     own = {bare(key, model): key for key in file.entries}
-    if unlike := sorted(own.keys() ^ keys.keys()):
+    if unlike := sorted((own.keys() - unused) ^ keys.keys()):
         raise CheckpointError(
             f"{file.path}: {unlike[:3]} are in the file or meant by its adapters, and not both"
         )
@@ -132,13 +143,21 @@ def _waiting(folder: Path, model: nn.Module, keys: Mapping[str, str]) -> Waiting
     }
 
 
+def _called(names: Sequence[str]) -> list[str]:
+    """Return what the adapters of a fusion are called here, where each has a name of its own."""
+    found: list[str] = []
+    for name in names:
+        here = module_name(name, "adapter")
+        more = (f"{here}_{number}" for number in count(1))
+        found.append(here if here not in found else next(m for m in more if m not in found))
+    return found
+
+
 def _folder(folder: Path, name: object) -> Path:
     """Return the folder of an adapter of a fusion: in its own, or beside it."""
-    try:
-        check_name(str(name))
-    except ModgraftError as error:
-        raise CheckpointError(f"{folder / FUSION}: adapter_names: {error}") from error
-    found = [each / str(name) for each in (folder, folder.parent)]
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        raise CheckpointError(f"{folder / FUSION}: adapter_names: {name!r:.60} is no folder's name")
+    found = [each / name for each in (folder, folder.parent)]
     for each in found:
         if (each / CONFIG).is_file() and not (each / FUSION).exists():
             return each

@@ -19,8 +19,15 @@ from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.engine.implant import moving_buffers
-from modgraft.store.file import TensorFile, read_json
-from modgraft.store.formats.adapterhub.layout import HEAD, HEAD_TENSORS, kind_of, prefix
+from modgraft.store.file import TensorFile
+from modgraft.store.formats.adapterhub.layout import (
+    HEAD,
+    HEAD_TENSORS,
+    content,
+    kind_of,
+    prefix,
+    type_of,
+)
 from modgraft.store.formats.found import Waiting
 
 
@@ -92,6 +99,8 @@ _KNOWN: dict[str, Any] = {
     "embedding_size": 2, "dropout_prob": None, "label2id": None, "multilabel": False,
 }  # fmt: skip
 _MAY_BE_NONE = {"activation_function"}
+_STACKS = {"t5": ("shared.", "encoder.", "decoder.")}
+"""What begins the names of a base model that is not a part by itself in all classes of its type."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +156,10 @@ def read(folder: Path, model: nn.Module) -> Head:
     if not (folder / HEAD).exists():
         return Head()
     path, here = folder / HEAD, type(model).__name__
-    try:
-        said = dict(read_json(path.read_bytes()))
-        config, of, name = said["config"], str(said["model_class"]), said.get("name")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} is not a head's ({error!r:.200})") from error
+    said = content(path, "a head's")
+    if not said.keys() >= {"config", "model_class"}:
+        raise CheckpointError(f"{path} is not a head's: it says no config and model_class")
+    config, of, name = said["config"], str(said["model_class"]), said.get("name")
     flexible = of.endswith(("AdapterModel", "ModelWithHeads"))
     whole = config is None and of == here
     if not (flexible and isinstance(config, dict)) and not whole:
@@ -171,7 +179,15 @@ def read(folder: Path, model: nn.Module) -> Head:
     names, tied = _sorted({k: keys[k] for k in keys if k in file.entries}, model)
     wanted, _ = _sorted(keys, model)
     lacking = {wanted[name] for name in wanted.keys() - names.keys()}
-    if unlike := sorted(lacking | (file.entries.keys() - keys.keys())):
+    extra = file.entries.keys() - keys.keys()
+    if kind is not None and extra and extra <= {f"{_stem(k)}.bias" for k in keys}:
+        number = int(_stem(min(extra)).rpartition(".")[2])
+        raise CheckpointError(
+            f"{file.path}: {min(extra)} is a bias, and {kind.layers[number]} of this {here} has "
+            f"none; train the head with bias=False, or leave {HEAD} and {HEAD_TENSORS} out of the "
+            f"folder to load the adapter alone"
+        )
+    if unlike := sorted(lacking | extra):
         raise CheckpointError(
             f"{file.path}: {unlike[:3]} are in the head or in this {here}, and not in both"
         )
@@ -250,9 +266,14 @@ def _layers(kind: Kind, name: str, model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def _stem(key: str) -> str:
+    """Return the layer that a key is of."""
+    return key.rpartition(".")[0]
+
+
 def _parts(model: nn.Module) -> dict[str, Tensor]:
     """Return what a host has beside its base model, by all its names."""
-    base = prefix(model)
+    base = prefix(model) or _STACKS.get(type_of(model), "")
     every = model.state_dict(keep_vars=True).items()
     return {n: t for n, t in every if base and not n.startswith(base)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ HEAD, HEAD_TENSORS = "head_config.json", "model_head.safetensors"
 FUSION, FUSION_TENSORS = "adapter_fusion_config.json", "model_adapter_fusion.safetensors"
 OTHERS = ("adapter_setup.json", "embedding.pt")
 KEYS = {"config", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
+KEYS |= {"config_id", "type"}  # of earlier versions
 STARTS = {"init_weights", "init_weights_seed", "phm_c_init", "phm_init_range"}
 STARTS |= {"hypercomplex_nonlinearity"}  # how it was drawn says nothing of what it is now
 
@@ -109,12 +109,14 @@ class Module:
         method: the computation.
         sites: the labels of its sites.
         ties: its tensors.
+        left_out: the paths of theirs where it would stand too, in layers that it leaves out.
     """
 
     kind: str
     method: Computation
     sites: Sequence[str]
     ties: Sequence[Tie]
+    left_out: Sequence[str] = ()
 
 
 def type_of(model: nn.Module) -> str:
@@ -160,30 +162,41 @@ def kind_of(value: Any) -> object:
     return int if type(value) is float and value == value else type(value)
 
 
+def content(path: Path, of: str) -> dict[str, Any]:
+    """Return the object in a file.
+
+    Raises:
+        CheckpointError: for a file that cannot be read, or holds something else.
+    """
+    try:
+        said = read_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not {of} ({error}); copy the folder again") from error
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{path} is not {of}: it holds no object of names and values")
+    return said
+
+
 def about(path: Path, model: nn.Module, *more: str) -> dict[str, Any]:
-    """Return what a file says of an adapter or a fusion, for this type of host, by a known version.
+    """Return what a file says of an adapter or a fusion, for this type of host.
 
     Raises:
         CheckpointError: for anything else.
     """
-    try:
-        said = dict(read_json(path.read_bytes()))
-        said["config"] = dict(said["config"])
-        if not all(isinstance(said[key], str) for key in ("name", "version", "model_class")):
-            raise ValueError("name, version and model_class are texts")
-        if unknown := said.keys() - {*KEYS, *more}:
-            raise ValueError(f"{', '.join(sorted(unknown))} is not understood")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} is not an adapter's ({error!r:.200})") from error
+    said = content(path, "an adapter's")
+    for key in ("name", "model_class"):
+        if not isinstance(said.get(key), str):
+            raise CheckpointError(f"{path} is not an adapter's: it says no {key}")
+    said["version"] = version = said.get("version")
+    if not isinstance(version, str | None):
+        raise CheckpointError(f"{path}: version={version!r:.40} is none of adapters")
+    if not isinstance(said.get("config"), dict if more else dict | str):
+        raise CheckpointError(f"{path}: config={said.get('config')!r:.60} is no configuration")
+    if unknown := said.keys() - {*KEYS, *more}:
+        raise CheckpointError(f"{path}: {', '.join(sorted(unknown))} is not understood")
     if said.get("model_type") != type_of(model):
         raise CheckpointError(
             f"{path.parent}: the adapter is of a {said.get('model_type')!r:.40}, and this host is "
             f"a {type_of(model)}; load it into the model it was trained in"
-        )
-    found = re.fullmatch(r"adapters\.(\d+)\.(\d+)\.\d+.*", said["version"])
-    if found is None or (int(found[1]), int(found[2])) < (1, 1):
-        raise CheckpointError(
-            f"{path.parent}: version {said['version']!r:.40}: before adapters 1.1 the scale of a "
-            f"LoRA was another one; load it with adapters 1.3 and save it again"
         )
     return said

@@ -66,6 +66,8 @@ def modules(config: Mapping[str, Any], model: nn.Module, name: str) -> list[Modu
             for site in find(model, where)
             if layer_number(model, site.path) not in c["leave_out"]
         ]
+        if not sites:
+            continue
         stem = f"prefix_tuning.prefix_tunings.{name}.{location}"
         labels = [site.label for site in sites]
         ties = (_flat if c["flat"] else _made)(sites, stem, method.length)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 
 from modgraft.engine.implant import moving_buffers, tensor_at
 from modgraft.store.formats.found import Waiting
@@ -109,6 +111,7 @@ class HostWeights:
         found = {name: self.folder.tensor(key) for name, key in self.keys.items()}
         for name, tensor in found.items():
             self._check_alone(name, tensor)
+        self._check_head()
         for key, name in self._again:
             if ".original_module." in key:  # as it was before; nothing reads it
                 continue
@@ -117,6 +120,15 @@ class HostWeights:
                 other = tensor_at(self.folder.model, name)
             tensor = self.folder.tensor(key)
             if tensor.shape != other.shape or not torch.equal(tensor.to(other), other):
+                both = {
+                    self.folder.unwrapped(k.removeprefix(self._prefix))
+                    for k in (key, self.keys.get(name, key))
+                }
+                if len(both) == 2:
+                    self.folder.refuse(
+                        f"{' and '.join(sorted(both))} are two weights in the file, and in "
+                        f"this host they are the same weight; {_untied(min(both - {name}))}"
+                    )
                 self.folder.refuse(
                     f"{key} is another one than {name} of this host, which it cannot replace: "
                     f"it is a buffer, or another layer's weight too; load it into the host that it "
@@ -137,8 +149,31 @@ class HostWeights:
         ):
             self.folder.refuse(
                 f"{copied[0]} was trained as a copy (modules_to_save), and in this host "
-                f"{others[0]} is the same weight, which PEFT leaves as it was; make the host with "
-                f"tie_word_embeddings=False, so that each has its own"
+                f"{others[0]} is the same weight, which PEFT leaves as it was; {_untied(others[0])}"
+            )
+
+    def _check_head(self) -> None:
+        """Refuse a host whose head was made anew where PEFT's was tied to the words as they were.
+
+        A tied head is in no checkpoint: a host that is made of one with another configuration has
+        a random one. Its name says what it was, where the checkpoint is on this machine.
+        """
+        model = self.folder.model
+        words, head = (
+            getattr(asked(model, f"get_{side}_embeddings"), "weight", None)
+            for side in ("input", "output")
+        )
+        if not isinstance(words, Tensor) or not isinstance(head, Tensor) or words is head:
+            return
+        names = {id(p): name for name, p in model.named_parameters()}
+        own, other = names.get(id(words), ""), names.get(id(head), "")
+        alone = self._is_whole(own) and own in self.keys and other not in self.keys
+        if alone and not torch.equal(words, head) and _was_tied(model, self.said):
+            self.folder.refuse(
+                f"{own} was trained as a copy (modules_to_save), beside a head that was tied to "
+                f"the words of {self.said.base_model_name_or_path!r:.120} as they are there, and "
+                f"{other} of this host is another (from_pretrained(…, tie_word_embeddings=False) "
+                f"makes a random one); make the host without that option, and {_untied(other)}"
             )
 
     def _stays_tied(self, copied: Iterable[str]) -> bool:
@@ -163,6 +198,27 @@ class HostWeights:
 def _ancestors(path: str) -> list[str]:
     parts = path.split(".")
     return [".".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+def _untied(name: str) -> str:
+    """Return what to do so that a weight is no other's too."""
+    path = f"model.{name.rpartition('.')[0]}"
+    return (
+        f"give it a weight of its own before it is a host: {path} = copy.deepcopy({path}); "
+        f"model.config.tie_word_embeddings = False"
+    )
+
+
+def _was_tied(model: nn.Module, said: Options) -> bool:
+    """Return whether the checkpoint that PEFT names is on this machine and ties its head."""
+    config: Any = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or not said.base_model_name_or_path:
+        return False
+    try:
+        there = type(config).from_pretrained(said.base_model_name_or_path, local_files_only=True)
+    except (OSError, ValueError, TypeError):  # it is not on this machine
+        return False
+    return bool(getattr(there, "tie_word_embeddings", False))
 
 
 def tables_of(model: nn.Module) -> set[int]:
