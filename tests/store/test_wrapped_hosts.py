@@ -112,3 +112,12 @@ def test_names_without_wrappers_and_with_them() -> None:
     assert full_name(model, "0") == "module.0._orig_mod"
     assert full_name(model, "") == ""
     assert plain_name(model, "module.0._orig_mod") == "0"
+
+
+def test_a_prompt_before_a_part_that_is_compiled_is_refused() -> None:
+    host = mg.Host(_compiled(model_of("gpt2")))
+    with pytest.raises(
+        mg.ModgraftError, match=r"SoftPrompt at _orig_mod: .* torch.compile\(host\)"
+    ):
+        host.implant("p", mg.SoftPrompt(length=2))
+    assert not host.implants

@@ -316,9 +316,9 @@ class TokenComposition(InputComposition):
         """
         if site.path:
             raise SiteError(
-                f"{type(self).__name__} at {site.path}: its tokens go before the input of the whole "
-                f"host, of which that is a part; of a compiled model, say mg.Host(model), and then "
-                f"torch.compile(host)"
+                f"{type(self).__name__} at {site.path}: its tokens go before the input of the "
+                f"whole host, of which that is a part; of a compiled model, say mg.Host(model), "
+                f"and then torch.compile(host)"
             )
         token_width(site.module)
         return super().at(site)

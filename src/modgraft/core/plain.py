@@ -48,23 +48,15 @@ def _steps(model: nn.Module, name: str) -> list[tuple[str, bool]]:
     if not name:  # the model as a whole is called so in both
         return steps
     here: nn.Module | None = model
-
-    def unwrap() -> None:
-        nonlocal here
-        while here is not None and (wrapped := _wrapped(here)):
+    for part in (*name.split("."), None):  # None: as far inside as there is a wrapper
+        wrapped = None if here is None else _wrapped(here)
+        while wrapped and part != wrapped[0]:
             steps.append((wrapped[0], True))
             here = wrapped[1]
-
-    for part in name.split("."):
-        wrapped = None if here is None else _wrapped(here)
-        if wrapped and part == wrapped[0]:
-            steps.append((part, True))
-            here = wrapped[1]
-            continue
-        unwrap()
-        steps.append((part, False))
-        here = None if here is None else here._modules.get(part)
-    unwrap()
+            wrapped = _wrapped(here)
+        if part is not None:
+            steps.append((part, wrapped is not None))
+            here = wrapped[1] if wrapped else here and here._modules.get(part)
     return steps
 
 
