@@ -206,3 +206,9 @@ def test_names() -> None:
     for bad in ("", "a b", "2a", "for", "host", "average", "a.b"):
         with pytest.raises(CompositionError, match="cannot name a module"):
             check_name(bad)
+
+
+def test_a_name_that_no_composition_could_be_read_with() -> None:
+    assert check_name("x" * 1000)
+    with pytest.raises(CompositionError, match=r"x… cannot name a module: it has 1,001 char"):
+        check_name("x" * 1001)

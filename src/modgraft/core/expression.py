@@ -30,6 +30,9 @@ Run = Callable[[str, T, T, Weight], T]
 
 RESERVED = ("host", "average", "concat")
 
+LONGEST_NAME = 1000
+"""Characters: a composition of 10,000 is read."""
+
 LARGEST = 3.4028234663852886e38
 """The largest float32: a weight beyond it would be infinite where it is used."""
 
@@ -387,14 +390,19 @@ def check_name(name: str) -> str:
     """Return ``name`` if it can stand in an expression.
 
     Raises:
-        CompositionError: if it is no identifier, a Python keyword, or a reserved word, or if Python
-            reads another name there.
+        CompositionError: if it is no identifier, a Python keyword, or a reserved word, if Python
+            reads another name there, or if it is too long to be read.
     """
     known = isinstance(name, str) and name.isidentifier()
     if not known or keyword.iskeyword(name) or name in RESERVED:
         raise CompositionError(
             f"{name!r} cannot name a module: a name is a Python identifier other than "
             f"{', '.join(RESERVED)} and the keywords, since it stands in expressions as 'fr >> qa'"
+        )
+    if len(name) > LONGEST_NAME:
+        raise CompositionError(
+            f"{name[:40]}… cannot name a module: it has {len(name):,} characters, and compositions "
+            f"are read of names of at most {LONGEST_NAME:,}"
         )
     if (read := unicodedata.normalize("NFKC", name)) != name:
         raise CompositionError(

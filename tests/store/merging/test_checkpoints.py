@@ -113,7 +113,7 @@ def test_types_and_other_files_are_those_of_the_first(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         half = {k: t.bfloat16() if t.is_floating_point() else t for k, t in tensors.items()}
         save_file(half, tmp_path / name / "model.safetensors")
-        (tmp_path / name / "tokenizer.json").write_text(name)
+        (tmp_path / name / "tokenizer.json").write_text(f'{{"version": "{name}"}}')
         (tmp_path / name / "README.md").write_text("of the parent")
         (tmp_path / name / "training_args.bin").write_text("a pickle")
         (tmp_path / name / "config.json").write_text("{}")
@@ -125,7 +125,7 @@ def test_types_and_other_files_are_those_of_the_first(tmp_path: Path) -> None:
     assert found["e"].shape == (0, 3)
     names = {"model.safetensors", "tokenizer.json", "config.json", RECORD}
     assert left_in(out) == names
-    assert (out / "tokenizer.json").read_text() == "a"
+    assert (out / "tokenizer.json").read_text() == '{"version": "a"}'
     assert out.stat().st_mode & 0o777 == (tmp_path / "a").stat().st_mode & 0o777
 
 
