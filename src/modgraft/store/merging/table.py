@@ -166,6 +166,11 @@ def asked(
     if count < 1 or (method.count is not None and count != method.count):
         wanted = f"{method.count} things" if method.count else "one thing at least"
         raise ModgraftError(f"{name} merges {wanted}, and {count} were given")
+    return Asked(name, known, _weights(name, method, count, weights))
+
+
+def _weights(name: str, method: Method, count: int, weights: Sequence[float] | None) -> list[float]:
+    """Return a weight for each that is merged, of those that were given, if any were."""
     if weights is not None and not method.weighted:
         raise ModgraftError(f"{name} takes no weights; say t=0.3, for instance")
     if not isinstance(weights, list | tuple | None):
@@ -179,4 +184,4 @@ def asked(
             f"weights={found!r:.80}: their sum is 0, by which an average divides; "
             f"method='arithmetic' adds without dividing"
         )
-    return Asked(name, known, [float(w) for w in found])
+    return [float(w) for w in found]
