@@ -259,7 +259,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]
             "sites": len(saved.sites),
             "parameters": sum(
                 math.prod(entry.shape)
-                for key, entry in found.entries.items()
+                for key, entry in found.entries().items()
                 if key.startswith(f"{saved.name}:")
             ),
             "differs": differs,

@@ -101,6 +101,7 @@ def wraps(module: nn.Module) -> bool:
     return not WRAPPERS.isdisjoint(module._modules.keys())
 
 
+@lru_cache(2**16)
 def bare(path: str) -> str:
     """Return a path without the wrappers in it."""
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)

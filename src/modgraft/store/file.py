@@ -14,6 +14,7 @@ import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,17 @@ class TensorFile:
         self._bytes, self._inode = mapped(path)
         size = len(self._bytes)
         length = Header.length(self._bytes[:8].numpy().tobytes(), size, path)
-        header = Header(self._bytes[:length].numpy().tobytes(), size, path)
-        self.metadata, self.entries, self._start = header.metadata, header.entries, header.start
+        self._start = length
+        self.metadata = self._header().metadata
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Type, shape and place of each tensor by its name; a file that waits does without."""
+        return self._header().entries
+
+    def _header(self) -> Header:
+        head = self._bytes[: self._start].numpy().tobytes()
+        return Header(head, len(self._bytes), self.path)
 
     def tensor(self, name: str) -> Tensor:
         """Read a tensor into memory of its own."""

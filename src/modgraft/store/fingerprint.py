@@ -85,12 +85,12 @@ class _Parts:
         self.settings = settings(self.layers)
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}  # those that belong to the model's state
-        seen: set[Tensor] = set()  # a tied weight counts once, by its first name
+        seen: set[int] = set()  # a tied weight counts once, by its first name
         for path, layer in self.layers:
             at = f"{path}." if path else ""
             for name, tensor in layer._parameters.items():
-                if tensor is not None and tensor not in seen:
-                    seen.add(tensor)
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
                     self.parameters[at + name] = tensor
             for name, buffer in layer._buffers.items():
                 if buffer is not None and name not in layer._non_persistent_buffers_set:
@@ -228,7 +228,6 @@ def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point()
 
 
-@reads_offloaded
 def differences(
     model: nn.Module,
     there: Mapping[str, Any],
@@ -347,16 +346,17 @@ def _each(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     begin = time.monotonic()
     if begin - known.at > _PATIENCE * known.took:
         known.digests.clear()
-    traces = {name: _trace(tensor) for name, tensor in tensors.items()}
+    with torch.no_grad():
+        traces = {name: _trace(tensor) for name, tensor in tensors.items()}
     of = known.digests
     new = [name for name, trace in traces.items() if of.get(name, (None,))[0] != trace]
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        made = pool.map(lambda name: _digest(tensors[name]), new) if new else ()
-        read = {n: (traces[n], digest) for n, digest in zip(new, made, strict=True)}
-    if not of:
-        known.at = time.monotonic()
-        known.took = known.at - begin
-    of |= read
+    if new:
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            made = list(pool.map(lambda name: _digest(tensors[name]), new))
+        if not of:
+            known.at = time.monotonic()
+            known.took = known.at - begin
+        of |= {n: (traces[n], digest) for n, digest in zip(new, made, strict=True)}
     return {name: of[name][1] for name in tensors}
 
 
@@ -367,9 +367,11 @@ def _trace(tensor: Tensor) -> tuple[Any, ...]:
     """
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
         return (object(),)  # equal to nothing
-    flat = tensor.detach().reshape(-1)
-    some = flat[:: max(1, flat.numel() // 8)].tolist() if flat.is_contiguous() else ()
-    return tensor.data_ptr(), tensor._version, tensor.dtype, tuple(some)
+    some: list[Any] = []
+    if tensor.is_contiguous() and (size := tensor.numel()):
+        step = max(1, size // 8)
+        some = tensor.as_strided((-(-size // step),), (step,)).tolist()
+    return tensor.data_ptr(), tensor._version, tensor.dtype, some
 
 
 def _digest(tensor: Tensor, dtype: torch.dtype | None = None) -> bytes:
@@ -392,6 +394,7 @@ def _combined(digests: Mapping[str, bytes], without: Collection[str]) -> str:
 # -- the first format's --------------------------------------------------------------------------
 
 
+@reads_offloaded
 def _former(
     model: nn.Module, there: Mapping[str, Any], without: Collection[str], values: bool
 ) -> list[str]:

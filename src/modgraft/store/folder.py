@@ -252,7 +252,7 @@ def native(folder: Path) -> Stored:
             )
         return file.tensors()
 
-    return Stored(folder, card, file.entries, read)
+    return Stored(folder, card, lambda: file.entries, read)
 
 
 def check_host(model: nn.Module, modules: Stored, strict: bool) -> dict[str, Any] | None:
@@ -414,7 +414,7 @@ def _implant(
     """Implant one module, with its tensors."""
     one = len(method.task_names(name)) == 1  # of several tasks none is in force by itself
     room = 8 * max(
-        sum(e.end - e.begin for e in modules.entries.values()),
+        sum(e.end - e.begin for e in modules.entries().values()),
         *(p.nbytes for p in host.model.parameters()),
         2**20,
     )

@@ -78,4 +78,4 @@ def stored(folder: Path, file: TensorFile) -> Stored:
     entries = {f"{former.name}:{key}": entry for key, entry in file.entries.items()}
     for each in files[1:]:
         entries |= {f":{key}": entry for key, entry in each.entries.items()}
-    return Stored(folder, card, entries, read)
+    return Stored(folder, card, lambda: entries, read)

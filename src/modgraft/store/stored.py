@@ -19,7 +19,8 @@ class Stored:
     Attributes:
         folder: where.
         card: what they are.
-        entries: type and shape of each tensor, by its name.
+        entries: returns type and shape of each tensor, by its name; they are not kept while
+            modules wait for their first use.
         read: reads all tensors, and verifies them: ``<module>:<site>:<name>``, and ``:<name>`` for
             weights of the host that trained with the modules.
         stem: what all names begin with where one module of another tool is several here, as
@@ -28,6 +29,6 @@ class Stored:
 
     folder: Path
     card: Card
-    entries: Mapping[str, Entry]
+    entries: Callable[[], Mapping[str, Entry]]
     read: Callable[[], Mapping[str, Tensor]]
     stem: str = ""

@@ -21,6 +21,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.core.plain import full_name, plain, plain_name
 from modgraft.core.sites import located
 from modgraft.engine.implant import Implant, check_name
+from modgraft.store.file import Entry
 from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike
 
@@ -122,9 +123,11 @@ def _for_wrapped(found: Stored, model: nn.Module) -> Stored:
     ]
     beside = sorted(full_name(model, name) for name in found.card.beside)
     card = found.card.model_copy(update={"modules": modules, "beside": beside})
-    return replace(
-        found, card=card, entries={key(k): e for k, e in found.entries.items()}, read=read
-    )
+
+    def entries() -> Mapping[str, Entry]:
+        return {key(text): entry for text, entry in found.entries().items()}
+
+    return replace(found, card=card, entries=entries, read=read)
 
 
 def found_in(folder: Path) -> Format | None:

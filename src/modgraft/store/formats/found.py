@@ -69,4 +69,5 @@ def stored(
         made="",
         **{"names": [one.name for one in modules], **said},
     )
-    return Stored(folder, card, {key: entry for key, (entry, _) in every.items()}, read, stem)
+    entries = {key: entry for key, (entry, _) in every.items()}
+    return Stored(folder, card, lambda: entries, read, stem)
