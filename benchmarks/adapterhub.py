@@ -19,8 +19,8 @@ loads folders of that layout, written by modgraft, and compares outputs with tho
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -483,7 +483,11 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    if sys.argv[2:3] == ["--check"]:
-        check(Path(sys.argv[1]), Path(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("fixtures", type=Path, help="the folder of fixtures")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help="compare what is there")
+    options = parser.parse_args()
+    if options.check is None:
+        main(options.fixtures)
     else:
-        main(Path(sys.argv[1]))
+        check(options.fixtures, options.check)
