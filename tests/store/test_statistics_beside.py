@@ -263,6 +263,15 @@ def test_statistics_are_merged_as_heads(
     assert same(state(host), before)
 
 
+def test_no_variance_is_negative(tmp_path: Path) -> None:
+    folders = [trained(n, shift=3.0 * i).save(n, tmp_path / n) for i, n in enumerate("ab")]
+    host = fresh()
+    with pytest.raises(ModgraftError, match=r"the variance bn\.running_var comes out negative"):
+        merge_folders(host, folders, "ab", "arithmetic", heads="average", weights=[1.01, -1])
+    assert same(state(host), state(fresh()))
+    assert not host.implants
+
+
 def test_a_run_that_is_resumed_has_them(tmp_path: Path) -> None:
     def run(folder: Path, stop: int) -> mg.Host:
         def batches() -> Iterator[dict[str, Tensor]]:

@@ -202,4 +202,9 @@ def _average(name: str, several: Sequence[tuple[float, Tensor]]) -> Tensor:
         )
     total = sum(weight / whole * tensor.double() for weight, tensor in several)
     dtype, mean = several[0][1].dtype, torch.as_tensor(total)
+    if name.endswith("running_var") and (mean < 0).any():
+        raise ModgraftError(
+            f"heads='average': with a weight below 0 the variance {name} comes out negative; take "
+            f"the head of one, or none"
+        )
     return (mean if dtype.is_floating_point else mean.round()).to(dtype)  # a count stays whole
