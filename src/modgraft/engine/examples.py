@@ -25,7 +25,6 @@ from torch.overrides import _pop_mode_temporarily
 from modgraft.core.context import UNSEEN
 from modgraft.core.layers import STATE
 from modgraft.engine.capturing import captures
-from modgraft.engine.graft import restore
 from modgraft.engine.writes import taken_back
 
 Seen = dict[str, list[Tensor]]
@@ -339,15 +338,10 @@ def twin_of(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         states = [v for v in layer.__dict__.values() if isinstance(v, Tensor)]
         memo |= {id(v): v.detach().clone() for v in states}  # deepcopy refuses what has a graph
-        if STATE in layer.__dict__:
-            state = layer.__dict__[STATE]
-            memo[id(state)] = state
-            memo[id(state.context)] = state.context
     twin = copy.deepcopy(model, memo)
-    for layer in twin.modules():
+    for path, layer in model.named_modules():
         if STATE in layer.__dict__:
-            restore(layer)
-            layer.__dict__[_SITE] = True
+            twin.get_submodule(path).__dict__[_SITE] = True
     twin.__dict__[_SITE] = True  # what comes out in the end tells most
     for layer in twin.modules():  # of hooks, only those that the host computes with
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):

@@ -30,6 +30,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import STATE, stored
 from modgraft.core.patterns import joined
 from modgraft.core.tensors import check_whole
+from modgraft.engine.copies import OfHost
 from modgraft.routing.losses import with_routing_losses
 
 COPIED = "_modgraft_copied"
@@ -302,7 +303,7 @@ def is_serving(layer: nn.Module) -> bool:
 # -- when the host runs ---------------------------------------------------------------------------
 
 
-class _Enter:
+class _Enter(OfHost):
     """A forward pre-hook: a forward begins."""
 
     def __init__(self, context: Context, is_root: bool) -> None:

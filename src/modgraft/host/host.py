@@ -39,6 +39,8 @@ from modgraft.engine.gradient_checkpointing import hook_checkpoints
 from modgraft.engine.graft import (
     graft_everywhere,
     grafted_by_others,
+    implant_again,
+    implanted_in,
     link_shared_inputs,
     undivide,
     ungraft,
@@ -89,6 +91,9 @@ from modgraft.host.probe import probe
 from modgraft.host.probe_result import Probe
 from modgraft.routing.losses import with_routing_losses
 from modgraft.routing.mixture import Mixture
+
+_IMPLANTED = "_implanted"
+"""The entry of a host's state, when it is copied or pickled, that says what is in its model."""
 
 TARGETS = {"labels", "return_loss", "num_items_in_batch"}
 """What a call may be given beside its input."""
@@ -150,11 +155,14 @@ class Host(AsModel):
     def __reduce_ex__(self, protocol: Any) -> Any:
         for name in list(self._waiting):  # a copy has no part in what is read from this one's files
             self._bring(name)
-        return super().__reduce_ex__(protocol)
+        make, arguments, state = super().__reduce_ex__(protocol)
+        return make, arguments, {**state, _IMPLANTED: implanted_in(self.model, self._guard.layers)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Hook what the modules of an unpickled host need hooked in this process."""
+        """Put the modules into the model again, of which a copy by itself has none."""
+        grafts, hooks = state.pop(_IMPLANTED, ((), ()))
         super().__setstate__(state)
+        implant_again(grafts, hooks)
         for implant in self._implants.values():
             if isinstance(implant.method.unwrapped, KeyValueComposition):
                 hook_attention()
