@@ -12,9 +12,12 @@ its input, the host's own output says which one holds the examples.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -323,13 +326,18 @@ def run_twin(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: l
             stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
             stack.enter_context(torch.no_grad())
             stack.enter_context(taken_back(twin))
-            twin(*args, **kwargs)
+            out = twin(*args, **kwargs)
+            if isinstance(out, GeneratorType):  # whose layers run when it is read
+                deque(islice(out, STEPS), maxlen=0)
     finally:
         for handle in handles:
             handle.remove()
 
 
 _SITE = "_modgraft_site"
+
+STEPS = 64
+"""How far a host is read that never ends, when it is asked."""
 
 
 def twin_of(model: nn.Module) -> nn.Module:
