@@ -255,3 +255,95 @@ def test_a_whole_host_may_be_given_other_weights() -> None:
     with torch.no_grad():
         host.model.called.weight.copy_(weights["model.called.weight"])
     torch.testing.assert_close(got, host(x))
+
+
+# -- parameters of a layer that others read -------------------------------------------------------
+
+
+class Held(nn.Module):
+    """A layer with a weight, and no forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+
+class Runs(Held):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w.T
+
+
+class ReadsParameters(nn.Module):
+    def __init__(self, read: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.some = nn.ParameterList(torch.randn(4, 4) for _ in range(2))
+        self.named = nn.ParameterDict({"k": torch.randn(4, 4)})
+        self.held, self.runs, self.read = Held(), Runs(), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self, x)
+
+
+READ_BY: dict[str, list[Callable[[Any, Tensor], Tensor]]] = {
+    "some.0": [
+        lambda m, x: x @ m.some[0].T,
+        lambda m, x: x @ m.some[-2].T,
+        lambda m, x: F.linear(x, m.some[0]),
+        lambda m, x: sum(x @ w.T for w in m.some),
+        lambda m, x: sum(x @ w.T for w in m.some[0:1]),
+        lambda m, x: x @ torch.stack(list(m.some))[0].T,
+        lambda m, x: x @ next(m.some.parameters()).T,
+    ],
+    "named.k": [
+        lambda m, x: x @ m.named["k"].T,
+        lambda m, x: x @ m.named.k.T,
+        lambda m, x: sum(x @ w.T for _, w in m.named.items()),
+        lambda m, x: x @ {**m.named}["k"].T,
+    ],
+    "held.w": [lambda m, x: x @ m.held.w.T, lambda m, x: x @ m.held.get_parameter("w").T],
+    "runs.w": [
+        lambda m, x: m.runs(x),
+        lambda m, x: x @ m.runs.w.T,
+        lambda m, x: m.runs(x) @ m.runs.w,
+    ],
+}
+
+
+@pytest.mark.parametrize(("at", "read"), [(at, r) for at, some in READ_BY.items() for r in some])
+def test_a_parameter_that_is_read_has_the_change_of_its_merge(
+    at: str, read: Callable[[Any, Tensor], Tensor]
+) -> None:
+    host = mg.Host(ReadsParameters(read).double()).eval()
+    host.implant("a", mg.LoRA(rank=2), at=at)
+    host.implant("b", mg.LoRA(rank=2), at=at, active=False)
+    for p in host.implants.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    wanted = {name: host.merge(name)(x) for name in ("a", "b", "a + 0.5*b", None)}
+    for name, expected in wanted.items():
+        torch.testing.assert_close(host(x, modules=name), expected)
+    rows = torch.stack([wanted["a"][0], wanted[None][1], wanted["b"][2]])
+    torch.testing.assert_close(host(x, modules=["a", None, "b"]), rows)
+    assert not torch.equal(wanted["a"], wanted[None])
+    host(x).square().sum().backward()
+    place = host["a"].places[0]
+    assert place.get_parameter("A").grad.abs().sum() > 0
+    twin = copy.deepcopy(host)
+    host.remove("a")
+    host.remove("b")
+    assert torch.equal(host(x), wanted[None])
+    torch.testing.assert_close(twin(x), wanted["a"])
+    assert not isinstance(twin.state_dict()[f"model.{at}"], ServedWeight)
+
+
+def test_a_probe_and_a_plan_of_a_parameter_that_is_read() -> None:
+    host = mg.Host(ReadsParameters(READ_BY["some.0"][0])).eval()
+    host.implant("a", mg.LoRA(rank=2), at="some.0")
+    assert "the weight, changed where it is read" in host.plan("a")
+    assert not host.probe({"x": torch.randn(3, 4)}).faults
+    compiled = torch.compile(host, backend="eager", fullgraph=True)
+    nn.init.normal_(host["a"].places[0].get_parameter("B"))
+    for name in ("a", None):
+        host.use(name)
+        torch.testing.assert_close(compiled(torch.ones(3, 4)), host(torch.ones(3, 4)))

@@ -80,6 +80,7 @@ def graft(site: Site, name: str, module: Computation, context: Context) -> None:
     entry = Entry(name, module, site.part, site.residual, site.parameter, axis)
     entry.inside = _is_inside(entry, layer)
     state.add(entry)
+    layer.__class__ = _grafted(original(layer), _served_names(layer, state))
     if isinstance(module, TokenComposition) and not site.path:
         context.token_modules.add(name)
         state.relink = partial(_link_tokens, layer)
@@ -98,7 +99,7 @@ def _state_of(layer: nn.Module, path: str, context: Context) -> State:
 
 def _put(layer: nn.Module, state: State) -> None:
     """Swap the class of a layer; :func:`restore` undoes it."""
-    kind = _grafted(type(layer))
+    kind = _grafted(type(layer), _served_names(layer, state))
     layer.__dict__[STATE] = state
     layer.__class__ = kind
     if "forward" in layer.__dict__:
@@ -212,9 +213,29 @@ def grafted_by_others(model: nn.Module, context: Context) -> list[str]:
     return [state.path for state in states if state.context is not context]
 
 
+def _served_names(layer: nn.Module, state: State) -> tuple[str, ...]:
+    """Return the tensors that others may read of a layer, where modules change them.
+
+    torch's own layers of several weights are read by nobody else, once no fast path is taken.
+    """
+    if isinstance(layer, WEIGHTED):
+        return SERVED
+    by_name = any(entry.parameter is not None for entry in state.every())
+    state.serves = by_name and (
+        isinstance(layer, nn.ParameterList | nn.ParameterDict)
+        or not original(layer).__module__.startswith("torch.")
+    )
+    return tuple(layer._parameters) if state.serves else ()
+
+
 @cache
-def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
-    """Make the subclass that runs a layer of class ``kind`` with its modules."""
+def _grafted(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """Make the subclass that runs a layer of class ``kind`` with its modules.
+
+    Args:
+        kind: the layer's own class.
+        names: the tensors that it shows to others as modules change them.
+    """
     forward = kind.forward
 
     @wraps(forward)  # transformers inspects the signature, which has to be the original's
@@ -244,11 +265,11 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
     }
     if (copied := getattr(kind, "__deepcopy__", None)) is not None:
         body["__deepcopy__"] = lambda self, memo: restore(copied(self, memo))
-    if issubclass(kind, WEIGHTED):
-        for name in SERVED:
-            own = getattr(kind, name, None)
-            body[name] = served(name, own if isinstance(own, property) else None)
-        body.update(shown_by_name(kind))
+    for name in names:
+        own = getattr(kind, name, None)
+        body[name] = served(name, own if isinstance(own, property) else None)
+    if names:
+        body.update(shown_by_name(kind, names))
     generate = getattr(kind, "generate", None)
     if generate is not None:
 

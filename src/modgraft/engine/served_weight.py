@@ -44,7 +44,16 @@ _changes: ContextVar[dict[nn.Module, Sequence[Any]] | None] = ContextVar(
 
 FACTS = frozenset(
     getattr(Tensor, name).__get__
-    for name in ("dtype", "device", "shape", "ndim", "is_cuda", "layout", "requires_grad")
+    for name in (
+        "dtype",
+        "device",
+        "shape",
+        "ndim",
+        "is_cuda",
+        "layout",
+        "requires_grad",
+        "grad_fn",
+    )
 ) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
 """What a tensor says of itself without being computed with."""
 
@@ -137,11 +146,12 @@ def served(name: str, original: property | None) -> property:
     return _Served(read, write, delete)
 
 
-def shown_by_name(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+def shown_by_name(kind: type[nn.Module], names: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
     """Return the methods of a grafted class by which its layer shows its tensors by their names.
 
     Args:
         kind: the layer's own class.
+        names: the tensors.
     """
 
     def is_run(layer: nn.Module) -> bool:
@@ -152,12 +162,12 @@ def shown_by_name(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
         runs = is_run(layer)
         for name, own in kind.named_parameters(layer, *args, **kwargs):
             last = name.rpartition(".")[2]
-            read = runs and last in SERVED and layer._parameters.get(last) is own
+            read = runs and last in names and layer._parameters.get(last) is own
             yield name, getattr(layer, last) if read else own
 
     def save_to_state_dict(layer: nn.Module, destination: Any, prefix: str, keep: bool) -> None:
         kind._save_to_state_dict(layer, destination, prefix, keep)
-        for name in SERVED if is_run(layer) else ():
+        for name in names if is_run(layer) else ():
             if isinstance(value := getattr(layer, name, None), ServedWeight):
                 destination[prefix + name] = value if keep else value.detach()
 

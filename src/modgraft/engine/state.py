@@ -55,6 +55,7 @@ class State:
         by_weight: what computes the layer by its weight; None where it has to run itself.
         called: whether the layer has run.
         served: its weight and bias as others read them.
+        serves: of a layer of several weights, whether others read these as modules change them.
         compiled_bare: whether compiled code runs the layer's own forward, which reads θ.
         axis: where the examples lie in its output, if nobody has asked.
         divides: of a part of the host that runs once for each composition of a batch, the layers in
@@ -74,6 +75,7 @@ class State:
     by_weight: Callable[..., Tensor] | None = None
     called: bool = False
     served: Shells = field(default_factory=Shells)
+    serves: bool = False
     compiled_bare: bool = False
     axis: int = 0
     divides: tuple[State, ...] = ()
@@ -181,7 +183,7 @@ class State:
             layer,
             name,
             theta,
-            [Change(e.module, weights[e.name], e.part) for e in used],  # type: ignore[arg-type]
+            [Change(e.module, weights[e.name], e.part, e.parameter) for e in used],  # type: ignore[arg-type]
         )
 
     def with_changes(

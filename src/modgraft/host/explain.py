@@ -34,6 +34,9 @@ def _same(text: str) -> Way:
     return Way(text, text)
 
 
+_READ = _same("the weight, changed where it is read")
+
+
 def explain(model: nn.Module, composition: Expression | None) -> str:
     """Explain ``composition`` by a table with a row for sites of one role that compute alike."""
     title = f"{'the bare host' if composition is None else composition}"
@@ -80,7 +83,9 @@ def _way(layer: nn.Module, state: State, group: Group, plan: Plan) -> Way:
     left = group.expression if first is None else group.rest
     steps = [] if first is None else [first]
     for name in () if left is None else left.names():
-        steps += [_step(entry, state, plan, group) for entry in group.entries.get(name, ())]
+        for entry in group.entries.get(name, ()):
+            read = entry.inside and type(layer).__mro__[1].forward is nn.Module.forward
+            steps.append(_READ if read else _step(entry, state, plan, group))
     return Way(*("; ".join(dict.fromkeys(texts)) for texts in zip(*steps, strict=True)))
 
 
