@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,10 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
 
 import modgraft as mg
-from store.peft_cases import output
+from store.peft_cases import lora, output, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
 
@@ -83,3 +86,119 @@ def test_tokens_at_a_linear_layer_are_written_where_it_has_no_bias(
     host.save("t", tmp_path / "ours", format="peft")
     theirs: Any = peft.PeftModel.from_pretrained(model(), str(tmp_path / "ours"))
     torch.testing.assert_close(theirs(torch.arange(5)), host(torch.arange(5)))
+
+
+# --- tasks, whose classes do not call every host ---------------------------------------------
+
+SPEECH: dict[str, Any] = {
+    "vocab_size": 41, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24, "max_target_positions": 16, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+PART: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+HOSTS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Tensor]], str | None]] = {
+    "whisper": (
+        lambda: _made("WhisperForConditionalGeneration", **SPEECH, num_mel_bins=8,
+                      max_source_positions=16),
+        lambda: {"input_features": _drawn(2, 8, 32), "decoder_input_ids": IDS[:, :4]}, None,
+    ),
+    "speech": (
+        lambda: _made("Speech2TextForConditionalGeneration", **SPEECH, input_feat_per_channel=8,
+                      max_source_positions=64, conv_channels=16, num_conv_layers=1,
+                      conv_kernel_sizes=[3]),
+        lambda: {"input_features": _drawn(2, 32, 8), "decoder_input_ids": IDS[:, :4]}, None,
+    ),
+    "blip": (
+        lambda: _made(
+            "BlipForConditionalGeneration", projection_dim=8, image_text_hidden_size=8,
+            text_config={**SMALL, "encoder_hidden_size": 16, "projection_dim": 8,
+                         "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2},
+            vision_config={**PART, "image_size": 16, "patch_size": 8}),
+        lambda: {"input_ids": IDS, "pixel_values": _drawn(2, 3, 16, 16)}, None,
+    ),
+    "llava": (
+        lambda: _made(
+            "LlavaForConditionalGeneration", text_config=hf.LlamaConfig(**SMALL),
+            vision_config=hf.CLIPVisionConfig(**PART, image_size=16, patch_size=8),
+            image_token_index=49),
+        lambda: {"input_ids": IDS}, "SEQ_2_SEQ_LM",
+    ),
+    "bart": (
+        lambda: _made("BartForConditionalGeneration", **{k: v for k, v in SPEECH.items()
+                      if k != "max_target_positions"}, max_position_embeddings=32),
+        lambda: {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}, "SEQ_2_SEQ_LM",
+    ),
+    "wav2vec": (
+        lambda: _made(
+            "Wav2Vec2ForSequenceClassification", **PART, num_labels=3, conv_dim=(8, 8),
+            conv_kernel=(4, 3), conv_stride=(3, 2), num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, classifier_proj_size=8,
+            mask_time_prob=0.0),
+        lambda: {"input_values": _drawn(2, 60)}, None,
+    ),
+}  # fmt: skip
+
+
+def _drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).double()
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_folder_without_a_task_works_in_peft_after_a_round_trip(
+    name: str, tmp_path: Path
+) -> None:
+    make, made_batch, task = HOSTS[name]
+    model, batch = make(), made_batch()
+    whole = ["classifier"] if name == "wav2vec" else None
+    targets = [r".*text_decoder.*query", r".*(q_proj)"][name != "blip"]
+    theirs = trained(lora("", targets, modules_to_save=whole), model, tmp_path / "theirs")
+    host = mg.Host(copy.deepcopy(model)).eval()
+    host.load(tmp_path / "theirs", name="m")
+    host.save("m", tmp_path / "ours", format="peft")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["task_type"] == task
+    again: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "ours"))
+    expected = output(theirs, batch)
+    torch.testing.assert_close(output(host, batch), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(output(again.eval(), batch), expected, rtol=0, atol=1e-9)
+
+
+def test_a_host_that_answers_in_a_text_keeps_its_token_types(tmp_path: Path) -> None:
+    model = _made("BertForQuestionAnswering", **SMALL)
+    batch = {"input_ids": IDS, "token_type_ids": (IDS % 6 > 2).long()}
+    with torch.no_grad():
+        theirs = trained(lora("", ["query"], modules_to_save=["qa_outputs"]), model, tmp_path / "a")
+        host = mg.Host(copy.deepcopy(model)).eval()
+        host.load(tmp_path / "a")
+        host.save("a", tmp_path / "ours", format="peft")
+        again: Any = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours")).eval()
+        expected = theirs(**batch).start_logits
+        torch.testing.assert_close(host(**batch).start_logits, expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(again(**batch).start_logits, expected, rtol=0, atol=1e-9)
+
+
+class OwnForCausalLM(nn.Module):
+    """A host that is called as one of transformers, and has no method to generate with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Any:
+        x = self.words(input_ids) if inputs_embeds is None else inputs_embeds
+        return type("Out", (), {"logits": self.head(x)})
+
+
+def test_a_class_of_ones_own_by_a_name_of_transformers(tmp_path: Path) -> None:
+    host = mg.Host(OwnForCausalLM())
+    host.implant("m", mg.LoRA(rank=2), at="head")
+    nn.init.normal_(next(p for n, p in host["m"].named_parameters() if n.endswith("B")))
+    host.save("m", tmp_path, format="peft")
+    theirs: Any = peft.PeftModel.from_pretrained(OwnForCausalLM(), str(tmp_path))
+    torch.testing.assert_close(theirs(input_ids=IDS).logits, host(input_ids=IDS).logits)
