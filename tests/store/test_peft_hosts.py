@@ -202,3 +202,26 @@ def test_a_class_of_ones_own_by_a_name_of_transformers(tmp_path: Path) -> None:
     host.save("m", tmp_path, format="peft")
     theirs: Any = peft.PeftModel.from_pretrained(OwnForCausalLM(), str(tmp_path))
     torch.testing.assert_close(theirs(input_ids=IDS).logits, host(input_ids=IDS).logits)
+
+
+# --- layers at which PEFT loads nothing ------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["out_proj", "conv1d", "in_proj"])
+def test_lora_in_a_mamba(layer: str, tmp_path: Path) -> None:
+    def model() -> Any:
+        return _made("MambaForCausalLM", vocab_size=50, hidden_size=16, num_hidden_layers=1,
+                     state_size=4, time_step_rank=4, pad_token_id=0)  # fmt: skip
+
+    host = mg.Host(model()).eval()
+    host.implant("m", mg.LoRA(rank=2), at=f"*.{layer}")
+    nn.init.normal_(next(p for n, p in host["m"].named_parameters() if n.endswith("B")))
+    if layer != "in_proj":
+        with pytest.raises(mg.ModgraftError, match=rf"loads no LoRA at .*{layer} of a mamba"):
+            host.save("m", tmp_path / "ours", format="peft")
+        assert not (tmp_path / "ours").exists()
+        return
+    host.save("m", tmp_path / "ours", format="peft")
+    theirs: Any = peft.PeftModel.from_pretrained(model(), str(tmp_path / "ours")).eval()
+    batch = {"input_ids": IDS}
+    torch.testing.assert_close(output(theirs, batch), output(host, batch))

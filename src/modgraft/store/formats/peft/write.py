@@ -44,6 +44,9 @@ _TASKS = {
 _WITH_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
                "QUESTION_ANS": ("qa_outputs",)}  # fmt: skip
 """The tasks for which PEFT saves the head by itself, and what it takes for one."""
+_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_NOT_IN_MAMBA = (".out_proj", ".conv1d")
+"""The hosts, and the layers of theirs, for which PEFT refuses LoRA."""
 _PASSED = {"input_ids", "inputs_embeds"}
 """What PEFT's class for any task gives to a host by name; a ``forward`` without such an argument
 hands it on, to a layer that is given it already (huggingface/peft#1988)."""
@@ -64,6 +67,8 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
     }
     _check_at_one_path(placed, model)
     kind, written = _written({n: i.method for n, i in implants.items()}, placed, model)
+    if kind == "LORA":
+        _check_not_in_mamba(written.paths, model)
     task, heads = _task(model, kind)
     if kind in _BEFORE_INPUT and task is None:
         raise ModgraftError(
@@ -78,6 +83,15 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
         (folder / CONFIG).unlink(missing_ok=True)  # so that a kill leaves no mixture of two
         write_tensors({k: t.detach().clone() for k, t in tensors.items()}, folder / TENSORS, {})
         write_json(folder / CONFIG, dict(sorted(said.items())))
+
+
+def _check_not_in_mamba(paths: Sequence[str], model: nn.Module) -> None:
+    which = getattr(getattr(model, "config", None), "model_type", None)
+    if which in _MAMBAS and (not_there := [p for p in paths if p.endswith(_NOT_IN_MAMBA)]):
+        raise ModgraftError(
+            f"PEFT loads no LoRA at {not_there[0]} of a {which}, whose fast kernels take the "
+            f"weight past the layer; save it without format='peft'"
+        )
 
 
 Placed = Mapping[str, list[tuple[Site, Any]]]
