@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import modgraft as mg
-from store.peft_cases import lora, output, trained
+from store.peft_cases import CASES, batch_of, lora, model_of, output, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
 
@@ -225,3 +226,61 @@ def test_lora_in_a_mamba(layer: str, tmp_path: Path) -> None:
     theirs: Any = peft.PeftModel.from_pretrained(model(), str(tmp_path / "ours")).eval()
     batch = {"input_ids": IDS}
     torch.testing.assert_close(output(theirs, batch), output(host, batch))
+
+
+# --- models that torch.compile has wrapped ---------------------------------------------------
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):  # the names alone matter
+        yield
+
+
+def _whole(model: Any) -> Any:
+    return torch.compile(model)
+
+
+def _layers(model: Any) -> Any:
+    stack = model.bert.encoder.layer
+    for i, layer in enumerate(stack):
+        stack[i] = torch.compile(layer)
+    return model
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    ("wrap", "more"),
+    [
+        (_whole, {}),
+        (_layers, {"rank_pattern": {"layer.1._orig_mod.attention.self.query": 2}}),
+        (_layers, {"target_modules": ["bert.encoder.layer.0._orig_mod.attention.self.query"],
+                   "bias": "lora_only"}),
+    ],
+)  # fmt: skip
+def test_what_peft_saved_of_a_compiled_model(wrap: Any, more: Any, tmp_path: Path) -> None:
+    model, batch = model_of("bert"), batch_of("bert")
+    case = lora("bert", ["query", "value"], **{"modules_to_save": ["classifier"], **more})
+    made = trained(case, wrap(copy.deepcopy(model)), tmp_path / "theirs")
+    assert any("_orig_mod" in key for key in load_file(tmp_path / "theirs" / TENSORS))
+    for here in (model, wrap(copy.deepcopy(model))):
+        host = mg.Host(copy.deepcopy(here)).eval()
+        host.load(tmp_path / "theirs")
+        torch.testing.assert_close(output(host, batch), output(made, batch), rtol=0, atol=1e-9)
+    host.save("theirs", tmp_path / "ours", format="peft")
+    again: Any = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(output(again, batch), output(made, batch), rtol=0, atol=1e-9)
+
+
+TENSORS = "adapter_model.safetensors"
+
+
+def test_a_tensor_that_stands_there_compiled_and_plain(tmp_path: Path) -> None:
+    model = model_of("bert")
+    trained(CASES["lora-bert"], model, tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    key = min(tensors)
+    tensors[key.replace("model.bert", "model._orig_mod.bert")] = tensors[key] + 1
+    save_file(tensors, tmp_path / TENSORS, metadata={"format": "pt"})
+    with pytest.raises(mg.ModgraftError, match="there with and without torch"):
+        mg.Host(model).load(tmp_path)

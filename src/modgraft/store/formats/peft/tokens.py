@@ -109,7 +109,7 @@ def _rows(folder: Folder, key: str, end: str) -> Tensor:
     own = stored(folder.modules[key.removeprefix(PREFIX).removesuffix(end)], None)
     for path, module in folder.modules.items():
         other = f"{PREFIX}{path}{end}"
-        again = other in folder.file.entries and stored(module, None) is own
+        again = other in folder.entries and stored(module, None) is own
         if again and not torch.equal(folder.tensor(other), found):
             folder.refuse(f"{key} and {other} are rows of one weight here, and differ")
     return found
