@@ -284,3 +284,34 @@ def test_a_tensor_that_stands_there_compiled_and_plain(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / TENSORS, metadata={"format": "pt"})
     with pytest.raises(mg.ModgraftError, match="there with and without torch"):
         mg.Host(model).load(tmp_path)
+
+
+# --- padding, of which a folder says nothing -------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["prompt-llama", "prompt-gpt2", "prefix-llama", "prefix-gpt2"])
+def test_padding_on_the_right_gives_pefts_numbers(name: str, tmp_path: Path) -> None:
+    case, model = CASES[name], model_of(CASES[name].host)
+    made = trained(case, model, tmp_path)
+    host = mg.Host(copy.deepcopy(model)).eval()
+    host.load(tmp_path)
+    mask = torch.ones_like(IDS)
+    mask[1, 4:] = 0
+    expected = output(made, {"input_ids": IDS, "attention_mask": mask})[:, -6:]
+    got = output(host, {"input_ids": IDS, "attention_mask": mask})
+    torch.testing.assert_close(got[mask > 0], expected[mask > 0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["prompt-llama", "prefix-llama"])
+def test_padding_on_the_left_changes_nothing_here(name: str, tmp_path: Path) -> None:
+    case, model = CASES[name], model_of(CASES[name].host)
+    made = trained(case, model, tmp_path)
+    host = mg.Host(copy.deepcopy(model)).eval()
+    host.load(tmp_path)
+    mask = torch.ones_like(IDS)
+    mask[1, :2] = 0
+    alone = output(host, {"input_ids": IDS[1:, 2:]})
+    padded = output(host, {"input_ids": IDS, "attention_mask": mask})[1:, 2:]
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)  # angles are float32
+    theirs = output(made, {"input_ids": IDS, "attention_mask": mask})[1:, -4:]
+    assert (theirs - alone).abs().max() > 0.1
