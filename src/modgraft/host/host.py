@@ -15,7 +15,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._C._dynamo import eval_frame
 
 from modgraft.computation.base import (
@@ -633,9 +633,7 @@ class Host(AsModel):
             now = None if one else self.composition  # which a single module does not bring
             if now is not None and not {*chosen}.issuperset(map(module_of, now.names())):
                 now = None  # nor do several that are not all of it
-            if now is not None and any(
-                isinstance(w, Tensor) or w != 1 for w in now.weights().values()
-            ):
+            if now is not None and (now.of_batch or any(w != 1 for w in now.weights().values())):
                 raise ModgraftError(
                     f"format={format!r} has no place for the composition in force, {now}, whose "
                     f"weights several modules, or all, would bring: merge it into one module "
