@@ -301,6 +301,7 @@ class Context:
         """Register the context, also that of a host that was copied or unpickled."""
         self.__dict__.update(state)
         self._threads: dict[int, int] = {}  # how many calls are under way in each thread
+        self._running: dict[int, list[Call]] = {}  # the forwards under way in each thread
         self.compiled.host = next(_numbers)
         _contexts[self.compiled.host] = self
 
@@ -367,8 +368,18 @@ class Context:
         return self.inputs, self.keys_values, self.routed, self.by_example
 
     def now(self) -> Call:
-        """Return the call under way, in compiled code or not."""
-        return self.compiled.current() if torch.compiler.is_dynamo_compiling() else self.current()
+        """Return the call that a layer is part of, in compiled code or not.
+
+        Raises:
+            ModgraftError: as :meth:`current`, and in a thread that is none of the host's while it
+                runs, where it cannot be told whether the layer is a part of that.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return self.compiled.current()
+        call = self.current()
+        if self._running and not call.in_forward:
+            self.check_thread(call)
+        return call
 
     def token_modules_in(self, composition: Expression) -> tuple[str, ...]:
         """Return the modules that put tokens before the input, in the order of ``composition``.
@@ -425,11 +436,16 @@ class Context:
         if not call.in_forward:  # of a using block perhaps, in which there may be many
             call = Call(call.composition, call.side, call.generating, True, call.spliced)
         _calls.set((*_calls.get(), (self, call, _backward())))
+        self._running.setdefault(threading.get_ident(), []).append(call)
 
     def leave(self) -> Call:
         """End a forward that :meth:`enter` began; return its call."""
         *before, (_, call, _) = _calls.get()
         _calls.set(tuple(before))
+        me = threading.get_ident()
+        self._running[me].pop()
+        if not self._running[me]:
+            del self._running[me]
         return call
 
     def switch(self, composition: Expression | None) -> None:
@@ -480,6 +496,29 @@ class Context:
             self.compiled.write(
                 self.composition if call is None else call.composition, self.token_modules
             )
+
+    def check_thread(self, call: Call) -> None:
+        """Refuse to run a layer under ``call``, which is in force, while the host runs elsewhere.
+
+        A host may hand layers to other threads, which know nothing of its call. It is all the same
+        where that is under what is in force too.
+
+        Raises:
+            ModgraftError: with the remedy.
+        """
+        if _backward() != NO_BACKWARD:
+            return
+        for other in [one for calls in list(self._running.values()) for one in calls[-1:]]:
+            if other.side or other.composition != call.composition:
+                raise ModgraftError(
+                    f"a layer runs in a thread of its own, by the composition in force, "
+                    f"{call.composition}, while a call of this host with {other.composition}"
+                    f"{' and side inputs' * bool(other.side)} runs in another, and whether it is a "
+                    f"part of that call cannot be told. If the host's forward hands it to that "
+                    f"thread, let it take the call along, "
+                    f"pool.submit(contextvars.copy_context().run, layer, x), or put the modules in "
+                    f"force before the call: host.use(…)"
+                )
 
     def _remember(self, call: Call) -> None:
         """Remember that a graph is made under ``call``; see :meth:`_check_recomputed`."""

@@ -12,9 +12,12 @@ its input, the host's own output says which one holds the examples.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -25,7 +28,6 @@ from torch.overrides import _pop_mode_temporarily
 from modgraft.core.context import UNSEEN
 from modgraft.core.layers import STATE
 from modgraft.engine.capturing import captures
-from modgraft.engine.graft import restore
 from modgraft.engine.writes import taken_back
 
 Seen = dict[str, list[Tensor]]
@@ -324,13 +326,18 @@ def run_twin(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: l
             stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
             stack.enter_context(torch.no_grad())
             stack.enter_context(taken_back(twin))
-            twin(*args, **kwargs)
+            out = twin(*args, **kwargs)
+            if isinstance(out, GeneratorType):  # whose layers run when it is read
+                deque(islice(out, STEPS), maxlen=0)
     finally:
         for handle in handles:
             handle.remove()
 
 
 _SITE = "_modgraft_site"
+
+STEPS = 64
+"""How far a host is read that never ends, when it is asked."""
 
 
 def twin_of(model: nn.Module) -> nn.Module:
@@ -339,15 +346,10 @@ def twin_of(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         states = [v for v in layer.__dict__.values() if isinstance(v, Tensor)]
         memo |= {id(v): v.detach().clone() for v in states}  # deepcopy refuses what has a graph
-        if STATE in layer.__dict__:
-            state = layer.__dict__[STATE]
-            memo[id(state)] = state
-            memo[id(state.context)] = state.context
     twin = copy.deepcopy(model, memo)
-    for layer in twin.modules():
+    for path, layer in model.named_modules():
         if STATE in layer.__dict__:
-            restore(layer)
-            layer.__dict__[_SITE] = True
+            twin.get_submodule(path).__dict__[_SITE] = True
     twin.__dict__[_SITE] = True  # what comes out in the end tells most
     for layer in twin.modules():  # of hooks, only those that the host computes with
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):

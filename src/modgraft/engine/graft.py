@@ -27,8 +27,8 @@ from modgraft.core.context import Context
 from modgraft.core.embeddings import Reading, reading_of
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import WEIGHTED, feature_axis
-from modgraft.core.pickling import reduced_by
 from modgraft.core.sites import Site, one_input
+from modgraft.engine.copies import Hooked, hook_again, hooks_in, reduced
 from modgraft.engine.inputs.generation import processors
 from modgraft.engine.inputs.tokens import generate_with_tokens
 from modgraft.engine.own_forward import PATCHED, by_weight, original, runs_changed
@@ -148,12 +148,41 @@ def ungraft(layer: nn.Module, name: str) -> None:
         restore(layer)
 
 
-def restore(layer: nn.Module) -> None:
-    """Make a grafted layer what it was before its first module came."""
+def restore(layer: nn.Module) -> nn.Module:
+    """Make a layer what it was before its first module came, and return it."""
     layer.__class__ = original(layer)
-    del layer.__dict__[STATE]
+    layer.__dict__.pop(STATE, None)
     if PATCHED in layer.__dict__:
         layer.__dict__["forward"] = layer.__dict__.pop(PATCHED)
+    return layer
+
+
+def _bare(layer: nn.Module) -> nn.Module:
+    """Return a shallow copy of a grafted layer, restored."""
+    bare = object.__new__(type(layer))
+    bare.__dict__.update(layer.__dict__)
+    return restore(bare)
+
+
+def implanted_in(
+    model: nn.Module, layers: Sequence[nn.Module]
+) -> tuple[list[tuple[nn.Module, State]], Hooked]:
+    """Return what a host has put into its model, which a copy of the model does not have.
+
+    Args:
+        model: the host's.
+        layers: with modules, also those that are no part of the model any more.
+    """
+    found = {m: m.__dict__[STATE] for m in (*model.modules(), *layers) if STATE in m.__dict__}
+    return list(found.items()), hooks_in(model)
+
+
+def implant_again(grafts: Sequence[tuple[nn.Module, State]], hooks: Hooked) -> None:
+    """Put into a copy of a model what :func:`implanted_in` has found in the model."""
+    for layer, state in grafts:
+        if STATE not in layer.__dict__:  # of a shallow copy it is the same layer
+            _put(layer, state)
+    hook_again(hooks)
 
 
 @contextmanager
@@ -167,15 +196,6 @@ def restored(layers: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for layer, state in zip(layers, states, strict=True):
             _put(layer, state)
-
-
-def ungraft_all(model: nn.Module) -> nn.Module:
-    """Remove every module from ``model``, and return it."""
-    undivide(model)
-    for layer in model.modules():
-        while (state := layer.__dict__.get(STATE)) is not None:
-            ungraft(layer, next(iter(state.entries or state.relays)))
-    return model
 
 
 def link_shared_inputs(model: nn.Module) -> None:
@@ -216,12 +236,14 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {
         "forward": grafted_forward,
         "__setattr__": set_attribute,
-        "__reduce_ex__": reduced_by(_grafted, kind),
+        "__reduce_ex__": lambda self, protocol: reduced(_bare(self), protocol),
         "_replicate_for_data_parallel": _refuse_replicas,
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
+    if (copied := getattr(kind, "__deepcopy__", None)) is not None:
+        body["__deepcopy__"] = lambda self, memo: restore(copied(self, memo))
     if issubclass(kind, WEIGHTED):
         for name in SERVED:
             own = getattr(kind, name, None)

@@ -30,6 +30,7 @@ from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import STATE, stored
 from modgraft.core.patterns import joined
 from modgraft.core.tensors import check_whole
+from modgraft.engine.copies import OfHost
 from modgraft.routing.losses import with_routing_losses
 
 COPIED = "_modgraft_copied"
@@ -302,7 +303,7 @@ def is_serving(layer: nn.Module) -> bool:
 # -- when the host runs ---------------------------------------------------------------------------
 
 
-class _Enter:
+class _Enter(OfHost):
     """A forward pre-hook: a forward begins."""
 
     def __init__(self, context: Context, is_root: bool) -> None:
@@ -313,7 +314,7 @@ class _Enter:
 
         Raises:
             ModgraftError: where a part that reads the text is called without the host, and prompts
-                are in force, which are put in where the host is called.
+                are in force, which are put in where the host is called; or as ``check_thread``.
         """
         if torch.compiler.is_dynamo_compiling():
             if self.is_root and self.context.compiled.is_past_the_host():
@@ -321,7 +322,10 @@ class _Enter:
             return
         call = self.context.current()
         self.context.enter()
-        if self.is_root or call.in_forward or call.spliced or call.composition is None:
+        if self.is_root or call.in_forward:
+            return
+        self.context.check_thread(call)
+        if call.spliced or call.composition is None:
             return
         names = self.context.token_modules_in(call.composition)
         if names and any(m.__dict__[STATE].relays for m in module.modules() if STATE in m.__dict__):

@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -15,8 +15,9 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
+from transformers.utils.generic import ModelOutput
 
 from modgraft.computation.base import (
     Computation,
@@ -40,6 +41,8 @@ from modgraft.engine.gradient_checkpointing import hook_checkpoints
 from modgraft.engine.graft import (
     graft_everywhere,
     grafted_by_others,
+    implant_again,
+    implanted_in,
     link_shared_inputs,
     undivide,
     ungraft,
@@ -79,6 +82,7 @@ from modgraft.host.compositions import (
 )
 from modgraft.host.describe import describe
 from modgraft.host.explain import explain
+from modgraft.host.later import run_within
 from modgraft.host.merge import merged
 from modgraft.host.mixtures import (
     check_unmixed,
@@ -90,6 +94,12 @@ from modgraft.host.probe import probe
 from modgraft.host.probe_result import Probe
 from modgraft.routing.losses import with_routing_losses
 from modgraft.routing.mixture import Mixture
+
+_IMPLANTED = "_implanted"
+"""The entry of a host's state, when it is copied or pickled, that says what is in its model."""
+
+_AT_ONCE = (Tensor, ModelOutput, tuple)
+"""What a forward nearly always returns, in which nothing is left to be run."""
 
 TARGETS = {"labels", "return_loss", "num_items_in_batch"}
 """What a call may be given beside its input."""
@@ -152,11 +162,14 @@ class Host(AsModel):
     def __reduce_ex__(self, protocol: Any) -> Any:
         for name in list(self._waiting):  # a copy has no part in what is read from this one's files
             self._bring(name)
-        return super().__reduce_ex__(protocol)
+        make, arguments, state = super().__reduce_ex__(protocol)
+        return make, arguments, {**state, _IMPLANTED: implanted_in(self.model, self._guard.layers)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Hook what the modules of an unpickled host need hooked in this process."""
+        """Put the modules into the model again, of which a copy by itself has none."""
+        grafts, hooks = state.pop(_IMPLANTED, ((), ()))
         super().__setstate__(state)
+        implant_again(grafts, hooks)
         for implant in self._implants.values():
             if isinstance(implant.method.unwrapped, KeyValueComposition):
                 hook_attention()
@@ -370,10 +383,12 @@ class Host(AsModel):
     @contextmanager
     def using(self, composition: Compositions) -> Iterator[Self]:
         """Put a composition in force in a ``with`` block, in this thread or task alone."""
-        around = self._context.around() or Call(None)
-        call = replace(around, composition=self.read(composition))
-        with self._context.call(call):
+        with self._under(self.read(composition)):
             yield self
+
+    def _under(self, composition: ex.Expression | None) -> AbstractContextManager[None]:
+        around = self._context.around() or Call(None)
+        return self._context.call(replace(around, composition=composition))
 
     def read(self, composition: Compositions) -> ex.Expression | None:
         """Return a composition as an expression, without putting it in force.
@@ -485,13 +500,28 @@ class Host(AsModel):
         while True:
             try:
                 with self._context.call(call):
-                    return run(*args, **kwargs)
+                    out = run(*args, **kwargs)
+                return out if isinstance(out, _AT_ONCE) else self._whole(out, call)
             except UndividedError as error:
                 if composition is None or take_back is None:
                     raise
                 count = examples_of(composition, call.side)
                 call = divide_around(self.model, self._context, error, call, count, args, kwargs)
             take_back()
+
+    def _whole(self, out: Any, call: Call) -> Any:
+        def is_in_force() -> bool:
+            return not call.side and self._context.current().composition == call.composition
+
+        return run_within(out, lambda: self._again(call), is_in_force)
+
+    @contextmanager
+    def _again(self, call: Call) -> Iterator[None]:
+        """Run a ``with`` block in a call that has returned."""
+        with self._guard.call(self):
+            self._reader.check_known(call.composition)
+            with self._context.call(replace(call, kept={}, outputs={})):
+                yield
 
     def _layout(
         self, composition: ex.Expression, sides: Mapping[str, Side], args: tuple, kwargs: Any
@@ -784,7 +814,7 @@ class Host(AsModel):
                 self.implants,
                 given,
                 lambda one, modules: self(**one, side=side, modules=modules),
-                lambda: self.using(None),
+                lambda: self._under(None),
             )
 
     def plan(self, composition: Compositions | EllipsisType = ...) -> str:

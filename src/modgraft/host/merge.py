@@ -13,7 +13,6 @@ from modgraft.core.expression import Expression
 from modgraft.core.offloaded import present
 from modgraft.core.sites import find
 from modgraft.engine.fast_paths import take_fast_paths
-from modgraft.engine.graft import ungraft_all
 from modgraft.engine.guard import let_go
 from modgraft.engine.implant import Implants
 from modgraft.engine.inputs.padding import count_padding_too
@@ -49,7 +48,7 @@ def merged(model: nn.Module, implants: Implants, composition: Expression | None)
             check_copies(site)
             change = Change(place, weight, site.part, site.parameter)
             changes.setdefault(site.path, []).append(change)
-    plain = ungraft_all(copy.deepcopy(model))
+    plain = copy.deepcopy(model)
     take_fast_paths(plain)
     unwatch_forwards(plain)
     count_padding_too(plain)

@@ -18,13 +18,14 @@ from modgraft.core.context import Context
 from modgraft.core.embeddings import arguments_of, counts_from
 from modgraft.core.expression import Expression
 from modgraft.core.per_example import Each
+from modgraft.engine.copies import OfHost
 from modgraft.engine.inputs.expressions import fold
 from modgraft.engine.inputs.rows import MASK, POSITIONS
 
 _TEXTS = ("input_ids", "inputs_embeds")
 
 
-class CountFromText:
+class CountFromText(OfHost):
     """A forward pre-hook: gives a model the positions of a text that is padded on the left.
 
     Args:

@@ -1,0 +1,68 @@
+"""Copies of a host, and of its model alone: only the first has the modules.
+
+Layers with modules, and hooks that follow a host's calls, copy and pickle themselves as what they
+were before. A host takes with it what it has put there (:func:`put_into`), and puts it there again
+in its copy.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+Hooked = list[tuple[nn.Module, str, int, type["OfHost"], dict[str, Any]]]
+"""Hooks of a host: the part of the model, which of its dictionaries, the key, and the hook."""
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Stand in a copy of a model for a hook that follows the calls of its host."""
+
+
+def _no_hook() -> Callable[..., None]:
+    return nothing
+
+
+class OfHost:
+    """A hook that follows the calls of a host; a copy of the model alone has :func:`nothing`."""
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def hooks_in(model: nn.Module) -> Hooked:
+    """Return the hooks that follow the calls of the host of ``model``."""
+    return [
+        (part, which, key, type(hook), hook.__dict__)
+        for part in model.modules()
+        for which in _HOOKS
+        for key, hook in part.__dict__[which].items()
+        if isinstance(hook, OfHost)
+    ]
+
+
+def hook_again(hooks: Hooked) -> None:
+    """Put hooks where they were, in a copy."""
+    for part, which, key, kind, own in hooks:
+        hook = part.__dict__[which][key] = object.__new__(kind)
+        hook.__dict__.update(own)
+
+
+def reduced(bare: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Return the ``__reduce_ex__`` of a layer with modules.
+
+    Args:
+        bare: the layer as it is without them, another object of the class that it had.
+        protocol: pickle's.
+    """
+    how, *rest = bare.__reduce_ex__(max(2, protocol))
+    return (_made if how is copyreg.__newobj__ else how, *rest)  # type: ignore[attr-defined]
+
+
+def _made(kind: type[nn.Module], *given: Any) -> Any:
+    """Make an object; pickle would refuse ``copyreg.__newobj__`` for one of another class."""
+    return kind.__new__(kind, *given)
