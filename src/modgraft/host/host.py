@@ -333,9 +333,9 @@ class Host(AsModel):
 
     def _let_go(self, name: str) -> bool:
         """Forget a module that was never used, if it came alone or cannot be read."""
-        load = self._waiting.get(name)
-        if load is None:
+        if not isinstance(name, str) or name not in self._waiting:
             return False
+        load = self._waiting[name]
         if list(self._waiting.values()).count(load) > 1:
             with suppress(ModgraftError):  # which the others' first use says
                 self._bring(name)
