@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 from collections.abc import Callable
@@ -221,12 +222,15 @@ class OfItsOwn(nn.Linear):
         return OfItsOwn, (self.in_features, self.out_features)
 
 
-def test_a_layer_with_a_way_of_its_own_is_refused() -> None:
+def test_a_layer_with_a_way_of_its_own_is_made_by_that_and_has_the_modules() -> None:
     host = mg.Host(nn.Sequential(OfItsOwn(3, 3)))
-    pickle.dumps(host)
     host.implant("m", mg.LoRA(rank=1), at="0")
-    with pytest.raises(mg.ModgraftError, match=r"OfItsOwn .* cannot be pickled.*host\.save"):
-        pickle.dumps(host)
+    draw(host)
+    for twin in (pickle.loads(pickle.dumps(host)), copy.deepcopy(host)):
+        twin.load_state_dict(host.state_dict())  # which its way leaves out
+        assert torch.equal(twin(torch.eye(3)), host(torch.eye(3)))
+        assert torch.equal(twin(torch.eye(3), modules=None), host(torch.eye(3), modules=None))
+    assert type(copy.deepcopy(host.model)[0]) is OfItsOwn  # type: ignore[index]
 
 
 # -- copied to devices ----------------------------------------------------------------------------

@@ -301,7 +301,7 @@ class Context:
         """Register the context, also that of a host that was copied or unpickled."""
         self.__dict__.update(state)
         self._threads: dict[int, int] = {}  # how many calls are under way in each thread
-        self._running: dict[int, list[Call]] = {}  # the forwards under way in each thread
+        self._running: dict[int, list[tuple[object, Call]]] = {}  # the forwards in each thread
         self.compiled.host = next(_numbers)
         _contexts[self.compiled.host] = self
 
@@ -430,21 +430,24 @@ class Context:
         found = (call for owner, call, begun in calls if owner is self and begun == backward)
         return next((call.in_forward for call in found), False)
 
-    def enter(self) -> None:
-        """Begin a forward of the host's model, in the call under way or in one of its own."""
+    def enter(self, part: object) -> None:
+        """Begin a forward of a part of the host's model, in the call under way or in a new one."""
         call = self.current()
         if not call.in_forward:  # of a using block perhaps, in which there may be many
             call = Call(call.composition, call.side, call.generating, True, call.spliced)
         _calls.set((*_calls.get(), (self, call, _backward())))
-        self._running.setdefault(threading.get_ident(), []).append(call)
+        self._running.setdefault(threading.get_ident(), []).append((part, call))
 
-    def leave(self) -> Call:
-        """End a forward that :meth:`enter` began; return its call."""
+    def leave(self, part: object) -> Call:
+        """End a forward, if :meth:`enter` began it; return its call."""
+        me = threading.get_ident()
+        running = self._running.get(me)
+        if not running or running[-1][0] is not part:  # what was called before that has failed
+            return self.current()
         *before, (_, call, _) = _calls.get()
         _calls.set(tuple(before))
-        me = threading.get_ident()
-        self._running[me].pop()
-        if not self._running[me]:
+        running.pop()
+        if not running:
             del self._running[me]
         return call
 
@@ -508,7 +511,7 @@ class Context:
         """
         if _backward() != NO_BACKWARD:
             return
-        for other in [one for calls in list(self._running.values()) for one in calls[-1:]]:
+        for _, other in [one for some in list(self._running.values()) for one in some[-1:]]:
             if other.side or other.composition != call.composition:
                 raise ModgraftError(
                     f"a layer runs in a thread of its own, by the composition in force, "

@@ -321,7 +321,7 @@ class _Enter(OfHost):
                 self.context.compiled.bare.forget()
             return
         call = self.context.current()
-        self.context.enter()
+        self.context.enter(module)
         if self.is_root or call.in_forward:
             return
         self.context.check_thread(call)
@@ -347,7 +347,7 @@ class _Leave(_Enter):
                 out = with_routing_losses(out, compiled.bare.routings, kwargs)
                 compiled.bare.routings.clear()
             return out
-        call = self.context.leave()
+        call = self.context.leave(module)
         for check in call.reads if self.is_root else ():
             check()
         if self.is_root and call.routings and not self.context.in_forward():
