@@ -485,11 +485,12 @@ class Host(AsModel):
     ) -> Layout:
         """Ask the host, once for calls that are alike, where the examples lie at its layers."""
         layouts, last = self._context.layouts, self._context.layout
-        kind = signature(args, kwargs)
+        count = examples_of(composition, sides)
+        kind = signature(args, kwargs, count)
         if kind is None:
             return last
         if kind not in layouts:
-            found = ask(self.model, args, kwargs, examples_of(composition, sides))
+            found = ask(self.model, args, kwargs, count)
             unseen = {path: last[path] for path in found if found[path] == UNSEEN and path in last}
             self._context.remember(kind, {**found, **unseen})
         return layouts[kind]
