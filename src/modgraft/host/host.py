@@ -27,7 +27,7 @@ from modgraft.computation.base import (
 )
 from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
-from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
+from modgraft.core.context import EXAMPLE, UNSEEN, Call, Context, Layout, Side
 from modgraft.core.errors import ModgraftError, UndividedError, an
 from modgraft.core.expression import module_of
 from modgraft.core.files import folder_path, writing
@@ -528,11 +528,12 @@ class Host(AsModel):
     ) -> Layout:
         """Ask the host, once for calls that are alike, where the examples lie at its layers."""
         layouts, last = self._context.layouts, self._context.layout
-        kind = signature(args, kwargs)
+        count = examples_of(composition, sides)
+        kind = signature(args, kwargs, count)
         if kind is None:
             return last
         if kind not in layouts:
-            found = ask(self.model, args, kwargs, examples_of(composition, sides))
+            found = ask(self.model, args, kwargs, count)
             unseen = {path: last[path] for path in found if found[path] == UNSEEN and path in last}
             self._context.remember(kind, {**found, **unseen})
         return layouts[kind]
@@ -815,7 +816,14 @@ class Host(AsModel):
                 given,
                 lambda one, modules: self(**one, side=side, modules=modules),
                 lambda: self._under(None),
+                self._unfed(side or {}),
             )
+
+    def _unfed(self, side: Mapping[str, Side]) -> dict[str, tuple[str, bool]]:
+        """Return the modules whose side inputs are not given, with these and whether they act."""
+        active = () if self.composition is None else self.composition.names()
+        sources = self._context.side_sources.items()
+        return {n: (s, n in active) for n, s in sources if s != EXAMPLE and s not in side}
 
     def plan(self, composition: Compositions | EllipsisType = ...) -> str:
         """Show how a composition is computed at its sites; left out, the one in force."""
