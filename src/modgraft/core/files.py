@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -190,7 +189,10 @@ def together(folder: Path, is_own: Callable[[Path], bool], what: str) -> Iterato
             yield part
             for path, place in _moves(part):
                 if place.is_dir():
-                    raise IsADirectoryError(errno.EISDIR, f"{place} is a folder")
+                    raise CheckpointError(
+                        f"{place} is a folder, and a file is to be written there; move it away, or "
+                        f"choose another folder. What was there is as it was"
+                    )
                 if place.exists():
                     path.chmod(place.stat().st_mode & 0o7777)
                 sync(path.parent)
