@@ -6,15 +6,16 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._C._dynamo import eval_frame
 
 from modgraft.computation.base import (
@@ -129,6 +130,7 @@ class Host(AsModel):
         self._reader = Reader(self._implants, self._context)
         self._waiting: dict[str, Callable[[], object]] = {}  # loaded, and not used yet
         self.register_state_dict_pre_hook(self._bring_all)
+        self.register_load_state_dict_pre_hook(self._bring_all)
         leave_fast_paths(model)
         if freeze:
             model.requires_grad_(False)
@@ -211,6 +213,7 @@ class Host(AsModel):
     ) -> Implant:
         self._check_new(name)
         check_module(module)
+        self._bring(list(module.members))
         sites = where()
         check_weights_stay(self.model)
         if other := grafted_by_others(self.model, self._context):
@@ -290,7 +293,7 @@ class Host(AsModel):
     def remove(self, name: str) -> None:
         """Remove a module; the host is as it was before it, bit for bit."""
         with self._guard.gate.change(f"host.remove({name!r})"):
-            if self._waiting.pop(name, None) is not None:  # never used
+            if self._let_go(name):
                 return
             names = self[name].names  # raises for an unknown one
             check_unmixed(self._implants, names)
@@ -315,8 +318,18 @@ class Host(AsModel):
     def __contains__(self, name: str) -> bool:
         return name in self.implants or name in self._waiting
 
+    def _let_go(self, name: str) -> bool:
+        """Forget a module that was never used, if it came alone or cannot be read."""
+        load = self._waiting.get(name)
+        if load is None:
+            return False
+        if list(self._waiting.values()).count(load) > 1:
+            with suppress(ModgraftError):  # which the others' first use says
+                self._bring(name)
+        return self._waiting.pop(name, None) is not None
+
     def _bring_all(self, *_: Any) -> None:
-        """Implant all that was loaded with ``lazy=True``; a hook of ``state_dict``."""
+        """Implant all that was loaded with ``lazy=True``; a hook of state dicts."""
         for name in list(self._waiting):
             self._bring(name)
 
@@ -539,6 +552,8 @@ class Host(AsModel):
             train: names of modules, ``"host"`` for the model's weights, ``"host.head"`` for those
                 of a part; None leaves everything as it is.
         """
+        if train is not None:  # a module that waits comes now, and with those saved with it
+            self._bring([train] if isinstance(train, str) else list(train))
         before = [(p, p.requires_grad) for p in self.parameters()]
         if train is not None:
             names = [train] if isinstance(train, str) else list(train)
@@ -602,6 +617,7 @@ class Host(AsModel):
         from modgraft.store.formats.base import named
 
         several = list(self.implants) + list(self._waiting) if names is None else names
+        several = several.name if isinstance(several, Implant) else several
         one = isinstance(several, str)
         chosen = [several] if isinstance(several, str) else list(dict.fromkeys(several))
         if not chosen:
@@ -617,9 +633,7 @@ class Host(AsModel):
             now = None if one else self.composition  # which a single module does not bring
             if now is not None and not {*chosen}.issuperset(map(module_of, now.names())):
                 now = None  # nor do several that are not all of it
-            if now is not None and any(
-                isinstance(w, Tensor) or w != 1 for w in now.weights().values()
-            ):
+            if now is not None and (now.of_batch or any(w != 1 for w in now.weights().values())):
                 raise ModgraftError(
                     f"format={format!r} has no place for the composition in force, {now}, whose "
                     f"weights several modules, or all, would bring: merge it into one module "
@@ -704,13 +718,12 @@ class Host(AsModel):
             found = stored(path, self.model)
             if not lazy:
                 return load(self, found, name, strict, active)[-1]
-            check_host(self.model, found, strict)
+            check_host(self, found, strict)
             new = [names_here(found, name)[each] for each in found.card.names]
             with naming(path):
                 for each in new:
                     self._check_new(each)
-            for each in new:
-                self._waiting[each] = lambda: self._load(found, name, strict, new)
+            self._waiting |= dict.fromkeys(new, partial(self._load, found, name, strict, new))
         return None
 
     def _load(self, found: Stored, name: str | None, strict: bool, names: Sequence[str]) -> None:
@@ -763,6 +776,7 @@ class Host(AsModel):
             )
         given, side = dict(batch), side if side is not None else batch.get("side")
         given.pop("side", None)
+        self._bring_all()
         with self._guard.gate.change("host.probe(…)"):  # it fills the modules with other numbers
             return probe(
                 self.model,
@@ -779,4 +793,4 @@ class Host(AsModel):
         return explain(self.model, read)
 
     def __repr__(self) -> str:
-        return describe(self.model, self._implants, self.composition)
+        return describe(self.model, self._implants, self.composition, list(self._waiting))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError
+from modgraft.core.patterns import WRAPPERS
 from modgraft.store.file import Entry, TensorFile, read_json, read_small
 from modgraft.store.formats.base import module_name
 from modgraft.store.formats.found import Found, stored
@@ -65,7 +66,10 @@ def read(folder: Path, model: nn.Module) -> Stored:
     """
     path = folder / CONFIG
     try:
-        said = read_json(read_small(path))
+        text = read_small(path)
+        for wrapper in WRAPPERS:  # of torch.compile and its like, which are in the keys too
+            text = text.replace(f"{wrapper}.".encode(), b"")
+        said = read_json(text)
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy the folder again") from error
     kind = said.get("peft_type") if isinstance(said, dict) else None
