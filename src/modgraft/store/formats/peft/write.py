@@ -17,8 +17,8 @@ from modgraft.computation.prompts import SoftPrompt
 from modgraft.computation.rescale import Rescale
 from modgraft.computation.trainable_tokens import TrainableTokens
 from modgraft.computation.vera import VeRA
-from modgraft.core.errors import CheckpointError, ModgraftError, an
-from modgraft.core.files import locked, write_json
+from modgraft.core.errors import ModgraftError, an
+from modgraft.core.files import together, write_json
 from modgraft.core.layers import LINEAR
 from modgraft.core.sites import Site, located
 from modgraft.engine.implant import learning_parts
@@ -58,8 +58,6 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
     Raises:
         ModgraftError: for what PEFT has no place for, with the reason, or a folder of other things.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not holds(folder):
-        raise CheckpointError(f"{folder} is there and holds nothing of PEFT; choose another folder")
     model, implants = host.model, {name: host._implants[name] for name in names}
     placed = {
         name: list(zip(located(model, implant.paths), implant.places, strict=True))
@@ -79,10 +77,9 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
     saved = _saved_beside(kind, written, beside, heads, model)
     tensors = _by_key(kind, written, saved)
     said = _options(kind, written, task, heads, model)
-    with locked(folder, TENSORS, CONFIG):
-        (folder / CONFIG).unlink(missing_ok=True)  # so that a kill leaves no mixture of two
-        write_tensors({k: t.detach().clone() for k, t in tensors.items()}, folder / TENSORS, {})
-        write_json(folder / CONFIG, dict(sorted(said.items())))
+    with together(folder, holds, "nothing of PEFT") as part:
+        write_tensors({k: t.detach().clone() for k, t in tensors.items()}, part / TENSORS, {})
+        write_json(part / CONFIG, dict(sorted(said.items())))
 
 
 def _check_not_in_mamba(paths: Sequence[str], model: nn.Module) -> None:
