@@ -221,6 +221,30 @@ class Turned(nn.Module):
         return self.inner(x).cumsum(1)
 
 
+class Causal(nn.Module):
+    """Attends to what came before: to nothing, and so to no number, where a text begins late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        y, _ = self.attend(x, x, x, attn_mask=later, key_padding_mask=x[..., 0] == 0)
+        return self.out(x + y)
+
+
+@pytest.mark.parametrize("padded", [0, 1, 2])
+def test_what_is_no_number_in_the_bare_host_is_the_same_as_itself(padded: int) -> None:
+    host, x = stirred(Causal(), "out"), hidden(B, 6).clone()
+    x[padded, :2] = 0
+    names = ["a", "b", None]
+    out, alone = host(x, modules=names), [host(x, modules=name) for name in names]
+    assert out.isnan().any(-1).nonzero().tolist() == [[padded, 0], [padded, 1]]
+    right = torch.stack([whole[i] for i, whole in enumerate(alone)])
+    torch.testing.assert_close(out, right, equal_nan=True)
+
+
 @pytest.mark.parametrize("length", [B, B + 1])
 def test_tokens_are_not_taken_for_examples_where_these_have_no_axis(length: int) -> None:
     host, x = stirred(Guided(), "inner"), hidden(B, length)

@@ -308,6 +308,55 @@ def test_the_host_is_left_as_it_was_after_an_error() -> None:
     assert not found.faults, found
 
 
+# -- batches and modules of other kinds -----------------------------------------------------------
+
+
+class Given(Two):
+    """Takes its batch in a container, and gives it to its layers as [n, B, d]."""
+
+    def forward(self, batch: Any) -> Tensor:  # type: ignore[override]
+        x = batch["x"] if isinstance(batch, dict) else batch[0]
+        return super().forward(x.transpose(0, 1)).mean(0)
+
+
+class OneByOne(Two):
+    """Runs its layers once for each of a list of examples."""
+
+    def forward(self, batch: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return torch.stack([super(OneByOne, self).forward(x).mean(0) for x in batch])
+
+
+@pytest.mark.parametrize("way", [lambda x: {"x": x}, lambda x: [x], lambda x: (x, None)])
+def test_a_batch_in_a_container(way: Callable[[Tensor], Any]) -> None:
+    with torch.inference_mode():
+        batch = {"batch": way(torch.randn(3, 4, WIDTH))}
+    found = implanted(Given(), ["first", "second"]).probe(batch)
+    assert not found.faults, found
+    assert [row.examples for row in found.sites] == ["axis 1", "axis 1"]
+    assert found.modules[0].each == "equal"
+
+
+def test_a_list_of_examples() -> None:
+    host = implanted(OneByOne(), "first")
+    found = host.probe({"batch": [torch.randn(n, WIDTH) for n in (4, 4, 4)]})
+    assert not found.faults, found
+    assert (found.sites[0].called, found.modules[0].each) == (3, "equal")
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_a_module_without_its_side_input_is_not_tried(active: bool) -> None:
+    """It is a fault of a call of the host where the module is in force, and else none."""
+    host = implanted(Two(), "second")
+    host.implant("g", mg.GatedFusion(source="image", dim=3), at="first", active=active)
+    found, words = host.probe(tokens()), r"host.probe(batch, side={'image': mg.Side(tensor, mask)})"
+    assert list(found.faults) == (["g"] if active else [])
+    assert words in (found.faults["g"][0] if active else found.notes[0])
+    assert [row.acts for row in found.sites] == [True, None]
+    found = host.probe(tokens(), side={"image": mg.Side(torch.randn(3, 2, 3))})
+    assert not found.faults
+    assert [row.acts for row in found.sites] == [True, True]
+
+
 # -- bad input ------------------------------------------------------------------------------------
 
 

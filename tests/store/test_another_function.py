@@ -191,9 +191,14 @@ def bert(**settings: Any) -> mg.Host:
 
 
 @pytest.mark.parametrize("format", ["peft", "adapterhub"])
-def test_a_weighted_composition_has_no_place_elsewhere(tmp_path: Path, format: str) -> None:
+@pytest.mark.parametrize(
+    "composition", ["0.5*qa", ["qa", None, "0.3*qa"], mg.Weighted(("qa",), torch.ones(3, 1))]
+)
+def test_a_weighted_composition_has_no_place_elsewhere(
+    tmp_path: Path, format: str, composition: Any
+) -> None:
     host = bert()
-    host.use("0.5*qa")
+    host.use(composition)
     with pytest.raises(mg.ModgraftError, match="no place for the composition in force"):
         host.save(None, tmp_path / "all", format=format)
     with pytest.raises(mg.ModgraftError, match=r"save a module by itself: host.save\('qa', …\)"):

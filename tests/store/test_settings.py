@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BigBirdConfig, BigBirdModel, EsmConfig, EsmModel
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import (
+    BigBirdConfig,
+    BigBirdModel,
+    EsmConfig,
+    EsmModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import modgraft as mg
 
@@ -71,6 +79,22 @@ class Indexed(nn.Module):
         self.register_buffer("ids", ids, persistent=False)
 
 
+class Coded(nn.Module):
+    """A layer with a buffer of whole numbers, that begins somewhere."""
+
+    def __init__(self, dtype: torch.dtype = torch.uint8, first: int = 0) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.drop_first = first  # no rate
+        self.register_buffer("code", torch.tensor([200], dtype=torch.uint8).view(dtype))
+
+
+def doubled() -> nn.Module:
+    """Make layers of which some run twice."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    return model.append(model[0]).append(model[1])
+
+
 def quantised(bias: float) -> nn.Module:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
     nn.init.constant_(model[1].bias, bias)
@@ -97,6 +121,9 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "a number of numpy": (lambda: Net(np.float32(1)), lambda: Net(np.float32(2))),
     "a NaN": (lambda: Net(torch.zeros(2)), lambda: Net(torch.tensor([0.0, float("nan")]))),
     "large ids": (lambda: Indexed(IDS), lambda: Indexed(torch.cat([IDS[:9], IDS[9:].flip(0)]))),
+    "other numbers of the same bytes": (Coded, lambda: Coded(torch.int8)),
+    "where something begins": (Coded, lambda: Coded(first=3)),
+    "layers that run twice": (lambda: nn.Sequential(nn.Linear(4, 4), nn.GELU()), doubled),
     "a sparse buffer": (Sparse, lambda: Sparse(2.0)),
     "a sparse table": (lambda: Sparse(1.0, False), lambda: Sparse(2.0, False)),
     "packed weights": (lambda: quantised(0.0), lambda: quantised(0.5)),
@@ -203,3 +230,72 @@ def test_a_host_that_was_compiled_is_the_same(tmp_path: Path) -> None:
     compiled.load(folder)
     other = hosts_of(lambda: Net(1))[0]
     other.load(compiled.save("a", tmp_path / "b"))
+
+
+def test_a_weight_in_the_place_of_another_is_read(tmp_path: Path) -> None:
+    """It has the address of the former one, as a freed one's is taken again, and was not written
+    to."""
+    memory = np.full(4000, 0.5, dtype=np.float32)
+    host = hosts_of(lambda: nn.Sequential(nn.Linear(4, 4), Net(1)))[0]
+    weight = torch.frombuffer(memory, dtype=torch.float32)
+    host.model[1].more = nn.Parameter(weight, requires_grad=False)
+    folder = saved(host, tmp_path / "a")
+    host.load(folder, "b")
+    host.model[1].more = nn.Parameter(weight.clone(), requires_grad=False)
+    host.load(folder, "c")
+    memory[3:400] = 1.5
+    again = torch.frombuffer(memory, dtype=torch.float32)
+    assert again.data_ptr() == weight.data_ptr()
+    host.model[1].more = nn.Parameter(again, requires_grad=False)
+    with pytest.raises(mg.ModgraftError, match="weights differ"):
+        host.load(folder, "d")
+
+
+def test_tables_that_are_one_layer_or_three_are_the_same(tmp_path: Path) -> None:
+    config = T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    model.resize_token_embeddings(52, mean_resizing=False)
+    host = mg.Host(model)
+    host.implant("a", mg.LoRA(rank=2), at="query")
+    host.save("a", tmp_path / "a")
+    host.merge(None).save_pretrained(tmp_path / "host")
+    mg.Host(T5ForConditionalGeneration.from_pretrained(tmp_path / "host")).load(tmp_path / "a")
+
+
+def test_a_host_made_in_inference_mode_is_read(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        one, other = hosts_of(lambda: Net(1), lambda: Net(1))
+        with torch.no_grad():
+            folder = saved(one, tmp_path / "a")
+            other.load(folder)
+    changed = hosts_of(lambda: Net(1))[0]
+    with torch.no_grad():
+        changed.model.first.bias[2] = 7
+    with pytest.raises(mg.ModgraftError, match="weights differ"):
+        changed.load(folder)
+
+
+def test_a_weight_that_is_made_of_others_is_read(tmp_path: Path) -> None:
+    hosts = hosts_of(lambda: Net(1), lambda: Net(1), lambda: Net(1))
+    for host, value in zip(hosts, (1.0, 1.0, 2.0), strict=True):
+        two = TwoTensor(torch.ones(3), torch.full((3,), value))
+        host.model.more = nn.Parameter(two, requires_grad=False)
+    folder = saved(hosts[0], tmp_path / "a")
+    hosts[1].load(folder)
+    with pytest.raises(mg.ModgraftError, match="weights differ"):
+        hosts[2].load(folder)
+
+
+@pytest.mark.parametrize("kind", ["bits8", "complex64", "mkldnn"])
+def test_odd_tensors_are_read(kind: str, tmp_path: Path) -> None:
+    def host() -> mg.Host:
+        one = hosts_of(lambda: Net(1))[0]
+        odd = torch.ones(4).to_mkldnn() if kind == "mkldnn" else torch.zeros(4).to(torch.uint8)
+        odd = odd if kind == "mkldnn" else odd.repeat(8).view(getattr(torch, kind))
+        one.model.register_buffer("odd", odd)
+        return one
+
+    host().load(saved(host(), tmp_path / "a"))

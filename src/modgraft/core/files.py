@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modgraft.core.errors import DataError, MissingFileError, ModgraftError
+from modgraft.core.errors import CheckpointError, DataError, MissingFileError, ModgraftError
 
 
 def folder_path(folder: object, what: str) -> Path:
@@ -159,6 +159,83 @@ def new_folder(target: Path) -> Iterator[Path]:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
         sync(target.parent)
+
+
+@contextmanager
+def together(folder: Path, is_own: Callable[[Path], bool], what: str) -> Iterator[Path]:
+    """Give a folder in `folder`, whose files take their places when the block ends without error.
+
+    All of them are written before any is moved. Files of JSON say what the others are: the old ones
+    go before these change and the new ones come last, the outermost, so that nobody finds a mixture
+    of two. What is moved by a process that is killed then is moved on by :func:`finish`.
+
+    Args:
+        folder: Where the files go; it is made where there is none, and its other files stay.
+        is_own: Whether a folder that is not empty may be written to.
+        what: What one that may not holds, for the message.
+
+    Raises:
+        CheckpointError: `folder` holds other things.
+        ModgraftError: Another process is writing there, or it cannot be written to.
+    """
+    part, ready = folder / ".modgraft.part", folder / _READY
+    with locked(folder):
+        _move(ready)
+        shutil.rmtree(part, ignore_errors=True)
+        if any(folder.iterdir()) and not is_own(folder):
+            raise CheckpointError(f"{folder} is there and holds {what}; choose another folder")
+        part.mkdir()
+        try:
+            yield part
+            for path, place in _moves(part):
+                if place.is_dir():
+                    raise CheckpointError(
+                        f"{place} is a folder, and a file is to be written there; move it away, or "
+                        f"choose another folder. What was there is as it was"
+                    )
+                if place.exists():
+                    path.chmod(place.stat().st_mode & 0o7777)
+                sync(path.parent)
+            part.rename(ready)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        _move(ready)
+
+
+_READY = ".modgraft.ready"
+
+
+def finish(folder: Path) -> None:
+    """Move to their places the files of a folder whose writer was killed while it did that.
+
+    Raises:
+        ModgraftError: Another process is writing there, or it cannot be written to.
+    """
+    if (folder / _READY).is_dir():
+        with locked(folder):
+            _move(folder / _READY)
+
+
+def _move(ready: Path) -> None:
+    moves = _moves(ready)
+    for _, place in reversed(moves):
+        if place.suffix == ".json":
+            place.unlink(missing_ok=True)
+    for path, place in moves:
+        place.parent.mkdir(exist_ok=True)
+        path.replace(place)
+    if ready.is_dir():
+        for each in {place.parent for _, place in moves} | {ready.parent}:
+            sync(each)
+        shutil.rmtree(ready)
+
+
+def _moves(part: Path) -> list[tuple[Path, Path]]:
+    """Return each file in a folder and where it goes beside it, what says what it is at the end."""
+    files = [path for path in part.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: (path.suffix == ".json", -len(path.parts)))
+    return [(path, part.parent / path.relative_to(part)) for path in files]
 
 
 def _check_free(folder: Path) -> None:

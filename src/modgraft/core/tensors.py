@@ -1,8 +1,10 @@
-"""Find the tensor among a layer's arguments and in its output, and replace it."""
+"""Find the tensors among arguments, in containers and in a layer's output, and replace them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +20,45 @@ def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
         if isinstance(value, Tensor):
             return value
     return None
+
+
+def contents(value: Any) -> dict[Any, Any] | None:
+    """Return what a mapping, list, tuple or dataclass holds, by key; None for anything else."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return None
+
+
+def with_contents(value: Any, new: Mapping[Any, Any]) -> Any:
+    """Return a container as ``value`` that holds ``new`` instead of its :func:`contents`."""
+    if isinstance(value, list | tuple):
+        named = hasattr(value, "_fields")
+        return type(value)(*new.values()) if named else type(value)(new.values())
+    if isinstance(value, Mapping):
+        made = copy.copy(value) if isinstance(value, MutableMapping) else {}
+        for key, each in new.items():
+            made[key] = each
+        return made
+    made = copy.copy(value)
+    for name, each in new.items():
+        object.__setattr__(made, name, each)  # also of a frozen one
+    return made
+
+
+def walk(value: Any) -> Iterator[Any]:
+    """Yield ``value``, what it holds, and what that holds, in their order."""
+    yield value
+    for each in (contents(value) or {}).values():
+        yield from walk(each)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in containers of any depth, in their order."""
+    return [each for each in walk(value) if isinstance(each, Tensor)]
 
 
 def tensor_input(x: Tensor | None, path: str) -> Tensor:

@@ -23,10 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import _pop_mode_temporarily
 
 from modgraft.core.context import UNSEEN
+from modgraft.core.errors import CompositionError
 from modgraft.core.layers import STATE
+from modgraft.core.tensors import contents, tensors_in, walk, with_contents
 from modgraft.engine.capturing import captures
 from modgraft.engine.writes import taken_back
 
@@ -40,23 +43,35 @@ TOLERANCE = {4: 1e-3, 8: 1e-6}
 bytes of a number; products are summed in another order there."""
 
 
-def signature(args: tuple, kwargs: Mapping[str, Any]) -> Hashable | None:
+def signature(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Hashable | None:
     """Return what calls that lie alike have in common; None for a call that cannot be repeated.
 
     A cache among the arguments, for instance, is written to by every call. Where a tensor has as
-    many of the one thing as of the other, calls of its shape alone are alike.
+    many of the one thing as of the other, calls of its shape alone are alike; and lists whose
+    tensors are of one shape are not as others, since the numbers tell less there.
+
+    Args:
+        args: what the host is called with.
+        kwargs: what it is called with by name.
+        count: how many examples this is, None where nothing says.
     """
     named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
     if not all(_is_data(value) for value in named.values()):
         return None
-    return tuple((name, _shape(value)) for name, value in sorted(named.items()))
+    shapes = tuple((name, _shape(value)) for name, value in sorted(named.items()))
+    return count is None, shapes
 
 
 def _shape(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         square = value.dim() > 1 and value.shape[0] == value.shape[1]
         return tuple(value.shape) if square else value.dim()
-    return tuple(map(_shape, value)) if isinstance(value, tuple | list) else value
+    held = contents(value)
+    if held is None:
+        return value
+    shapes = {tuple(t.shape for t in tensors_in(each)) for each in held.values()}
+    even = isinstance(value, list | tuple) and len(shapes) == 1
+    return type(value), even, tuple((key, _shape(each)) for key, each in held.items())
 
 
 def ask(
@@ -88,11 +103,33 @@ def _told(
             found = _ask_along(twin, batch)
         except REFUSALS:  # a host that takes no other number along this axis cannot be asked so
             continue
-        if found.get("") is not None:  # the host itself keeps them apart along this axis
+        if batch.listed:
+            best = batch, found
+            continue
+        told = _is_told(found)
+        listed = best[0] is not None and best[0].listed
+        another = batch.count > 1 and found != best[1] and (told or not batch.several)
+        if listed and another and told == _is_told(best[1]):
+            raise CompositionError(_EITHER.format(n=batch.count, axis=batch.axis))
+        if told:
             return batch, found
-        if not batch.several and (best[0] is None or _untold(found) < _untold(best[1])):
+        if batch.several or listed:
+            continue
+        if best[0] is None or _untold(found) < _untold(best[1]):
             best = batch, found
     return best
+
+
+def _is_told(found: Mapping[str, int | None]) -> bool:
+    """Return whether the host itself keeps the examples apart in what it puts out."""
+    return found.get("") not in (None, UNSEEN)
+
+
+_EITHER = (
+    "this batch holds a list of {n}, and tensors with {n} along axis {axis}: either may be the "
+    "examples, and the host does not tell which; give it another number of the one than of the "
+    "other, or call the host once for each composition"
+)
 
 
 def ask_parts(
@@ -139,22 +176,13 @@ def _all_outputs(
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            found.setdefault(path, []).extend(map(_without_features, _within(out)))
+            found.setdefault(path, []).extend(map(_without_features, tensors_in(out)))
 
         return hook
 
     handles = [twin.get_submodule(p).register_forward_hook(keep(p)) for p in paths]
     run_twin(twin, args, kwargs, handles)
     return found
-
-
-def _within(out: Any) -> Iterator[Tensor]:
-    """Yield the tensors in what a part puts out, in their order."""
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, Mapping | tuple | list):
-        for each in out.values() if isinstance(out, Mapping) else out:
-            yield from _within(each)
 
 
 def _untold(found: Mapping[str, int | None]) -> int:
@@ -173,6 +201,8 @@ class _Batch:
         several: whether a tensor with a multiple of as many rows has several for each example, as
             the patches of images have, one example after the other; whether they lie so, what the
             host puts out has to show.
+        listed: whether an example is an entry of each list that has as many, and of other tensors
+            what is along the axis.
     """
 
     args: tuple
@@ -180,6 +210,7 @@ class _Batch:
     count: int
     axis: int
     several: bool
+    listed: bool = False
 
     def of(self, rows: list[int]) -> tuple[tuple, dict[str, Any]]:
         """Return the arguments for some of the examples."""
@@ -188,7 +219,11 @@ class _Batch:
         }
 
     def _some(self, value: Any, rows: list[int]) -> Any:
-        axis = self.axis
+        axis, held = self.axis, contents(value)
+        if self.listed and isinstance(value, list | tuple) and len(value) == self.count:
+            return with_contents(value, {k: value[i] for k, i in enumerate(rows)})
+        if held is not None and not isinstance(value, PackedSequence):
+            return with_contents(value, {k: self._some(each, rows) for k, each in held.items()})
         if not isinstance(value, Tensor) or value.dim() <= axis:
             return value
         times, left = divmod(value.shape[axis], self.count)
@@ -197,15 +232,35 @@ class _Batch:
         index = torch.tensor([i * times + k for i in rows for k in range(times)])
         return value.detach().index_select(axis, index.to(value.device))
 
+    def _size(self, i: int) -> list[int]:
+        """Return how large the example at ``i`` is in each list of examples."""
+        lists = [each for each in lists_in(self.args, self.kwargs) if len(each) == self.count]
+        return [sum(t.numel() for t in tensors_in(each[i])) for each in lists]
+
     def thrice(self) -> tuple[int, tuple[list[int], list[int], list[int]]]:
-        """Return a number of examples, and which: those, with one behind them, with another."""
-        few = list(range(min(self.count, 4))) if self.count > 1 else [0, 0]
+        """Return a number of examples, and which: those, with one behind them, with another.
+
+        Of a list they are the shortest and the longest, so that none fills the others up less.
+        """
+        few = list(range(self.count)) if self.count > 1 else [0, 0]
+        if self.listed:
+            few.sort(key=self._size)
+        few = [*few[:2], *few[2:][-2:]] if self.listed else few[:4]
         return len(few), (few, [*few, few[0]], [few[-1], *few[1:]])
 
 
+def lists_in(args: tuple, kwargs: Mapping[str, Any]) -> list[list | tuple]:
+    """Return the lists and tuples in the arguments."""
+    values = (*args, *kwargs.values())
+    return [each for value in values for each in walk(value) if isinstance(each, list | tuple)]
+
+
 def _batches(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Iterator[_Batch]:
-    """Yield the ways in which the arguments can be those of examples, the likeliest first."""
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    """Yield the ways in which the arguments can be those of examples: as entries of a list, then
+    along the axes of tensors, the likeliest first."""
+    if count is not None and count in map(len, lists_in(args, kwargs)):
+        yield _Batch(args, kwargs, count, 0, several=False, listed=True)
+    tensors = tensors_in((args, kwargs))
     for several in (False, True):
         for axis in range(2):
             sizes = [value.shape[axis] for value in tensors if value.dim() > axis]
@@ -217,6 +272,8 @@ def _batches(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Itera
 def _ask_along(twin: nn.Module, batch: _Batch) -> dict[str, int | None]:
     count, rows = batch.thrice()
     before, more, other = (_outputs(twin, *batch.of(some)) for some in rows)
+    if batch.listed and _shapes(before) == _shapes(more):
+        raise ValueError("a list that is not of examples: with one entry more nothing grows")
     found: dict[str, int | None] = {}
     for path, outputs in before.items():
         others = more.get(path, []), other.get(path, [])
@@ -229,6 +286,10 @@ def _ask_along(twin: nn.Module, batch: _Batch) -> dict[str, int | None]:
             found[path] = None
     sites = [path for path, layer in twin.named_modules() if _SITE in layer.__dict__]
     return {**{path: UNSEEN for path in sites if path not in before}, **found}
+
+
+def _shapes(seen: Seen) -> dict[str, list[torch.Size]]:
+    return {path: [output.shape for output in outputs] for path, outputs in seen.items()}
 
 
 def _stands_for_all(twin: nn.Module, path: str, out: Tensor, batch: _Batch, before: Seen) -> bool:
@@ -283,9 +344,10 @@ def _axis(before: Tensor, more: Tensor, other: Tensor, count: int) -> int | None
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    scale = one.abs().amax() if one.numel() else 0.0
+    """Return whether two outputs are one; what is no number is the same as what is none."""
+    scale = float(one.nan_to_num(posinf=0.0, neginf=0.0).abs().amax()) if one.numel() else 0.0
     tolerance = TOLERANCE.get(one.dtype.itemsize, 3e-2) * scale
-    return bool(((one - other).abs() <= tolerance).all())
+    return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
@@ -295,7 +357,7 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            value = next((v for v in _within(out) if v.dim() and v.is_floating_point()), None)
+            value = next((v for v in tensors_in(out) if v.dim() and v.is_floating_point()), None)
             if value is not None:
                 found.setdefault(path, []).append(_without_features(value))
 
@@ -364,6 +426,7 @@ def _computes(hook: Callable[..., Any]) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(_is_data(each) for each in value)
+    held = contents(value)
+    if held is not None:
+        return all(map(_is_data, held.values()))
     return value is None or isinstance(value, Tensor | bool | int | float | str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -183,6 +184,22 @@ class Implants(Mapping[str, Implant]):
                     others[name].replaced[name] = before
                 else:
                     tensor_at(model, name).copy_(before)
+
+    @contextmanager
+    def taken_back_for_now(self, model: nn.Module) -> Iterator[None]:
+        """Give ``model`` what it had before modules brought theirs, in a ``with`` block."""
+        first: dict[str, Tensor] = {}
+        for implant in self.values():
+            first = {**implant.replaced, **first}
+        brought = {name: tensor_at(model, name).detach().clone() for name in first}
+        with torch.no_grad():
+            try:
+                for name, before in first.items():
+                    tensor_at(model, name).copy_(before)
+                yield
+            finally:
+                for name, own in brought.items():
+                    tensor_at(model, name).copy_(own)
 
     def _beside(self, implant: Implant) -> dict[str, Implant]:
         """Return by name what of the host belongs beside another module, and which."""

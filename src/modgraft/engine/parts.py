@@ -43,7 +43,7 @@ def divide_around(
     Raises:
         UndividedError: ``error``, where there is no such part.
     """
-    kind, composition = signature(args, kwargs), call.composition
+    kind, composition = signature(args, kwargs, count), call.composition
     if kind is None or composition is None or call.generating or call.spliced is not None:
         raise error
     if context.token_modules_in(composition):

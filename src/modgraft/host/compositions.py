@@ -13,7 +13,8 @@ from modgraft.core.context import EXAMPLE, Context, Layout, Side, missing_side
 from modgraft.core.errors import CompositionError
 from modgraft.core.parse import parse
 from modgraft.core.per_example import Each, Weighted
-from modgraft.core.tensors import first_tensor
+from modgraft.core.tensors import first_tensor, tensors_in
+from modgraft.engine.examples import lists_in
 from modgraft.engine.implant import Implants
 from modgraft.engine.inputs.expressions import check_inputs
 
@@ -234,11 +235,14 @@ def check_batch(
     else:
         weights = next(part for part in ex.walk(composition) if isinstance(part, Weighted))
         have, what = len(weights.tensor), "mg.Weighted gives {} rows of weights"
+    tensors = tensors_in((args, kwargs))
     batch = first_tensor(args, kwargs)
+    known = {0, 1} if batch is None else {0, 1}.intersection(layout.values())
+    batch = next(iter(tensors), None) if batch is None else batch
     if batch is not None and batch.dim() and batch.shape[0] != have:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        known = {0, 1}.intersection(layout.values())
         if any(v.dim() > axis and v.shape[axis] == have for axis in known for v in tensors):
+            return
+        if any(len(one) == have and tensors_in(one) for one in lists_in(args, kwargs)):
             return
         raise CompositionError(
             f"{what.format(have)} for a batch of {batch.shape[0]} examples (the first axis of the "

@@ -171,9 +171,13 @@ def sites_table(model: nn.Module) -> Table:
     return table(SITES, [row.cells() for row in rows_of(model)])
 
 
-def describe(model: nn.Module, implants: Implants, composition: Expression | None) -> str:
-    """Return what ``print(host)`` shows: plain text, aligned, for a terminal, a notebook or a
-    log."""
+def describe(
+    model: nn.Module, implants: Implants, composition: Expression | None, waiting: Sequence[str]
+) -> str:
+    """Return what ``print(host)`` shows: plain text, aligned, for a terminal, a notebook or a log.
+
+    The modules ``waiting`` are loaded, and read from their files at their first use.
+    """
     every = nn.ModuleList([model, *implants.values()]).parameters()
     trains = sum(p.numel() for p in every if p.requires_grad)
     parts = [
@@ -182,6 +186,9 @@ def describe(model: nn.Module, implants: Implants, composition: Expression | Non
     ]
     if len(implants):
         parts.append(plain(modules_table(model, implants, composition)))
+    if waiting:
+        more = f" and {len(waiting) - 8:,} more" if len(waiting) > 8 else ""
+        parts.append(f"read at the first use: {', '.join(waiting[:8])}{more}")
     roles = roles_of(model)
     if roles.guessed and roles.patterns:
         parts.append(

@@ -6,8 +6,9 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import EllipsisType
@@ -26,7 +27,7 @@ from modgraft.computation.base import (
 )
 from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
-from modgraft.core.context import UNSEEN, Call, Context, Layout, Side
+from modgraft.core.context import EXAMPLE, UNSEEN, Call, Context, Layout, Side
 from modgraft.core.errors import ModgraftError, UndividedError, an
 from modgraft.core.expression import module_of
 from modgraft.core.files import folder_path, writing
@@ -139,6 +140,7 @@ class Host(AsModel):
         self._reader = Reader(self._implants, self._context)
         self._waiting: dict[str, Callable[[], object]] = {}  # loaded, and not used yet
         self.register_state_dict_pre_hook(self._bring_all)
+        self.register_load_state_dict_pre_hook(self._bring_all)
         leave_fast_paths(model)
         if freeze:
             model.requires_grad_(False)
@@ -224,6 +226,7 @@ class Host(AsModel):
     ) -> Implant:
         self._check_new(name)
         check_module(module)
+        self._bring(list(module.members))
         sites = where()
         check_weights_stay(self.model)
         if other := grafted_by_others(self.model, self._context):
@@ -303,7 +306,7 @@ class Host(AsModel):
     def remove(self, name: str) -> None:
         """Remove a module; the host is as it was before it, bit for bit."""
         with self._guard.gate.change(f"host.remove({name!r})"):
-            if self._waiting.pop(name, None) is not None:  # never used
+            if self._let_go(name):
                 return
             names = self[name].names  # raises for an unknown one
             check_unmixed(self._implants, names)
@@ -328,8 +331,18 @@ class Host(AsModel):
     def __contains__(self, name: str) -> bool:
         return name in self.implants or name in self._waiting
 
+    def _let_go(self, name: str) -> bool:
+        """Forget a module that was never used, if it came alone or cannot be read."""
+        if not isinstance(name, str) or name not in self._waiting:
+            return False
+        load = self._waiting[name]
+        if list(self._waiting.values()).count(load) > 1:
+            with suppress(ModgraftError):  # which the others' first use says
+                self._bring(name)
+        return self._waiting.pop(name, None) is not None
+
     def _bring_all(self, *_: Any) -> None:
-        """Implant all that was loaded with ``lazy=True``; a hook of ``state_dict``."""
+        """Implant all that was loaded with ``lazy=True``; a hook of state dicts."""
         for name in list(self._waiting):
             self._bring(name)
 
@@ -515,11 +528,12 @@ class Host(AsModel):
     ) -> Layout:
         """Ask the host, once for calls that are alike, where the examples lie at its layers."""
         layouts, last = self._context.layouts, self._context.layout
-        kind = signature(args, kwargs)
+        count = examples_of(composition, sides)
+        kind = signature(args, kwargs, count)
         if kind is None:
             return last
         if kind not in layouts:
-            found = ask(self.model, args, kwargs, examples_of(composition, sides))
+            found = ask(self.model, args, kwargs, count)
             unseen = {path: last[path] for path in found if found[path] == UNSEEN and path in last}
             self._context.remember(kind, {**found, **unseen})
         return layouts[kind]
@@ -569,6 +583,8 @@ class Host(AsModel):
             train: names of modules, ``"host"`` for the model's weights, ``"host.head"`` for those
                 of a part; None leaves everything as it is.
         """
+        if train is not None:  # a module that waits comes now, and with those saved with it
+            self._bring([train] if isinstance(train, str) else list(train))
         before = [(p, p.requires_grad) for p in self.parameters()]
         if train is not None:
             names = [train] if isinstance(train, str) else list(train)
@@ -632,6 +648,7 @@ class Host(AsModel):
         from modgraft.store.formats.base import named
 
         several = list(self.implants) + list(self._waiting) if names is None else names
+        several = several.name if isinstance(several, Implant) else several
         one = isinstance(several, str)
         chosen = [several] if isinstance(several, str) else list(dict.fromkeys(several))
         if not chosen:
@@ -647,9 +664,7 @@ class Host(AsModel):
             now = None if one else self.composition  # which a single module does not bring
             if now is not None and not {*chosen}.issuperset(map(module_of, now.names())):
                 now = None  # nor do several that are not all of it
-            if now is not None and any(
-                isinstance(w, Tensor) or w != 1 for w in now.weights().values()
-            ):
+            if now is not None and (now.of_batch or any(w != 1 for w in now.weights().values())):
                 raise ModgraftError(
                     f"format={format!r} has no place for the composition in force, {now}, whose "
                     f"weights several modules, or all, would bring: merge it into one module "
@@ -734,13 +749,12 @@ class Host(AsModel):
             found = stored(path, self.model)
             if not lazy:
                 return load(self, found, name, strict, active)[-1]
-            check_host(self.model, found, strict)
+            check_host(self, found, strict)
             new = [names_here(found, name)[each] for each in found.card.names]
             with naming(path):
                 for each in new:
                     self._check_new(each)
-            for each in new:
-                self._waiting[each] = lambda: self._load(found, name, strict, new)
+            self._waiting |= dict.fromkeys(new, partial(self._load, found, name, strict, new))
         return None
 
     def _load(self, found: Stored, name: str | None, strict: bool, names: Sequence[str]) -> None:
@@ -793,6 +807,7 @@ class Host(AsModel):
             )
         given, side = dict(batch), side if side is not None else batch.get("side")
         given.pop("side", None)
+        self._bring_all()
         with self._guard.gate.change("host.probe(…)"):  # it fills the modules with other numbers
             return probe(
                 self.model,
@@ -801,7 +816,14 @@ class Host(AsModel):
                 given,
                 lambda one, modules: self(**one, side=side, modules=modules),
                 lambda: self._under(None),
+                self._unfed(side or {}),
             )
+
+    def _unfed(self, side: Mapping[str, Side]) -> dict[str, tuple[str, bool]]:
+        """Return the modules whose side inputs are not given, with these and whether they act."""
+        active = () if self.composition is None else self.composition.names()
+        sources = self._context.side_sources.items()
+        return {n: (s, n in active) for n, s in sources if s != EXAMPLE and s not in side}
 
     def plan(self, composition: Compositions | EllipsisType = ...) -> str:
         """Show how a composition is computed at its sites; left out, the one in force."""
@@ -809,4 +831,4 @@ class Host(AsModel):
         return explain(self.model, read)
 
     def __repr__(self) -> str:
-        return describe(self.model, self._implants, self.composition)
+        return describe(self.model, self._implants, self.composition, list(self._waiting))

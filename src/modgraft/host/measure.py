@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.tensors import is_plain
+from modgraft.core.tensors import contents, is_plain, with_contents
 from modgraft.engine.graft import undivide
 
 CLOSE = 1e-3
@@ -207,14 +207,24 @@ def moved(before: Tensor, after: Tensor, count: int) -> tuple[int, int] | None:
     return None
 
 
-def changed(batch: Mapping[str, Any], axis: int, count: int) -> dict[str, Any]:
-    """Return a batch whose first example is its second once more, in every tensor of it."""
-    new = dict(batch)
-    for name, value in batch.items():
-        if isinstance(value, Tensor) and value.dim() > axis and value.shape[axis]:
-            each, odd = divmod(value.shape[axis], count)
-            if not odd:
-                second = value.narrow(axis, each, each)
-                rest = value.narrow(axis, each, value.shape[axis] - each)
-                new[name] = torch.cat([second, rest], dim=axis)
-    return new
+def changed(value: Any, axis: int, count: int, listed: bool = False) -> Any:
+    """Return a batch whose first example is its second once more, in every tensor of it.
+
+    Args:
+        value: the batch, or a part of it.
+        axis: of the examples.
+        count: how many they are.
+        listed: whether they are the entries of each list of as many.
+    """
+    held = contents(value)
+    if held is not None:
+        if listed and isinstance(value, list | tuple) and len(value) == count:
+            return with_contents(value, {**held, 0: held[1]})
+        return with_contents(value, {k: changed(v, axis, count, listed) for k, v in held.items()})
+    if isinstance(value, Tensor) and value.dim() > axis and value.shape[axis]:
+        each, odd = divmod(value.shape[axis], count)
+        if not odd:
+            second = value.narrow(axis, each, each)
+            rest = value.narrow(axis, each, value.shape[axis] - each)
+            return torch.cat([second, rest], dim=axis)
+    return value

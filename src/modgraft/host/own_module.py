@@ -28,6 +28,7 @@ def own_module(host: Host, name: str, into: str) -> Implant:
     Raises:
         ModgraftError: for an expression, a task left open, or a name in use.
     """
+    host._bring(name)
     read = parse(name, host._implants.names)
     if not isinstance(read, ex.Name):
         raise ModgraftError(

@@ -35,6 +35,8 @@ from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.layers import STATE, feature_axis, stored
 from modgraft.core.offloaded import is_offloaded
 from modgraft.core.sites import WEIGHTED, Site, find, joined
+from modgraft.core.tensors import contents, tensors_in, with_contents
+from modgraft.engine.examples import REFUSALS, lists_in
 from modgraft.engine.graft import restored
 from modgraft.engine.implant import Implants
 from modgraft.engine.kernels.functional_call import new_weights, with_tensors
@@ -70,6 +72,7 @@ def probe(
     batch: Mapping[str, Any],
     run: Run,
     bare: Callable[[], AbstractContextManager[Any]],
+    unfed: Mapping[str, tuple[str, bool]],
 ) -> Probe:
     """Run one batch through a host, and say whether its modules act as they are meant to.
 
@@ -80,6 +83,8 @@ def probe(
         batch: keyword arguments of a call, with two different examples at least.
         run: calls the host: a batch and a composition → its output.
         bare: in a ``with`` block, every layer runs as it is.
+        unfed: by the name of a module that reads a side input which ``run`` does not give, the name
+            of that input, and whether the module is in force.
 
     Raises:
         ModgraftError: for a batch that shows nothing (no tensor, one example, or the same one
@@ -96,7 +101,11 @@ def probe(
         host = _Host(model, implants, {k: _known(v) for k, v in batch.items()}, run, bare)
         found = Probe([], [], host.notes)
         for name in names:
-            rows, verdict = host.module(name)
+            source, in_force = unfed.get(name, ("", False))
+            rows, verdict = host.untried(name) if source else host.module(name)
+            if source:
+                words = _UNFED.format(name=name, source=source)
+                (verdict.faults if in_force else found.notes).append(words)
             found.sites += rows
             found.modules.append(verdict)
     return found
@@ -136,7 +145,7 @@ class _Host:
                 "Weights of this host are offloaded, so that its output is not compared with that "
                 "of the weights θ + Δ."
             )
-        if max(_first(batch).shape[:2]) < 2:
+        if max(count for _, count, _ in self._ways()) < 2:
             raise ModgraftError("host.probe takes a batch of two different examples at least")
         with watched(self.layers) as self.alone:
             self.out = floats(self.run(batch, None))
@@ -167,17 +176,22 @@ class _Host:
 
     def _find_examples(self) -> None:
         """Find the axis of the examples in the batch, and in each layer's output."""
-        shape = _first(self.batch).shape
-        self.axis, self.count, self.other = None, shape[0], {}
+        ways = self._ways()
+        self.axis, self.count, self.other = None, ways[0][1], {}
         self.apart: list[bool] = []
-        for axis, count in enumerate(shape[:2]):
+        for axis, count, listed in ways:
             if count < 2:
                 continue
             with watched(self.layers) as other:
-                out = floats(self.run(changed(self.batch, axis, count), None))
+                try:
+                    out = floats(self.run(changed(self.batch, axis, count, listed), None))
+                except REFUSALS:
+                    if listed:  # a list of something else
+                        continue
+                    raise
             if self.by_class and not any(map(apart, out, self.out)):
                 return
-            if not any(map(apart, out, self.out)):
+            if not listed and not any(map(apart, out, self.out)):
                 raise ModgraftError(
                     "the first two examples of this batch are one to the host, and show nothing; "
                     "probe it with different ones"
@@ -196,13 +210,26 @@ class _Host:
                 f"The examples lie on axis {self.axis} of this batch, and not on the first."
             )
 
+    def _ways(self) -> list[tuple[int, int, bool]]:
+        """Return along which axes the examples may lie, how many they are then, and whether they
+        are the entries of lists."""
+        shape = _first(self.batch).shape
+        lengths = dict.fromkeys(map(len, filter(tensors_in, lists_in((), self.batch))))
+        return [
+            *((axis, count, False) for axis, count in enumerate(shape[:2])),
+            *((0, count, True) for count in lengths),
+        ]
+
     # -- one module
+
+    def untried(self, name: str) -> tuple[list[Probed], Verdict]:
+        """Return the rows of a module that is not run."""
+        return [self._row(name, label) for label, _ in self.implants.at_sites(name)], Verdict(name)
 
     def module(self, name: str) -> tuple[list[Probed], Verdict]:
         """Return what the batch shows of one module, by site and as a whole."""
         method = self.implants.computation(name)
-        verdict = Verdict(name)
-        rows = [self._row(name, label) for label, _ in self.implants.at_sites(name)]
+        rows, verdict = self.untried(name)
         places: dict[str, tuple[Site, Computation]] = {
             label: (find(self.model, label)[0], getattr(place, "mixture", place))
             for label, place in self.implants.at_sites(name)
@@ -545,12 +572,15 @@ class _Host:
 
 def _known(value: Any) -> Any:
     """Return what autograd can follow of a batch that was made in inference mode."""
+    held = contents(value)
+    if held is not None:
+        return with_contents(value, {key: _known(each) for key, each in held.items()})
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _first(batch: Mapping[str, Any]) -> Tensor:
     """Return the first tensor of a batch."""
-    first = next((v for v in batch.values() if isinstance(v, Tensor) and v.dim()), None)
+    first = next((v for v in tensors_in(batch) if v.dim()), None)
     if first is None:
         raise ModgraftError(
             f"host.probe takes the keyword arguments of a call, with a tensor among them; this "
@@ -558,6 +588,11 @@ def _first(batch: Mapping[str, Any]) -> Tensor:
         )
     return first
 
+
+_UNFED = (
+    "{name!r} reads the side input {source!r}, which this call does not have, and was not tried: "
+    "host.probe(batch, side={{{source!r}: mg.Side(tensor, mask)}})"
+)
 
 _NO_GRADIENT = (
     "the module acts and no gradient reaches it: the host detaches what it puts out, or runs "

@@ -133,7 +133,7 @@ class Card(BaseModel):
             )
         try:
             json.dumps(dict(about), ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, TypeError) as error:  # NaN, half a character, no JSON
+        except (ValueError, TypeError, RecursionError) as error:  # NaN, half a character, no JSON
             raise ModgraftError(
                 f"{dict(about)!r:.200} cannot stand in a card ({error}); leave out what is NaN, or "
                 f"no text or number"

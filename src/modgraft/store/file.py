@@ -131,7 +131,8 @@ class Header:
 class TensorFile:
     """A safetensors file, mapped into memory; its tensors are read when they are asked for.
 
-    The file may be replaced meanwhile: what was opened stays what it was.
+    The file may be replaced meanwhile: what was opened stays what it was. One that was written to
+    in its place is read only where a :meth:`digest` says what it is.
 
     Args:
         path: the file's.
@@ -142,7 +143,8 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._bytes, self._inode = mapped(path)
+        self._bytes, opened = mapped(path)
+        self._inode, self._written = opened.st_ino, opened.st_mtime_ns
         size = len(self._bytes)
         length = Header.length(self._bytes[:8].numpy().tobytes(), size, path)
         self._start = length
@@ -160,6 +162,11 @@ class TensorFile:
     def tensor(self, name: str) -> Tensor:
         """Read a tensor into memory of its own."""
         self.check_size()
+        if self._written_at() != self._written:
+            raise CheckpointError(
+                f"{self.path} was written to since it was opened, and what was there is lost; "
+                f"remove what was to be read of it (host.remove), and load the folder again"
+            )
         entry = self.entries[name]
         own = self._raw(entry).clone()
         return own.view(entry.dtype).reshape(entry.shape)
@@ -171,6 +178,7 @@ class TensorFile:
     def digest(self) -> str:
         """Hash the tensors with their names, types and shapes."""
         self.check_size()
+        self._written = self._written_at()  # what is hashed is known
         found = hashlib.sha256()
         for name, entry in sorted(self.entries.items()):
             found.update(f"{name}\0{entry.dtype}{list(entry.shape)}\0".encode())
@@ -181,24 +189,34 @@ class TensorFile:
         """Refuse a file that was cut where it stands: reading it would end the process.
 
         Raises:
-            CheckpointError: for such a file. One that was replaced is still here as it was.
+            CheckpointError: for such a file, whatever stands in its place by now.
         """
+        reader, writer = os.pipe()
+        try:  # the system refuses to copy its last byte where reading it would end the process
+            os.write(writer, self._bytes[-1:].numpy().data)
+        except OSError as error:
+            raise broken(self.path, f"it no longer has {len(self._bytes):,} bytes") from error
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+    def _written_at(self) -> int:
+        """Return when the file was written to; one that was replaced is here as it was."""
         try:
             now = self.path.stat()
         except OSError:  # removed, and still here
-            return
-        if now.st_ino == self._inode and now.st_size < len(self._bytes):
-            raise broken(self.path, f"it has {now.st_size:,} bytes of {len(self._bytes):,}")
+            return self._written
+        return now.st_mtime_ns if now.st_ino == self._inode else self._written
 
     def _raw(self, entry: Entry) -> Tensor:
         return self._bytes[self._start + entry.begin : self._start + entry.end]
 
 
-def mapped(path: Path) -> tuple[Tensor, int]:
+def mapped(path: Path) -> tuple[Tensor, os.stat_result]:
     """Map a file into memory.
 
     Returns:
-        its bytes, and its number in the file system.
+        its bytes, and what the system said of it.
 
     Raises:
         CheckpointError: for what is no regular file, cannot be read, or is too short for a header.
@@ -219,7 +237,7 @@ def mapped(path: Path) -> tuple[Tensor, int]:
             break  # or else another file has just taken its place
     if storage is None:
         raise broken(path, why)
-    return torch.empty(0, dtype=torch.uint8).set_(storage), before.st_ino
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage), before
 
 
 def stat_of(path: Path) -> os.stat_result:

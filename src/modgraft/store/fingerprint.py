@@ -22,11 +22,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.offloaded import reads_offloaded
 from modgraft.core.patterns import bare, wraps
 from modgraft.engine.own_forward import original
+from modgraft.store.file import DTYPES
 from modgraft.store.settings import agrees, by_class, dense_parts, held, is_beside, settings
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -34,6 +37,8 @@ PRECISIONS = {"float32": torch.float32, **HALVES}
 
 VALUES = ("weights", "buffers", "settings", "held")
 """The parts of a fingerprint that are no architecture."""
+
+_PLAIN = frozenset(DTYPES.values())
 
 _SAMPLES = 256  # values of each tensor that the first format's fingerprint reads
 
@@ -78,14 +83,14 @@ class _Parts:
     """What a model is made of: layers, and what of it has values, by name."""
 
     def __init__(self, model: nn.Module) -> None:
-        every = model.named_modules()
+        every = model.named_modules(remove_duplicate=False)  # what stands twice runs twice
         self.model = model
         self.layers = [(bare(path), layer) for path, layer in every if not wraps(layer)]
         self.kinds = [original(layer) for _, layer in self.layers]
         self.settings = settings(self.layers)
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}  # those that belong to the model's state
-        seen: set[int] = set()  # a tied weight counts once, by its first name
+        seen: set[int] = set()  # a tied tensor counts once, by its first name
         for path, layer in self.layers:
             at = f"{path}." if path else ""
             for name, tensor in layer._parameters.items():
@@ -93,7 +98,10 @@ class _Parts:
                     seen.add(id(tensor))
                     self.parameters[at + name] = tensor
             for name, buffer in layer._buffers.items():
-                if buffer is not None and name not in layer._non_persistent_buffers_set:
+                if buffer is None or name in layer._non_persistent_buffers_set:
+                    continue
+                if id(buffer) not in seen:
+                    seen.add(id(buffer))
                     self.buffers[at + name] = buffer
             if unpack := getattr(layer, "_weight_bias", None):  # of torch's quantised layers
                 packed = zip(("weight", "bias"), unpack(), strict=True)
@@ -364,19 +372,30 @@ def _trace(tensor: Tensor) -> tuple[Any, ...]:
     """Return what changes when a tensor is written to.
 
     One that is not counted is seen in a few values, if they are among those that it changes.
+    While the trace is kept, no other tensor's storage is taken for this one's.
     """
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+    if (
+        tensor.layout != torch.strided
+        or tensor.dtype not in _PLAIN
+        or tensor.is_nested
+        or tensor.is_meta
+        or tensor.is_inference()
+        or (type(tensor) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(tensor))
+    ):
         return (object(),)  # equal to nothing
     some: list[Any] = []
     if tensor.is_contiguous() and (size := tensor.numel()):
         step = max(1, size // 8)
         some = tensor.as_strided((-(-size // step),), (step,)).tolist()
-    return tensor.data_ptr(), tensor._version, tensor.dtype, some
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return storage, tensor.data_ptr(), tensor._version, tensor.dtype, some
 
 
 def _digest(tensor: Tensor, dtype: torch.dtype | None = None) -> bytes:
     """Hash the values of a tensor, rounded to ``dtype``."""
-    whole = hashlib.sha256()
+    whole, kind = hashlib.sha256(), dtype or tensor.dtype
+    if kind not in (torch.float32, torch.float64):  # others have the same bytes for other numbers
+        whole.update(str(kind).encode())
     for part in dense_parts(tensor):
         flat = part.to("cpu", dtype).contiguous().reshape(-1)
         whole.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

@@ -111,6 +111,7 @@ def packed(
     tensors |= {f":{name}": tensor_at(model, name) for name in beside}
     now = host.composition
     known = {name for implant in implants for name in implant.names}
+    is_kept = now is not None and not now.of_batch and known.issuperset(now.names())
     card = Card(
         names=list(names),
         modules=[
@@ -123,7 +124,7 @@ def packed(
             )
             for i in implants
         ],
-        composition=str(now) if now is not None and known.issuperset(now.names()) else None,
+        composition=str(now) if is_kept else None,
         together=together,
         beside=beside,
         host={**fingerprint(model, beside), **rounded_fingerprints(model, beside)},
@@ -248,18 +249,21 @@ def native(folder: Path) -> Stored:
         if file.digest() != card.tensors:
             raise CheckpointError(
                 f"{file.path}: the tensors were changed after they were written (their hash is "
-                f"another one); copy the folder again"
+                f"another one); copy the folder again, and load it again where it waited for a use"
             )
         return file.tensors()
 
     return Stored(folder, card, lambda: file.entries, read)
 
 
-def check_host(model: nn.Module, modules: Stored, strict: bool) -> dict[str, Any] | None:
+def check_host(host: HostLike, modules: Stored, strict: bool) -> dict[str, Any] | None:
     """Refuse a host that the modules were not trained in.
 
+    What other modules have brought of it, such as a head, counts as what it replaced too, so that
+    the order in which modules are loaded does not matter.
+
     Args:
-        model: the host's.
+        host: the host.
         modules: the modules.
         strict: whether its weights must be the same, and not its architecture alone.
 
@@ -269,13 +273,17 @@ def check_host(model: nn.Module, modules: Stored, strict: bool) -> dict[str, Any
     Raises:
         CheckpointError: with what differs.
     """
-    card, there = modules.card, modules.card.host
+    card, there, model = modules.card, modules.card.host, host.model
     if not there:  # another tool's, which says nothing of it
         return None
     differs = differences(model, there, card.beside)
     if not differs:
         return None
     of_values = are_of_values(differs)
+    if of_values and any(implant.replaced for implant in host._implants.values()):
+        with host._implants.taken_back_for_now(model):
+            if not differences(model, there, card.beside):
+                return None
     if of_values and not strict:
         return dict(there)
     rounded = is_in_another_precision(model, there, differs, card.beside)
@@ -334,7 +342,7 @@ def _load(
     host: HostLike, modules: Stored, name: str | None, strict: bool, active: bool
 ) -> list[Implant]:
     card, before = modules.card, host.composition
-    trained_in = check_host(host.model, modules, strict)
+    trained_in = check_host(host, modules, strict)
     names = names_here(modules, name)
     methods = {saved.name: saved.method(modules.folder) for saved in card.modules}
     tensors = modules.read()

@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from modgraft.engine.own_forward import original
 
@@ -140,7 +141,7 @@ def is_beside(name: str, value: Any) -> bool:
     kind = type(value)
     if kind is str:
         return bool(_DEVICE.fullmatch(value))
-    return (kind is float or kind is int) and _is_rate(name)
+    return kind is float and _is_rate(name)
 
 
 @cache
@@ -256,6 +257,9 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     own = tensor.detach()
     if own.is_meta:
         return []
+    if is_traceable_wrapper_subclass(own):
+        parts = own.__tensor_flatten__()[0]
+        return [dense for part in parts for dense in dense_parts(getattr(own, part))]
     if own.is_nested:
         return [part.contiguous() for part in own.unbind()]
     if own.is_quantized:
@@ -272,6 +276,8 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
         return [own.crow_indices(), own.col_indices(), own.values()]
     if own.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [own.ccol_indices(), own.row_indices(), own.values()]
+    if own.layout == torch._mkldnn:  # type: ignore[attr-defined]
+        return [own.to_dense()]
     return [own.resolve_conj().resolve_neg()]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.files import finish
 from modgraft.core.plain import full_name, plain, plain_name
 from modgraft.core.sites import located
 from modgraft.engine.implant import Implant, check_name
@@ -71,7 +73,11 @@ def named(name: str) -> Format:
     reader, writer = (import_module(f"{__package__}.{name}.{part}") for part in ("read", "write"))
 
     def read(folder: Path, model: nn.Module) -> Stored:
-        return _for_wrapped(reader.read(folder, plain(model)), model)
+        before = _stamps(folder)
+        found = reader.read(folder, plain(model))
+        if _stamps(folder) != before:  # its files may be of two saves
+            raise CheckpointError(f"{folder} was written to while it was read; load it again")
+        return _for_wrapped(found, model)
 
     def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
         is_plain = plain(host.model) is host.model
@@ -79,6 +85,15 @@ def named(name: str) -> Format:
         writer.write(unwrapped, names, folder)
 
     return Format(reader.holds, read, write)
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Return what tells whether the files of JSON are those that were there."""
+    found = {}
+    for path in folder.glob("*.json"):
+        with suppress(FileNotFoundError):  # removed since it was listed
+            found[path] = (path.stat().st_ino, path.stat().st_mtime_ns)
+    return found
 
 
 class _Unwrapped:
@@ -131,5 +146,12 @@ def _for_wrapped(found: Stored, model: nn.Module) -> Stored:
 
 
 def found_in(folder: Path) -> Format | None:
-    """Return the format of a folder, None where it is none of these."""
+    """Return the format of a folder, None where it is none of these.
+
+    What a process that was killed had written to it is moved to its places.
+
+    Raises:
+        ModgraftError: where that cannot be done, or another process is at it.
+    """
+    finish(folder)
     return next((one for name in NAMES if (one := named(name)).holds(folder)), None)

@@ -52,16 +52,28 @@ class Deltas:
             yield [d * m.to(d.device).view_as(d) for d, m in zip(deltas, masks, strict=True)]
 
     def trimmed(self, density: float) -> Iterator[list[Tensor]]:
-        """Give the blocks with 0 wherever a Δ is smaller than its k-th largest magnitude.
+        """Give the blocks with 0 but for the k numbers of each Δ that are largest in magnitude.
 
-        k = ⌊density · size⌋, and 1 at least; magnitudes are compared in float32.
+        k = ⌊density · size⌋, and 1 at least; magnitudes are compared in float32, and of equal ones
+        the first stay, as many as there is room for.
         """
-        cutoffs = self._cutoffs(density) if density < 1 else [0.0] * len(self.parents)
+        if density >= 1:
+            yield from self.dense()
+            return
+        cutoffs, left = self._cutoffs(density)
         for deltas in self.dense():
-            yield [d * (d.abs().float() >= c) for d, c in zip(deltas, cutoffs, strict=True)]
+            kept = []
+            for i, delta in enumerate(deltas):
+                size = delta.abs().float()
+                equal = size == cutoffs[i]
+                if (count := int(equal.sum())) > left[i]:
+                    equal &= equal.flatten().cumsum(0).view_as(equal) <= left[i]
+                left[i] = max(0, left[i] - count)
+                kept.append(delta * (equal | (size > cutoffs[i])))
+            yield kept
 
-    def _cutoffs(self, density: float) -> list[float]:
-        """Return the k-th largest magnitude of each Δ.
+    def _cutoffs(self, density: float) -> tuple[list[float], list[int]]:
+        """Return the k-th largest magnitude of each Δ, and how many of the k are that.
 
         The bits of a magnitude, as a whole number, are in the order of magnitudes: a count of their
         upper halves finds that of the k-th, and then one of the lower halves below it the rest.
@@ -80,7 +92,7 @@ class Deltas:
                 at = int(torch.searchsorted(above, k))
                 left[i] = k - int(above[at - 1]) if at else k
                 found[i] = found[i] << 16 | 2**16 - 1 - at
-        return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
+        return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist(), left
 
     def products(self) -> Tensor:
         """Return ⟨Δᵢ, Δⱼ⟩ ``[n, n]`` in float64."""

@@ -54,7 +54,7 @@ def ties(
     """Δ = λ·Σ wᵢ·Δ̂ᵢ / Σ wᵢ over those i whose sign is the elected one, number by number.
 
     TIES (Yadav et al. 2023, arXiv:2306.01708). Δ̂ᵢ is Δᵢ trimmed to its largest magnitudes, those
-    of a share ``density`` of its numbers (and any others as large as the smallest of them). The
+    of a share ``density`` of its numbers (the first of equal ones). The
     elected sign is that of Σ wᵢ·Δ̂ᵢ, or with ``elect="count"`` of Σ sgn(wᵢ·Δ̂ᵢ), + where it is 0.
     Without ``normalize`` there is no division. ``rescale="l1"`` gives Δ̂ᵢ the ‖·‖₁ of Δᵢ. λ is
     ``scale``.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
 from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.store.file import read_json
+from modgraft.store.file import read_json, read_small
 
 CONFIG, TENSORS = "adapter_config.json", "adapter.safetensors"
 HEAD, HEAD_TENSORS = "head_config.json", "model_head.safetensors"
@@ -169,8 +169,8 @@ def content(path: Path, of: str) -> dict[str, Any]:
         CheckpointError: for a file that cannot be read, or holds something else.
     """
     try:
-        said = read_json(path.read_bytes())
-    except (OSError, ValueError) as error:
+        said = read_json(read_small(path))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not {of} ({error}); copy the folder again") from error
     if not isinstance(said, dict):
         raise CheckpointError(f"{path} is not {of}: it holds no object of names and values")

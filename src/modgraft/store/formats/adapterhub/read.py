@@ -7,15 +7,22 @@ from pathlib import Path
 from torch import nn
 
 from modgraft.store.formats.adapterhub import adapter, fusion
-from modgraft.store.formats.adapterhub.layout import CONFIG, FUSION, HEAD, OTHERS
+from modgraft.store.formats.adapterhub.layout import (
+    CONFIG,
+    FUSION,
+    FUSION_TENSORS,
+    HEAD,
+    OTHERS,
+    TENSORS,
+)
 from modgraft.store.stored import Stored
 
 
 def holds(folder: Path) -> bool:
-    """Return whether a folder looks like one of ``adapters``; PEFT's has a file of that name."""
-    if any((folder / name).is_file() for name in (HEAD, FUSION, *OTHERS)):
+    """Return whether a folder looks like one of ``adapters``, or what is left of one."""
+    if any((folder / name).is_file() for name in (HEAD, FUSION, *OTHERS, TENSORS, FUSION_TENSORS)):
         return True
-    path = folder / CONFIG
+    path = folder / CONFIG  # PEFT's has a file of that name
     return (
         path.is_file() and path.stat().st_size < 2**20 and b'"peft_type"' not in path.read_bytes()
     )
@@ -23,6 +30,6 @@ def holds(folder: Path) -> bool:
 
 def read(folder: Path, model: nn.Module) -> Stored:
     """Read the modules in a folder; see :class:`modgraft.store.formats.base.Format`."""
-    if (folder / FUSION).exists():
+    if (folder / FUSION).exists() or (folder / FUSION_TENSORS).exists():
         return fusion.read(folder, model)
     return adapter.read(folder, model)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.core.files import locked, write_json
+from modgraft.core.files import together, write_json
 from modgraft.engine.implant import Implant, learning_parts
 from modgraft.routing.mixture import Mixture
 from modgraft.store.file import write_tensors
@@ -40,12 +40,25 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
 
     A mixture is written as a fusion, and its modules to folders in that folder.
     """
+    mixtures = [
+        i for i in (host._implants[name] for name in names) if isinstance(i.method, Mixture)
+    ]
+    made = _fusion(host, mixtures[0], names, folder) if mixtures else _adapter(host, names, folder)
+    with together(folder, holds, "no adapter") as part:
+        for name, content in made.items():
+            if name.endswith(".json"):
+                write_json(part / name, content)
+            else:
+                write_tensors(content, part / name, {})
+
+
+Files = dict[str, Mapping[str, Any]]
+"""What is written, by the name of the file in the folder: tensors, or what stands in JSON."""
+
+
+def _adapter(host: HostLike, names: Sequence[str], folder: Path) -> Files:
+    """Return the files of one adapter."""
     implants, model = [host._implants[name] for name in names], host.model
-    _check_folder(folder)
-    mixtures = [i for i in implants if isinstance(i.method, Mixture)]
-    if mixtures:
-        _write_fusion(host, mixtures[0], names, folder)
-        return
     beside = {each for i in implants for each in i.beside} | learning_parts(model)
     name = _common(names)
     head, of_head = heads.written(model, beside, name)
@@ -61,20 +74,14 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
         made |= {prefix(model) + key: tensor for key, tensor in found.items()}
     stale = [*OTHERS, FUSION, "pytorch_adapter.bin", "pytorch_model_head.bin"]
     stale += [HEAD, HEAD_TENSORS] * (not head)
-    if left := [each for each in stale if (folder / each).exists()]:
-        raise CheckpointError(f"{folder} holds {left[0]} of another adapter; choose another folder")
-    with locked(folder, TENSORS, CONFIG, HEAD_TENSORS, HEAD):
-        for each in (CONFIG, HEAD):  # so that a kill leaves no mixture of two
-            (folder / each).unlink(missing_ok=True)
-        write_tensors(made, folder / TENSORS, {})
-        write_json(folder / CONFIG, _about(config, name, model))
-        if head:
-            write_tensors(head, folder / HEAD_TENSORS, {})
-            write_json(folder / HEAD, _about(config, name, model) | of_head)
+    _check_without(folder, stale, "another adapter")
+    about = _about(config, name, model)
+    files: Files = {TENSORS: made, CONFIG: about}
+    return files | ({HEAD_TENSORS: head, HEAD: about | of_head} if head else {})
 
 
-def _write_fusion(host: HostLike, mixture: Implant, names: Sequence[str], folder: Path) -> None:
-    """Write a mixture, and its modules to folders in that folder."""
+def _fusion(host: HostLike, mixture: Implant, names: Sequence[str], folder: Path) -> Files:
+    """Return the files of a mixture, with those of its modules in folders of their names."""
     of, model = mixture.method.members, host.model
     if other := sorted({*names} - {mixture.name, *of}):
         raise ModgraftError(
@@ -86,15 +93,21 @@ def _write_fusion(host: HostLike, mixture: Implant, names: Sequence[str], folder
             f"beside a fusion; save it as modgraft's"
         )
     tensors, config = fusion.written(mixture, [host._implants[m] for m in of], model)
-    if left := [each for each in (CONFIG, TENSORS, HEAD, *OTHERS) if (folder / each).exists()]:
-        raise CheckpointError(f"{folder} holds {left[0]} of an adapter; choose another folder")
+    _check_without(folder, (CONFIG, TENSORS, HEAD, *OTHERS), "an adapter")
     said = _about(config, ",".join(of), model) | {"adapter_names": list(of)}
+    files: Files = {FUSION_TENSORS: tensors, FUSION: said}
     for member in of:
-        write(host, [member], folder / member)
-    with locked(folder, FUSION_TENSORS, FUSION):
-        (folder / FUSION).unlink(missing_ok=True)
-        write_tensors(tensors, folder / FUSION_TENSORS, {})
-        write_json(folder / FUSION, said)
+        place = folder / member
+        if place.is_dir() and any(place.iterdir()) and not holds(place):
+            raise CheckpointError(f"{place} is there and holds no adapter; choose another folder")
+        own = _adapter(host, [member], place)
+        files |= {f"{member}/{name}": content for name, content in own.items()}
+    return files
+
+
+def _check_without(folder: Path, names: Sequence[str], whose: str) -> None:
+    if left := [each for each in names if (folder / each).exists()]:
+        raise CheckpointError(f"{folder} holds {left[0]} of {whose}; choose another folder")
 
 
 def _about(config: Mapping[str, Any], name: str, model: nn.Module) -> dict[str, Any]:
@@ -109,12 +122,6 @@ def _about(config: Mapping[str, Any], name: str, model: nn.Module) -> dict[str, 
         "name": name,
         "version": VERSION,
     }
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise a CheckpointError for a folder of other things."""
-    if folder.is_dir() and any(folder.iterdir()) and not holds(folder):
-        raise CheckpointError(f"{folder} is there and holds no adapter; choose another folder")
 
 
 def _common(names: Sequence[str]) -> str:

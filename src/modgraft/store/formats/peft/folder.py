@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modgraft.computation.base import Computation
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.layers import WEIGHTED
+from modgraft.core.patterns import bare
 from modgraft.core.sites import Site
 from modgraft.store.file import Entry, TensorFile
 from modgraft.store.formats.peft.options import CONFIG, Targeted
@@ -63,6 +64,8 @@ class Folder:
         path: the folder's.
         file: its tensors.
         model: the host's.
+        entries: its tensors' types and shapes by their keys, in which ``torch.compile`` and its
+            like, around a layer, are not named.
         left: the tensors that nobody has taken yet.
     """
 
@@ -72,7 +75,11 @@ class Folder:
     left: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.left = set(self.file.entries)
+        self._keys = {bare(key): key for key in self.file.entries}
+        self.entries = {key: self.file.entries[own] for key, own in self._keys.items()}
+        if len(self.entries) < len(self.file.entries):
+            self.refuse("tensors of a layer stand there with and without torch.compile around it")
+        self.left = set(self.entries)
         # a layer that stands at two paths has the first as its name here
         names: dict[int, str] = {}
         self.modules: dict[str, nn.Module] = {}
@@ -131,7 +138,7 @@ class Folder:
         Raises:
             CheckpointError: if it is not there, or another one is.
         """
-        entry = self.file.entries.get(key)
+        entry = self.entries.get(key)
         if entry is None:
             self.refuse(f"{key} is missing; the file is cut short, or another one: copy it again")
         if len(entry.shape) != len(shape) or any(
@@ -176,7 +183,7 @@ class Folder:
 
     def tensor(self, key: str) -> Tensor:
         """Read a tensor of the file."""
-        return self.file.tensor(key)
+        return self.file.tensor(self._keys[key])
 
 
 @dataclass

@@ -99,7 +99,7 @@ class HostWeights:
     @property
     def waiting(self) -> Waiting:
         """The tensors, which wait in the file."""
-        entries, read = self.folder.file.entries, self.folder.tensor
+        entries, read = self.folder.entries, self.folder.tensor
         return {name: (entries[key], partial(read, key)) for name, key in self.keys.items()}
 
     def verify(self) -> None:

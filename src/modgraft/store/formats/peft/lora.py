@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from modgraft.store.formats.peft.folder import PREFIX, Folder, Group, Piece
 from modgraft.store.formats.peft.options import LoraOptions
 from modgraft.store.formats.peft.targets import by_pattern
 
+Make = Callable[[], Tensor]
 _A, _B, _A_EMBEDDING = ".lora_A.weight", ".lora_B.weight", ".lora_embedding_A"
 
 
@@ -115,6 +116,33 @@ class _Reader:
         self.known[label] = path
         self.ranks[label], self.alphas[label] = rank, said.lora_alpha if alpha is None else alpha
 
+    def _factors(
+        self, label: str, path: str, rank: int, shape: Sequence[int], a: Make, b: Make
+    ) -> None:
+        """Take down the factors of a change of a ``shape``, [(E,) out, in], at a site.
+
+        A rank above the smaller side, which no LoRA has here, becomes that: BA is one factor then,
+        the identity the other, and α is such that s stays.
+        """
+        self._site(label, rank, path)
+        *front, out, into = shape
+        least = min(out, into)
+        if rank > least:
+            scale, first, second = self._scale(label), a, b
+            self.ranks[label], self.alphas[label], rank = least, 1.0, least
+            self.alphas[label] = scale / self._scale(label)
+
+            def whole() -> Tensor:
+                B = wide(second())
+                return B @ first().to(B.dtype)
+
+            def identity() -> Tensor:
+                return torch.eye(least).expand(*front, least, least)
+
+            a, b = (whole, identity) if out == least else (identity, whole)
+        self._piece(label, "A", (*front, rank, into), a)
+        self._piece(label, "B", (*front, out, rank), b)
+
     def _piece(self, label: str, name: str, shape: Sequence[int], make: Any) -> None:
         self.pieces.append(Piece(f"{label}:{name}", tuple(shape), make))
 
@@ -132,18 +160,16 @@ class _Reader:
             rank = folder.take(start + _A_EMBEDDING, None, entries).shape[0]
             folder.take(f"{start}.lora_embedding_B", width, rank)
             a, b = f"{start}.lora_embedding_B", start + _A_EMBEDDING
-            self._piece(label, "A", (rank, width), lambda: folder.tensor(a).T)
-            self._piece(label, "B", (entries, rank), lambda: folder.tensor(b).T)
-            self._site(label, rank, path)
+            made = (lambda: folder.tensor(a).T, lambda: folder.tensor(b).T)
+            self._factors(label, path, rank, (entries, width), *made)
         elif isinstance(layer, CONVOLUTIONS):
             self._convolution(path, label, layer)
         else:
             rows, columns = weight_matrix(layer).shape
             rank = folder.take(start + _A, None, columns).shape[0]
             folder.take(start + _B, rows, rank)
-            self._piece(label, "A", (rank, columns), lambda: folder.tensor(start + _A))
-            self._piece(label, "B", (rows, rank), lambda: folder.tensor(start + _B))
-            self._site(label, rank, path)
+            made = (lambda: folder.tensor(start + _A), lambda: folder.tensor(start + _B))
+            self._factors(label, path, rank, (rows, columns), *made)
         if self.said.use_dora:
             self._magnitude(path, label, layer)
         if self.said.lora_bias:
@@ -182,9 +208,7 @@ class _Reader:
             own = folder.tensor(start + _B).flatten(1)  # [out, r / g]
             return torch.block_diag(*own.chunk(groups)) if groups > 1 else own
 
-        self._piece(label, "A", (rank, columns), a)
-        self._piece(label, "B", (rows, rank), b)
-        self._site(label, rank, path)
+        self._factors(label, path, rank, (rows, columns), a, b)
 
     def _magnitude(self, path: str, label: str, layer: nn.Module) -> None:
         folder, key = self.folder, f"{PREFIX}{path}.lora_magnitude_vector"
@@ -239,9 +263,7 @@ class _Reader:
 
             out, into = (columns, rows) if first else (rows, columns)
             front = (stack,) if has_three else ()
-            self._piece(label, "A", (*front, rank, into), a)
-            self._piece(label, "B", (*front, out, rank), b)
-            self._site(label, rank, f"{path}.{name}")
+            self._factors(label, f"{path}.{name}", rank, (*front, out, into), a, b)
 
 
 def lies(layer: nn.Module, name: str) -> tuple[int, int, int, bool]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.errors import CheckpointError
-from modgraft.store.file import Entry, TensorFile, read_json
+from modgraft.core.patterns import WRAPPERS
+from modgraft.store.file import Entry, TensorFile, read_json, read_small
 from modgraft.store.formats.base import module_name
 from modgraft.store.formats.found import Found, stored
 from modgraft.store.formats.peft import ia3, lora, oft, prompts, tokens, vera
@@ -44,8 +45,10 @@ _OPTIONS: dict[str, type[Options]] = {
 
 
 def holds(folder: Path) -> bool:
-    """Return whether a folder is one of PEFT."""
+    """Return whether a folder is one of PEFT, or what is left of one."""
     path = folder / CONFIG
+    if not path.exists():
+        return (folder / TENSORS).is_file()
     if not path.is_file() or path.stat().st_size > 2**24:
         return False
     return b'"peft_type"' in path.read_bytes()
@@ -63,7 +66,10 @@ def read(folder: Path, model: nn.Module) -> Stored:
     """
     path = folder / CONFIG
     try:
-        said = read_json(path.read_bytes())
+        text = read_small(path)
+        for wrapper in WRAPPERS:  # of torch.compile and its like, which are in the keys too
+            text = text.replace(f"{wrapper}.".encode(), b"")
+        said = read_json(text)
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy the folder again") from error
     kind = said.get("peft_type") if isinstance(said, dict) else None

@@ -68,6 +68,12 @@ def _tokens(folder: Folder, by_path: Mapping[str, list[int]], end: str) -> list[
             )
     for sites, _ in groups.values():
         sites += [label for label in _tied(folder.model, sites) if label not in sites]
+        for label in sites:
+            if why := _loses_bias(folder.modules[label]):
+                folder.refuse(
+                    f"trainable tokens at {label}: {why}; a host without it computes what PEFT "
+                    f"does: model.{label}.bias = None, before it is a host"
+                )
     order = list(folder.modules).index
     return [
         Group(TrainableTokens(ids=ids), sorted(sites, key=order), pieces, suffix="_tokens")
@@ -88,13 +94,22 @@ def _tied(model: nn.Module, sites: Sequence[str]) -> list[str]:
     return [p for p, m in modules.items() if isinstance(m, kinds) and stored(m, None) is own]
 
 
+def _loses_bias(layer: nn.Module) -> str | None:
+    """Say why PEFT's trainable tokens compute something else at a layer, None where they do not."""
+    if getattr(layer, "bias", None) is None:
+        return None
+    return (
+        "PEFT leaves out the bias of such a layer (huggingface/peft#3649), so its result is another"
+    )
+
+
 def _rows(folder: Folder, key: str, end: str) -> Tensor:
     """Return rows, which all tables of one weight must have alike."""
     found = folder.tensor(key)
     own = stored(folder.modules[key.removeprefix(PREFIX).removesuffix(end)], None)
     for path, module in folder.modules.items():
         other = f"{PREFIX}{path}{end}"
-        again = other in folder.file.entries and stored(module, None) is own
+        again = other in folder.entries and stored(module, None) is own
         if again and not torch.equal(folder.tensor(other), found):
             folder.refuse(f"{key} and {other} are rows of one weight here, and differ")
     return found
@@ -119,6 +134,11 @@ def write(
             f"{', '.join(sorted(there))}, with what is tied to the embedding of the input; implant "
             f"it there"
         )
+    for site, _ in sites:
+        if why := _loses_bias(site.module):
+            raise ModgraftError(
+                f"{name!r} is at {site.label}: {why}; save it without format='peft'"
+            )
     kept = own if beside else sites
     end = f"{'.token_adapter' if beside else ''}.trainable_tokens_delta"
     tensors: dict[str, Tensor] = {f"{site.path}{end}": place.rows for site, place in kept}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from modgraft.computation.prompts import SoftPrompt
 from modgraft.computation.rescale import Rescale
 from modgraft.computation.trainable_tokens import TrainableTokens
 from modgraft.computation.vera import VeRA
-from modgraft.core.errors import CheckpointError, ModgraftError, an
-from modgraft.core.files import locked, write_json
+from modgraft.core.errors import ModgraftError, an
+from modgraft.core.files import together, write_json
 from modgraft.core.layers import LINEAR
 from modgraft.core.sites import Site, located
 from modgraft.engine.implant import learning_parts
@@ -43,6 +44,12 @@ _TASKS = {
 _WITH_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
                "QUESTION_ANS": ("qa_outputs",)}  # fmt: skip
 """The tasks for which PEFT saves the head by itself, and what it takes for one."""
+_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_NOT_IN_MAMBA = (".out_proj", ".conv1d")
+"""The hosts, and the layers of theirs, for which PEFT refuses LoRA."""
+_PASSED = {"input_ids", "inputs_embeds"}
+"""What PEFT's class for any task gives to a host by name; a ``forward`` without such an argument
+hands it on, to a layer that is given it already (huggingface/peft#1988)."""
 
 
 def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
@@ -51,8 +58,6 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
     Raises:
         ModgraftError: for what PEFT has no place for, with the reason, or a folder of other things.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not holds(folder):
-        raise CheckpointError(f"{folder} is there and holds nothing of PEFT; choose another folder")
     model, implants = host.model, {name: host._implants[name] for name in names}
     placed = {
         name: list(zip(located(model, implant.paths), implant.places, strict=True))
@@ -60,7 +65,9 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
     }
     _check_at_one_path(placed, model)
     kind, written = _written({n: i.method for n, i in implants.items()}, placed, model)
-    task, heads = _task(model)
+    if kind == "LORA":
+        _check_not_in_mamba(written.paths, model)
+    task, heads = _task(model, kind)
     if kind in _BEFORE_INPUT and task is None:
         raise ModgraftError(
             f"PEFT puts prompts and prefixes before the input of models for {', '.join(_TASKS)}, "
@@ -70,10 +77,18 @@ def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
     saved = _saved_beside(kind, written, beside, heads, model)
     tensors = _by_key(kind, written, saved)
     said = _options(kind, written, task, heads, model)
-    with locked(folder, TENSORS, CONFIG):
-        (folder / CONFIG).unlink(missing_ok=True)  # so that a kill leaves no mixture of two
-        write_tensors({k: t.detach().clone() for k, t in tensors.items()}, folder / TENSORS, {})
-        write_json(folder / CONFIG, dict(sorted(said.items())))
+    with together(folder, holds, "nothing of PEFT") as part:
+        write_tensors({k: t.detach().clone() for k, t in tensors.items()}, part / TENSORS, {})
+        write_json(part / CONFIG, dict(sorted(said.items())))
+
+
+def _check_not_in_mamba(paths: Sequence[str], model: nn.Module) -> None:
+    which = getattr(getattr(model, "config", None), "model_type", None)
+    if which in _MAMBAS and (not_there := [p for p in paths if p.endswith(_NOT_IN_MAMBA)]):
+        raise ModgraftError(
+            f"PEFT loads no LoRA at {not_there[0]} of a {which}, whose fast kernels take the "
+            f"weight past the layer; save it without format='peft'"
+        )
 
 
 Placed = Mapping[str, list[tuple[Site, Any]]]
@@ -241,9 +256,18 @@ def _is_in(name: str, paths: Sequence[str]) -> bool:
     return any(name.startswith(f"{path}.") for path in paths)
 
 
-def _task(model: nn.Module) -> tuple[str | None, list[str]]:
-    """Return PEFT's word for what a host is for, and the layers that it then takes for heads."""
+def _task(model: nn.Module, kind: str) -> tuple[str | None, list[str]]:
+    """Return PEFT's word for what a host is for, and the layers that it then takes for heads.
+
+    It is left out where PEFT's class for the task cannot be made, cannot call the host, or calls it
+    otherwise: that for answers in a text keeps ``token_type_ids`` to itself.
+    """
     name = type(model).__name__
     task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    called = signature(model.forward).parameters.keys() >= _PASSED
+    if task and task.endswith("LM"):
+        called = called and callable(getattr(model, "prepare_inputs_for_generation", None))
+    if not called or (task == "QUESTION_ANS" and kind not in _BEFORE_INPUT):
+        return None, []
     ends = _WITH_HEADS.get(task or "", ())
     return task, [p for p, _ in model.named_modules() if ends and p.endswith(ends)]
