@@ -177,6 +177,22 @@ def test_what_was_damaged_in_the_cache_is_fetched_again(server: Server, tmp_path
     assert fill_of(host, "qa") == 3.0
 
 
+@pytest.mark.parametrize("form", ["modgraft", "peft"])
+def test_a_link_of_the_cache_that_leads_nowhere(
+    form: str, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    host = small_host()
+    host.implant("qa", mg.LoRA(rank=2), at="0")
+    server.commit("me/qa", files_of(host.save("qa", tmp_path / "one", format=form)))
+    [*_, tensors] = sorted(find("hf:me/qa").folder.resolve().glob("*.safetensors"))
+    tensors.resolve().unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="and not all of it is in the cache"):
+        find("hf:me/qa")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert small_host().load("hf:me/qa").name == "qa"
+
+
 def test_a_revision_with_a_slash(server: Server, tmp_path: Path) -> None:
     commit = server.commit("me/qa", files_of(saved(tmp_path / "one", 3.0)))
     assert find(f"hf:me/qa@{commit}").address == f"hf:me/qa@{commit}"

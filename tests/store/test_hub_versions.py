@@ -16,6 +16,8 @@ import pytest
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, UnknownNameError
+from modgraft.store.hub import index
+from modgraft.store.hub.address import find, pull
 from modgraft.store.hub.given import Given
 from modgraft.store.hub.hub import Hub
 from modgraft.store.hub.index import GIVEN, INDEX
@@ -118,7 +120,7 @@ def test_the_index_is_made_from_the_files(tmp_path: Path, monkeypatch: pytest.Mo
     hub.push(saved(tmp_path / "one", metrics={"f1": 0.5}))
     index = tmp_path / "hub" / INDEX
     said = json.loads(index.read_text())
-    assert list(said) == ["qa@1"]
+    assert list(said) == ["qa@1 given", "qa@1"]
 
     opened = []
     monkeypatch.setattr("modgraft.store.hub.index.card_there", lambda *a: opened.append(a))
@@ -138,7 +140,8 @@ def test_the_index_is_made_from_the_files(tmp_path: Path, monkeypatch: pytest.Mo
         assert json.loads(index.read_text()) == said
     other = saved(tmp_path / "two", metrics={"f1": 0.7})  # another file of the same size
     (other / "module.safetensors").replace(tmp_path / "hub/qa/1/module.safetensors")
-    assert hub.find("qa").card.metrics == {"f1": 0.7}
+    with pytest.raises(CheckpointError, match="is the module with hash"):
+        hub.find("qa")
 
 
 def test_a_hub_that_cannot_be_written_is_read(
@@ -146,7 +149,6 @@ def test_a_hub_that_cannot_be_written_is_read(
 ) -> None:
     hub = Hub(tmp_path / "hub")
     hub.push(saved(tmp_path / "one"))
-    (tmp_path / "hub" / INDEX).unlink()
 
     def refused(*_: object) -> None:
         raise PermissionError
@@ -406,6 +408,87 @@ def test_a_broken_version_is_not_passed_over(hub: Hub, tmp_path: Path) -> None:
             hub.find(name)
     assert hub.remove("qa@2") == ["hub:qa@2"]
     assert hub.find("qa").address == "hub:qa@1"
+
+
+def test_a_bit_of_the_header_that_is_flipped(hub: Hub, tmp_path: Path) -> None:
+    """What `host.load` refuses is broken, and pushing the module again repairs it."""
+    one = saved(tmp_path / "1", 1.0)
+    hub.push(one, tag="paper")
+    system, root = fsspec.core.url_to_fs(hub.address)
+    good = bytearray((one / "module.safetensors").read_bytes())
+    for word in (b'"format"', b'"modgraft"', b'"sites'):
+        bad = bytearray(good)
+        bad[bad.index(word) + 4] ^= 1
+        system.pipe_file(f"{root}/qa/1/module.safetensors", bytes(bad))
+        assert hub.verify()["hub:qa@1"]
+        for call in (find, small_host().load):
+            with pytest.raises(CheckpointError, match="hub:qa@1: "):
+                call("hub:qa@1")
+        found = hub.push(one)
+        assert (found.address, found.tags) == ("hub:qa@1", ("paper",))
+        assert hub.verify() == {"hub:qa@1": ""}
+    bad = bytearray(good)
+    bad[bad.index(b'"format"') + 4] ^= 1
+    (one / "module.safetensors").write_bytes(bad)
+    for call in (hub.push, lambda folder: pull(find(folder), tmp_path / "2")):
+        with pytest.raises(CheckpointError, match="more than a card"):
+            call(one)
+
+
+def test_another_module_in_a_versions_place(hub: Hub, tmp_path: Path) -> None:
+    folders = [saved(tmp_path / f"{n}", float(n)) for n in (1, 2)]
+    for folder in folders:
+        hub.push(folder)
+    system, root = fsspec.core.url_to_fs(hub.address)
+    files = [f"{root}/qa/{n}/module.safetensors" for n in (1, 2)]
+    system.pipe_file(files[0], system.cat_file(files[1]))
+    assert "is the module with hash" in hub.verify()["hub:qa@1"]
+    assert hub.verify("qa@2") == {"hub:qa@2": ""}
+    for call in (hub.find, find, small_host().load):
+        with pytest.raises(CheckpointError, match="this number was given to"):
+            call("hub:qa@1")
+    assert [hub.push(folder).address for folder in folders] == ["hub:qa@1", "hub:qa@2"]
+    assert set(hub.verify().values()) == {""}
+
+
+def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path / "hub")
+    for name in ("qa", "qb"):
+        for n in (1, 2):
+            hub.push(saved(tmp_path / f"{n}{name}", float(n), name))
+
+    def refused(closed: Path) -> None:
+        def refusing(before: Any) -> Any:
+            def call(*args: Any) -> Any:
+                if str(closed) in map(str, args):
+                    raise PermissionError(13, "Permission denied", str(closed))
+                return before(*args)
+
+            return call
+
+        monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+        monkeypatch.setattr(index, "card_there", refusing(index.card_there))
+
+    for path, broken in (
+        ("qa/1/module.safetensors", ["hub:qa@1"]),
+        ("qa/1", ["hub:qa@1"]),
+        ("qa", ["hub:qa@1", "hub:qa@2"]),
+    ):
+        (tmp_path / "hub" / INDEX).unlink(missing_ok=True)
+        refused(tmp_path / "hub" / path)
+        found = hub.verify()
+        assert [each for each, why in found.items() if why] == broken
+        assert len(found) == 4
+        assert all("Permission denied" in found[each] for each in broken)
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            hub.find("qa@1")
+        assert hub.find("qb").address == "hub:qb@2"
+        monkeypatch.undo()
+    for path in (".versions", ""):  # without which numbers would be given twice
+        refused(tmp_path / "hub" / path)
+        with pytest.raises(mg.ModgraftError, match="Permission denied"):
+            hub.listed()
+        monkeypatch.undo()
 
 
 def test_what_is_missing_is_said_with_the_command(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import modgraft
 from modgraft.computation.base import Computation
 from modgraft.core.config import C, Configured, resolve
 from modgraft.core.errors import CheckpointError, ModgraftError
-from modgraft.store.file import read_json
+from modgraft.store.file import CARD, broken, read_json
 
 FORMAT = 2
 CARD_FILE = "module.json"
@@ -188,6 +188,20 @@ class Card(BaseModel):
                 f"copy the folder again"
             )
         return validated(cls, said, path)
+
+    @classmethod
+    def in_header(cls, metadata: Mapping[str, str], path: object) -> Card | None:
+        """Read the card in the header of a file; None where it has none.
+
+        Raises:
+            CheckpointError: for anything but a whole card of this format, and nothing beside it.
+        """
+        if CARD not in metadata:
+            return None
+        card = cls.from_text(metadata[CARD], path)
+        if metadata != {"format": "pt", CARD: metadata[CARD]}:
+            raise broken(path, "its metadata are more than a card")
+        return card
 
 
 def validated(kind: type[Any], said: Any, path: object) -> Any:

@@ -36,7 +36,6 @@ from modgraft.store.card import CARD_FILE, Card, Saved, to_json
 from modgraft.store.file import (
     CARD,
     TensorFile,
-    broken,
     digest_of,
     is_there,
     unreadable,
@@ -239,11 +238,9 @@ def native(folder: Path) -> Stored:
     if not is_there(folder / FILE):
         raise CheckpointError(f"no module in {folder}: {FILE} is not there")
     file = TensorFile(folder / FILE)
-    if CARD not in file.metadata:
+    card = Card.in_header(file.metadata, file.path)
+    if card is None:
         return former.stored(folder, file)
-    card = Card.from_text(file.metadata[CARD], file.path)
-    if file.metadata != {"format": "pt", CARD: file.metadata[CARD]}:
-        raise broken(file.path, "its metadata are more than a card")
 
     def read() -> Mapping[str, Tensor]:
         if file.digest() != card.tensors:

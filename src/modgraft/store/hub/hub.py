@@ -193,7 +193,7 @@ class Hub:
                         f"{self.place(row)}/{FILE}", str(path), callback=bar(FILE)
                     )
                 check_file(path, row.card.sha256, row.address)
-        except CheckpointError as error:
+        except ModgraftError as error:
             return str(error)
         return ""
 
@@ -248,8 +248,9 @@ class Hub:
                 self._put(folder / FILE, row)  # again, whole
             if tag and tag not in row.tags:
                 self._tag(row, tag)
-            found = self.find(row.address)
-        if found.card.sha256 != sha:
+            rows = self._contents().rows
+        found = next((each for each in rows if each.address == row.address), None)
+        if found is None or found.card.sha256 != sha:
             raise ModgraftError(
                 f"somebody else pushed {row.address} at the same moment, and {self.address} cannot "
                 f"hold one of two off: push again"
@@ -271,7 +272,10 @@ class Hub:
                     f"`modgraft hub remove {new.name}@{tag}` takes the tag alone away; then push "
                     f"again"
                 )
-        return same[-1] if same else replace(new, version=str(there.next_number(new.name)))
+        if same:
+            return same[-1]
+        lost = there.lost(new.name, new.card.sha256)
+        return replace(new, version=lost or str(there.next_number(new.name)))
 
     def _put(self, file: Path, row: Listed) -> None:
         """Write a version's folder."""

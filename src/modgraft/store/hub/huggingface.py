@@ -91,7 +91,7 @@ def fetch(place: Place) -> tuple[Path, str]:
         bar = _bar(bool(sizes))
         snapshot = Path(snapshot_download(place.repo, **which, tqdm_class=bar))
         if _is_damaged(snapshot / place.folder):  # the disk's fault, or somebody's
-            tell(f"hf:{place.repo}", {FILE: (snapshot / place.folder / FILE).stat().st_size})
+            tell(f"hf:{place.repo}", {r.filename: r.file_size or 0 for r in rows})
             snapshot_download(place.repo, **which, tqdm_class=_bar(True), force_download=True)
     folder = snapshot / place.folder
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -100,7 +100,12 @@ def fetch(place: Place) -> tuple[Path, str]:
 
 
 def _is_damaged(folder: Path) -> bool:
-    """Return whether the file of a module in the cache is not, to the last bit, what it was."""
+    """Return whether the file of a module in the cache is not, to the last bit, what it was.
+
+    Of another tool's folder, whether a file is a link that leads nowhere.
+    """
+    if folder.is_dir() and any(not path.exists() for path in folder.iterdir()):
+        return True
     if not (folder / FILE).is_file():
         return False
     try:

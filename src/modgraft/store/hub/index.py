@@ -11,6 +11,7 @@ The index may be deleted: whoever finds a file that it lacks, or another one, re
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.store.card import Card
-from modgraft.store.file import read_json
+from modgraft.store.file import read_json, unreadable
 from modgraft.store.folder import FILE
-from modgraft.store.hub.remote import card_there
+from modgraft.store.hub.remote import card_there, protocols
 from modgraft.store.hub.search import Listed
 
 if TYPE_CHECKING:
@@ -43,14 +44,14 @@ class Contents:
         rows: the versions, by name and number.
         broken: of those that cannot be read, what is wrong, by address.
         tags: the number that a tag stands for, by name and tag.
-        given: the numbers that were ever given, by name.
+        given: the hashes of the modules that numbers were ever given to, by name and number.
         read: what the index is to hold: of each file a stamp and a text, by ``NAME@VERSION``.
     """
 
     rows: list[Listed] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     tags: dict[tuple[str, str], str] = field(default_factory=dict)
-    given: dict[str, set[int]] = field(default_factory=dict)
+    given: dict[str, dict[int, str]] = field(default_factory=dict)
     read: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def names(self) -> set[str]:
@@ -72,9 +73,14 @@ class Contents:
         """Return the tags of a version."""
         return tuple(sorted(t for (n, t), v in self.tags.items() if (n, v) == (name, version)))
 
+    def lost(self, name: str, sha: str) -> str:
+        """Return the broken version of a module that has been what has this hash; "": none."""
+        numbers = [n for n, given in self.given.get(name, {}).items() if given == sha]
+        return next((str(n) for n in numbers if f"hub:{name}@{n}" in self.broken), "")
+
     def next_number(self, name: str) -> int:
         """Return a number that no version of a module has had."""
-        return 1 + max(self.given.get(name, set()), default=0)
+        return 1 + max(self.given.get(name, {}), default=0)
 
 
 def contents(system: AbstractFileSystem, root: str, known: dict[str, dict[str, str]]) -> Contents:
@@ -108,7 +114,10 @@ def contents(system: AbstractFileSystem, root: str, known: dict[str, dict[str, s
         if len(parts) != 3 or not WORD.fullmatch(parts[1]):
             continue
         if parts[0] == GIVEN and _NUMBER.fullmatch(parts[2]):
-            found.given.setdefault(parts[1], set()).add(int(parts[2]))
+            name, number = parts[1:]
+            with suppress(FileNotFoundError):
+                sha = text(f"{name}@{number} given", info, partial(short, system, path))
+                found.given.setdefault(name, {})[int(number)] = sha
         elif parts[0] == GIVEN and WORD.fullmatch(parts[2]):
             name, tag = parts[1:]
             with suppress(FileNotFoundError):  # removed since it was listed
@@ -122,20 +131,42 @@ def contents(system: AbstractFileSystem, root: str, known: dict[str, dict[str, s
                     f"{path} is in no version's folder, which a number names; push it as {name}, "
                     f"with {version} for its tag, and remove it here"
                 )
-            found.given.setdefault(name, set()).add(int(version))
+            sha = found.given.setdefault(name, {}).setdefault(int(version), "")
             if info["type"] != "file":  # a pipe would be waited for
                 raise CheckpointError(f"{path} is no plain file; remove it")
             said = text(f"{name}@{version}", info, partial(card_there, system, path, info["size"]))
             card = Card.from_text(said, path)
+            if sha not in ("", card.sha256):
+                raise CheckpointError(
+                    f"{path} is the module with hash {card.sha256[:12]}, and this number was given "
+                    f"to {sha[:12]}, which it means for good: push that again, or remove this"
+                )
             tags = found.tags_of(name, version)
             found.rows.append(Listed(name, version, info["size"], card, tags))
         except FileNotFoundError:  # removed since it was listed
             continue
-        except CheckpointError as error:
+        except (CheckpointError, PermissionError) as error:
+            if isinstance(error, OSError):
+                error = unreadable(path, error)
             found.read.pop(f"{name}@{version}", None)
             found.broken[f"hub:{name}@{version}"] = str(error)
+    for error in _closed(root) if "file" in protocols(system) else ():
+        name, *version = str(error.filename).removeprefix(root).strip("/").split("/")
+        if name == GIVEN or not name:
+            raise error
+        for each in version or found.given.get(name) or ["?"] if WORD.fullmatch(name) else ():
+            found.broken[f"hub:{name}@{each}"] = str(unreadable(error.filename, error))
     found.rows.sort(key=lambda row: (row.name, _age(row.version)))
     return found
+
+
+def _closed(root: str) -> list[OSError]:
+    """Return why folders of a hub may not be looked into, which fsspec passes over."""
+    found = list[OSError]()
+    for path, folders, _ in os.walk(root, onerror=found.append):
+        if path.removeprefix(root).count(os.sep) == 2:
+            folders.clear()
+    return [error for error in found if not isinstance(error, FileNotFoundError)]
 
 
 def short(system: AbstractFileSystem, path: str) -> str:

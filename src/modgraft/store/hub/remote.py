@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from modgraft.core.errors import CheckpointError, MissingFileError, ModgraftError
 from modgraft.core.files import sync
 from modgraft.store.card import Card
-from modgraft.store.file import CARD, Header, TensorFile
-from modgraft.store.folder import FILE
+from modgraft.store.file import CARD, Header, TensorFile, is_there
+from modgraft.store.folder import FILE, native
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -88,7 +88,9 @@ def card_there(system: AbstractFileSystem, path: str, size: int) -> str:
     with system.open(path, "rb") as file:
         first = bytes(file.read(8))  # type: ignore[arg-type]
         rest = bytes(file.read(Header.length(first, size, path) - 8))  # type: ignore[arg-type]
-    return Header(first + rest, size, path).metadata.get(CARD, "")
+    metadata = Header(first + rest, size, path).metadata
+    Card.in_header(metadata, path)
+    return metadata.get(CARD, "")
 
 
 def identity(folder: Path) -> tuple[str, Card | None]:
@@ -101,10 +103,9 @@ def identity(folder: Path) -> tuple[str, Card | None]:
     Raises:
         CheckpointError: for a damaged card, or a folder without a safetensors file.
     """
-    if (folder / FILE).exists():
-        file = TensorFile(folder / FILE)
-        if CARD in file.metadata:
-            card = Card.from_text(file.metadata[CARD], file.path)
+    if is_there(folder / FILE):
+        card = native(folder).card
+        if card.tensors:  # the first format has no hash
             return card.sha256, card
     files = {p.name: p for p in folder.iterdir()} if folder.is_dir() else {}
     check_holds_tensors(files, folder)
@@ -134,8 +135,8 @@ def check_holds_tensors(names: Any, where: object) -> None:
 def check_file(path: Path, sha: str, address: str) -> Card:
     """Read a module's file to the last bit, and refuse another than the one with hash ``sha``."""
     file = TensorFile(path)
-    card = Card.from_text(file.metadata.get(CARD, ""), address)
-    if card.sha256 != sha or file.digest() != card.tensors:
+    card = Card.in_header(file.metadata, address)
+    if card is None or card.sha256 != sha or file.digest() != card.tensors:
         raise CheckpointError(
             f"{address}: the file is another one than that with hash {sha[:12]}; it was changed, "
             f"or cut on its way: fetch it again, or push it anew"
