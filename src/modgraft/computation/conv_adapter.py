@@ -69,7 +69,7 @@ class ConvAdapter(FunctionComposition):
             raise ModgraftError(
                 f"ConvAdapter(over='map') at {site.label}: a {kind} is not known to put out a map "
                 f"[B, C, H, W]; choose an nn.Conv2d, an nn.BatchNorm2d or a Sequential that ends "
-                f"in one, or use ConvAdapter(over='tokens')"
+                f"in one, or where tokens [B, n, d] are put out, ConvAdapter(over='tokens')"
             )
         if site.channels_first and not image:
             raise ModgraftError(
