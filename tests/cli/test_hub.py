@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import modgraft as mg
 from contract.hosts import HOSTS
 from modgraft.cli.app import app
 from modgraft.store.verify import verify
-from store.hub_cases import saved
+from store.hub_cases import saved, small_host
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +206,21 @@ def test_addresses_are_verified_too(tmp_path: Path) -> None:
     run("push", "qa", "--hub", url)
     assert run("verify", f"{url}/qa/1") == f"{url}/qa/1: whole\n"
     assert run("verify", "qa", "--hub", url) == "hub:qa@1: whole\n"
+
+
+def test_a_folder_of_another_tool_is_verified(tmp_path: Path) -> None:
+    host = small_host()
+    host.implant("qa", mg.LoRA(rank=2), at="0")
+    host.save("qa", "p", format="peft")
+    assert "another tool's, which keeps no hash" in run("verify", "./p")
+    assert said("verify", "./p")[0]["whole"]
+    with torch.no_grad():
+        host["qa"].places[0].A.fill_(torch.nan)
+    host.save("qa", "p", format="peft")
+    assert "holds NaN or infinity" in run("verify", "./p", code=1)
+    file = Path("p/adapter_model.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "cannot be read" in run("verify", "./p", code=1)
 
 
 def test_a_tag_is_moved(tmp_path: Path) -> None:

@@ -10,7 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_adapterhub_format import FOLDER, MADE, model
-from transformers import T5Config, T5ForConditionalGeneration
+from torch import nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError
@@ -77,3 +83,26 @@ def test_a_bias_that_the_hosts_head_has_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="score of this GPT2ForSequenceClassification has no"):
         host.load(folder)
     assert not host.implants
+
+
+@pytest.mark.parametrize(
+    ("model", "at", "head", "words"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "0", "1", "heads of models of transf"),
+        (
+            ConvNextForImageClassification(
+                ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
+            ),
+            "*.pwconv1", "classifier", "not in a convnext",
+        ),
+    ],
+)  # fmt: skip
+def test_a_head_that_adapters_has_not_is_refused(
+    model: nn.Module, at: str, head: str, words: str, tmp_path: Path
+) -> None:
+    host = mg.Host(model)
+    host.implant("a", mg.LoRA(rank=2), at=at)
+    host.model.get_submodule(head).requires_grad_(True)
+    with pytest.raises(mg.ModgraftError, match=words):
+        host.save("a", tmp_path / "a", format="adapterhub")
+    assert not (tmp_path / "a").exists()

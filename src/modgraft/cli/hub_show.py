@@ -111,15 +111,19 @@ def verify(names: Names = None, where: Where = None, as_json: Json = False) -> N
     from modgraft.store.hub.address import local
     from modgraft.store.verify import verify as verify_folder
 
-    place, said = opened(where), {}
+    place, said, unsure = opened(where), {}, {}
     for name in names or [""]:
         if "/" in name:
             report = verify_folder(local(name, "modgraft hub verify"))
-            said[name] = "" if report.whole else "; ".join(report.problems)
+            why = "; ".join(report.problems)
+            said[name] = "" if report.whole else why
+            unsure[name] = why if report.whole and not report.hash else ""
         else:
             said |= place.verify(name)
-    rows = [{"address": a, "whole": not why, "why": why} for a, why in said.items()]
-    text = "\n".join(f"{a}: {why or 'whole'}" for a, why in said.items())
+    rows = [
+        {"address": a, "whole": not why, "why": why or unsure.get(a, "")} for a, why in said.items()
+    ]
+    text = "\n".join(f"{r['address']}: {r['why'] or 'whole'}" for r in rows)
     say(rows, as_json, text or f"nothing on the hub {place.address}")
     if any(said.values()):
         raise typer.Exit(1)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from modgraft.core.errors import CheckpointError
 from modgraft.store.card import CARD_FILE, Card
-from modgraft.store.file import read_small
+from modgraft.store.file import TensorFile, is_there, read_small
 from modgraft.store.folder import FILE, README, native, temporaries
+from modgraft.store.formats.base import found_in
 from modgraft.store.readme import WRITTEN
 
 
@@ -39,10 +40,13 @@ def verify(folder: Path) -> Report:
     """Read everything in a module's folder, and say whether it is whole.
 
     Args:
-        folder: one that ``host.save`` wrote.
+        folder: one that ``host.save`` wrote, or another tool's.
     """
     problems, names, sha, whole = [], [], "", False
     try:
+        if not is_there(folder / FILE) and found_in(folder) is not None:
+            _check_finite(folder)
+            return Report(folder, whole=True, problems=[f"{folder}: {OF_ANOTHER_TOOL}"])
         found = native(folder)
         names, sha = found.card.names, found.card.sha256 if found.card.tensors else ""
         found.read()
@@ -57,6 +61,20 @@ def verify(folder: Path) -> Report:
             for name in sorted(temporaries(folder))
         ]
     return Report(folder, whole, names, sha, problems)
+
+
+OF_ANOTHER_TOOL = (
+    "it is another tool's, which keeps no hash, so that changed tensors cannot be told; all can be "
+    "read and are finite"
+)
+
+
+def _check_finite(folder: Path) -> None:
+    """Raise a CheckpointError for tensors of a folder that cannot be read, or hold NaN."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        for name, tensor in TensorFile(path).tensors().items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{path}: {name} holds NaN or infinity")
 
 
 UNHASHED = (

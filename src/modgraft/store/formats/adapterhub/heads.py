@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.errors import CheckpointError, ModgraftError, an
 from modgraft.engine.implant import moving_buffers
 from modgraft.store.file import TensorFile
 from modgraft.store.formats.adapterhub.layout import (
@@ -284,7 +285,9 @@ def _sorted(
     """Return the key of each weight of the host by its name, and the keys of what is tied."""
     called = {id(p): n for n, p in model.named_parameters()}
     called |= {id(buffer): n for n, buffer, _ in moving_buffers(model)}
-    words = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    words = None
+    with suppress(AttributeError, NotImplementedError):  # no model of texts
+        words = model.get_input_embeddings().weight  # type: ignore[operator,union-attr]
     names: dict[str, str] = {}
     tied: dict[str, Tensor | str] = {}
     for key, tensor in keys.items():
@@ -313,6 +316,12 @@ def written(
     """
     if not beside:
         return {}, {}
+    if not hasattr(getattr(model, "config", None), "label2id"):
+        raise ModgraftError(
+            f"{name!r} trained together with the host's {min(beside)}, and adapters has heads of "
+            f"models of transformers alone, not of {an(type(model).__name__)}; save it as "
+            f"modgraft's"
+        )
     own, config = _parts(model), cast(Any, model.config)
     if beside <= _sorted(own, model)[0].keys():
         return {key: tensor.detach().clone() for key, tensor in own.items()}, {
