@@ -134,7 +134,7 @@ def test_a_function_of_tokens_at_a_map(name: str) -> None:
 WRONG_SITES: dict[str, tuple[str, Callable[[], Any], Any, tuple[str, ...]]] = {
     "a map of tokens": (
         "bert", lambda: mg.ConvAdapter(over="map"), "block",
-        ("bert.encoder.layer.0", "nn.Conv2d", "where tokens [B, n, d] are put out, ConvAdapter(over='tokens')"),
+        ("bert.encoder.layer.0", "nn.Conv2d", "where tokens [B, n, d] are put out"),
     ),
     "beside an embedding": (
         "bert", lambda: mg.ParallelAdapter(width=2), "embedding",
