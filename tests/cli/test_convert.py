@@ -219,14 +219,15 @@ def test_a_host_of_other_weights_is_refused_in_the_commands_words(
 ) -> None:
     host = host_of(model)
     host.implant("qa", mg.LoRA(rank=2), at="query")
-    host.save("qa", tmp_path / "ours")
+    for name in ("ours", "again"):
+        host.save("qa", tmp_path / name)
     torch.manual_seed(1)
     BertForMaskedLM(BertConfig(**SHAPE)).save_pretrained(model)
     said = run(tmp_path / "ours", tmp_path / "out", "--host", model)
     assert str(said.exception).endswith("or say --no-strict to try it all the same")
     assert run(tmp_path / "ours", tmp_path / "out", "--host", model, "--no-strict").exit_code == 0
     for command in (["diff"], ["merge", "--out", str(tmp_path / "merged")]):
-        words = [*command, str(tmp_path / "ours"), str(tmp_path / "ours"), "--base", str(model)]
+        words = [*command, str(tmp_path / "ours"), str(tmp_path / "again"), "--base", str(model)]
         said = CliRunner().invoke(app, words)
         assert str(said.exception).endswith("or say --no-strict to try it all the same")
         assert CliRunner().invoke(app, [*words, "--no-strict"]).exit_code == 0

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 import modgraft as mg
-from modgraft.cli.options import in_options
+from modgraft.cli.options import any_settings, in_options
 
 
 def command(
@@ -46,3 +46,10 @@ def test_arguments_are_worded_as_options(text: str, words: str) -> None:
 
 def test_a_command_runs_as_before() -> None:
     assert in_options(command)("done") == "done"
+
+
+def test_what_is_set_twice_is_refused() -> None:
+    assert any_settings(["a=1", "b=x=y", "c=true"]) == {"a": 1, "b": "x=y", "c": True}
+    for pairs, said in ((["a=1", "a=1"], "a is set already"), (["a"], "write NAME=VALUE")):
+        with pytest.raises(typer.BadParameter, match=said):
+            any_settings(pairs)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modgraft.cli.inspect import read_model
-from modgraft.cli.options import Strict, any_setting
+from modgraft.cli.options import Strict, any_settings
 
 if TYPE_CHECKING:
     from modgraft.store.card import Card
@@ -69,7 +69,7 @@ def convert(
     if out.resolve() == folder.resolve():
         raise ModgraftError(f"{out} is what is read; write to another folder")
     model = host or named_host(folder)
-    read = read_model(model, True, kind, dict(map(any_setting, settings or [])))
+    read = read_model(model, True, kind, any_settings(settings))
     made: Any = Host(read.eval())
     source = stored(folder, read).card
     made.load(folder, name, strict=strict)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from modgraft.cli.options import Strict, any_setting
+from modgraft.cli.options import Strict, any_settings
 
 if TYPE_CHECKING:
     from modgraft.host.host import Host
@@ -79,7 +79,7 @@ def merge(
     from modgraft.store.merging.table import SOUP
 
     kind = kind_of(paths)
-    said = dict(any_setting(pair) for pair in options or [])
+    said = any_settings(options)
     if own := _APART & said.keys():
         raise typer.BadParameter(
             f"--set {min(own)}=…: an option of a method; see --help for others"

@@ -54,6 +54,8 @@ def changes(settings: Any, pairs: list[str]) -> dict[str, Any]:
         if not hasattr(settings, name) or not text:
             names = ", ".join(vars(settings))
             raise typer.BadParameter(f"--set {pair}: write NAME=VALUE; the names are {names}")
+        if name in made:
+            raise typer.BadParameter(f"--set {pair}: {name} is set already; say it once")
         kind = type(getattr(settings, name))
         try:
             made[name] = kind(text) if kind in (int, float) else text
@@ -62,15 +64,20 @@ def changes(settings: Any, pairs: list[str]) -> dict[str, Any]:
     return made
 
 
-def any_setting(pair: str) -> tuple[str, Any]:
-    """Parse ``NAME=VALUE``; a value is JSON, as a number, true or false, or else a word."""
-    name, equals, text = pair.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"--set {pair}: write NAME=VALUE, as density=0.2")
-    try:
-        return name, json.loads(text)
-    except json.JSONDecodeError:
-        return name, text
+def any_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """Parse ``NAME=VALUE`` each; a value is JSON, as a number, true or false, or else a word."""
+    made: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set {pair}: write NAME=VALUE, as density=0.2")
+        if name in made:
+            raise typer.BadParameter(f"--set {pair}: {name} is set already; say it once")
+        try:
+            made[name] = json.loads(text)
+        except json.JSONDecodeError:
+            made[name] = text
+    return made
 
 
 def in_options(command: Callable[P, R], **called: str) -> Callable[P, R]:

@@ -80,6 +80,8 @@ def test_heads_that_differ_are_chosen_or_refused(tmp_path: Path) -> None:
     for wrong, said in (("mean", "'mean': there are average, none"), ("bare2", "whose it is: qa")):
         with pytest.raises(ModgraftError, match=said):
             merge_folders(host, folders, "no", heads=wrong)
+    with pytest.raises(ModgraftError, match=r"nli is named twice"):
+        merge_folders(host, [*folders, str(folders[1])], "no", heads="none")
     with pytest.raises(ModgraftError, match="greedy_soup asks for scores of modules in one host"):
         merge_folders(host, folders, "no", "greedy_soup", heads="none", validate=len)
     with pytest.raises(ModgraftError, match="sum to 0"):

@@ -329,7 +329,7 @@ def test_a_greedy_soup_of_modules() -> None:
     [
         (["lora", "adapter"], "average", {}, "'adapter' cannot be merged: Adapter is no change of"),
         (["prompt"], "average", {}, "SoftPrompt is no change of weights; leave it out"),
-        (["lora", "lora"], "average", {}, "'lora' is to be merged twice; say weights="),
+        (["lora", "lora"], "average", {}, "'lora' is to be merged twice"),
         (["lora", "nobody"], "average", {}, "nobody"),
         (["lora", "../x"], "average", {}, "../x"),
         (["lora + rescale"], "average", {}, "one module or one task of it"),

@@ -113,7 +113,7 @@ def _asked(
 def _opened(paths: Sequence[Path], opened: ExitStack) -> list[Checkpoint]:
     """Open checkpoints of one architecture, until ``opened`` is left."""
     if twice := [path for path in paths if paths.count(path) > 1]:
-        raise ModgraftError(f"{twice[0]} is named twice; say weights= in place of that")
+        raise ModgraftError(f"{twice[0]} is named twice; give it twice the weight instead")
     several = [opened.enter_context(closing(Checkpoint(path))) for path in paths]
     check_alike(several)
     check_vocabularies(paths)

@@ -132,6 +132,9 @@ def merge_folders(
         raise ModgraftError(
             f"{SOUP} asks for scores of modules in one host: load them, and mg.merge(host, …)"
         )
+    places = [Path(folder).resolve() for folder in folders]
+    if twice := [f for f, place in zip(folders, places, strict=True) if places.count(place) > 1]:
+        raise ModgraftError(f"{twice[0]} is named twice; give it twice the weight instead")
     there = set(host._implants)
     parents = load_apart(host, [Path(folder) for folder in folders], into, strict=strict)
     try:

@@ -72,7 +72,7 @@ def merge(
         raise ModgraftError(f"merge(host, {modules!r:.80}, …): give a list of modules")
     names = [_name(host, each) for each in modules]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ModgraftError(f"{twice[0]!r} is to be merged twice; say weights= in place of that")
+        raise ModgraftError(f"{twice[0]!r} is to be merged twice; give it twice the weight instead")
     made: dict[str, Any] = {}
     if method == SOUP:
         if validate is None or weights is not None or options:

@@ -137,7 +137,8 @@ class Merging:
                 if (same := self._same(name, start, block.numel())) is not None:
                     yield same
                     continue
-                bad = [m.folder for m in self.models if not read(m, start).isfinite().all()]
+                every = [*self.models, *([] if self.base is None else [self.base])]
+                bad = [m.folder for m in every if not read(m, start).isfinite().all()]
                 why = f"{bad[0]} does" if bad else f"it is too large for {kind}"
                 raise CheckpointError(f"the merge of {name} holds NaN or infinity: {why}")
             yield block
