@@ -47,7 +47,7 @@ zoo: $(STAMP)  ## try every kind of module on 180 small hosts, and print what ho
 	PYTHONPATH=tests $(BIN)/python -m zoo --jobs $(JOBS) $(ARGS)
 
 damage: $(STAMP)  ## kill 200 saves, pulls, fetches, pushes and merges, load 20,000 damaged files (a quarter of an hour)
-	KILLS=200 MUTATIONS=20000 $(BIN)/python -m pytest -s tests/store/test_kills.py tests/store/test_hub_kills.py \
+	KILLS=200 MUTATIONS=20000 $(BIN)/python -m pytest -s tests/store/test_kills.py tests/store/test_formats_whole.py tests/store/test_hub_kills.py \
 	  tests/store/merging/test_checkpoints.py::test_a_killed_merge_is_whole_or_not_there tests/store/test_mutated.py
 
 check: $(STAMP)  ## formatting, lint, types and the rooms' imports
