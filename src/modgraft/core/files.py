@@ -165,9 +165,10 @@ def new_folder(target: Path) -> Iterator[Path]:
 def together(folder: Path, is_own: Callable[[Path], bool], what: str) -> Iterator[Path]:
     """Give a folder in `folder`, whose files take their places when the block ends without error.
 
-    All of them are written before any is moved. Files of JSON say what the others are: the old ones
-    go before these change and the new ones come last, the outermost, so that nobody finds a mixture
-    of two. What is moved by a process that is killed then is moved on by :func:`finish`.
+    All of them are written before any is moved. A file of JSON says what the others are: the old
+    ones are removed first and the new ones are moved last, that of `folder` itself at the very end,
+    so that nobody finds a mixture of two. Where a process is killed as it moves them,
+    :func:`finish` moves the rest.
 
     Args:
         folder: Where the files go; it is made where there is none, and its other files stay.
@@ -218,6 +219,7 @@ def finish(folder: Path) -> None:
 
 
 def _move(ready: Path) -> None:
+    """Move the files in a folder, if it is there, to their places, and remove it."""
     moves = _moves(ready)
     for _, place in reversed(moves):
         if place.suffix == ".json":
@@ -232,7 +234,7 @@ def _move(ready: Path) -> None:
 
 
 def _moves(part: Path) -> list[tuple[Path, Path]]:
-    """Return each file in a folder and where it goes beside it, what says what it is at the end."""
+    """Return each file in a folder and its place beside the folder, files of JSON at the end."""
     files = [path for path in part.rglob("*") if path.is_file()]
     files.sort(key=lambda path: (path.suffix == ".json", -len(path.parts)))
     return [(path, part.parent / path.relative_to(part)) for path in files]

@@ -67,9 +67,7 @@ def run(layer: nn.Module, changes: Sequence[Change], args: tuple, kwargs: dict) 
         return functional_call.run(layer, forward, changes, args, kwargs)
     if state.by_weight is not None and len(args) == 1 and not kwargs:
         return state.by_weight(layer, args[0], stored(layer, "weight"), _bias(layer))
-    if (
-        isinstance(layer, WEIGHTED) or state.serves
-    ):  # which would read its weight as another module does
+    if isinstance(layer, WEIGHTED) or state.serves:  # it would read its weight as others do
         return functional_call.run(layer, forward, (), args, kwargs)
     return forward(layer, *args, **kwargs)
 

@@ -583,11 +583,10 @@ class Host(AsModel):
             train: names of modules, ``"host"`` for the model's weights, ``"host.head"`` for those
                 of a part; None leaves everything as it is.
         """
-        if train is not None:  # a module that waits comes now, and with those saved with it
-            self._bring([train] if isinstance(train, str) else list(train))
+        names = [train] if isinstance(train, str) else list(train or ())
+        self._bring(names)  # a module that waits comes now, and those that were saved with it
         before = [(p, p.requires_grad) for p in self.parameters()]
         if train is not None:
-            names = [train] if isinstance(train, str) else list(train)
             chosen = [check_learns(n, learner(self.model, n) or self[n]) for n in names]
             self.requires_grad_(False)
             for part in chosen:
