@@ -6,15 +6,18 @@ import copy
 from collections import UserDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from enum import Enum
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 import modgraft as mg
+from modgraft.core.errors import CompositionError
 
 B = 3
 
@@ -27,6 +30,24 @@ class Frozen:
 class Named(NamedTuple):
     x: Tensor
     scale: float = 1.0
+
+
+class Own:
+    """A batch of a class that nothing knows; what it holds beside tensors is handed on."""
+
+    def __init__(self, x: Any) -> None:
+        self.x, self.kind, self.names = x, Kind.TRAIN, {"a", "b"}
+
+
+class Slots:
+    __slots__ = ("__dict__", "x")
+
+    def __init__(self, x: Any) -> None:
+        self.x, self.seen = x, object()
+
+
+class Kind(Enum):
+    TRAIN = 1
 
 
 class TimeFirst(nn.Module):
@@ -74,6 +95,9 @@ WAYS: dict[str, Callable[[Tensor], Any]] = {
     "dataclass": Frozen,
     "another mapping": lambda x: UserDict(x=x),
     "a mapping that cannot be written to": lambda x: MappingProxyType({"x": x}),
+    "an object": Own,
+    "an object with slots": Slots,
+    "a namespace": lambda x: SimpleNamespace(x=Own(x)),
     "within one another": lambda x: {"x": [Frozen((x, 0.5))]},
     "as many as examples": lambda x: [x] * B,
 }
@@ -96,6 +120,53 @@ def test_a_container_is_looked_into(way: Callable[[Tensor], Any], how: dict[str,
     if how is HOW["each"]:
         alone = [host(way(x[i : i + 1]), modules=m)[0] for i, m in enumerate(how["modules"])]
         torch.testing.assert_close(host(way(x), **how), torch.stack(alone))
+
+
+class WithMore(TimeFirst):
+    """Takes something beside the batch."""
+
+    def forward(self, batch: Any, more: Any) -> Tensor:
+        if isinstance(more, Memory):
+            more.seen.add_(batch.sum())
+        return super().forward(batch)
+
+
+class Memory:
+    """What the host writes to."""
+
+    def __init__(self) -> None:
+        self.seen = torch.zeros(7, dtype=torch.float64)
+
+
+MORE: dict[str, Callable[[], Any]] = {
+    "an enumeration": lambda: Kind.TRAIN,
+    "a type": lambda: torch.float64,
+    "a function": lambda: torch.tanh,
+    "a range": lambda: range(3),
+    "an object without tensors": object,
+    "an object with tensors": Memory,
+}
+
+
+@pytest.mark.parametrize("more", MORE.values(), ids=MORE)
+def test_what_comes_beside_a_batch_does_not_hide_it(more: Callable[[], Any]) -> None:
+    x, one, other = randn(B, B, 4), more(), more()
+    host = stirred(WithMore())
+    out = host(x, one, modules=["a", None, "a"])
+    alone = [host(x[i : i + 1], other, modules=m)[0] for i, m in enumerate(["a", None, "a"])]
+    torch.testing.assert_close(out, torch.stack(alone))
+    if isinstance(one, Memory):  # only the call itself has written to it
+        torch.testing.assert_close(one.seen, x.sum().expand(7))
+
+
+def test_what_cannot_be_given_twice_is_refused_where_nothing_tells() -> None:
+    x = randn(B, B, 4)
+    for once in (iter([1]), (i for i in range(2)), torch.Generator(), DynamicCache()):
+        host = stirred(WithMore())
+        with pytest.raises(CompositionError, match=f"with a {type(once).__name__}, which can"):
+            host(x, once, modules=["a", None, "a"])
+        wanted = host(x, None, modules=["a", None, "a"])  # once known it is the same
+        torch.testing.assert_close(host(x, once, modules=["a", None, "a"]), wanted)
 
 
 class OneByOne(TimeFirst):

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import pytest
@@ -73,6 +74,47 @@ def test_threads_of_a_forward_run_its_call_or_are_refused() -> None:
             out = host(X, modules=given)
             torch.testing.assert_close(out, wanted["a" if given else None])
         vars(host.model)["how"] = in_threads
+
+
+def reading_in_threads(f: nn.Module, x: Tensor) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: nn.functional.linear(x, f.weight, f.bias)).result()  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_weight_that_a_thread_of_a_forward_reads_is_that_of_its_call_or_refused() -> None:
+    host = host_of(reading_in_threads)
+    wanted = {name: host.merge(name)(X) for name in ("a", None)}
+    for force in ("a", None):
+        host.use(force)  # the thread is outside of all calls either way
+        with pytest.raises(mg.ModgraftError, match=r"a layer.s weight is read in a thread.*copy_c"):
+            host(X, modules="a")
+        torch.testing.assert_close(host(X, modules=None), wanted[None])
+    f = host.model.get_submodule("f")
+    with ThreadPoolExecutor(1) as pool:  # no call runs
+        assert pool.submit(lambda: f.weight).result() is f.weight
+
+    def with_its_call(f: nn.Module, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            run = contextvars.copy_context().run
+            return pool.submit(run, lambda: nn.functional.linear(x, f.weight, f.bias)).result()  # type: ignore[arg-type]
+
+    vars(host.model)["how"] = with_its_call
+    torch.testing.assert_close(host(X, modules="a"), wanted["a"])
+
+
+def test_routers_in_the_threads_of_a_forward_choose_with_their_call_or_are_refused() -> None:
+    host = host_of(in_threads)
+    host.implant("b", mg.LoRA(rank=2), at="f", active=False)
+    router = mg.NoisyTopK(k=1, level="token")
+    host.implant("m", mg.Mixture(["a", "b"], router=router))
+    x = X[:, None]
+    with pytest.raises(
+        mg.ModgraftError, match=r"a layer runs in a thread of its own.*copy_context"
+    ):
+        host(x)
+    vars(host.model)["how"] = with_their_call
+    host(x)
 
 
 def test_a_probe_of_a_host_with_threads_ends() -> None:
@@ -156,12 +198,32 @@ async def at_last(f: nn.Module, x: Tensor) -> Tensor:
     return f(x)
 
 
+class Steps:
+    """An iterator that is no generator, and may have a protocol of its own."""
+
+    def __init__(self, f: nn.Module, x: Tensor) -> None:
+        self.steps = steps(f, x)
+
+    def __iter__(self) -> Steps:
+        return self
+
+    def __next__(self) -> Tensor:
+        return next(self.steps)
+
+
+REFUSED = "forward returns a (coroutine|Steps), which runs when the call"
+
 LATER: dict[str, tuple[Callable[[nn.Module, Tensor], Any], Callable[[Any], Tensor]]] = {
     "a generator": (steps, read),
     "map": (lambda f, x: map(f, [x, 2 * x]), read),
     "a function": (lambda f, x: lambda: f(x), lambda out: out()),
     "a method": (lambda f, x: f.forward, lambda out: out(X)),
+    "in a dictionary": (lambda f, x: {"out": [steps(f, x)], "x": x}, lambda o: read(o["out"][0])),
+    "in a tuple": (lambda f, x: (x, lambda: f(x)), lambda out: out[1]()),
+    "in an object": (lambda f, x: Namespace(x=x, run=lambda: f(x)), lambda out: out.run()),
     "a coroutine": (at_last, asyncio.run),
+    "an iterator of one's own": (Steps, read),
+    "such an iterator in a list": (lambda f, x: [Steps(f, x)], lambda out: read(out[0])),
 }
 
 
@@ -176,15 +238,17 @@ def test_what_a_forward_leaves_to_be_run_is_run_in_its_call(kind: str) -> None:
         host.use(force)
         torch.testing.assert_close(run(host(X)), wanted[force])
         other = None if force else "a"
-        if kind == "a coroutine":
-            with pytest.raises(mg.ModgraftError, match="forward returns a coroutine, which runs"):
+        if "iterator" in kind or kind == "a coroutine":
+            with pytest.raises(mg.ModgraftError, match=REFUSED):
                 host(X, modules=other)
+            with host.using(other), pytest.raises(mg.ModgraftError, match=REFUSED):
+                host(X)  # it may be read behind the block
             continue
         torch.testing.assert_close(run(host(X, modules=other)), wanted[other])
         with host.using(other):
             out = host(X)
         torch.testing.assert_close(run(out), wanted[other])
-    if kind == "a coroutine":
+    if "iterator" in kind or kind == "a coroutine":
         return
     out = host(X, modules="a")
     host.remove("a")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -504,24 +504,46 @@ class Context:
         """Refuse to run a layer under ``call``, which is in force, while the host runs elsewhere.
 
         A host may hand layers to other threads, which know nothing of its call. It is all the same
-        where that is under what is in force too.
+        where that is under what is in force too, without routers, which choose once for a call.
 
         Raises:
             ModgraftError: with the remedy.
         """
+        for other in self._elsewhere():
+            names = () if other.composition is None else other.composition.names()
+            routed = not self.routed.isdisjoint(names)
+            if other.side or routed or other.composition != call.composition:
+                self._refuse_thread("a layer runs", call, other, routed)
+
+    def check_reader(self, acts: Callable[[Expression], bool]) -> None:
+        """Refuse to read a weight outside of a call, while modules change it in another thread.
+
+        Args:
+            acts: whether a composition changes the weight.
+
+        Raises:
+            ModgraftError: with the remedy.
+        """
+        for other in self._elsewhere():
+            if other.composition is not None and acts(other.composition):
+                self._refuse_thread("a layer's weight is read", self.current(), other, True)
+
+    def _elsewhere(self) -> list[Call]:
+        """Return the innermost forward of each thread in which the host runs."""
         if _backward() != NO_BACKWARD:
-            return
-        for _, other in [one for some in list(self._running.values()) for one in some[-1:]]:
-            if other.side or other.composition != call.composition:
-                raise ModgraftError(
-                    f"a layer runs in a thread of its own, by the composition in force, "
-                    f"{call.composition}, while a call of this host with {other.composition}"
-                    f"{' and side inputs' * bool(other.side)} runs in another, and whether it is a "
-                    f"part of that call cannot be told. If the host's forward hands it to that "
-                    f"thread, let it take the call along, "
-                    f"pool.submit(contextvars.copy_context().run, layer, x), or put the modules in "
-                    f"force before the call: host.use(…)"
-                )
+            return []
+        return [call for some in list(self._running.values()) for _, call in some[-1:]]
+
+    @staticmethod
+    def _refuse_thread(what: str, call: Call, other: Call, always: bool) -> NoReturn:
+        raise ModgraftError(
+            f"{what} in a thread of its own, by the composition in force, {call.composition}, "
+            f"while a call of this host with {other.composition}"
+            f"{' and side inputs' * bool(other.side)} runs in another, and whether it is a part of "
+            f"that call cannot be told. If the host's forward hands it to that thread, let it take "
+            f"the call along, pool.submit(contextvars.copy_context().run, layer, x)"
+            + ("" if always else ", or put the modules in force before the call: host.use(…)")
+        )
 
     def _remember(self, call: Call) -> None:
         """Remember that a graph is made under ``call``; see :meth:`_check_recomputed`."""

@@ -23,14 +23,32 @@ def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
 
 
 def contents(value: Any) -> dict[Any, Any] | None:
-    """Return what a mapping, list, tuple or dataclass holds, by key; None for anything else."""
+    """Return what a mapping, list, tuple or dataclass holds, by key, and the attributes of another
+    object that holds tensors, as of a batch of one's own class; None for anything else."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, list | tuple):
         return dict(enumerate(value))
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    return None
+    if isinstance(value, Tensor | str | int | float | None) or callable(value):
+        return None
+    held = {} if is_of_a_library(value) else _attributes(value)
+    return held if tensors_in(held) else None
+
+
+def is_of_a_library(value: Any) -> bool:
+    """Return whether a class of ``value`` is torch's or the like, which keeps its own state."""
+    of = {kind.__module__.partition(".")[0] for kind in type(value).__mro__}
+    return not of.isdisjoint({"torch", "transformers", "numpy"})
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object itself, not of its class, by name."""
+    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    names = [n for some in slots for n in ([some] if isinstance(some, str) else some)]
+    kept = {n: getattr(value, n) for n in names if n != "__dict__" and hasattr(value, n)}
+    return {**kept, **getattr(value, "__dict__", {})}
 
 
 def with_contents(value: Any, new: Mapping[Any, Any]) -> Any:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import Enum
 from itertools import islice
 from types import GeneratorType
 from typing import Any
@@ -25,11 +26,12 @@ from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import _pop_mode_temporarily
+from transformers import PreTrainedModel
 
-from modgraft.core.context import UNSEEN
+from modgraft.core.context import UNSEEN, Layout
 from modgraft.core.errors import CompositionError
 from modgraft.core.layers import STATE
-from modgraft.core.tensors import contents, tensors_in, walk, with_contents
+from modgraft.core.tensors import contents, is_of_a_library, tensors_in, walk, with_contents
 from modgraft.engine.capturing import captures
 from modgraft.engine.writes import taken_back
 
@@ -46,7 +48,7 @@ bytes of a number; products are summed in another order there."""
 def signature(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Hashable | None:
     """Return what calls that lie alike have in common; None for a call that cannot be repeated.
 
-    A cache among the arguments, for instance, is written to by every call. Where a tensor has as
+    A cache of transformers, for instance, is written to by every call. Where a tensor has as
     many of the one thing as of the other, calls of its shape alone are alike; and lists whose
     tensors are of one shape are not as others, since the numbers tell less there.
 
@@ -55,9 +57,9 @@ def signature(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Hash
         kwargs: what it is called with by name.
         count: how many examples this is, None where nothing says.
     """
-    named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
-    if not all(_is_data(value) for value in named.values()):
+    if _kept_or_used_up(args, kwargs) is not None:
         return None
+    named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
     shapes = tuple((name, _shape(value)) for name, value in sorted(named.items()))
     return count is None, shapes
 
@@ -68,7 +70,7 @@ def _shape(value: Any) -> Hashable:
         return tuple(value.shape) if square else value.dim()
     held = contents(value)
     if held is None:
-        return value
+        return value if isinstance(value, _TOLD_APART) else type(value)
     shapes = {tuple(t.shape for t in tensors_in(each)) for each in held.values()}
     even = isinstance(value, list | tuple) and len(shapes) == 1
     return type(value), even, tuple((key, _shape(each)) for key, each in held.items())
@@ -224,11 +226,11 @@ class _Batch:
             return with_contents(value, {k: value[i] for k, i in enumerate(rows)})
         if held is not None and not isinstance(value, PackedSequence):
             return with_contents(value, {k: self._some(each, rows) for k, each in held.items()})
-        if not isinstance(value, Tensor) or value.dim() <= axis:
+        if not isinstance(value, Tensor):
             return value
-        times, left = divmod(value.shape[axis], self.count)
+        times, left = divmod(value.shape[axis], self.count) if value.dim() > axis else (0, 0)
         if left or not times or (times > 1 and not self.several):
-            return value
+            return value.detach().clone()  # a state that the host may write to
         index = torch.tensor([i * times + k for i in rows for k in range(times)])
         return value.detach().index_select(axis, index.to(value.device))
 
@@ -425,8 +427,44 @@ def _computes(hook: Callable[..., Any]) -> bool:
     return type(hook).__module__.startswith("torch.") or captures(hook)
 
 
+def check_assumed(model: nn.Module, layout: Layout, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call of which nobody can be asked where its examples lie, and nothing tells.
+
+    Where it was found for another call it is taken to be the same, and transformers' models have it
+    first.
+
+    Args:
+        model: the host's.
+        layout: what was found for another call.
+        args: what the host is called with.
+        kwargs: what it is called with by name.
+
+    Raises:
+        CompositionError: with what cannot be used twice.
+    """
+    if layout or any(isinstance(part, PreTrainedModel) for part in model.modules()):
+        return
+    kept = type(_kept_or_used_up(args, kwargs)).__name__
+    raise CompositionError(
+        f"the examples of a batch act by themselves here, and where they lie in the host's layers "
+        f"is found by running it on some of them; it is called with a {kept}, which can be read "
+        f"once or is written to, and so cannot be given to it again. Call it with tensors, lists, "
+        f"mappings or objects of your own that hold them, once at least, or call it once for each "
+        f"composition"
+    )
+
+
+def _kept_or_used_up(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Return the first of the arguments, or of what they hold, that is not to be used twice."""
+    return next((each for each in walk((args, kwargs)) if not _is_data(each)), None)
+
+
 def _is_data(value: Any) -> bool:
-    held = contents(value)
-    if held is not None:
-        return all(map(_is_data, held.values()))
-    return value is None or isinstance(value, Tensor | bool | int | float | str)
+    """Return whether ``value`` is the same at its next use, apart from what it holds."""
+    if contents(value) is not None or isinstance(value, (Tensor, *_TOLD_APART)) or callable(value):
+        return True
+    return not isinstance(value, Iterator) and not is_of_a_library(value)
+
+
+_TOLD_APART = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+"""What calls that differ in it are not alike."""

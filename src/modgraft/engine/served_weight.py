@@ -124,7 +124,10 @@ def served(name: str, original: property | None) -> property:
         running = _changes.get()
         if running is not None and layer in running:
             return state.with_changes(layer, name, own, running[layer])
-        if not state.context.in_forward() or not state.changes_now():
+        if not state.context.in_forward():
+            state.context.check_reader(lambda composition: bool(state.groups(composition)))
+            return own
+        if not state.changes_now():
             return own
         check_whole(own, state.path)
         kept = state.served.get(name)

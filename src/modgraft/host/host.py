@@ -35,7 +35,7 @@ from modgraft.core.layers import STATE
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find, located
 from modgraft.core.tensors import device_of
-from modgraft.engine.examples import ask, signature
+from modgraft.engine.examples import ask, check_assumed, signature
 from modgraft.engine.fast_paths import check_weights_stay, leave_fast_paths
 from modgraft.engine.gradient_checkpointing import hook_checkpoints
 from modgraft.engine.graft import (
@@ -98,7 +98,7 @@ from modgraft.routing.mixture import Mixture
 _IMPLANTED = "_implanted"
 """The entry of a host's state, when it is copied or pickled, that says what is in its model."""
 
-_AT_ONCE = (Tensor, ModelOutput, tuple)
+_AT_ONCE = (Tensor, ModelOutput)
 """What a forward nearly always returns, in which nothing is left to be run."""
 
 TARGETS = {"labels", "return_loss", "num_items_in_batch"}
@@ -438,7 +438,7 @@ class Host(AsModel):
             call = self._context.compiled.filled(call)
             with self._context.call(call):
                 out = self.model(*args, **kwargs)
-            return with_routing_losses(out, call.routings, kwargs) if call.routings else out
+            return with_routing_losses(out, call.routings, kwargs)
         if callable(eval_frame.get_eval_frame_callback()):
             warnings.warn(NOT_COMPILED, stacklevel=4)
         return self._call_eagerly(False, side, modules, args, kwargs)
@@ -478,8 +478,7 @@ class Host(AsModel):
                     f"transformers' Trainer leaves out what it does not find in the arguments of "
                     f"forward, unless TrainingArguments(remove_unused_columns=False)"
                 ) from error
-        learns = call.routings and not generating
-        return with_routing_losses(out, call.routings, kwargs) if learns else out
+        return out if generating else with_routing_losses(out, call.routings, kwargs)
 
     def _run(
         self, run: Callable[..., Any], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -501,7 +500,7 @@ class Host(AsModel):
             try:
                 with self._context.call(call):
                     out = run(*args, **kwargs)
-                return out if isinstance(out, _AT_ONCE) else self._whole(out, call)
+                return out if isinstance(out, _AT_ONCE) else self._whole(out, call, kwargs)
             except UndividedError as error:
                 if composition is None or take_back is None:
                     raise
@@ -509,19 +508,19 @@ class Host(AsModel):
                 call = divide_around(self.model, self._context, error, call, count, args, kwargs)
             take_back()
 
-    def _whole(self, out: Any, call: Call) -> Any:
-        def is_in_force() -> bool:
-            return not call.side and self._context.current().composition == call.composition
+    def _whole(self, out: Any, call: Call, kwargs: dict[str, Any]) -> Any:
+        """Return what a forward has put out, where what it leaves to be run is run in its call."""
 
-        return run_within(out, lambda: self._again(call), is_in_force)
+        @contextmanager
+        def again() -> Iterator[Callable[[Any], Any]]:
+            more = replace(call, kept={}, outputs={}, routings=[])
+            with self._guard.call(self):
+                self._reader.check_known(call.composition)
+                with self._context.call(more):
+                    yield lambda out: with_routing_losses(out, more.routings, kwargs)
 
-    @contextmanager
-    def _again(self, call: Call) -> Iterator[None]:
-        """Run a ``with`` block in a call that has returned."""
-        with self._guard.call(self):
-            self._reader.check_known(call.composition)
-            with self._context.call(replace(call, kept={}, outputs={})):
-                yield
+        in_force = not call.side and self._context.composition == call.composition
+        return run_within(out, again, in_force)
 
     def _layout(
         self, composition: ex.Expression, sides: Mapping[str, Side], args: tuple, kwargs: Any
@@ -531,6 +530,7 @@ class Host(AsModel):
         count = examples_of(composition, sides)
         kind = signature(args, kwargs, count)
         if kind is None:
+            check_assumed(self.model, last, args, kwargs)
             return last
         if kind not in layouts:
             found = ask(self.model, args, kwargs, count)

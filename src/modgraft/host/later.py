@@ -9,55 +9,61 @@ from types import FunctionType, GeneratorType, MethodType
 from typing import Any
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.tensors import contents, with_contents
 
-Within = Callable[[], AbstractContextManager[Any]]
+Within = Callable[[], AbstractContextManager[Callable[[Any], Any]]]
+"""Begins the call once more; in it, a function completes what was computed there."""
 
 _LATER = (Iterator, AsyncIterator, Awaitable)
 
 
-def run_within(out: Any, within: Within, is_in_force: Callable[[], bool]) -> Any:
+def run_within(out: Any, within: Within, in_force: bool) -> Any:
     """Return what a forward has returned, to be run in its call where it runs layers later.
 
     Args:
-        out: a generator, whose steps are, or a function; anything else is returned as it is.
+        out: a generator, whose steps are, a function, or what holds such; anything else is
+            returned as it is.
         within: begins the call once more.
-        is_in_force: whether what runs later would run as in the call.
+        in_force: whether what runs later would run as in the call.
 
     Raises:
         ModgraftError: for what runs later and has another protocol, unless it is in force.
     """
     if isinstance(out, GeneratorType | map | filter | zip):
-        return _steps(out, within)
+        return _steps(out, within, in_force)
     if isinstance(out, FunctionType | MethodType | partial):
-        return _function(out, within)
-    if isinstance(out, _LATER) and not is_in_force():
+        return _function(out, within, in_force)
+    if isinstance(out, _LATER) and not in_force:
         raise ModgraftError(
             f"the host's forward returns a {type(out).__name__}, which runs when the call with its "
             f"modules= or side= has ended; put the modules in force before it, host.use(…), or let "
             f"the forward return a generator"
         )
-    return out
+    held = contents(out) or {}
+    new = {key: run_within(each, within, in_force) for key, each in held.items()}
+    return out if all(new[key] is held[key] for key in held) else with_contents(out, new)
 
 
-def _steps(out: Any, within: Within) -> Iterator[Any]:
+def _steps(out: Any, within: Within, in_force: bool) -> Iterator[Any]:
     """Take the steps of a generator, each within the call; what is sent to it goes to it."""
     send = getattr(out, "send", lambda _: next(out))
     sent = None
     while True:
-        with within():
+        with within() as completed:
             try:
-                value = send(sent)
+                value = completed(send(sent))
             except StopIteration as end:
                 return end.value
-        sent = yield value
+        sent = yield run_within(value, within, in_force)
 
 
-def _function(out: Callable[..., Any], within: Within) -> Callable[..., Any]:
+def _function(out: Callable[..., Any], within: Within, in_force: bool) -> Callable[..., Any]:
     named = out.func if isinstance(out, partial) else out
 
     @wraps(named)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with within():
-            return out(*args, **kwargs)
+        with within() as completed:
+            value = completed(out(*args, **kwargs))
+        return run_within(value, within, in_force)
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,9 +107,13 @@ def with_routing_losses(out: Any, routings: Routings, kwargs: dict[str, Any]) ->
         routings: each mixture that learns, with its choice.
         kwargs: what the model was called with by name.
     """
+    if not routings:
+        return out
     in_tuple = isinstance(out, tuple) and kwargs.get("labels") is not None
     loss, logits = out[:2] if in_tuple else (getattr(out, n, None) for n in ("loss", "logits"))
     if not isinstance(loss, Tensor) or loss.dim():
+        if any(routing.adds_to_loss for _, routing in routings):
+            warnings.warn(_NO_LOSS.format(type(out).__name__), stacklevel=2)
         return out
     each = example_losses(logits, kwargs.get("labels"), loss)
     for mixture, routing in routings:
@@ -117,6 +122,14 @@ def with_routing_losses(out: Any, routings: Routings, kwargs: dict[str, Any]) ->
         return loss, *out[1:]
     out.loss = loss
     return out
+
+
+_NO_LOSS = (
+    "a router of this host learns by what it adds to the loss, and the host's forward returned a "
+    "{} without a scalar .loss, where it would be added: as it is, the router does not learn that. "
+    "Compute the loss in the model's forward and return it as .loss, or take a router that adds "
+    "none, mg.Soft() or mg.NoisyTopK(k, importance=0.0, load=0.0)"
+)
 
 
 def _mean_over_tokens(logits: Tensor, labels: Tensor) -> Tensor:
