@@ -217,3 +217,25 @@ def test_layers_are_found_without_what_torch_wraps_around_them() -> None:
     found = [site.path.replace("._orig_mod", "") for site in host.sites("query")]
     assert found == expected
     assert any("_orig_mod" in site.path for site in host.sites("query"))
+
+
+class Attends(nn.Module):
+    """As diffusers names it: ``attn2`` looks at a text of another width."""
+
+    def __init__(self, context: int) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(8, 8)
+        self.to_k, self.to_v = nn.Linear(context, 8), nn.Linear(context, 8)
+
+
+def test_keys_of_another_width_are_of_something_else() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn1, self.attn2 = Attends(8), Attends(12)
+            self.mha = nn.MultiheadAttention(8, 2, kdim=12, vdim=12)
+
+    host = mg.Host(Block())
+    assert [site.path for site in host.sites("self_attention")] == ["attn1"]
+    assert [site.path for site in host.sites("cross_attention")] == ["attn2", "mha"]
+    assert len(host.sites("attention")) == 3

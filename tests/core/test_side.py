@@ -136,6 +136,7 @@ def test_what_is_hidden_is_as_if_it_were_0(reader: Reader, kind: str) -> None:
 EXACT = {k: v for k, v in READERS.items() if not k.startswith(("map", "attempt"))}
 
 
+@pytest.mark.filterwarnings("ignore:a router of this host learns")
 @pytest.mark.parametrize("reader", EXACT.values(), ids=EXACT)
 def test_an_example_without_any_is_left_as_it_was(reader: Reader) -> None:
     """Tokens before a text change how its sums are rounded, and are not among these."""

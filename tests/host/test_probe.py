@@ -442,3 +442,39 @@ def test_what_is_right_is_no_fault(model: nn.Module) -> None:
 def test_what_is_no_batch_is_refused(batch: Any) -> None:
     with pytest.raises(ModgraftError, match=r"a batch as host\(\*\*batch\) does"):
         implanted(Two(), "first").probe(batch)
+
+
+class Yields(Two):
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x).tanh()
+        yield x
+        yield {"out": [self.second(x)]}
+
+
+class Mapped(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(super().forward)(x)
+
+
+class ByName(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.linear(x, self.get_parameter("first.weight")).tanh())
+
+
+@pytest.mark.parametrize("kind", [Yields, Mapped, ByName])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
+def test_a_host_that_runs_in_another_way_is_read_to_its_end(kind: type[Two]) -> None:
+    found = implanted(kind(), "first").probe(tokens())
+    assert not found.faults
+    assert all(row.acts and row.learns for row in found.sites)
+    assert found.modules[0].merged == "equal"
+
+
+class Silent(Two):
+    def forward(self, x: Tensor) -> Any:
+        return lambda: super(Silent, self).forward(x)
+
+
+def test_a_host_that_puts_out_nothing_to_compare_is_refused() -> None:
+    with pytest.raises(ModgraftError, match="returned a function without a floating tensor"):
+        implanted(Silent(), "first").probe(tokens())

@@ -48,8 +48,9 @@ def guess(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {name: [] for name in names.split()}
     for path, module in modules.items():
         roles = [*_attention(path, module), *_feedforward(path, module), *_experts(path, module)]
-        attends = _attends(path) if asks_registry(module) else []  # whatever it is made of
-        for role, label in dict.fromkeys([*roles, *attends]):
+        if ("attention", path) not in roles and asks_registry(module):  # whatever it is made of
+            roles += _attends(path)
+        for role, label in dict.fromkeys(roles):
             found[role].append(label)
     for path, module in modules.items():
         blocks = [joined(path, name) for name, _ in module.named_children()]
@@ -66,7 +67,7 @@ def _attention(path: str, module: nn.Module) -> list[tuple[str, str]]:
     """Return the roles in a layer that attends."""
     if isinstance(module, nn.MultiheadAttention):
         own = [(what, label) for label, what in weight_labels(path, module) if what]
-        return [*own, *_attends(path)] if own else []
+        return [*own, *_attends(path, module.kdim != module.embed_dim)] if own else []
     for names in _ATTENTION:
         query, key, value = (_linear(module, name) for name in names)
         if query is None or key is None or value is None or key[0] != value[0]:
@@ -77,14 +78,19 @@ def _attention(path: str, module: nn.Module) -> list[tuple[str, str]]:
             output = _linear(module, name)
             if output is not None and output[0] in (query[1], value[1]):
                 found.append(("output", joined(path, name)))
-        return [*found, *_attends(path)]
+        return [*found, *_attends(path, key[0] != query[0])]
     return []
 
 
-def _attends(path: str) -> list[tuple[str, str]]:
-    """Return the roles of a layer that attends as a whole, by its own name or that of its block."""
+def _attends(path: str, other: bool = False) -> list[tuple[str, str]]:
+    """Return the roles of a layer that attends as a whole, by its own name or that of its block.
+
+    Args:
+        path: its path.
+        other: whether its keys are made of something else than its queries, by their widths.
+    """
     name = ".".join(path.split(".")[-2:]).lower()
-    crosses = any(part in name for part in ("cross", "encoder_attn", "encdec"))
+    crosses = other or any(part in name for part in ("cross", "encoder_attn", "encdec"))
     return [("attention", path), ("cross_attention" if crosses else "self_attention", path)]
 
 

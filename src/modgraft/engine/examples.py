@@ -12,7 +12,6 @@ its input, the host's own output says which one holds the examples.
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -390,12 +389,15 @@ def run_twin(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: l
             stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
             stack.enter_context(torch.no_grad())
             stack.enter_context(taken_back(twin))
-            out = twin(*args, **kwargs)
-            if isinstance(out, GeneratorType):  # whose layers run when it is read
-                deque(islice(out, STEPS), maxlen=0)
+            all_steps(twin(*args, **kwargs))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def all_steps(out: Any) -> Any:
+    """Return the first steps of a generator, whose layers run when it is read; else ``out``."""
+    return list(islice(out, STEPS)) if isinstance(out, GeneratorType) else out
 
 
 _SITE = "_modgraft_site"

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
-from modgraft.core.tensors import contents, is_plain, with_contents
+from modgraft.core.tensors import contents, is_plain, tensors_in, with_contents
 from modgraft.engine.graft import undivide
 
 CLOSE = 1e-3
@@ -58,8 +59,8 @@ def watched(layers: Mapping[str, nn.Module], look: Look | None = None) -> Iterat
             own = seen[path]
             own.calls += 1
             y = first_float(out)
-            if own.output is not None or y is None:
-                return
+            if own.output is not None or y is None or is_functorch_wrapped_tensor(y):
+                return  # a tensor of vmap is not to be seen outside of it
             own.output = y.detach().clone()
             kept[path] = y, y._version
             if look is not None:
@@ -151,13 +152,8 @@ def first_float(out: Any) -> Tensor | None:
 
 
 def floats(out: Any) -> list[Tensor]:
-    """Return the floating tensors of an output, of a tuple or dictionary of them."""
-    if isinstance(out, Tensor):
-        return [out] if out.is_floating_point() and out.dim() else []
-    values = out.values() if hasattr(out, "values") else out
-    if not isinstance(values, list | tuple) and not hasattr(out, "values"):
-        return []
-    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim()]
+    """Return the floating tensors of an output, in whatever it holds them."""
+    return [v for v in tensors_in(out) if v.is_floating_point() and v.dim()]
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -36,7 +36,7 @@ from modgraft.core.layers import STATE, feature_axis, stored
 from modgraft.core.offloaded import is_offloaded
 from modgraft.core.sites import WEIGHTED, Site, find, joined
 from modgraft.core.tensors import contents, tensors_in, with_contents
-from modgraft.engine.examples import REFUSALS, lists_in
+from modgraft.engine.examples import REFUSALS, all_steps, lists_in
 from modgraft.engine.graft import restored
 from modgraft.engine.implant import Implants
 from modgraft.engine.kernels.functional_call import new_weights, with_tensors
@@ -148,7 +148,13 @@ class _Host:
         if max(count for _, count, _ in self._ways()) < 2:
             raise ModgraftError("host.probe takes a batch of two different examples at least")
         with watched(self.layers) as self.alone:
-            self.out = floats(self.run(batch, None))
+            out = self.run(batch, None)
+        self.out = floats(out)
+        if not self.out:
+            raise ModgraftError(
+                f"the host's forward returned a {type(out).__name__} without a floating tensor, so "
+                f"that nothing of it can be compared; probe a model whose forward returns some"
+            )
         self.by_class = self._find_by_class()
         self._find_examples()
 
@@ -162,7 +168,7 @@ class _Host:
     def run(self, batch: Mapping[str, Any], modules: Any) -> Any:
         """Call the host with modules alone in force; None: bare."""
         with self._anew():
-            return self._run(batch, modules)
+            return all_steps(self._run(batch, modules))
 
     def _find_by_class(self) -> list[nn.Module]:
         """Find the layers that change the host's output by having a class of ours."""
@@ -387,9 +393,13 @@ class _Host:
         return any(map(apart, self._with_weights(new), self.out))
 
     def _with_weights(self, new: dict[str, Tensor]) -> list[Tensor]:
+        weights: dict[str, Tensor] = {
+            f"model.{name}": nn.Parameter(value.detach(), requires_grad=False)
+            for name, value in new.items()
+        }
         with self._anew(), self.bare():
-            out = functional_call(self.model, new, (), dict(self.batch), tie_weights=False)
-        return floats(out)
+            whole = _Whole(self.model)
+            return functional_call(whole, weights, (), dict(self.batch), tie_weights=False)
 
     def _judge_merged(
         self,
@@ -479,7 +489,7 @@ class _Host:
         with self._anew(), self.bare():
             for name, value in new.items():
                 stored(self.model, name).data.copy_(value)
-            return floats(self._run(self.batch, None))
+            return floats(all_steps(self._run(self.batch, None)))
 
     def _judge_learning(
         self,
@@ -568,6 +578,17 @@ class _Host:
                     )
                 return
         verdict.each = "equal"
+
+
+class _Whole(nn.Module):
+    """A model that is run to its end: a generator is read."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Any) -> list[Tensor]:
+        return floats(all_steps(self.model(**batch)))
 
 
 def _known(value: Any) -> Any:
