@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -242,9 +242,9 @@ class _Pass:
         """Refuse a host that gives a module another loss in the pass than alone.
 
         This is asked before the first step, and again before the first with padded batches or the
-        first without: in training mode, or in evaluation where training draws random numbers. A
-        host whose loss is left to chance then too, as that of a masked autoencoder, cannot be
-        asked.
+        first without, of one module of each kind and of the one that is filled up most: in
+        training mode, or in evaluation where training draws random numbers. A host whose loss is
+        left to chance then too, as that of a masked autoencoder, cannot be asked.
 
         Raises:
             ModgraftError: with both losses.
@@ -266,15 +266,31 @@ class _Pass:
             if not all(map(torch.equal, before, _drawn_from())):
                 return False
             near = _rounding(host, losses, self.first.settings.precision)
-            for (name, batch), loss in zip(tagged.items(), losses, strict=True):
-                own, alone = forward.with_losses(host, batch)
-                found = {"loss": (alone, loss), **_parts_of_loss(own, output)}
-                for what, (one, other) in found.items():
+            found = dict(zip(tagged, losses, strict=True))
+            for name in self._differing(tagged):
+                loss = found[name]
+                own, alone = forward.with_losses(host, tagged[name])
+                parts = {"loss": (alone, loss), **_parts_of_loss(own, output)}
+                for what, (one, other) in parts.items():
                     if not torch.isclose(
                         one, other.to(one), rtol=near**0.5, atol=100 * near, equal_nan=True
                     ):
                         raise ModgraftError(_differs(host, name, what, one, other, list(tagged)))
         return True
+
+    def _differing(self, tagged: dict[str, Batch]) -> list[str]:
+        """Return one module of each kind, and the one whose examples are filled up most."""
+
+        def size(name: str) -> int:
+            tensors = [v for v in tagged[name].values() if isinstance(v, Tensor) and v.dim()]
+            return sum(v.shape[1:].numel() for v in tensors)
+
+        def kind(name: str) -> Hashable:
+            implant = self.host[name]
+            return *map(type, implant.places), *implant.paths
+
+        kinds = {kind(name): name for name in tagged}
+        return list(dict.fromkeys([min(tagged, key=size), *kinds.values()]))
 
     def _composition(self, name: str, modules: Any) -> Any:
         for one in modules if isinstance(modules, list | tuple) else [modules]:
