@@ -94,70 +94,101 @@ def contents(system: AbstractFileSystem, root: str, known: dict[str, dict[str, s
     Raises:
         ModgraftError: for a hub that is a file.
     """
-    found = Contents()
+    look = _Look(system, root, known)
     if not system.exists(root):
-        return found
+        return look.found
     files: Any = system.find(root, maxdepth=3, detail=True)
     if root in files:
         raise ModgraftError(f"{root} is a file; a hub is a folder, or a URL of one")
-
-    def text(key: str, info: dict[str, Any], read: Callable[[], str]) -> str:
-        stamp = _stamp(info)
-        if known.get(key, {}).get("stamp") != stamp:
-            known[key] = {"stamp": stamp, "text": read()}
-        found.read[key] = known[key]
-        return known[key]["text"]
-
-    modules = {}
+    modules = []
     for path, info in files.items():
-        parts = path.removeprefix(root).strip("/").split("/")
-        if len(parts) != 3 or not WORD.fullmatch(parts[1]):
+        folder, name, last, *more = (*path.removeprefix(root).strip("/").split("/"), "", "")
+        if more != ["", ""] or not WORD.fullmatch(name):
             continue
-        if parts[0] == GIVEN and _NUMBER.fullmatch(parts[2]):
-            name, number = parts[1:]
-            with suppress(FileNotFoundError):
-                sha = text(f"{name}@{number} given", info, partial(short, system, path))
-                found.given.setdefault(name, {})[int(number)] = sha
-        elif parts[0] == GIVEN and WORD.fullmatch(parts[2]):
-            name, tag = parts[1:]
-            with suppress(FileNotFoundError):  # removed since it was listed
-                found.tags[name, tag] = text(f"{name}@{tag}", info, partial(short, system, path))
-        elif parts[2] == FILE and WORD.fullmatch(parts[0]):
-            modules[parts[0], parts[1]] = path, info
-    for (name, version), (path, info) in modules.items():
+        if folder == GIVEN:
+            look.at_given(name, last, path, info)
+        elif last == FILE and WORD.fullmatch(folder):
+            modules.append((folder, name, path, info))
+    for each in modules:  # when it is known what was given to whom
+        look.at_version(*each)
+    if "file" in protocols(system):
+        look.at_closed_folders()
+    look.found.rows.sort(key=lambda row: (row.name, _age(row.version)))
+    return look.found
+
+
+@dataclass
+class _Look:
+    """One look at a hub's files."""
+
+    system: AbstractFileSystem
+    root: str
+    known: dict[str, dict[str, str]]
+    found: Contents = field(default_factory=Contents)
+
+    def _text(self, key: str, info: dict[str, Any], read: Callable[[], str]) -> str:
+        stamp = _stamp(info)
+        if self.known.get(key, {}).get("stamp") != stamp:
+            self.known[key] = {"stamp": stamp, "text": read()}
+        self.found.read[key] = self.known[key]
+        return self.known[key]["text"]
+
+    def at_given(self, name: str, word: str, path: str, info: dict[str, Any]) -> None:
+        """Read what a number was given to, or which number a tag stands for."""
+        read = partial(short, self.system, path)
+        with suppress(FileNotFoundError):  # removed since it was listed
+            if _NUMBER.fullmatch(word):
+                sha = self._text(f"{name}@{word} given", info, read)
+                self.found.given.setdefault(name, {})[int(word)] = sha
+            elif WORD.fullmatch(word):
+                self.found.tags[name, word] = self._text(f"{name}@{word}", info, read)
+
+    def at_version(self, name: str, version: str, path: str, info: dict[str, Any]) -> None:
+        """Read the card of a version, or find out what is wrong with it."""
         try:
-            if not _NUMBER.fullmatch(version):
-                raise CheckpointError(
-                    f"{path} is in no version's folder, which a number names; push it as {name}, "
-                    f"with {version} for its tag, and remove it here"
-                )
-            sha = found.given.setdefault(name, {}).setdefault(int(version), "")
-            if info["type"] != "file":  # a pipe would be waited for
-                raise CheckpointError(f"{path} is no plain file; remove it")
-            said = text(f"{name}@{version}", info, partial(card_there, system, path, info["size"]))
-            card = Card.from_text(said, path)
-            if sha not in ("", card.sha256):
-                raise CheckpointError(
-                    f"{path} is the module with hash {card.sha256[:12]}, and this number was given "
-                    f"to {sha[:12]}, which it means for good: push that again, or remove this"
-                )
-            tags = found.tags_of(name, version)
-            found.rows.append(Listed(name, version, info["size"], card, tags))
+            card = self._card(name, version, path, info)
         except FileNotFoundError:  # removed since it was listed
-            continue
+            return
         except (CheckpointError, PermissionError) as error:
-            if isinstance(error, OSError):
-                error = unreadable(path, error)
-            found.read.pop(f"{name}@{version}", None)
-            found.broken[f"hub:{name}@{version}"] = str(error)
-    for error in _closed(root) if "file" in protocols(system) else ():
-        name, *version = str(error.filename).removeprefix(root).strip("/").split("/")
-        if name == GIVEN or not name:
-            raise error
-        for each in version or found.given.get(name) or ["?"] if WORD.fullmatch(name) else ():
-            found.broken[f"hub:{name}@{each}"] = str(unreadable(error.filename, error))
-    found.rows.sort(key=lambda row: (row.name, _age(row.version)))
-    return found
+            why = unreadable(path, error) if isinstance(error, OSError) else error
+            self.found.read.pop(f"{name}@{version}", None)
+            self.found.broken[f"hub:{name}@{version}"] = str(why)
+            return
+        tags = self.found.tags_of(name, version)
+        self.found.rows.append(Listed(name, version, info["size"], card, tags))
+
+    def _card(self, name: str, version: str, path: str, info: dict[str, Any]) -> Card:
+        if not _NUMBER.fullmatch(version):
+            raise CheckpointError(
+                f"{path} is in no version's folder, which a number names; push it as {name}, with "
+                f"{version} for its tag, and remove it here"
+            )
+        sha = self.found.given.setdefault(name, {}).setdefault(int(version), "")
+        if info["type"] != "file":  # a pipe would be waited for
+            raise CheckpointError(f"{path} is no plain file; remove it")
+        read = partial(card_there, self.system, path, info["size"])
+        card = Card.from_text(self._text(f"{name}@{version}", info, read), path)
+        if sha not in ("", card.sha256):
+            raise CheckpointError(
+                f"{path} is the module with hash {card.sha256[:12]}, and this number was given to "
+                f"{sha[:12]}, which it means for good: push that again, or remove this"
+            )
+        return card
+
+    def at_closed_folders(self) -> None:
+        """Find the versions in folders that may not be looked into.
+
+        Raises:
+            OSError: where that is the hub itself, or what says what was given.
+        """
+        for error in _closed(self.root):
+            name, *version = str(error.filename).removeprefix(self.root).strip("/").split("/")
+            if name == GIVEN or not name:
+                raise error
+            if WORD.fullmatch(name):
+                for each in version or self.found.given.get(name) or ["?"]:
+                    why = str(unreadable(error.filename, error))
+                    self.found.broken[f"hub:{name}@{each}"] = why
 
 
 def _closed(root: str) -> list[OSError]:
