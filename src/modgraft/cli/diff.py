@@ -14,7 +14,6 @@ from rich.console import Console
 
 from modgraft.cli.merge import host_of, kind_of, shown_progress
 from modgraft.cli.options import Strict
-from modgraft.core.files import writing
 
 if TYPE_CHECKING:
     from modgraft.store.merging.diff import Row
@@ -79,6 +78,8 @@ def diff(
     else:
         _print(rows, kind, every)
     if plot is not None:
+        from modgraft.core.files import writing
+
         with writing(plot):
             _plot(rows, one, other, plot)
         if not as_json:
