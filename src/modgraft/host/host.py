@@ -438,7 +438,7 @@ class Host(AsModel):
             call = self._context.compiled.filled(call)
             with self._context.call(call):
                 out = self.model(*args, **kwargs)
-            return with_routing_losses(out, call.routings, kwargs)
+            return with_routing_losses(out, call.routings, kwargs) if call.routings else out
         if callable(eval_frame.get_eval_frame_callback()):
             warnings.warn(NOT_COMPILED, stacklevel=4)
         return self._call_eagerly(False, side, modules, args, kwargs)
@@ -478,7 +478,8 @@ class Host(AsModel):
                     f"transformers' Trainer leaves out what it does not find in the arguments of "
                     f"forward, unless TrainingArguments(remove_unused_columns=False)"
                 ) from error
-        return out if generating else with_routing_losses(out, call.routings, kwargs)
+        learns = call.routings and not generating
+        return with_routing_losses(out, call.routings, kwargs) if learns else out
 
     def _run(
         self, run: Callable[..., Any], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
