@@ -139,12 +139,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "empty.png").touch()
     Image.new("L", (24, 8), 200).save(tmp_path / "blank.png")
     for name, message in {
-        "none.png": "no such file",
-        "cut.png": "damaged image",
+        "none.png": "the image is missing",
+        "cut.png": "a damaged image",
         "text.png": "not an image",
         "empty.png": "not an image",
         "blank.png": "blank",
-        "": "no such file",
+        "": "the image is missing",
     }.items():
         with pytest.raises(ModgraftError, match=message):
             read_strip(tmp_path / name)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from modgraft.core.errors import DataError, MissingFileError
+from modgraft.core.errors import DataError
 from modgraft.core.files import whole
 from modgraft.data.features import check_features
+from modgraft.data.picture import open_picture
 from modgraft.data.records import OR_SKIP, Questions, Record, Skips
 
 Processor = Callable[..., Mapping[str, Any]]
@@ -152,26 +153,6 @@ def encode_images(images: Sequence[Image.Image], model: nn.Module, processor: Pr
     return hidden.float().cpu()
 
 
-def open_image(path: str | Path, *, id: str | None = None) -> Image.Image:
-    """Read the image at `path` as RGB.
-
-    Raises:
-        MissingFileError: There is no such file.
-        DataError: The file is truncated or not an image.
-    """
-    path = Path(path)
-    if not path.is_file():
-        remedy = f"Put it there (images are at <split>/<id>/image.png), {OR_SKIP}"
-        raise MissingFileError("the image is missing", id=id, file=path, remedy=remedy)
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        remedy = f"Fetch the file again, {OR_SKIP}"
-        reason = f"the image is truncated or not an image ({error})"
-        raise DataError(reason, id=id, file=path, remedy=remedy) from error
-
-
 def fingerprint(model: nn.Module, processor: Processor) -> str:
     """Hash the model's class and weights and the processor's settings, to identify a cache."""
     digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
@@ -195,7 +176,8 @@ def _extract(
     images: dict[str, Image.Image] = {}
     for record in batch:
         try:
-            images[record.id] = open_image(questions.image_path(record), id=record.id)
+            path = questions.image_path(record)
+            images[record.id] = open_picture(path, id=record.id, otherwise=OR_SKIP)
         except DataError as error:
             skips(error)
     if not images:

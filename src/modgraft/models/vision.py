@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import DataError, ModgraftError
 from modgraft.data.digits import CUT, scans
+from modgraft.data.picture import open_picture
 
 PATCHES, FEATURES, POSITION = 12, 64, 16
 """The number of patches of a strip, of features of a patch, and of values for its position."""
@@ -210,28 +211,18 @@ def save_strip(strip: np.ndarray | Tensor, path: str | Path, *, zoom: int = 1) -
 def read_strip(path: str | Path) -> Tensor:
     """Read an image of three digits side by side as a strip, float32 [8, 24] in 0..1, 1 is ink.
 
-    Transparency becomes white; the image is then converted to grey, averaged to 8 x 24 pixels and
-    stretched to the full range. The less frequent of dark and light is taken for ink.
+    It is opened by :func:`~modgraft.data.picture.open_picture`, converted to grey, averaged to
+    8 x 24 pixels and stretched to the full range. The less frequent of dark and light is taken for
+    ink.
 
     Raises:
-        ModgraftError: The file is missing, damaged, not an image, or blank.
+        DataError: The file is missing, damaged, not an image, or blank.
     """
-    if not Path(path).is_file():
-        raise ModgraftError(f"{path}: no such file; pass an image of three digits side by side")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            rgba = image.convert("RGBA")
-    except UnidentifiedImageError as error:
-        raise ModgraftError(f"{path}: not an image that can be read; pass a PNG or JPEG") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ModgraftError(f"{path}: a damaged image ({error}); save it again") from error
-    paper = Image.new("RGBA", rgba.size, "white")
-    grey = Image.alpha_composite(paper, rgba).convert("L").convert("F")
+    grey = open_picture(path).convert("L").convert("F")
     strip = torch.from_numpy(np.array(grey.resize((24, 8), Image.Resampling.BOX)) / 255.0)
     low, high = float(strip.min()), float(strip.max())
     if math.isclose(low, high, abs_tol=0.02):
-        raise ModgraftError(f"{path}: the image is blank; pass an image of three digits")
+        raise DataError("the image is blank", file=path, remedy="Pass an image of three digits")
     strip = ((strip - low) / (high - low)).float()
     # there is more paper than ink
     return 1 - strip if float(strip.mean()) > 0.5 else strip

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from modgraft.core.errors import DataError
 from modgraft.core.files import read_json
-from modgraft.data.extract import encode_images, open_image
+from modgraft.data.extract import encode_images
 from modgraft.data.extract import load_vision as load_any_vision
+from modgraft.data.picture import open_picture
 from modgraft.data.records import LETTERS, Questions, Record
 from modgraft.data.text import FORMS, extract_answer, rationale_of
 from modgraft.models.vision import load_vision, read_strip
@@ -90,7 +91,7 @@ def _image_features(folder: Path, seed: int, image: Path, settings: Settings) ->
     if settings.data == "digits":
         eye = load_vision(folder / f"seed{seed}" / "data" / "vision.safetensors")
         return eye.features(read_strip(image)[None])[0]
-    picture = open_image(image)
+    picture = open_picture(image)
     if settings.features is None or is_file(settings.features):
         raise DataError(
             "this run's features came from a file, so a new image cannot be looked at", file=image,
