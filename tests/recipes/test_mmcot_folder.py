@@ -153,7 +153,7 @@ def test_a_folder_from_images_to_the_report(
     assert asked.out.startswith("Rationale")
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:40])
     cut = modgraft("mmcot", "ask", tmp_path / "cut.png", "What?", "a", "b", "--run", run)
-    refused(cut, "cut.png", "a damaged image")
+    refused(cut, "cut.png", "damaged")
 
 
 @needs_sample

@@ -55,7 +55,7 @@ def open_picture(
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             picture = _in_range(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        reason = "not an image that can be read; PNG, JPEG, WebP, GIF, TIFF and BMP are"
+        reason = "not an image, or a damaged one; PNG, JPEG, WebP, GIF, TIFF and BMP are read"
         raise DataError(reason, id=id, file=path, remedy=again) from error
     except _OutOfRangeError as error:
         save = "Save it with 8 or 16 bits a channel"
