@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace as Namespace
@@ -79,6 +81,26 @@ def test_threads_of_a_forward_run_its_call_or_are_refused() -> None:
 def reading_in_threads(f: nn.Module, x: Tensor) -> Tensor:
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(lambda: nn.functional.linear(x, f.weight, f.bias)).result()  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_refusal_that_a_thread_ends_with_is_raised_by_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    def in_a_thread(f: nn.Module, x: Tensor) -> Tensor:
+        out = torch.zeros(3, 4)
+        thread = threading.Thread(target=lambda: out.copy_(f(x)))
+        thread.start()
+        thread.join()
+        return out
+
+    host = host_of(in_a_thread)
+    with pytest.raises(mg.ModgraftError, match="a layer runs in a thread of its own"):
+        host(X, modules="a")
+    host.use("a")
+    torch.testing.assert_close(host(X), host.merge("a")(X))
 
 
 @torch.no_grad()
@@ -221,6 +243,8 @@ LATER: dict[str, tuple[Callable[[nn.Module, Tensor], Any], Callable[[Any], Tenso
     "in a dictionary": (lambda f, x: {"out": [steps(f, x)], "x": x}, lambda o: read(o["out"][0])),
     "in a tuple": (lambda f, x: (x, lambda: f(x)), lambda out: out[1]()),
     "in an object": (lambda f, x: Namespace(x=x, run=lambda: f(x)), lambda out: out.run()),
+    "in an object without tensors": (lambda f, x: Namespace(run=lambda: f(x)), lambda o: o.run()),
+    "in a deque": (lambda f, x: deque([steps(f, x)]), lambda out: read(out[0])),
     "a coroutine": (at_last, asyncio.run),
     "an iterator of one's own": (Steps, read),
     "such an iterator in a list": (lambda f, x: [Steps(f, x)], lambda out: read(out[0])),

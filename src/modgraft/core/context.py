@@ -536,7 +536,7 @@ class Context:
 
     @staticmethod
     def _refuse_thread(what: str, call: Call, other: Call, always: bool) -> NoReturn:
-        raise ModgraftError(
+        error = ModgraftError(
             f"{what} in a thread of its own, by the composition in force, {call.composition}, "
             f"while a call of this host with {other.composition}"
             f"{' and side inputs' * bool(other.side)} runs in another, and whether it is a part of "
@@ -544,6 +544,12 @@ class Context:
             f"the call along, pool.submit(contextvars.copy_context().run, layer, x)"
             + ("" if always else ", or put the modules in force before the call: host.use(…)")
         )
+
+        def again() -> NoReturn:
+            raise error
+
+        other.reads.append(again)  # a thread may end with it, and its call go on
+        raise error
 
     def _remember(self, call: Call) -> None:
         """Remember that a graph is made under ``call``; see :meth:`_check_recomputed`."""

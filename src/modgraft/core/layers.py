@@ -68,6 +68,45 @@ def _own(layer: nn.Module, name: str) -> Any:
     return layer.__getattr__(name)
 
 
+def computed(layer: nn.Module) -> dict[str, Any]:
+    """Return what computes tensors of ``layer`` before each forward, by the tensor's name.
+
+    These are hooks of ``torch.nn.utils``: pruning, and the former weight and spectral norm.
+    """
+    hooks = (
+        h for h in layer._forward_pre_hooks.values() if type(h).__module__.startswith("torch.")
+    )
+    named = ((getattr(h, "name", None) or getattr(h, "_tensor_name", None), h) for h in hooks)
+    return {name: hook for name, hook in named if isinstance(name, str)}
+
+
+def compute_now(layer: nn.Module) -> None:
+    """Compute the tensors that are :func:`computed`, as a forward in evaluation does."""
+    training, layer.__dict__["training"] = layer.training, False
+    for hook in computed(layer).values():
+        hook(layer, ())
+    layer.__dict__["training"] = training
+
+
+def check_computed(layer: nn.Module, path: str, parameter: str | None) -> None:
+    """Refuse to change what a tensor is computed from, or one of several tensors of a layer.
+
+    Raises:
+        SiteError: with the remedy.
+    """
+    of = next((name for name in computed(layer) if parameter and parameter != name), None)
+    if of is not None:
+        kind = type(computed(layer)[of]).__name__
+        plain = isinstance(layer, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
+        instead = f"at={path!r} changes the {of} itself, or m" if plain else "m"
+        raise SiteError(
+            f"{joined(path, parameter or '')}: a hook of torch.nn.utils ({kind}) computes this "
+            f"{type(layer).__name__}'s {of} before each call, and a module has no effect there; "
+            f"{instead}ake it an ordinary one first, as torch.nn.utils.prune.remove, "
+            f"remove_weight_norm and remove_spectral_norm do"
+        )
+
+
 def keeps_inputs_first(layer: nn.Module, name: str | None) -> bool:
     """Return whether ``layer`` stores a weight ``[…, in, out]`` rather than ``[…, out, in]``."""
     if name is None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+import sys
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,22 +28,31 @@ def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
 
 
 def contents(value: Any) -> dict[Any, Any] | None:
-    """Return what a mapping, list, tuple or dataclass holds, by key, and the attributes of another
-    object that holds tensors, as of a batch of one's own class; None for anything else."""
+    """Return what a mapping, list, tuple or dataclass holds, by key, and the attributes of an
+    object of one's own class, as a batch may be; None for anything else."""
     if isinstance(value, Mapping):
         return dict(value)
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque):
         return dict(enumerate(value))
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, Tensor | str | int | float | None) or callable(value):
-        return None
-    held = {} if is_of_a_library(value) else _attributes(value)
-    return held if tensors_in(held) else None
+    return _attributes(value) if _is_own(value) else None
+
+
+def _is_own(value: Any) -> bool:
+    """Return whether ``value`` is no object of a library, whose state is its own matter."""
+    if isinstance(value, Tensor | str | int | float | Enum | Iterator | None) or callable(value):
+        return False
+    if isinstance(value, SimpleNamespace | Namespace):
+        return True
+    return type(value).__module__.partition(".")[0] not in _PYTHON and not is_of_a_library(value)
+
+
+_PYTHON = sys.stdlib_module_names | {"builtins"}
 
 
 def is_of_a_library(value: Any) -> bool:
-    """Return whether a class of ``value`` is torch's or the like, which keeps its own state."""
+    """Return whether a class of ``value`` is torch's, transformers' or NumPy's."""
     of = {kind.__module__.partition(".")[0] for kind in type(value).__mro__}
     return not of.isdisjoint({"torch", "transformers", "numpy"})
 
@@ -47,31 +61,81 @@ def _attributes(value: Any) -> dict[str, Any]:
     """Return the attributes of an object itself, not of its class, by name."""
     slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
     names = [n for some in slots for n in ([some] if isinstance(some, str) else some)]
-    kept = {n: getattr(value, n) for n in names if n != "__dict__" and hasattr(value, n)}
+    kept = {n: getattr(value, n) for n in names if not n.startswith("__") and hasattr(value, n)}
     return {**kept, **getattr(value, "__dict__", {})}
 
 
 def with_contents(value: Any, new: Mapping[Any, Any]) -> Any:
     """Return a container as ``value`` that holds ``new`` instead of its :func:`contents`."""
-    if isinstance(value, list | tuple):
-        named = hasattr(value, "_fields")
-        return type(value)(*new.values()) if named else type(value)(new.values())
-    if isinstance(value, Mapping):
-        made = copy.copy(value) if isinstance(value, MutableMapping) else {}
-        for key, each in new.items():
-            made[key] = each
-        return made
-    made = copy.copy(value)
-    for name, each in new.items():
-        object.__setattr__(made, name, each)  # also of a frozen one
+    if isinstance(value, tuple):
+        return (
+            type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
+        )
+    return _filled(_copied(value), value, new)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+        return {}
+    try:
+        made = copy.copy(value)
+    except Exception:  # noqa: BLE001 what it says is of the object, and a holder is all we need
+        made = value
+    if made is value:
+        made = object.__new__(type(value))
+        getattr(made, "__dict__", {}).update(getattr(value, "__dict__", {}))
     return made
 
 
-def walk(value: Any) -> Iterator[Any]:
-    """Yield ``value``, what it holds, and what that holds, in their order."""
+def _filled(made: Any, value: Any, new: Mapping[Any, Any]) -> Any:
+    """Put ``new`` into ``made``, a copy of ``value``."""
+    if isinstance(value, list):
+        made[:] = new.values()
+    elif isinstance(value, deque):
+        made.clear()
+        made.extend(new.values())
+    elif isinstance(value, Mapping):
+        for key, each in new.items():
+            made[key] = each
+    else:
+        for name, each in new.items():
+            object.__setattr__(made, name, each)  # also of a frozen one
+    return made
+
+
+def rebuilt(value: Any, part: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
+    """Return ``value`` with parts of it replaced, in copies of all that holds them.
+
+    Args:
+        value: anything.
+        part: returns what stands for a part, ``NotImplemented`` where what it holds is to be
+            asked for; what holds nothing stands for itself then.
+        memo: what stands for what, by identity.
+    """
+    memo = {} if memo is None else memo
+    if id(value) in memo:
+        return memo[id(value)]
+    made = part(value)
+    if made is NotImplemented:
+        held = contents(value)
+        if held is None:
+            made = value
+        elif isinstance(value, tuple):
+            made = with_contents(value, {k: rebuilt(v, part, memo) for k, v in held.items()})
+        else:
+            made = memo[id(value)] = _copied(value)  # before what may hold it in turn
+            _filled(made, value, {k: rebuilt(v, part, memo) for k, v in held.items()})
+    memo[id(value)] = made
+    return made
+
+
+def walk(value: Any, within: frozenset[int] = frozenset()) -> Iterator[Any]:
+    """Yield ``value``, what it holds, and what that holds, in their order; no circle twice."""
     yield value
-    for each in (contents(value) or {}).values():
-        yield from walk(each)
+    if id(value) not in within:
+        within |= {id(value)}
+        for each in (contents(value) or {}).values():
+            yield from walk(each, within)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -7,11 +7,14 @@ in its copy.
 
 from __future__ import annotations
 
+import copy
 import copyreg
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from modgraft.core.tensors import walk
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -66,3 +69,39 @@ def reduced(bare: nn.Module, protocol: int) -> tuple[Any, ...]:
 def _made(kind: type[nn.Module], *given: Any) -> Any:
     """Make an object; pickle would refuse ``copyreg.__newobj__`` for one of another class."""
     return kind.__new__(kind, *given)
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """Return a copy of a model, which shares with it what cannot be copied and is no part of it.
+
+    That are locks, pools of threads, files and the like, which a model may hold.
+
+    Args:
+        model: the model.
+        memo: what stands for what in the copy, by identity.
+    """
+    memo = {} if memo is None else memo
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except Exception:
+        shared = {id(v): v for v in _held(model) if not _copies(v, memo) and not _is_part(v)}
+        if not shared:
+            raise
+        return copy.deepcopy(model, {**memo, **shared})
+
+
+def _held(model: nn.Module) -> list[Any]:
+    own = nn.Module().__dict__.keys()
+    return [v for m in model.modules() for name, v in m.__dict__.items() if name not in own]
+
+
+def _copies(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:  # noqa: BLE001 whatever says that it is not to be copied
+        return False
+    return True
+
+
+def _is_part(value: Any) -> bool:
+    return any(isinstance(each, nn.Module | Tensor) for each in walk(value))

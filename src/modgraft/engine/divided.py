@@ -23,6 +23,7 @@ from modgraft.core.context import EXAMPLE, Call, Context
 from modgraft.core.errors import CompositionError
 from modgraft.core.expression import Expression, walk
 from modgraft.core.per_example import Each, Weighted
+from modgraft.core.tensors import contents
 from modgraft.engine.capturing import add_captured, captured_apart
 from modgraft.engine.state import STATE, State
 from modgraft.routing.mixture import RoutedMixture
@@ -104,15 +105,15 @@ _LEAVES = (
 )
 
 
-def _marks(value: Any) -> Any:
+def _marks(value: Any, within: frozenset[int] = frozenset()) -> Any:
     """Return what tells whether a value was written to: a tensor, or what holds such."""
     if isinstance(value, Tensor):
         return id(value), value._version if not value.is_inference() else 0
-    if isinstance(value, Mapping):
-        return id(value), [(key, _marks(one)) for key, one in value.items()]
-    if isinstance(value, list | tuple | set):
-        return id(value), list(map(_marks, value))
-    return value if isinstance(value, _PLAIN) else id(value)
+    held = dict(enumerate(value)) if isinstance(value, set) else contents(value)
+    if held is None or id(value) in within:
+        return value if isinstance(value, _PLAIN) else id(value)
+    within |= {id(value)}
+    return id(value), [(key, _marks(one, within)) for key, one in held.items()]
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)

@@ -14,12 +14,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from itertools import islice
+from itertools import islice, product
 from types import GeneratorType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
@@ -30,14 +31,22 @@ from transformers import PreTrainedModel
 from modgraft.core.context import UNSEEN, Layout
 from modgraft.core.errors import CompositionError
 from modgraft.core.layers import STATE
-from modgraft.core.tensors import contents, is_of_a_library, tensors_in, walk, with_contents
+from modgraft.core.tensors import (
+    contents,
+    is_of_a_library,
+    rebuilt,
+    tensors_in,
+    walk,
+    with_contents,
+)
 from modgraft.engine.capturing import captures
+from modgraft.engine.copies import copied
 from modgraft.engine.writes import taken_back
 
 Seen = dict[str, list[Tensor]]
 
-REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
-"""What a host raises on a batch that it cannot read."""
+REFUSALS = (Exception,)
+"""What a host raises on a batch that it cannot read: anything."""
 
 TOLERANCE = {4: 1e-3, 8: 1e-6}
 """How far the same example may be off in a larger batch, as a part of the largest number, by the
@@ -60,24 +69,26 @@ def signature(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Hash
         return None
     named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
     shapes = tuple((name, _shape(value)) for name, value in sorted(named.items()))
-    return count is None, shapes
+    return (count if count in (None, 1) else "several"), shapes
 
 
-def _shape(value: Any) -> Hashable:
+def _shape(value: Any, within: frozenset[int] = frozenset()) -> Hashable:
     if isinstance(value, Tensor):
         square = value.dim() > 1 and value.shape[0] == value.shape[1]
         return tuple(value.shape) if square else value.dim()
     held = contents(value)
-    if held is None:
-        return value if isinstance(value, _TOLD_APART) else type(value)
+    if held is None or id(value) in within:
+        told = isinstance(value, _TOLD_APART)
+        return value if told else getattr(value, "__code__", type(value))
     shapes = {tuple(t.shape for t in tensors_in(each)) for each in held.values()}
     even = isinstance(value, list | tuple) and len(shapes) == 1
-    return type(value), even, tuple((key, _shape(each)) for key, each in held.items())
+    inside = within | {id(value)}
+    return type(value), even, tuple((key, _shape(each, inside)) for key, each in held.items())
 
 
 def ask(
     model: nn.Module, args: tuple, kwargs: Mapping[str, Any], count: int | None
-) -> dict[str, int | None]:
+) -> tuple[dict[str, int | None], bool]:
     """Return the axis of the examples in the output of each grafted layer, by its path.
 
     None stands for a layer where no axis is that of the examples, ``UNSEEN`` for one that did not
@@ -88,10 +99,20 @@ def ask(
         args: what it is called with.
         kwargs: what it is called with by name.
         count: how many examples this is; None: as many as the first tensor has, along any axis.
+
+    Returns:
+        The axes, and whether they hold for calls that are alike: not where all examples are equal,
+        as in a batch of zeros, which shows less.
+
+    Raises:
+        CompositionError: where the host does not run on some of the examples.
     """
-    _, own = _told(twin_of(model), args, kwargs, count)
+    batch, own = _told(twin_of(model), args, kwargs, count)
+    if batch is None and next(_batches(args, kwargs, count), None) is not None:
+        check_assumed(model, {}, args, kwargs)
     says = STATE in model.__dict__ or own.get("") == 1  # what the whole host has second, it says
-    return {path: axis for path, axis in own.items() if path or says}
+    found = {path: axis for path, axis in own.items() if path or says}
+    return found, batch is None or batch.count == 1 or batch.differ
 
 
 def _told(
@@ -114,7 +135,7 @@ def _told(
             raise CompositionError(_EITHER.format(n=batch.count, axis=batch.axis))
         if told:
             return batch, found
-        if batch.several or listed:
+        if batch.several or batch.axes or listed:
             continue
         if best[0] is None or _untold(found) < _untold(best[1]):
             best = batch, found
@@ -204,6 +225,8 @@ class _Batch:
             host puts out has to show.
         listed: whether an example is an entry of each list that has as many, and of other tensors
             what is along the axis.
+        axes: by the identity of a tensor, the axis of its own, None where it has none: of
+            ``[n, B, d]`` and a mask ``[B, n]``, say; empty where all have one axis.
     """
 
     args: tuple
@@ -212,6 +235,7 @@ class _Batch:
     axis: int
     several: bool
     listed: bool = False
+    axes: Mapping[int, int | None] = field(default_factory=dict)
 
     def of(self, rows: list[int]) -> tuple[tuple, dict[str, Any]]:
         """Return the arguments for some of the examples."""
@@ -220,18 +244,34 @@ class _Batch:
         }
 
     def _some(self, value: Any, rows: list[int]) -> Any:
-        axis, held = self.axis, contents(value)
-        if self.listed and isinstance(value, list | tuple) and len(value) == self.count:
-            return with_contents(value, {k: value[i] for k, i in enumerate(rows)})
-        if held is not None and not isinstance(value, PackedSequence):
-            return with_contents(value, {k: self._some(each, rows) for k, each in held.items()})
-        if not isinstance(value, Tensor):
-            return value
-        times, left = divmod(value.shape[axis], self.count) if value.dim() > axis else (0, 0)
-        if left or not times or (times > 1 and not self.several):
+        def part(value: Any) -> Any:
+            if self.listed and isinstance(value, list | tuple) and len(value) == self.count:
+                return with_contents(value, {k: value[i] for k, i in enumerate(rows)})
+            if isinstance(value, Tensor):
+                return self._rows(value, rows)
+            return copy.copy(value) if isinstance(value, PackedSequence | set) else NotImplemented
+
+        return rebuilt(value, part)
+
+    def _rows(self, value: Tensor, rows: list[int]) -> Tensor:
+        axis = self.axes.get(id(value), None if self.axes else self.axis)
+        times, left = 0, 0
+        if axis is not None and value.dim() > axis:
+            times, left = divmod(value.shape[axis], self.count)
+        if axis is None or left or not times or (times > 1 and not self.several):
             return value.detach().clone()  # a state that the host may write to
         index = torch.tensor([i * times + k for i in rows for k in range(times)])
         return value.detach().index_select(axis, index.to(value.device))
+
+    @property
+    def differ(self) -> bool:
+        """Whether the first example is another than the one that is put in its place."""
+        _, (few, _, other) = self.thrice()
+        one, another = (tensors_in(self.of(some)) for some in (few, other))
+        return any(
+            a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num())
+            for a, b in zip(one, another, strict=False)
+        )
 
     def _size(self, i: int) -> list[int]:
         """Return how large the example at ``i`` is in each list of examples."""
@@ -268,11 +308,32 @@ def _batches(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Itera
             size = sizes[0] if sizes and count is None else count
             if size is not None and size in sizes:
                 yield _Batch(args, kwargs, size, axis, several)
+        if count is not None and not several:
+            for axes in _mixed(tensors, count):
+                yield _Batch(args, kwargs, count, 0, several=False, axes=axes)
+
+
+def _mixed(tensors: Sequence[Tensor], count: int) -> Iterator[dict[int, int | None]]:
+    """Yield the ways in which tensors have ``count`` examples on axes that are not all the same."""
+    own = {
+        id(value): [a for a, size in enumerate(value.shape[:2]) if size == count]
+        for value in tensors
+    }
+    ways = product(*(axes or [None] for axes in own.values()))
+    for way in islice(ways, WAYS):
+        if {0, 1} <= set(way):
+            yield dict(zip(own, way, strict=True))
+
+
+WAYS = 16
+"""In how many ways tensors are tried of which several axes may be that of the examples."""
 
 
 def _ask_along(twin: nn.Module, batch: _Batch) -> dict[str, int | None]:
     count, rows = batch.thrice()
     before, more, other = (_outputs(twin, *batch.of(some)) for some in rows)
+    entries, grown = (seen.pop(_ENTRIES, None) for seen in (before, more))
+    other.pop(_ENTRIES, None)
     if batch.listed and _shapes(before) == _shapes(more):
         raise ValueError("a list that is not of examples: with one entry more nothing grows")
     found: dict[str, int | None] = {}
@@ -285,6 +346,8 @@ def _ask_along(twin: nn.Module, batch: _Batch) -> dict[str, int | None]:
             found[path] = one
         elif path and not _stands_for_all(twin, path, outputs[0], batch, before):
             found[path] = None
+    if batch.listed and entries and grown and len(entries[0]) == count == len(grown[0]) - 1:
+        found[""] = 0  # an entry for each example, as they came
     sites = [path for path, layer in twin.named_modules() if _SITE in layer.__dict__]
     return {**{path: UNSEEN for path in sites if path not in before}, **found}
 
@@ -358,6 +421,8 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if not path and isinstance(out, list | tuple):
+                found[_ENTRIES] = [torch.empty(len(out))]
             value = next((v for v in tensors_in(out) if v.dim() and v.is_floating_point()), None)
             if value is not None:
                 found.setdefault(path, []).append(_without_features(value))
@@ -369,6 +434,10 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
             handles.append(layer.register_forward_hook(keep(path)))
     run_twin(twin, args, kwargs, handles)
     return found
+
+
+_ENTRIES = "[]"
+"""Instead of a path: how many entries the host's own output has."""
 
 
 def _without_features(value: Tensor) -> Tensor:
@@ -412,7 +481,7 @@ def twin_of(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         states = [v for v in layer.__dict__.values() if isinstance(v, Tensor)]
         memo |= {id(v): v.detach().clone() for v in states}  # deepcopy refuses what has a graph
-    twin = copy.deepcopy(model, memo)
+    twin = copied(model, memo)
     for path, layer in model.named_modules():
         if STATE in layer.__dict__:
             twin.get_submodule(path).__dict__[_SITE] = True
@@ -442,17 +511,29 @@ def check_assumed(model: nn.Module, layout: Layout, args: tuple, kwargs: Mapping
         kwargs: what it is called with by name.
 
     Raises:
-        CompositionError: with what cannot be used twice.
+        CompositionError: with what cannot be used twice, or taken apart.
     """
-    if layout or any(isinstance(part, PreTrainedModel) for part in model.modules()):
+    whole = getattr(model, "get_base_model", lambda: model)()  # in a PEFT model
+    if layout or isinstance(whole, PreTrainedModel):
         return
-    kept = type(_kept_or_used_up(args, kwargs)).__name__
+    kept = _kept_or_used_up(args, kwargs)
+    if kept is not None:
+        why = (
+            f"it is called with a {type(kept).__name__}, which can be read once or is written to, "
+            f"and so cannot be given to it again"
+        )
+    else:
+        every = walk((*args, *kwargs.values()))
+        others = [type(v).__name__ for v in every if contents(v) is None and v is not None]
+        beside = ", ".join(dict.fromkeys(n for n in others if n not in ("Tensor", "bool")))
+        why = "it does not run on some of these" + f" (it is called with {beside} too)" * bool(
+            beside
+        )
     raise CompositionError(
         f"the examples of a batch act by themselves here, and where they lie in the host's layers "
-        f"is found by running it on some of them; it is called with a {kept}, which can be read "
-        f"once or is written to, and so cannot be given to it again. Call it with tensors, lists, "
-        f"mappings or objects of your own that hold them, once at least, or call it once for each "
-        f"composition"
+        f"is found by running it on some of them; {why}. Call it with tensors, lists, mappings or "
+        f"objects of your own that hold them and nothing that counts them, or call it once for "
+        f"each composition"
     )
 
 
@@ -463,10 +544,13 @@ def _kept_or_used_up(args: tuple, kwargs: Mapping[str, Any]) -> Any:
 
 def _is_data(value: Any) -> bool:
     """Return whether ``value`` is the same at its next use, apart from what it holds."""
-    if contents(value) is not None or isinstance(value, (Tensor, *_TOLD_APART)) or callable(value):
+    known = (Tensor, np.ndarray, *_TOLD_APART)
+    if contents(value) is not None or isinstance(value, known) or callable(value):
         return True
     return not isinstance(value, Iterator) and not is_of_a_library(value)
 
 
-_TOLD_APART = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+_TOLD_APART = (
+    type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, np.generic,
+)  # fmt: skip
 """What calls that differ in it are not alike."""

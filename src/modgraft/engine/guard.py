@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from modgraft.core.errors import ModgraftError
 from modgraft.core.offloaded import REMEDY
+from modgraft.core.plain import full_name
 from modgraft.core.tensors import is_plain
 from modgraft.engine.state import STATE, State
 
@@ -59,6 +60,23 @@ class Guard:
     def trains(self, layer: nn.Module, model: nn.Module) -> bool:
         """Return whether a layer of ``model`` is in training mode, or is held out of it here."""
         return layer.training or (model.training and isinstance(layer, STATISTICS))
+
+    def check_paths(self, model: nn.Module) -> None:
+        """Refuse to go by the names of layers that stand elsewhere than they did.
+
+        Raises:
+            ModgraftError: with the layer's path and the remedy.
+        """
+        for layer in self.layers:
+            state: State = layer.__dict__[STATE]
+            paths = {state.path, full_name(model, state.path)}
+            if not any(_at(model, path) is layer for path in paths):
+                name = next(iter(state.entries), "")
+                raise ModgraftError(
+                    f"{state.path}, the {type(layer).__name__} that {name!r} acts in, was moved or "
+                    f"wrapped after that, and this name means something else now. Change the model "
+                    f"first and implant then: host.remove({name!r}), and implant it anew"
+                )
 
     @contextmanager
     def state(self, host: nn.Module) -> Iterator[None]:
@@ -186,6 +204,7 @@ class Places:
         self._names: list[str] = []
         self._modules: list[nn.Module] = []
         self._shapes: dict[nn.Module, dict[str, list[int]]] = {}  # of the layers' own weights
+        self._kinds: list[type] = []  # the layers' classes
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -211,6 +230,7 @@ class Places:
         self._children = [parent._modules for parent, _ in steps.values()]
         self._names = [name for _, name in steps.values()]
         self._modules, self._shapes = list(steps), shapes
+        self._kinds = list(map(type, shapes))
 
     def check(self, host: nn.Module) -> None:
         """Refuse a call when a layer with modules is no longer part of the model.
@@ -221,6 +241,8 @@ class Places:
             ModgraftError: with the layer's path and the remedy.
         """
         # C over whole lists: this is asked at every call
+        if not all(map(is_, map(type, self._shapes), self._kinds)):
+            self._refuse_kind()
         if all(map(is_, map(dict.get, self._children, self._names), self._modules)):
             return
         found = set(host.get_submodule("model").modules())
@@ -235,6 +257,17 @@ class Places:
                     f"host.remove({next(iter(state.entries))!r}), and implant it anew"
                 )
         self.update(host)
+
+    def _refuse_kind(self) -> None:
+        for layer, kind in zip(self._shapes, self._kinds, strict=True):
+            if type(layer) is not kind and STATE in layer.__dict__:  # not taken off for a while
+                state: State = layer.__dict__[STATE]
+                raise ModgraftError(
+                    f"{state.path or 'the model'} is of another class since "
+                    f"{', '.join(map(repr, state.entries))} was implanted, as a parametrisation "
+                    f"makes it: {type(layer).__name__}. Take that off again, change the model "
+                    f"first and implant then"
+                )
 
     def explain(self, error: Exception) -> None:
         """Say why a call has failed with ``error``, where the host was changed under its modules.
@@ -253,6 +286,13 @@ class Places:
                         f"host.remove({entry.name!r}), and implant it anew"
                     ) from error
                 _compare(at, layer, entry.module, error)
+
+
+def _at(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _shapes(layer: nn.Module) -> dict[str, list[int]]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from modgraft.core.compiled import eagerly
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import STATE, WEIGHTED, linear_forward, stored
-from modgraft.core.sites import Site
 from modgraft.engine.kernels import functional_call
 from modgraft.engine.kernels.linear import Change
 from modgraft.engine.served_weight import serving
@@ -98,13 +97,18 @@ def _bias(layer: nn.Module) -> Tensor | None:
     return None if isinstance(layer, nn.Embedding) else stored(layer, "bias")
 
 
-def check_copies(site: Site) -> None:
-    """Refuse to merge into a copy of a layer whose forward holds on to the layer itself.
+def check_copies(model: nn.Module) -> None:
+    """Refuse to copy a model of which a forward holds on to layers of the model itself.
 
     Raises:
         ModgraftError: with the remedy.
     """
-    patched = site.module.__dict__.get(PATCHED)
+    for path, module in model.named_modules():
+        _check_copies(path, module)
+
+
+def _check_copies(path: str, module: nn.Module) -> None:
+    patched = module.__dict__.get(PATCHED, module.__dict__.get("forward"))
     function = getattr(patched, "__func__", patched)
     if not isinstance(function, FunctionType):  # functools.partial, as accelerate's, is copied
         return
@@ -112,7 +116,7 @@ def check_copies(site: Site) -> None:
     held += [function.__globals__.get(name) for name in function.__code__.co_names]
     if any(isinstance(getattr(value, "__self__", value), nn.Module) for value in held):
         raise ModgraftError(
-            f"{site.path} cannot be merged into: its forward was set to {function.__qualname__}, "
-            f"which holds on to this layer, and would in a copy; make it a method of a class, or "
-            f"keep the modules implanted"
+            f"{path or 'the model'} cannot be copied, as a merge does: its forward was set to "
+            f"{function.__qualname__}, which holds on to this {type(module).__name__}, and would "
+            f"in a copy; make it a method of a class, or keep the modules implanted"
         )

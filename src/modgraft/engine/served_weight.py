@@ -3,8 +3,9 @@
 Some hosts never call a layer but compute with its weight themselves: state-space models read that
 of their convolution in decoding, an attention may hand the weights of its projections to one
 function. There a module acts through the weight that is read. While the host runs, reading the
-weight of a grafted layer gives a :class:`ServedWeight`, which tells its shape and type as the
-layer's own does; the first computation with it makes θ + Σ w·Δ, by the composition of the call.
+weight of a grafted layer gives θ + Σ w·Δ, by the composition of the call; where the layer is called
+too, a :class:`ServedWeight`, which tells its shape and type as the layer's own does, and becomes
+that in the first computation.
 Hooks tell when the host runs: it is called through :class:`~modgraft.host.host.Host`, but also as
 ``host.model(…)``, and in ``generate`` its encoder by itself.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from modgraft.core.context import Context
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, UndividedError
 from modgraft.core.layers import STATE, stored
 from modgraft.core.patterns import joined
 from modgraft.core.tensors import check_whole
@@ -130,6 +131,12 @@ def served(name: str, original: property | None) -> property:
         if not state.changes_now():
             return own
         check_whole(own, state.path)
+        if not state.called:  # and may never be: what is computed with it may be any code
+            with suppress(UndividedError):  # only its shape may be asked for
+                new = state.changed(layer, name, own)
+                if new is not own and isinstance(own, nn.Parameter):
+                    new._is_param = True  # which is what isinstance looks for
+                return new
         kept = state.served.get(name)
         if kept is None:
             kept = state.served[name] = ServedWeight.of(layer, name, own)
@@ -361,7 +368,7 @@ class _Leave(_Enter):
                 compiled.bare.routings.clear()
             return out
         call = self.context.leave(module)
-        for check in call.reads if self.is_root else ():
+        for check in call.reads if self.is_root and out is not None else ():  # else it has failed
             check()
         if self.is_root and call.routings and not self.context.in_forward():
             return with_routing_losses(out, call.routings, kwargs)

@@ -31,7 +31,7 @@ from modgraft.core.context import EXAMPLE, UNSEEN, Call, Context, Layout, Side
 from modgraft.core.errors import ModgraftError, UndividedError, an
 from modgraft.core.expression import module_of
 from modgraft.core.files import folder_path, writing
-from modgraft.core.layers import STATE
+from modgraft.core.layers import STATE, check_computed
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find, located
 from modgraft.core.tensors import device_of
@@ -60,6 +60,7 @@ from modgraft.engine.implant import (
 from modgraft.engine.inputs.caches import check_goes_on
 from modgraft.engine.inputs.padding import count_from_texts, count_padding_too, count_prefix
 from modgraft.engine.inputs.prefix_attention import hook_attention
+from modgraft.engine.own_forward import check_copies
 from modgraft.engine.parts import divide_around
 from modgraft.engine.served_weight import (
     hook_functional_calls,
@@ -154,6 +155,7 @@ class Host(AsModel):
     def __deepcopy__(self, memo: dict[int, Any]) -> Host:
         """Copy the host when the calls of other threads have ended, and hold off new ones."""
         with self._guard.gate.change("copy.deepcopy(host)"):
+            check_copies(self.model)
             make, arguments, state = self.__reduce_ex__(4)
             memo[id(self)] = new = make(*arguments)
             new.__setstate__(copy.deepcopy(state, memo))
@@ -229,6 +231,8 @@ class Host(AsModel):
         self._bring(list(module.members))
         sites = where()
         check_weights_stay(self.model)
+        for site in sites:
+            check_computed(site.module, site.path, site.parameter)
         if other := grafted_by_others(self.model, self._context):
             raise ModgraftError(
                 f"another Host has modules in this model (at {other[0] or 'its input'}); work with "
@@ -534,7 +538,9 @@ class Host(AsModel):
             check_assumed(self.model, last, args, kwargs)
             return last
         if kind not in layouts:
-            found = ask(self.model, args, kwargs, count)
+            found, lasts = ask(self.model, args, kwargs, count)
+            if not lasts:
+                return found
             unseen = {path: last[path] for path in found if found[path] == UNSEEN and path in last}
             self._context.remember(kind, {**found, **unseen})
         return layouts[kind]
@@ -655,6 +661,7 @@ class Host(AsModel):
             raise ModgraftError("host.save: there is no module to save; name one, or implant one")
         for name in chosen:
             self._bring(name)
+        self._guard.check_paths(self.model)
         path = folder_path(folder, "host.save")
         with self._guard.gate, writing(path):
             if format == "modgraft":
@@ -780,6 +787,7 @@ class Host(AsModel):
         """
         read = self.composition if composition is ... else self.read(composition)
         with self._guard.gate.change("host.merge(…)"), self._guard.state(self):
+            self._guard.check_paths(self.model)
             return merged(self.model, self._implants, read)
 
     # -- looking --------------------------------------------------------------------------------
@@ -809,6 +817,7 @@ class Host(AsModel):
         given.pop("side", None)
         self._bring_all()
         with self._guard.gate.change("host.probe(…)"):  # it fills the modules with other numbers
+            self._guard.check_paths(self.model)
             return probe(
                 self.model,
                 self._implants,

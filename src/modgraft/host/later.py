@@ -9,7 +9,7 @@ from types import FunctionType, GeneratorType, MethodType
 from typing import Any
 
 from modgraft.core.errors import ModgraftError
-from modgraft.core.tensors import contents, with_contents
+from modgraft.core.tensors import rebuilt
 
 Within = Callable[[], AbstractContextManager[Callable[[Any], Any]]]
 """Begins the call once more; in it, a function completes what was computed there."""
@@ -29,19 +29,26 @@ def run_within(out: Any, within: Within, in_force: bool) -> Any:
     Raises:
         ModgraftError: for what runs later and has another protocol, unless it is in force.
     """
-    if isinstance(out, GeneratorType | map | filter | zip):
-        return _steps(out, within, in_force)
-    if isinstance(out, FunctionType | MethodType | partial):
-        return _function(out, within, in_force)
-    if isinstance(out, _LATER) and not in_force:
-        raise ModgraftError(
-            f"the host's forward returns a {type(out).__name__}, which runs when the call with its "
-            f"modules= or side= has ended; put the modules in force before it, host.use(…), or let "
-            f"the forward return a generator"
-        )
-    held = contents(out) or {}
-    new = {key: run_within(each, within, in_force) for key, each in held.items()}
-    return out if all(new[key] is held[key] for key in held) else with_contents(out, new)
+    found = False
+
+    def part(value: Any) -> Any:
+        nonlocal found
+        if isinstance(value, GeneratorType | map | filter | zip):
+            found = True
+            return _steps(value, within, in_force)
+        if isinstance(value, FunctionType | MethodType | partial):
+            found = True
+            return _function(value, within, in_force)
+        if isinstance(value, _LATER) and not in_force:
+            raise ModgraftError(
+                f"the host's forward returns a {type(value).__name__}, which runs when the call "
+                f"with its modules= or side= has ended; put the modules in force before it, "
+                f"host.use(…), or let the forward return a generator"
+            )
+        return NotImplemented
+
+    made = rebuilt(out, part)
+    return made if found else out
 
 
 def _steps(out: Any, within: Within, in_force: bool) -> Iterator[Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from modgraft.core.tensors import contents, is_plain, tensors_in, with_contents
+from modgraft.core.tensors import is_plain, rebuilt, tensors_in, with_contents
 from modgraft.engine.graft import undivide
 
 CLOSE = 1e-3
@@ -212,15 +212,16 @@ def changed(value: Any, axis: int, count: int, listed: bool = False) -> Any:
         count: how many they are.
         listed: whether they are the entries of each list of as many.
     """
-    held = contents(value)
-    if held is not None:
+
+    def part(value: Any) -> Any:
         if listed and isinstance(value, list | tuple) and len(value) == count:
-            return with_contents(value, {**held, 0: held[1]})
-        return with_contents(value, {k: changed(v, axis, count, listed) for k, v in held.items()})
-    if isinstance(value, Tensor) and value.dim() > axis and value.shape[axis]:
-        each, odd = divmod(value.shape[axis], count)
-        if not odd:
-            second = value.narrow(axis, each, each)
-            rest = value.narrow(axis, each, value.shape[axis] - each)
-            return torch.cat([second, rest], dim=axis)
-    return value
+            return with_contents(value, {**dict(enumerate(value)), 0: value[1]})
+        if isinstance(value, Tensor) and value.dim() > axis and value.shape[axis]:
+            each, odd = divmod(value.shape[axis], count)
+            if not odd:
+                second = value.narrow(axis, each, each)
+                rest = value.narrow(axis, each, value.shape[axis] - each)
+                return torch.cat([second, rest], dim=axis)
+        return NotImplemented
+
+    return rebuilt(value, part)

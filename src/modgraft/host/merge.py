@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
 from modgraft.computation.base import Computation, InputComposition, ParameterComposition
 from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import Expression
+from modgraft.core.layers import compute_now
 from modgraft.core.offloaded import present
 from modgraft.core.sites import find
+from modgraft.engine.copies import copied
 from modgraft.engine.fast_paths import take_fast_paths
 from modgraft.engine.guard import let_go
 from modgraft.engine.implant import Implants
@@ -45,10 +45,10 @@ def merged(model: nn.Module, implants: Implants, composition: Expression | None)
         for label, place in implants.at_sites(name):
             assert isinstance(place, ParameterComposition)  # noqa: S101
             site = find(model, label)[0]
-            check_copies(site)
             change = Change(place, weight, site.part, site.parameter)
             changes.setdefault(site.path, []).append(change)
-    plain = copy.deepcopy(model)
+    check_copies(model)
+    plain = copied(model)
     take_fast_paths(plain)
     unwatch_forwards(plain)
     count_padding_too(plain)
@@ -56,7 +56,8 @@ def merged(model: nn.Module, implants: Implants, composition: Expression | None)
     with torch.no_grad(), present(plain):
         for path, here in changes.items():
             # every Δ is relative to the bare host's weight, and is added to that
-            write(plain, path, new_weights(model.get_submodule(path), here))
+            compute_now(layer := model.get_submodule(path))
+            write(plain, path, new_weights(layer, here))
     return plain
 
 

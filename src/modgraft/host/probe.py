@@ -20,6 +20,7 @@ buffers and attributes. What a forward changes outside of its model, each of the
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -29,13 +30,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
+from transformers import Cache
 
 from modgraft.computation.base import Computation, FunctionComposition, ParameterComposition
 from modgraft.core.errors import ModgraftError, SiteError
-from modgraft.core.layers import STATE, feature_axis, stored
+from modgraft.core.layers import STATE, computed, feature_axis, stored
 from modgraft.core.offloaded import is_offloaded
 from modgraft.core.sites import WEIGHTED, Site, find, joined
-from modgraft.core.tensors import contents, tensors_in, with_contents
+from modgraft.core.tensors import rebuilt, tensors_in
 from modgraft.engine.examples import REFUSALS, all_steps, lists_in
 from modgraft.engine.graft import restored
 from modgraft.engine.implant import Implants
@@ -98,7 +100,7 @@ def probe(
         for parameter in modules.parameters():
             noise = torch.randn(parameter.shape, generator=generator) * NOISE
             parameter.data = parameter.data + noise.to(parameter)
-        host = _Host(model, implants, {k: _known(v) for k, v in batch.items()}, run, bare)
+        host = _Host(model, implants, _fresh(dict(batch)), run, bare)
         found = Probe([], [], host.notes)
         for name in names:
             source, in_force = unfed.get(name, ("", False))
@@ -168,7 +170,7 @@ class _Host:
     def run(self, batch: Mapping[str, Any], modules: Any) -> Any:
         """Call the host with modules alone in force; None: bare."""
         with self._anew():
-            return all_steps(self._run(batch, modules))
+            return all_steps(self._run(_fresh(batch), modules))
 
     def _find_by_class(self) -> list[nn.Module]:
         """Find the layers that change the host's output by having a class of ours."""
@@ -323,7 +325,7 @@ class _Host:
             alone = first_float(layer.forward(*args, **kwargs))
             assert alone is not None  # noqa: S101
             acts = apart(y, alone)
-            if {PATCHED, "forward"} & layer.__dict__.keys() or is_parametrized(layer):
+            if {PATCHED, "forward"} & layer.__dict__.keys() or _is_computed(layer):
                 return acts, None
             new = {
                 joined(path, name): value
@@ -399,7 +401,7 @@ class _Host:
         }
         with self._anew(), self.bare():
             whole = _Whole(self.model)
-            return functional_call(whole, weights, (), dict(self.batch), tie_weights=False)
+            return functional_call(whole, weights, (), _fresh(self.batch), tie_weights=False)
 
     def _judge_merged(
         self,
@@ -410,7 +412,7 @@ class _Host:
         out: list[Tensor],
     ) -> None:
         """Compare the host's output with that of the weights θ + Δ."""
-        if any(is_parametrized(self.layers[path]) for path in changes):
+        if any(_is_computed(self.layers[path]) for path in changes):
             return
         if is_offloaded(self.model):  # its hooks would put θ back
             return
@@ -489,7 +491,7 @@ class _Host:
         with self._anew(), self.bare():
             for name, value in new.items():
                 stored(self.model, name).data.copy_(value)
-            return floats(all_steps(self._run(self.batch, None)))
+            return floats(all_steps(self._run(_fresh(self.batch), None)))
 
     def _judge_learning(
         self,
@@ -580,6 +582,11 @@ class _Host:
         verdict.each = "equal"
 
 
+def _is_computed(layer: nn.Module) -> bool:
+    """Return whether a weight of the layer is computed of others."""
+    return is_parametrized(layer) or bool(computed(layer))
+
+
 class _Whole(nn.Module):
     """A model that is run to its end: a generator is read."""
 
@@ -591,17 +598,30 @@ class _Whole(nn.Module):
         return floats(all_steps(self.model(**batch)))
 
 
-def _known(value: Any) -> Any:
-    """Return what autograd can follow of a batch that was made in inference mode."""
-    held = contents(value)
-    if held is not None:
-        return with_contents(value, {key: _known(each) for key, each in held.items()})
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+def _fresh(batch: Any) -> Any:
+    """Return a batch in objects of its own, which the host may write to: caches among them.
+
+    Autograd can follow its tensors, also where they were made in inference mode.
+    """
+
+    def part(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.clone() if value.is_inference() else value
+        return copy.deepcopy(value) if isinstance(value, Cache | set) else NotImplemented
+
+    return rebuilt(batch, part)
 
 
 def _first(batch: Mapping[str, Any]) -> Tensor:
     """Return the first tensor of a batch."""
-    first = next((v for v in tensors_in(batch) if v.dim()), None)
+    tensors = tensors_in(batch)
+    for odd in (v for v in tensors if v.is_nested or v.layout is not torch.strided):
+        raise ModgraftError(
+            f"host.probe compares the rows of examples, and this batch has a "
+            f"{'nested' if odd.is_nested else str(odd.layout).removeprefix('torch.')} tensor; give "
+            f"it a padded one, or a dense one"
+        )
+    first = next((v for v in tensors if v.dim()), None)
     if first is None:
         raise ModgraftError(
             f"host.probe takes the keyword arguments of a call, with a tensor among them; this "

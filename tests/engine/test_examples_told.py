@@ -1,0 +1,202 @@
+"""Where the examples lie is found for each tensor by itself, or a call is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+import modgraft as mg
+from modgraft.core.errors import CompositionError
+
+EACH = ["a", None, "b"]
+Run = Callable[..., Any]
+
+
+class Net(nn.Module):
+    """Two layers, run as a function tells."""
+
+    def __init__(self, go: Run | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l1, self.l2 = nn.Linear(4, 5), nn.Linear(5, 2)
+        self.go = go or Net.plain
+
+    def plain(self, x: Tensor) -> Tensor:
+        return self.l2(torch.tanh(self.l1(x)))
+
+    def time_first(self, x: Tensor) -> Tensor:
+        return self.l2(torch.tanh(self.l1(x)).cumsum(0))
+
+    def forward(self, x: Any, *more: Any, **named: Any) -> Any:
+        return self.go(self, x, *more, *named.values())
+
+
+def stirred(net: nn.Module) -> mg.Host:
+    host = mg.Host(net.double()).eval()
+    for name in "ab":
+        host.implant(name, mg.LoRA(rank=2), at=["l1", "l2"], active=False)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in host.implants.parameters():
+        nn.init.normal_(parameter, 0, 0.3, generator=generator)
+    return host
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def check(host: mg.Host, *args: Any, dim: int = 0) -> None:
+    """Each example comes out as it does where all of them have its composition."""
+    own = [host(*args, modules=m).select(dim, i) for i, m in enumerate(EACH)]
+    torch.testing.assert_close(host(*args, modules=EACH), torch.stack(own, dim))
+
+
+SQUARE = randn(3, 3, 4)
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_each_tensor_has_an_axis_of_its_own(length: int) -> None:
+    net = Net(lambda s, x, p: s.plain(s.e(x, src_key_padding_mask=p)))
+    net.e = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
+    check(stirred(net), randn(length, 3, 4), torch.zeros(3, length, dtype=torch.bool), dim=1)
+
+    net = Net(lambda s, x, c: s.l2(s.r(s.l1(x), c)[0].transpose(0, 1).cumsum(0)).transpose(0, 1))
+    net.r = nn.GRU(5, 5, batch_first=True)
+    check(stirred(net), randn(3, length, 4), randn(1, 3, 5))
+
+
+class Uncopied:
+    def __init__(self, x: Tensor) -> None:
+        object.__setattr__(self, "x", x)
+
+    def __setattr__(self, *_: Any) -> None:
+        raise AttributeError("frozen")
+
+    def __copy__(self) -> Any:
+        raise TypeError("never")
+
+
+class Itself(Uncopied):
+    def __copy__(self) -> Any:
+        return self
+
+
+class Weak:
+    __slots__ = ("__weakref__", "x")
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class Circle:
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.me = x, [self]
+
+
+@pytest.mark.parametrize("way", [Uncopied, Itself, Weak, Circle, lambda x: deque([x])])
+def test_whatever_holds_the_batch(way: Callable[[Tensor], Any]) -> None:
+    given = way(SQUARE.clone())
+
+    def run(net: Net, batch: Any) -> Tensor:
+        return net.time_first(batch[0] if isinstance(batch, deque) else batch.x)
+
+    check(stirred(Net(run)), given, dim=1)
+    if not isinstance(given, deque):
+        assert torch.equal(given.x, SQUARE)
+        assert not stirred(Net(lambda s, x: s.plain(x.x))).probe({"x": given}).faults
+
+
+def test_what_a_host_writes_to_is_written_to_by_the_call_alone() -> None:
+    class Cache:
+        k: Tensor | None = None
+
+    def run(net: Net, x: Tensor, cache: Any) -> Tensor:
+        y = net.l1(x)
+        cache.k = y if cache.k is None else torch.cat([cache.k, y], 1)
+        return net.l2(cache.k.sum(1))
+
+    cache = Cache()
+    with torch.no_grad():
+        stirred(Net(run))(SQUARE, cache, modules=EACH)
+    assert cache.k is not None
+    assert cache.k.shape == (3, 3, 5)
+
+    cache = Cache()
+    stirred(Net(run)).probe({"x": SQUARE, "cache": cache})
+    assert cache.k is None
+
+
+def test_what_is_not_told_by_a_host_of_ones_own_is_refused() -> None:
+    net = Net(lambda s, x, g: s.time_first(x))
+    net.b = BertModel(
+        BertConfig(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=8,
+        )
+    )  # fmt: skip
+    with pytest.raises(CompositionError, match="called with a Generator, which can be read once"):
+        stirred(net)(SQUARE, torch.Generator(), modules=EACH)
+    counts = stirred(Net(lambda s, x, n: s.plain(x) * torch.ones(n, 1)))
+    with pytest.raises(CompositionError, match=r"not run on some of these \(it is called with int"):
+        counts(randn(3, 4), 3, modules=EACH)
+
+
+def test_numbers_of_numpy_are_told_apart() -> None:
+    host = stirred(Net(lambda s, x, c: s.time_first(x) if c else s.plain(x).cumsum(1)))
+    check(host, SQUARE, np.bool_(True), dim=1)
+    check(host, SQUARE, np.bool_(False))
+
+
+def test_other_functions_are_asked_anew() -> None:
+    host = stirred(Net(lambda s, x, pre: pre(s.plain(pre(x)).cumsum(1))))
+    check(host, SQUARE, lambda t: t)
+    check(host, SQUARE, lambda t: t.transpose(0, 1), dim=1)
+
+
+@pytest.mark.parametrize("warm", [torch.zeros_like(SQUARE), SQUARE[:, :1].expand(3, 3, 4) * 0 + 1])
+def test_a_batch_of_equal_examples_shows_nothing_for_others(warm: Tensor) -> None:
+    host = stirred(Net(Net.time_first))
+    with torch.no_grad():
+        host(warm, modules=EACH)
+    check(host, SQUARE, dim=1)
+
+
+@torch.no_grad()
+def test_a_list_of_outputs_is_of_examples_or_refused() -> None:
+    host = stirred(Net(lambda s, xs: [s.plain(x) for x in xs]))
+    xs = [randn(3, 4) for _ in EACH]
+    with pytest.raises(CompositionError, match="either may be the examples"):
+        host(xs, modules=EACH)
+
+
+@torch.no_grad()
+def test_a_host_with_what_cannot_be_copied() -> None:
+    import threading
+
+    net = Net()
+    net.lock = threading.Lock()
+    host, x = stirred(net), randn(3, 4)
+    check(host, x)
+    merged = host.merge("a")
+    torch.testing.assert_close(merged(x), host(x, modules="a"))
+    assert merged.lock is net.lock
+
+
+@torch.no_grad()
+def test_a_model_whose_forward_holds_on_to_it_is_not_copied() -> None:
+    net = Net()
+    old = net.forward
+    net.forward = lambda x: 2 * old(x)
+    host = stirred(net)
+    for copied in (lambda: host.merge("a"), lambda: copy.deepcopy(host)):
+        with pytest.raises(mg.ModgraftError, match="the model cannot be copied, as a merge does"):
+            copied()
