@@ -239,3 +239,30 @@ def test_keys_of_another_width_are_of_something_else() -> None:
     assert [site.path for site in host.sites("self_attention")] == ["attn1"]
     assert [site.path for site in host.sites("cross_attention")] == ["attn2", "mha"]
     assert len(host.sites("attention")) == 3
+
+
+def test_towers_beside_a_model_of_no_known_family_have_their_sense() -> None:
+    text = {
+        "model_type": "helium", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    }  # fmt: skip
+    eye = {
+        "model_type": "clip_vision_model", "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    config = transformers.LlavaConfig(text_config=text, vision_config=eye, image_token_index=98)
+    host = mg.Host(transformers.LlavaForConditionalGeneration(config))
+    assert all("language_model" in site.path for site in host.sites(["query", "value", "down"]))
+    assert all("vision_tower" in site.path for site in host.sites("vision.query"))
+    assert len(host.sites("vision.query")) == len(host.sites("query")) == 2
+    assert host.sites("query")[0].guessed
+
+
+def test_stages_of_blocks_are_no_blocks() -> None:
+    config = transformers.Swin2SRConfig(
+        image_size=16, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4
+    )
+    host = mg.Host(transformers.Swin2SRModel(config))
+    paths = [site.path for site in host.sites("block")]
+    assert len(paths) == 4
+    assert all(".layers." in path.split("stages.")[1] for path in paths)

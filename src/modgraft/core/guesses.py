@@ -7,7 +7,7 @@ fused projection is left out: nothing tells how its parts lie.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -37,10 +37,17 @@ _FEEDFORWARD = (
 )  # fmt: skip
 
 
-def guess(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
+def guess(model: nn.Module, without: Sequence[str] = ()) -> Mapping[str, tuple[str, ...]]:
     """Return role → patterns, of those roles that names and shapes of the layers leave no doubt
-    about."""
-    modules = dict(open_modules(model))
+    about.
+
+    Args:
+        model: the host's.
+        without: the paths of parts that are left out.
+    """
+    every = dict(open_modules(model))
+    left_out = tuple(f"{path}." for path in without)
+    modules = {p: m for p, m in every.items() if not f"{p}.".startswith(left_out)}
     names = (
         "query key value output attention self_attention cross_attention up down block "
         "experts experts.up experts.down"
@@ -59,7 +66,12 @@ def guess(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
             for b in blocks for role in ("query", "down")
         ):  # fmt: skip
             found["block"] += blocks
-    labels = [*modules, *(label for p, m in modules.items() for label, _ in weight_labels(p, m))]
+    inner = {b for b in found["block"] for other in found["block"] if b.startswith(f"{other}.")}
+    if inner:  # stages of blocks are none
+        found["block"] = [
+            b for b in found["block"] if not any(i.startswith(f"{b}.") for i in inner)
+        ]
+    labels = [*every, *(label for p, m in every.items() for label, _ in weight_labels(p, m))]
     return {role: _patterns(some, labels) for role, some in found.items() if some}
 
 

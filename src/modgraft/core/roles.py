@@ -3,7 +3,8 @@
 A host may be a known model, or hold one: a wrapper of one's own, a model with PEFT's layers, an eye
 beside a language model. Each known model in it brings the roles of its family. Where there is a
 language model the roles are its, and those of a tower that reads something else have its sense
-before them: ``"query"``, ``"vision.query"``. In a host without one they are the first tower's.
+before them: ``"query"``, ``"vision.query"``. In a host without one they are the first tower's,
+unless what is around the known towers attends too: that is the model then, with guessed roles.
 """
 
 from __future__ import annotations
@@ -48,13 +49,16 @@ def roles_of(model: nn.Module) -> Roles:
         return Roles(guess(model), guessed=True)
     senses = [family.sense for _, family, _ in known]
     plain = next((sense for sense in _FIRST if sense in senses), senses[0])
+    around = guess(model, [path for path, *_ in known]) if plain else {}
     found: dict[str, tuple[str, ...]] = {}
+    if "query" in around or "attention" in around:  # towers beside a model of no known family
+        plain, found = "", dict(around)
     for path, family, config in sorted(known, key=lambda each: each[1].sense != plain):
         before = "" if family.sense == plain else f"{family.sense}."
         for role, patterns in family.roles(config).items():
             more = tuple(joined(path, each) for each in patterns)
             found[before + role] = found.get(before + role, ()) + more
-    return Roles(found)
+    return Roles(found, guessed=bool(around) and not plain)
 
 
 def same_input(model: nn.Module) -> list[tuple[str, ...]]:

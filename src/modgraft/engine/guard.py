@@ -69,8 +69,9 @@ class Guard:
         """
         for layer in self.layers:
             state: State = layer.__dict__[STATE]
-            paths = {state.path, full_name(model, state.path)}
-            if not any(_at(model, path) is layer for path in paths):
+            if _at(model, state.path) is layer:
+                continue
+            if _at(model, full_name(model, state.path)) is not layer:
                 name = next(iter(state.entries), "")
                 raise ModgraftError(
                     f"{state.path}, the {type(layer).__name__} that {name!r} acts in, was moved or "

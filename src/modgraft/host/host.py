@@ -661,9 +661,9 @@ class Host(AsModel):
             raise ModgraftError("host.save: there is no module to save; name one, or implant one")
         for name in chosen:
             self._bring(name)
-        self._guard.check_paths(self.model)
         path = folder_path(folder, "host.save")
         with self._guard.gate, writing(path):
+            self._guard.check_paths(self.model)
             if format == "modgraft":
                 return save(self, chosen, path, about, together=not one)
             if about:

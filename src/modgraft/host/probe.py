@@ -557,8 +557,9 @@ class _Host:
             verdict.each = "raises"
             verdict.faults.append(_said(error))
             return
-        for new, all_, none, own in zip(mixed, out, self.out, self.apart, strict=True):
-            if not own or new.dim() <= axis or new.shape[axis] % count:
+        for new, all_, none, own in zip(mixed, out, self.out, self.apart, strict=False):
+            alike = new.shape == all_.shape == none.shape  # a text with a prompt is longer
+            if not own or not alike or new.dim() <= axis or new.shape[axis] % count:
                 continue
             effect, each = distance(all_, none), new.shape[axis] // count
             truth = torch.cat(

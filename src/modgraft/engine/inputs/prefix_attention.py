@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from modgraft.computation.base import KeyValueComposition
 from modgraft.core.compiled import switched
 from modgraft.core.context import kept_in_call
-from modgraft.core.errors import CompositionError, ModgraftError
+from modgraft.core.errors import CompositionError, ModgraftError, UndividedError
 from modgraft.core.expression import Expression, weighted
 from modgraft.core.per_example import Each
 from modgraft.engine.inputs.expressions import fold
@@ -90,6 +90,13 @@ def _attend(
     if state is None or before is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
     _check_supported(before, state, kind, kwargs)
+    if before.keys.shape[0] != key.shape[0]:
+        raise UndividedError(
+            f"{before.names} gives each example keys and values of its own, and {state.path} "
+            f"attends in {key.shape[0]} row(s) for {before.keys.shape[0]} examples, all of them in "
+            f"one as a tower of packed images does; call the host once for each composition",
+            state.path,
+        )
     count = before.keys.shape[2]
     causal = kwargs.get("is_causal")
     if causal is None:

@@ -21,10 +21,17 @@ IDS, EMBEDDINGS = "input_ids", "inputs_embeds"
 _PLACES = {
     "start_positions", "end_positions",  # of an answer
     "question_positions",  # Splinter: where its answer is asked for
-    "entity_position_ids",  # LUKE: the words of each entity
+    "entity_position_ids", "entity_start_positions", "entity_end_positions",  # LUKE: of entities
+    "region_to_phrase_position",  # VisualBERT: the word that each part of an image belongs to
     "mc_token_ids",  # GPT-2 with two heads: where a choice is read
 }  # fmt: skip
 """Arguments that name places in the text."""
+
+_LENGTHS = {
+    "lengths",  # XLM, Flaubert: of each text
+    "question_lengths",  # BigBird: of the question before each text
+}  # fmt: skip
+"""Arguments that say how many tokens something takes that begins where the text does."""
 
 _PADDING = {"xpath_tags_seq": "tag_pad_id", "xpath_subs_seq": "subs_pad_id"}  # MarkupLM's
 """Arguments that have an id for none, by its name in the configuration, where others have 0."""
@@ -47,6 +54,8 @@ class Splice:
             known to be none.
         relay: acts at the layers inside the host where the tokens come in or leave.
         image_is: where outputs that are longer hold an image, "behind" or "before" the text.
+        classes: how many the host tells apart: ``logits`` ``[B, n]`` of another number are of the
+            positions, as where cells of a table are chosen.
     """
 
     kwargs: dict[str, Any]
@@ -57,6 +66,7 @@ class Splice:
     ends_unseen: Tensor | None = None
     relay: Relay | None = None
     image_is: str = ""
+    classes: int | None = None
 
     def trim(self, out: Any) -> Any:
         """Return the model's output without the positions of the tokens."""
@@ -74,6 +84,8 @@ class Splice:
             value = getattr(out, key, None)
             if not isinstance(value, Tensor):
                 continue
+            if key == "logits" and self.classes not in (None, self.total):
+                dims = min(dims, value.dim())
             own = bool(self.image_is) and dims == 3 and value.shape[1] > self.total
             if value.dim() == dims and (own or value.shape[1] == self.total):
                 start = value.shape[1] - self.total if self.image_is == "before" else 0
@@ -123,6 +135,8 @@ def splice(
     what, text = _text(kwargs)
     batch, length = text.shape[:2]
     given = kwargs.get(MASK)
+    if given is None and MASK in reading.arguments:
+        given = _mask_in_other_words(kwargs, text)
     _check_ids(text)
     _check_mask(given, text)
     check_whole(model, kwargs, generating and what == IDS)
@@ -155,7 +169,8 @@ def splice(
         kwargs[LABELS] = torch.cat([kwargs[LABELS], of_image], dim=1)
     relay = _relay(reading, groups) if what == IDS and groups else None
     whole = Splice(kwargs, text, rows.keep, rows.values[what].shape[1], relay=relay)
-    whole = replace(whole, image_is=reading.image_is)
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    whole = replace(whole, image_is=reading.image_is, classes=classes)
     if decodes:
         return replace(whole, keep=None)
     count = sum(own.seen.shape[1] for own in groups)
@@ -217,7 +232,8 @@ def _text(kwargs: dict[str, Any]) -> tuple[str, Tensor]:
         if kwargs[name].dim() != dims:
             raise ModgraftError(
                 f"an input module puts tokens before texts [batch, T], not before "
-                f"{list(kwargs[name].shape)}"
+                f"{list(kwargs[name].shape)}, as the choices of a question are; implant a Prefix, "
+                f"which takes no place in a text"
             )
         return name, kwargs[name]
     raise ModgraftError(
@@ -239,10 +255,10 @@ def _decodes(model: nn.Module, reading: Reading, kwargs: dict[str, Any], generat
     if not (
         generating or from_labels or kwargs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
     ):
+        either = "pass decoder_input_ids, or " if _can_generate(model) else ""
         raise ModgraftError(
             f"an input module puts tokens before the encoder's text alone, and {reading.host} was "
-            f"given none for its decoder; pass decoder_input_ids, or implant a Prefix, which takes "
-            f"no place in a text"
+            f"given none for its decoder; {either}implant a Prefix, which takes no place in a text"
         )
     return True
 
@@ -353,6 +369,16 @@ def _check_mask(given: Any, text: Tensor) -> None:
         raise ModgraftError(f"with an input module, attention_mask is {list(text.shape[:2])}")
 
 
+def _mask_in_other_words(kwargs: dict[str, Any], text: Tensor) -> Tensor | None:
+    """Return the mask ``[B, T]`` that XLNet's ``input_mask`` or XLM's ``lengths`` says."""
+    if "input_mask" in kwargs:
+        kwargs[MASK] = 1 - kwargs.pop("input_mask")
+    elif "lengths" in kwargs:
+        at = torch.arange(text.shape[1], device=text.device)
+        kwargs[MASK] = (at < kwargs["lengths"][:, None]).long()
+    return kwargs.get(MASK)
+
+
 def _check_masks(reading: Reading) -> None:
     """Refuse tokens that may be unseen, where the host sees all that it is given.
 
@@ -400,6 +426,11 @@ def _move_places(kwargs: dict[str, Any], keep: Tensor, count: int) -> None:
         moved = keep.gather(1, at.clamp(0, length - 1))
         moved = torch.where(at < length, moved, at + count)
         kwargs[key] = torch.where(at < 0, at, moved).view(kwargs[key].shape)
+    for key in _LENGTHS & kwargs.keys():
+        size = kwargs[key].reshape(batch, -1)
+        moved = keep.gather(1, (size - 1).clamp(0, length - 1)) + 1  # behind the last one
+        moved = torch.where(size > length, size + count, moved)
+        kwargs[key] = torch.where(size <= 0, size, moved).view(kwargs[key].shape)
 
 
 def _wanted(kwargs: dict[str, Any], length: int, in_order: bool) -> Any:

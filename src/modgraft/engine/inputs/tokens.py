@@ -147,6 +147,12 @@ def _explained(reading: Reading, plan: Splice, run: Callable[[], Any]) -> Any:
         return run()
     except (IndexError, RuntimeError) as error:
         text, table, longest = plan.text, reading.table, reading.longest
+        if reading.inside and not isinstance(error, ModgraftError):
+            raise ModgraftError(
+                f"{reading.host} does not run with tokens before its patches ({error!s:.150}): its "
+                f"head may fold what it reads into a map. Implant a Prefix, which takes no place "
+                f"among them, or a module at its layers"
+            ) from error
         if text is None or table is None:
             raise
         length = text.shape[1]
