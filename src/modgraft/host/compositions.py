@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modgraft.core import expression as ex
 from modgraft.core.context import EXAMPLE, Context, Layout, Side, missing_side
-from modgraft.core.errors import CompositionError
+from modgraft.core.errors import CompositionError, SideError
 from modgraft.core.parse import parse
 from modgraft.core.per_example import Each, Weighted
 from modgraft.core.tensors import first_tensor, tensors_in
@@ -204,6 +204,33 @@ def check_sides(
         weight = composition.weights()[name]
         if isinstance(weight, Tensor) or weight != 0.0:
             raise missing_side(name, source)
+
+
+def check_generated(sides: Mapping[str, Side], args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Refuse to generate for another number of texts than a side input has examples.
+
+    Beams and returned sequences of one text share its side input later, so that no layer sees it.
+
+    Args:
+        sides: those of the call.
+        args: what ``generate`` is called with.
+        kwargs: what it is called with by name.
+
+    Raises:
+        SideError: with both numbers.
+    """
+    named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
+    texts = next((each for each in (*args, *named) if isinstance(each, Tensor)), None)
+    every = tensors_in((args, kwargs)) if texts is None else [texts]
+    rows = [each.shape[0] for each in every if each.dim()]
+    for name, side in sides.items():
+        have = side.tensor.shape[0]
+        if rows and have not in rows:
+            raise SideError(
+                f"side input {name!r} has {have} examples for a batch of {rows[0]}; pass one row "
+                f"for each example, with an all-False mask row for one without it. The beams and "
+                f"returned sequences of an example share its row by themselves"
+            )
 
 
 def examples_of(composition: ex.Expression, sides: Mapping[str, Side]) -> int | None:

@@ -77,6 +77,7 @@ from modgraft.host.compositions import (
     Compositions,
     Reader,
     check_batch,
+    check_generated,
     check_sides,
     examples_of,
     named,
@@ -488,6 +489,10 @@ class Host(AsModel):
     def _run(
         self, run: Callable[..., Any], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if call.generating and call.composition is not None:
+            read = {self._context.side_sources.get(name) for name in call.composition.names()}
+            sides = {name: side for name, side in call.side.items() if name in read}
+            check_generated(sides, args, kwargs)
         if self._context.routed:
             call = routed(self.model, self._implants, call, args, kwargs)
         if (composition := call.composition) is not None:
