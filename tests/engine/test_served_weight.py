@@ -154,6 +154,7 @@ def test_asking_a_weight_for_its_type_computes_nothing(monkeypatch: pytest.Monke
         decoder_start_token_id=0,
     )  # fmt: skip
     host = stirred(T5ForConditionalGeneration(config), "down", mg.LoRA(rank=2))
+    host(input_ids=IDS, labels=IDS)  # now it is known that its layers are called
     made: list[str] = []
     from modgraft.engine.state import State
 

@@ -115,32 +115,9 @@ def served(name: str, original: property | None) -> property:
         if own is None or state is None or COPIED in layer.__dict__:
             return own
         try:
-            return shown(layer, state, own)
+            return _shown(layer, state, name, own)
         except AttributeError as error:  # which would make nn.Module look for the plain tensor
             raise RuntimeError(f"the weight of {state.path}: {error}") from error
-
-    def shown(layer: nn.Module, state: Any, own: Tensor) -> Tensor:
-        if torch.compiler.is_dynamo_compiling():  # what nothing is computed with leaves the graph
-            return own if state.compiled_bare else state.changed(layer, name, own)
-        running = _changes.get()
-        if running is not None and layer in running:
-            return state.with_changes(layer, name, own, running[layer])
-        if not state.context.in_forward():
-            state.context.check_reader(lambda composition: bool(state.groups(composition)))
-            return own
-        if not state.changes_now():
-            return own
-        check_whole(own, state.path)
-        if not state.called:  # and may never be: what is computed with it may be any code
-            with suppress(UndividedError):  # only its shape may be asked for
-                new = state.changed(layer, name, own)
-                if new is not own and isinstance(own, nn.Parameter):
-                    new._is_param = True  # which is what isinstance looks for
-                return new
-        kept = state.served.get(name)
-        if kept is None:
-            kept = state.served[name] = ServedWeight.of(layer, name, own)
-        return kept
 
     def write(layer: nn.Module, value: Any) -> None:
         if original is not None and original.fset is not None:
@@ -154,6 +131,32 @@ def served(name: str, original: property | None) -> property:
         del layer.__dict__[name]
 
     return _Served(read, write, delete)
+
+
+def _shown(layer: nn.Module, state: Any, name: str, own: Tensor) -> Tensor:
+    """Return what is read of the tensor ``own``, which ``layer`` stores as ``name``."""
+    if torch.compiler.is_dynamo_compiling():  # what nothing is computed with leaves the graph
+        return own if state.compiled_bare else state.changed(layer, name, own)
+    running = _changes.get()
+    if running is not None and layer in running:
+        return state.with_changes(layer, name, own, running[layer])
+    if not state.context.in_forward():
+        state.context.check_reader(lambda composition: bool(state.groups(composition)))
+        return own
+    if not state.changes_now():
+        return own
+    check_whole(own, state.path)
+    several = isinstance(layer, nn.ParameterList | nn.ParameterDict)  # a slice takes leaves alone
+    if not state.called and not several:  # it may never be, and any code may compute with it
+        with suppress(UndividedError):  # only its shape may be asked for
+            new = state.changed(layer, name, own)
+            if new is not own and isinstance(own, nn.Parameter):
+                new._is_param = True  # which is what isinstance looks for
+            return new
+    kept = state.served.get(name)
+    if kept is None:
+        kept = state.served[name] = ServedWeight.of(layer, name, own)
+    return kept
 
 
 def shown_by_name(kind: type[nn.Module], names: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
@@ -178,7 +181,8 @@ def shown_by_name(kind: type[nn.Module], names: tuple[str, ...]) -> dict[str, Ca
     def save_to_state_dict(layer: nn.Module, destination: Any, prefix: str, keep: bool) -> None:
         kind._save_to_state_dict(layer, destination, prefix, keep)
         for name in names if is_run(layer) else ():
-            if isinstance(value := getattr(layer, name, None), ServedWeight):
+            value = getattr(layer, name, None)
+            if isinstance(value, Tensor) and value is not layer._parameters.get(name):
                 destination[prefix + name] = value if keep else value.detach()
 
     return {"named_parameters": named_parameters, "_save_to_state_dict": save_to_state_dict}
