@@ -108,7 +108,8 @@ def ask(
         CompositionError: where the host does not run on some of the examples.
     """
     batch, own = _told(twin_of(model), args, kwargs, count)
-    if batch is None and next(_batches(args, kwargs, count), None) is not None:
+    nested = any(value.is_nested for value in tensors_in((args, kwargs)))  # its layers say more
+    if batch is None and not nested and next(_batches(args, kwargs, count), None) is not None:
         check_assumed(model, {}, args, kwargs)
     says = STATE in model.__dict__ or own.get("") == 1  # what the whole host has second, it says
     found = {path: axis for path, axis in own.items() if path or says}

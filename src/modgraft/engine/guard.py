@@ -61,12 +61,14 @@ class Guard:
         """Return whether a layer of ``model`` is in training mode, or is held out of it here."""
         return layer.training or (model.training and isinstance(layer, STATISTICS))
 
-    def check_paths(self, model: nn.Module) -> None:
+    def check_paths(self, host: nn.Module) -> None:
         """Refuse to go by the names of layers that stand elsewhere than they did.
 
         Raises:
             ModgraftError: with the layer's path and the remedy.
         """
+        self._places.check(host)
+        model = host.get_submodule("model")
         for layer in self.layers:
             state: State = layer.__dict__[STATE]
             if _at(model, state.path) is layer:
@@ -207,6 +209,9 @@ class Places:
         self._shapes: dict[nn.Module, dict[str, list[int]]] = {}  # of the layers' own weights
         self._kinds: list[type] = []  # the layers' classes
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_kinds": []}  # classes that are made here cannot be pickled
+
     @property
     def layers(self) -> list[nn.Module]:
         """The layers."""
@@ -242,7 +247,7 @@ class Places:
             ModgraftError: with the layer's path and the remedy.
         """
         # C over whole lists: this is asked at every call
-        if not all(map(is_, map(type, self._shapes), self._kinds)):
+        if not all(map(is_, map(type, self._shapes), self._kinds)):  # empty: not looked yet
             self._refuse_kind()
         if all(map(is_, map(dict.get, self._children, self._names), self._modules)):
             return

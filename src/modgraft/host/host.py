@@ -668,7 +668,7 @@ class Host(AsModel):
             self._bring(name)
         path = folder_path(folder, "host.save")
         with self._guard.gate, writing(path):
-            self._guard.check_paths(self.model)
+            self._guard.check_paths(self)
             if format == "modgraft":
                 return save(self, chosen, path, about, together=not one)
             if about:
@@ -792,7 +792,7 @@ class Host(AsModel):
         """
         read = self.composition if composition is ... else self.read(composition)
         with self._guard.gate.change("host.merge(…)"), self._guard.state(self):
-            self._guard.check_paths(self.model)
+            self._guard.check_paths(self)
             return merged(self.model, self._implants, read)
 
     # -- looking --------------------------------------------------------------------------------
@@ -822,7 +822,7 @@ class Host(AsModel):
         given.pop("side", None)
         self._bring_all()
         with self._guard.gate.change("host.probe(…)"):  # it fills the modules with other numbers
-            self._guard.check_paths(self.model)
+            self._guard.check_paths(self)
             return probe(
                 self.model,
                 self._implants,
