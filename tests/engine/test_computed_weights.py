@@ -116,6 +116,44 @@ def test_a_weight_that_any_code_reads_is_the_changed_one(how: str) -> None:
     torch.testing.assert_close(found, [parameter.grad for parameter in other["a"].parameters()])
 
 
+BESIDE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a function": lambda s, x: F.linear(x, s.l1.weight),
+    "vmap": lambda s, x: torch.vmap(lambda w: x @ w, out_dims=1)(s.l1.weight),
+    "TorchScript": lambda s, x: scripted(x, s.l1.weight),
+    "an autograd function": lambda s, x: Product.apply(x, s.l1.weight),
+    "copied": lambda s, x: x @ torch.zeros(5, 4, dtype=x.dtype).copy_(s.l1.weight).T,
+    "added": lambda s, x: x @ torch.zeros(5, 4, dtype=x.dtype).add_(s.l1.weight).T,
+    "filled": lambda s, x: x @ _filled(x, s.l1.weight).T,
+}
+
+
+def _filled(x: Tensor, weight: Tensor) -> Tensor:
+    new = torch.zeros(5, 4, dtype=x.dtype)
+    new[:] = weight
+    return new
+
+
+@pytest.mark.parametrize("how", BESIDE)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_weight_of_a_layer_that_is_also_called(how: str) -> None:
+    host = host_of(Net(lambda s, x: s.l2((s.l1(x) + BESIDE[how](s, x)).tanh())))
+    merged = host.merge("a")
+    with torch.no_grad():
+        for _ in range(2):  # at first it is not known yet that the layer is called
+            torch.testing.assert_close(host(X), merged(X))
+    if how in ("vmap", "TorchScript", "an autograd function"):
+        words = "TorchScript int" if how == "TorchScript" else "l1, which this host also calls"
+        with pytest.raises((mg.ModgraftError, RuntimeError), match=words):
+            host(X).sum().backward()
+        return
+    host(X).square().sum().backward()
+    found = [parameter.grad for parameter in host["a"].parameters()]
+    host.zero_grad()
+    other = host_of(Net(lambda s, x: s.l2((s.l1(x) + F.linear(x, s.l1.weight)).tanh())))
+    other(X).square().sum().backward()
+    torch.testing.assert_close(found, [parameter.grad for parameter in other["a"].parameters()])
+
+
 @torch.no_grad()
 def test_a_layer_that_was_moved_or_parametrised_after_the_implant(tmp_path: Path) -> None:
     def calls(host: mg.Host) -> list[Callable[[], Any]]:
@@ -142,5 +180,14 @@ def test_a_layer_that_was_moved_or_parametrised_after_the_implant(tmp_path: Path
     net = Net()
     host = host_of(net)
     parametrizations.weight_norm(net.l1)
-    with pytest.raises(mg.ModgraftError, match="l1 is of another class since 'a' was implanted"):
-        host(X)
+    for call in (lambda: host(X), lambda: host.remove("a")):
+        with pytest.raises(mg.ModgraftError, match="l1 is of another class since 'a' was implant"):
+            call()
+    torch.nn.utils.parametrize.remove_parametrizations(net.l1, "weight")
+    host(X)
+    net = Net()
+    host = host_of(net)
+    net.l1 = nn.DataParallel(net.l1)
+    for call in calls(host):
+        with pytest.raises(mg.ModgraftError, match="l1, the Linear that 'a' acts in, was moved or"):
+            call()

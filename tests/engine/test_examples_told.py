@@ -74,6 +74,49 @@ def test_each_tensor_has_an_axis_of_its_own(length: int) -> None:
     check(stirred(net), randn(3, length, 4), randn(1, 3, 5))
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("length", [3, 5])
+def test_a_tensor_may_belong_to_all_examples(length: int, first: bool) -> None:
+    """A causal mask [n, n], and positions [n, d], with as many steps as examples."""
+    net = Net(lambda s, x, m: s.plain(s.e(x, src_mask=m, is_causal=True)))
+    net.e = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=first)
+    mask = torch.full((length, length), float("-inf"), dtype=torch.float64).triu(1)
+    x = randn(3, length, 4) if first else randn(length, 3, 4)
+    check(stirred(net), x, mask, dim=0 if first else 1)
+    if first:
+        check(stirred(Net(lambda s, x, p: s.plain(x + p))), x, randn(length, 4))
+        check(stirred(Net(lambda s, x, p: s.plain(x * p[:, None]))), x, randn(length))
+
+
+@torch.no_grad()
+def test_an_eye_that_sees_more_pictures_than_texts_has_no_examples_first() -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    text = {
+        "model_type": "llama", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 1, "num_attention_heads": 2,
+    }  # fmt: skip
+    eye = {
+        "model_type": "clip_vision_model", "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 48, "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    config = LlavaConfig(text_config=text, vision_config=eye, image_token_index=98)
+    host = mg.Host(LlavaForConditionalGeneration(config)).eval()
+    host.implant("a", mg.LoRA(rank=2), at="vision.query", active=False)
+    host.implant("b", mg.LoRA(rank=2), at="query", active=False)
+    for parameter in host.implants.parameters():
+        parameter.normal_(0, 0.3)
+    ids = torch.randint(3, 90, (3, 12))
+    for row, pictures in enumerate((2, 1, 0)):  # three in all
+        ids[row, : 4 * pictures] = 98
+    batch = {"input_ids": ids, "pixel_values": torch.randn(3, 3, 16, 16)}
+    with pytest.raises(mg.ModgraftError, match=r"vision_tower.*has no axis of the examples"):
+        host(**batch, modules=["a", None, None])
+    each = host(**batch, modules=["b", None, "b"]).logits
+    for i, module in enumerate(("b", None, "b")):
+        torch.testing.assert_close(each[i], host(**batch, modules=module).logits[i])
+
+
 class Uncopied:
     def __init__(self, x: Tensor) -> None:
         object.__setattr__(self, "x", x)
@@ -146,7 +189,7 @@ def test_what_is_not_told_by_a_host_of_ones_own_is_refused() -> None:
     with pytest.raises(CompositionError, match="called with a Generator, which can be read once"):
         stirred(net)(SQUARE, torch.Generator(), modules=EACH)
     counts = stirred(Net(lambda s, x, n: s.plain(x) * torch.ones(n, 1)))
-    with pytest.raises(CompositionError, match=r"not run on some of these \(it is called with int"):
+    with pytest.raises(CompositionError, match=r"some of these: Runt.*\(it is called with int"):
         counts(randn(3, 4), 3, modules=EACH)
 
 
@@ -174,8 +217,9 @@ def test_a_batch_of_equal_examples_shows_nothing_for_others(warm: Tensor) -> Non
 def test_a_list_of_outputs_is_of_examples_or_refused() -> None:
     host = stirred(Net(lambda s, xs: [s.plain(x) for x in xs]))
     xs = [randn(3, 4) for _ in EACH]
-    with pytest.raises(CompositionError, match="either may be the examples"):
-        host(xs, modules=EACH)
+    for given in (xs, deque(xs)):
+        with pytest.raises(CompositionError, match="either may be the examples"):
+            host(given, modules=EACH)
 
 
 @torch.no_grad()
@@ -200,3 +244,14 @@ def test_a_model_whose_forward_holds_on_to_it_is_not_copied() -> None:
     for copied in (lambda: host.merge("a"), lambda: copy.deepcopy(host)):
         with pytest.raises(mg.ModgraftError, match="the model cannot be copied, as a merge does"):
             copied()
+
+
+@torch.no_grad()
+def test_a_compiled_part_is_copied() -> None:
+    net = Net()
+    net.before = torch.compile(nn.Linear(4, 4), backend="eager")
+    net.go = lambda s, x: s.plain(s.before(x))
+    host, x = stirred(net), randn(3, 4)
+    wanted = host(x, modules="a")
+    torch.testing.assert_close(host.merge("a")(x), wanted)
+    torch.testing.assert_close(copy.deepcopy(host)(x, modules="a"), wanted)

@@ -12,6 +12,7 @@ its input, the host's own output says which one holds the examples.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel
 from modgraft.core.context import UNSEEN, Layout
 from modgraft.core.errors import CompositionError
 from modgraft.core.layers import STATE
+from modgraft.core.roles import known_models
 from modgraft.core.tensors import (
     contents,
     is_of_a_library,
@@ -107,10 +109,11 @@ def ask(
     Raises:
         CompositionError: where the host does not run on some of the examples.
     """
-    batch, own = _told(twin_of(model), args, kwargs, count)
+    batch, own, error = _told(twin_of(model), args, kwargs, count)
     nested = any(value.is_nested for value in tensors_in((args, kwargs)))  # its layers say more
     if batch is None and not nested and next(_batches(args, kwargs, count), None) is not None:
-        check_assumed(model, {}, args, kwargs)
+        check_assumed(model, {}, args, kwargs, error)
+        own = _in_towers(model)
     says = STATE in model.__dict__ or own.get("") == 1  # what the whole host has second, it says
     found = {path: axis for path, axis in own.items() if path or says}
     return found, batch is None or batch.count == 1 or batch.differ
@@ -118,13 +121,16 @@ def ask(
 
 def _told(
     twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], count: int | None
-) -> tuple[_Batch | None, dict[str, int | None]]:
-    """Return how the arguments are those of examples, and what layers say of them then."""
+) -> tuple[_Batch | None, dict[str, int | None], Exception | None]:
+    """Return how the arguments are those of examples, what layers say of them then, and what the
+    host raised at first where they are not."""
     best: tuple[_Batch | None, dict[str, int | None]] = None, {}
+    first: Exception | None = None
     for batch in _batches(args, kwargs, count):
         try:
             found = _ask_along(twin, batch)
-        except REFUSALS:  # a host that takes no other number along this axis cannot be asked so
+        except REFUSALS as error:  # a host that takes no other number cannot be asked so
+            first = first or error
             continue
         if batch.listed:
             best = batch, found
@@ -135,12 +141,22 @@ def _told(
         if listed and another and told == _is_told(best[1]):
             raise CompositionError(_EITHER.format(n=batch.count, axis=batch.axis))
         if told:
-            return batch, found
+            return batch, found, first
         if batch.several or batch.axes or listed:
             continue
         if best[0] is None or _untold(found) < _untold(best[1]):
             best = batch, found
-    return best
+    return best[0], best[1], first
+
+
+def _in_towers(model: nn.Module) -> dict[str, int | None]:
+    """Return that the layers of towers are not known to have the examples first.
+
+    A text may have several images, or none, so that the third image is not the third text's.
+    """
+    towers = [f"{path}." for path, family, _ in known_models(model) if family.sense and path]
+    grafted = [path for path, layer in model.named_modules() if STATE in layer.__dict__]
+    return {path: None for path in grafted if path.startswith(tuple(towers))}
 
 
 def _is_told(found: Mapping[str, int | None]) -> bool:
@@ -174,7 +190,7 @@ def ask_parts(
         paths: the parts.
     """
     twin = twin_of(model)
-    batch, _ = _told(twin, args, kwargs, count)
+    batch, _, _ = _told(twin, args, kwargs, count)
     if batch is None:
         return {}
     number, rows = batch.thrice()
@@ -246,7 +262,8 @@ class _Batch:
 
     def _some(self, value: Any, rows: list[int]) -> Any:
         def part(value: Any) -> Any:
-            if self.listed and isinstance(value, list | tuple) and len(value) == self.count:
+            some = isinstance(value, list | tuple | deque)
+            if self.listed and some and len(value) == self.count:
                 return with_contents(value, {k: value[i] for k, i in enumerate(rows)})
             if isinstance(value, Tensor):
                 return self._rows(value, rows)
@@ -291,10 +308,11 @@ class _Batch:
         return len(few), (few, [*few, few[0]], [few[-1], *few[1:]])
 
 
-def lists_in(args: tuple, kwargs: Mapping[str, Any]) -> list[list | tuple]:
+def lists_in(args: tuple, kwargs: Mapping[str, Any]) -> list[list | tuple | deque]:
     """Return the lists and tuples in the arguments."""
     values = (*args, *kwargs.values())
-    return [each for value in values for each in walk(value) if isinstance(each, list | tuple)]
+    kinds = list | tuple | deque
+    return [each for value in values for each in walk(value) if isinstance(each, kinds)]
 
 
 def _batches(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Iterator[_Batch]:
@@ -316,17 +334,16 @@ def _batches(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Itera
 
 def _mixed(tensors: Sequence[Tensor], count: int) -> Iterator[dict[int, int | None]]:
     """Yield the ways in which tensors have ``count`` examples on axes that are not all the same."""
-    own = {
-        id(value): [a for a, size in enumerate(value.shape[:2]) if size == count]
-        for value in tensors
-    }
-    ways = product(*(axes or [None] for axes in own.values()))
-    for way in islice(ways, WAYS):
-        if {0, 1} <= set(way):
-            yield dict(zip(own, way, strict=True))
+    own = {id(t): [a for a, n in enumerate(t.shape[:2]) if n == count] for t in tensors}
+    every = product(*((*axes, None) for axes in own.values()))
+    ways = [way for way in islice(every, 3**6) if set(way) != {None}]
+    # first is likelier than second, and a tensor of examples than one that all of them share
+    ways.sort(key=lambda way: (way.count(1), way.count(None)))
+    for way in ways[:WAYS]:
+        yield dict(zip(own, way, strict=True))
 
 
-WAYS = 16
+WAYS = 32
 """In how many ways tensors are tried of which several axes may be that of the examples."""
 
 
@@ -499,7 +516,13 @@ def _computes(hook: Callable[..., Any]) -> bool:
     return type(hook).__module__.startswith("torch.") or captures(hook)
 
 
-def check_assumed(model: nn.Module, layout: Layout, args: tuple, kwargs: Mapping[str, Any]) -> None:
+def check_assumed(
+    model: nn.Module,
+    layout: Layout,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    error: Exception | None = None,
+) -> None:
     """Refuse a call of which nobody can be asked where its examples lie, and nothing tells.
 
     Where it was found for another call it is taken to be the same, and transformers' models have it
@@ -510,6 +533,7 @@ def check_assumed(model: nn.Module, layout: Layout, args: tuple, kwargs: Mapping
         layout: what was found for another call.
         args: what the host is called with.
         kwargs: what it is called with by name.
+        error: what the host raised when it was asked.
 
     Raises:
         CompositionError: with what cannot be used twice, or taken apart.
@@ -527,15 +551,15 @@ def check_assumed(model: nn.Module, layout: Layout, args: tuple, kwargs: Mapping
         every = walk((*args, *kwargs.values()))
         others = [type(v).__name__ for v in every if contents(v) is None and v is not None]
         beside = ", ".join(dict.fromkeys(n for n in others if n not in ("Tensor", "bool")))
-        why = "it does not run on some of these" + f" (it is called with {beside} too)" * bool(
-            beside
-        )
+        said = "" if error is None else f": {type(error).__name__}: {str(error).strip()!s:.150}"
+        why = f"it does not run on some of these{said}"
+        why += f" (it is called with {beside} too)" * bool(beside)
     raise CompositionError(
         f"the examples of a batch act by themselves here, and where they lie in the host's layers "
         f"is found by running it on some of them; {why}. Call it with tensors, lists, mappings or "
         f"objects of your own that hold them and nothing that counts them, or call it once for "
         f"each composition"
-    )
+    ) from error
 
 
 def _kept_or_used_up(args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from operator import is_
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from modgraft.core.errors import ModgraftError
@@ -61,6 +62,14 @@ class Guard:
         """Return whether a layer of ``model`` is in training mode, or is held out of it here."""
         return layer.training or (model.training and isinstance(layer, STATISTICS))
 
+    def check_kinds(self) -> None:
+        """Refuse to take modules off layers that are of another class since.
+
+        Raises:
+            ModgraftError: with the layer's path and the remedy.
+        """
+        self._places.check_kinds()
+
     def check_paths(self, host: nn.Module) -> None:
         """Refuse to go by the names of layers that stand elsewhere than they did.
 
@@ -71,9 +80,11 @@ class Guard:
         model = host.get_submodule("model")
         for layer in self.layers:
             state: State = layer.__dict__[STATE]
-            if _at(model, state.path) is layer:
+            there = _at(model, state.path)
+            if there is layer:
                 continue
-            if _at(model, full_name(model, state.path)) is not layer:
+            spread = isinstance(there, DataParallel | DistributedDataParallel)
+            if spread or _at(model, full_name(model, state.path)) is not layer:
                 name = next(iter(state.entries), "")
                 raise ModgraftError(
                     f"{state.path}, the {type(layer).__name__} that {name!r} acts in, was moved or "
@@ -247,8 +258,7 @@ class Places:
             ModgraftError: with the layer's path and the remedy.
         """
         # C over whole lists: this is asked at every call
-        if not all(map(is_, map(type, self._shapes), self._kinds)):  # empty: not looked yet
-            self._refuse_kind()
+        self.check_kinds()
         if all(map(is_, map(dict.get, self._children, self._names), self._modules)):
             return
         found = set(host.get_submodule("model").modules())
@@ -264,7 +274,10 @@ class Places:
                 )
         self.update(host)
 
-    def _refuse_kind(self) -> None:
+    def check_kinds(self) -> None:
+        """Refuse layers that are of another class since a module was implanted."""
+        if all(map(is_, map(type, self._shapes), self._kinds)):  # none: not looked yet
+            return
         for layer, kind in zip(self._shapes, self._kinds, strict=True):
             if type(layer) is not kind and STATE in layer.__dict__:  # not taken off for a while
                 state: State = layer.__dict__[STATE]

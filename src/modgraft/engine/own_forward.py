@@ -8,7 +8,7 @@ through :mod:`~modgraft.engine.served_weight`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -97,24 +97,31 @@ def _bias(layer: nn.Module) -> Tensor | None:
     return None if isinstance(layer, nn.Embedding) else stored(layer, "bias")
 
 
-def check_copies(model: nn.Module) -> None:
-    """Refuse to copy a model of which a forward holds on to layers of the model itself.
+def check_copies(model: nn.Module, changed: Collection[nn.Module]) -> None:
+    """Refuse to copy a model of which a forward holds on to layers that are changed in the copy.
+
+    Args:
+        model: the host's.
+        changed: the layers.
 
     Raises:
         ModgraftError: with the remedy.
     """
     for path, module in model.named_modules():
-        _check_copies(path, module)
+        if not type(module).__module__.startswith("torch._dynamo."):  # makes its own anew
+            _check_copies(path, module, changed)
 
 
-def _check_copies(path: str, module: nn.Module) -> None:
+def _check_copies(path: str, module: nn.Module, changed: Collection[nn.Module]) -> None:
     patched = module.__dict__.get(PATCHED, module.__dict__.get("forward"))
     function = getattr(patched, "__func__", patched)
     if not isinstance(function, FunctionType):  # functools.partial, as accelerate's, is copied
         return
     held = [cell.cell_contents for cell in function.__closure__ or ()]
     held += [function.__globals__.get(name) for name in function.__code__.co_names]
-    if any(isinstance(getattr(value, "__self__", value), nn.Module) for value in held):
+    owners = [getattr(value, "__self__", value) for value in held]
+    inside = (m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules())
+    if any(each in changed for each in inside):
         raise ModgraftError(
             f"{path or 'the model'} cannot be copied, as a merge does: its forward was set to "
             f"{function.__qualname__}, which holds on to this {type(module).__name__}, and would "

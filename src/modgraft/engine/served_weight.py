@@ -12,16 +12,18 @@ Hooks tell when the host runs: it is called through :class:`~modgraft.host.host.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.function import Function
 from torch.nn.utils import stateless
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
@@ -66,38 +68,87 @@ _WRITES = {"__setitem__", "__set__"} | {
 class ServedWeight(Tensor):
     """The weight (or bias) of a layer, which becomes θ + Δ where something is computed with it.
 
-    Its own data lie on the meta device, so that a kernel that passes PyTorch by fails.
+    It has no data of its own. A function of torch's gets θ + Δ with its graph; what passes these by
+    (vmap, TorchScript, the forward of an autograd function) gets the numbers where no gradient is
+    asked for, and an error where one would be lost.
     """
 
     layer: nn.Module
     stored_as: str
+    learns: bool
 
     @staticmethod
     def of(layer: nn.Module, name: str, theta: Tensor) -> ServedWeight:
         """Make it for the tensor ``theta``, which ``layer`` stores as ``name``."""
-        shell = torch.empty_like(theta, device="meta").as_subclass(ServedWeight)
-        shell.layer, shell.stored_as = layer, name
+        shell = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            ServedWeight,
+            theta.shape,
+            strides=theta.stride(),
+            dtype=theta.dtype,
+            device=theta.device,
+        )
+        shell.layer, shell.stored_as, shell.learns = layer, name, False
         if isinstance(theta, nn.Parameter):  # which is what get_parameter looks for
-            shell._is_param = True  # type: ignore[attr-defined]
+            shell._is_param = True
         return shell
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Compute ``func`` with the tensors that the served ones stand for."""
+        """Compute ``func`` with the tensors that the served ones stand for.
+
+        A host that writes to its weight writes to θ, and to nothing else.
+        """
         called = func.__name__
         writes = called in _WRITES or (called.endswith("_") and not called.endswith("__"))
-        bare = func in FACTS or writes  # a host that writes to its weight writes to θ
+        written, others = (args[:1], args[1:]) if writes else ((), args)
+        bare = partial(tree_map, partial(_stands_for, bare=True))
+        if func in FACTS:
+            return func(*bare(args), **bare(kwargs or {}))
+        lost = not torch.is_grad_enabled() and _is_in_autograd_function()
+        real = partial(tree_map, partial(_stands_for, bare=False, lost=str(func) if lost else ""))
+        return func(*bare(written), *real(others), **real(kwargs or {}))
 
-        def real(value: Any) -> Any:
-            if not isinstance(value, ServedWeight):
-                return value
-            layer, name = value.layer, value.stored_as
-            theta = stored(layer, name)
-            return theta if bare else layer.__dict__[STATE].changed(layer, name, theta)
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Compute ``func`` with the numbers alone.
 
-        return func(*tree_map(real, args), **tree_map(real, kwargs or {}))
+        Raises:
+            ModgraftError: where a gradient would be lost.
+        """
+        real = partial(tree_map, partial(_stands_for, bare=False, lost=str(func)))
+        return func(*real(args), **real(kwargs or {}))
+
+
+def _stands_for(value: Any, bare: bool, lost: str = "") -> Any:
+    """Return the tensor that a served one stands for: θ + Δ, or bare θ.
+
+    Raises:
+        ModgraftError: where it would get no gradient of a function, ``lost``.
+    """
+    if not isinstance(value, ServedWeight):
+        return value
+    layer, name = value.layer, value.stored_as
+    theta, state = stored(layer, name), layer.__dict__[STATE]
+    if lost and value.learns:
+        raise ModgraftError(
+            f"the {name} of {state.path}, which this host also calls, is given to code that passes "
+            f"torch's functions by ({lost:.60}), as vmap, TorchScript or an autograd function "
+            f"does, and the modules there would get no gradient of it; compute with a copy, "
+            f"1 * layer.{name}, or without gradients"
+        )
+    return theta if bare else state.changed(layer, name, theta)
+
+
+def _is_in_autograd_function() -> bool:
+    """Return whether the forward of an autograd function runs, which sees no graph."""
+    code, frame = Function.apply.__func__.__code__, sys._getframe(1)  # type: ignore[attr-defined]
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def served(name: str, original: property | None) -> property:
@@ -156,6 +207,8 @@ def _shown(layer: nn.Module, state: Any, name: str, own: Tensor) -> Tensor:
     kept = state.served.get(name)
     if kept is None:
         kept = state.served[name] = ServedWeight.of(layer, name, own)
+    learns = (p.requires_grad for entry in state.every() for p in entry.module.parameters())
+    kept.learns = torch.is_grad_enabled() and any(learns)
     return kept
 
 

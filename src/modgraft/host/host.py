@@ -156,7 +156,7 @@ class Host(AsModel):
     def __deepcopy__(self, memo: dict[int, Any]) -> Host:
         """Copy the host when the calls of other threads have ended, and hold off new ones."""
         with self._guard.gate.change("copy.deepcopy(host)"):
-            check_copies(self.model)
+            check_copies(self.model, set(self._guard.layers))
             make, arguments, state = self.__reduce_ex__(4)
             memo[id(self)] = new = make(*arguments)
             new.__setstate__(copy.deepcopy(state, memo))
@@ -314,6 +314,7 @@ class Host(AsModel):
             if self._let_go(name):
                 return
             names = self[name].names  # raises for an unknown one
+            self._guard.check_kinds()
             check_unmixed(self._implants, names)
             for each in names:
                 for layer in self._guard.layers:

@@ -47,7 +47,7 @@ def merged(model: nn.Module, implants: Implants, composition: Expression | None)
             site = find(model, label)[0]
             change = Change(place, weight, site.part, site.parameter)
             changes.setdefault(site.path, []).append(change)
-    check_copies(model)
+    check_copies(model, {model.get_submodule(path) for path in changes})
     plain = copied(model)
     take_fast_paths(plain)
     unwatch_forwards(plain)

@@ -154,8 +154,9 @@ class _Host:
         self.out = floats(out)
         if not self.out:
             raise ModgraftError(
-                f"the host's forward returned a {type(out).__name__} without a floating tensor, so "
-                f"that nothing of it can be compared; probe a model whose forward returns some"
+                f"the host's forward returned a {type(out).__name__} without a floating tensor of "
+                f"more than one number, so that nothing of it can be compared; probe a model whose "
+                f"forward returns some"
             )
         self.by_class = self._find_by_class()
         self._find_examples()
@@ -607,7 +608,7 @@ def _fresh(batch: Any) -> Any:
 
     def part(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.clone() if value.is_inference() else value
+            return value.clone()
         return copy.deepcopy(value) if isinstance(value, Cache | set) else NotImplemented
 
     return rebuilt(batch, part)
