@@ -68,9 +68,8 @@ def _attributes(value: Any) -> dict[str, Any]:
 def with_contents(value: Any, new: Mapping[Any, Any]) -> Any:
     """Return a container as ``value`` that holds ``new`` instead of its :func:`contents`."""
     if isinstance(value, tuple):
-        return (
-            type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
-        )
+        named = hasattr(value, "_fields")
+        return type(value)(*new.values()) if named else type(value)(new.values())
     return _filled(_copied(value), value, new)
 
 
@@ -103,18 +102,20 @@ def _filled(made: Any, value: Any, new: Mapping[Any, Any]) -> Any:
     return made
 
 
-def rebuilt(value: Any, part: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
+def rebuilt(
+    value: Any, part: Callable[[Any], Any], memo: dict[int, tuple[Any, Any]] | None = None
+) -> Any:
     """Return ``value`` with parts of it replaced, in copies of all that holds them.
 
     Args:
         value: anything.
         part: returns what stands for a part, ``NotImplemented`` where what it holds is to be
             asked for; what holds nothing stands for itself then.
-        memo: what stands for what, by identity.
+        memo: by its identity, each part and what stands for it.
     """
     memo = {} if memo is None else memo
     if id(value) in memo:
-        return memo[id(value)]
+        return memo[id(value)][1]
     made = part(value)
     if made is NotImplemented:
         held = contents(value)
@@ -123,9 +124,10 @@ def rebuilt(value: Any, part: Callable[[Any], Any], memo: dict[int, Any] | None 
         elif isinstance(value, tuple):
             made = with_contents(value, {k: rebuilt(v, part, memo) for k, v in held.items()})
         else:
-            made = memo[id(value)] = _copied(value)  # before what may hold it in turn
+            made = _copied(value)
+            memo[id(value)] = value, made  # before what may hold it in turn
             _filled(made, value, {k: rebuilt(v, part, memo) for k, v in held.items()})
-    memo[id(value)] = made
+    memo[id(value)] = value, made  # with itself: what is gone leaves its identity to another
     return made
 
 
