@@ -344,7 +344,7 @@ def test_asking_badly(run: Path, tmp_path: Path) -> None:
     def ask(*args: str | Path) -> Any:
         return modgraft("mmcot", "ask", *args, "--run", run)
 
-    refused(ask(tmp_path / "none.png", "What?", "1", "2"), "none.png", "no such file")
+    refused(ask(tmp_path / "none.png", "What?", "1", "2"), "none.png", "the image is missing")
     refused(ask(tmp_path / "cut.png", "What?", "1", "2"), "cut.png", "damaged")
     refused(ask(tmp_path / "text.png", "What?", "1", "2"), "text.png", "not an image")
     refused(ask(png, "What?", "1"), "2 to 26 options", "modgraft mmcot ask")

@@ -46,7 +46,7 @@ def guess(model: nn.Module, without: Sequence[str] = ()) -> Mapping[str, tuple[s
         without: the paths of parts that are left out.
     """
     every = dict(open_modules(model))
-    left_out = tuple(f"{path}." for path in without)
+    left_out = tuple(f"{path}." if path else "" for path in without)
     modules = {p: m for p, m in every.items() if not f"{p}.".startswith(left_out)}
     names = (
         "query key value output attention self_attention cross_attention up down block "

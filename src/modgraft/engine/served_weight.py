@@ -207,8 +207,10 @@ def _shown(layer: nn.Module, state: Any, name: str, own: Tensor) -> Tensor:
     kept = state.served.get(name)
     if kept is None:
         kept = state.served[name] = ServedWeight.of(layer, name, own)
-    learns = (p.requires_grad for entry in state.every() for p in entry.module.parameters())
-    kept.learns = torch.is_grad_enabled() and any(learns)
+    modules = (e.module for e in state.every() if isinstance(e.module, nn.Module))
+    kept.learns = torch.is_grad_enabled() and any(
+        p.requires_grad for module in modules for p in module.parameters()
+    )
     return kept
 
 
