@@ -117,6 +117,21 @@ def test_an_eye_that_sees_more_pictures_than_texts_has_no_examples_first() -> No
         torch.testing.assert_close(each[i], host(**batch, modules=module).logits[i])
 
 
+@torch.no_grad()
+def test_two_encoders_that_are_compared_have_their_examples_first() -> None:
+    def run(net: Net, x: Tensor, z: Tensor) -> Tensor:
+        return net.plain(x).mean(1) @ net.l2(net.l1(z)).mean(1).T  # [B, B]
+
+    host = stirred(Net(run))
+    x, z = randn(3, 5, 4), randn(3, 6, 4)
+    each = host(x, z, modules=EACH)
+    for i, one in enumerate(EACH):
+        for j, other in enumerate(EACH):
+            f, g = (host.merge(m) if m else host.merge(None) for m in (one, other))
+            wanted = f.plain(x[i : i + 1]).mean(1) @ g.l2(g.l1(z[j : j + 1])).mean(1).T
+            torch.testing.assert_close(each[i, j], wanted[0, 0])
+
+
 class Uncopied:
     def __init__(self, x: Tensor) -> None:
         object.__setattr__(self, "x", x)
