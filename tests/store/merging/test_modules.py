@@ -85,15 +85,15 @@ def test_a_sum_is_exact_whatever_is_in_it(name: str) -> None:
         new = mg.merge(host, [kind], f"one_{kind}", "arithmetic", weights=[weight])
         assert new.provenance["relative_error"] == 0
         got, expected = (output(host, c, name) for c in (new.name, f"{weight}*{kind}"))
-        assert error(got, expected) < 1e-6
+        assert error(got, expected) < 1e-9
     written = " + ".join(f"{w}*{k}" for w, k in zip(weights, KINDS, strict=True))
     new = mg.merge(host, list(KINDS), "all", "arithmetic", weights=weights)
-    assert error(output(host, "all", name), output(host, written, name)) < 1e-6
+    assert error(output(host, "all", name), output(host, written, name)) < 1e-9
     plain = host.merge("all")
     with torch.no_grad():
         found = plain(**batch_for(plain, name))
     found = found if isinstance(found, Tensor) else found.logits
-    assert error(found.double(), output(host, "all", name)) < 1e-6
+    assert error(found.double(), output(host, "all", name)) < 1e-9
 
 
 @pytest.mark.parametrize("name", TAKEN)
