@@ -11,44 +11,24 @@ its input, the host's own output says which one holds the examples.
 
 from __future__ import annotations
 
-import copy
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from enum import Enum
-from itertools import islice, product
-from types import GeneratorType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_function_stack
-from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import _pop_mode_temporarily
 from transformers import PreTrainedModel
 
 from modgraft.core.context import UNSEEN, Layout
 from modgraft.core.errors import CompositionError
 from modgraft.core.layers import STATE
 from modgraft.core.roles import known_models
-from modgraft.core.tensors import (
-    contents,
-    is_of_a_library,
-    rebuilt,
-    tensors_in,
-    walk,
-    with_contents,
-)
-from modgraft.engine.capturing import captures
-from modgraft.engine.copies import copied
-from modgraft.engine.writes import taken_back
+from modgraft.core.tensors import contents, is_of_a_library, tensors_in, walk
+from modgraft.engine.batch import Batch, batches
+from modgraft.engine.twin import REFUSALS, SITE, run_twin, twin_of
 
 Seen = dict[str, list[Tensor]]
-
-REFUSALS = (Exception,)
-"""What a host raises on a batch that it cannot read: anything."""
 
 TOLERANCE = {4: 1e-3, 8: 1e-6}
 """How far the same example may be off in a larger batch, as a part of the largest number, by the
@@ -111,7 +91,7 @@ def ask(
     """
     batch, own, error = _told(twin_of(model), args, kwargs, count)
     nested = any(value.is_nested for value in tensors_in((args, kwargs)))  # its layers say more
-    if batch is None and not nested and next(_batches(args, kwargs, count), None) is not None:
+    if batch is None and not nested and next(batches(args, kwargs, count), None) is not None:
         check_assumed(model, {}, args, kwargs, error)
         own = _in_towers(model)
     says = STATE in model.__dict__ or own.get("") == 1  # what the whole host has second, it says
@@ -121,12 +101,12 @@ def ask(
 
 def _told(
     twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], count: int | None
-) -> tuple[_Batch | None, dict[str, int | None], Exception | None]:
+) -> tuple[Batch | None, dict[str, int | None], Exception | None]:
     """Return how the arguments are those of examples, what layers say of them then, and what the
     host raised at first where they are not."""
-    best: tuple[_Batch | None, dict[str, int | None]] = None, {}
+    best: tuple[Batch | None, dict[str, int | None]] = None, {}
     first: Exception | None = None
-    for batch in _batches(args, kwargs, count):
+    for batch in batches(args, kwargs, count):
         if batch.axes and best[0] is not None:  # it runs on fewer examples of all its tensors
             continue
         try:
@@ -230,126 +210,7 @@ def _untold(found: Mapping[str, int | None]) -> int:
     return sum(axis is None for path, axis in found.items() if path)
 
 
-@dataclass
-class _Batch:
-    """What a host is called with, of which some examples can be taken.
-
-    Attributes:
-        args: by position.
-        kwargs: by name.
-        count: how many examples this is.
-        axis: on which they lie.
-        several: whether a tensor with a multiple of as many rows has several for each example, as
-            the patches of images have, one example after the other; whether they lie so, what the
-            host puts out has to show.
-        listed: whether an example is an entry of each list that has as many, and of other tensors
-            what is along the axis.
-        axes: by the identity of a tensor, the axis of its own, None where it has none: of
-            ``[n, B, d]`` and a mask ``[B, n]``, say; empty where all have one axis.
-    """
-
-    args: tuple
-    kwargs: Mapping[str, Any]
-    count: int
-    axis: int
-    several: bool
-    listed: bool = False
-    axes: Mapping[int, int | None] = field(default_factory=dict)
-
-    def of(self, rows: list[int]) -> tuple[tuple, dict[str, Any]]:
-        """Return the arguments for some of the examples."""
-        return tuple(self._some(v, rows) for v in self.args), {
-            name: self._some(value, rows) for name, value in self.kwargs.items()
-        }
-
-    def _some(self, value: Any, rows: list[int]) -> Any:
-        def part(value: Any) -> Any:
-            some = isinstance(value, list | tuple | deque)
-            if self.listed and some and len(value) == self.count:
-                return with_contents(value, {k: value[i] for k, i in enumerate(rows)})
-            if isinstance(value, Tensor):
-                return self._rows(value, rows)
-            return copy.copy(value) if isinstance(value, PackedSequence | set) else NotImplemented
-
-        return rebuilt(value, part)
-
-    def _rows(self, value: Tensor, rows: list[int]) -> Tensor:
-        axis = self.axes.get(id(value), None if self.axes else self.axis)
-        times, left = 0, 0
-        if axis is not None and value.dim() > axis:
-            times, left = divmod(value.shape[axis], self.count)
-        if axis is None or left or not times or (times > 1 and not self.several):
-            return value.detach().clone()  # a state that the host may write to
-        index = torch.tensor([i * times + k for i in rows for k in range(times)])
-        return value.detach().index_select(axis, index.to(value.device))
-
-    @property
-    def differ(self) -> bool:
-        """Whether the first example is another than the one that is put in its place."""
-        _, (few, _, other) = self.thrice()
-        one, another = (tensors_in(self.of(some)) for some in (few, other))
-        return any(
-            a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num())
-            for a, b in zip(one, another, strict=False)
-        )
-
-    def _size(self, i: int) -> list[int]:
-        """Return how large the example at ``i`` is in each list of examples."""
-        lists = [each for each in lists_in(self.args, self.kwargs) if len(each) == self.count]
-        return [sum(t.numel() for t in tensors_in(each[i])) for each in lists]
-
-    def thrice(self) -> tuple[int, tuple[list[int], list[int], list[int]]]:
-        """Return a number of examples, and which: those, with one behind them, with another.
-
-        Of a list they are the shortest and the longest, so that none fills the others up less.
-        """
-        few = list(range(self.count)) if self.count > 1 else [0, 0]
-        if self.listed:
-            few.sort(key=self._size)
-        few = [*few[:2], *few[2:][-2:]] if self.listed else few[:4]
-        return len(few), (few, [*few, few[0]], [few[-1], *few[1:]])
-
-
-def lists_in(args: tuple, kwargs: Mapping[str, Any]) -> list[list | tuple | deque]:
-    """Return the lists and tuples in the arguments."""
-    values = (*args, *kwargs.values())
-    kinds = list | tuple | deque
-    return [each for value in values for each in walk(value) if isinstance(each, kinds)]
-
-
-def _batches(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Iterator[_Batch]:
-    """Yield the ways in which the arguments can be those of examples: as entries of a list, then
-    along the axes of tensors, the likeliest first."""
-    if count is not None and count in map(len, lists_in(args, kwargs)):
-        yield _Batch(args, kwargs, count, 0, several=False, listed=True)
-    tensors = tensors_in((args, kwargs))
-    for several in (False, True):
-        for axis in range(2):
-            sizes = [value.shape[axis] for value in tensors if value.dim() > axis]
-            size = sizes[0] if sizes and count is None else count
-            if size is not None and size in sizes:
-                yield _Batch(args, kwargs, size, axis, several)
-        if count is not None and not several:
-            for axes in _mixed(tensors, count):
-                yield _Batch(args, kwargs, count, 0, several=False, axes=axes)
-
-
-def _mixed(tensors: Sequence[Tensor], count: int) -> Iterator[dict[int, int | None]]:
-    """Yield the ways in which tensors have ``count`` examples on axes that are not all the same."""
-    own = {id(t): [a for a, n in enumerate(t.shape[:2]) if n == count] for t in tensors}
-    every = product(*((*axes, None) for axes in own.values()))
-    ways = [way for way in islice(every, 3**6) if set(way) != {None}]
-    # first is likelier than second, and a tensor of examples than one that all of them share
-    ways.sort(key=lambda way: (way.count(1), way.count(None)))
-    for way in ways[:WAYS]:
-        yield dict(zip(own, way, strict=True))
-
-
-WAYS = 32
-"""In how many ways tensors are tried of which several axes may be that of the examples."""
-
-
-def _ask_along(twin: nn.Module, batch: _Batch) -> dict[str, int | None]:
+def _ask_along(twin: nn.Module, batch: Batch) -> dict[str, int | None]:
     count, rows = batch.thrice()
     before, more, other = (_outputs(twin, *batch.of(some)) for some in rows)
     entries, grown = (seen.pop(_ENTRIES, None) for seen in (before, more))
@@ -368,7 +229,7 @@ def _ask_along(twin: nn.Module, batch: _Batch) -> dict[str, int | None]:
             found[path] = None
     if batch.listed and entries and grown and len(entries[0]) == count == len(grown[0]) - 1:
         found[""] = 0  # an entry for each example, as they came
-    sites = [path for path, layer in twin.named_modules() if _SITE in layer.__dict__]
+    sites = [path for path, layer in twin.named_modules() if SITE in layer.__dict__]
     return {**{path: UNSEEN for path in sites if path not in before}, **found}
 
 
@@ -376,7 +237,7 @@ def _shapes(seen: Seen) -> dict[str, list[torch.Size]]:
     return {path: [output.shape for output in outputs] for path, outputs in seen.items()}
 
 
-def _stands_for_all(twin: nn.Module, path: str, out: Tensor, batch: _Batch, before: Seen) -> bool:
+def _stands_for_all(twin: nn.Module, path: str, out: Tensor, batch: Batch, before: Seen) -> bool:
     """Return whether ``out`` is one row that the host adds to each example, as of positions.
 
     The host is the same then with as many rows of it. Layers other than tables compute what it
@@ -450,7 +311,7 @@ def _outputs(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Seen:
         return hook
 
     for path, layer in twin.named_modules():
-        if _SITE in layer.__dict__:
+        if SITE in layer.__dict__:
             handles.append(layer.register_forward_hook(keep(path)))
     run_twin(twin, args, kwargs, handles)
     return found
@@ -463,59 +324,6 @@ _ENTRIES = "[]"
 def _without_features(value: Tensor) -> Tensor:
     some = value.detach() if value.is_floating_point() else value.detach().float()
     return some.flatten(2).abs().sum(-1) if some.dim() > 2 else some
-
-
-def run_twin(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: list[Any]) -> None:
-    """Run ``twin``, and take off the hooks that look at it.
-
-    Modes of the caller, as one that takes losses apart, are none of a question's.
-    """
-    try:
-        devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
-        with ExitStack() as stack:
-            for _ in range(_len_torch_function_stack()):
-                stack.enter_context(_pop_mode_temporarily())
-            stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(taken_back(twin))
-            all_steps(twin(*args, **kwargs))
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def all_steps(out: Any) -> Any:
-    """Return the first steps of a generator, whose layers run when it is read; else ``out``."""
-    return list(islice(out, STEPS)) if isinstance(out, GeneratorType) else out
-
-
-_SITE = "_modgraft_site"
-
-STEPS = 64
-"""How far a host is read that never ends, when it is asked."""
-
-
-def twin_of(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` without modules, in evaluation mode, that shares its weights."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
-    for layer in model.modules():
-        states = [v for v in layer.__dict__.values() if isinstance(v, Tensor)]
-        memo |= {id(v): v.detach().clone() for v in states}  # deepcopy refuses what has a graph
-    twin = copied(model, memo)
-    for path, layer in model.named_modules():
-        if STATE in layer.__dict__:
-            twin.get_submodule(path).__dict__[_SITE] = True
-    twin.__dict__[_SITE] = True  # what comes out in the end tells most
-    for layer in twin.modules():  # of hooks, only those that the host computes with
-        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-            for key in [key for key, hook in hooks.items() if not _computes(hook)]:
-                del hooks[key]
-    return twin.eval()
-
-
-def _computes(hook: Callable[..., Any]) -> bool:
-    """Return whether torch computes weights by ``hook``, or transformers hidden states."""
-    return type(hook).__module__.startswith("torch.") or captures(hook)
 
 
 def check_assumed(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.core.tensors import device_of
-from modgraft.engine.examples import REFUSALS, run_twin, twin_of
+from modgraft.engine.twin import REFUSALS, run_twin, twin_of
 
 Input = dict[str, Any]
 

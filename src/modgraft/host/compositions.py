@@ -14,7 +14,7 @@ from modgraft.core.errors import CompositionError, SideError
 from modgraft.core.parse import parse
 from modgraft.core.per_example import Each, Weighted
 from modgraft.core.tensors import first_tensor, tensors_in
-from modgraft.engine.examples import lists_in
+from modgraft.engine.batch import lists_in
 from modgraft.engine.implant import Implants
 from modgraft.engine.inputs.expressions import check_inputs
 

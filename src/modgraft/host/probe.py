@@ -38,13 +38,14 @@ from modgraft.core.layers import STATE, computed, feature_axis, stored
 from modgraft.core.offloaded import is_offloaded
 from modgraft.core.sites import WEIGHTED, Site, find, joined
 from modgraft.core.tensors import rebuilt, tensors_in
-from modgraft.engine.examples import REFUSALS, all_steps, lists_in
+from modgraft.engine.batch import lists_in
 from modgraft.engine.graft import restored
 from modgraft.engine.implant import Implants
 from modgraft.engine.kernels.functional_call import new_weights, with_tensors
 from modgraft.engine.kernels.linear import Change
 from modgraft.engine.own_forward import PATCHED
 from modgraft.engine.served_weight import kept_elsewhere
+from modgraft.engine.twin import REFUSALS, all_steps
 from modgraft.engine.writes import storage_of, taken_back
 from modgraft.host.measure import (
     Seen,

@@ -124,27 +124,25 @@ def test_logits_of_as_many_classes_as_positions_are_kept() -> None:
     assert host(input_ids=torch.randint(5, 99, (B, T))).logits.shape == (B, T + 3)
 
 
+SMALL_T5 = {
+    "vocab_size": 99, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+
+
 def test_a_text_of_choices_and_a_class_of_a_decoder_are_told_of_a_prefix() -> None:
     host = mg.Host(tf.BertForMultipleChoice(tf.BertConfig(**SMALL)))
     host.implant("p", mg.SoftPrompt(length=3))
     with pytest.raises(mg.ModgraftError, match="the choices of a question are; implant a Prefix"):
         host(input_ids=torch.randint(5, 99, (B, 3, T)))
-    config = tf.T5Config(
-        vocab_size=99, d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    host = mg.Host(tf.T5ForSequenceClassification(config))
+    host = mg.Host(tf.T5ForSequenceClassification(tf.T5Config(**SMALL_T5)))
     host.implant("p", mg.SoftPrompt(length=3))
     with pytest.raises(mg.ModgraftError, match="given none for its decoder; implant a Prefix"):
         host(input_ids=torch.randint(5, 99, (B, T)))
 
 
 def test_a_prompt_of_an_encoder_decoder_is_probed() -> None:
-    config = tf.T5Config(
-        vocab_size=99, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    host = mg.Host(tf.T5ForConditionalGeneration(config))
+    host = mg.Host(tf.T5ForConditionalGeneration(tf.T5Config(**SMALL_T5)))
     host.implant("p", mg.SoftPrompt(length=3))
     ids = torch.randint(5, 99, (B, T))
     found = host.probe({"input_ids": ids, "labels": ids})
