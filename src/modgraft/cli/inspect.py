@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import typer
 from rich.console import Console
@@ -97,12 +100,17 @@ def read_model(
             "this is no folder", file=name,
             remedy="Give a folder with a config.json, or a hub name such as bert-base-uncased",
         )  # fmt: skip
-    if not folder.exists():
+    cached = not folder.exists() and not _answers()
+    if cached:
+        typer.echo(f"the Hugging Face hub cannot be reached; is {name} in its cache?", err=True)
+    elif not folder.exists():
         what = "config.json and the weights" if weights else "config.json, no weights,"
         typer.echo(f"fetching {what} of {name} from the Hugging Face hub", err=True)
     given = " ".join(f"--set {key}={value}" for key, value in (settings or {}).items())
     try:
-        found: Any = AutoConfig.from_pretrained(name, **(settings or {}), return_unused_kwargs=True)
+        found: Any = AutoConfig.from_pretrained(
+            name, **(settings or {}), return_unused_kwargs=True, local_files_only=cached
+        )
         config, unused = found
         if unknown := unused.keys() & (settings or {}).keys():
             raise DataError(
@@ -111,7 +119,7 @@ def read_model(
             )  # fmt: skip
         made = _class_of(config) if kind is None else _class_named(kind, config, name)
         if weights:
-            return made.from_pretrained(name, config=config)
+            return made.from_pretrained(name, config=config, local_files_only=cached)
         with torch.device("meta"):  # only shapes, so that size does not matter
             return made(config)
     except ModgraftError:
@@ -163,6 +171,23 @@ def _class_named(kind: str, config: Any, name: str) -> Any:
 def _may_be_on_a_hub(name: str) -> bool:
     """Return whether a model on the Hugging Face hub may be called so, and no path alone is."""
     return name.count("/") <= 1 and not name.startswith(("/", ".", "~")) and "\\" not in name
+
+
+def _answers() -> bool:
+    """Return whether the hub can be reached, whose library would try again for half a minute."""
+    from huggingface_hub import constants
+
+    place = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if place.scheme in getproxies():  # then that is asked
+        return True
+    port = place.port or {"http": 80}.get(place.scheme, 443)
+    try:
+        socket.create_connection((place.hostname or "", port), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def _class_of(config: Any) -> Any:

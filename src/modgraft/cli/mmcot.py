@@ -16,8 +16,8 @@ from modgraft.cli.options import (
     Note,
     Run,
     Seeds,
+    Wide,
     changes,
-    delete,
     seeds_of,
     stoppable,
 )
@@ -66,6 +66,7 @@ def mmcot_train(
     fresh: Fresh = False,
     skip_bad: SkipBad = False,
     note: Note = True,
+    wide: Wide = False,
 ) -> None:
     """Train and test the recipe; an interrupted run goes on where it stopped.
 
@@ -96,11 +97,9 @@ def mmcot_train(
         settings = replace(settings, batch=batch)
     settings = replace(settings, **changes(settings, change or []))
     chosen, which, console = _rows(rows), seeds_of(seeds), Console()
-    if fresh:
-        delete(run)
     with stoppable():
-        run_recipe(run, settings, chosen, which, jobs=jobs, console=console, note=note)
-    _show(run, console)
+        run_recipe(run, settings, chosen, which, jobs=jobs, fresh=fresh, console=console, note=note)
+    _show(run, console, wide)
 
 
 @mmcot.command("evaluate")
@@ -110,6 +109,7 @@ def mmcot_evaluate(
     seeds: Seeds = "",
     jobs: Jobs = JOBS,
     note: Note = True,
+    wide: Wide = False,
 ) -> None:
     """Decode and score a trained run's test questions again, and write its report anew.
 
@@ -129,7 +129,7 @@ def mmcot_evaluate(
         run_recipe(
             run, settings, chosen, which, jobs=jobs, evaluate_only=True, console=console, note=note
         )
-    _show(run, console)
+    _show(run, console, wide)
 
 
 @mmcot.command("ask")
@@ -179,11 +179,11 @@ def _path(name: str | None) -> str | None:
     return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
-def _show(run: Path, console: Console) -> None:
+def _show(run: Path, console: Console, wide: bool) -> None:
     from modgraft.core.files import read_json
     from modgraft.report.table import print_results
 
-    print_results(run, console)
+    print_results(run, console, wide=wide)
     results = read_json(run / "results.json", what="results", remedy="modgraft mmcot train")
     lines, skipped = list(results.get("notes", [])), results.get("skipped", [])
     if skipped:

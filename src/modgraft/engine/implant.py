@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -215,16 +215,22 @@ class Implants(Mapping[str, Implant]):
         return self[ex.module_of(name)].at_sites(name)
 
 
-def learner(model: nn.Module, name: str) -> nn.Module | None:
+def learner(model: nn.Module, name: str, implants: Container[str]) -> nn.Module | None:
     """Find the part of a model that ``train=name`` means.
 
     ``"host"`` means all of it, ``"host.head"`` the sub-module at that path; None is returned for
     any other name, which is an implanted module's.
 
     Raises:
-        UnknownNameError: if nothing is at that path.
+        UnknownNameError: if nothing is at that path, or the name is that of a part of the model.
     """
     if name != "host" and not name.startswith("host."):
+        own = [path for path, _ in model.named_modules() if f".{path}".endswith(f".{name}")]
+        if name and own and name not in implants:
+            raise UnknownNameError(
+                f"train={name!r}: no module is implanted under this name; the host's own part is "
+                f"train={'host.' + own[0]!r}"
+            )
         return None
     try:
         return model.get_submodule(name.removeprefix("host").removeprefix("."))

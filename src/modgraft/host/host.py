@@ -51,11 +51,8 @@ from modgraft.engine.guard import Guard
 from modgraft.engine.implant import (
     Implant,
     Implants,
-    check_learns,
     check_module,
     check_name,
-    learner,
-    learning_parts,
 )
 from modgraft.engine.inputs.caches import check_goes_on
 from modgraft.engine.inputs.padding import count_from_texts, count_padding_too, count_prefix
@@ -94,6 +91,7 @@ from modgraft.host.mixtures import (
 )
 from modgraft.host.probe import probe
 from modgraft.host.probe_result import Probe
+from modgraft.host.train import Trains
 from modgraft.routing.losses import with_routing_losses
 from modgraft.routing.mixture import Mixture
 
@@ -112,10 +110,9 @@ hook_accelerate()
 
 if TYPE_CHECKING:
     from modgraft.store.stored import Stored
-    from modgraft.training.fit import History
 
 
-class Host(AsModel):
+class Host(Trains, AsModel):
     """A model in which modules are implanted, composed and trained.
 
     It is an ``nn.Module`` whose ``forward`` is the model's with two more arguments, ``side`` and
@@ -141,6 +138,7 @@ class Host(AsModel):
         self._implants = Implants(self.implants, self._context)
         self._reader = Reader(self._implants, self._context)
         self._waiting: dict[str, Callable[[], object]] = {}  # loaded, and not used yet
+        self._learned = frozenset()
         self.register_state_dict_pre_hook(self._bring_all)
         self.register_load_state_dict_pre_hook(self._bring_all)
         leave_fast_paths(model)
@@ -372,6 +370,12 @@ class Host(AsModel):
         """The composition in force; None is the bare host."""
         return self._context.composition
 
+    @property
+    def acting(self) -> ex.Expression | None:
+        """The composition that acts here: of the ``using`` block around, or the one in force."""
+        around = self._context.around()
+        return self._context.composition if around is None else around.composition
+
     def use(self, composition: Compositions) -> None:
         """Put a composition in force, until another is; None is the bare host.
 
@@ -586,49 +590,7 @@ class Host(AsModel):
         device = device_of(self.model) if sides else None
         return {n: s if s.tensor.device == device else s.to(device) for n, s in sides.items()}
 
-    # -- training, storing ----------------------------------------------------------------------
-
-    @contextmanager
-    def training_only(self, train: str | Sequence[str] | None) -> Iterator[None]:
-        """Let only some parameters require gradients in a ``with`` block.
-
-        Args:
-            train: names of modules, ``"host"`` for the model's weights, ``"host.head"`` for those
-                of a part; None leaves everything as it is.
-        """
-        names = [train] if isinstance(train, str) else list(train or ())
-        self._bring(names)  # a module that waits comes now, and those that were saved with it
-        before = [(p, p.requires_grad) for p in self.parameters()]
-        if train is not None:
-            chosen = [check_learns(n, learner(self.model, n) or self[n]) for n in names]
-            self.requires_grad_(False)
-            for part in chosen:
-                part.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for parameter, flag in before:
-                parameter.requires_grad_(flag)
-
-    def fit(
-        self, loader: Any, *, train: str | Sequence[str] | None = None, **settings: Any
-    ) -> History:
-        """Train on the batches of ``loader``; see :func:`modgraft.training.fit.fit`.
-
-        Args:
-            loader: yields dictionaries for :meth:`forward` (``labels`` and ``side`` among them).
-            train: names of the modules that learn, ``"host"`` for the model itself, ``"host.head"``
-                for a part of it; None: all parameters that require a gradient now.
-            **settings: steps, lr, schedule, … of ``fit``.
-        """
-        from modgraft.training.fit import fit
-        from modgraft.training.processes import alone
-
-        with alone(self), self.training_only(train):
-            for implant in self._implants.values():
-                if any(p.requires_grad for p in implant.parameters()):
-                    implant.beside |= learning_parts(self.model)
-            return fit(self, loader, **settings)
+    # -- storing --------------------------------------------------------------------------------
 
     def save(
         self,

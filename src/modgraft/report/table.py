@@ -262,16 +262,18 @@ def seconds(number: float | None) -> str:
 # -- in the terminal ---------------------------------------------------------------------------
 
 
-def print_results(run: Path, console: Console) -> None:
-    """Print every row's figures, mean over seeds, then its accuracy by family."""
+def print_results(run: Path, console: Console, *, wide: bool = False) -> None:
+    """Print each row's figures, mean over seeds, and its accuracy by family; see `print_fitted`."""
     results = read_results(run / "results.json")
     families: dict[str, Read] = {
         f: lambda m, f=f: m.families.get(f) for f in _family_names(results)
     }
     seeds = ", ".join(map(str, results.seeds))
     title = f"Test questions, decoded freely, percent; seed {seeds}"
-    console.print(_terminal_table(title, results, {c.short: c.read for c in PERCENT}))
-    console.print(_terminal_table("Accuracy by family", results, families))
+    file = run / "report.html"
+    shown = _terminal_table(title, results, {c.short: c.read for c in PERCENT})
+    print_fitted(shown, console, file, wide=wide)
+    print_fitted(_terminal_table("Accuracy by family", results, families), console, file, wide=wide)
 
 
 def terminal_table(title: str, first: str, columns: Iterable[str]) -> Table:
@@ -281,6 +283,30 @@ def terminal_table(title: str, first: str, columns: Iterable[str]) -> Table:
     for name in columns:
         table.add_column(escape(name), justify="right", no_wrap=True)
     return table
+
+
+def print_fitted(table: Table, console: Console, file: Path, *, wide: bool = False) -> None:
+    """Print a table, on a terminal with as many of its columns as there is room for.
+
+    Args:
+        table: The table, none of whose columns wraps.
+        console: Where to.
+        file: Where all columns are, for the line that says which are left out.
+        wide: Whether to print all of it, however wide; so it is where there is no terminal.
+    """
+    everything = console.options.update(max_width=10_000)
+    left_out = []
+    while (
+        console.is_terminal
+        and not wide
+        and len(table.columns) > 2
+        and console.measure(table, options=everything).maximum > console.width
+    ):
+        left_out.insert(0, str(table.columns.pop().header))
+    console.print(table, width=console.measure(table, options=everything).maximum, crop=False)
+    if left_out:
+        more = f"{len(left_out)} more columns ({', '.join(left_out)}): --wide, or {file}"
+        console.print(more, markup=False, highlight=False, soft_wrap=True)
 
 
 def _terminal_table(title: str, results: Results, columns: dict[str, Read]) -> Table:

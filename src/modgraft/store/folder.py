@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +44,12 @@ from modgraft.store.file import (
 )
 from modgraft.store.fingerprint import (
     are_of_values,
+    changed,
     differences,
     fingerprint,
     is_in_another_precision,
     rounded_fingerprints,
+    sketches,
 )
 from modgraft.store.formats.base import found_in
 from modgraft.store.readme import WRITTEN, readme
@@ -55,6 +58,8 @@ from modgraft.training.host_like import HostLike
 
 FILE = "module.safetensors"
 README = "README.md"
+SKETCHES = "each"
+"""The entry of a host's fingerprint that tells its weights apart, by name."""
 
 
 # -- saving --------------------------------------------------------------------------------------
@@ -126,7 +131,11 @@ def packed(
         composition=str(now) if is_kept else None,
         together=together,
         beside=beside,
-        host={**fingerprint(model, beside), **rounded_fingerprints(model, beside)},
+        host={
+            **fingerprint(model, beside),
+            **rounded_fingerprints(model, beside),
+            SKETCHES: sketches(model, beside),
+        },
         tensors=digest_of(tensors),
         base_model=_hub_name(model),
     )
@@ -282,7 +291,8 @@ def check_host(host: HostLike, modules: Stored, strict: bool) -> dict[str, Any] 
             if not differences(model, there, card.beside):
                 return None
     if of_values and not strict:
-        return dict(there)
+        _warn_of_another(modules, model, differs)
+        return {key: said for key, said in there.items() if key != SKETCHES}
     rounded = is_in_another_precision(model, there, differs, card.beside)
     other = "this host in another precision" if rounded else "another host"
     remedy = ", or say strict=False to try it all the same" if of_values else ""
@@ -290,6 +300,23 @@ def check_host(host: HostLike, modules: Stored, strict: bool) -> dict[str, Any] 
         f"{modules.folder}: the module was trained in {other} ({', '.join(differs)[:300]} differ: "
         f"{there.get('architecture')} there, {type(model).__name__} here); load it into the host "
         f"it was trained in{remedy}"
+    )
+
+
+def _warn_of_another(modules: Stored, model: nn.Module, differs: Sequence[str]) -> None:
+    """Say what of a host is other than what modules were trained with, by name and by how much."""
+    card, shown = modules.card, ", ".join(differs)[:300]
+    if each := card.host.get(SKETCHES):
+        found = sorted(changed(model, each, card.beside).items(), key=lambda item: -item[1])
+        several = [f"{name} by {100 * much:.2g} %" for name, much in found]
+        more = f" and {len(several) - 6} more" if len(several) > 6 else ""
+        if several:
+            shown = f"{len(several)} of its {len(each)} tensors: {', '.join(several[:6])}{more}"
+    warnings.warn(
+        f"{modules.folder}: {', '.join(card.names)} is loaded into another host than it was "
+        f"trained in ({shown}). A part that learned too, such as a head, is in the folder if "
+        f"it was trained with it: host.fit(…, train=[{card.names[0]!r}, 'host.classifier'])",
+        stacklevel=5,
     )
 
 

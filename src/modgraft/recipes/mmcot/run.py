@@ -21,8 +21,9 @@ from rich.console import Console
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, UnknownNameError
-from modgraft.core.files import read_json, write_json
+from modgraft.core.files import Lock, read_json, write_json
 from modgraft.data.digits import facts
+from modgraft.recipes.folder import run_folder
 from modgraft.recipes.mmcot.data import (
     check,
     images_done_file,
@@ -54,6 +55,7 @@ def run(
     *,
     jobs: int = 2,
     evaluate_only: bool = False,
+    fresh: bool = False,
     console: Console | None = None,
     note: bool = True,
 ) -> dict[str, Any]:
@@ -63,7 +65,8 @@ def run(
     seeds may be added to a run. Other settings are refused once a model has begun to train; only
     ``skip_bad`` may change at any time.
 
-    Unless ``note`` is false, ``note.md`` describes the run and its results.
+    Unless ``note`` is false, ``note.md`` describes the run and its results. With ``fresh``, the run
+    in the folder is deleted first.
 
     Returns:
         The results, as in ``results.json``.
@@ -72,7 +75,7 @@ def run(
         UnknownNameError: There is no such row.
         DataError: The data cannot be used; nothing is written.
         CheckpointError: The folder holds a run with other settings.
-        ModgraftError: A job failed; finished jobs are kept.
+        ModgraftError: A job failed; finished jobs are kept. Or another process has the folder.
     """
     for row in rows:
         if row not in ROWS:
@@ -82,6 +85,15 @@ def run(
         for seed in seeds:
             for net in nets_of(rows):
                 read_card(folder, seed, net.key)
+    with run_folder(folder, fresh=fresh) as lock:
+        return _run(folder, settings, rows, seeds, jobs, evaluate_only, lock, console, note)
+
+
+def _run(
+    folder: Path, settings: Settings, rows: Sequence[str], seeds: Sequence[int], jobs: int,
+    evaluate_only: bool, lock: Lock, console: Console | None, note: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Train and test in a folder that is held."""
     began, asked = time.monotonic(), _write_run_card(folder, settings, rows, seeds)
     todo = []
     for before, seed in zip([None, *seeds], seeds, strict=False):
@@ -94,7 +106,7 @@ def run(
     if done and shown == asked:
         return results
     with recorded_run(folder, settings, asked, wanted=note):
-        side_by_side(todo, jobs, console)
+        side_by_side(todo, jobs, console, lock)
         spent = (time.monotonic() - began) * (not evaluate_only)
         results = _gather(folder, asked, settings, results.get("wall_seconds", 0.0) + spent)
         write_json(path, results)

@@ -1,0 +1,45 @@
+"""The folder of a recipe's run: held by one command at a time, and emptied for a fresh run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modgraft.core.errors import DataError
+from modgraft.core.files import LOCK, Lock, held
+
+CARD = "run.json"
+"""What every run's folder has, and no other folder."""
+
+
+@contextmanager
+def run_folder(folder: Path, *, fresh: bool) -> Iterator[Lock]:
+    """Hold the folder of a run in a `with` block, before anything in it is read or written.
+
+    Args:
+        folder: The folder; it is made where there is none.
+        fresh: Whether to delete the run in it first.
+
+    Raises:
+        ModgraftError: Another process has it.
+        DataError: ``fresh``, and the folder holds other things than a run.
+    """
+    if fresh:
+        _contents(folder)
+    with held(folder, "at work") as lock:
+        for path in _contents(folder) if fresh else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield lock
+
+
+def _contents(folder: Path) -> list[Path]:
+    """Return what is in a run's folder, its card last, so that a killed deletion can go on."""
+    inside = [p for p in folder.iterdir() if p.name != LOCK] if folder.is_dir() else []
+    if inside and not (folder / CARD).is_file():
+        raise DataError(
+            "--fresh deletes runs only, and this folder holds none", file=folder,
+            remedy="Take another --run, or delete it yourself",
+        )  # fmt: skip
+    return sorted(inside, key=lambda path: path.name == CARD)
