@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from modgraft.core.errors import DataError
 from modgraft.report import insert, table
 from modgraft.report.run import Metrics, Prediction, Results, Row
 from modgraft.report.statistics import Chance, Figure, apart, best
-from modgraft.report.table import count, seconds
+from modgraft.report.table import count, print_fitted, seconds, terminal_table
 
 
 def row(key: str, *values: float | None, group: str = "main") -> Row:
@@ -132,3 +134,25 @@ def test_insert_replaces_only_what_is_between_the_markers(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"README\.md: 0 places for the results of 'q'"):
         insert(page, "q", "")
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+TITLES = ["One stage, rationale then answer", "Text only"]
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, 3), (50, 1), (300, 9)])
+def test_a_terminal_has_whole_columns_and_is_told_of_the_rest(width: int, shown: int) -> None:
+    names = [f"measure {i}" for i in range(9)]
+    for terminal, wide in ((True, False), (True, True), (False, False)):
+        out = io.StringIO()
+        console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
+        made = terminal_table("Results", "", names)
+        for title in TITLES:
+            made.add_row(title, *["12.3 ± 4.5"] * 9)
+        print_fitted(made, console, Path("run") / "table.md", wide=wide)
+        text = out.getvalue()
+        cut = shown if terminal and not wide else 9
+        assert [name in text.partition(" more columns")[0] for name in names[:cut]] == [True] * cut
+        assert text.count("12.3 ± 4.5") == 2 * cut
+        assert all(title in text for title in TITLES)
+        rest = f"{9 - cut} more columns ({', '.join(names[cut:])}): --wide, or run/table.md"
+        assert (rest in text.replace("\n", "")) == (cut < 9)

@@ -100,12 +100,12 @@ def read_model(
             "this is no folder", file=name,
             remedy="Give a folder with a config.json, or a hub name such as bert-base-uncased",
         )  # fmt: skip
-    cached = not folder.exists() and not _answers()
-    if cached:
-        typer.echo(f"the Hugging Face hub cannot be reached; is {name} in its cache?", err=True)
-    elif not folder.exists():
+    cached = False
+    if not folder.exists():
         what = "config.json and the weights" if weights else "config.json, no weights,"
         typer.echo(f"fetching {what} of {name} from the Hugging Face hub", err=True)
+        if cached := not _answers():
+            typer.echo("the hub cannot be reached: what is not in its cache is missing", err=True)
     given = " ".join(f"--set {key}={value}" for key, value in (settings or {}).items())
     try:
         found: Any = AutoConfig.from_pretrained(
@@ -249,6 +249,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]
     from modgraft.store.fingerprint import differences, is_in_another_precision
     from modgraft.store.folder import FILE, stored
     from modgraft.store.formats.base import found_in
+    from modgraft.store.within import beside_within
 
     row: dict[str, Any] = {
         "folder": str(folder), "name": folder.name, "type": None, "config": {}, "method": "–",
@@ -261,9 +262,9 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]
         if not (folder / FILE).exists() and found_in(folder) is None:
             raise
         return [row | {"refused": str(error).removeprefix(f"{folder}: ")}]
-    there, beside = found.card.host, found.card.beside
-    differs = differences(model, there, beside, values=weights) if there else []
-    rounded = is_in_another_precision(model, there, differs, beside)
+    there, beside, part = found.card.host, beside_within(found), model.get_submodule(found.within)
+    differs = differences(part, there, beside, values=weights) if there else []
+    rounded = is_in_another_precision(part, there, differs, beside)
     rows = []
     for saved in found.card.modules:
         absent = []

@@ -370,12 +370,6 @@ class Host(Trains, AsModel):
         """The composition in force; None is the bare host."""
         return self._context.composition
 
-    @property
-    def acting(self) -> ex.Expression | None:
-        """The composition that acts here: of the ``using`` block around, or the one in force."""
-        around = self._context.around()
-        return self._context.composition if around is None else around.composition
-
     def use(self, composition: Compositions) -> None:
         """Put a composition in force, until another is; None is the bare host.
 

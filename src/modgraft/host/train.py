@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from modgraft.core.context import Context
 from modgraft.core.expression import Expression, module_of
 from modgraft.engine.implant import Implants, check_learns, learner, learning_parts
 from modgraft.host.compositions import Compositions
@@ -24,13 +25,19 @@ class Trains(nn.Module):
     """What a host does to train."""
 
     model: nn.Module
+    _context: Context
     _implants: Implants
     _bring: Callable[[Any], None]
     read: Callable[[Any], Expression | None]
     using: Callable[[Any], AbstractContextManager[Any]]
-    acting: Expression | None
     _learned: frozenset[str]
     """The names of the host's weights and buffers that a fit has trained."""
+
+    @property
+    def acting(self) -> Expression | None:
+        """The composition that acts here: of the ``using`` block around, or the one in force."""
+        around = self._context.around()
+        return self._context.composition if around is None else around.composition
 
     @contextmanager
     def training_only(self, train: str | Sequence[str] | None) -> Iterator[None]:

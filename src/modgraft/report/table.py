@@ -303,7 +303,9 @@ def print_fitted(table: Table, console: Console, file: Path, *, wide: bool = Fal
         and console.measure(table, options=everything).maximum > console.width
     ):
         left_out.insert(0, str(table.columns.pop().header))
-    console.print(table, width=console.measure(table, options=everything).maximum, crop=False)
+    before, console.width = console.width, console.measure(table, options=everything).maximum
+    console.print(table)
+    console.width = before
     if left_out:
         more = f"{len(left_out)} more columns ({', '.join(left_out)}): --wide, or {file}"
         console.print(more, markup=False, highlight=False, soft_wrap=True)

@@ -212,6 +212,19 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
     }
 
 
+def fingerprint_of_part(
+    model: nn.Module, path: str, without: Collection[str] = ()
+) -> dict[str, Any]:
+    """Identify the part of a host at ``path`` as :func:`fingerprint` does a host, after the host.
+
+    What was read of the host just now is not read again.
+    """
+    part, start, whole = model.get_submodule(path), f"{bare(path)}.", _read.get(model, _Read())
+    own = {n.removeprefix(start): d for n, d in whole.digests.items() if n.startswith(start)}
+    _read[part] = _Read(own, whole.at, whole.took)
+    return fingerprint(part, without)
+
+
 @reads_offloaded
 def rounded_fingerprints(model: nn.Module, without: Collection[str] = ()) -> dict[str, str]:
     """Return the hash of the weights as they would be in each lower precision, by its name.

@@ -54,6 +54,7 @@ from modgraft.store.fingerprint import (
 from modgraft.store.formats.base import found_in
 from modgraft.store.readme import WRITTEN, readme
 from modgraft.store.stored import Stored
+from modgraft.store.within import INNER, beside_within, inner, placed
 from modgraft.training.host_like import HostLike
 
 FILE = "module.safetensors"
@@ -135,6 +136,7 @@ def packed(
             **fingerprint(model, beside),
             **rounded_fingerprints(model, beside),
             SKETCHES: sketches(model, beside),
+            **inner(model, [path for i in implants for path in i.paths], beside),
         },
         tensors=digest_of(tensors),
         base_model=_hub_name(model),
@@ -215,7 +217,7 @@ def stored(folder: Path, model: nn.Module) -> Stored:
         CheckpointError: for a folder without modules, or a file that is damaged or none of them.
     """
     if is_there(folder / FILE):
-        return native(folder)
+        return placed(native(folder), model)
     try:
         other = found_in(folder)
         if other is not None:
@@ -279,21 +281,22 @@ def check_host(host: HostLike, modules: Stored, strict: bool) -> dict[str, Any] 
     Raises:
         CheckpointError: with what differs.
     """
-    card, there, model = modules.card, modules.card.host, host.model
+    there = modules.card.host
+    model, beside = host.model.get_submodule(modules.within), beside_within(modules)
     if not there:  # another tool's, which says nothing of it
         return None
-    differs = differences(model, there, card.beside)
+    differs = differences(model, there, beside)
     if not differs:
         return None
     of_values = are_of_values(differs)
     if of_values and any(implant.replaced for implant in host._implants.values()):
-        with host._implants.taken_back_for_now(model):
-            if not differences(model, there, card.beside):
+        with host._implants.taken_back_for_now(host.model):
+            if not differences(model, there, beside):
                 return None
     if of_values and not strict:
         _warn_of_another(modules, model, differs)
-        return {key: said for key, said in there.items() if key != SKETCHES}
-    rounded = is_in_another_precision(model, there, differs, card.beside)
+        return {key: said for key, said in there.items() if key not in (SKETCHES, INNER)}
+    rounded = is_in_another_precision(model, there, differs, beside)
     other = "this host in another precision" if rounded else "another host"
     remedy = ", or say strict=False to try it all the same" if of_values else ""
     raise CheckpointError(
@@ -307,8 +310,10 @@ def _warn_of_another(modules: Stored, model: nn.Module, differs: Sequence[str]) 
     """Say what of a host is other than what modules were trained with, by name and by how much."""
     card, shown = modules.card, ", ".join(differs)[:300]
     if each := card.host.get(SKETCHES):
-        found = sorted(changed(model, each, card.beside).items(), key=lambda item: -item[1])
-        several = [f"{name} by {100 * much:.2g} %" for name, much in found]
+        found = sorted(
+            changed(model, each, beside_within(modules)).items(), key=lambda item: -item[1]
+        )
+        several = [f"{name} by {100 * much:.3g} %" for name, much in found]
         more = f" and {len(several) - 6} more" if len(several) > 6 else ""
         if several:
             shown = f"{len(several)} of its {len(each)} tensors: {', '.join(several[:6])}{more}"
