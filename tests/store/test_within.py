@@ -31,6 +31,7 @@ class Own(nn.Module):
 
     def __init__(self, bert: nn.Module) -> None:
         super().__init__()
+        torch.manual_seed(1)
         self.parts = nn.ModuleDict({"encoder": bert})
         self.head = nn.Linear(16, 3)
 
@@ -45,6 +46,7 @@ def _encoder() -> BertModel:
 
 def _under(kind: type) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
+        torch.manual_seed(1)
         model = kind(CONFIG)
         model.bert = _encoder()
         return model

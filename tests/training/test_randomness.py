@@ -162,7 +162,7 @@ def test_where_generators_are_looked_for() -> None:
     slots.kept = one
     assert generators_in(slots) == [one]
     assert {*generators_in(lambda: (two, three))} == {two, three}
-    assert generators_in(Noisy(3, one).__getitem__, [one, {"a": {two}}]) == [one, two]
+    assert generators_in(Noisy(3, one).__getitem__, [one, {"a": (two,)}]) == [one, two]
     assert generators_in([one] * (FEW + 1), nn.Linear(2, 2), random, None, "text") == []
     assert generators_in(random.SystemRandom()) == []
     loop: list[Any] = [three]

@@ -54,13 +54,11 @@ from modgraft.store.fingerprint import (
 from modgraft.store.formats.base import found_in
 from modgraft.store.readme import WRITTEN, readme
 from modgraft.store.stored import Stored
-from modgraft.store.within import INNER, beside_within, inner, placed
+from modgraft.store.within import INNER, SKETCHES, beside_within, inner, placed
 from modgraft.training.host_like import HostLike
 
 FILE = "module.safetensors"
 README = "README.md"
-SKETCHES = "each"
-"""The entry of a host's fingerprint that tells its weights apart, by name."""
 
 
 # -- saving --------------------------------------------------------------------------------------

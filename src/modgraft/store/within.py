@@ -23,6 +23,9 @@ from modgraft.store.stored import Stored
 INNER, PATH = "inner", "path"
 """The entry of a host's fingerprint for the model inside, and in that the entry for its path."""
 
+SKETCHES = "each"
+"""The entry that tells the weights apart, by name (:func:`fingerprint.sketches`)."""
+
 
 def inner(model: nn.Module, sites: Sequence[str], beside: Collection[str]) -> dict[str, Any]:
     """Identify the known model inside a host that holds all of these sites and weights.
@@ -70,7 +73,8 @@ def placed(found: Stored, model: nn.Module) -> Stored:
         return joined(places[0], _relative(before, name))
 
     named = found.named(here, here)
-    host = {key: value for key, value in said.items() if key != PATH}
+    each = {_relative(before, name): text for name, text in there.get(SKETCHES, {}).items()}
+    host = {**said, SKETCHES: {name: text for name, text in each.items() if name}}
     return replace(named, card=named.card.model_copy(update={"host": host}), within=places[0])
 
 

@@ -6,10 +6,11 @@ there is a function of the position alone, and no state has to be saved.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,11 +37,6 @@ class _Kind:
     draw: Callable[[Any], float]
 
 
-def _fresh(name: str, seed: int) -> Any:
-    """Return the state of one of numpy's bit generators, such as ``"PCG64"``, newly seeded."""
-    return getattr(np.random, name)(seed).state
-
-
 _KINDS = (
     _Kind(
         torch.Generator,
@@ -60,21 +56,21 @@ _KINDS = (
         np.random.Generator,
         lambda g: g.bit_generator.state,
         lambda g, state: setattr(g.bit_generator, "state", state),
-        lambda g, seed: setattr(
-            g.bit_generator, "state", _fresh(g.bit_generator.state["bit_generator"], seed)
-        ),
+        lambda g, seed: setattr(g.bit_generator, "state", type(g.bit_generator)(seed).state),
         lambda g: g.random(),
     ),
     _Kind(
         np.random.RandomState,
         lambda g: g.get_state(legacy=False),
         lambda g, state: g.set_state(state),
-        lambda g, seed: g.set_state(_fresh(g.get_state(legacy=False)["bit_generator"], seed)),
+        lambda g, seed: g.set_state(
+            getattr(np.random, g.get_state(legacy=False)["bit_generator"])(seed).state
+        ),
         lambda g: g.random_sample(),
     ),
 )
 _NO_STATE = (random.SystemRandom,)
-_LEAVES = (str, bytes, int, float, complex, Tensor, np.ndarray, type, ModuleType)
+_LEAVES = (str, bytes, int, float, complex, Tensor, np.ndarray, type, ModuleType, logging.Logger)
 
 
 def _kind(value: object) -> _Kind | None:
@@ -105,9 +101,9 @@ def generators_in(*owners: object) -> list[Any]:
 
 def _inside(value: object) -> Iterator[object]:
     """Yield what an object is made of."""
-    if isinstance(value, Mapping | list | tuple | set | frozenset):
+    if isinstance(value, dict | list | tuple):  # a set has another order in another process
         if len(value) <= FEW:
-            yield from value.values() if isinstance(value, Mapping) else value
+            yield from value.values() if isinstance(value, dict) else value
     elif isinstance(value, MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, partial):
