@@ -100,18 +100,20 @@ class Folder:
         entries: its tensors' types and shapes by their keys, in which ``torch.compile`` and its
             like, around a layer, are not named.
         left: the tensors that nobody has taken yet.
+        before: what paths of layers begin with in the folder, where the host has another in place.
     """
 
     path: Path
     file: TensorFile
     model: nn.Module
     left: set[str] = field(init=False)
+    before: str = field(init=False)
 
     def __post_init__(self) -> None:
         self._keys = {bare(key): key for key in self.file.entries}
-        before, here = _moved(self._keys, self.model)
-        if before != here:
-            self._keys = {_under(key, before, here): own for key, own in self._keys.items()}
+        self.before, here = _moved(self._keys, self.model)
+        if self.before != here:
+            self._keys = {_under(key, self.before, here): own for key, own in self._keys.items()}
         self.entries = {key: self.file.entries[own] for key, own in self._keys.items()}
         if len(self.entries) < len(self.file.entries):
             self.refuse("tensors of a layer stand there with and without torch.compile around it")
