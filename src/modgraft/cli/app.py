@@ -77,16 +77,16 @@ def report(
     from modgraft.report import families, insert, read_results, table, write
 
     asked = read_json(run / "run.json", what="a run", remedy="modgraft mmcot train, or recipe")
-    if "recipe" in asked:
-        trials.write_report(run)
-        page, text = run / "plot.png", trials.markdown(trials.read_results(run))
-        markers = name or asked["recipe"]
+    is_trials = "recipe" in asked
+    if is_trials:
+        text = trials.markdown(trials.read_results(run))
     else:
-        page = write(run)
         text = f"{table(run)}\n\nBy family:\n\n{families(read_results(run / 'results.json'))}"
-        markers = name or "mmcot"
-    if readme is not None:
-        insert(readme, markers, text)
+    if readme is not None:  # first: where that fails, nothing is written
+        insert(readme, name or asked.get("recipe", "mmcot"), text)
+    if is_trials:
+        trials.write_report(run)
+    page = run / "plot.png" if is_trials else write(run)
     typer.echo(text)
     typer.echo(f"\nReport: {page}")
 
