@@ -78,16 +78,18 @@ def report(
 
     asked = read_json(run / "run.json", what="a run", remedy="modgraft mmcot train, or recipe")
     is_trials = "recipe" in asked
-    if is_trials:
-        text = trials.markdown(trials.read_results(run))
-    else:
-        text = f"{table(run)}\n\nBy family:\n\n{families(read_results(run / 'results.json'))}"
+
+    def text() -> str:
+        if is_trials:
+            return trials.markdown(trials.read_results(run))
+        return f"{table(run)}\n\nBy family:\n\n{families(read_results(run / 'results.json'))}"
+
     if readme is not None:  # first: where that fails, nothing is written
-        insert(readme, name or asked.get("recipe", "mmcot"), text)
+        insert(readme, name or asked.get("recipe", "mmcot"), text())
     if is_trials:
         trials.write_report(run)
-    page = run / "plot.png" if is_trials else write(run)
-    typer.echo(text)
+    page = run / "plot.png" if is_trials else write(run)  # also of a run that was interrupted
+    typer.echo(text())
     typer.echo(f"\nReport: {page}")
 
 

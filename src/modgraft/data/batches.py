@@ -154,12 +154,14 @@ class Collate:
         Raises:
             DataError: They are, unless `skips` lists the question.
         """
-        form = find_form(self.form)
+        form, texts = find_form(self.form), dict[str, str]()
         for record in records:
             fields = form.input_fields(record, "" if form.reads_rationale else None)
             fields |= dict.fromkeys(_CUT.keys() & fields.keys(), "")
-            if len(self._encode([form.render_input(fields)])[0]) > self.max_input:
-                skips(self._too_long(record.id, OR_SKIP))
+            texts[record.id] = form.render_input(fields)
+        for qid, ids in zip(texts, self._encode(list(texts.values())), strict=True):
+            if len(ids) > self.max_input:
+                skips(self._too_long(qid, OR_SKIP))
 
     def _too_long(self, qid: str, otherwise: str) -> DataError:
         reason = f"its options alone are longer than max_input={self.max_input} tokens"

@@ -313,14 +313,15 @@ def load_questions(folder: Path, seed: int, *, features: bool = True) -> Questio
     """
     settings, data = settings_of(folder), folder / f"seed{seed}" / "data"
     if settings.data == "digits":
-        return load_scienceqa(
-            data, captions=False, features=data / "features.safetensors" if features else None
-        )
-    file = None
-    if features and settings.features is not None:
+        file = data / "features.safetensors" if features else None
+        questions = load_scienceqa(data, captions=False, features=file)
+    elif features and settings.features is not None:
         given = is_file(settings.features)
         file = Path(settings.features) if given else folder / "features.safetensors"
-    questions, skips = _load(settings, file), Skips(settings.skip_bad)
+        questions = _load(settings, file)
+    else:
+        questions = _load(settings, None)
+    skips = Skips(settings.skip_bad)
     if settings.skip_bad:
         known = {entry.id for entry in questions.skipped}
         before = [Skipped(**entry) for entry in load_skipped(folder, seed)]

@@ -158,7 +158,7 @@ def gates(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return attention and gates of stage 1's fusion for a few questions."""
     if settings.data != "digits":
-        return []  # NO_GATES
+        return []  # the page says why: NO_GATES
     host, tokenizer = load_net(folder, seed, "stage1"), load_run_tokenizer(folder, seed)
     strips, shown = load_strips(folder, seed), {p.id: p for p in predictions}
     form, made = find_form(settings.rationale), []
