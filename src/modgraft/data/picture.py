@@ -98,7 +98,8 @@ _STEP = {"L;2": 85, "L;4": 17}
 
 def _greys_of(image: Image.Image) -> _Greys:
     """Read what the file says of its greys, before its pixels are loaded."""
-    how: Any = image.tile[0].args if image.tile else ""
+    file: Any = image  # its type does not know what a file adds
+    how = file.tile[0].args if file.tile else ""
     stored = how[0] if isinstance(how, tuple) else how
     clear = image.info.get("transparency")
     if stored == "RGB;16B" and isinstance(clear, tuple):  # the pixels are its upper 8 bits
@@ -110,7 +111,7 @@ def _greys_of(image: Image.Image) -> _Greys:
     white = 4095 if stored == "I;12" else None
     if white is None and (is_pgm or image.mode.startswith("I;16")):
         white = 65535
-    tags: Any = getattr(image, "tag_v2", {})
+    tags = getattr(file, "tag_v2", {})
     inverted = image.mode.startswith(_DEEP) and tags.get(_PHOTOMETRIC) == 0
     return _Greys(white, inverted, clear * _STEP.get(stored, 1) if isinstance(clear, int) else None)
 
