@@ -173,13 +173,6 @@ class LearnsNothing(Shift):
         return y + self.b.detach()
 
 
-class InFloat32(Shift):
-    """It computes, and puts out, float32 in every host."""
-
-    def forward(self, y: Tensor, x: Tensor | None, side: mg.Side | None) -> Tensor:
-        return torch.float_power(y + self.b, 1).float()
-
-
 class Raises(Shift):
     """It is not defined where it is tried, and says so in an error of its own kind."""
 
@@ -201,7 +194,6 @@ FAULTS: dict[type[mg.Computation], tuple[str, str]] = {
     WritesTheHost: ("leaves_the_host", "after host.implant, the host's"),
     TakesTheHostsWeight: ("learns_alone", ""),
     LearnsNothing: ("learns_alone", "no gradient reaches"),
-    InFloat32: ("merges", ""),
     Raises: ("build", "IndexError: list index out of range"),
 }
 

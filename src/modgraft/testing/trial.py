@@ -72,16 +72,25 @@ class Trial:
         """Return the bare model as a host."""
         return Host(self.model()).eval()
 
-    def put(self, host: Host, name: str = "m", stir: bool = True) -> str:
+    def put(self, host: Host, name: str = "m", stir: bool = True, newborn: bool = False) -> str:
         """Implant the method, with random numbers for parameters where ``stir``.
 
+        Args:
+            host: where to.
+            name: of the module.
+            stir: whether its parameters are random numbers, as of one that has been trained.
+            newborn: whether it is left as it is built.
+
         Returns:
-            Its name in compositions, which is in force.
+            Its name in compositions; it joins the one in force.
         """
         several = len(self.make().task_names(name)) > 1
         implant = host.implant(name, self.make(), at=self.at, active=not several)
         if several:
-            host.use(implant.names[0])
+            now = "" if host.composition is None else f"{host.composition} >> "
+            host.use(now + implant.names[0])
+        if newborn:
+            return implant.names[0]
         self.prepare(host, name)
         if stir:
             with torch.no_grad():
