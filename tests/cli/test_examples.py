@@ -7,6 +7,7 @@ started, asked once, and stopped.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -112,13 +113,10 @@ NOTE = """# gated_fusion
 
 ## Log
 
-[skim(@pfeifferModularDeepLearning2023) -> _digging]
-
-- modules at sites
-
-[question -> is the gate open?]
-
-[lesson_learned -> a control first]
+- [skim(@pfeifferModularDeepLearning2023) -> _digging]
+    - modules at sites
+- [question -> is the gate open?]
+- [lesson_learned -> a control first]
 """
 SOURCES = """@article{pfeifferModularDeepLearning2023, title={Modular Deep Learning},
   author={Pfeiffer, Jonas}, year={2023}}
@@ -148,11 +146,14 @@ def _build(folder: Path) -> None:
     host.save("style", folder / "modules" / "style")
     host.save("qa_longer", folder / "modules" / "qa-longer")
     host.save("theirs", folder / "some-peft-adapter", format="peft")
+    config = folder / "some-peft-adapter" / "adapter_config.json"
+    said = json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": "bert-base-uncased"}
+    config.write_text(json.dumps(said), "utf-8")
     classifier = _model(0, BertForSequenceClassification, num_labels=3)
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's own
-        peft.get_peft_model(classifier, config).save_pretrained(folder / "classifier-lora")
+        peft.get_peft_model(classifier, lora).save_pretrained(folder / "classifier-lora")
 
     hub = mg.Hub(folder / "hub")
     hub.push(folder / "modules" / "qa")
