@@ -21,8 +21,9 @@ from modgraft.computation.base import Computation, FunctionComposition
 from modgraft.core.sites import At
 
 WIDTH, WORDS, EXAMPLES = 16, 41, 3
-VOCAB = {"vocab_size": WORDS}
-SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+VOCAB: dict[str, Any] = {"vocab_size": WORDS}
+STARTED: dict[str, Any] = {**VOCAB, "decoder_start_token_id": 0}
+SPECIAL: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 
 class SmallCNN(nn.Module):
@@ -46,13 +47,12 @@ def small_t5(layers: int = 2) -> nn.Module:
     """Return an encoder-decoder with relative positions, two heads of eight."""
     return T5ForConditionalGeneration(
         T5Config(
-            **VOCAB,
+            **STARTED,
             d_model=WIDTH,
             d_kv=8,
             d_ff=24,
             num_layers=layers,
             num_heads=2,
-            decoder_start_token_id=0,
             dropout_rate=0.0,
         )
     )
