@@ -116,6 +116,34 @@ def test_a_quick_look_is_a_share() -> None:
 # the run
 
 
+def test_a_row_has_the_parameters_and_time_of_what_it_trained(run: Path) -> None:
+    measured = {row: figures(run, row) for row in ROWS}
+    cards = {net: json.loads((run / f"seed0/{net}/net.json").read_text()) for net in NETS}
+    for row in ("shuffled", "gold", "forced", "forced-text"):
+        assert [measured[row][c] for c in ("parameters", "trained", "fusion")] == [None] * 3, row
+    for row in ("fused", "text", "direct", "modular"):
+        for cost in ("parameters", "trained", "fusion"):
+            total = sum(cards[net][cost] for net in ROWS[row].nets)
+            assert measured[row][cost] == total, (row, cost)
+    assert measured["text"]["fusion"] == 0 < measured["fused"]["fusion"]
+    assert measured["modular"]["trained"] < 0.15 * measured["modular"]["parameters"]
+    assert cards["stage1"]["fusion"] == load_net(run, 0, "stage1")["fusion"].size
+    own = mmcot_run._own_nets(["gold", "fused"])  # whichever was asked for first
+    assert own == {"fused": ["stage1", "stage2"], "gold": []}
+    assert mmcot_run._own_nets(["gold"]) == {"gold": ["stage2"]}
+
+
+def test_digits_have_columns_and_chance_but_no_subjects_and_grades(run: Path) -> None:
+    names = ["TXT", "IMG", "NO", "Avg"]
+    for row in ROWS:
+        found = figures(run, row)
+        assert list(found["columns"]) == list(found["chance"]) == names
+        assert 20 <= found["chance"]["Avg"] <= 50
+    text = (run / "report.html").read_text()
+    assert "natural science" not in text
+    assert "school grades" not in text
+
+
 def test_every_row_is_there_and_the_report_reads_it(run: Path) -> None:
     read = read_run(run)
     assert read.results is not None
@@ -135,6 +163,8 @@ def test_every_row_is_there_and_the_report_reads_it(run: Path) -> None:
     assert "<html" in (run / "report.html").read_text()[:200]
     raw = json.loads((run / "results.json").read_text())
     assert (raw["split"], raw["notes"], raw["skipped"]) == ("test", [], [])
+    assert raw["task"].startswith("DigitsQA: ")
+    assert all(raw[name] for name in ("command", "commit", "versions"))
     assert not list(run.glob("seed0/*/checkpoints"))
     assert not [p for p in files(run) if p.endswith(".part") or p.endswith("error.txt")]
 

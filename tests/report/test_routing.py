@@ -43,6 +43,10 @@ def test_the_figure_is_drawn() -> None:
         image = Image.open(io.BytesIO(png)).convert("RGB")
         assert image.width > image.height
         assert len(image.getcolors(1 << 24) or []) > 50
+    png, shown = picture._repr_png_()
+    assert png == picture.light
+    assert shown == {"width": picture.width, "height": picture.height, "alt": picture.alt}
+    assert len(repr(picture)) < 200  # no bytes
     assert picture.alt == "Use of math, code, law, poetry at 4 sites; 1 collapsed"
     assert routing_figure([replace(USES[0], path="")]).light != picture.light
 

@@ -14,11 +14,11 @@ from urllib.request import getproxies
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from modgraft.core.tables import Table
     from modgraft.store.stored import Stored
 
 SHOWN = 8
@@ -341,7 +341,7 @@ def _print(model: nn.Module, report: dict[str, Any]) -> None:
 
 
 def _print_selection(console: Console, chosen: dict[str, Any], total: int) -> None:
-    from modgraft.host.describe import table
+    from modgraft.core.tables import table
 
     sites, rank, cost = chosen["sites"], chosen["rank"], chosen["lora_parameters"]
     console.print(f"\n{', '.join(chosen['at'])}: {len(sites)} sites")
@@ -357,7 +357,7 @@ def _print_selection(console: Console, chosen: dict[str, Any], total: int) -> No
 
 
 def _print_modules(console: Console, cards: Sequence[dict[str, Any]], total: int) -> None:
-    from modgraft.host.describe import table
+    from modgraft.core.tables import table
 
     rows = [
         (c["name"], c["method"], f"{c['sites']}", f"{c['parameters']:,}",
@@ -371,9 +371,7 @@ def _print_modules(console: Console, cards: Sequence[dict[str, Any]], total: int
 
 def show(console: Console, made: Table) -> None:
     """Print a table, fitted to the terminal or, in other outputs, at its full width."""
-    from modgraft.host.describe import plain
-
-    console.print(made if console.is_terminal else plain(made), soft_wrap=not console.is_terminal)
+    console.print(made if console.is_terminal else str(made), soft_wrap=not console.is_terminal)
 
 
 def _share(size: int, total: int) -> str:

@@ -34,6 +34,7 @@ from modgraft.core.files import folder_path, writing
 from modgraft.core.layers import STATE, check_computed
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find, located
+from modgraft.core.tables import Page
 from modgraft.core.tensors import device_of
 from modgraft.engine.examples import ask, check_assumed, signature
 from modgraft.engine.fast_paths import check_weights_stay, leave_fast_paths
@@ -796,10 +797,17 @@ class Host(Trains, AsModel):
         sources = self._context.side_sources.items()
         return {n: (s, n in active) for n, s in sources if s != EXAMPLE and s not in side}
 
-    def plan(self, composition: Compositions | EllipsisType = ...) -> str:
+    def plan(self, composition: Compositions | EllipsisType = ...) -> Page:
         """Show how a composition is computed at its sites; left out, the one in force."""
         read = self.composition if composition is ... else self.read(composition)
         return explain(self.model, read)
 
     def __repr__(self) -> str:
+        return self._page()
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return self._page()._repr_html_()
+
+    def _page(self) -> Page:
         return describe(self.model, self._implants, self.composition, list(self._waiting))

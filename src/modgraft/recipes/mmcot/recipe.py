@@ -173,7 +173,7 @@ ROWS = {
         Row("forced", "Teacher-forced", "stage2", "stage1", forced=True,
             note="rationales decoded along the gold ones: not a result but its leak"),
         Row("forced-text", "Text only, teacher-forced", "stage2-text", "stage1-text",
-            forced=True, note="the leak alone lifts a model that needs_features nothing"),
+            forced=True, note="the leak alone lifts a model that sees nothing"),
         Row("direct", "One stage, QCM→A", "direct", None, "ablation"),
         Row("explain", "One stage, QCM→EA", "explain", None, "ablation"),
         Row("released", "Two stages, released fusion", "stage2-released", "stage1-released",

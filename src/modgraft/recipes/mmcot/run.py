@@ -23,6 +23,7 @@ import modgraft as mg
 from modgraft.core.errors import CheckpointError, UnknownNameError
 from modgraft.core.files import Lock, folder_path, read_json, write_json
 from modgraft.data.digits import facts
+from modgraft.log.record.runs import command, commit, versions
 from modgraft.recipes.folder import run_folder
 from modgraft.recipes.mmcot.data import (
     check,
@@ -38,13 +39,21 @@ from modgraft.recipes.mmcot.data import (
     tested_split,
     text_done_file,
 )
-from modgraft.recipes.mmcot.metrics import evaluate_predictions, write_predictions
+from modgraft.recipes.mmcot.metrics import (
+    COLUMNS,
+    DIGITS_COLUMNS,
+    evaluate_predictions,
+    write_predictions,
+)
 from modgraft.recipes.mmcot.nets import NO_GATES, gates, predict, read_card, train_net
-from modgraft.recipes.mmcot.note import recorded_run
+from modgraft.recipes.mmcot.note import recorded_run, task
 from modgraft.recipes.mmcot.recipe import ROWS, Settings, nets_of, steps_of
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.page import write as write_report
 from modgraft.report.run import read_results
+
+COSTS = ("parameters", "trained", "fusion", "seconds")
+"""What the training of a model took, as its ``net.json`` says."""
 
 
 def run(
@@ -201,13 +210,13 @@ def evaluate_row(folder: Path, seed: int, key: str) -> None:
     questions = load_questions(folder, seed, features=sees)
     questions = questions.split(tested_split(questions, settings))
     predictions = predict(folder, seed, row, questions, settings)
-    reader = facts if settings.data == "digits" else None
-    cards = [read_card(folder, seed, n) for n in dict.fromkeys(row.nets)]
+    digits = settings.data == "digits"
     figures = evaluate_predictions(
-        predictions, questions, facts=reader,
-        parameters=sum(c["parameters"] for c in cards), trained=sum(c["trained"] for c in cards),
-        seconds=sum(c["seconds"] for c in cards),
+        predictions, questions, facts=facts if digits else None,
+        columns=DIGITS_COLUMNS if digits else tuple(COLUMNS),
     )  # fmt: skip
+    cards = {net: read_card(folder, seed, net) for net in row.nets}
+    figures["nets"] = {net: {c: card.get(c) for c in COSTS} for net, card in cards.items()}
     write_predictions(home / key / "predictions.jsonl", predictions)
     if key == "fused":
         write_json(home / "gates.json", gates(folder, seed, questions, settings, predictions))
@@ -218,13 +227,16 @@ def _gather(
     folder: Path, asked: dict[str, Any], settings: Settings, seconds: float
 ) -> dict[str, Any]:
     rows, images, first = [], {}, asked["seeds"][0]
+    own = _own_nets(asked["rows"])
     for key in asked["rows"]:
         row, found = ROWS[key], {}
         for seed in asked["seeds"]:
             path = folder / f"seed{seed}" / key / "figures.json"
             if path.is_file():
                 remedy = "Delete it, and run the same command again"
-                found[str(seed)] = read_json(path, what="a row's figures", remedy=remedy)
+                figures = read_json(path, what="a row's figures", remedy=remedy)
+                nets = figures.pop("nets", None)  # an older version gave all rows' costs
+                found[str(seed)] = figures if nets is None else figures | _costs(nets, own[key])
         about = {"key": key, "title": row.title, "group": row.group, "note": row.note}
         rows.append({**about, "leak": row.forced, "seeds": found})
     questions = load_questions(folder, first, features=False)
@@ -237,6 +249,10 @@ def _gather(
     return {
         "name": folder.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "task": task(settings),
+        "command": command(),
+        "commit": commit(),
+        "versions": versions(),
         "settings": asdict(settings),
         "split": tested,
         "scienceqa": settings.data != "digits",
@@ -248,3 +264,21 @@ def _gather(
         "wall_seconds": round(seconds, 1),
         "rows": rows,
     }
+
+
+def _own_nets(rows: Sequence[str]) -> dict[str, list[str]]:
+    """Return row → the models that it is the first of ``rows`` to need, in the order of `ROWS`.
+
+    Controls test the models of the main row: they have trained none.
+    """
+    own: dict[str, list[str]] = {}
+    for key in (key for key in ROWS if key in rows):
+        others = {net for nets in own.values() for net in nets}
+        own[key] = [net for net in ROWS[key].nets if net not in others]
+    return own
+
+
+def _costs(nets: dict[str, dict[str, Any]], own: Sequence[str]) -> dict[str, Any]:
+    """Add up what the training of a row's own models took; None for what is not known."""
+    found = {cost: [nets[net][cost] for net in own] for cost in COSTS}
+    return {c: sum(v) if v and None not in v else None for c, v in found.items()}
