@@ -16,7 +16,7 @@ from modgraft.computation.base import Computation
 from modgraft.core.context import Side
 from modgraft.core.errors import ContractError, ModgraftError
 from modgraft.core.sites import At
-from modgraft.host.describe import plain, table
+from modgraft.core.tables import table
 from modgraft.host.host import Host
 from modgraft.testing.hosts import EXAMPLES, HOSTS, drawn
 from modgraft.testing.rules import RULES
@@ -50,7 +50,7 @@ class Report:
             whys.setdefault(f"{rule}: {why}", []).append(host)
         lines = [f"–  {', '.join(hosts)}, {why}" for why, hosts in whys.items()]
         lines += [f"not defined on {host}: {why}" for host, why in self.undefined.items()]
-        return "\n".join([plain(table(("rule", *hosts), rows)), *lines])
+        return "\n".join([str(table(("rule", *hosts), rows)), *lines])
 
     def _cell(self, host: str, rule: str) -> str:
         if (host, rule) in self.broken:
