@@ -204,7 +204,7 @@ def test_without_a_network_it_is_said_at_once(
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr("socket.create_connection", nowhere)
-    monkeypatch.setattr("modgraft.cli.inspect.getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     began = time.monotonic()
     with pytest.raises(DataError, match=r"someone/no-model: .*See the name and the network"):

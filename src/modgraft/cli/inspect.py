@@ -1,16 +1,11 @@
 """``modgraft inspect``: list a model's sites, what a selection matches, which modules fit."""
 
-from __future__ import annotations
-
 import json
 import math
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import typer
 from rich.console import Console
@@ -70,7 +65,7 @@ def read_model(
     weights: bool = False,
     kind: str | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> "nn.Module":
     """Create the model of a folder or hub name.
 
     Args:
@@ -175,6 +170,10 @@ def _may_be_on_a_hub(name: str) -> bool:
 
 def _answers() -> bool:
     """Return whether the hub can be reached, whose library would try again for half a minute."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
     from huggingface_hub import constants
 
     place = urlsplit(constants.ENDPOINT)
@@ -201,7 +200,7 @@ def _class_of(config: Any) -> Any:
     return transformers.AutoModel._model_mapping[type(config)]
 
 
-def _overview(model: nn.Module) -> dict[str, Any]:
+def _overview(model: "nn.Module") -> dict[str, Any]:
     from modgraft.core.roles import roles_of
     from modgraft.host.describe import rows_of
 
@@ -223,7 +222,7 @@ def _overview(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]:
+def _selection(model: "nn.Module", at: Sequence[str], rank: int) -> dict[str, Any]:
     from modgraft.core.sites import find
     from modgraft.host.describe import lora_cost, shape_of
 
@@ -238,7 +237,7 @@ def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]
     }
 
 
-def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]:
+def _card(model: "nn.Module", folder: Path, weights: bool) -> list[dict[str, Any]]:
     """Describe saved modules: what they are, their size, and whether they fit this model.
 
     Raises:
@@ -300,7 +299,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]
     ]
 
 
-def _refused(model: nn.Module, found: Stored) -> str:
+def _refused(model: "nn.Module", found: "Stored") -> str:
     """Return why a model refuses modules that are loaded into it, "" where it takes them."""
     from modgraft.core.errors import ModgraftError, UnknownNameError
     from modgraft.host.host import Host
@@ -323,7 +322,7 @@ def _refused(model: nn.Module, found: Stored) -> str:
     return ""
 
 
-def _print(model: nn.Module, report: dict[str, Any]) -> None:
+def _print(model: "nn.Module", report: dict[str, Any]) -> None:
     from modgraft.host.describe import sites_table
 
     console = Console(highlight=False, markup=False)
@@ -369,7 +368,7 @@ def _print_modules(console: Console, cards: Sequence[dict[str, Any]], total: int
     show(console, table(columns, rows))
 
 
-def show(console: Console, made: Table) -> None:
+def show(console: Console, made: "Table") -> None:
     """Print a table, fitted to the terminal or, in other outputs, at its full width."""
     console.print(made if console.is_terminal else str(made), soft_wrap=not console.is_terminal)
 
