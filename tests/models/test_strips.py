@@ -96,6 +96,13 @@ def test_what_is_no_strip_is_stranger_than_strips(reader) -> None:
         assert np.mean(strange) > 0.9, name
 
 
+@pytest.mark.parametrize("size", [(40, 240), (900, 60), (5, 200)])
+def test_a_picture_of_another_shape_is_as_strange_as_can_be(reader, tmp_path, size) -> None:
+    grey = np.random.default_rng(0).integers(0, 255, size[::-1], dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "odd.png")
+    assert reader.find(tmp_path / "odd.png", limit=1e9).strangeness == float("inf")
+
+
 def test_the_strangest_digit_decides(reader) -> None:
     strip = strips(1)[0]
     each = [reader.look(part).strangeness for part in strip.split(8, dim=1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -116,7 +116,8 @@ class Reader:
 
         A picture whose sides are exactly n to 1 is a strip of n digits, unless that one is stranger
         than `limit`. Otherwise all places where a strip could lie are looked at, and the one that
-        is the least strange is taken.
+        is the least strange is taken. A picture that is too narrow or too wide for a strip is
+        infinitely strange.
 
         Raises:
             DataError: The file is missing, damaged, not an image, or blank.
@@ -131,6 +132,9 @@ class Reader:
                 return seen[0]
         _as_strip(grey, 3, path)  # a blank one is an error
         seen += [self.look(ink) for ink in _strips(grey, path)]
+        if not seen:  # too narrow or too wide for any strip: what the eye reads there is nothing
+            count = min(PLACES, key=lambda n: abs(math.log(ratio / n)))
+            return replace(self.look(_as_strip(grey, count, path)), strangeness=math.inf)
         return min(seen, key=lambda strip: strip.strangeness)
 
 
@@ -149,7 +153,7 @@ def _strips(grey: Image.Image, path: str | Path) -> Iterator[Tensor]:
     high, wide, inked = bottom - top, last - first, Image.fromarray(np.float32(255 * ink))
     for count in PLACES:
         room = count * high - wide  # digits fill their rows, but not their columns
-        if -0.1 * high <= room <= 0.9 * high:
+        if -0.1 * high <= room <= 0.8 * high:
             for left in np.linspace(0, max(room, 0), 1 + max(0, round(16 * room / high))):
                 x = round(first - left)
                 box = (x, top, x + max(count * high, wide), bottom)
