@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import fcntl
 import inspect
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import SMALL, files, modgraft, refused, train
+from command import QUICK, files, modgraft, refused, train
 from transformers import T5ForConditionalGeneration, T5PreTrainedModel
 
 import modgraft as mg
@@ -30,34 +28,12 @@ from modgraft.recipes.mmcot.recipe import (
     DEMO,
     NETS,
     ROWS,
-    Net,
     Settings,
     build_host,
     nets_of,
     smaller,
 )
 from modgraft.report.run import read_run
-
-QUICK = ("--quick", "0.02", *SMALL)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of every row, all as small as can be: what it learned is nothing.
-
-    Trained once, also where several processes test; each has a copy to itself.
-    """
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    made = root / "mmcot-run" / "all"
-    with (root / "mmcot-run.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (made / "report.html").is_file():
-            result = train(made, "--rows", "all", *QUICK)
-            assert result.code == 0, result
-            assert "seed 0: Stage 1, fused: started" in result.out
-            assert f"Report: {made / 'report.html'}" in result.out
-    return Path(shutil.copytree(made, tmp_path_factory.mktemp("runs") / "all"))
 
 
 def figures(run: Path, row: str) -> dict[str, Any]:
@@ -392,59 +368,6 @@ def test_fresh_deletes_runs_only(tmp_path: Path) -> None:
     assert result.code == 0, result
     assert not (run / "seed0" / "stage1").exists()
     assert [r["key"] for r in json.loads((run / "results.json").read_text())["rows"]] == ["gold"]
-
-
-# one question
-
-
-def test_asking_about_an_image_of_the_test(run: Path) -> None:
-    record = next(r for r in load_questions(run, 0).split("test") if r.image)
-    image = run / "seed0" / "data" / "images" / "test" / record.id / "image.png"
-    ask = ["mmcot", "ask", image, record.question, *record.choices, "--run", run]
-    result = modgraft(*ask, "--hint", record.hint)
-    assert result.code in (0, 2), result  # 2: it read no option from what the net wrote
-    (made,) = [p for p in read_run(run).predictions["fused"][0] if p.id == record.id]
-    rationale, _, answer = result.out.partition("Answer")
-    assert rationale.split() == ["Rationale", *(made.rationale or "").split()]
-    if made.choice is None:
-        assert answer.split() == f"none of the options (it wrote: {made.text})".split()
-    else:
-        assert answer.split()[1] == made.choices[made.choice]
-
-
-def test_asking_without_an_image_asks_the_text_model(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-
-    def write(host: mg.Host, net: Net, questions: Any, *rest: Any) -> dict[str, str]:
-        seen.append((net.fusion, host.composition, len(questions.features)))
-        return {"asked": "7 . The answer is (B)."}
-
-    monkeypatch.setattr("modgraft.recipes.mmcot.ask.write", write)
-    result = modgraft("mmcot", "ask", "-", "What is 3 plus 4?", "6", "7", "--run", run)
-    assert result.code == 0
-    assert "Answer (B) 7" in result.out
-    assert [(fusion, n) for fusion, _, n in seen] == [(None, 0), (None, 0)]
-
-
-def test_asking_badly(run: Path, tmp_path: Path) -> None:
-    png = next((run / "seed0" / "data" / "images" / "test").glob("*/image.png"))
-    (tmp_path / "cut.png").write_bytes(png.read_bytes()[:60])
-    (tmp_path / "text.png").write_text("no image")
-
-    def ask(*args: str | Path) -> Any:
-        return modgraft("mmcot", "ask", *args, "--run", run)
-
-    refused(ask(tmp_path / "none.png", "What?", "1", "2"), "none.png", "the image is missing")
-    refused(ask(tmp_path / "cut.png", "What?", "1", "2"), "cut.png", "damaged")
-    refused(ask(tmp_path / "text.png", "What?", "1", "2"), "text.png", "not an image")
-    refused(ask(png, "What?", "1"), "2 to 26 options", "modgraft mmcot ask")
-    refused(ask(png, " ", "1", "2"), "needs words")
-    refused(ask(png, "What?", "1", "2", "--seed", "5"), "no seed 5", "Take one of 0")
-    assert ask(png, "What?").code == 2  # no option at all: the usage is shown
-    none = modgraft("mmcot", "ask", png, "What?", "1", "2", "--run", tmp_path / "norun")
-    refused(none, "norun", "Train it first")
 
 
 # damage and interruption

@@ -39,6 +39,7 @@ from modgraft.recipes.mmcot.data import (
     tested_split,
     text_done_file,
 )
+from modgraft.recipes.mmcot.depth import depth_file, measure_depth
 from modgraft.recipes.mmcot.metrics import (
     COLUMNS,
     DIGITS_COLUMNS,
@@ -112,7 +113,7 @@ def _run(
     for before, seed in zip([None, *seeds], seeds, strict=False):
         if not evaluate_only:
             todo += _training(folder, settings, rows, seed, before)
-        todo += _testing(folder, rows, seed, again=evaluate_only)
+        todo += _testing(folder, settings, rows, seed, again=evaluate_only)
     done = all(job.done for job in todo)
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     shown = {"rows": [r["key"] for r in results.get("rows", [])], "seeds": results.get("seeds")}
@@ -191,9 +192,11 @@ def _training(
     return made
 
 
-def _testing(folder: Path, rows: Sequence[str], seed: int, *, again: bool) -> list[Job]:
+def _testing(
+    folder: Path, settings: Settings, rows: Sequence[str], seed: int, *, again: bool
+) -> list[Job]:
     home = folder / f"seed{seed}"
-    return [
+    made = [
         Job(
             f"{seed}/row/{row}", f"seed {seed}: test, {ROWS[row].title}", evaluate_row,
             (folder, seed, row), home / row, after=tuple(f"{seed}/{n}" for n in ROWS[row].nets),
@@ -201,6 +204,20 @@ def _testing(folder: Path, rows: Sequence[str], seed: int, *, again: bool) -> li
         )
         for row in rows
     ]  # fmt: skip
+    asked = ("stage1", "stage2")
+    if (
+        settings.data == "digits"
+        and settings.val
+        and {net.key for net in nets_of(rows)}.issuperset(asked)
+    ):
+        made.append(
+            Job(
+                f"{seed}/ask", f"seed {seed}: what it can be asked", measure_depth,
+                (folder, seed), home / "ask", after=tuple(f"{seed}/{n}" for n in asked),
+                last_file=None if again else depth_file(folder, seed),
+            )
+        )  # fmt: skip
+    return made
 
 
 def evaluate_row(folder: Path, seed: int, key: str) -> None:
