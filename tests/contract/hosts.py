@@ -9,27 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import modgraft as mg
-from modgraft.testing.hosts import (
-    EXAMPLES,
-    SPECIAL,
-    VOCAB,
-    WIDTH,
-    SmallCNN,
-    drawn,
-    padded_left,
-    padded_right,
-    pictures,
-    small_bert,
-    small_gpt2,
-    small_t5,
-)
-from modgraft.testing.hosts import ids as words
 
 DEVICE = torch.device(os.environ.get("MODGRAFT_TEST_DEVICE", "cpu"))  # make gpu sets it
-FEATURES, BATCH = 6, EXAMPLES
+WIDTH, FEATURES, BATCH = 16, 6, 3
+VOCAB = {"vocab_size": 41}
+SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,12 @@ class HostCase:
 
     def model(self, seed: int = 0, shallow: bool = False) -> nn.Module:
         """Make the bare model, where ``shallow`` with a single layer if its layers are alike."""
-        layers = (1,) if shallow and self.deep else ()
-        return drawn(lambda: self.make(*layers), seed).to(DEVICE)
+        torch.manual_seed(seed)
+        model = (self.make(1) if shallow and self.deep else self.make()).eval().to(DEVICE)
+        with torch.no_grad():  # the default initialisation is so small that nothing shows
+            for parameter in model.parameters():
+                parameter.normal_(0.0, 0.3) if parameter.dim() > 1 else parameter.add_(0.1)
+        return model
 
 
 def tensor_of(out: Any) -> Tensor:
@@ -82,7 +84,8 @@ def tensor_of(out: Any) -> Tensor:
 
 
 def ids(length: int = 7, seed: int = 1) -> Tensor:
-    return words(length, seed).to(DEVICE)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 41, (BATCH, length), generator=generator).to(DEVICE)
 
 
 def side(rows: int = BATCH, seed: int = 2, dtype: torch.dtype = torch.float32) -> mg.Side:
@@ -93,6 +96,52 @@ def side(rows: int = BATCH, seed: int = 2, dtype: torch.dtype = torch.float32) -
     mask[1] = False
     mask[-1, 2:] = False
     return mg.Side(features, mask).to(DEVICE)
+
+
+def _t5(layers: int = 2) -> nn.Module:
+    return T5ForConditionalGeneration(
+        T5Config(
+            **VOCAB,
+            d_model=WIDTH,
+            d_kv=8,
+            d_ff=24,
+            num_layers=layers,
+            num_heads=2,
+            decoder_start_token_id=0,
+            dropout_rate=0.0,
+        )
+    )
+
+
+def _bert(layers: int = 2) -> nn.Module:
+    return BertForMaskedLM(
+        BertConfig(
+            **VOCAB,
+            hidden_size=WIDTH,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def _gpt2(layers: int = 2) -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            **VOCAB,
+            **SPECIAL,
+            n_embd=WIDTH,
+            n_layer=layers,
+            n_head=2,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
 
 
 def _llama(layers: int = 2) -> nn.Module:
@@ -131,6 +180,22 @@ def _plain() -> nn.Module:
     )
 
 
+class SmallCNN(nn.Module):
+    """Two convolutions, then each place of the map as a token, and a linear head on their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)
+        self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        h = self.conv(torch.tanh(self.stem(pixel_values)))  # [B, 3, H, W] → [B, C, H, W]
+        tokens = torch.tanh(h).flatten(2).transpose(1, 2)  # [B, HW, C]
+        return self.head(torch.tanh(self.mix(tokens)).mean(dim=1))
+
+
 class SmallAttention(nn.Module):
     """An encoder layer, then four learned queries that attend to it and to the raw features."""
 
@@ -167,6 +232,11 @@ class SmallRNN(nn.Module):
         return self.head(self.gru(h)[0])
 
 
+def _pixels() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    return {"pixel_values": torch.randn(BATCH, 3, 8, 8, generator=generator)}
+
+
 def _vectors() -> dict[str, Any]:
     return {"input": torch.randn(BATCH, 7, 5, generator=torch.Generator().manual_seed(4))}
 
@@ -177,28 +247,39 @@ def _padded_vectors() -> dict[str, Any]:
     return {"features": _vectors()["input"], "unseen": unseen}
 
 
+def _masked(values: Tensor) -> dict[str, Any]:
+    mask = torch.ones_like(values)
+    mask[0, -2:] = 0
+    return {"input_ids": values, "attention_mask": mask}
+
+
+def _decoder() -> dict[str, Any]:
+    mask = torch.ones_like(ids())
+    mask[0, :2] = 0  # padded on the left, as for generation
+    return {"input_ids": ids(), "attention_mask": mask}
+
+
 QV = ["query", "value"]
 HOSTS = {
     case.name: case
     for case in (
         HostCase(
-            "t5", small_t5, lambda: {**padded_right(ids()), "labels": ids(5, 5)}, QV,
-            "encoder.output", generates=True, text=True, deep=True,
+            "t5", _t5, lambda: {**_masked(ids()), "labels": ids(5, 5)}, QV, "encoder.output",
+            generates=True, text=True,
+            deep=True,
         ),
         HostCase(
-            "bert", small_bert, lambda: padded_right(ids()), QV, "encoder.output", text=True,
+            "bert", _bert, lambda: _masked(ids()), QV, "encoder.output", text=True,
             parallel_at="attention", deep=True,
         ),
         HostCase(
-            "gpt2", small_gpt2, padded_left, QV, "decoder.output", generates=True, text=True,
-            deep=True,
+            "gpt2", _gpt2, _decoder, QV, "decoder.output", generates=True, text=True, deep=True,
         ),
         HostCase(
-            "llama", _llama, padded_left, QV, "decoder.output", generates=True, text=True,
-            deep=True,
+            "llama", _llama, _decoder, QV, "decoder.output", generates=True, text=True, deep=True,
         ),
         HostCase(
-            "vit", _vit, pictures, QV, "encoder.output",
+            "vit", _vit, _pixels, QV, "encoder.output",
             map_at="*.patch_embeddings.projection", deep=True,
         ),
         HostCase(
@@ -206,7 +287,7 @@ HOSTS = {
             keys_at=nn.Linear, inner_at=nn.Linear, attention_at="2",
         ),
         HostCase(
-            "cnn", SmallCNN, pictures, [nn.Conv2d, nn.Linear], "mix", adapter_at="mix",
+            "cnn", SmallCNN, _pixels, [nn.Conv2d, nn.Linear], "mix", adapter_at="mix",
             parallel_at="mix", keys_at=["conv", "head"], inner_at=[nn.Conv2d, "mix"], map_at="conv",
             attention_at="mix",
         ),

@@ -35,7 +35,7 @@ NAME = METHOD.__name__
 RULES = {
     name: rule for name, rule in vars(contract.test_contract).items() if name.startswith("test_")
 }
-assert "test_rule" in RULES  # every one of modgraft.testing, and those that need a reference
+assert len(RULES) > 10
 globals().update(RULES)
 
 

@@ -40,7 +40,7 @@ from modgraft.recipes.mmcot.recipe import NETS, Settings, score, write, write_ra
 WORDS = re.compile(r"\w+|[^\w\s]")
 """The words and signs of a text."""
 
-STRANGE, DOUBTFUL = 0.01, 0.005
+STRANGE, DOUBTFUL = 0.0025, 0.005
 """The share of the validation split's questions whose picture, or whose answer, is flagged."""
 
 UNSURE = 0.01, 0.03
