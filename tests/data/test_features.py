@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from modgraft.core.errors import DataError, MissingFileError
 from modgraft.data.extract import encode_images, extract_features, load_vision
-from modgraft.data.features import load_features
+from modgraft.data.features import check_features, load_features
 from modgraft.data.records import Questions, Skips
 from modgraft.data.scienceqa import load_scienceqa
 from questions import record, write_folder
@@ -57,9 +58,56 @@ def write_rows(folder: Path, array: Any = ARRAY, rows: Any = None, name: str = "
 def test_one_array_and_its_rows(tmp_path: Path) -> None:
     maps = load_features(write_rows(tmp_path), RECORDS, width=4)
     assert list(maps) == ["11", "13"]  # the row of a question without an image is left out
-    assert maps["11"].dtype == torch.float32
+    assert maps["11"].dtype == torch.float16  # until a batch is made
     assert maps["11"].tolist() == ARRAY[2].tolist()
     assert maps["13"].tolist() == ARRAY[0].tolist()
+
+
+@pytest.mark.parametrize("kind", [f"{order}f{size}" for order in "<>" for size in (2, 4, 8)])
+def test_floating_point_of_any_size_and_order_of_bytes(tmp_path: Path, kind: str) -> None:
+    maps = load_features(write_rows(tmp_path, ARRAY.astype(kind)), RECORDS)
+    assert maps["11"].tolist() == ARRAY[2].tolist()
+    assert maps["11"].dtype == {"2": torch.half, "4": torch.float, "8": torch.double}[kind[-1]]
+
+
+def test_a_file_is_mapped_and_not_read_whole(tmp_path: Path) -> None:
+    array = np.lib.format.open_memmap(
+        tmp_path / "detr.npy", "w+", np.float16, (20_000, 50, 512)
+    )  # a gigabyte of holes
+    array[:3, :2, :4] = ARRAY
+    del array
+    write_rows_only = {"11": 2, "12": 1, "13": "0"}
+    (tmp_path / "name_map.json").write_text(json.dumps(write_rows_only))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    maps = load_features(tmp_path / "detr.npy", RECORDS)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+    assert maps["11"][:2, :4].tolist() == ARRAY[2].tolist()
+
+
+def test_features_that_a_batch_cannot_hold(tmp_path: Path) -> None:
+    array = ARRAY.astype(float)
+    array[0, 0, 0] = 1e300  # infinite as float32
+    with pytest.raises(DataError, match="question '13': the features hold NaN or infinity"):
+        load_features(write_rows(tmp_path, array), RECORDS)
+    frozen = {"11": ARRAY[2].copy(), "13": ARRAY[0].copy()}
+    frozen["11"].flags.writeable = False
+    assert check_features(frozen, RECORDS)["11"].tolist() == ARRAY[2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("array", "kind"),
+    [
+        (np.full((3, 2, 4), "x"), "<U1"),
+        (np.full((3, 2, 4), b"x"), r"\|S1"),
+        (np.full((3, 2, 4), "2026-11-29", "datetime64[D]"), r"datetime64\[D\]"),
+        (np.zeros((3, 2, 4), [("a", "f4"), ("b", "f4")]), r"\[\('a', '<f4'\), \('b', '<f4'\)\]"),
+        (ARRAY.astype(np.longdouble), "float128"),
+    ],
+)
+def test_arrays_of_no_numbers_are_named(tmp_path: Path, array: np.ndarray, kind: str) -> None:
+    match = rf"detr.npy, question '11': the features are {kind}, not floating point of 16, 32 or 64"
+    with pytest.raises(DataError, match=match):
+        load_features(write_rows(tmp_path, array), RECORDS)
 
 
 def test_pooled_features_are_one_patch(tmp_path: Path) -> None:
@@ -115,6 +163,13 @@ def test_bad_files(tmp_path: Path) -> None:
         load_features(tmp_path / "a.pt", RECORDS)
     file = write_rows(tmp_path)
     file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(DataError, match=r"detr.npy: not a whole .npy array of numbers"):
+        load_features(file, RECORDS)
+    with file.open("wb") as several:
+        np.savez(several, detr=ARRAY, vit=ARRAY)
+    with pytest.raises(DataError, match=r"detr.npy: an archive of arrays \(.npz\), and no"):
+        load_features(file, RECORDS)
+    file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(DataError, match=r"detr.npy: not a whole .npy array of numbers"):
         load_features(file, RECORDS)
     np.save(file, np.array([{"evil": 1}], dtype=object), allow_pickle=True)

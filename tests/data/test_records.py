@@ -37,6 +37,8 @@ def test_a_record_is_scienceqas_field_for_field() -> None:
         ({"question": None}, "'question' is None, not a string"),
         ({"image": ""}, "'image' is '', not a file name or null"),
         ({"hint": 3}, "'hint' is 3, not a string"),
+        ({"lecture": "a \ud83d b"}, r"'lecture' holds half a character \(a lone surrogate\)"),
+        ({"choices": ["x", "\ude00"]}, "'choices' holds half a character"),
     ],
 )
 def test_bad_records(changes: dict[str, object], message: str) -> None:

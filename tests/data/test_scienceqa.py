@@ -10,6 +10,7 @@ import torch
 from modgraft.core.errors import DataError, MissingFileError
 from modgraft.core.files import read_json, whole, write_json
 from modgraft.data.scienceqa import load_scienceqa
+from modgraft.data.text import FORMS
 from questions import CAPTIONS, PROBLEMS, SAMPLE, SPLITS, needs_sample, write_folder
 
 FEATURES = {"11": torch.ones(2, 4), "13": torch.ones(3, 4)}
@@ -87,6 +88,16 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         {"pid_splits": SPLITS | {"val": ["12"]}},
         r"question '12': its record says split 'train', but it is here in 'train', 'val'",
         "12",
+    ),
+    "half a character in a question": (
+        {"problems": PROBLEMS | {"12": PROBLEMS["12"] | {"hint": "Run \ud83d"}}},
+        r"problems.json, question '12': 'hint' holds half a character",
+        "12",
+    ),
+    "half a character in a caption": (
+        {"captions": {"captions": CAPTIONS | {"11": "\ude00"}}},
+        r"problems.json, question '11': 'caption' holds half a character",
+        "11",
     ),
     "image without caption": (
         {"captions": {"captions": without(CAPTIONS, "13")}},
@@ -167,6 +178,39 @@ def test_broken_files_are_never_skipped(
         path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(DataError, match=message):
         load_scienceqa(folder, skip_bad=skip_bad)
+
+
+def test_an_id_that_cannot_be_written_is_never_skipped(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, problems=PROBLEMS | {"\ud83d": PROBLEMS["12"]})
+    with pytest.raises(DataError, match=r"question '\\ud83d': 'id' holds half a character"):
+        load_scienceqa(folder, skip_bad=True)
+
+
+def test_the_published_form_writes_a_line_break_as_two_characters(folder: Path) -> None:
+    ours, theirs = load_scienceqa(folder), load_scienceqa(folder, published=True)
+    for name, head, end in (
+        ("QCM-LE", "Solution: ", "."),
+        ("QCM-LEA", "", " The answer is (B)."),
+        ("QCM-ALE", "The answer is (B). BECAUSE: ", ""),
+    ):
+        ours_text, theirs_text = (FORMS[name].target(each.record("11")) for each in (ours, theirs))
+        assert ours_text == f"{head}Light things float. Heavy ones sink. A cork is light.{end}"
+        assert theirs_text == f"{head}Light things float.\\nHeavy ones sink. A cork is light.{end}"
+    inputs = [FORMS["QCM-A"].input(each.record("11")) for each in (ours, theirs)]
+    assert inputs[0] == inputs[1]  # nothing but lecture and solution
+    assert theirs.record("12") == ours.record("12")
+
+
+@needs_sample
+def test_the_published_form_of_the_sample() -> None:
+    ours, theirs = load_scienceqa(SAMPLE), load_scienceqa(SAMPLE, published=True)
+    target, differ = FORMS["QCM-LE"].target, 0
+    for record in ours:
+        text = f"Solution: {record.lecture} {record.solution}."
+        written = " ".join("\\n".join(text.split("\n")).split())
+        assert target(theirs.record(record.id)) == written
+        differ += written != target(record)
+    assert differ == sum("\n" in f"{r.lecture}{r.solution}" for r in ours) > 200
 
 
 @needs_sample

@@ -266,6 +266,13 @@ def test_evaluating_what_is_not_trained(tmp_path: Path, run: Path) -> None:
         (["--features", "vit.npy"], ["eye of their own"]),
         (["--data", "absent"], ["absent", "no such folder", "--data"]),
         (["--set", "rationale=QCM-X"], ["no text form is named 'QCM-X'", "'QCM-E'"]),
+        (["--set", "decode_batch=0"], ["decode_batch=0", "at least 1"]),
+        (["--set", "heads=3"], ["heads=3", "a divisor of d_model=128"]),
+        (["--set", "heads=1"], ["heads=1", "2 or more"]),
+        (["--set", "lr=-1"], ["lr=-1.0", "positive"]),
+        (["--set", "weight_decay=-1"], ["weight_decay=-1.0", "0 or more"]),
+        (["--set", "warmup=600"], ["warmup=600", "below the 600 steps"]),
+        (["--set", "published=true"], ["digits have no published form"]),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
@@ -277,13 +284,68 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(
     "args", [["--rows", ","], ["--seeds", "0,x"], ["--seeds", "-1"], ["--set", "nolr=3"],
-             ["--set", "lr=much"], ["--steps", "0"]],
+             ["--set", "lr=much"], ["--set", "weight_decay=nan"], ["--set", "lr=inf"],
+             ["--set", "published=yes"], ["--steps", "0"]],
 )  # fmt: skip
 def test_what_cannot_be_read_is_a_usage_error(tmp_path: Path, args: list[str]) -> None:
     result = train(tmp_path / "run", *args)
     assert result.code == 2
     assert "Traceback" not in result.err
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_from_python_are_checked_too(tmp_path: Path) -> None:
+    for settings, said in (
+        (Settings(weight_decay=float("nan")), "weight_decay is float, not NaN"),
+        (Settings(heads="4"), "heads is int, not str"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(mg.ModgraftError, match=said):
+            mmcot_run.run(tmp_path / "run", settings, DEMO, [0])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    file.write_text("dear")
+    refused(train(file, *QUICK), f"{file} is a file")
+    refused(modgraft("recipe", "arithmetic", "--run", file), f"{file} is a file")
+    refused(modgraft("mmcot", "evaluate", "--run", file), "no such file")
+    refused(modgraft("report", file), "no such file")
+    assert file.read_text() == "dear"
+
+
+def test_damaged_results_are_named_and_left(run: Path) -> None:
+    path, figures = run / "results.json", run / "seed0" / "gold" / "figures.json"
+    whole, one = path.read_text("utf-8"), figures.read_text("utf-8")
+    again = ("train", "--rows", "all", *QUICK, "--run", run)
+    try:
+        damage = {
+            whole[:100]: "not JSON",
+            "[1]": "the whole: ",
+            '{"name": "x", "rows": 3}': "rows:",
+        }
+        for text, said in damage.items():
+            path.write_text(text, "utf-8")
+            before = files(run)
+            refused(modgraft("mmcot", *again), str(path), said)
+            refused(modgraft("report", run), str(path), said)
+            assert files(run) == before
+        path.unlink()
+        figures.write_text("{")
+        refused(modgraft("mmcot", *again), str(figures), "not JSON", "Delete it")
+    finally:
+        path.write_text(whole, "utf-8")
+        figures.write_text(one, "utf-8")
+
+
+def test_a_report_into_a_page_that_is_not_there(run: Path, tmp_path: Path) -> None:
+    before = files(run)
+    none, plain, odd = tmp_path / "none.md", tmp_path / "plain.md", tmp_path / "odd.md"
+    plain.write_text("no place")
+    odd.write_bytes(b"\xff\xfe")
+    for page, said in ((none, "no such page"), (plain, "0 places"), (odd, "not UTF-8")):
+        refused(modgraft("report", run, "--readme", page), str(page), said)
+    assert files(run) == before
 
 
 def test_fresh_deletes_runs_only(tmp_path: Path) -> None:

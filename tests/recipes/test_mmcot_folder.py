@@ -18,6 +18,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from modgraft.data.tokenizer import train_tokenizer
 from modgraft.models.t5 import small_t5
+from modgraft.recipes.mmcot.data import load_questions
 from modgraft.report.run import read_run
 from questions import SAMPLE, needs_sample
 
@@ -256,6 +257,41 @@ def test_bad_records_are_refused_before_anything_is_written(
     spoil(data)
     refused(learn(tmp_path / "run", data, rows="text"), *words, "--skip-bad")
     assert not (tmp_path / "run").exists()
+
+
+def test_bad_texts_are_found_before_training_and_skipped(tmp_path: Path, data: Path) -> None:
+    run, args = tmp_path / "run", ("--split", "val", "--set", "published=true")
+    change(data, "9", choices=["red " * 600, "green", "blue"])
+    long = ["'9'", "options alone are longer than max_input=512", "--skip-bad"]
+    refused(learn(run, data, *args, rows="text"), *long)
+    assert not list(run.glob("seed0/*/metrics.jsonl"))
+    change(data, "2", hint="half \ud83d")
+    half = ["problems.json", "'2'", "'hint' holds half a character", "--skip-bad"]
+    refused(learn(run, data, *args, rows="text"), *half)
+
+    result = learn(run, data, *args, "--skip-bad", rows="text")
+    assert result.code == 0, result
+    assert "Skipped 2 bad questions (--skip-bad)" in result.out
+    raw = json.loads((run / "results.json").read_text())
+    assert {s["id"] for s in raw["skipped"]} == {"2", "9"}
+    assert measured(run)["text"]["n"] == 2  # of three in val
+    assert set(load_questions(run, 0, features=False).ids) == set(problems()) - {"2", "9"}
+
+    # the report is one of ScienceQA's form, and of that split
+    assert "Questions of the split val, decoded freely" in result.out
+    assert "Test questions" not in result.out
+    assert "Accuracy by column" in result.out
+    assert "NAT" in result.out
+    assert "BLEU-4" in result.out
+    page = (run / "report.html").read_text("utf-8")
+    for words in (
+        "questions of the split val",
+        "BLEU-1",
+        "<details open>",
+        "Not shown.</strong> At",
+    ):
+        assert words in page, words
+    assert "No gates.json" not in page
 
 
 def test_bad_images_and_then_skipping_them(tmp_path: Path, data: Path, vit: Path, t5: Path) -> None:

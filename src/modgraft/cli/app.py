@@ -77,17 +77,19 @@ def report(
     from modgraft.report import families, insert, read_results, table, write
 
     asked = read_json(run / "run.json", what="a run", remedy="modgraft mmcot train, or recipe")
-    if "recipe" in asked:
+    is_trials = "recipe" in asked
+
+    def text() -> str:
+        if is_trials:
+            return trials.markdown(trials.read_results(run))
+        return f"{table(run)}\n\nBy family:\n\n{families(read_results(run / 'results.json'))}"
+
+    if readme is not None:  # first: where that fails, nothing is written
+        insert(readme, name or asked.get("recipe", "mmcot"), text())
+    if is_trials:
         trials.write_report(run)
-        page, text = run / "plot.png", trials.markdown(trials.read_results(run))
-        markers = name or asked["recipe"]
-    else:
-        page = write(run)
-        text = f"{table(run)}\n\nBy family:\n\n{families(read_results(run / 'results.json'))}"
-        markers = name or "mmcot"
-    if readme is not None:
-        insert(readme, markers, text)
-    typer.echo(text)
+    page = run / "plot.png" if is_trials else write(run)  # also of a run that was interrupted
+    typer.echo(text())
     typer.echo(f"\nReport: {page}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -58,10 +59,25 @@ def changes(settings: Any, pairs: list[str]) -> dict[str, Any]:
             raise typer.BadParameter(f"--set {pair}: {name} is set already; say it once")
         kind = type(getattr(settings, name))
         try:
-            made[name] = kind(text) if kind in (int, float) else text
-        except ValueError as error:
-            raise typer.BadParameter(f"--set {pair}: the value is no {kind.__name__}") from error
+            made[name] = _READ[kind](text) if kind in _READ else text
+        except (ValueError, KeyError) as error:
+            raise typer.BadParameter(f"--set {pair}: the value is no {_KINDS[kind]}") from error
     return made
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(text)
+    return value
+
+
+_READ: dict[type, Callable[[str], Any]] = {
+    int: int,
+    float: _finite,
+    bool: {"true": True, "false": False}.__getitem__,
+}
+"""How a value of each type is read; others are words."""
+_KINDS = {int: "int", float: "finite float", bool: "true or false"}
 
 
 def any_settings(pairs: list[str] | None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modgraft.core.context import Side
 from modgraft.core.errors import DataError
-from modgraft.data.records import Questions, Record
+from modgraft.data.records import OR_SKIP, Questions, Record, Skips
 from modgraft.data.text import Form, find_form
 
 _log = logging.getLogger(__name__)
@@ -22,9 +22,12 @@ IGNORE = -100
 """The label that the loss ignores."""
 _MEMORY = 1 << 16  # texts to remember, because tokenizing takes most of a batch's time
 
+_CUT = {"context": True, "rationale": False, "question": True}
+"""What an input loses when it is too long, in order, and whether from its end."""
+
 
 class Example(NamedTuple):
-    """One question with its image features, float32 `[m, d]`, and the rationale to read."""
+    """One question with its image features `[m, d]`, and the rationale to read."""
 
     record: Record
     features: Tensor | None = None
@@ -145,6 +148,25 @@ class Collate:
             out["ids"] = [e.record.id for e in examples]
         return out
 
+    def check(self, records: Iterable[Record], skips: Skips) -> None:
+        """Check that the options of each question alone are no longer than `max_input`.
+
+        Raises:
+            DataError: They are, unless `skips` lists the question.
+        """
+        form, texts = find_form(self.form), dict[str, str]()
+        for record in records:
+            fields = form.input_fields(record, "" if form.reads_rationale else None)
+            fields |= dict.fromkeys(_CUT.keys() & fields.keys(), "")
+            texts[record.id] = form.render_input(fields)
+        for qid, ids in zip(texts, self._encode(list(texts.values())), strict=True):
+            if len(ids) > self.max_input:
+                skips(self._too_long(qid, OR_SKIP))
+
+    def _too_long(self, qid: str, otherwise: str) -> DataError:
+        reason = f"its options alone are longer than max_input={self.max_input} tokens"
+        return DataError(reason, id=qid, remedy=f"Raise max_input, {otherwise}")
+
     def _encode(self, texts: list[str]) -> list[Tensor]:
         """Tokenize texts, each to int32 `[n]`; the results are remembered for the next epoch."""
         if len(self._known) > _MEMORY:
@@ -165,7 +187,7 @@ class Collate:
         def encode(name: str, words: list[str]) -> Tensor:
             return self._encode([form.render_input(fields | {name: " ".join(words)})])[0]
 
-        for name, from_end in (("context", True), ("rationale", False), ("question", True)):
+        for name, from_end in _CUT.items():
             words = fields.get(name, "").split()
             keep = _largest_fitting(
                 len(words),
@@ -178,8 +200,7 @@ class Collate:
                 return encode(name, _cut_words(words, keep, from_end))
             if name in fields:
                 fields[name] = ""
-        reason = f"its options alone are longer than max_input={self.max_input} tokens"
-        raise DataError(reason, id=example.record.id, remedy="Raise max_input, or leave it out")
+        raise self._too_long(example.record.id, "or leave it out")
 
     def _note(self, what: str, qid: str, long: int, limit: int) -> None:
         if not self.cut[what]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ def load_features(
     beside it, as mm-cot publishes them. A `.safetensors` file may instead hold a tensor `[m, d]`
     (or `[d]`) for each id. Nothing is unpickled. Rows of questions without an image are ignored.
 
+    The file is mapped into memory: a row is read when it is used, and keeps its type (float16 stays
+    float16) until a batch is made of it.
+
     Args:
         path: The file of features.
         records: The questions; other ids in the file are an error.
@@ -41,7 +45,7 @@ def load_features(
         skips: Collects bad questions; by default, the first one raises.
 
     Returns:
-        Id to float32 `[m, d]`.
+        Id to `[m, d]`, in the file's floating-point type.
 
     Raises:
         MissingFileError: The file of features or of rows does not exist.
@@ -79,7 +83,7 @@ def check_features(
     skips: Skips | None = None,
     file: str | Path = "features",
 ) -> dict[str, Tensor]:
-    """Check the features of every record with an image, and return them as float32 `[m, d]`.
+    """Check the features of every record with an image, and return them as tensors `[m, d]`.
 
     `table` is {id: array or tensor}; the rest is as in `load_features`.
     """
@@ -107,9 +111,8 @@ def check_features(
 
 
 def _check_map(value: np.ndarray | Tensor, qid: str, file: str | Path, width: int | None) -> Tensor:
-    given = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    map_ = given.detach().to(torch.float32)
-    map_ = map_[None] if map_.ndim == 1 else map_  # [d] -> [1, d]
+    given = value.detach() if isinstance(value, Tensor) else _as_tensor(value, qid, file)
+    map_ = given[None] if given.ndim == 1 else given  # [d] -> [1, d]
     remedy = f"{_AGAIN}, {OR_SKIP}"
     if not given.is_floating_point():
         reason = f"the features are {given.dtype}, not floating point"
@@ -118,7 +121,7 @@ def _check_map(value: np.ndarray | Tensor, qid: str, file: str | Path, width: in
     elif width is not None and map_.shape[1] != width:
         reason = f"the features are {map_.shape[1]} wide, expected {width}"
         remedy = f"Use the features of the one model that the module was made for, {OR_SKIP}"
-    elif not torch.isfinite(map_).all():
+    elif not torch.isfinite(map_.float()).all():  # a batch is float32
         reason = "the features hold NaN or infinity"
     elif not map_.any():
         reason = "the features are all zero, as written where an image was missing"
@@ -127,9 +130,23 @@ def _check_map(value: np.ndarray | Tensor, qid: str, file: str | Path, width: in
     raise DataError(reason, id=qid, file=file, remedy=remedy)
 
 
-def _read_npy(file: Path) -> np.ndarray:
+def _as_tensor(value: Any, qid: str, file: str | Path) -> Tensor:
+    """Return an array as a tensor: the same memory, if its bytes lie as torch wants them."""
+    array = np.asarray(value)
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+    except TypeError as error:
+        reason = f"the features are {array.dtype}, not floating point of 16, 32 or 64 bits"
+        raise DataError(reason, id=qid, file=file, remedy=_AGAIN) from error
+
+
+def _read_npy(file: Path) -> np.ndarray:
+    if is_zipfile(file):
+        reason = "an archive of arrays (.npz), and no .npy array"
+        raise DataError(reason, file=file, remedy="Save the one array with numpy.save")
+    try:
+        # "c": torch warns of arrays that cannot be written, and none is written to
+        return np.lib.format.open_memmap(file, mode="c")
     except (ValueError, OSError, EOFError) as error:
         reason = f"not a whole .npy array of numbers ({error})"
         raise DataError(reason, file=file, remedy=_AGAIN) from error

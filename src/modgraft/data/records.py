@@ -26,7 +26,8 @@ class Record:
     `caption` are the text context. In DigitsQA, `category` is the family ("read", "compare", ...).
 
     Raises:
-        DataError: There are fewer than two or more than 26 choices, or the answer is none of them.
+        DataError: There are fewer than two or more than 26 choices, the answer is none of them, or
+            a text holds half a character.
     """
 
     id: str
@@ -123,6 +124,11 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _problem_of(record: Record) -> str | None:
     """Return what is wrong with a record, None if nothing is."""
     count = len(record.choices)
+    texts = {name: getattr(record, name) or "" for name in (*_FIELDS, "caption")}
+    texts |= {"id": record.id, "choices": "".join(record.choices), "answer": ""}
+    if not _is_unicode("".join(texts.values())):
+        name = next(name for name, text in texts.items() if not _is_unicode(text))
+        return f"{name!r} holds half a character (a lone surrogate), which no file or model takes"
     if not record.question.strip():
         return "the question is empty"
     if count < 2:
@@ -134,6 +140,15 @@ def _problem_of(record: Record) -> str | None:
             f"answer index {record.answer} is out of range for {count} choices (0 to {count - 1})"
         )
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be written: JSON may hold halves of characters, as "\\ud83d"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +168,8 @@ class Skips:
         self.entries: list[Skipped] = []
 
     def __call__(self, error: DataError) -> None:
-        """Raise `error`, or list the question that it names."""
-        if not self.skip_bad or error.id is None:
+        """Raise `error`, or list the question that it names, if its id can be written down."""
+        if not self.skip_bad or error.id is None or not _is_unicode(error.id):
             raise error
         self.entries.append(Skipped(error.id, str(error.file or ""), error.reason))
 
@@ -170,8 +185,8 @@ class Questions(Sequence[Record]):
 
     Args:
         records: The questions; ids are unique.
-        features: Id to float32 `[m, d]` (m patches of width d); a question without features has no
-            image.
+        features: Id to floating-point `[m, d]` (m patches of width d); a question without features
+            has no image.
         splits: Name to ids, as in ScienceQA's `pid_splits.json`; None groups by `record.split`.
         images: The folder of image files `<split>/<id>/<image>`, if known.
         skipped: Questions that were left out in loading.

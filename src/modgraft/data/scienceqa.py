@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ def load_scienceqa(
     width: int | None = None,
     captions: bool | str | Path = True,
     images: str | Path | None = None,
+    published: bool = False,
     skip_bad: bool = False,
 ) -> Questions:
     """Load ScienceQA's questions from the published files, and check these against each other.
@@ -41,6 +43,9 @@ def load_scienceqa(
         captions: Whether to read `captions.json`, or the file to read instead; every question with
             an image needs a caption.
         images: The folder of `<split>/<id>/image.png`; by default `<folder>/images`.
+        published: Write each line break in lecture and solution as the two characters ``\\n``, as
+            the code released with Zhang et al. 2023 does; else it becomes a blank in every text
+            form.
         skip_bad: Leave out bad questions; `.skipped` and `.summary()` list them all.
 
     Raises:
@@ -55,6 +60,8 @@ def load_scienceqa(
     captions_file = folder / "captions.json" if captions is True else Path(captions or "")
     texts = {} if captions is False else _captions(captions_file)
     records = _records(problems, texts, problems_file, skips)
+    if published:
+        records = {qid: _as_published(record) for qid, record in records.items()}
     if captions is not False:
         _check_captions(records, problems, texts, captions_file, skips)
     splits = _splits(folder / "pid_splits.json", records, problems, skips)
@@ -86,6 +93,11 @@ def _records(
         except DataError as error:
             skips(error)
     return records
+
+
+def _as_published(record: Record) -> Record:
+    lecture, solution = (t.replace("\n", "\\n") for t in (record.lecture, record.solution))
+    return dataclasses.replace(record, lecture=lecture, solution=solution)
 
 
 def _captions(file: Path) -> dict[str, str]:

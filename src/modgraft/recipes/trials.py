@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from modgraft.core.errors import CheckpointError, UnknownNameError
-from modgraft.core.files import read_json, write_json, write_text
+from modgraft.core.config import mismatch
+from modgraft.core.errors import CheckpointError, DataError, UnknownNameError
+from modgraft.core.files import folder_path, read_json, write_json, write_text
 from modgraft.log.record.runs import RunNote, listed, plain, recorded, settings_row
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.figures import Scheme, draw
@@ -116,7 +117,10 @@ def run(
         CheckpointError: The folder holds a run of another recipe or with other settings.
         ModgraftError: A seed failed; finished seeds are kept.
     """
+    folder_path(folder, "a run")
     began, before = time.monotonic(), _read_run_card(recipe, folder, settings)
+    if (folder / "results.json").is_file():
+        read_results(folder)  # a damaged one is found before hours of training
     seeds = sorted({*before.get("seeds", ()), *seeds})
     asked = {"recipe": recipe.name, "settings": asdict(settings), "seeds": seeds}
     write_json(folder / "run.json", asked)
@@ -236,8 +240,19 @@ def write_report(folder: Path) -> None:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read a run's ``results.json``."""
-    return read_json(folder / "results.json", what="results", remedy="modgraft recipe NAME")
+    """Read a run's ``results.json``.
+
+    Raises:
+        MissingFileError: There is none.
+        DataError: It is damaged, or is none of a recipe.
+    """
+    path, remedy = folder / "results.json", "Move it away: modgraft recipe NAME writes it again"
+    results = read_json(path, what="results", remedy=remedy)
+    wanted = {"recipe": str, "seeds": list, "rows": dict, "series": dict, "wall_seconds": float}
+    found = mismatch({name: results.get(name) for name in wanted}, wanted)
+    if found is not None:
+        raise DataError(f"{found[0]}: {found[1]}", file=path, remedy=remedy)
+    return results
 
 
 def markdown(results: dict[str, Any]) -> str:

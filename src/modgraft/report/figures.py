@@ -204,7 +204,7 @@ def bars(
             if name in level:
                 axes.hlines(level[name], group - 0.46, group + 0.46, color=scheme.ink, lw=1.2,
                             ls=(0, (3, 2)))  # fmt: skip
-        axes.set_xticks(range(len(names)), [short(name, 14) for name in names])
+        _name_groups(axes, [short(name, 24) for name in names])
         axes.tick_params(axis="x", length=0, labelcolor=scheme.ink)
         axes.set_xlim(-0.55, len(names) - 0.45)
         axes.set_ylim(0, 108)
@@ -230,6 +230,13 @@ def bars(
         for row, found in values
     )
     return draw((7.8, 3.1), f"Accuracy by {what}, in percent. " + "; ".join(spoken), paint)
+
+
+def _name_groups(axes: Axes, names: Sequence[str]) -> None:
+    """Write the names under their groups, slanted where they would run into one another."""
+    long = sum(len(name) + 2 for name in names) > 90
+    slant: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(names)), names, **(slant if long else {}))
 
 
 def _bar(

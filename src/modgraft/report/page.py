@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from modgraft.core.files import write_text
 from modgraft.report import attention, figures, statistics, wrong_answers
+from modgraft.report.family_groups import group_families, merge_rare, rare_families
 from modgraft.report.figures import Picture
 from modgraft.report.run import Results, Row, Run, read_run
 from modgraft.report.statistics import Chance, ReadSeveral, chance_of, figure
@@ -29,7 +30,8 @@ MOST_QUESTIONS = 6
 class Breakdown:
     """Accuracy by column or family: a figure of the main rows, and all rows as numbers.
 
-    `empty` are names without a measurement, `left_out` are rows without a bar in the figure.
+    `empty` are names without a measurement, `left_out` are rows without a bar in the figure;
+    `unfolded` is whether the numbers are what a reader has come for.
     """
 
     title: str
@@ -38,6 +40,7 @@ class Breakdown:
     lines: list[tuple[Row, list[str]]]
     empty: list[str]
     left_out: list[str]
+    unfolded: bool
 
 
 def write(folder: Path | str) -> Path:
@@ -106,9 +109,7 @@ def _results(
         "overview_of": what,
         "breakdowns": [
             _breakdown(results, "column", lambda m: m.columns, levels, pictures),
-            _breakdown(
-                results, "family", lambda m: m.families, chance.families if chance else {}, pictures
-            ),
+            _families(results, chance, pictures),
         ],
         "main": main,
         "tiles": _tiles(main, chance) if main is not None else [],
@@ -152,7 +153,17 @@ def _breakdown(
     if picture is not None:
         pictures["columns" if what == "column" else "families"] = picture
     left_out = [row.title for row, _ in lines if row not in drawn]
-    return Breakdown(what, picture, names, lines, [n for n in asked if n not in names], left_out)
+    empty, unfolded = [n for n in asked if n not in names], what == "column" and results.scienceqa
+    return Breakdown(what, picture, names, lines, empty, left_out, unfolded)
+
+
+def _families(results: Results, chance: Chance | None, pictures: dict[str, Picture]) -> Breakdown:
+    """Break accuracy down by family, where rare ones of very many are one group."""
+    levels, rare = {}, rare_families(results)
+    if chance is not None:
+        guesses = merge_rare(chance.families, chance.family_sizes, rare)
+        levels = {name: level for name, level in guesses.items() if level is not None}
+    return _breakdown(group_families(results), "family", lambda m: m.families, levels, pictures)
 
 
 def _curves(run: Run, pictures: dict[str, Picture]) -> list[tuple[str, Picture | None, int]]:

@@ -35,7 +35,10 @@ class Metrics(_Model):
     image: Percent | None = None
     columns: dict[str, Percent | None] = Field(default_factory=dict)
     families: dict[str, Percent | None] = Field(default_factory=dict)
+    family_sizes: dict[str, int] = Field(default_factory=dict)
     rouge_l: Percent | None = None
+    bleu_1: Percent | None = None
+    bleu_4: Percent | None = None
     exact: Percent | None = None
     facts: Percent | None = None
     errors: dict[str, int] | None = None
@@ -66,7 +69,9 @@ class Row(_Model):
 class Results(_Model):
     """The contents of `results.json`.
 
-    `titles` maps the folders of trained models to their titles; `notes` are for the reader.
+    `titles` maps the folders of trained models to their titles; `notes` are for the reader. `split`
+    was tested; `scienceqa` is whether its questions have ScienceQA's columns; `not_shown` maps a
+    section of the page to why there is nothing to show.
     """
 
     name: str
@@ -76,7 +81,15 @@ class Results(_Model):
     titles: dict[str, str] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     skipped: list[Skipped] = Field(default_factory=list)
+    split: str = "test"
+    scienceqa: bool = False
+    not_shown: dict[str, str] = Field(default_factory=dict)
     rows: list[Row] = Field(default_factory=list)
+
+    @property
+    def tested(self) -> str:
+        """What was tested: "test questions", or questions of another split."""
+        return "test questions" if self.split == "test" else f"questions of the split {self.split}"
 
     @model_validator(mode="after")
     def _keys_differ(self) -> Self:

@@ -90,6 +90,7 @@ class Chance:
     image: float | None
     n_image: int
     families: dict[str, float]
+    family_sizes: dict[str, int]
 
     @classmethod
     def of(cls, predictions: list[Prediction]) -> Chance | None:
@@ -110,6 +111,7 @@ class Chance:
             guess(seen) if seen else None,
             len(seen),
             {name: guess(some) for name, some in families.items() if name},
+            {name: len(some) for name, some in families.items()},
         )
 
     def sampling_error(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from modgraft.core.errors import DataError
+from modgraft.core.errors import DataError, MissingFileError
 from modgraft.core.files import write_text
+from modgraft.report.family_groups import group_families
 from modgraft.report.run import Results, Row, check, read_results, read_run
 from modgraft.report.statistics import Chance, Read, best, chance_of, figure, figures
 
@@ -27,22 +28,33 @@ NONE = "–"
 class Column:
     """A column: its title on the page and in the terminal, what it reads, and whether rows compete.
 
-    Rows compete for the highest accuracy; no other figure makes one the best.
+    Rows compete for the highest accuracy; no other figure makes one the best. A column of
+    `scienceqa` stands in tables of its questions alone.
     """
 
     title: str
     short: str
     read: Read
     wins: bool = False
+    scienceqa: bool = False
 
 
 PERCENT = (
     Column("Image questions", "Image", lambda m: m.image, wins=True),
     Column("All questions", "All", lambda m: m.accuracy, wins=True),
     Column("ROUGE-L", "ROUGE-L", lambda m: m.rouge_l),
+    Column("BLEU-1", "BLEU-1", lambda m: m.bleu_1, scienceqa=True),
+    Column("BLEU-4", "BLEU-4", lambda m: m.bleu_4, scienceqa=True),
     Column("Exact rationale", "Exact", lambda m: m.exact),
     Column("Facts", "Facts", lambda m: m.facts),
 )
+
+
+def _columns(results: Results) -> tuple[list[Column], list[Column]]:
+    """Return the columns of a run's table, and those that no row has a figure for."""
+    asked = [column for column in PERCENT if results.scienceqa or not column.scienceqa]
+    kept = [c for c in asked if any(figure(row, c.read) for row in results.rows)]
+    return kept, [c for c in asked if c not in kept]
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class ResultTable:
 
 def build(results: Results, chance: Chance | None = None) -> ResultTable:
     """Lay out results: percentages as mean ± spread, then trained parameters and time."""
-    kept = [c for c in PERCENT if any(figure(row, c.read) for row in results.rows)]
+    kept, dropped = _columns(results)
     winners = {c.title: best(results.rows, c.read) for c in kept if c.wins}
     groups = []
     for group, title in GROUPS.items():
@@ -91,7 +103,7 @@ def build(results: Results, chance: Chance | None = None) -> ResultTable:
         [c.title for c in kept] + ["Trained parameters", "Time"],
         groups,
         guess,
-        [c.title for c in PERCENT if c not in kept],
+        [c.title for c in dropped],
         _remarks(results, chance, winners),
     )
 
@@ -191,6 +203,7 @@ def table(results: Results | Mapping[str, Any] | Path | str) -> str:
 
 def families(results: Results) -> str:
     """Return accuracy by family as Markdown, mean ± spread over seeds."""
+    results = group_families(results)
     names = _family_names(results)
     lines = _markdown_head(names)
     for row in results.rows:
@@ -221,10 +234,17 @@ def insert(page: Path, name: str, text: str) -> None:
     """Replace the text between `<!-- results:name -->` and `<!-- /results -->` in a page.
 
     Raises:
-        DataError: The page does not have exactly one such pair of markers.
+        MissingFileError: There is no such page.
+        DataError: The page does not have exactly one such pair of markers, or is no text.
     """
     page = Path(page)
-    old = page.read_text("utf-8")
+    remedy = f"Put <!-- results:{name} --> and <!-- /results --> on lines of their own."
+    if not page.is_file():
+        raise MissingFileError("there is no such page", file=page, remedy="Name one that is there.")
+    try:
+        old = page.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text ({error})", file=page, remedy=remedy) from error
     pattern = re.compile(
         rf"(<!-- results:{re.escape(name)} -->\n)(.*?)(<!-- /results -->)", re.DOTALL
     )
@@ -233,7 +253,7 @@ def insert(page: Path, name: str, text: str) -> None:
         raise DataError(
             f"{len(found)} places for the results of {name!r}, where one is needed",
             file=page,
-            remedy=f"Put <!-- results:{name} --> and <!-- /results --> on lines of their own.",
+            remedy=remedy,
         )
     new = pattern.sub(lambda match: f"{match[1]}{text}\n{match[3]}", old)
     write_text(page, new)
@@ -263,15 +283,24 @@ def seconds(number: float | None) -> str:
 
 
 def print_results(run: Path, console: Console) -> None:
-    """Print every row's figures, mean over seeds, then its accuracy by family."""
-    results = read_results(run / "results.json")
-    families: dict[str, Read] = {
+    """Print every row's figures, mean over seeds, then its accuracy by family.
+
+    Of ScienceQA's questions, its accuracy by their published columns is between. A table that is
+    too wide for the terminal comes in several, each with some of the columns.
+    """
+    results = group_families(read_results(run / "results.json"))
+    tested, seeds = results.tested, ", ".join(map(str, results.seeds))
+    title = f"{tested[0].upper()}{tested[1:]}, decoded freely, percent; seed {seeds}"
+    tables: dict[str, dict[str, Read]] = {title: {c.short: c.read for c in _columns(results)[0]}}
+    if results.scienceqa:
+        names = dict.fromkeys(c for r in results.rows for m in r.seeds.values() for c in m.columns)
+        tables["Accuracy by column"] = {c: lambda m, c=c: m.columns.get(c) for c in names}
+    tables["Accuracy by family"] = {
         f: lambda m, f=f: m.families.get(f) for f in _family_names(results)
     }
-    seeds = ", ".join(map(str, results.seeds))
-    title = f"Test questions, decoded freely, percent; seed {seeds}"
-    console.print(_terminal_table(title, results, {c.short: c.read for c in PERCENT}))
-    console.print(_terminal_table("Accuracy by family", results, families))
+    for title, columns in tables.items():
+        for part in _fitting(title, results, columns, console):
+            console.print(part)
 
 
 def terminal_table(title: str, first: str, columns: Iterable[str]) -> Table:
@@ -281,6 +310,22 @@ def terminal_table(title: str, first: str, columns: Iterable[str]) -> Table:
     for name in columns:
         table.add_column(escape(name), justify="right", no_wrap=True)
     return table
+
+
+def _fitting(
+    title: str, results: Results, columns: Mapping[str, Read], console: Console
+) -> Iterator[Table]:
+    """Lay out columns in as many tables as the console's width asks for."""
+    wide, fitting, part = console.options.update_width(10_000), dict[str, Read](), None
+    for name, read in columns.items():
+        longer = _terminal_table(title, results, fitting | {name: read})
+        if part is not None and console.measure(longer, options=wide).maximum > console.width:
+            yield part
+            title, fitting = "", {}
+        fitting[name] = read
+        part = _terminal_table(title, results, fitting)
+    if part is not None:
+        yield part
 
 
 def _terminal_table(title: str, results: Results, columns: dict[str, Read]) -> Table:

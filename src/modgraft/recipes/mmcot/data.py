@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from modgraft.core.errors import CheckpointError, DataError
+from modgraft.core.config import mismatch
+from modgraft.core.errors import CheckpointError, DataError, ModgraftError
 from modgraft.core.files import read_json, whole, write_json
+from modgraft.data.batches import Collate
 from modgraft.data.digits import digits_qa
 from modgraft.data.extract import extract_features
 from modgraft.data.extract import load_vision as load_any_vision
-from modgraft.data.records import Questions
+from modgraft.data.records import Questions, Skipped, Skips
 from modgraft.data.scienceqa import load_scienceqa
 from modgraft.data.text import find_form
 from modgraft.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from modgraft.models.vision import save_strip, save_vision, train_vision
-from modgraft.recipes.mmcot.recipe import Net, Settings, gold_rationales, nets_of
+from modgraft.recipes.mmcot.recipe import Net, Settings, gold_rationales, nets_of, steps_of
 
 FORMS_READ = ("rationale", "answer", "direct", "explain")
 """The settings that name text forms."""
+
+_MAY_BE_ZERO = ("val", "warmup", "lr", "weight_decay", "beta2")
+"""The settings whose numbers need not be at least 1."""
 
 
 def settings_of(folder: Path) -> Settings:
@@ -52,12 +58,14 @@ def check(settings: Settings, rows: Sequence[str]) -> None:
         DataError: The data cannot be read, a split has no questions, or rows need image features
             and there are none.
         UnknownNameError: A text form does not exist.
+        ModgraftError: A setting has the wrong type, or a value that means nothing.
     """
-    for name in FORMS_READ:
-        find_form(getattr(settings, name))
+    _check_settings(settings, rows)
     if settings.data == "digits":
         if settings.features is not None:
             raise DataError("digits come with an eye of their own", remedy="Leave --features out")
+        if settings.published:
+            raise DataError("digits have no published form", remedy="Leave published=True out")
         return
     if not Path(settings.data).is_dir():
         remedy = "Give --data digits, or the folder with problems.json and pid_splits.json"
@@ -82,6 +90,33 @@ def check(settings: Settings, rows: Sequence[str]) -> None:
         raise DataError("there is no such file of features", file=settings.features, remedy=remedy)
 
 
+def _check_settings(settings: Settings, rows: Sequence[str]) -> None:
+    """Check each setting's type and value."""
+    s = settings
+    found = mismatch(vars(s), get_type_hints(Settings))
+    if found is not None:
+        raise ModgraftError(f"{found[0]}: {found[1]}")
+    for name in FORMS_READ:
+        find_form(getattr(s, name))
+    counts = [k for k, v in vars(s).items() if type(v) is int and k not in _MAY_BE_ZERO]
+    checks = {name: (getattr(s, name) >= 1, "at least 1") for name in counts} | {
+        "val": (s.val >= 0, "0 or more"),
+        "lr": (s.lr > 0, "positive"),
+        "weight_decay": (s.weight_decay >= 0, "0 or more"),
+        "beta2": (0 <= s.beta2 < 1, "from 0 to below 1"),
+    }
+    steps = min((steps_of(net, s) for net in nets_of(rows)), default=s.steps_answer)
+    checks["warmup"] = (0 <= s.warmup < steps, f"from 0 to below the {steps} steps of a training")
+    if s.model is None:  # the small T5; copy_init gives its first two heads to neighbours
+        checks["heads"] = (
+            s.heads >= 2 and s.d_model % s.heads == 0,
+            f"2 or more, and a divisor of d_model={s.d_model}",
+        )
+    for name, (good, wanted) in checks.items():
+        if not good:
+            raise ModgraftError(f"{name}={getattr(s, name)!r}: it must be {wanted}")
+
+
 def is_file(features: str | None) -> bool:
     """Return whether the setting names a file of features, and not a vision model."""
     return features is not None and Path(features).suffix in (".npy", ".safetensors")
@@ -96,16 +131,6 @@ def needs_features(settings: Settings, nets: Iterable[Net]) -> bool:
     if settings.data == "digits":
         return any(net.fusion for net in nets)
     return settings.features is not None
-
-
-def loads_features(settings: Settings, nets: Iterable[Net]) -> bool:
-    """Return whether to load the questions of these models with image features.
-
-    Under ``skip_bad``, questions with bad images are left out, and all models and rows must share
-    the same questions.
-    """
-    other = settings.data != "digits" and settings.features is not None
-    return any(net.fusion for net in nets) or (settings.skip_bad and other)
 
 
 def tested_split(questions: Questions, settings: Settings) -> str:
@@ -167,16 +192,29 @@ def prepare_text(folder: Path, seed: int) -> None:
         strips = {qid: torch.from_numpy(s).contiguous() for qid, s in qa.strips.items()}
         save_file(strips, data / "strips.safetensors")
     questions = load_questions(folder, seed, features=False)
-    _write_skipped(data, questions)
     part = data / "tokenizer.part"
     part.mkdir(parents=True, exist_ok=True)
     if settings.model is not None:
-        _pretrained_tokenizer(settings.model).save_pretrained(part)
+        tokenizer = _pretrained_tokenizer(settings.model)
+        _write_skipped(data, _without_long(questions, tokenizer, settings))
+        tokenizer.save_pretrained(part)
         part.replace(data / "tokenizer")
         return
-    saved = save_tokenizer(train_tokenizer(_texts(questions.split("train"), settings)), part)
-    saved.replace(data / "tokenizer.json")
+    tokenizer = train_tokenizer(_texts(questions.split("train"), settings))
+    _write_skipped(data, _without_long(questions, tokenizer, settings))
+    save_tokenizer(tokenizer, part).replace(data / "tokenizer.json")
     part.rmdir()
+
+
+def _without_long(
+    questions: Questions, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> Questions:
+    """Leave out the questions whose options alone are too long, or raise the first one's error."""
+    skips = Skips(settings.skip_bad)
+    for name in FORMS_READ:
+        left = [record for record in questions if record.id not in skips.ids]
+        Collate(tokenizer, getattr(settings, name), settings.max_input).check(left, skips)
+    return questions.without(skips)
 
 
 def _pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -268,23 +306,35 @@ def _write_skipped(data: Path, questions: Questions) -> None:
 
 
 def load_questions(folder: Path, seed: int, *, features: bool = True) -> Questions:
-    """Load the questions of a run, with their image features unless ``features`` is False."""
+    """Load the questions of a run, with their image features unless ``features`` is False.
+
+    Under ``skip_bad``, what the preparation left out stays out, so that all models and rows share
+    the same questions.
+    """
     settings, data = settings_of(folder), folder / f"seed{seed}" / "data"
     if settings.data == "digits":
-        return load_scienceqa(
-            data, captions=False, features=data / "features.safetensors" if features else None
-        )
-    if not features or settings.features is None:
-        return _load(settings, None)
-    given = is_file(settings.features)
-    return _load(settings, Path(settings.features) if given else folder / "features.safetensors")
+        file = data / "features.safetensors" if features else None
+        questions = load_scienceqa(data, captions=False, features=file)
+    elif features and settings.features is not None:
+        given = is_file(settings.features)
+        file = Path(settings.features) if given else folder / "features.safetensors"
+        questions = _load(settings, file)
+    else:
+        questions = _load(settings, None)
+    skips = Skips(settings.skip_bad)
+    if settings.skip_bad:
+        known = {entry.id for entry in questions.skipped}
+        before = [Skipped(**entry) for entry in load_skipped(folder, seed)]
+        skips.entries = [entry for entry in before if entry.id not in known]
+    return questions.without(skips)
 
 
 def _load(settings: Settings, features: Path | None) -> Questions:
     source = Path(settings.data)
     captions = (source / "captions.json").is_file()
     return load_scienceqa(
-        source, captions=captions, features=features, skip_bad=settings.skip_bad
+        source, captions=captions, features=features, published=settings.published,
+        skip_bad=settings.skip_bad,
     )  # fmt: skip
 
 

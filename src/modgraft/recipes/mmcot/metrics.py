@@ -202,16 +202,17 @@ def evaluate_predictions(
 
     Returns:
         accuracy (all questions), image and text (questions with and without an image), columns and
-        families (by category), in percent; rouge_l, bleu_1, bleu_4 (0..100), exact and facts
-        (percent) over questions with both rationales; errors {class: count}; unclassified (wrong
-        answers without a class); parameters, trained, seconds; n (the number of questions).
+        families (by category), in percent; family_sizes (their numbers of questions); rouge_l,
+        bleu_1, bleu_4 (0..100), exact and facts (percent) over questions with both rationales;
+        errors {class: count}; unclassified (wrong answers without a class); parameters, trained,
+        seconds; n (the number of questions).
 
     Raises:
         DataError: A question has no prediction or several, or a prediction has no question.
     """
     _check_complete(predictions, records)
     columns = accuracy_by_column(records, {p.id: p.correct for p in predictions})
-    families = dict.fromkeys(record.category for record in records)
+    families = Counter(record.category for record in records)
     wrong = [p for p in predictions if not p.correct]
     return {
         "accuracy": columns["Avg"],
@@ -221,6 +222,7 @@ def evaluate_predictions(
         "families": {
             name: percent(p.correct for p in predictions if p.category == name) for name in families
         },
+        "family_sizes": dict(families),
         **_rationale_scores(predictions, facts),
         "errors": {name: sum(p.error == name for p in wrong) for name in ERRORS},
         "unclassified": sum(p.error is None for p in wrong),

@@ -23,7 +23,6 @@ from modgraft.recipes.mmcot.data import (
     load_questions,
     load_run_tokenizer,
     load_strips,
-    loads_features,
     settings_of,
 )
 from modgraft.recipes.mmcot.metrics import grade_answer
@@ -43,12 +42,16 @@ from modgraft.store.fingerprint import differences, fingerprint
 
 GATES = 6
 """The number of questions whose gates the report shows."""
+NO_GATES = (
+    "Attention is drawn over DigitsQA's strips alone: where the patches of other features lie in "
+    "their picture is not known."
+)
 
 
 def train_net(folder: Path, seed: int, key: str) -> None:
     """Train one model; save the T5 with transformers, and each module with modgraft."""
     settings, net, home = settings_of(folder), NETS[key], folder / f"seed{seed}"
-    questions = load_questions(folder, seed, features=loads_features(settings, [net]))
+    questions = load_questions(folder, seed, features=net.fusion is not None)
     if net.fusion is None:
         questions = questions.without_images()
     tokenizer = load_run_tokenizer(folder, seed)
@@ -155,7 +158,7 @@ def gates(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return attention and gates of stage 1's fusion for a few questions."""
     if settings.data != "digits":
-        return []  # the report draws only small grey images
+        return []  # the page says why: NO_GATES
     host, tokenizer = load_net(folder, seed, "stage1"), load_run_tokenizer(folder, seed)
     strips, shown = load_strips(folder, seed), {p.id: p for p in predictions}
     form, made = find_form(settings.rationale), []

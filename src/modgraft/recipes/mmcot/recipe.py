@@ -46,6 +46,8 @@ class Settings:
         max_input, max_rationale, max_answer: The most tokens of each text.
         decode_batch: The number of questions to decode at a time.
         rank: The rank of the modular variant's LoRA.
+        published: Whether lecture and solution have their line breaks as the code released with
+            the paper writes them; see `load_scienceqa`.
         skip_bad: Whether to list bad records and continue without them.
     """
 
@@ -77,6 +79,7 @@ class Settings:
     max_answer: int = 16
     decode_batch: int = 150
     rank: int = 8
+    published: bool = False
     skip_bad: bool = False
 
 
@@ -230,7 +233,7 @@ def train(
             dataset, batch_sampler=SortedBatches(lengths, settings.batch), collate_fn=collate
         )
 
-    steps = settings.steps_answer if net.form in ("answer", "direct") else settings.steps_rationale
+    steps = steps_of(net, settings)
     held_out = loader("val", False) if (questions.splits or {}).get("val") else None
     history = host.fit(
         loader("train", True), evaluate=held_out, steps=steps, lr=settings.lr,
@@ -239,6 +242,11 @@ def train(
         label=net.title,
     )  # fmt: skip
     return history.seconds
+
+
+def steps_of(net: Net, settings: Settings) -> int:
+    """Return the optimiser steps of a model's training."""
+    return settings.steps_answer if net.form in ("answer", "direct") else settings.steps_rationale
 
 
 def gold_rationales(questions: Questions, settings: Settings) -> dict[str, str]:

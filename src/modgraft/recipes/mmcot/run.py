@@ -21,7 +21,7 @@ from rich.console import Console
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, UnknownNameError
-from modgraft.core.files import read_json, write_json
+from modgraft.core.files import folder_path, read_json, write_json
 from modgraft.data.digits import facts
 from modgraft.recipes.mmcot.data import (
     check,
@@ -29,7 +29,6 @@ from modgraft.recipes.mmcot.data import (
     load_questions,
     load_skipped,
     load_strips,
-    loads_features,
     needs_features,
     notes,
     prepare_images,
@@ -39,11 +38,12 @@ from modgraft.recipes.mmcot.data import (
     text_done_file,
 )
 from modgraft.recipes.mmcot.metrics import evaluate_predictions, write_predictions
-from modgraft.recipes.mmcot.nets import gates, predict, read_card, train_net
+from modgraft.recipes.mmcot.nets import NO_GATES, gates, predict, read_card, train_net
 from modgraft.recipes.mmcot.note import recorded_run
-from modgraft.recipes.mmcot.recipe import ROWS, Settings, nets_of
+from modgraft.recipes.mmcot.recipe import ROWS, Settings, nets_of, steps_of
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.page import write as write_report
+from modgraft.report.run import read_results
 
 
 def run(
@@ -70,7 +70,7 @@ def run(
 
     Raises:
         UnknownNameError: There is no such row.
-        DataError: The data cannot be used; nothing is written.
+        DataError: The data cannot be used, or ``results.json`` is damaged; nothing is written.
         CheckpointError: The folder holds a run with other settings.
         ModgraftError: A job failed; finished jobs are kept.
     """
@@ -78,6 +78,10 @@ def run(
         if row not in ROWS:
             raise UnknownNameError.among("row", row, ROWS)
     check(settings, rows)
+    folder_path(folder, "a run")
+    path = folder / "results.json"
+    if path.is_file():
+        read_results(path)  # a damaged one is found before hours of training
     if evaluate_only:
         for seed in seeds:
             for net in nets_of(rows):
@@ -88,7 +92,7 @@ def run(
         if not evaluate_only:
             todo += _training(folder, settings, rows, seed, before)
         todo += _testing(folder, rows, seed, again=evaluate_only)
-    path, done = folder / "results.json", all(job.done for job in todo)
+    done = all(job.done for job in todo)
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     shown = {"rows": [r["key"] for r in results.get("rows", [])], "seeds": results.get("seeds")}
     if done and shown == asked:
@@ -154,13 +158,12 @@ def _training(
             )
         )  # fmt: skip
     for net in nets:
-        answers = net.form in ("answer", "direct")
         ready = [eye if needs_features(settings, [net]) else text]
         ready += [f"{seed}/{net.base}"] if net.base else []
         made.append(
             Job(
                 f"{seed}/{net.key}", f"{tag}{net.title}", train_net, (folder, seed, net.key),
-                home / net.key, settings.steps_answer if answers else settings.steps_rationale,
+                home / net.key, steps_of(net, settings),
                 tuple(ready), home / net.key / "net.json",
             )
         )  # fmt: skip
@@ -182,7 +185,8 @@ def _testing(folder: Path, rows: Sequence[str], seed: int, *, again: bool) -> li
 def evaluate_row(folder: Path, seed: int, key: str) -> None:
     """Test one row, and write predictions and figures into its folder."""
     settings, row, home = settings_of(folder), ROWS[key], folder / f"seed{seed}"
-    questions = load_questions(folder, seed, features=loads_features(settings, nets_of([key])))
+    sees = any(net.fusion for net in nets_of([key]))
+    questions = load_questions(folder, seed, features=sees)
     questions = questions.split(tested_split(questions, settings))
     predictions = predict(folder, seed, row, questions, settings)
     reader = facts if settings.data == "digits" else None
@@ -207,7 +211,8 @@ def _gather(
         for seed in asked["seeds"]:
             path = folder / f"seed{seed}" / key / "figures.json"
             if path.is_file():
-                found[str(seed)] = json.loads(path.read_text(encoding="utf-8"))
+                remedy = "Delete it, and run the same command again"
+                found[str(seed)] = read_json(path, what="a row's figures", remedy=remedy)
         about = {"key": key, "title": row.title, "group": row.group, "note": row.note}
         rows.append({**about, "leak": row.forced, "seeds": found})
     questions = load_questions(folder, first, features=False)
@@ -222,6 +227,8 @@ def _gather(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": asdict(settings),
         "split": tested,
+        "scienceqa": settings.data != "digits",
+        "not_shown": {} if settings.data == "digits" else {"gates": NO_GATES},
         "notes": notes(questions, settings),
         "skipped": load_skipped(folder, first),
         "titles": {net.key: net.title for net in nets_of(asked["rows"])},
