@@ -1,7 +1,5 @@
 """The ``modgraft`` command. Each command imports what is slow to import only when it runs."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """``modgraft convert``: a module's folder in another tool's format, or another tool's in ours."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,7 +94,7 @@ def convert(
         typer.echo(f"{out}: {each['name']}, {each['method']} at {each['sites']} sites, as {to}")
 
 
-def _about(folder: Path, card: Card, own: bool) -> dict[str, Any]:
+def _about(folder: Path, card: "Card", own: bool) -> dict[str, Any]:
     """Return what is known of the modules in a folder, which another tool says in README.md."""
     from modgraft.core.errors import CheckpointError
     from modgraft.store.card import ABOUT, Card
@@ -116,7 +114,7 @@ def _about(folder: Path, card: Card, own: bool) -> dict[str, Any]:
     return {field: value for field, value in said.items() if value != getattr(nothing, field)}
 
 
-def _write_page(folder: Path, out: Path, card: Card, own: bool, to: str) -> None:
+def _write_page(folder: Path, out: Path, card: "Card", own: bool, to: str) -> None:
     """Write README.md: somebody's own page is copied, and another tool's folder has one of ours."""
     from modgraft.core.files import write_text
     from modgraft.store.file import read_small

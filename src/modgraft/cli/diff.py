@@ -1,7 +1,5 @@
 """``modgraft diff``: how two modules, or two checkpoints, differ, layer by layer."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
@@ -86,13 +84,13 @@ def diff(
             typer.echo(f"\nPicture: {plot}")
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: "Row") -> dict[str, Any]:
     """Return a row for JSON, which has no infinity."""
     said = asdict(row)
     return said | {"relative": None if math.isinf(row.relative) else row.relative}
 
 
-def _print(rows: Sequence[Row], kind: str, every: bool) -> None:
+def _print(rows: "Sequence[Row]", kind: str, every: bool) -> None:
     from modgraft.host.describe import plain, table
 
     shown = [row for row in rows if every or not row.equal]
@@ -116,7 +114,7 @@ def _print(rows: Sequence[Row], kind: str, every: bool) -> None:
     console.print(made if console.is_terminal else plain(made), soft_wrap=not console.is_terminal)
 
 
-def _plot(rows: Sequence[Row], one: Path, other: Path, path: Path) -> None:
+def _plot(rows: "Sequence[Row]", one: Path, other: Path, path: Path) -> None:
     """Draw relative norm, cosine and rank of each weight, in order."""
     from matplotlib.figure import Figure
 

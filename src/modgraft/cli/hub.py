@@ -1,7 +1,5 @@
 """``modgraft hub``: modules with versions, in a folder or anywhere else."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """What the commands of ``modgraft hub`` share: options, addresses as they are typed, answers."""
 
-from __future__ import annotations
-
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +24,7 @@ Address = Annotated[
 Names = Annotated[list[str] | None, typer.Argument(metavar="NAME[@VERSION]", help="None: all.")]
 
 
-def opened(where: str | None) -> Hub:
+def opened(where: str | None) -> "Hub":
     """Return the hub of ``--hub``, or yours."""
     from modgraft.store.hub.hub import Hub
 
@@ -38,7 +36,7 @@ def as_address(text: str) -> str:
     return text if ":" in text or "/" in text else f"hub:{text}"
 
 
-def found(text: str, hub: Hub) -> Found:
+def found(text: str, hub: "Hub") -> "Found":
     """Find a module by what was typed."""
     from modgraft.store.hub.address import find
 

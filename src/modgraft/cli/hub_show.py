@@ -1,7 +1,5 @@
 """``modgraft hub list|search|show|verify``: what there is on a hub, and whether it is whole."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,7 +127,7 @@ def verify(names: Names = None, where: Where = None, as_json: Json = False) -> N
         raise typer.Exit(1)
 
 
-def _print_rows(place: Hub, rows: Sequence[Listed], as_json: bool, none: str) -> None:
+def _print_rows(place: "Hub", rows: "Sequence[Listed]", as_json: bool, none: str) -> None:
     """Print versions as a table, or as JSON with their cards; say how many cannot be read."""
     from modgraft.cli.inspect import show as show_table
     from modgraft.host.describe import table

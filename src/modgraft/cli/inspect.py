@@ -1,7 +1,5 @@
 """``modgraft inspect``: list a model's sites, what a selection matches, which modules fit."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -67,7 +65,7 @@ def read_model(
     weights: bool = False,
     kind: str | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> "nn.Module":
     """Create the model of a folder or hub name.
 
     Args:
@@ -176,7 +174,7 @@ def _class_of(config: Any) -> Any:
     return transformers.AutoModel._model_mapping[type(config)]
 
 
-def _overview(model: nn.Module) -> dict[str, Any]:
+def _overview(model: "nn.Module") -> dict[str, Any]:
     from modgraft.core.roles import roles_of
     from modgraft.host.describe import rows_of
 
@@ -198,7 +196,7 @@ def _overview(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]:
+def _selection(model: "nn.Module", at: Sequence[str], rank: int) -> dict[str, Any]:
     from modgraft.core.sites import find
     from modgraft.host.describe import lora_cost, shape_of
 
@@ -213,7 +211,7 @@ def _selection(model: nn.Module, at: Sequence[str], rank: int) -> dict[str, Any]
     }
 
 
-def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]:
+def _card(model: "nn.Module", folder: Path, weights: bool) -> list[dict[str, Any]]:
     """Describe saved modules: what they are, their size, and whether they fit this model.
 
     Raises:
@@ -274,7 +272,7 @@ def _card(model: nn.Module, folder: Path, weights: bool) -> list[dict[str, Any]]
     ]
 
 
-def _refused(model: nn.Module, found: Stored) -> str:
+def _refused(model: "nn.Module", found: "Stored") -> str:
     """Return why a model refuses modules that are loaded into it, "" where it takes them."""
     from modgraft.core.errors import ModgraftError, UnknownNameError
     from modgraft.host.host import Host
@@ -297,7 +295,7 @@ def _refused(model: nn.Module, found: Stored) -> str:
     return ""
 
 
-def _print(model: nn.Module, report: dict[str, Any]) -> None:
+def _print(model: "nn.Module", report: dict[str, Any]) -> None:
     from modgraft.host.describe import sites_table
 
     console = Console(highlight=False, markup=False)
@@ -343,7 +341,7 @@ def _print_modules(console: Console, cards: Sequence[dict[str, Any]], total: int
     show(console, table(columns, rows))
 
 
-def show(console: Console, made: Table) -> None:
+def show(console: Console, made: "Table") -> None:
     """Print a table, fitted to the terminal or, in other outputs, at its full width."""
     from modgraft.host.describe import plain
 

@@ -1,7 +1,5 @@
 """``modgraft log`` and ``modgraft ask``: the research log on the command line, thin over `Log`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,7 +129,7 @@ def finish(
     typer.echo(f"{shown(path)}: {made.learned} to Learned, {made.next} to Next?")
 
 
-def _note(name: str | None, folder: list[Path] | None) -> tuple[Path, Settings, Actions]:
+def _note(name: str | None, folder: list[Path] | None) -> "tuple[Path, Settings, Actions]":
     """Find the note to write to, by its name or as the last one used, and the log's settings."""
     from modgraft.log.record import current
     from modgraft.log.settings import settings
@@ -315,7 +313,7 @@ def opened(
     *,
     fresh: bool = True,
     vectors: bool | None = False,
-) -> Iterator[Log]:
+) -> "Iterator[Log]":
     """Open the log; with `fresh`, update its index first, and its vectors as `vectors` says."""
     from modgraft.log import Log
 

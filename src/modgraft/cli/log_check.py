@@ -1,7 +1,5 @@
 """The command ``modgraft log check``."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,7 +69,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _confirm(problem: Diagnostic) -> bool:
+def _confirm(problem: "Diagnostic") -> bool:
     """Ask whether to apply the fix of a problem."""
     assert problem.fix is not None  # noqa: S101  (only those are asked about)
     if not sys.stdin.isatty():

@@ -1,7 +1,5 @@
 """The commands that serve the log: ``modgraft log page|mcp|lsp``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated

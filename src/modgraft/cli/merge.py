@@ -1,7 +1,5 @@
 """``modgraft merge``: several modules, or several checkpoints, become one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -146,7 +144,7 @@ def kind_of(paths: Sequence[Path]) -> str:
     return next(iter(found))
 
 
-def host_of(paths: Sequence[Path], base: str | None) -> tuple[Host, str]:
+def host_of(paths: Sequence[Path], base: str | None) -> "tuple[Host, str]":
     """Make the host of saved modules; return it, and the folder or hub name that it is from.
 
     Its class, and how many labels it has, are those that the cards say.

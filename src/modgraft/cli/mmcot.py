@@ -1,7 +1,5 @@
 """``modgraft mmcot``: train, test and question the multimodal chain of thought."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """``modgraft recipe``: run an experiment over several seeds, and show its results."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
