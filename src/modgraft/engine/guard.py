@@ -135,13 +135,10 @@ class Gate:
 
     A call within a call, in the same thread, enters at once. A copy of a host has a gate of its
     own.
-
-    Attributes:
-        turn: the lock for what takes no longer than an assignment.
     """
 
     def __init__(self) -> None:
-        self.turn = threading.Condition()
+        self._turn = threading.Condition()
         self._inside: dict[int, int] = {}  # how many calls of each thread are inside
         self._queued = 0  # calls that wait
         self._first = 0  # of these, how many go before the next change
@@ -153,19 +150,19 @@ class Gate:
 
     def __enter__(self) -> None:
         me = threading.get_ident()
-        with self.turn:
+        with self._turn:
             if self._waiting and me not in self._inside and me != self._changing:
                 self._wait()
             self._inside[me] = self._inside.get(me, 0) + 1
 
     def __exit__(self, *_: object) -> None:
         me = threading.get_ident()
-        with self.turn:
+        with self._turn:
             left = self._inside.pop(me) - 1
             if left:
                 self._inside[me] = left
             elif self._waiting:
-                self.turn.notify_all()
+                self._turn.notify_all()
 
     def is_changing(self) -> bool:
         """Return whether this thread's change is under way."""
@@ -175,12 +172,12 @@ class Gate:
         self._queued += 1
         try:
             while self._waiting and not self._first:
-                self.turn.wait()
+                self._turn.wait()
             self._first = max(0, self._first - 1)
         finally:
             self._queued -= 1
             self._first = min(self._first, self._queued)
-            self.turn.notify_all()
+            self._turn.notify_all()
 
     @contextmanager
     def change(self, what: str) -> Iterator[None]:
@@ -196,7 +193,7 @@ class Gate:
         if self.is_changing():  # a part of another change
             yield
             return
-        with self.turn:
+        with self._turn:
             if me in self._inside:
                 raise ModgraftError(
                     f"{what} within a call of this host, as in a hook or a callback: a call sees "
@@ -205,7 +202,7 @@ class Gate:
             self._waiting += 1
             try:
                 while self._inside or self._first or self._changing is not None:
-                    self.turn.wait()
+                    self._turn.wait()
             except BaseException:  # Ctrl-C while waiting
                 self._leave()
                 raise
@@ -213,14 +210,14 @@ class Gate:
         try:
             yield
         finally:
-            with self.turn:
+            with self._turn:
                 self._changing = None
                 self._first = self._queued  # change after change would let no call in
                 self._leave()
 
     def _leave(self) -> None:
         self._waiting -= 1
-        self.turn.notify_all()
+        self._turn.notify_all()
 
 
 class Places:
