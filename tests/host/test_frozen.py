@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -181,3 +182,117 @@ def test_a_gradient_through_what_moved() -> None:
     twin.model[2](hidden * scale).sum().backward()
     for one, other in zip(host["a"].parameters(), twin["a"].parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+class Follower(nn.Module):
+    """A teacher that follows its student by the weights, by ``.data`` or in a buffer's mean."""
+
+    def __init__(self, how: str, every: int = 1) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.how, self.every, self.calls = how, every, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.student(x) if self.how != "read" else x @ self.student.weight.T + self.student.bias
+        self.calls += 1
+        if self.calls % self.every == 0:
+            self.follow(y)
+        return y - self.teacher(y) + self.mean
+
+    @torch.no_grad()
+    def follow(self, y: Tensor) -> None:
+        own, new = self.teacher.weight, self.student.weight
+        if self.how == "buffer":
+            self.mean.mul_(0.5).add_(y.mean(0), alpha=0.5)
+        elif self.how == "data":
+            own.data = 0.5 * own.data + 0.5 * new.data
+        else:
+            own.mul_(0.5).add_(new, alpha=0.5)
+
+
+@pytest.mark.parametrize("how", ["weights", "read", "data", "buffer"])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_follows_the_modules_does_not_stay(how: str, training: bool) -> None:
+    """A call is that of the host with θ + Δ, and its gradient too; the host is then as before."""
+    torch.manual_seed(0)
+    host = mg.Host(Follower(how).double())
+    host.implant("a", mg.LoRA(rank=2), at="student")
+    host.double()
+    with torch.no_grad():
+        host["a"].places[0].B.normal_()
+    host.train(training)
+    before = copy.deepcopy(host.model.state_dict())
+    twin = copy.deepcopy(host).merge("a")
+    x = batches()[0].double()
+    place = host["a"].places[0]
+    theta = host.model.student.weight + place.delta(None)
+    y = x @ theta.T + host.model.student.bias
+    teacher, mean = host.model.teacher.weight, host.model.mean
+    if how == "buffer":
+        mean = 0.5 * y.detach().mean(0)
+    else:
+        teacher = 0.5 * teacher + 0.5 * theta.detach()
+    right = y - (y @ teacher.T + host.model.teacher.bias) + mean
+    gradient = torch.autograd.grad(right.square().sum(), [place.A, place.B])
+    torch.testing.assert_close(twin(x), right)
+    if how == "buffer" and training:
+        assert torch.equal(host(x), host(x))
+    else:
+        with pytest.warns(UserWarning, match=r"writes to (teacher.weight|mean)\..*stays as it is"):
+            assert torch.equal(host(x), host(x))
+    out = host(x)
+    torch.testing.assert_close(out, right)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.square().sum(), [place.A, place.B]), gradient
+    )
+    for name, value in host.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_first_gradient_is_right_as_well() -> None:
+    torch.manual_seed(0)
+    host = mg.Host(Follower("weights"))
+    host.implant("a", mg.LoRA(rank=2), at="student")
+    first, second = [], []
+    for found in (first, second):
+        host.implants.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            host(batches()[0]).square().sum().backward()
+        found += [p.grad.clone() for p in host["a"].parameters()]
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_a_host_that_begins_to_write_later_says_what_it_has_written() -> None:
+    host = mg.Host(Follower("weights", every=3)).eval()
+    host.implant("a", mg.LoRA(rank=2), at="student")
+    x, before = batches()[0], host.model.teacher.weight.clone()
+    host(x), host(x)
+    with pytest.warns(UserWarning, match="teacher.weight.*is still there.*anew"):
+        host(x)
+    with torch.no_grad():
+        host.model.teacher.weight.copy_(before)
+    for _ in range(4):
+        host(x)
+    assert torch.equal(host.model.teacher.weight, before)
+
+
+def test_a_bare_host_and_one_that_trains_move_in_evaluation_as_they_did() -> None:
+    host = mg.Host(Follower("buffer")).eval()
+    host.implant("a", mg.LoRA(rank=2), at="student", active=False)
+    host(batches()[0])
+    assert host.model.mean.any()
+    host.model.mean.zero_()
+    host.model.requires_grad_(True)
+    host(batches()[0], modules="a")
+    assert host.model.mean.any()
+
+
+def test_a_part_that_is_compiled_to_torchscript_is_let_be() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of jit
+        host = mg.Host(nn.Sequential(nn.Linear(4, 4), torch.jit.script(Codebook())))
+    host.implant("a", mg.LoRA(rank=2), at="0")
+    for mode in (host.train(), host.eval()):
+        mode(batches()[0])

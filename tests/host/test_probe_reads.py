@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ class Kept(nn.Module):
         keep(self, self.layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = self.kept[0] if isinstance(self.kept, list) else self.kept
+        own = self.kept
+        if isinstance(own, partial):
+            return self.last(own(x).tanh())
+        own = own[0][0] if isinstance(own, list) else own
         return self.last(F.linear(x, own).tanh())  # type: ignore[arg-type]
 
 
@@ -37,7 +41,8 @@ class Both(Kept):
 
 KEEPS: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "tensor": lambda model, weight: object.__setattr__(model, "kept", weight),
-    "list": lambda model, weight: setattr(model, "kept", [weight]),
+    "list": lambda model, weight: setattr(model, "kept", [(weight, "student")]),
+    "partial": lambda model, weight: setattr(model, "kept", partial(F.linear, weight=weight)),
     "parameter": lambda model, weight: setattr(model, "kept", weight),
 }
 

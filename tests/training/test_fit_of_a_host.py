@@ -77,3 +77,10 @@ def test_a_part_of_the_host_learns_beside_a_module():
         host.fit(batches(), train="host.lm_haed", steps=2)
     with pytest.raises(mg.ModgraftError, match=r"Dropout has no parameters.* out of train=\.$"):
         host.fit(batches(), train="host.encoder.dropout", steps=2)
+
+
+def test_a_run_in_which_nothing_can_learn_says_so():
+    host = fused()
+    host.use("qa - qa")
+    with pytest.warns(UserWarning, match="nothing has learned in 3 steps.*qa"):
+        host.fit(batches(), train="qa", steps=3, progress=False)

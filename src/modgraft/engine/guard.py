@@ -2,34 +2,26 @@
 
 - No module comes or goes while a call runs: :class:`Gate`.
 - The layers with modules stand where they stood when these were implanted: :class:`Places`.
-- What training moves beside parameters stays where it is, in a host that is frozen:
-  :class:`Frozen`.
+- What a frozen host writes to itself stays as it was:
+  :class:`~modgraft.engine.frozen.Frozen`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from operator import is_
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.utils.parametrizations import _SpectralNorm
 
 from modgraft.core.errors import ModgraftError
 from modgraft.core.offloaded import REMEDY
 from modgraft.core.plain import full_name
-from modgraft.core.tensors import is_plain
+from modgraft.engine.frozen import STATISTICS, Frozen
 from modgraft.engine.state import STATE, State
-
-STATISTICS = (_NormBase, _SpectralNorm)
-"""Layers that training moves, and that compute in evaluation mode from where they are."""
-
-_LARGE = 2**20
-"""Numbers in a buffer that is lent only if the first call moves it."""
 
 
 class Guard:
@@ -42,12 +34,13 @@ class Guard:
     def __init__(self, host: nn.Module) -> None:
         self.gate = Gate()
         self._places = Places()
-        self.look(host)
+        self._places.update(host)
+        self._frozen = Frozen(host.get_submodule("model"))
 
     def look(self, host: nn.Module) -> None:
-        """See where modules are, and what of the host training would move."""
+        """See where modules are, and what of the host its forward may move."""
         self._places.update(host)
-        self._frozen = Frozen(host.get_submodule("model"), self.gate)
+        self._frozen.look(host.get_submodule("model"))
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -107,15 +100,31 @@ class Guard:
                 self._places.explain(error)
                 raise
 
-    @contextmanager
-    def call(self, host: nn.Module) -> Iterator[None]:
-        """Keep them as they are for a call of the host, which may write to copies of its buffers.
+    def run(
+        self,
+        host: nn.Module,
+        call: Callable[[], Any],
+        in_force: bool,
+        snapshot: Callable[[], Callable[[], None]],
+    ) -> Any:
+        """Return ``call()``, in which a frozen host may write to copies of its tensors alone.
 
-        Raises:
-            ModgraftError: as :meth:`state` does.
+        Args:
+            host: the host.
+            call: runs it.
+            in_force: whether modules are.
+            snapshot: returns what takes back all that ``call()`` leaves beside the host.
         """
+        model = host.get_submodule("model")
+        training = host.training or model.training
+        in_force = in_force and not self.gate.is_changing()  # a probe puts back what is written
+        return self._frozen.run(model, call, training, in_force, snapshot)
+
+    @contextmanager
+    def later(self, host: nn.Module, in_force: bool) -> Iterator[None]:
+        """Do the same for a part of a call that runs later, in a ``with`` block."""
         training = host.training or host.get_submodule("model").training
-        with self.state(host), self._frozen.call(training):
+        with self.state(host), self._frozen.lending(training, in_force):
             yield
 
 
@@ -126,13 +135,10 @@ class Gate:
 
     A call within a call, in the same thread, enters at once. A copy of a host has a gate of its
     own.
-
-    Attributes:
-        turn: the lock for what takes no longer than an assignment.
     """
 
     def __init__(self) -> None:
-        self.turn = threading.Condition()
+        self._turn = threading.Condition()
         self._inside: dict[int, int] = {}  # how many calls of each thread are inside
         self._queued = 0  # calls that wait
         self._first = 0  # of these, how many go before the next change
@@ -144,30 +150,34 @@ class Gate:
 
     def __enter__(self) -> None:
         me = threading.get_ident()
-        with self.turn:
+        with self._turn:
             if self._waiting and me not in self._inside and me != self._changing:
                 self._wait()
             self._inside[me] = self._inside.get(me, 0) + 1
 
     def __exit__(self, *_: object) -> None:
         me = threading.get_ident()
-        with self.turn:
+        with self._turn:
             left = self._inside.pop(me) - 1
             if left:
                 self._inside[me] = left
             elif self._waiting:
-                self.turn.notify_all()
+                self._turn.notify_all()
+
+    def is_changing(self) -> bool:
+        """Return whether this thread's change is under way."""
+        return self._changing == threading.get_ident()
 
     def _wait(self) -> None:
         self._queued += 1
         try:
             while self._waiting and not self._first:
-                self.turn.wait()
+                self._turn.wait()
             self._first = max(0, self._first - 1)
         finally:
             self._queued -= 1
             self._first = min(self._first, self._queued)
-            self.turn.notify_all()
+            self._turn.notify_all()
 
     @contextmanager
     def change(self, what: str) -> Iterator[None]:
@@ -180,10 +190,10 @@ class Gate:
             ModgraftError: inside a call of this thread, which would wait for itself.
         """
         me = threading.get_ident()
-        if self._changing == me:  # a part of another change
+        if self.is_changing():  # a part of another change
             yield
             return
-        with self.turn:
+        with self._turn:
             if me in self._inside:
                 raise ModgraftError(
                     f"{what} within a call of this host, as in a hook or a callback: a call sees "
@@ -192,7 +202,7 @@ class Gate:
             self._waiting += 1
             try:
                 while self._inside or self._first or self._changing is not None:
-                    self.turn.wait()
+                    self._turn.wait()
             except BaseException:  # Ctrl-C while waiting
                 self._leave()
                 raise
@@ -200,14 +210,14 @@ class Gate:
         try:
             yield
         finally:
-            with self.turn:
+            with self._turn:
                 self._changing = None
                 self._first = self._queued  # change after change would let no call in
                 self._leave()
 
     def _leave(self) -> None:
         self._waiting -= 1
-        self.turn.notify_all()
+        self._turn.notify_all()
 
 
 class Places:
@@ -336,121 +346,3 @@ def _compare(at: str, layer: nn.Module, module: object, error: Exception) -> Non
             f"{theirs.device}: one of them was moved alone; move both, "
             f"host.to({str(theirs.device)!r}, {theirs.dtype})"
         ) from error
-
-
-class Frozen:
-    """The layers of a model that training moves, beside their parameters.
-
-    A layer of running statistics whose parameters are frozen stays in evaluation mode, as the
-    frozen batch normalisation of detection models does: it computes in training what it computes
-    afterwards. What other layers write while they train (the mean of a codebook, a counter) is lent
-    to each call as a copy. Where the parameters train, both move as usual.
-
-    Args:
-        model: the host's.
-        gate: the host's.
-    """
-
-    def __init__(self, model: nn.Module, gate: Gate) -> None:
-        self._gate = gate
-        self._lent: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        self._calls = 0  # that have what is lent
-        self._look(model)
-        self._hold()
-
-    def _look(self, model: nn.Module) -> None:
-        self._statistics: list[tuple[nn.Module, nn.Module]] = []
-        self._buffers: list[tuple[nn.Module, str, nn.Module]] = []
-        for _, layer, part in parts_of(model):
-            if isinstance(layer, STATISTICS):
-                self._statistics.append((layer, part))
-            else:
-                self._buffers += [(layer, name, part) for name, _ in kept_buffers(layer)]
-
-    def hold(self, model: nn.Module) -> None:
-        """Put layers of running statistics into the mode of their model, frozen ones excepted."""
-        now = [layer for layer in model.modules() if isinstance(layer, STATISTICS)]
-        if not {layer for layer, _ in self._statistics}.issuperset(now):
-            self._look(model)  # some were replaced, by synchronised ones for instance
-        for layer, part in self._statistics:
-            layer.__dict__["training"] = model.training and not is_frozen(part)
-
-    def _hold(self) -> None:
-        for layer, part in self._statistics:
-            if layer.training and is_frozen(part):
-                layer.__dict__["training"] = False
-
-    def call(self, training: bool) -> AbstractContextManager[None]:
-        """Return the context of one call of the host, in which what it may write is a copy.
-
-        Args:
-            training: whether the host is in training mode.
-        """
-        self._hold()  # one may have been frozen, or put into training mode by itself
-        return self._lending() if training and self._buffers else nullcontext()
-
-    @contextmanager
-    def _lending(self) -> Iterator[None]:
-        with self._gate.turn:
-            if not self._calls:
-                self._lend()
-            self._calls += 1
-        try:
-            yield
-        finally:
-            with self._gate.turn:
-                self._calls -= 1
-                if not self._calls:
-                    self._give_back()
-
-    def _lend(self) -> None:
-        for layer, name, part in self._buffers:
-            own = layer._buffers.get(name)
-            if own is not None and is_frozen(part):
-                copy = own.clone()
-                layer._buffers[name] = copy
-                self._lent.append((layer, name, own, copy))
-
-    def _give_back(self) -> None:
-        still = set()
-        for layer, name, own, copy in self._lent:
-            moved = layer._buffers.get(name) is not copy or not torch.equal(own, copy)
-            if own.numel() > _LARGE and not moved:
-                still.add((layer, name))
-            layer._buffers[name] = own
-        self._lent.clear()
-        if still:
-            self._buffers = [each for each in self._buffers if each[:2] not in still]
-
-
-def let_go(model: nn.Module) -> None:
-    """Put layers of running statistics into the mode of ``model``, which is no host's any more."""
-    for layer in model.modules():
-        if isinstance(layer, STATISTICS):
-            layer.training = model.training
-
-
-def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Yield the path of each layer, the layer, and the part whose training moves its buffers.
-
-    That is the layer itself, or where it has no parameters of its own, what is around it.
-    """
-    around = {model: model}
-    for path, layer in model.named_modules():
-        own = any(p is not None for p in layer._parameters.values())
-        yield path, layer, layer if own else around[layer]
-        inner = around[layer] if next(layer.parameters(), None) is None else layer
-        around.update((child, inner) for child in layer.children() if child not in around)
-
-
-def kept_buffers(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers that a layer itself saves, by name."""
-    passing = layer._non_persistent_buffers_set
-    for name, own in layer._buffers.items():
-        if own is not None and name not in passing and is_plain(own):
-            yield name, own
-
-
-def is_frozen(part: nn.Module) -> bool:
-    """Return whether nothing in a part learns."""
-    return not any(p.requires_grad for p in part.parameters())

@@ -16,7 +16,7 @@ from modgraft.core.context import Context
 from modgraft.core.errors import CompositionError, ModgraftError, UnknownNameError, an
 from modgraft.core.parse import parse
 from modgraft.core.sites import Site
-from modgraft.engine.guard import STATISTICS, is_frozen, kept_buffers, parts_of
+from modgraft.engine.frozen import STATISTICS, is_frozen, kept_buffers, parts_of
 from modgraft.routing.mixture import Mixture
 from modgraft.routing.stats import Usage
 

@@ -324,11 +324,22 @@ def _is_same(value: Tensor, theta: Tensor) -> bool:
 _BRANCHES = {"_buffers", "_modules"}
 
 
+def _held(value: Any) -> Iterator[Any]:
+    """Yield ``value``, or what it holds as a container or as a function that is given arguments."""
+    if isinstance(value, partial):
+        value = (*value.args, *value.keywords.values())
+    if type(value) in (list, tuple):
+        for one in value:
+            yield from _held(one)
+    else:
+        yield value
+
+
 def kept_elsewhere(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, str]:
     """Return which of ``layers`` have a weight that ``model`` keeps beside them, and where.
 
-    ``self.w = self.layer.weight`` in a constructor is found so, and a list or dictionary of such. A
-    weight that layers share is not: each of them runs with its own.
+    ``self.w = self.layer.weight`` in a constructor is found so, also in a list, a dictionary or a
+    ``functools.partial``. A weight that layers share is not: each of them runs with its own.
     """
     owners = {
         id(tensor): layer
@@ -345,7 +356,7 @@ def kept_elsewhere(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Mod
                 continue
             some = value if type(value) is dict else {name: value}
             for key, own in some.items():
-                for each in own if type(own) in (list, tuple) else (own,):
+                for each in _held(own):
                     layer = owners.get(id(each))
                     if layer is not None and layer is not module:
                         at = key if name == "_parameters" else name

@@ -8,7 +8,7 @@ that one is copied before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,22 +20,35 @@ from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
-def taken_back(model: nn.Module) -> Iterator[None]:
-    """Run a ``with`` block, and leave parameters and buffers of ``model`` as they were before it.
+def taken_back(model: nn.Module) -> Iterator[set[int]]:
+    """Run a ``with`` block, and leave parameters and buffers of ``model`` as they were before it;
+    else as :func:`kept`."""
+    with kept([*model.parameters(), *model.buffers()]) as written:
+        yield written
+
+
+@contextmanager
+def kept(tensors: Iterable[Tensor]) -> Iterator[set[int]]:
+    """Run a ``with`` block, and leave ``tensors`` as they were before it.
+
+    Yields a set that holds, after the block, the storages of those that it had to leave so.
 
     What a function writes by PyTorch's own account is seen, under whatever view or ``.data`` it is
     written, and so is another tensor that was put into ``.data``.
     """
-    own = [t for t in (*model.parameters(), *model.buffers()) if t.layout is torch.strided]
+    own = [t for t in tensors if t.layout is torch.strided]
     data = [t.data for t in own]
     watch = _Watch(data)
+    written: set[int] = set()
     try:
         with watch:
-            yield
+            yield written
     finally:
-        watch.take_back()
+        written |= watch.take_back()
         for tensor, before in zip(own, data, strict=True):
             if storage_of(tensor) != storage_of(before):
+                if not torch.equal(tensor.data, before.to(tensor.dtype)):  # more than a cast
+                    written.add(storage_of(before))
                 tensor.data = before
 
 
@@ -77,13 +90,32 @@ class _Watch(TorchDispatchMode):
         if key in self._own and key not in self._before:
             self._before[key] = self._own[key].clone()
 
-    def take_back(self) -> None:
-        """Write back what the storages held."""
+    def take_back(self) -> set[int]:
+        """Write back what the storages held, and return which of them held something else."""
+        changed = set()
         for key, before in self._before.items():
             own = self._own[key]
+            if own.nbytes() == before.nbytes() and torch.equal(_bytes(own), _bytes(before)):
+                continue  # as where a forward moves a layer to the type that it has
+            changed.add(key)
             if own.nbytes() != before.nbytes():
                 own.resize_(before.nbytes())
             own.copy_(before)
+        return changed
+
+
+def can_watch() -> bool:
+    """Return whether the writes of a call can be seen now: in no transform of functions, trace or
+    mode of the caller's, which look at the same operations."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+    )
+
+
+def _bytes(storage: UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[arg-type]
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -469,11 +469,12 @@ class Host(Trains, AsModel):
     ) -> Any:
         if self._waiting and modules is not ...:
             self._bring(modules)
-        with self._guard.call(self):
+        with self._guard.state(self):
             call = self._call(side, modules, generating)
             run: Any = self.model.generate if generating else self.model
+            whole = partial(self._run, run, call, args, kwargs)
             try:
-                out = self._run(run, call, args, kwargs)
+                out = self._guard.run(self, whole, call.composition is not None, call.snapshot)
             except (ValueError, TypeError) as error:
                 alone = kwargs and kwargs.keys() <= TARGETS and not (args or generating)
                 if isinstance(error, ModgraftError) or not alone:
@@ -524,7 +525,7 @@ class Host(Trains, AsModel):
         @contextmanager
         def again() -> Iterator[Callable[[Any], Any]]:
             more = replace(call, kept={}, outputs={}, routings=[])
-            with self._guard.call(self):
+            with self._guard.later(self, call.composition is not None):
                 self._reader.check_known(call.composition)
                 with self._context.call(more):
                     yield lambda out: with_routing_losses(out, more.routings, kwargs)

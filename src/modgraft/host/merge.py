@@ -13,7 +13,7 @@ from modgraft.core.offloaded import present
 from modgraft.core.sites import find
 from modgraft.engine.copies import copied
 from modgraft.engine.fast_paths import take_fast_paths
-from modgraft.engine.guard import let_go
+from modgraft.engine.frozen import let_go
 from modgraft.engine.implant import Implants
 from modgraft.engine.inputs.padding import count_padding_too
 from modgraft.engine.kernels.functional_call import new_weights, write

@@ -39,6 +39,7 @@ from modgraft.core.offloaded import is_offloaded
 from modgraft.core.sites import WEIGHTED, Site, find, joined
 from modgraft.core.tensors import rebuilt, tensors_in
 from modgraft.engine.batch import lists_in
+from modgraft.engine.frozen import WRITES, movable
 from modgraft.engine.graft import restored
 from modgraft.engine.implant import Implants
 from modgraft.engine.kernels.functional_call import new_weights, with_tensors
@@ -124,6 +125,7 @@ class _Host:
         by_class: the layers whose class the host asks for, so that it computes something else as
             soon as a module is there.
         notes: what holds for the host as a whole.
+        written: the storages that its forward has written to.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class _Host:
             for site in find(model, label)
         }
         self.notes: list[str] = []
+        self.written: set[int] = set()
         if is_offloaded(model):
             self.notes.append(
                 "Weights of this host are offloaded, so that its output is not compared with that "
@@ -152,6 +155,9 @@ class _Host:
             raise ModgraftError("host.probe takes a batch of two different examples at least")
         with watched(self.layers) as self.alone:
             out = self.run(batch, None)
+        own = {p.path: p.own for p in movable(model) if p.own is not None}
+        if written := [path for path, t in own.items() if storage_of(t) in self.written]:
+            self.notes.append(WRITES.format(what=", ".join(written)))
         self.out = floats(out)
         if not self.out:
             raise ModgraftError(
@@ -166,8 +172,9 @@ class _Host:
     def _anew(self) -> Iterator[None]:
         """Let a call find the weights and the random numbers that every other call finds."""
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        with torch.random.fork_rng(devices), taken_back(self.model):
+        with torch.random.fork_rng(devices), taken_back(self.model) as written:
             yield
+        self.written |= written
 
     def run(self, batch: Mapping[str, Any], modules: Any) -> Any:
         """Call the host with modules alone in force; None: bare."""

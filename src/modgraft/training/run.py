@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
@@ -203,6 +204,23 @@ class Run:
         if self.history.untouched:
             names = ", ".join(self.history.untouched[:4])
             show.say(f"{len(self.history.untouched)} tensors never had a gradient: {names} …")
+        if self.optimizer.state and not self._has_learned():
+            warnings.warn(
+                f"nothing has learned in {self.step} steps: the gradient of all that trains "
+                f"({', '.join(list(self.parameters)[:4])}, …) was 0 at each of them, as where a "
+                f"composition takes away what it adds, or the loss depends on none of it",
+                stacklevel=4,
+            )
+
+    def _has_learned(self) -> bool:
+        """Return whether the optimiser has seen a gradient other than 0."""
+        moments = (
+            t
+            for p, state in self.optimizer.state.items()
+            for t in state.values()
+            if isinstance(t, Tensor) and t.shape == p.shape
+        )
+        return any(bool(t.any()) for t in moments)
 
     def _loop(self, show: Show) -> None:
         groups = self.groups()
