@@ -138,8 +138,10 @@ def test_rows_that_differ_at_every_reading_tell_nothing(tmp_path: Path) -> None:
         collate_fn=lambda r: collate(r) | {"extra": [o["extra"] for o in r]},
     )
     given = GIVEN | {"ignore": ("ids", "extra")}
-    stopped(data, tmp_path, **given)
-    assert host().fit(data, train="a", folder=tmp_path, **given).resumed_from == 4
+    with pytest.warns(UserWarning, match="an Augmented gives other rows at every reading"):
+        stopped(data, tmp_path, **given)
+    with pytest.warns(UserWarning, match="an Augmented gives other rows at every reading"):
+        assert host().fit(data, train="a", folder=tmp_path, **given).resumed_from == 4
 
 
 def test_the_loader_of_the_other_tests_is_read_the_same_twice() -> None:

@@ -106,7 +106,7 @@ def planned(
     key = digest(first)
     if given.folder is not None and (why := stream.unrepeatable(key)):
         warnings.warn(
-            f"fit(folder={str(given.folder)!r}): {why}; a run that is resumed will not be the "
+            f"fit(folder={str(given.folder)!r}): {why}; a run that is resumed may not be the "
             f"uninterrupted one to the bit. Random numbers have to come from torch, random or "
             f"numpy, or from a generator of theirs that the loader holds",
             stacklevel=4,

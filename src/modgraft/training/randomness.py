@@ -73,6 +73,14 @@ _NO_STATE = (random.SystemRandom,)
 _LEAVES = (str, bytes, int, float, complex, Tensor, np.ndarray, type, ModuleType, logging.Logger)
 
 
+# a set has another order in another process; the __iter__ of a class of one's own reads data
+_ITEMS: tuple[tuple[Any, Any], ...] = (
+    (list, list.__iter__),
+    (tuple, tuple.__iter__),
+    (dict, dict.values),
+)
+
+
 def _kind(value: object) -> _Kind | None:
     known = (kind for kind in _KINDS if isinstance(value, kind.of))
     return None if isinstance(value, _NO_STATE) else next(known, None)
@@ -101,10 +109,10 @@ def generators_in(*owners: object) -> list[Any]:
 
 def _inside(value: object) -> Iterator[object]:
     """Yield what an object is made of."""
-    if isinstance(value, dict | list | tuple):  # a set has another order in another process
-        if len(value) <= FEW:
-            yield from value.values() if isinstance(value, dict) else value
-    elif isinstance(value, MethodType):
+    for kind, items in _ITEMS:
+        if isinstance(value, kind) and kind.__len__(value) <= FEW:
+            yield from items(value)
+    if isinstance(value, MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, partial):
         yield from (value.func, value.args, value.keywords)
