@@ -8,7 +8,7 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from modgraft.data.digit_wordings import KEPT, PLACES, TEMPLATES, free_words, read_number
+from modgraft.data.digit_wordings import PLACES, read_number
 from modgraft.data.digits import (
     CODES,
     CUT,
@@ -231,26 +231,17 @@ def test_varied_questions_have_other_counts_of_options_and_of_digits(varied) -> 
             assert own.issuperset(np.ascontiguousarray(tile).tobytes() for tile in tiles)
 
 
-def test_half_of_training_is_in_the_published_words(varied) -> None:
+def test_training_is_in_the_published_words_and_the_rest_is_not(varied) -> None:
     own = re.compile(
-        r"(What is (the \w+ digit|\w+ plus \w+)|Which (digit is|code has)|How many).*\?"
+        r"(What is (the digit|the \w+ digit|\w+ plus \w+)|Which (digit is|code has)|How many).*\?"
     )
-    train = [varied.problems[q]["question"] for q in varied.splits["train"]]
-    assert 0.5 < np.mean([bool(own.fullmatch(text)) for text in train]) < 0.65
+    train = [varied.problems[q] for q in varied.splits["train"]]
+    assert all(own.fullmatch(raw["question"]) for raw in train)
+    assert {len(raw["choices"]) for raw in train} == set(range(2, 9))
+    free = [varied.problems[q]["question"] for q in varied.splits["reworded"]]
+    assert np.mean([bool(own.fullmatch(text)) for text in free]) < 0.3
     with pytest.raises(ValueError, match="a share"):
         digits_qa(1, varied=1.5)
-
-
-@pytest.mark.parametrize("family", TEMPLATES)
-def test_wordings_of_training_and_of_calibration_are_disjoint(family: str) -> None:
-    assert len(set(TEMPLATES[family])) == len(TEMPLATES[family]) > 3 * KEPT
-
-    def worded(kept: bool) -> set[str]:
-        rng, places = np.random.default_rng(0), [0, 1][: 1 + (family in ("compare", "add"))]
-        made = (free_words(rng, family, places, 3, kept=kept) for _ in range(2000))
-        return {" ".join(re.findall(r"\w+", text.lower())) for text in made}
-
-    assert not worded(True) & worded(False)
 
 
 def test_numbers_are_read_in_words() -> None:
@@ -265,6 +256,8 @@ def test_numbers_are_read_in_words() -> None:
         ("left 3, right 4. left 3 plus right 4 is 8, so 8.", "", "3 plus 4 is 8"),
         ("left 3, right 4. left 3 plus right 4 is 7, so 8.", "", "so 8"),
         ("3 plus 4 is 6, so 6.", "", "3 plus 4 is 6"),
+        ("left 3, right 4. left 3, so 3.", "", None),
+        ("left 3, right 4. left 3, so 4.", "", "3, so 4"),
         ("left 3, middle 4. left 3, middle 4, larger 4, so 4.", "", None),
         ("left 3, middle 4. left 3, middle 4, larger 3, so 3.", "", "larger 3"),
         ("3, 4, smaller 4, so 4.", "", "smaller 4"),

@@ -131,7 +131,9 @@ SURE = Answered("3 plus 4 is 7, so 7.", "7 . The answer is (A).", 0, 0.9, (0.98,
     [
         ("What is 3 plus 4?", "7 8", SURE, None),
         ("WHAT IS three PLUS Four?", "seven EIGHT", SURE, None),
-        ("What is the leftmost digit?", "7 8", SURE, "words that training lacks: leftmost"),
+        ("Add three and FOUR", "7 8", SURE, None),
+        ("What is the topmost digit?", "7 8", SURE, "no word there for topmost"),
+        ("Is 3 larger than 4?", "7 8", SURE, "none that the run knows: which digit is at"),
         ("What is 3 plus 4?", "7 cat", SURE, "options that training lacks: cat"),
         ("What is 3 plus 4?", "7 seven", SURE, "twice: 7"),
         ("What is 3 plus 4?", "7 3 4 8", SURE, "4 options, where training had 2 to 3"),
@@ -198,11 +200,11 @@ def test_strict_refuses_what_is_flagged(run: Path, monkeypatch: pytest.MonkeyPat
     assert "Flag" not in good.out
     flagged = ask("What is 3 times 4?", "7", "8")
     assert flagged.code == 0
-    assert "Flag words that training lacks: times" in flagged.out
+    assert "Flag the question is none that the run knows" in flagged.out
     strict = ask("What is 3 times 4?", "7", "8", "--strict")
     assert strict.code == 3
     assert "Answer" not in strict.out
-    assert "Flag words that training lacks: times" in strict.out
+    assert "Flag the question is none that the run knows" in strict.out
 
 
 # what a run can be asked

@@ -3,18 +3,14 @@
 In a template, `{a}` and `{b}` are places as adjectives ("left", "first"), `{at}` and `{too}` the
 same places as phrases ("on the left"), `{order}` is the first as an adverb ("first"), `{n}` and
 `{m}` are "digit" and "digits" or words like them, and `{c}` is "larger" or "smaller" or the like.
-A family's first template is DigitsQA's own; training lacks the last `KEPT`.
+A family's first template is DigitsQA's own.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
-
-KEPT = 3
-"""The number of templates of each family that training lacks."""
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "read": (
@@ -286,7 +282,7 @@ def own_words(family: str, places: Sequence[str], compared: str = "larger") -> s
 
 def free_words(
     rng: np.random.Generator, family: str, places: Sequence[int | str], count: int,
-    compared: str = "larger", *, kept: bool,
+    compared: str = "larger",
 ) -> str:  # fmt: skip
     """Word a question as a person might: another template, other words, with or without capitals.
 
@@ -296,15 +292,12 @@ def free_words(
         places: The one or two places asked for, by their number from the left, or numbers as text.
         count: The number of digits in the strip.
         compared: "larger" or "smaller".
-        kept: Whether to take the templates that training lacks, or those of training.
     """
     names = [_called(rng, place, count) for place in places]
-    given = TEMPLATES[family]
-    template = _one(rng, given[-KEPT:] if kept else given[:-KEPT])
+    template = _one(rng, TEMPLATES[family])
     noun, nouns = NOUNS[0] if rng.random() < 0.6 else NOUNS[int(rng.integers(len(NOUNS)))]
     word = _one(rng, LARGER if compared == "larger" else SMALLER)
     text = _fill(template, names, noun, nouns, word)
-    text = re.sub(r"\w+", lambda found: read_number(found[0]), text)  # "which one": as `ask` reads
     if rng.random() < 0.5:
         text = text[0].lower() + text[1:]
     return text if rng.random() < 0.7 else text.rstrip("?.")

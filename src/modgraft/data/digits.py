@@ -10,9 +10,9 @@ uniformly; then digits that make it right. So every option is equally likely giv
 that does not look at the image cannot beat 1 / (number of options). The family `text` has no image
 and can be answered from the text.
 
-That is the published form, of `val` and `test`. A share of the training questions can be varied,
-and all of the split `reworded` are, whose wordings training lacks: worded as people do
-(`modgraft.data.digit_wordings`), with two to eight options, about strips of one to four digits.
+That is the published form, of `val` and `test`. A share of the training questions can be varied:
+two to eight options, strips of one to four digits. So are all of the split `reworded`, which are
+worded as people do besides (`modgraft.data.digit_wordings`).
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def digits_qa(
         seed: The random seed; a split does not depend on the sizes of the others.
         weights: How often each family is drawn for `train`, in place of `WEIGHTS`.
         varied: The share of `train` that is varied.
-        reworded: The number of questions of a split `reworded`, all of them varied, in wordings
-            that training lacks, about the scans of `val`; 0 leaves the split out.
+        reworded: The number of questions of a split `reworded`, all of them varied and freely
+            worded, about the scans of `val`; 0 leaves the split out.
 
     Raises:
         ValueError: A negative number of questions, a share that is none, or weights for a family
@@ -160,7 +160,7 @@ def digits_qa(
             else:
                 family = FAMILIES[index % len(FAMILIES)]
             if split == "reworded" or (split == "train" and varied and rng.random() < varied):
-                form = _varied(rng, family, kept=split == "reworded")
+                form = _varied(rng, family, free=split == "reworded")
             qid = f"{split}-{index:05d}"
             drawn = _DRAW[family](rng, form)
             out.problems[qid] = _record(family, split, drawn, form)
@@ -174,37 +174,34 @@ def digits_qa(
 
 @dataclass(frozen=True)
 class _Form:
-    """How a question is put: the places of its strip, how many options, and in which words.
-
-    `kept` is None for DigitsQA's own words, and else whether they are of the templates that
-    training lacks.
-    """
+    """How a question is put: the places of its strip, how many options, and whether freely worded,
+    and not in DigitsQA's own words."""
 
     places: tuple[str, ...] = POSITIONS
     fewest: int = 3
     most: int = 5
-    kept: bool | None = None
+    free: bool = False
 
     def word(
         self, rng: np.random.Generator, family: str, asked: Sequence[int | str] = (),
         compared: str = "larger",
     ) -> str:  # fmt: skip
         """Word a question about places, by number from the left, or about numbers, as text."""
-        if self.kept is None:
-            names = [self.places[a] if isinstance(a, int) else a for a in asked]
-            return own_words(family, names, compared)
-        return free_words(rng, family, asked, len(self.places), compared, kept=self.kept)
+        if self.free:
+            return free_words(rng, family, asked, len(self.places), compared)
+        names = [self.places[a] if isinstance(a, int) else a for a in asked]
+        return own_words(family, names, compared)
 
     def order(self, rng: np.random.Generator, pair: tuple[int, int]) -> tuple[int, int]:
         """Return two places as the question names them: from left to right, or in any order."""
-        return pair if self.kept is None or rng.random() < 0.5 else (pair[1], pair[0])
+        return pair if not self.free or rng.random() < 0.5 else (pair[1], pair[0])
 
 
-def _varied(rng: np.random.Generator, family: str, *, kept: bool) -> _Form:
+def _varied(rng: np.random.Generator, family: str, *, free: bool) -> _Form:
     fits = {n: odds for n, odds in COUNTS.items() if n > 1 or family in ("read", "lookup", "even")}
     odds = np.array(list(fits.values()))
     count = int(rng.choice(list(fits), p=odds / odds.sum()))
-    return _Form(PLACES[count], fewest=2, most=8, kept=kept)
+    return _Form(PLACES[count], fewest=2, most=8, free=free)
 
 
 @dataclass(frozen=True)
@@ -312,7 +309,7 @@ def _add(rng: np.random.Generator, form: _Form) -> _Drawn:
 def _even(rng: np.random.Generator, form: _Form) -> _Drawn:
     places = form.places
     most = len(places) + 1
-    count = most if form.kept is None else int(rng.integers(2, most + 1))
+    count = most if form.fewest == 3 else int(rng.integers(2, most + 1))
     options = _some(rng, range(most), count)
     answer = int(rng.integers(count))
     even = set(_some(rng, range(len(places)), options[answer]))
@@ -419,10 +416,12 @@ _SUM = re.compile(r"(\d+) plus (?:[a-z]+ )?(\d+) is (\d+)")
 _BEST = re.compile(r"(\d+), (?:[a-z]+ )?(\d+), (larger|smaller) (\d+)")
 _PARITY = re.compile(r"(\d+) (even|odd)\b")
 _ROW = re.compile(r"\brow (\d+) (\w+)")
+_READ = re.compile(r"^[a-z]+ (\d+), so (\w+)")
 
 
 def false_steps(rationale: str, hint: str = "") -> list[str]:
-    """Return the steps of a rationale that do not hold: a sum, a comparison, a parity, a row.
+    """Return the steps of a rationale that do not hold: a sum, a comparison, a parity, a row, and
+    a digit that is read and another one concluded.
 
     Args:
         rationale: Any text; what is no step of DigitsQA's rationales is passed over.
@@ -437,6 +436,7 @@ def false_steps(rationale: str, hint: str = "") -> list[str]:
         right = (max if word == "larger" else min)(int(a), int(b))
         if int(best) != right or best != conclusion:
             false.append(f"{a}, {b}, {word} {best}, so {conclusion}")
+    false += [f"{digit}, so {so}" for digit, so in _READ.findall(rest) if digit != so]
     parities = _PARITY.findall(rest)
     false += [f"{d} is {p}" for d, p in parities if (int(d) % 2 == 0) != (p == "even")]
     if parities and conclusion != str(sum(p == "even" for _, p in parities)):

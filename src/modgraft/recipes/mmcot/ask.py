@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modgraft.core.errors import DataError
 from modgraft.core.files import read_json
+from modgraft.data.digit_questions import restated, unread
 from modgraft.data.digit_wordings import PLACES, read_number
 from modgraft.data.digits import facts, false_steps
 from modgraft.data.extract import encode_images
@@ -35,8 +36,9 @@ class Answer:
         choice: The index of the option that it names, if any.
         probabilities: Of each option, under stage 2; they sum to 1.
         flags: What speaks against the answer, a clause each; empty if nothing does.
-        asked: The question, the context and the options as the run read them: on DigitsQA, words
-            that training lacks are read in lower case, in capitals, or as numbers.
+        asked: The question, the context and the options as the run read them: on DigitsQA the
+            question is put in DigitsQA's words, and other words that training lacks are read in
+            lower case, in capitals, or as numbers.
     """
 
     rationale: str
@@ -107,7 +109,13 @@ class Asker:
                 f"a question needs words and 2 to {len(LETTERS)} options; here are {len(choices)}",
                 remedy='For example: modgraft mmcot ask strip.png "What is the left digit?" 3 5 8',
             )
-        texts, unknown, new = self._read(question, hint, choices)
+        strip, features = (None, None) if image is None else self._look(image)
+        asked = None
+        if self._reader is not None:
+            asked = restated(question, hint, 3 if strip is None else len(strip.digits))
+        texts, unknown, new = self._read(asked or question, hint, choices)
+        if self._reader is not None and asked is None:  # which is a flag by itself
+            unknown = [word for word in unknown if word in WORDS.findall(hint)]
         blank = dict.fromkeys(
             ("task", "grade", "subject", "topic", "category", "skill", "lecture", "solution"), ""
         )
@@ -115,10 +123,10 @@ class Asker:
             id="asked", question=texts[0], choices=tuple(texts[2:]), answer=0, hint=texts[1],
             image=image.name if image else None, split="test", **blank,
         )  # fmt: skip
-        strip, features = (None, None) if image is None else self._look(image)
         questions = Questions((record,), {} if features is None else {"asked": features})
         said = answers(self._hosts, questions, self.tokenizer, self.settings)["asked"]
         flags = [
+            *self._not_asked(question, asked, strip),
             *self._beyond(record, unknown, new, strip),
             *self._doubts(record, said, image, strip),
         ]
@@ -174,6 +182,18 @@ class Asker:
             )  # fmt: skip
         model, processor = load_any_vision(self.settings.features)
         return None, encode_images([picture], model, processor)[0]
+
+    def _not_asked(self, question: str, asked: str | None, strip: Strip | None) -> Iterator[str]:
+        """Say that the question is none of DigitsQA's, where it is asked of a run on these."""
+        if self._reader is None or asked is not None:
+            return
+        words = unread(question, 3 if strip is None else len(strip.digits))
+        why = f"; no word there for {', '.join(dict.fromkeys(words))}" if words else ""
+        yield (
+            "the question is none that the run knows: which digit is at a place, which of two is "
+            "larger or smaller, the sum of two, the code of one in a table, how many are even"
+            f"{why}"
+        )
 
     def _beyond(
         self, record: Record, unknown: list[str], new: list[str], strip: Strip | None

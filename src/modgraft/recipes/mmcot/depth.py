@@ -1,12 +1,13 @@
 """How deep a run on DigitsQA can be asked: what it was trained on, and how sure it is when right.
 
-The thresholds are measured on the run's validation split, and on as many questions about the same
-scans in wordings that neither training nor the judge (`benchmarks/ask.py`) has.
+The thresholds are measured on the run's validation split, and on questions about the same scans in
+wordings that neither training nor the judge (`benchmarks/ask.py`) has.
 `modgraft mmcot ask` flags what lies beyond.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,15 +23,15 @@ from transformers import PreTrainedTokenizerBase
 import modgraft as mg
 from modgraft.core.errors import CheckpointError
 from modgraft.core.files import read_json, write_json
-from modgraft.data.digits import digits_qa
+from modgraft.data.digit_questions import restated
+from modgraft.data.digits import CUT, POSITIONS, digits_qa, scans
 from modgraft.data.records import Questions, Record
 from modgraft.data.text import extract_answer
 from modgraft.models.strips import Reader
-from modgraft.models.vision import load_vision
+from modgraft.models.vision import DigitPatches, load_vision
 from modgraft.recipes.mmcot.data import (
     load_questions,
     load_run_tokenizer,
-    load_strips,
     look_at,
     settings_of,
 )
@@ -40,8 +41,11 @@ from modgraft.recipes.mmcot.recipe import NETS, Settings, score, write, write_ra
 WORDS = re.compile(r"\w+|[^\w\s]")
 """The words and signs of a text."""
 
-STRANGE, DOUBTFUL = 0.0025, 0.005
-"""The share of the validation split's questions whose picture, or whose answer, is flagged."""
+DOUBTFUL = 0.005
+"""The share of the validation split's questions whose answer is flagged."""
+
+STRANGE, HAND = 0.02, 30
+"""The share of new hands whose strangest digit is flagged, and how many scans are taken for one."""
 
 UNSURE = 0.01, 0.03
 """The least and the largest share of them whose rationale is flagged."""
@@ -96,30 +100,52 @@ def measure_depth(folder: Path, seed: int) -> None:
     """Measure a trained run's depth, and write it into the seed's folder."""
     settings, tokenizer = settings_of(folder), load_run_tokenizer(folder, seed)
     eye = load_vision(folder / f"seed{seed}" / "data" / "vision.safetensors")
-    questions, strips = load_questions(folder, seed), load_strips(folder, seed)
+    questions = load_questions(folder, seed)
     train, val = questions.split("train"), questions.split("val")
     hosts = {key: load_net(folder, seed, key) for key in ("stage1", "stage2")}
     own = answers(hosts, val, tokenizer, settings)
-    other = digits_qa(0, 0, 0, seed=seed, reworded=settings.val)
-    seen = look_at({qid: torch.from_numpy(strip) for qid, strip in other.strips.items()}, eye)
-    reworded = Questions.from_json(other.problems, features=seen)
+    counts = [len(record.choices) for record in train]
+    reworded = _reworded(settings, seed, eye, range(min(counts), max(counts) + 1))
     made = answers(hosts, reworded, tokenizer, settings)
     wrong = [made[r.id].sureness for r in reworded if made[r.id].choice != r.answer]
-    reader = Reader(eye)
-    strange = [reader.look(strips[record.id]).strangeness for record in val if record.id in strips]
     texts = [f"{record.question} {record.hint}" for record in train]
-    counts = [len(record.choices) for record in train]
     sure = [one.sureness for one in own.values()]
     depth = Depth(
         words=tuple(sorted({word for text in texts for word in WORDS.findall(text)})),
         options=tuple(sorted({choice for record in train for choice in record.choices})),
         fewest=min(counts), most=max(counts),
-        strangeness=float(np.quantile(strange, 1 - STRANGE)),
+        strangeness=_strangeness(Reader(eye)),
         sureness=_threshold(wrong, round(WRONG * len(reworded)), sure),
         # where hardly any is in doubt, the quantile is 1, and no doubt by itself
         probability=float(min(np.quantile([o.probability for o in own.values()], DOUBTFUL), 0.9)),
     )  # fmt: skip
     write_json(depth_file(folder, seed), asdict(depth))
+
+
+def _reworded(settings: Settings, seed: int, eye: DigitPatches, counts: range) -> Questions:
+    """Draw reworded questions of the forms that training had, as `ask` reads them."""
+    drawn, problems = digits_qa(0, 0, 0, seed=seed, reworded=2 * settings.val), {}
+    for qid, problem in drawn.problems.items():
+        digits = len(drawn.digits.get(qid, POSITIONS))
+        if len(problem["choices"]) in counts and (digits == 3 or settings.varied):
+            question = restated(problem["question"], problem["hint"], digits)
+            if question is not None:  # else `ask` flags it
+                problems[qid] = problem | {"question": question}
+    strips = {qid: torch.from_numpy(drawn.strips[qid]) for qid in problems if qid in drawn.strips}
+    return Questions.from_json(problems, features=look_at(strips, eye))
+
+
+def _strangeness(reader: Reader) -> float:
+    """Return the strangeness that the strangest digit of a new hand exceeds in a share `STRANGE`.
+
+    Neighbouring scans share a hand. The strangest of each such block of the validation scans
+    follow, as maxima do, a Gumbel distribution, which is fitted by its moments.
+    """
+    scans_, _ = scans()
+    strange = reader.strangeness(torch.from_numpy(scans_[CUT["val"]]))
+    most = strange.reshape(-1, HAND).amax(1).double()
+    scale = float(most.std()) * math.sqrt(6) / math.pi
+    return float(most.mean()) - scale * (np.euler_gamma + math.log(-math.log(1 - STRANGE)))
 
 
 def _threshold(wrong: Sequence[float], spared: int, val: Sequence[float]) -> float:

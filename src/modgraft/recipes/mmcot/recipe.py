@@ -37,8 +37,8 @@ class Settings:
         rationale, answer, direct, explain: The text forms of stage 1, of stage 2 and of the two
             one-stage controls.
         train, val, test: The number of DigitsQA's questions in each split.
-        varied: The share of DigitsQA's training questions that are worded as people might, with
-            two to eight options, about strips of one to four digits.
+        varied: The share of DigitsQA's training questions with two to eight options, about strips
+            of one to four digits.
         split: The split to test; None takes test, or val if there is no test.
         steps_eye: Training steps of DigitsQA's vision model.
         d_model, d_ff, heads, layers: The small T5's shape.
