@@ -120,6 +120,19 @@ def test_other_weights_of_the_model_within_are_refused(tmp_path: Path) -> None:
         mg.Host(BertModel(larger)).load(tmp_path / "qa", strict=False)
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("there", ["encoder", "classifier", "own"])
+def test_the_model_within_in_another_precision_is_called_that(
+    there: str, precision: torch.dtype, tmp_path: Path
+) -> None:
+    _saved(there, tmp_path / "qa")
+    for make in HOSTS.values():
+        host = mg.Host(make().to(precision))
+        with pytest.raises(mg.ModgraftError, match="was trained in this host in another precis"):
+            host.load(tmp_path / "qa")
+        host.load(tmp_path / "qa", strict=False)
+
+
 def test_what_cannot_be_placed_is_refused(tmp_path: Path) -> None:
     _saved("encoder", tmp_path / "qa")
     twice = nn.ModuleDict({"left": _encoder(), "right": _encoder()})

@@ -734,7 +734,7 @@ class Host(Trains, AsModel):
 
         others = {each: self._waiting.pop(each) for each in names if each in self._waiting}
         try:
-            load(self, found, name, strict, active=False)
+            load(self, found, name, strict, active=False, told=True)
         except BaseException:
             self._waiting |= others
             raise

@@ -17,7 +17,7 @@ from torch import nn
 from modgraft.core.errors import CheckpointError
 from modgraft.core.patterns import bare, joined
 from modgraft.core.roles import known_models
-from modgraft.store.fingerprint import differences, fingerprint_of_part
+from modgraft.store.fingerprint import differences, fingerprint_of_part, rounded_fingerprints
 from modgraft.store.stored import Stored
 
 INNER, PATH = "inner", "path"
@@ -36,8 +36,10 @@ def inner(model: nn.Module, sites: Sequence[str], beside: Collection[str]) -> di
     """
     for path, _, _ in known_models(model):
         if path and sites and all(_relative(path, bare(name)) for name in (*sites, *beside)):
-            said = fingerprint_of_part(model, path, [_relative(path, name) for name in beside])
-            return {INNER: {PATH: bare(path), **said}}
+            own = [_relative(path, name) for name in beside]
+            said = fingerprint_of_part(model, path, own)
+            rounded = rounded_fingerprints(model.get_submodule(path), own)
+            return {INNER: {PATH: bare(path), **said, **rounded}}
     return {}
 
 
@@ -73,9 +75,15 @@ def placed(found: Stored, model: nn.Module) -> Stored:
         return joined(places[0], _relative(before, name))
 
     named = found.named(here, here)
-    each = {_relative(before, name): text for name, text in there.get(SKETCHES, {}).items()}
+    each = {_relative(before, name): text for name, text in sketches_of(there).items()}
     host = {**said, SKETCHES: {name: text for name, text in each.items() if name}}
     return replace(named, card=named.card.model_copy(update={"host": host}), within=places[0])
+
+
+def sketches_of(there: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the entry :data:`SKETCHES` of a fingerprint; nothing where an older one has none."""
+    each = there.get(SKETCHES)
+    return each if isinstance(each, Mapping) else {}
 
 
 def beside_within(found: Stored) -> list[str]:
