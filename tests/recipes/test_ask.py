@@ -247,7 +247,7 @@ def test_the_judge_has_200_questions_and_100_pictures_that_training_never_saw() 
         100,
     )
     assert all(item.answer is None or item.answer < len(item.options) for item in all_items)
-    made = digits_qa(12_000, 0, 0, varied=0.5, reworded=480)
+    made = digits_qa(12_000, 0, 0, varied=0.25, reworded=960)
 
     def words(text: str) -> str:
         return " ".join(re.findall(r"\w+|\+", text.lower()))

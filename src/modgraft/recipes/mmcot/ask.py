@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from torch import Tensor
 from modgraft.core.errors import DataError
 from modgraft.core.files import read_json
 from modgraft.data.digit_questions import restated, unread
-from modgraft.data.digit_wordings import PLACES, read_number
-from modgraft.data.digits import facts, false_steps
+from modgraft.data.digit_wordings import read_number
 from modgraft.data.extract import encode_images
 from modgraft.data.extract import load_vision as load_any_vision
 from modgraft.data.picture import open_picture
 from modgraft.data.records import LETTERS, Questions, Record
 from modgraft.models.strips import Reader, Strip
 from modgraft.models.vision import load_vision
+from modgraft.recipes.mmcot.contradictions import contradictions
 from modgraft.recipes.mmcot.data import is_file, load_run_tokenizer, settings_of
 from modgraft.recipes.mmcot.depth import WORDS, Answered, Depth, answers, depth_file, read_depth
 from modgraft.recipes.mmcot.nets import load_net, read_card
@@ -128,7 +128,7 @@ class Asker:
         flags = [
             *self._not_asked(question, asked, strip),
             *self._beyond(record, unknown, new, strip),
-            *self._doubts(record, said, image, strip),
+            *self._doubts(record, said, strip),
         ]
         return Answer(
             said.rationale, said.text, said.choice, said.probabilities, tuple(flags), tuple(texts)
@@ -222,33 +222,14 @@ class Asker:
                 f"{strip.strangeness:.0f}, at most {depth.strangeness:.0f})"
             )
 
-    def _doubts(
-        self, record: Record, said: Answered, image: Path | None, strip: Strip | None
-    ) -> Iterator[str]:
+    def _doubts(self, record: Record, said: Answered, strip: Strip | None) -> Iterator[str]:
         """Say what of the answer is not sure, or contradicts itself."""
         if said.choice is None:
             yield "the answer names none of the options"
         if self.settings.data != "digits":
             return
-        told, named = facts(said.rationale), None
-        if said.choice is not None:
-            named = record.choices[said.choice]
-        if told.conclusion is None:
-            yield "the rationale comes to no value"
-        elif told.conclusion not in record.choices:
-            yield f"the rationale comes to {told.conclusion}, which is none of the options"
-        elif named is not None and told.conclusion != named:
-            yield f"the rationale comes to {told.conclusion}, the option named is {named}"
-        if image is None and told.digits:
-            yield "the rationale tells of digits, and there is no picture"
-        if strip is not None:
-            seen = dict(zip(PLACES[len(strip.digits)], strip.digits, strict=True))
-            if seen != told.digits:
-                yield f"the eye reads {_listed(seen)}, the rationale says {_listed(told.digits)}"
-        if not told.used.items() <= told.digits.items():
-            yield f"the rationale uses {_listed(told.used)}, and has read {_listed(told.digits)}"
-        for step in false_steps(said.rationale, record.hint):
-            yield f"a step of the rationale does not hold: {step}"
+        seen = None if strip is None else strip.digits
+        yield from contradictions(record, said.rationale, said.choice, seen)
         if (depth := self._depth) is None:
             return
         if said.sureness < depth.sureness:
@@ -261,11 +242,6 @@ class Asker:
                 f"the answer has a probability of {said.probability:.2f}, "
                 f"of validation's hardly any less than {depth.probability:.2f}"
             )
-
-
-def _listed(digits: Mapping[str, int]) -> str:
-    order = ("left", "middle", "second", "third", "right")
-    return ", ".join(f"{place} {digits[place]}" for place in order if place in digits) or "none"
 
 
 def _seed(folder: Path, seed: int | None) -> int:

@@ -29,6 +29,7 @@ from modgraft.data.records import Questions, Record
 from modgraft.data.text import extract_answer
 from modgraft.models.strips import Reader
 from modgraft.models.vision import DigitPatches, load_vision
+from modgraft.recipes.mmcot.contradictions import contradictions
 from modgraft.recipes.mmcot.data import (
     load_questions,
     load_run_tokenizer,
@@ -51,7 +52,7 @@ UNSURE = 0.01, 0.03
 """The least and the largest share of them whose rationale is flagged."""
 
 WRONG = 0.01
-"""The share of reworded questions that may be wrong without a flag of the rationale."""
+"""The share of reworded questions that may be wrong without any flag."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,14 @@ def measure_depth(folder: Path, seed: int) -> None:
     hosts = {key: load_net(folder, seed, key) for key in ("stage1", "stage2")}
     own = answers(hosts, val, tokenizer, settings)
     counts = [len(record.choices) for record in train]
-    reworded = _reworded(settings, seed, eye, range(min(counts), max(counts) + 1))
+    reworded, seen = _reworded(settings, seed, eye, range(min(counts), max(counts) + 1))
     made = answers(hosts, reworded, tokenizer, settings)
-    wrong = [made[r.id].sureness for r in reworded if made[r.id].choice != r.answer]
+    wrong = []  # without a flag
+    for record in reworded:
+        said, digits = made[record.id], seen.get(record.id)
+        flags = contradictions(record, said.rationale, said.choice, digits)
+        if said.choice is not None and said.choice != record.answer and not any(flags):
+            wrong.append(said.sureness)
     texts = [f"{record.question} {record.hint}" for record in train]
     sure = [one.sureness for one in own.values()]
     depth = Depth(
@@ -122,8 +128,14 @@ def measure_depth(folder: Path, seed: int) -> None:
     write_json(depth_file(folder, seed), asdict(depth))
 
 
-def _reworded(settings: Settings, seed: int, eye: DigitPatches, counts: range) -> Questions:
-    """Draw reworded questions of the forms that training had, as `ask` reads them."""
+def _reworded(
+    settings: Settings, seed: int, eye: DigitPatches, counts: range
+) -> tuple[Questions, dict[str, tuple[int, ...]]]:
+    """Draw reworded questions of the forms that training had, as `ask` reads them.
+
+    Returns:
+        The questions, and id → the digits that the eye reads.
+    """
     drawn, problems = digits_qa(0, 0, 0, seed=seed, reworded=2 * settings.val), {}
     for qid, problem in drawn.problems.items():
         digits = len(drawn.digits.get(qid, POSITIONS))
@@ -132,7 +144,9 @@ def _reworded(settings: Settings, seed: int, eye: DigitPatches, counts: range) -
             if question is not None:  # else `ask` flags it
                 problems[qid] = problem | {"question": question}
     strips = {qid: torch.from_numpy(drawn.strips[qid]) for qid in problems if qid in drawn.strips}
-    return Questions.from_json(problems, features=look_at(strips, eye))
+    reader = Reader(eye)
+    seen = {qid: reader.look(strip).digits for qid, strip in strips.items()}
+    return Questions.from_json(problems, features=look_at(strips, eye)), seen
 
 
 def _strangeness(reader: Reader) -> float:

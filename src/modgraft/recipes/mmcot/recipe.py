@@ -63,7 +63,7 @@ class Settings:
     train: int = 12_000
     val: int = 480
     test: int = 900
-    varied: float = 0.0
+    varied: float = 0.25
     split: str | None = None
     steps_eye: int = 1500
     d_model: int = 128
