@@ -144,6 +144,17 @@ def test_rows_that_differ_at_every_reading_tell_nothing(tmp_path: Path) -> None:
         assert host().fit(data, train="a", folder=tmp_path, **given).resumed_from == 4
 
 
+def test_a_collate_function_that_draws_by_itself_is_named(tmp_path: Path) -> None:
+    own = random.SystemRandom()
+
+    def collate_anew(rows: list[Any]) -> dict[str, Any]:
+        return collate(rows) | {"extra": own.random()}
+
+    data = DataLoader(Pairs(), batch_size=4, collate_fn=collate_anew)
+    with pytest.warns(UserWarning, match="collate_fn makes other batches of the same rows"):
+        host().fit(data, train="a", folder=tmp_path, **GIVEN | {"ignore": ("ids", "extra")})
+
+
 def test_the_loader_of_the_other_tests_is_read_the_same_twice() -> None:
     data = loader()
     assert [b["ids"] for b in data] != [b["ids"] for b in data]  # it shuffles

@@ -138,11 +138,15 @@ class Stream:
         """Read the first process's batch at a position, where batches have positions."""
         if isinstance(self.loader, Sequence):
             return self.loader[batch * self.world % len(self.loader)]
-        loader, order = cast(DataLoader, self.loader), self.order(epoch)
         with own_randomness(self.own):
             seed_everything(self.seed, "batch", epoch, batch, 0, own=self.own)
-            rows = [loader.dataset[i] for i in order[batch * self.world % len(order)]]
-            return cast(Batch, loader.collate_fn(rows))
+            rows = self._rows(epoch, batch)
+            return cast(Batch, cast(DataLoader, self.loader).collate_fn(rows))
+
+    def _rows(self, epoch: int, batch: int) -> list[Any]:
+        order = self.order(epoch)
+        data = cast(DataLoader, self.loader).dataset
+        return [data[i] for i in order[batch * self.world % len(order)]]
 
     def unrepeatable(self, first: str) -> str:
         """Say what keeps a resumed run from reading what an uninterrupted one reads, "" if nothing.
@@ -158,6 +162,8 @@ class Stream:
             inner = getattr(sampler, "sampler", sampler)
             return f"the order of {type(inner).__name__} is another one at every reading"
         if digest(self.first()) != first:
+            if self.indexed and self._digest_of_rows() == self._digest_of_rows():
+                return "the loader's collate_fn makes other batches of the same rows"
             data = getattr(self.loader, "dataset", self.loader)
             return f"{an(type(data).__name__)} gives other rows at every reading"
         workers = getattr(self.loader, "num_workers", 0) if self.indexed else 0
@@ -166,14 +172,18 @@ class Stream:
                 seed_everything(self.seed, own=self.own)
                 before = next_numbers(self.own)
                 seed_everything(self.seed, own=self.own)
-                loader = cast(DataLoader, self.loader)
-                loader.collate_fn([loader.dataset[i] for i in self.order(0)[0]])
+                cast(DataLoader, self.loader).collate_fn(self._rows(0, 0))
                 if next_numbers(self.own) != before:
                     return (
                         f"rows are drawn at random in {workers} worker processes, which begin anew "
                         f"(num_workers=0 does not)"
                     )
         return ""
+
+    def _digest_of_rows(self) -> str:
+        with own_randomness(self.own):
+            seed_everything(self.seed, own=self.own)
+            return digest({"rows": self._rows(0, 0)})
 
     def _indexed(self, epoch: int, start: int) -> Iterator[Batch]:
         loader, order = cast(DataLoader, self.loader), self.order(epoch)
