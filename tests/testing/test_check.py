@@ -302,3 +302,16 @@ def test_it_needs_no_pytest_and_is_a_public_name() -> None:
     assert done.returncode == 0, done.stderr
     assert "Sequential" in done.stdout
     assert isinstance(Report(), mg.testing.Report)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_layer_norm_at_the_end_of_a_host_is_no_fault_of_a_method(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = BertModel(
+        BertConfig(
+            vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=24,
+        )
+    ).eval()  # fmt: skip
+    batch = {"input_ids": torch.randint(3, 30, (3, 5))}
+    assert not check(mg.LoRA(rank=2), model=model, batch=batch, at="query").broken

@@ -120,3 +120,24 @@ def test_a_part_of_the_host_is_named_as_such() -> None:
     wrapped = mg.Host(nn.Sequential(nn.ModuleDict({"inner": Net()})["inner"]))
     with pytest.raises(mg.ModgraftError, match=r"train='host\.0\.l'"):
         wrapped.fit([], train="l", steps=1)
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ("host.", "no part of the host has an empty name; there are 'host.l'"),
+        ("net.l", "the host's own part is train='host.l'"),
+        ("l.weight", "the host's own part is train='host.l'"),
+        ("Host.l", "the host's own part is train='host.l'"),
+        (3, r"train=3: name modules, as 'qa'"),
+        (["a", 3], r"train=\['a', 3\]: name modules, as 'qa'"),
+    ],
+)
+def test_what_is_no_name_of_what_trains(train: Any, words: str) -> None:
+    with pytest.raises(mg.ModgraftError, match=words):
+        _host().fit([{"x": torch.ones(2, 4)}], train=train, steps=1, progress=False)
+
+
+def test_a_setting_that_is_nearly_one_of_fits_own_arguments() -> None:
+    with pytest.raises(mg.ModgraftError, match="did you mean modules="):
+        _host().fit([{"x": torch.ones(2, 4)}], train="a", module="a", steps=1)

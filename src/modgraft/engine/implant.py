@@ -225,18 +225,29 @@ def learner(model: nn.Module, name: str, implants: Container[str]) -> nn.Module 
         UnknownNameError: if nothing is at that path, or the name is that of a part of the model.
     """
     if name != "host" and not name.startswith("host."):
-        own = [path for path, _ in model.named_modules() if f".{path}".endswith(f".{name}")]
-        if name and own and name not in implants:
+        own = _meant(model, name)
+        if own and name.partition(".")[0] not in implants:
             raise UnknownNameError(
                 f"train={name!r}: no module is implanted under this name; the host's own part is "
                 f"train={'host.' + own[0]!r}"
             )
         return None
     try:
+        if name.endswith("."):
+            raise AttributeError("no part of the host has an empty name")
         return model.get_submodule(name.removeprefix("host").removeprefix("."))
     except AttributeError as error:
         children = ", ".join(f"'host.{child}'" for child, _ in model.named_children())
         raise UnknownNameError(f"train={name!r}: {error}; there are {children}") from error
+
+
+def _meant(model: nn.Module, name: str) -> list[str]:
+    """Return the paths of what ``name`` may mean in a model: its end, with another beginning, or
+    with one of its weights."""
+    paths = [path for path, _ in model.named_modules() if path]
+    exact = [path for path in paths if f".{path}".endswith(f".{name}")]
+    words = name.split(".")[-2:]
+    return exact or [w for w in reversed(words) if len(words) > 1 and w in paths]
 
 
 def learning_parts(model: nn.Module) -> frozenset[str]:

@@ -706,6 +706,8 @@ class Host(Trains, AsModel):
                 "composition now; leave out active=True, and name it where it is to act, in "
                 "host.use(…)"
             )
+        if active is not None and not isinstance(active, bool):
+            raise ModgraftError(f"host.load: active={active!r} is none of True, False and None")
         active = active is not False
         if isinstance(folder, str | PathLike) and os.path.isfile(folder):  # noqa: PTH113, it never raises
             if name is not None or lazy:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modgraft.core.context import Context
+from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import Expression, module_of
 from modgraft.engine.implant import Implants, check_learns, learner, learning_parts
 from modgraft.host.compositions import Compositions
@@ -47,7 +48,7 @@ class Trains(nn.Module):
             train: names of modules, ``"host"`` for the model's weights, ``"host.head"`` for those
                 of a part; None leaves everything as it is.
         """
-        names = [train] if isinstance(train, str) else list(train or ())
+        names = _names(train)
         self._bring(names)  # a module that waits comes now, and those that were saved with it
         before = [(p, p.requires_grad) for p in self.parameters()]
         if train is not None:
@@ -171,3 +172,17 @@ class Trains(nn.Module):
         with alone(self), self.training_only(train), composed:
             self._note_learners()
             return fit(self, loader, **settings)
+
+
+def _names(train: Any) -> list[str]:
+    """Return what ``train=`` names.
+
+    Raises:
+        ModgraftError: for anything but a name or several.
+    """
+    names = [train] if isinstance(train, str) else train or ()
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise ModgraftError(
+            f"train={train!r}: name modules, as 'qa' or ['qa', 'host.classifier'], or 'host'"
+        )
+    return list(names)

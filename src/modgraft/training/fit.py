@@ -64,7 +64,7 @@ def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
 def _no_setting(name: str) -> ModgraftError:
     """Say that there is no such setting, and which there are."""
     known = [f.name for f in fields(Settings)]
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name, [*known, "train", "modules"], n=1)
     if "loss" in name.split("_"):
         why = "the loss is what the model returns as .loss; compute it in the model's forward"
     elif near:
