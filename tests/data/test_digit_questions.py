@@ -91,6 +91,10 @@ def test_what_is_read(text: str, read: str) -> None:
         "What is the digit between left and right?",
         "Which code does not belong to the left digit?",
         "What is the fourth digit?",
+        "What is -3 plus 5?",
+        "3! plus 5",
+        "Which is larger, 3 or .5?",
+        "What is the first code in the table?",
         "",
     ],
 )
@@ -110,3 +114,22 @@ def test_a_code_needs_a_table_and_a_place_the_count() -> None:
 def test_templates_are_there_once() -> None:
     for family, templates in TEMPLATES.items():
         assert len(set(templates)) == len(templates) > 10, family
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "read"),
+    [
+        ("Which one is bigger?", 2, "Which digit is larger, left or right?"),
+        ("of the two digits, which is the greater", 2, "Which digit is larger, left or right?"),
+        ("Add both numbers together", 2, "What is left plus right?"),
+        ("whats the sum of the two numbers?", 2, "What is left plus right?"),
+        ("What is two plus three?", 2, "What is 2 plus 3?"),
+        ("Which code has the digit in the picture?", 1, "Which code has the middle digit?"),
+        ("the sum of the two middle digits", 4, "What is second plus third?"),
+        ("What is digit number two?", 3, "What is the middle digit?"),
+        ("Which one is bigger?", 3, None),
+        ("What is digit 3?", 3, None),
+    ],
+)
+def test_the_digits_of_a_short_strip_need_no_name(text: str, count: int, read: str | None) -> None:
+    assert restated(text, TABLE, count) == read

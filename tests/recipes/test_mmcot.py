@@ -358,7 +358,7 @@ def test_a_report_into_a_page_that_is_not_there(run: Path, tmp_path: Path) -> No
 
 def test_fresh_deletes_runs_only(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("dear")
-    refused(train(tmp_path, "--fresh", *QUICK), "--fresh deletes runs only")
+    refused(train(tmp_path, "--fresh", *QUICK), "holds no run", "thesis.txt")
     assert (tmp_path / "thesis.txt").exists()
     run = tmp_path / "run"
     (run / "seed0" / "stage1").mkdir(parents=True)

@@ -51,7 +51,8 @@ def test_fresh_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
     assert not any((tmp_path / "run").iterdir())
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "notes.txt").write_text("mine")
-    refused(train(tmp_path / "own", "--fresh"), "holds none", "own")
+    for how in ((), ("--fresh",)):
+        refused(train(tmp_path / "own", *how), "holds no run, and other things (notes.txt", "own")
     assert files(tmp_path / "own").keys() == {"notes.txt"}
 
 

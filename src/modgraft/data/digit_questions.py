@@ -29,35 +29,35 @@ _TASKS = {
     "add": """plus + add adds added adding addition sum sums summed summing total totals together
         altogether combine combined combining""",
     "larger": " ".join(LARGER) + " max maximum more",
-    "smaller": " ".join(SMALLER) + " min minimum least fewer lesser",
-    "lookup": "code codes coded letter symbol table row lookup key",
+    "smaller": " ".join(SMALLER) + " min minimum least fewer lesser tinier tiniest",
+    "lookup": "code codes coded decode encoded letter symbol table row lookup key",
     "even": "even evens",
 }
 _CUES = {word: task for task, words in _TASKS.items() for word in words.split()}
 """A word that says what is to be done → what that is."""
 
 _SIDES = {
-    "left": "left leftmost lefthand leftside start beginning",
-    "right": "right rightmost righthand rightside last final end",
+    "left": "left leftmost lefthand leftside start starts beginning",
+    "right": "right rightmost righthand rightside last final end ends",
     "middle": "middle middlemost central center centre mid",
 }
 _SIDE = {word: side for side, words in _SIDES.items() for word in words.split()}
 _ORDINALS = ("first", "second", "third", "fourth", "1st", "2nd", "3rd", "4th")
 
 _PLAIN = """\
-a about according all am among an and any appear appears are as at be been being between big
-both by calculate can check choose come comes compare compared comparing compute consider
-contain contains could count counted counting decide depicted determine did display displayed do
-does drawn each equal equals far find for found from get gets give given gives go goes going got
-had hand handwritten has have having hello here hey hi how i identify if image in inside into is
-it its it's i'd i'm kindly know let lets let's like listed locate located look looking make
-makes making many mark may me might much my name named now of ok on one ones only or our paired
-paper photo pick picture piece place placed please point position positioned print printed put
-quick quickly read reading reads result say saying says scan see seen select shall should show
-showing shown shows side sit sits sitting so spot stand standing stands state strip take taken
-taking tell thank thanks that that's the their them then there there's these they this those to
-up us use using value values very want was we well were what what's when where which while who
-who's will with within work would write written you your"""
+a about according all am among an and any appear appears are as at be been being between big box
+both by calculate can check choose come comes compare compared comparing compute consider contain
+contains could count counted counting decide depicted determine did display displayed do does
+drawn each equal equals far farthest find for found furthest from get gets give given gives go
+goes going got had hand handwritten has have having hello here hey hi how i identify if image in
+inside into is it its it's i'd i'm kindly know let lets let's like listed locate located look
+looking make makes making many mark may me might much my name named need now of ok on one ones
+only or our paired paper photo pick picture piece place placed please point position positioned
+print printed put quick quickly read reading reads result say saying says scan see seen select
+shall should show showing shown shows side sit sits sitting so spot stand standing stands state
+strip take taken taking tell thank thanks that that's the their them then there there's these they
+this those to up us use using value values very want was we well were what what's whats when where
+which while who who's will with within work would write written yo you your"""
 _SILENT = {*_PLAIN.split(), *(noun for pair in NOUNS for noun in pair), *"?!.,;:\"'()=-–—“”"}
 """Words and signs that change nothing of what is asked."""
 
@@ -66,7 +66,15 @@ match matches matching mean means meaning translate translates"""
 _SILENT_OF = {"lookup": frozenset(_OF_LOOKUP.split())}
 """What is to be done → more such words beside it."""
 
-_TWO = re.compile(r"\b(?:(first|last|leftmost|rightmost) (?:two|2)|(outer)(?: (?:two|2))?)\b")
+_PLURALS = f"(?:{'|'.join(plural for _, plural in NOUNS)})"
+_TWO = re.compile(
+    r"\b(?:(first|last|leftmost|rightmost|middle|central|inner) (?:two|2)|(outer)(?: (?:two|2))?"
+    r"|(?:two|2) (middle|inner|central))\b"
+)
+_NUMBERED = re.compile(
+    r"\b(?:(?:digit|numeral|figure) (?:number|no\.?|nr\.?|#)|(?:place|position)(?: number| no\.?)?)"
+    r" ?(one|two|three|four|[1-4])\b"
+)
 _FROM = re.compile(
     rf"\b({'|'.join(_ORDINALS)})(?: (?:{'|'.join(n for p in NOUNS for n in p)}|one))?"
     r",?(?: count(?:ing|ed))? from (?:the )?(left|right)\b"
@@ -74,18 +82,27 @@ _FROM = re.compile(
 _TOKEN = re.compile(r"@\d|\d+(?:st|nd|rd|th)\b|\d+|[^\W\d_]+(?:['-][^\W\d_]+)*|[^\w\s]")
 _OPENING = "is are plus + add and or of to between compare has have for row digit number"
 _BEFORE_A_NUMBER = frozenset(_OPENING.split())
-_HOW_MANY = re.compile(r"\bhow many\b|\bnumber of\b|\bcount\w*\b|^\W*evens?\b")
+_HOW_MANY = re.compile(r"\bhow many\b|\bquantity of\b|\bnumber of\b|\bcount\w*\b|^\W*evens?\b")
 _OF_AN_EVEN = re.compile(r"\ban? even\b|^\W*(?:is|are|do|does|has|have|was|were)\b")
 _DIFFERENCE = re.compile(
     r"\b(?:get|gets|give|gives|make|makes) (?:the |a )?[@\d]"
     r"|\d(?: (?:digit|number|one))? (?:less|fewer)\b(?!\W*$)"
 )
 _SUM = re.compile(r"\bhow much (?:is|are)\b|\bmakes?\W*$")
+_NOT_A_DIGIT = re.compile(
+    r"(?:^|[^\w@])[-−]\d|\d*[.,]\d|\d!(?! *$)|\d-\d|@\d (?:code|letter|row|symbol)\b"
+)
+"""Negative numbers, fractions, factorials; and a place in the table, not in the picture."""
+_PAIR = re.compile(
+    rf"\b(?:both|(?:the|these|those) (?:two|2)(?! and| or| plus)|(?:two|2)(?= {_PLURALS}))"
+    rf"(?: of (?:the|them|these))?(?: {_PLURALS})?\b"
+)
 _ALIKE = (
     (re.compile(r"\blook(?:ing)? up\b|\bstands? for\b"), "lookup"),
     (re.compile(r"\b(left|right)[ -](?:end|hand|side|most)\b"), r"\1"),
-    (re.compile(r"\b(read|work|find|point|pick|figure|comes?) (?:out|off)\b"), r"\1"),
-    (re.compile(r"\b(?:of|is|are) the (?:two|2)\b(?! and| or)"), ""),
+    (re.compile(r"\b(read|work|find|point|pick|figure|comes?|make) (?:out|off)\b"), r"\1"),
+    (re.compile(r"\bout of\b"), "of"),
+    (re.compile(r"\b(?:of|is|are) the (?:two|2)\b(?! and| or| plus| middle| inner| central)"), ""),
 )
 _TABLE_ROW = re.compile(r"\b\d [A-Z]\b")
 
@@ -109,8 +126,15 @@ def restated(question: str, hint: str = "", count: int = 3) -> str | None:
         count: The number of digits in the picture.
     """
     text = _marked(question, count)
+    if count == 2:
+        text = _PAIR.sub("", text)
     parts = _parts_of(text, count)
-    if parts.unknown or (parts.places and parts.numbers):
+    if not parts.places and not parts.numbers:  # where there is nothing else, they are meant
+        if count == 2 and parts.tasks in ({"add"}, {"larger"}, {"smaller"}):
+            parts.places = [0, 1]
+        elif count == 1 and parts.tasks == {"lookup"}:
+            parts.places = [0]
+    if _NOT_A_DIGIT.search(text) or parts.unknown or (parts.places and parts.numbers):
         return None
     if "even" in parts.tasks and not {"larger", "smaller", "lookup"} & parts.tasks:
         named = parts.places or parts.numbers or _OF_AN_EVEN.search(text)
@@ -149,11 +173,18 @@ def _marked(question: str, count: int) -> str:
     def two(found: re.Match[str]) -> str:
         if found[2]:
             return f"@0 @{count - 1}"
+        if found[3] or found[1] in ("middle", "central", "inner"):
+            return "@1 @2" if count == 4 else found[0]
         return "@0 @1" if found[1] in ("first", "leftmost") else f"@{count - 2} @{count - 1}"
+
+    def numbered(found: re.Match[str]) -> str:
+        index = int(read_number(found[1])) - 1
+        return f"@{index}" if index < count else found[0]
 
     text = question.lower().replace("’", "'")
     for pattern, plain in _ALIKE:
         text = pattern.sub(plain, text)
+    text = _NUMBERED.sub(numbered, text)
     text = _FROM.sub(from_a_side, text)
     text = _TWO.sub(two, text) if count > 2 else text
 

@@ -97,6 +97,11 @@ class Reader:
         covariance += 0.01 * covariance.diagonal().mean() * torch.eye(len(covariance))
         return means, torch.linalg.inv(covariance)
 
+    @cached_property
+    def _least_ink(self) -> float:
+        """Half as much ink as the faintest training digit has."""
+        return float(scans()[0][CUT["train"]].sum((1, 2)).min()) / 2
+
     @torch.no_grad()
     def strangeness(self, digits: Tensor) -> Tensor:
         """Return how strange digits [N, 8, 8] are, [N]."""
@@ -109,7 +114,10 @@ class Reader:
         """Read a strip [8, 8n]."""
         (digits,) = tiles(ink[None])
         read = self.eye.logits(digits).mean(1).argmax(-1)
-        return Strip(ink, tuple(read.tolist()), float(self.strangeness(digits).max()))
+        strange = float(self.strangeness(digits).max())
+        if float(digits.sum((1, 2)).min()) < self._least_ink:  # a place that is blank
+            strange = math.inf
+        return Strip(ink, tuple(read.tolist()), strange)
 
     def find(self, path: str | Path, limit: float) -> Strip:
         """Find the strip in a picture: one to four digits, with or without a margin.

@@ -24,10 +24,10 @@ def run_folder(folder: Path, *, fresh: bool) -> Iterator[Lock]:
 
     Raises:
         ModgraftError: Another process has it.
-        DataError: ``fresh``, and the folder holds other things than a run.
+        DataError: The folder holds other things than a run, among which a run's would be lost, and
+            they with the run by ``fresh``.
     """
-    if fresh:
-        _contents(folder)
+    _contents(folder)
     with held(folder, "at work") as lock:
         for path in _contents(folder) if fresh else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -37,9 +37,11 @@ def run_folder(folder: Path, *, fresh: bool) -> Iterator[Lock]:
 def _contents(folder: Path) -> list[Path]:
     """Return what is in a run's folder, its card last, so that a killed deletion can go on."""
     inside = [p for p in folder.iterdir() if p.name != LOCK] if folder.is_dir() else []
-    if inside and not (folder / CARD).is_file():
+    theirs = [path.name for path in inside if not path.name.startswith(".")]
+    if theirs and not (folder / CARD).is_file():
         raise DataError(
-            "--fresh deletes runs only, and this folder holds none", file=folder,
-            remedy="Take another --run, or delete it yourself",
+            f"this folder holds no run, and other things ({', '.join(sorted(theirs)[:3])}, …): a "
+            f"run has a folder to itself, which --fresh deletes", file=folder,
+            remedy="Take another --run, a new folder or an empty one",
         )  # fmt: skip
     return sorted(inside, key=lambda path: path.name == CARD)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from modgraft.data.digit_wordings import PLACES
 from modgraft.data.digits import facts, false_steps
 from modgraft.data.records import Record
+
+_PLACE = re.compile(
+    rf"\b({'|'.join(dict.fromkeys(p for places in PLACES.values() for p in places))})\b"
+)
+_ROW = re.compile(r"\b(\d) ([A-Z])\b")
 
 
 def contradictions(
@@ -35,8 +41,28 @@ def contradictions(
             yield f"the eye reads {_listed(read)}, the rationale says {_listed(told.digits)}"
     if not told.used.items() <= told.digits.items():
         yield f"the rationale uses {_listed(told.used)}, and has read {_listed(told.digits)}"
+    named_places = set(_PLACE.findall(record.question))
+    if named_places and told.conclusion is not None and named_places != set(told.used):
+        yield (
+            f"the question is of {' and '.join(sorted(named_places))}, the rationale uses "
+            f"{_listed(told.used)}"
+        )
+    numbers = sorted(re.findall(r"\d+", record.question))
+    _, _, rest = rationale.rpartition(". ")
+    if numbers and numbers != sorted(re.findall(r"\d+", rest)[: len(numbers)]):
+        yield f"the question is of {' and '.join(numbers)}, the rationale of others: {rest}"
+    if twice := sorted(n for n, codes in _codes(record.hint).items() if len(codes) > 1):
+        yield f"the table has several codes for {', '.join(twice)}"
     for step in false_steps(rationale, record.hint):
         yield f"a step of the rationale does not hold: {step}"
+
+
+def _codes(hint: str) -> dict[str, set[str]]:
+    """Return a table's codes by row."""
+    rows: dict[str, set[str]] = {}
+    for row, code in _ROW.findall(hint):
+        rows.setdefault(row, set()).add(code)
+    return rows
 
 
 def _listed(digits: Mapping[str, int]) -> str:
