@@ -16,10 +16,12 @@ from PIL import Image
 
 import modgraft as mg
 from modgraft.data.digits import digits_qa
+from modgraft.data.records import Record
 from modgraft.data.text import find_form
 from modgraft.models.strips import save_strip
 from modgraft.recipes.mmcot import ask as asking
 from modgraft.recipes.mmcot.ask import Asker
+from modgraft.recipes.mmcot.contradictions import contradictions
 from modgraft.recipes.mmcot.data import load_questions, load_run_tokenizer, load_strips, settings_of
 from modgraft.recipes.mmcot.depth import Answered, Depth, answers, read_depth
 from modgraft.recipes.mmcot.nets import load_net
@@ -257,3 +259,26 @@ def test_the_judge_has_200_questions_and_100_pictures_that_training_never_saw() 
     seen = [i.question for i in judged if words(i.question) in trained and not i.question.isupper()]
     assert not seen
     assert len(judged) == 145
+
+
+def test_a_rationale_of_other_places_or_numbers_and_a_table_with_two_codes() -> None:
+    record = Record(
+        id="one", question="What is 3 plus 4?", choices=("7", "8"), answer=0, hint="", image=None,
+        split="test", **dict.fromkeys(
+            ("task", "grade", "subject", "topic", "category", "skill", "lecture", "solution"), ""
+        ),
+    )  # fmt: skip
+
+    def found(rationale: str, seen: tuple[int, ...] | None = None, **change: str) -> list[str]:
+        return list(contradictions(replace(record, **change), rationale, 0, seen))
+
+    assert not found("3 plus 4 is 7, so 7.")
+    assert not found("4 plus 3 is 7, so 7.")
+    assert "is of 3 and 4, the rationale of others" in found("5 plus 2 is 7, so 7.")[0]
+    left = "left 7, right 0. left 7 plus right 0 is 7, so 7."
+    assert "the rationale of others" in found(left, (7, 0))[0]
+    assert not found(left, (7, 0), question="What is left plus right?")
+    (one,) = found("left 7, right 0. left 7, so 7.", (7, 0), question="What is the right digit?")
+    assert one == "the question is of right, the rationale uses left 7"
+    (one,) = found("row 3 7, so 7.", question="Which code has the digit 3?", hint="3 K, 3 F")[:1]
+    assert one == "the table has several codes for 3"

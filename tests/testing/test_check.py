@@ -30,7 +30,7 @@ def forgotten() -> Iterator[None]:
         del REGISTRY[name]
 
 
-class Shift(mg.FunctionComposition):
+class ShiftBy(mg.FunctionComposition):
     """y + b, b [d]: born as the identity, and right."""
 
     identity: ClassVar[bool] = True
@@ -62,14 +62,14 @@ class Factored(mg.ParameterComposition):
         return self.scale * (self.B @ self.A)
 
 
-class NoIdentity(Shift):
+class NoIdentity(ShiftBy):
     """It says that it is born as the identity, and is not."""
 
     def build(self, site: mg.Site) -> None:
         self.b = nn.Parameter(torch.ones(site.width))
 
 
-class Unsaid(Shift):
+class Unsaid(ShiftBy):
     """It is born as the identity, and does not say so."""
 
     identity: ClassVar[bool] = False
@@ -94,14 +94,14 @@ class Scaled(Factored):
         return None
 
 
-class Draws(Shift):
+class Draws(ShiftBy):
     """It draws random numbers in evaluation."""
 
     def forward(self, y: Tensor, x: Tensor | None, side: mg.Side | None) -> Tensor:
         return y + self.b * torch.rand(())
 
 
-class Remembers(Shift):
+class Remembers(ShiftBy):
     """It adds what it saw in the call before."""
 
     def build(self, site: mg.Site) -> None:
@@ -114,21 +114,21 @@ class Remembers(Shift):
         return out
 
 
-class ReadsTheBatch(Shift):
+class ReadsTheBatch(ShiftBy):
     """It centres the batch: an example depends on the others."""
 
     def forward(self, y: Tensor, x: Tensor | None, side: mg.Side | None) -> Tensor:
         return y + self.b * y.mean(dim=0, keepdim=True)
 
 
-class ReadsOtherTokens(Shift):
+class ReadsOtherTokens(ShiftBy):
     """It centres the tokens, and does not say that a token depends on the others."""
 
     def forward(self, y: Tensor, x: Tensor | None, side: mg.Side | None) -> Tensor:
         return y + self.b * y.mean(dim=1, keepdim=True)
 
 
-class LosesATensor(Shift):
+class LosesATensor(ShiftBy):
     """It projects by a random matrix that is no buffer, and is not saved."""
 
     def build(self, site: mg.Site) -> None:
@@ -139,14 +139,14 @@ class LosesATensor(Shift):
         return y + (self.b * self.mixer).to(y.dtype)
 
 
-class LosesItsArgument(Shift):
+class LosesItsArgument(ShiftBy):
     """It changes its argument, so that what is built from the saved one is another."""
 
     def __post_init__(self) -> None:
         self.scale = self.scale / 2
 
 
-class WritesTheHost(Shift):
+class WritesTheHost(ShiftBy):
     """It writes into the layer that it acts at."""
 
     def build(self, site: mg.Site) -> None:
@@ -155,7 +155,7 @@ class WritesTheHost(Shift):
             next(site.module.parameters()).add_(1e-3)
 
 
-class TakesTheHostsWeight(Shift):
+class TakesTheHostsWeight(ShiftBy):
     """It trains a weight of the host as its own."""
 
     def build(self, site: mg.Site) -> None:
@@ -166,14 +166,14 @@ class TakesTheHostsWeight(Shift):
         return y + self.b + 0 * self.theirs.sum()
 
 
-class LearnsNothing(Shift):
+class LearnsNothing(ShiftBy):
     """No gradient reaches its parameters."""
 
     def forward(self, y: Tensor, x: Tensor | None, side: mg.Side | None) -> Tensor:
         return y + self.b.detach()
 
 
-class Raises(Shift):
+class Raises(ShiftBy):
     """It is not defined where it is tried, and says so in an error of its own kind."""
 
     def build(self, site: mg.Site) -> None:
@@ -211,7 +211,7 @@ def test_a_planted_fault_is_found(kind: type[mg.Computation]) -> None:
 
 
 def test_a_right_method_holds_on_every_host() -> None:
-    report = check(Shift())
+    report = check(ShiftBy())
     assert not report.broken
     assert not report.undefined
     assert list(report.held) == ["bert", "gpt2", "t5", "cnn"]
@@ -246,7 +246,7 @@ def test_a_model_of_ones_own() -> None:
     model.requires_grad_(True).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     batch = {"input_ids": torch.randint(3, 30, (4, 6))}
-    report = check(Shift(), model=model, batch=batch, at="block")
+    report = check(ShiftBy(), model=model, batch=batch, at="block")
     assert list(report.held) == ["BertModel"]
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
@@ -256,18 +256,18 @@ def test_a_model_of_ones_own() -> None:
 
 
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "a class": (Shift, {}, r"write check\(Shift\(…\)\)"),
+    "a class": (ShiftBy, {}, r"write check\(ShiftBy\(…\)\)"),
     "a side input left out": (mg.GatedFusion(dim=6), {}, "reads the side input 'image': give one"),
     "a side input of other examples": (
         mg.GatedFusion(dim=6), {"side": {"image": mg.Side(torch.ones(2, 4, 6))}},
         "is of 2 examples, and the batch of bert has 3",
     ),
-    "a model without a batch": (Shift(), {"model": nn.Linear(2, 2)}, "give both, or neither"),
+    "a model without a batch": (ShiftBy(), {"model": nn.Linear(2, 2)}, "give both, or neither"),
     "one example": (
-        Shift(), {"model": nn.Linear(2, 2), "batch": {"input": torch.ones(1, 2)}},
+        ShiftBy(), {"model": nn.Linear(2, 2), "batch": {"input": torch.ones(1, 2)}},
         "with two examples at least",
     ),
-    "nowhere defined": (Shift(), {"at": "no.such"}, "defined on no host: .*matches no site"),
+    "nowhere defined": (ShiftBy(), {"at": "no.such"}, "defined on no host: .*matches no site"),
     "a mixture": (mg.Mixture(["a", "b"], router=mg.Fixed()), {}, "combines other modules"),
 }  # fmt: skip
 
@@ -283,7 +283,7 @@ def test_random_numbers_are_left_as_they_were() -> None:
     torch.manual_seed(3)
     wanted = torch.rand(2)
     torch.manual_seed(3)
-    check(Shift(), at="mix")  # a layer of the convolutional network alone
+    check(ShiftBy(), at="mix")  # a layer of the convolutional network alone
     assert torch.equal(torch.rand(2), wanted)
 
 

@@ -12,6 +12,7 @@ from modgraft.data.records import Record
 _PLACE = re.compile(
     rf"\b({'|'.join(dict.fromkeys(p for places in PLACES.values() for p in places))})\b"
 )
+_NUMBER = re.compile(r"\d+")
 _ROW = re.compile(r"\b(\d) ([A-Z])\b")
 
 
@@ -41,20 +42,24 @@ def contradictions(
             yield f"the eye reads {_listed(read)}, the rationale says {_listed(told.digits)}"
     if not told.used.items() <= told.digits.items():
         yield f"the rationale uses {_listed(told.used)}, and has read {_listed(told.digits)}"
-    named_places = set(_PLACE.findall(record.question))
-    if named_places and told.conclusion is not None and named_places != set(told.used):
-        yield (
-            f"the question is of {' and '.join(sorted(named_places))}, the rationale uses "
-            f"{_listed(told.used)}"
-        )
-    numbers = sorted(re.findall(r"\d+", record.question))
-    _, _, rest = rationale.rpartition(". ")
-    if numbers and numbers != sorted(re.findall(r"\d+", rest)[: len(numbers)]):
-        yield f"the question is of {' and '.join(numbers)}, the rationale of others: {rest}"
+    if told.conclusion is not None:
+        yield from _of_others(record.question, rationale, told.used)
     if twice := sorted(n for n, codes in _codes(record.hint).items() if len(codes) > 1):
         yield f"the table has several codes for {', '.join(twice)}"
     for step in false_steps(rationale, record.hint):
         yield f"a step of the rationale does not hold: {step}"
+
+
+def _of_others(question: str, rationale: str, used: Mapping[str, int]) -> Iterator[str]:
+    """Say that a rationale is of other places or numbers than the question."""
+    places = set(_PLACE.findall(question))
+    if places and places != set(used):
+        named = " and ".join(sorted(places))
+        yield f"the question is of {named}, the rationale uses {_listed(used)}"
+    numbers = sorted(_NUMBER.findall(question))
+    _, _, rest = rationale.rpartition(". ")
+    if numbers and numbers != sorted(_NUMBER.findall(rest)[: len(numbers)]):
+        yield f"the question is of {' and '.join(numbers)}, the rationale of others: {rest}"
 
 
 def _codes(hint: str) -> dict[str, set[str]]:
