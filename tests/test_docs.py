@@ -114,6 +114,22 @@ def test_every_python_block_runs(
     run_blocks([block for block in PAGES[page] if block.skip is None], str(ROOT / page))
 
 
+def test_the_site_has_every_page() -> None:
+    listed = set(
+        re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    )
+    there = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").glob("**/*.md")}
+    assert there <= listed, f"not in the nav of mkdocs.yml: {sorted(there - listed)}"
+
+
+def test_the_readmes_main_row_is_that_of_the_results() -> None:
+    rows = [
+        r for r in (ROOT / "README.md").read_text("utf-8").splitlines() if "Two stages, fused" in r
+    ]
+    assert rows
+    assert rows[0] in (ROOT / "docs" / "mmcot.md").read_text("utf-8").splitlines()
+
+
 SKIPPED = [(f"{name}:{b.line}", b.skip) for name, blocks in PAGES.items() for b in blocks if b.skip]
 
 if SKIPPED:

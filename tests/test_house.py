@@ -30,7 +30,7 @@ def public_names() -> dict[str, str]:
     """Map each name of ``__init__.pyi`` to the module that it is imported from there."""
     stub = ast.parse((SOURCES / "__init__.pyi").read_text("utf-8"))
     return {
-        alias.asname or alias.name: f"modgraft.{node.module}"
+        alias.asname or alias.name: f"modgraft.{node.module}" if node.module else "modgraft"
         for node in stub.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names

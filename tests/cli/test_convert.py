@@ -225,11 +225,17 @@ def test_a_host_of_other_weights_is_refused_in_the_commands_words(
     BertForMaskedLM(BertConfig(**SHAPE)).save_pretrained(model)
     said = run(tmp_path / "ours", tmp_path / "out", "--host", model)
     assert str(said.exception).endswith("or say --no-strict to try it all the same")
-    assert run(tmp_path / "ours", tmp_path / "out", "--host", model, "--no-strict").exit_code == 0
+    with pytest.warns(UserWarning, match=r"qa is loaded into another host .*: .+ by \d+ %"):
+        assert (
+            run(tmp_path / "ours", tmp_path / "out", "--host", model, "--no-strict").exit_code == 0
+        )
     for command in (["diff"], ["merge", "--out", str(tmp_path / "merged")]):
         words = [*command, str(tmp_path / "ours"), str(tmp_path / "again"), "--base", str(model)]
         said = CliRunner().invoke(app, words)
         assert str(said.exception).endswith("or say --no-strict to try it all the same")
-        assert CliRunner().invoke(app, [*words, "--no-strict"]).exit_code == 0
+        with pytest.warns(UserWarning, match="qa is loaded into another host") as told:
+            assert CliRunner().invoke(app, [*words, "--no-strict"]).exit_code == 0
+        for folder, each in zip(("ours", "again"), told, strict=True):  # of either, once
+            assert re.search(rf"{folder}: qa is .*tensors: .+ by \d+ %", str(each.message))
     with pytest.raises(mg.ModgraftError, match="or say strict=False to try it all the same"):
         host_of(model).load(tmp_path / "ours")

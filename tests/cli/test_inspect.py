@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from common import fnet, lines
 from contract.hosts import HOSTS, QV
 from contract.modules import MODULES, implanted
 from modgraft.cli.app import app
+from modgraft.cli.inspect import read_model
 from modgraft.core.errors import DataError, SiteError
 from modgraft.host.describe import lora_cost
 
@@ -191,3 +193,21 @@ def test_inspect_says_nothing_false_of_modules_that_need_values(tmp_path: Path) 
     report = json.loads(run(folder, *modules, "--json"))
     assert len(report["modules"]) >= 4
     assert all(each["fits"] for each in report["modules"])
+
+
+def test_without_a_network_it_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Their library tries again for half a minute."""
+
+    def nowhere(*args: object, **more: object) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("socket.create_connection", nowhere)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"someone/no-model: .*See the name and the network"):
+        read_model("someone/no-model")
+    assert time.monotonic() - began < 5
+    assert "the hub cannot be reached" in capsys.readouterr().err

@@ -8,7 +8,18 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from modgraft.data.digits import CODES, CUT, FAMILIES, POSITIONS, DigitsQA, digits_qa, facts, scans
+from modgraft.data.digit_wordings import PLACES, read_number
+from modgraft.data.digits import (
+    CODES,
+    CUT,
+    FAMILIES,
+    POSITIONS,
+    DigitsQA,
+    digits_qa,
+    facts,
+    false_steps,
+    scans,
+)
 from modgraft.data.records import Record
 from modgraft.recipes.mmcot.metrics import classify_error
 
@@ -179,3 +190,87 @@ def test_facts_of_nonsense_are_none(text):
 def test_an_error_is_put_down_to_the_step_that_failed(data, written, choice, error):
     record = next(Record.from_json(q, p) for q, p in data.problems.items() if p["answer"] == 2)
     assert classify_error(record, GOLD, written, choice, facts) == error
+
+
+# varied questions
+
+
+@pytest.fixture(scope="module")
+def varied() -> DigitsQA:
+    return digits_qa(3000, 0, 0, varied=0.5, reworded=600)
+
+
+def test_varying_leaves_the_published_splits_as_they_are(data) -> None:
+    other = digits_qa(100, 300, 300, varied=0.5, reworded=10)
+    for split in ("val", "test"):
+        assert other.splits[split] == data.splits[split]
+        for qid in data.splits[split]:
+            assert other.problems[qid] == data.problems[qid]
+    assert "reworded" not in data.splits
+
+
+def test_varied_questions_have_other_counts_of_options_and_of_digits(varied) -> None:
+    reworded = [(varied.problems[q], varied.digits.get(q)) for q in varied.splits["reworded"]]
+    assert {len(raw["choices"]) for raw, _ in reworded} == set(range(2, 9))
+    assert {len(digits) for _, digits in reworded if digits} == {1, 2, 3, 4}
+    for raw, digits in reworded:
+        Record.from_json("one", raw)
+        assert len(set(raw["choices"])) == len(raw["choices"])
+        stated = facts(raw["solution"])
+        assert stated.conclusion == raw["choices"][raw["answer"]]
+        assert stated.digits == (
+            dict(zip(PLACES[len(digits)], digits, strict=True)) if digits else {}
+        )
+        assert stated.used.items() <= stated.digits.items()
+        assert not false_steps(raw["solution"], raw["hint"])
+    images, _ = scans()
+    own = {images[i].tobytes() for i in range(*CUT["val"].indices(len(images)))}
+    for qid in varied.splits["reworded"]:
+        if (strip := varied.strips.get(qid)) is not None:
+            tiles = np.split(strip, strip.shape[1] // 8, axis=1)
+            assert own.issuperset(np.ascontiguousarray(tile).tobytes() for tile in tiles)
+
+
+def test_training_is_in_the_published_words_and_the_rest_is_not(varied) -> None:
+    own = re.compile(
+        r"(What is (the digit|the \w+ digit|\w+ plus \w+)|Which (digit is|code has)|How many).*\?"
+    )
+    train = [varied.problems[q] for q in varied.splits["train"]]
+    assert all(own.fullmatch(raw["question"]) for raw in train)
+    assert {len(raw["choices"]) for raw in train} == set(range(2, 9))
+    free = [varied.problems[q]["question"] for q in varied.splits["reworded"]]
+    assert np.mean([bool(own.fullmatch(text)) for text in free]) < 0.3
+    with pytest.raises(ValueError, match="a share"):
+        digits_qa(1, varied=1.5)
+
+
+def test_numbers_are_read_in_words() -> None:
+    read = [read_number(word) for word in ("zero", "Seven", "NINETEEN", "7", "left", "ones")]
+    assert read == ["0", "7", "19", "7", "left", "ones"]
+
+
+@pytest.mark.parametrize(
+    ("rationale", "hint", "false"),
+    [
+        ("left 3, right 4. left 3 plus right 4 is 7, so 7.", "", None),
+        ("left 3, right 4. left 3 plus right 4 is 8, so 8.", "", "3 plus 4 is 8"),
+        ("left 3, right 4. left 3 plus right 4 is 7, so 8.", "", "so 8"),
+        ("3 plus 4 is 6, so 6.", "", "3 plus 4 is 6"),
+        ("left 3, right 4. left 3, so 3.", "", None),
+        ("left 3, right 4. left 3, so 4.", "", "3, so 4"),
+        ("left 3, middle 4. left 3, middle 4, larger 4, so 4.", "", None),
+        ("left 3, middle 4. left 3, middle 4, larger 3, so 3.", "", "larger 3"),
+        ("3, 4, smaller 4, so 4.", "", "smaller 4"),
+        ("left 3, right 4. left 3 odd, right 4 even, so 1.", "", None),
+        ("left 3, right 4. left 3 even, right 4 even, so 2.", "", "3 is even"),
+        ("left 3, right 4. left 3 odd, right 4 even, so 2.", "", "2 of 2 are even"),
+        ("left 3. left 3, row 3 K, so K.", "Code table: 3 K, 7 F.", None),
+        ("left 3. left 3, row 3 F, so F.", "Code table: 3 K, 7 F.", "row 3 F"),
+        ("left 3. left 3, row 3 K, so F.", "Code table: 3 K, 7 F.", "so F"),
+        ("nonsense", "", None),
+    ],
+)
+def test_steps_that_do_not_hold(rationale: str, hint: str, false: str | None) -> None:
+    found = false_steps(rationale, hint)
+    assert len(found) == (false is not None)
+    assert false is None or false in found[0]

@@ -9,6 +9,7 @@ import modgraft as mg
 from common import fnet, lines
 from contract.hosts import HOSTS, QV
 from modgraft.host.describe import rows_of
+from modgraft.host.probe_result import Probe, Probed, Verdict
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -67,6 +68,29 @@ def test_print_of_a_host() -> None:
     header = next(line for line in text.splitlines() if line.startswith("module"))
     row = next(line for line in text.splitlines() if line.startswith("qa "))
     assert header.index("first") == row.index("encoder")  # the columns are aligned
+
+
+def test_a_notebook_shows_tables_of_html() -> None:
+    host = mg.Host(HOSTS["t5"].model())
+    host.implant("qa", mg.LoRA(rank=2), at=QV)
+    html = host._repr_html_()
+    assert html.count("<table>") == 2
+    assert html.startswith('<p style="white-space: pre-line">Host(T5ForConditionalGeneration): ')
+    assert '<td style="text-align: right">' + f"{host['qa'].size:,}</td>" in html
+    assert "<table>" in host.plan("qa")._repr_html_()
+    probe = Probe([Probed("a.b", "qa", called=1, acts=True)], [Verdict("qa")], ["<note>"])
+    html = probe._repr_html_()
+    assert html.count("<table>") == 2
+    assert "&lt;note&gt;</p>" in html
+
+
+def test_text_is_returned_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich shows there what it prints, so that the text had no tables."""
+    host = mg.Host(HOSTS["t5"].model())
+    host.implant("qa", mg.LoRA(rank=2), at=QV)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert lines(str(host))["qa"][1] == "LoRA(rank=2)"
+    assert "without gradients" in host.plan("qa")
 
 
 def test_print_of_a_host_of_no_family_and_of_a_module_at_the_input() -> None:

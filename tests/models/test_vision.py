@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from modgraft.core.errors import ModgraftError
 from modgraft.data.digits import CUT, scans
@@ -11,8 +10,7 @@ from modgraft.models.vision import (
     DigitPatches,
     distort,
     load_vision,
-    read_strip,
-    save_strip,
+    positions,
     save_vision,
     train_vision,
 )
@@ -83,8 +81,34 @@ def test_features_are_of_unit_size_on_the_training_digits(net):
 
 
 def test_wrong_shapes_are_named(net):
-    with pytest.raises(ModgraftError, match=r"\[1, 8, 8\], not \[batch, 8, 24\]"):
-        net(torch.zeros(1, 8, 8))
+    for shape in [(1, 7, 24), (1, 8, 20), (8, 24), (1, 8, 0)]:
+        with pytest.raises(ModgraftError, match=r"not \[batch, 8, 8 a digit\]"):
+            net(torch.zeros(shape))
+
+
+def test_positions_of_three_digits_are_one_hot_and_others_lie_between():
+    digit = torch.tensor([0, 0, 1, 1, 2, 2] * 2)
+    one_hot = [torch.eye(3)[digit], torch.eye(12), torch.ones(12, 1)]
+    assert torch.equal(positions(3), torch.cat(one_hot, dim=1))
+    two, one = positions(2), positions(1)
+    assert two[:, :3].tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1], [0, 0, 1]] * 2
+    assert one[:, :3].tolist() == [[0, 1, 0]] * 4
+    assert positions(4)[2, :3].tolist() == pytest.approx([1 / 3, 2 / 3, 0])
+    for count in (1, 2, 4):
+        rows = positions(count)
+        assert rows[:, :3].sum(1).tolist() == pytest.approx([1.0] * 4 * count)
+        # a patch lies at its digit's place, in its own quarter of it
+        quarter = rows[:, 3:15].reshape(-1, 2, 3, 2).sum(2)
+        assert torch.allclose(quarter.sum((1, 2)), torch.ones(4 * count))
+        assert len({tuple(row.tolist()) for row in rows}) == 4 * count
+
+
+def test_a_digit_has_the_features_that_it_has_in_a_strip_of_three(net):
+    strip = strips(1)
+    for count in (1, 2):
+        part = net.features(strip[:, :, : 8 * count])
+        whole = net.features(strip).reshape(1, 2, 6, 80)[:, :, : 2 * count]
+        torch.testing.assert_close(part[..., :64], whole.reshape(1, -1, 80)[..., :64])
 
 
 def test_it_is_saved_and_loaded_whole(net, tmp_path):
@@ -108,43 +132,3 @@ def test_distorted_digits_are_digits_still():
     assert float(moved.max()) <= 1
     assert 0.5 < float(moved.mean() / digits.mean()) < 1.5
     assert not torch.equal(moved, digits)
-
-
-@pytest.mark.parametrize("zoom", [1, 7])
-@pytest.mark.parametrize("invert", [False, True])
-@pytest.mark.parametrize("name", ["strip.png", "strip.bmp"])
-def test_a_strip_survives_a_file_in_either_polarity(tmp_path, zoom, invert, name):
-    strip = strips(2)[1]
-    save_strip(1 - strip if invert else strip, tmp_path / name, zoom=zoom)
-    torch.testing.assert_close(read_strip(tmp_path / name), strip, atol=0.005, rtol=0)
-
-
-def test_colour_transparency_and_other_modes_are_read(tmp_path):
-    strip = strips(1)[0]
-    ink = np.rint(255 * strip.numpy()).astype(np.uint8)
-    clear = np.zeros((8, 24, 4), np.uint8)
-    clear[..., 3] = ink  # black ink on nothing at all
-    Image.fromarray(clear).save(tmp_path / "clear.png")
-    Image.fromarray(255 - ink).convert("RGB").save(tmp_path / "colour.jpg", quality=100)
-    Image.fromarray(255 - ink).convert("P").save(tmp_path / "palette.gif")
-    for name, tolerance in (("clear.png", 0.005), ("colour.jpg", 0.1), ("palette.gif", 0.1)):
-        torch.testing.assert_close(read_strip(tmp_path / name), strip, atol=tolerance, rtol=0)
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path):
-    good = tmp_path / "good.png"
-    save_strip(strips(1)[0], good, zoom=20)
-    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:120])
-    (tmp_path / "text.png").write_text("a text")
-    (tmp_path / "empty.png").touch()
-    Image.new("L", (24, 8), 200).save(tmp_path / "blank.png")
-    for name, message in {
-        "none.png": "the image is missing",
-        "cut.png": "a damaged image",
-        "text.png": "not an image",
-        "empty.png": "not an image",
-        "blank.png": "blank",
-        "": "the image is missing",
-    }.items():
-        with pytest.raises(ModgraftError, match=message):
-            read_strip(tmp_path / name)

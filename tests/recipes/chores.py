@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from modgraft.core.errors import DataError
+from modgraft.core.files import held
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.training.processes import Interrupt
 
@@ -62,15 +63,18 @@ def learn(folder: Path, steps: int, seconds: float) -> None:
     count.write_text(str(steps))
 
 
-def jobs(folder: Path) -> list[Job]:
-    """Two that learn for long, as a run of the recipe has them."""
+def jobs(folder: Path, seconds: float = 0.05) -> list[Job]:
+    """Two that learn for long, as a run of the recipe has them, with a step in so many seconds."""
     return [
-        Job(k, f"Net {k}", learn, (folder / k, 200, 0.05), folder / k, 200) for k in ("one", "two")
+        Job(k, f"Net {k}", learn, (folder / k, 200, seconds), folder / k, 200)
+        for k in ("one", "two")
     ]
 
 
 if __name__ == "__main__":
+    home = Path(sys.argv[1])
     try:
-        side_by_side(jobs(Path(sys.argv[1])), 2, Console())
+        with held(home, "at work") as lock:
+            side_by_side(jobs(home, *map(float, sys.argv[2:])), 2, Console(), lock)
     except KeyboardInterrupt:
         sys.exit(130)

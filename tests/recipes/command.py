@@ -18,6 +18,8 @@ SMALL = [
 ]
 """As little as can be of a run of DigitsQA; with --quick 0.02 that is 18 test questions."""
 
+QUICK = ("--quick", "0.02", *SMALL)
+
 
 class Result(NamedTuple):
     """What a command did: its exit status, and what it printed."""

@@ -175,7 +175,7 @@ def test_exact_is_up_to_white_space() -> None:
 
 def test_evaluate_predictions_by_hand() -> None:
     made = predictions()
-    got = evaluate_predictions(made[::-1], SIX[:3], facts=read, parameters=7, seconds=1.5)
+    got = evaluate_predictions(made[::-1], SIX[:3], facts=read)
     assert got["accuracy"] == pytest.approx(100 / 3)
     assert got["image"] == 50.0
     assert got["text"] == 0.0
@@ -187,7 +187,13 @@ def test_evaluate_predictions_by_hand() -> None:
     assert got["rouge_l"] == pytest.approx(100 * (1 + 5 / 8 + 1) / 3)
     assert got["errors"] == {"perception": 1, "reasoning": 0, "option mapping": 0, "format": 1}
     assert (got["unclassified"], got["n"]) == (0, 3)
-    assert (got["parameters"], got["trained"], got["seconds"]) == (7, None, 1.5)
+    few = evaluate_predictions(made, SIX[:3], columns=("IMG", "Avg"))
+    assert few["columns"] == {"IMG": 50.0, "Avg": got["accuracy"]}
+    guess = [100 / len(r.choices) for r in SIX[:3]]
+    assert few["chance"] == {  # b and c have an image
+        "IMG": pytest.approx(sum(guess[1:]) / 2), "Avg": pytest.approx(sum(guess) / 3)
+    }  # fmt: skip
+    assert got["chance"]["SOC"] is None
 
 
 def test_what_was_not_measured_is_none() -> None:

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import fcntl
 import inspect
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import SMALL, files, modgraft, refused, train
+from command import QUICK, files, modgraft, refused, train
 from transformers import T5ForConditionalGeneration, T5PreTrainedModel
 
 import modgraft as mg
@@ -30,34 +28,12 @@ from modgraft.recipes.mmcot.recipe import (
     DEMO,
     NETS,
     ROWS,
-    Net,
     Settings,
     build_host,
     nets_of,
     smaller,
 )
 from modgraft.report.run import read_run
-
-QUICK = ("--quick", "0.02", *SMALL)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of every row, all as small as can be: what it learned is nothing.
-
-    Trained once, also where several processes test; each has a copy to itself.
-    """
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    made = root / "mmcot-run" / "all"
-    with (root / "mmcot-run.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (made / "report.html").is_file():
-            result = train(made, "--rows", "all", *QUICK)
-            assert result.code == 0, result
-            assert "seed 0: Stage 1, fused: started" in result.out
-            assert f"Report: {made / 'report.html'}" in result.out
-    return Path(shutil.copytree(made, tmp_path_factory.mktemp("runs") / "all"))
 
 
 def figures(run: Path, row: str) -> dict[str, Any]:
@@ -116,6 +92,36 @@ def test_a_quick_look_is_a_share() -> None:
 # the run
 
 
+def test_a_row_has_the_parameters_and_time_of_what_it_trained(run: Path) -> None:
+    measured = {row: figures(run, row) for row in ROWS}
+    cards = {net: json.loads((run / f"seed0/{net}/net.json").read_text()) for net in NETS}
+    for row in ("shuffled", "gold", "forced", "forced-text"):
+        assert [measured[row][c] for c in ("parameters", "trained", "fusion")] == [None] * 3, row
+    for row in ("fused", "text", "direct", "modular"):
+        for cost in ("parameters", "trained", "fusion"):
+            total = sum(cards[net][cost] for net in ROWS[row].nets)
+            assert measured[row][cost] == total, (row, cost)
+    assert measured["text"]["fusion"] == 0 < measured["fused"]["fusion"]
+    hosts = [load_net(run, 0, net) for net in ROWS["modular"].nets]
+    modules = sum(host[name].size for host in hosts for name in host.implants)
+    assert measured["modular"]["trained"] == modules < measured["modular"]["parameters"]
+    assert cards["stage1"]["fusion"] == load_net(run, 0, "stage1")["fusion"].size
+    own = mmcot_run._own_nets(["gold", "fused"])  # whichever was asked for first
+    assert own == {"fused": ["stage1", "stage2"], "gold": []}
+    assert mmcot_run._own_nets(["gold"]) == {"gold": ["stage2"]}
+
+
+def test_digits_have_columns_and_chance_but_no_subjects_and_grades(run: Path) -> None:
+    names = ["TXT", "IMG", "NO", "Avg"]
+    for row in ROWS:
+        found = figures(run, row)
+        assert list(found["columns"]) == list(found["chance"]) == names
+        assert 20 <= found["chance"]["Avg"] <= 50
+    text = (run / "report.html").read_text()
+    assert "natural science" not in text
+    assert "school grades" not in text
+
+
 def test_every_row_is_there_and_the_report_reads_it(run: Path) -> None:
     read = read_run(run)
     assert read.results is not None
@@ -135,6 +141,8 @@ def test_every_row_is_there_and_the_report_reads_it(run: Path) -> None:
     assert "<html" in (run / "report.html").read_text()[:200]
     raw = json.loads((run / "results.json").read_text())
     assert (raw["split"], raw["notes"], raw["skipped"]) == ("test", [], [])
+    assert raw["task"].startswith("DigitsQA: ")
+    assert all(raw[name] for name in ("command", "commit", "versions"))
     assert not list(run.glob("seed0/*/checkpoints"))
     assert not [p for p in files(run) if p.endswith(".part") or p.endswith("error.txt")]
 
@@ -350,7 +358,7 @@ def test_a_report_into_a_page_that_is_not_there(run: Path, tmp_path: Path) -> No
 
 def test_fresh_deletes_runs_only(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("dear")
-    refused(train(tmp_path, "--fresh", *QUICK), "--fresh deletes runs only")
+    refused(train(tmp_path, "--fresh", *QUICK), "holds no run", "thesis.txt")
     assert (tmp_path / "thesis.txt").exists()
     run = tmp_path / "run"
     (run / "seed0" / "stage1").mkdir(parents=True)
@@ -362,59 +370,6 @@ def test_fresh_deletes_runs_only(tmp_path: Path) -> None:
     assert result.code == 0, result
     assert not (run / "seed0" / "stage1").exists()
     assert [r["key"] for r in json.loads((run / "results.json").read_text())["rows"]] == ["gold"]
-
-
-# one question
-
-
-def test_asking_about_an_image_of_the_test(run: Path) -> None:
-    record = next(r for r in load_questions(run, 0).split("test") if r.image)
-    image = run / "seed0" / "data" / "images" / "test" / record.id / "image.png"
-    ask = ["mmcot", "ask", image, record.question, *record.choices, "--run", run]
-    result = modgraft(*ask, "--hint", record.hint)
-    assert result.code in (0, 2), result  # 2: it read no option from what the net wrote
-    (made,) = [p for p in read_run(run).predictions["fused"][0] if p.id == record.id]
-    rationale, _, answer = result.out.partition("Answer")
-    assert rationale.split() == ["Rationale", *(made.rationale or "").split()]
-    if made.choice is None:
-        assert answer.split() == f"none of the options (it wrote: {made.text})".split()
-    else:
-        assert answer.split()[1] == made.choices[made.choice]
-
-
-def test_asking_without_an_image_asks_the_text_model(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-
-    def write(host: mg.Host, net: Net, questions: Any, *rest: Any) -> dict[str, str]:
-        seen.append((net.fusion, host.composition, len(questions.features)))
-        return {"asked": "7 . The answer is (B)."}
-
-    monkeypatch.setattr("modgraft.recipes.mmcot.ask.write", write)
-    result = modgraft("mmcot", "ask", "-", "What is 3 plus 4?", "6", "7", "--run", run)
-    assert result.code == 0
-    assert "Answer (B) 7" in result.out
-    assert [(fusion, n) for fusion, _, n in seen] == [(None, 0), (None, 0)]
-
-
-def test_asking_badly(run: Path, tmp_path: Path) -> None:
-    png = next((run / "seed0" / "data" / "images" / "test").glob("*/image.png"))
-    (tmp_path / "cut.png").write_bytes(png.read_bytes()[:60])
-    (tmp_path / "text.png").write_text("no image")
-
-    def ask(*args: str | Path) -> Any:
-        return modgraft("mmcot", "ask", *args, "--run", run)
-
-    refused(ask(tmp_path / "none.png", "What?", "1", "2"), "none.png", "the image is missing")
-    refused(ask(tmp_path / "cut.png", "What?", "1", "2"), "cut.png", "damaged")
-    refused(ask(tmp_path / "text.png", "What?", "1", "2"), "text.png", "not an image")
-    refused(ask(png, "What?", "1"), "2 to 26 options", "modgraft mmcot ask")
-    refused(ask(png, " ", "1", "2"), "needs words")
-    refused(ask(png, "What?", "1", "2", "--seed", "5"), "no seed 5", "Take one of 0")
-    assert ask(png, "What?").code == 2  # no option at all: the usage is shown
-    none = modgraft("mmcot", "ask", png, "What?", "1", "2", "--run", tmp_path / "norun")
-    refused(none, "norun", "Train it first")
 
 
 # damage and interruption

@@ -60,6 +60,8 @@ def make_run(folder: Path, *, seeds: int = 3, questions: int = 240, gates: int =
         rows.append({"key": key, "title": title, "group": group, "note": note, "seeds": measured})
     write_json(folder / "results.json", {
         "name": "mmcot-digits", "created": "2026-03-14T15:09:26Z", "seeds": list(range(seeds)),
+        "task": "Questions about three digits.", "command": "modgraft mmcot train --run 'a b'",
+        "commit": "0123456789ab, tree clean", "versions": "Python 3.11.2, torch 2.13.0",
         "settings": {"d_model": 192, "layers": [3, 3], "lr": 1e-3, "batch": 32,
                      "steps": {"rationale": 2200, "answer": 1500}, "form": "paper",
                      "data": "DigitsQA, seed 0"},
@@ -106,6 +108,10 @@ def _metrics(predictions: list[dict[str, Any]], key: str) -> dict[str, Any]:
     families = {f: share([p for p in predictions if p["category"] == f]) for f in FAMILIES}
     image = share([p for p in predictions if p["image"]])
     written = key not in {"one_stage", "gold"}
+    guess = 100 * sum(1 / len(p["choices"]) for p in predictions) / len(predictions)
+    reused = key in {"shuffled", "gold", "teacher_forced"}  # they test the models of "fused"
+    costs = {"parameters": 2_770_000, "trained": 330_000 if key == "modular" else 2_770_000,
+             "fusion": 0 if key == "text_only" else 130_000, "seconds": 430.0}  # fmt: skip
     return {
         "accuracy": share(predictions), "image": image, "families": families,
         "columns": {
@@ -118,8 +124,8 @@ def _metrics(predictions: list[dict[str, Any]], key: str) -> dict[str, Any]:
         },
         "rouge_l": 97.2 if written else None, "exact": 81.0 if written else None,
         "facts": 95.5 if written else None, "errors": errors, "n": len(predictions),
-        "parameters": 2_770_000, "trained": 330_000 if key == "modular" else 2_770_000,
-        "seconds": 430.0,
+        "chance": {"NAT": 31.5, "G7-12": None, "Avg": guess},
+        **(dict.fromkeys(costs) if reused else costs),
     }  # fmt: skip
 
 

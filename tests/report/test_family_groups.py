@@ -1,4 +1,4 @@
-"""Very many families are the largest ones and a group, and every column fits a terminal."""
+"""Very many families are the largest ones and a group, and every column is shown or named."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def test_few_families_and_those_of_unknown_sizes_stay() -> None:
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_every_figure_is_on_the_terminal(tmp_path: Path, width: int) -> None:
+    """In columns that fit, and the rest by name; all figures with --wide, or in a file."""
     many = results(20)
     metrics = (
         many.rows[0]
@@ -58,13 +59,21 @@ def test_every_figure_is_on_the_terminal(tmp_path: Path, width: int) -> None:
     row = many.rows[0].model_copy(update={"seeds": {0: metrics}})
     made = many.model_copy(update={"rows": [row]})
     (tmp_path / "results.json").write_text(made.model_dump_json())
-    out = io.StringIO()
-    print_results(tmp_path, Console(file=out, width=width))
-    text = out.getvalue()
-    assert max(map(len, text.splitlines())) <= width
     named = [f"Family of number {i}" for i in range(9, 20)]
-    figures = ["81.2", "31.5", "12.5", "71.5", "95.0"]
-    for piece in ("Questions of the split val", "BLEU-4", "NAT", "9 others", *named, *figures):
-        assert piece in text, piece
-    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["title"] in text
-    assert "Facts" not in text  # not measured
+    title = json.loads((tmp_path / "results.json").read_text())["rows"][0]["title"]
+    texts = ["Questions of the split val", "BLEU-4", "NAT", "9 others", *named, title]
+    figures = ["81.2", "31.5", "12.5", "71.5"]
+    for terminal, wide in ((True, False), (True, True), (False, False)):
+        out = io.StringIO()
+        console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
+        print_results(tmp_path, console, wide=wide)
+        text = out.getvalue()
+        cut = terminal and not wide
+        more = [line for line in text.splitlines() if "more columns" in line]
+        assert len(more) == cut, more  # of the table of families
+        assert all("--wide" in line and str(tmp_path / "report.html") in line for line in more)
+        tables = [line for line in text.splitlines() if line not in more]
+        assert max(map(len, tables)) <= width or not cut
+        for piece in (*texts, *figures, *(() if cut else ("95.0",))):
+            assert piece in text, piece
+        assert "Facts" not in text  # not measured

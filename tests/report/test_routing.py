@@ -6,11 +6,12 @@ import io
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from modgraft.core.errors import ModgraftError
-from modgraft.report import routing_figure, routing_table
+from modgraft.report import figures, routing_figure, routing_table
 from modgraft.routing.stats import Usage
 
 PATH = "bert.encoder.layer.{}.intermediate.dense"
@@ -42,6 +43,10 @@ def test_the_figure_is_drawn() -> None:
         image = Image.open(io.BytesIO(png)).convert("RGB")
         assert image.width > image.height
         assert len(image.getcolors(1 << 24) or []) > 50
+    png, shown = picture._repr_png_()
+    assert png == picture.light
+    assert shown == {"width": picture.width, "height": picture.height, "alt": picture.alt}
+    assert len(repr(picture)) < 200  # no bytes
     assert picture.alt == "Use of math, code, law, poetry at 4 sites; 1 collapsed"
     assert routing_figure([replace(USES[0], path="")]).light != picture.light
 
@@ -51,3 +56,39 @@ def test_nothing_to_show() -> None:
         routing_figure(USES[3:])
     with pytest.raises(ModgraftError, match="run the host first"):
         routing_table([])
+
+
+class Mix:
+    """A module as ``host["mix"]`` is: it has tasks to be asked for, and statistics."""
+
+    def __getitem__(self, task: str) -> None:
+        raise KeyError(task)
+
+    def stats(self) -> list[Usage]:
+        return USES
+
+
+def test_a_module_is_shown_by_its_statistics() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(routing_table(Mix()))
+    assert "collapsed" in console.export_text()
+    assert routing_figure(Mix()).light == routing_figure(USES).light
+
+
+@pytest.mark.parametrize("names", [("a", "b"), NAMES])
+def test_titles_stand_apart(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes = []
+
+    class Spy(Figure):
+        def savefig(self, *args: object, **more: object) -> None:
+            super().savefig(*args, **more)
+            drawn = [
+                axes.title if axes.title.get_text() else axes._left_title for axes in self.axes
+            ]
+            boxes.append([title.get_window_extent() for title in drawn])
+
+    monkeypatch.setattr(figures, "Canvas", Spy)
+    some = tuple(1 / len(names) for _ in names)
+    routing_figure([replace(USES[0], names=names, share=some, picked=some)])
+    for first, second in boxes:
+        assert first.x1 < second.x0

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from scipy.stats import binomtest
 
 from modgraft.core.errors import DataError
 from modgraft.report import insert, table
 from modgraft.report.run import Metrics, Prediction, Results, Row
-from modgraft.report.statistics import Chance, Figure, apart, best
-from modgraft.report.table import count, seconds
+from modgraft.report.statistics import Chance, Figure, apart, best, interval
+from modgraft.report.table import build, count, print_fitted, seconds, terminal_table
 
 
 def row(key: str, *values: float | None, group: str = "main") -> Row:
@@ -38,8 +41,53 @@ def test_chance_is_one_over_each_questions_own_options() -> None:
     assert chance.image == pytest.approx(37.5)
     assert chance.all == pytest.approx(100 * (0.5 + 0.25 + 0.2) / 3)
     assert chance.families == pytest.approx({"read": 37.5, "text": 20.0})
-    assert chance.sampling_error() == pytest.approx(50 / 2**0.5)
     assert Chance.of([]) is None
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 12), (1, 3), (450, 900), (889, 900), (900, 900)])
+def test_an_interval_is_wilsons(right: int, n: int) -> None:
+    ci = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert interval(100 * right / n, n) == pytest.approx((100 * ci.low, 100 * ci.high), abs=1e-9)
+
+
+def test_each_row_has_its_own_interval() -> None:
+    rows = [row("a", 98.0, 99.0), row("b", 50.0, 52.0), row("c")]
+    chance = Chance(25.0, 400, None, 0, {})
+    results = Results(name="x", seeds=[0, 1], rows=rows)
+    (_, lines), *_ = build(results, chance).groups
+    first, second, third = lines
+    assert first.cells[0].interval == "[{:.1f}, {:.1f}]".format(*interval(98.5, 400)) != ""
+    assert second.cells[0].interval == "[46.1, 55.9]"  # by hand: 51 ± 1.96 · 2.5, a little inwards
+    assert third.cells == []
+    assert [cell.interval for cell in first.cells[1:]] == [""] * (len(first.cells) - 1)
+    text = " ".join(build(results, chance).remarks)
+    assert "95 % interval (Wilson) around a row's mean for one test set of this size (400)" in text
+    assert "up to ±" not in text
+
+
+def test_what_was_trained_is_apart_and_what_trained_nothing_has_none() -> None:
+    whole = {"accuracy": 90, "trained": 40_000, "parameters": 40_000, "fusion": 4_000, "seconds": 9}
+    modular = whole | {"trained": 6_000, "fusion": 4_000}
+    results = Results.model_validate({"name": "x", "seeds": [0], "rows": [
+        {"key": "a", "title": "A", "seeds": {"0": whole}},
+        {"key": "b", "title": "B", "seeds": {"0": modular}},
+        {"key": "c", "title": "C", "group": "control", "seeds": {"0": {"accuracy": 20}}},
+    ]})  # fmt: skip
+    laid = build(results)
+    costs = ["Trained parameters", "of these fusion", "Frozen parameters", "Time"]
+    assert laid.columns == ["All questions", *costs]
+    cells = {line.row.key: [c.text for c in line.cells[1:]] for _, ls in laid.groups for line in ls}
+    assert cells == {
+        "a": ["40.0 k", "4.00 k", "0", "9 s"],
+        "b": ["6.00 k", "4.00 k", "34.0 k", "9 s"],
+        "c": ["–"] * 4,
+    }
+    assert "A row without parameters tests the models of another row." in laid.remarks
+    plain = {"accuracy": 90, "trained": 40, "parameters": 40, "fusion": 0, "seconds": 9}
+    results = Results.model_validate(
+        {"name": "x", "rows": [{"key": "a", "title": "A", "seeds": {"0": plain}}]}
+    )
+    assert build(results).columns == ["All questions", "Trained parameters", "Time"]
 
 
 def test_first_place_is_shared_by_what_the_seeds_do_not_set_apart() -> None:
@@ -82,11 +130,12 @@ def test_markdown_table() -> None:
         ],
     })  # fmt: skip
     lines = text.splitlines()
-    assert lines[0] == "| | Image questions | All questions | Trained parameters | Time |"
-    assert lines[3] == r"| A \| b | **81.0 ± 1.0** | 90.0 ± 0.0 | 10 (25 %) | 60 s |"
-    assert lines[4] == "| B (2 of 3 seeds) | 50.5 ± 0.7 | – | – | – |"
-    assert lines[6] == "| D (not run) |  |  |  |  |"
-    assert lines[8] == "| T (leak) | 98.0 ± 1.0 | – | – | – |"
+    costs = "Trained parameters | Frozen parameters | Time"
+    assert lines[0] == f"| | Image questions | All questions | {costs} |"
+    assert lines[3] == r"| A \| b | **81.0 ± 1.0** | 90.0 ± 0.0 | 10 | 30 | 60 s |"
+    assert lines[4] == "| B (2 of 3 seeds) | 50.5 ± 0.7 | – | – | – | – |"
+    assert lines[6] == "| D (not run) |  |  |  |  |  |"
+    assert lines[8] == "| T (leak) | 98.0 ± 1.0 | – | – | – | – |"
     assert len({line.count("|") - line.count(r"\|") for line in lines[:9]}) == 1
     assert r"A \| b: see \*c\*." in text
     assert "Chance is not known" in text
@@ -132,3 +181,25 @@ def test_insert_replaces_only_what_is_between_the_markers(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"README\.md: 0 places for the results of 'q'"):
         insert(page, "q", "")
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+TITLES = ["One stage, rationale then answer", "Text only"]
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, 3), (50, 1), (300, 9)])
+def test_a_terminal_has_whole_columns_and_is_told_of_the_rest(width: int, shown: int) -> None:
+    names = [f"measure {i}" for i in range(9)]
+    for terminal, wide in ((True, False), (True, True), (False, False)):
+        out = io.StringIO()
+        console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
+        made = terminal_table("Results", "", names)
+        for title in TITLES:
+            made.add_row(title, *["12.3 ± 4.5"] * 9)
+        print_fitted(made, console, Path("run") / "table.md", wide=wide)
+        text = out.getvalue()
+        cut = shown if terminal and not wide else 9
+        assert [name in text.partition(" more columns")[0] for name in names[:cut]] == [True] * cut
+        assert text.count("12.3 ± 4.5") == 2 * cut
+        assert all(title in text for title in TITLES)
+        rest = f"{9 - cut} more columns ({', '.join(names[cut:])}): --wide, or run/table.md"
+        assert (rest in text.replace("\n", "")) == (cut < 9)

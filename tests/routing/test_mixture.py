@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -262,10 +263,29 @@ def test_stats() -> None:
     assert use.dead == ("a", "c")
     assert use.collapsed
     assert use.entropy < 0.01
+    assert use.spread == 0
     token = host.implant("t", mg.Mixture(["a", "b"], router=mg.Soft(level="token")), active=False)
     host(**batch(), modules="t")
     assert len(token.stats()) == len(token.paths)
     assert token.stats()[0].choices == 18
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("router", [mg.NoisyTopK(k=1), mg.TopK(k=1), mg.Top1()])
+def test_what_no_choice_picks_has_no_part_in_the_spread(router: Any) -> None:
+    """Probabilities that are nearly equal pick one module all the same, and no even use."""
+    host = made("gpt2")
+    handle = host.implant("m", mg.Mixture(["a", "b", "c"], router=router), active=False)
+    route = router_of(handle)
+    route.map.weight.zero_()
+    route.map.bias.copy_(torch.tensor([0.0, 1e-3, 0.0]))
+    host.eval()
+    host(**batch(), modules="m")
+    (use,) = handle.stats()
+    assert use.dead == ("a", "c")
+    assert use.collapsed
+    assert use.spread == 0
+    assert use.entropy == pytest.approx(math.log2(3), abs=1e-3)  # of one choice
 
 
 @pytest.mark.parametrize(

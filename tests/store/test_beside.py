@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,41 @@ def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(mg.ModgraftError, match="is not there in the folder"):
         fresh().load(tmp_path / "qa")
     assert not list(host.implants)
+
+
+def test_a_head_that_was_trained_alone_before_belongs_to_what_learns_on_it(tmp_path: Path) -> None:
+    host = fresh()
+    host.fit([batch()], train="host.classifier", steps=3, lr=3e-2, progress=False)
+    host.implant("qa", mg.LoRA(rank=2), at="query")
+    host.implant("none", mg.LoRA(rank=2), at="query", active=False)
+    host.fit([batch()], train="qa", steps=3, lr=3e-2, progress=False)
+    host.save("qa", tmp_path / "qa")
+    other = fresh(head=2)
+    other.load(tmp_path / "qa")
+    with torch.no_grad():
+        assert torch.equal(other(**batch()).logits, host(**batch()).logits)
+    host.save("none", tmp_path / "none")
+    assert HEAD.isdisjoint(kept(tmp_path / "none"))
+
+
+def test_another_host_is_told_by_name_and_by_how_much(tmp_path: Path) -> None:
+    host = fresh()
+    host.implant("qa", mg.LoRA(rank=2), at="query")
+    host.save("qa", tmp_path / "qa")  # and not its head, which was made elsewhere
+    other = fresh(head=2)
+    other.model.bert.embeddings.LayerNorm.weight.data.mul_(1.25)
+    with pytest.raises(mg.ModgraftError, match="another host"):
+        other.load(tmp_path / "qa")
+    with pytest.warns(UserWarning, match="qa is loaded into another host") as said:
+        other.load(tmp_path / "qa", strict=False)
+    text = str(said[0].message)
+    found = re.findall(r"([\w.]+) by ([\d.]+) %", text)
+    assert [name for name, _ in found] == [
+        "classifier.weight", "bert.embeddings.LayerNorm.weight",
+    ]  # fmt: skip
+    assert 90 < float(found[0][1]) <= 200
+    assert float(found[1][1]) == pytest.approx(20, abs=0.1)
+    assert "train=['qa', 'host.classifier']" in text
+    other.save("qa", tmp_path / "again")
+    with pytest.warns(UserWarning, match="another host"):  # and of what is saved here
+        fresh(head=3).load(tmp_path / "again", strict=False)

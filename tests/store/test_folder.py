@@ -6,6 +6,7 @@ import copy
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def test_the_same_host_in_another_precision_is_called_that(
         mg.ModgraftError, match=rf"was trained in {says} \(weights(, buffers)? diff"
     ):
         fresh.load(tmp_path / "qa")
-    fresh.load(tmp_path / "qa", strict=False)
+    warned = r"another host .*tensors: .+ by 0\.\d+ %.* on a few values of each"
+    with pytest.warns(UserWarning, match=warned) if halves else nullcontext():
+        fresh.load(tmp_path / "qa", strict=False)
     with pytest.raises(mg.ModgraftError, match="was trained in another host"):
         mg.Host(make(seed=5).to(here)).load(tmp_path / "qa")
 

@@ -204,7 +204,8 @@ def test_a_host_that_ran_before_is_the_same(times: int, tmp_path: Path) -> None:
 def test_what_no_class_of_torch_holds_may_differ_if_that_is_asked_for(tmp_path: Path) -> None:
     one, other = hosts_of(lambda: Net("run 1"), lambda: Net("run 2"))
     folder = saved(one, tmp_path / "a")
-    other.load(folder, strict=False)
+    with pytest.warns(UserWarning, match=r"the setting Net.value .*run 1.* there, .*run 2.* here"):
+        other.load(folder, strict=False)
     torchs = hosts_of(lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, eps=0.1)))[0]
     changed = hosts_of(lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, eps=0.2)))[0]
     folder = saved(torchs, tmp_path / "b")
@@ -220,7 +221,11 @@ def test_a_host_that_changes_its_parts_as_it_runs_can_be_asked_for(tmp_path: Pat
     ran, fresh = hosts_of(lambda: BigBirdModel(config), lambda: BigBirdModel(config))
     ran(input_ids=torch.randint(5, 40, (1, 9)))  # too short for blocks
     ran.implant("a", mg.LoRA(rank=1), at="query")
-    fresh.load(ran.save("a", tmp_path / "a"), strict=False)
+    said = (
+        r"the setting BigBirdLayer.attention_type \(.*original_full.* there, .*block_sparse.* here"
+    )
+    with pytest.warns(UserWarning, match=said):
+        fresh.load(ran.save("a", tmp_path / "a"), strict=False)
 
 
 def test_a_host_that_was_compiled_is_the_same(tmp_path: Path) -> None:

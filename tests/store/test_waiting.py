@@ -193,3 +193,11 @@ def test_a_composition_of_a_batch_stays_with_it(tmp_path: Path) -> None:
         other.load(tmp_path / "all")
         assert list(other.implants) == ["a", "b"]
         assert other.composition is None
+
+
+@pytest.mark.parametrize("active", [0, 1, "yes"])
+def test_whether_a_module_is_active_is_yes_or_no(tmp_path: Path, active: object) -> None:
+    host = fresh()
+    with pytest.raises(ModgraftError, match=f"active={active!r} is none of True, False"):
+        host.load(bundle(tmp_path / "both"), active=active)  # type: ignore[call-overload]
+    assert not host.implants

@@ -16,20 +16,62 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import save_model
-from tiny import loader, t5
+from tiny import Pairs, collate, loader, t5
+from torch.utils.data import DataLoader, Sampler
 
 from modgraft.training.fit import fit
 
 STEPS = 30
 
 
+class Own:
+    """Holds a generator, as the samplers of other libraries do."""
+
+    def __init__(self, generator: object) -> None:
+        self.generator = [generator]
+
+
+class Shuffled(Sampler):
+    """Orders rows by a generator of its own, which moves on from epoch to epoch."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.own = n, Own(random.Random(5))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[int]:
+        rows = list(range(self.n))
+        self.own.generator[0].shuffle(rows)
+        return iter(rows)
+
+
+class Cut(Pairs):
+    """Cuts rows by a generator of its own, beside the noise from torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = Own(np.random.default_rng(5))
+
+    def __getitem__(self, i: int) -> dict[str, object]:
+        row = super().__getitem__(i)
+        row["input_ids"][int(self.own.generator[0].integers(1, 7)) :] = 2
+        return row
+
+
+def shuffled() -> DataLoader:
+    return DataLoader(Cut(), batch_size=4, sampler=Shuffled(22), collate_fn=collate)
+
+
 def train(folder: str) -> int | None:
     host = t5(seed=0)
     history = fit(
-        host, loader(), steps=STEPS, lr=3e-3, accumulate=2, evaluate=loader(n=8, noisy=False),
+        host, shuffled(), steps=STEPS, lr=3e-3, accumulate=2, evaluate=loader(n=8, noisy=False),
         evaluate_every=7, save_every=4, restore_best=True, folder=folder, progress=False,
     )  # fmt: skip
     save_model(host, folder + "/final.safetensors")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.files import held
 from modgraft.training.checkpoint import Checkpoints
 from modgraft.training.fit import fit
 from training.tiny import Line, loader, points, t5
@@ -275,8 +276,31 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     def again(host):
         fit(Line(), points(5), folder=tmp_path, **GIVEN)
 
-    with pytest.raises(ModgraftError, match="another process is training in"):
+    who = (
+        rf"another process is training in {tmp_path} \(process {os.getpid()}: .*give another folder"
+    )
+    with pytest.raises(ModgraftError, match=who):
         fit(Line(), points(5), folder=tmp_path, evaluate=again, evaluate_every=1, **GIVEN)
+    assert fit(Line(), points(5), folder=tmp_path, resume=False, **GIVEN).stopped == "steps"
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_folder_is_held_before_a_run_in_it_is_deleted_and_until_its_process_is_killed(tmp_path):
+    fit(Line(), points(5), folder=tmp_path, **GIVEN)
+    before = curve(tmp_path)
+    child = os.fork()
+    if child == 0:
+        with held(tmp_path, "training"):
+            (tmp_path / "is held").touch()
+            signal.pause()
+    while not (tmp_path / "is held").exists():
+        pass
+    with pytest.raises(ModgraftError, match=rf"training in {tmp_path} \(process {child}: "):
+        fit(Line(), points(5), folder=tmp_path, resume=False, **GIVEN | {"steps": 2})
+    assert curve(tmp_path) == before
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert fit(Line(), points(5), folder=tmp_path, **GIVEN).losses
 
 
 class Pressing(Line):

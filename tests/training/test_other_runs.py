@@ -138,8 +138,21 @@ def test_rows_that_differ_at_every_reading_tell_nothing(tmp_path: Path) -> None:
         collate_fn=lambda r: collate(r) | {"extra": [o["extra"] for o in r]},
     )
     given = GIVEN | {"ignore": ("ids", "extra")}
-    stopped(data, tmp_path, **given)
-    assert host().fit(data, train="a", folder=tmp_path, **given).resumed_from == 4
+    with pytest.warns(UserWarning, match="an Augmented gives other rows at every reading"):
+        stopped(data, tmp_path, **given)
+    with pytest.warns(UserWarning, match="an Augmented gives other rows at every reading"):
+        assert host().fit(data, train="a", folder=tmp_path, **given).resumed_from == 4
+
+
+def test_a_collate_function_that_draws_by_itself_is_named(tmp_path: Path) -> None:
+    own = random.SystemRandom()
+
+    def collate_anew(rows: list[Any]) -> dict[str, Any]:
+        return collate(rows) | {"extra": own.random()}
+
+    data = DataLoader(Pairs(), batch_size=4, collate_fn=collate_anew)
+    with pytest.warns(UserWarning, match="collate_fn makes other batches of the same rows"):
+        host().fit(data, train="a", folder=tmp_path, **GIVEN | {"ignore": ("ids", "extra")})
 
 
 def test_the_loader_of_the_other_tests_is_read_the_same_twice() -> None:

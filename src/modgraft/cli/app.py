@@ -68,7 +68,7 @@ def report(
 
     [bold]Example[/bold]
 
-      modgraft report runs/table --readme README.md
+      modgraft report runs/table --readme docs/mmcot.md
     """
     from modgraft.core.files import read_json
     from modgraft.recipes import trials

@@ -91,7 +91,7 @@ def _plain(row: "Row") -> dict[str, Any]:
 
 
 def _print(rows: "Sequence[Row]", kind: str, every: bool) -> None:
-    from modgraft.host.describe import plain, table
+    from modgraft.core.tables import table
 
     shown = [row for row in rows if every or not row.equal]
     equal = sum(row.equal for row in rows)
@@ -111,7 +111,7 @@ def _print(rows: "Sequence[Row]", kind: str, every: bool) -> None:
     console = Console(highlight=False, markup=False)
     made = table(("weight", "shape", "‖B − A‖ / ‖A‖", "cosine", "rank of B − A"), cells)
     typer.echo()
-    console.print(made if console.is_terminal else plain(made), soft_wrap=not console.is_terminal)
+    console.print(made if console.is_terminal else str(made), soft_wrap=not console.is_terminal)
 
 
 def _plot(rows: "Sequence[Row]", one: Path, other: Path, path: Path) -> None:

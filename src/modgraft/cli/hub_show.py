@@ -130,7 +130,7 @@ def verify(names: Names = None, where: Where = None, as_json: Json = False) -> N
 def _print_rows(place: "Hub", rows: "Sequence[Listed]", as_json: bool, none: str) -> None:
     """Print versions as a table, or as JSON with their cards; say how many cannot be read."""
     from modgraft.cli.inspect import show as show_table
-    from modgraft.host.describe import table
+    from modgraft.core.tables import table
     from modgraft.store.hub.remote import in_bytes
 
     if broken := place.broken():

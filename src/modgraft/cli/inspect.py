@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from modgraft.core.tables import Table
     from modgraft.store.stored import Stored
 
 SHOWN = 8
@@ -95,12 +95,17 @@ def read_model(
             "this is no folder", file=name,
             remedy="Give a folder with a config.json, or a hub name such as bert-base-uncased",
         )  # fmt: skip
+    cached = False
     if not folder.exists():
         what = "config.json and the weights" if weights else "config.json, no weights,"
         typer.echo(f"fetching {what} of {name} from the Hugging Face hub", err=True)
+        if cached := not _answers():
+            typer.echo("the hub cannot be reached: what is not in its cache is missing", err=True)
     given = " ".join(f"--set {key}={value}" for key, value in (settings or {}).items())
     try:
-        found: Any = AutoConfig.from_pretrained(name, **(settings or {}), return_unused_kwargs=True)
+        found: Any = AutoConfig.from_pretrained(
+            name, **(settings or {}), return_unused_kwargs=True, local_files_only=cached
+        )
         config, unused = found
         if unknown := unused.keys() & (settings or {}).keys():
             raise DataError(
@@ -109,7 +114,7 @@ def read_model(
             )  # fmt: skip
         made = _class_of(config) if kind is None else _class_named(kind, config, name)
         if weights:
-            return made.from_pretrained(name, config=config)
+            return made.from_pretrained(name, config=config, local_files_only=cached)
         with torch.device("meta"):  # only shapes, so that size does not matter
             return made(config)
     except ModgraftError:
@@ -161,6 +166,27 @@ def _class_named(kind: str, config: Any, name: str) -> Any:
 def _may_be_on_a_hub(name: str) -> bool:
     """Return whether a model on the Hugging Face hub may be called so, and no path alone is."""
     return name.count("/") <= 1 and not name.startswith(("/", ".", "~")) and "\\" not in name
+
+
+def _answers() -> bool:
+    """Return whether the hub can be reached, whose library would try again for half a minute."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    place = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if place.scheme in getproxies():  # then that is asked
+        return True
+    port = place.port or {"http": 80}.get(place.scheme, 443)
+    try:
+        socket.create_connection((place.hostname or "", port), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def _class_of(config: Any) -> Any:
@@ -222,6 +248,7 @@ def _card(model: "nn.Module", folder: Path, weights: bool) -> list[dict[str, Any
     from modgraft.store.fingerprint import differences, is_in_another_precision
     from modgraft.store.folder import FILE, stored
     from modgraft.store.formats.base import found_in
+    from modgraft.store.within import beside_within
 
     row: dict[str, Any] = {
         "folder": str(folder), "name": folder.name, "type": None, "config": {}, "method": "–",
@@ -234,9 +261,9 @@ def _card(model: "nn.Module", folder: Path, weights: bool) -> list[dict[str, Any
         if not (folder / FILE).exists() and found_in(folder) is None:
             raise
         return [row | {"refused": str(error).removeprefix(f"{folder}: ")}]
-    there, beside = found.card.host, found.card.beside
-    differs = differences(model, there, beside, values=weights) if there else []
-    rounded = is_in_another_precision(model, there, differs, beside)
+    there, beside, part = found.card.host, beside_within(found), model.get_submodule(found.within)
+    differs = differences(part, there, beside, values=weights) if there else []
+    rounded = is_in_another_precision(part, there, differs, beside)
     rows = []
     for saved in found.card.modules:
         absent = []
@@ -313,7 +340,7 @@ def _print(model: "nn.Module", report: dict[str, Any]) -> None:
 
 
 def _print_selection(console: Console, chosen: dict[str, Any], total: int) -> None:
-    from modgraft.host.describe import table
+    from modgraft.core.tables import table
 
     sites, rank, cost = chosen["sites"], chosen["rank"], chosen["lora_parameters"]
     console.print(f"\n{', '.join(chosen['at'])}: {len(sites)} sites")
@@ -329,7 +356,7 @@ def _print_selection(console: Console, chosen: dict[str, Any], total: int) -> No
 
 
 def _print_modules(console: Console, cards: Sequence[dict[str, Any]], total: int) -> None:
-    from modgraft.host.describe import table
+    from modgraft.core.tables import table
 
     rows = [
         (c["name"], c["method"], f"{c['sites']}", f"{c['parameters']:,}",
@@ -343,9 +370,7 @@ def _print_modules(console: Console, cards: Sequence[dict[str, Any]], total: int
 
 def show(console: Console, made: "Table") -> None:
     """Print a table, fitted to the terminal or, in other outputs, at its full width."""
-    from modgraft.host.describe import plain
-
-    console.print(made if console.is_terminal else plain(made), soft_wrap=not console.is_terminal)
+    console.print(made if console.is_terminal else str(made), soft_wrap=not console.is_terminal)
 
 
 def _share(size: int, total: int) -> str:

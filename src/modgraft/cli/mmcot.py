@@ -14,8 +14,8 @@ from modgraft.cli.options import (
     Note,
     Run,
     Seeds,
+    Wide,
     changes,
-    delete,
     seeds_of,
     stoppable,
 )
@@ -64,6 +64,7 @@ def mmcot_train(
     fresh: Fresh = False,
     skip_bad: SkipBad = False,
     note: Note = True,
+    wide: Wide = False,
 ) -> None:
     """Train and test the recipe; an interrupted run goes on where it stopped.
 
@@ -94,11 +95,9 @@ def mmcot_train(
         settings = replace(settings, batch=batch)
     settings = replace(settings, **changes(settings, change or []))
     chosen, which, console = _rows(rows), seeds_of(seeds), Console()
-    if fresh:
-        delete(run)
     with stoppable():
-        run_recipe(run, settings, chosen, which, jobs=jobs, console=console, note=note)
-    _show(run, console)
+        run_recipe(run, settings, chosen, which, jobs=jobs, fresh=fresh, console=console, note=note)
+    _show(run, console, wide)
 
 
 @mmcot.command("evaluate")
@@ -108,6 +107,7 @@ def mmcot_evaluate(
     seeds: Seeds = "",
     jobs: Jobs = JOBS,
     note: Note = True,
+    wide: Wide = False,
 ) -> None:
     """Decode and score a trained run's test questions again, and write its report anew.
 
@@ -127,7 +127,7 @@ def mmcot_evaluate(
         run_recipe(
             run, settings, chosen, which, jobs=jobs, evaluate_only=True, console=console, note=note
         )
-    _show(run, console)
+    _show(run, console, wide)
 
 
 @mmcot.command("ask")
@@ -138,12 +138,20 @@ def mmcot_ask(
     hint: Annotated[str, typer.Option(help="Text that goes with the question.")] = "",
     run: Run = Path("runs/mmcot"),
     seed: Annotated[int | None, typer.Option(help="Which of the run's seeds.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse what is flagged: exit 3.")
+    ] = False,
 ) -> None:
-    """Ask a trained run one question; it prints its rationale and its answer.
+    """Ask a trained run one question: its rationale, its answer, and what speaks against it.
 
-    [bold]Example[/bold]
+    It ends with 0 if there is an answer, flagged or not; 1 where it cannot be asked; 2 if what it
+    wrote names none of the options; with --strict, 3 if anything is flagged, without the answer.
+
+    [bold]Examples[/bold]
 
       modgraft mmcot ask strip.png "What is the left digit?" 3 5 8
+
+      modgraft mmcot ask strip.png "Which is bigger, left or right?" three five eight --strict
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -151,15 +159,31 @@ def mmcot_ask(
 
     disable_progress_bar()  # loading the weights is quick
     path = None if image == "-" else Path(image)
-    rationale, text, choice = ask(run, path, question, choices, hint, seed)
+    said = ask(run, path, question, choices, hint, seed)
     console = Console(highlight=False)
-    console.print("[bold]Rationale[/bold]", end=" ")
-    console.print(rationale, markup=False)
-    console.print("[bold]Answer[/bold]", end=" ")
-    if choice is None:
-        console.print(f"none of the options (it wrote: {text})", markup=False)
+
+    def tell(what: str, text: str) -> None:
+        console.print(f"[bold]{what}[/bold]", end=" ")
+        console.print(text, markup=False, soft_wrap=True)
+
+    if said.asked != (question, hint, *choices):
+        tell("Read as", " | ".join(filter(None, said.asked)))
+    refused = strict and said.flags
+    if not refused:
+        tell("Rationale", said.rationale)
+        if said.choice is None:
+            tell("Answer", f"none of the options (it wrote: {said.text})")
+        else:
+            shown = [f"({chr(65 + i)}) {choices[i]}" for i in range(len(choices))]
+            sure = [f"{100 * p:.1f} %" for p in said.probabilities]
+            best, next_ = said.choice, said.runner_up
+            tell("Answer", f"{shown[best]}, {sure[best]}; next {shown[next_]}, {sure[next_]}")
+    for flag in said.flags:
+        tell("Flag", flag)
+    if refused:
+        raise typer.Exit(3)
+    if said.choice is None:
         raise typer.Exit(2)
-    console.print(f"({chr(65 + choice)}) {choices[choice]}", markup=False)
 
 
 def _rows(text: str) -> list[str]:
@@ -177,11 +201,11 @@ def _path(name: str | None) -> str | None:
     return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
-def _show(run: Path, console: Console) -> None:
+def _show(run: Path, console: Console, wide: bool) -> None:
     from modgraft.core.files import read_json
     from modgraft.report.table import print_results
 
-    print_results(run, console)
+    print_results(run, console, wide=wide)
     results = read_json(run / "results.json", what="results", remedy="modgraft mmcot train")
     lines, skipped = list(results.get("notes", [])), results.get("skipped", [])
     if skipped:

@@ -34,6 +34,9 @@ Change = Annotated[
 Note = Annotated[
     bool, typer.Option("--note/--no-note", help="Write note.md, the run's part of the log.")
 ]
+Wide = Annotated[
+    bool, typer.Option("--wide", help="Print all columns of the table, wider than the terminal.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete the run's folder first.")]
 
 
@@ -149,20 +152,6 @@ def worded(text: str, options: Mapping[str, list[str]], called: Mapping[str, str
 _ARGUMENT = re.compile(
     r"\w\([^()]*\)|(?P<say>\bsay )?(?<![\w/-])(?P<name>[a-z_]+)=(?P<value>True|False)?"
 )
-
-
-def delete(run: Path) -> None:
-    """Delete a run's folder; other folders are refused."""
-    import shutil
-
-    from modgraft.core.errors import DataError
-
-    if run.exists() and not (run / "run.json").is_file():
-        raise DataError(
-            "--fresh deletes runs only, and this folder holds none", file=run,
-            remedy="Take another --run, or delete it yourself",
-        )  # fmt: skip
-    shutil.rmtree(run, ignore_errors=True)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from modgraft.cli.options import (
     Jobs,
     Note,
     Seeds,
+    Wide,
     changes,
-    delete,
     seeds_of,
     stoppable,
 )
@@ -32,6 +32,7 @@ def recipe(
     change: Change = None,
     fresh: Fresh = False,
     note: Note = True,
+    wide: Wide = False,
 ) -> None:
     """Run a recipe over seeds; an interrupted run goes on where it stopped.
 
@@ -58,9 +59,10 @@ def recipe(
     settings = found.settings if quick == 1 else found.smaller(quick)
     settings = replace(settings, **changes(settings, change or []))
     folder = run or Path("runs") / name
-    if fresh:
-        delete(folder)
     with stoppable():
-        trials.run(found, folder, settings, seeds_of(seeds), jobs=jobs, console=console, note=note)
-    trials.show(folder, console)
+        trials.run(
+            found, folder, settings, seeds_of(seeds), jobs=jobs, fresh=fresh, console=console,
+            note=note,
+        )  # fmt: skip
+    trials.show(folder, console, wide=wide)
     console.print(f"\nPicture: {folder / 'plot.png'}", highlight=False, soft_wrap=True)

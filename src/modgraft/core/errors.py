@@ -69,6 +69,10 @@ class CheckpointError(ModgraftError):
     """A saved module or run that is incomplete, corrupt, or belongs to another host."""
 
 
+class ContractError(ModgraftError, AssertionError):
+    """A method that breaks a rule which every method keeps; see :mod:`modgraft.testing`."""
+
+
 class DataError(ModgraftError):
     """Bad data: a record, image, feature or file that cannot be used as it is.
 

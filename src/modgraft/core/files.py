@@ -6,11 +6,12 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from modgraft.core.errors import CheckpointError, DataError, MissingFileError, ModgraftError
 
@@ -128,6 +129,71 @@ def _locked(folder: Path, wait: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+LOCK = ".lock"
+"""The file in a run's folder that is locked while the run is under way, and then removed."""
+
+
+class Lock:
+    """The lock of a folder, which holds until the last process that has it has ended.
+
+    A process that `multiprocessing` starts may be given it, and then has it too.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Callable[..., Lock], tuple[Any, ...]]:
+        from multiprocessing.reduction import DupFd
+
+        return _received, (DupFd(self._file.fileno()),)
+
+
+def _received(sent: Any) -> Lock:
+    return Lock(os.fdopen(sent.detach(), "rb"))
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[Lock]:
+    """Hold a folder for one run in a `with` block; it is made where there is none.
+
+    The system ends the lock with the process, however that ends.
+
+    Args:
+        folder: The folder.
+        what: What the run does in it, for the message that another one gets.
+
+    Raises:
+        ModgraftError: Another run has the folder; it names the folder and the process.
+    """
+    path = folder / LOCK
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = path.open("a+b")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                with file:
+                    file.seek(0)
+                    who = file.read().decode(errors="replace")
+                raise ModgraftError(
+                    f"another process is {what} in {folder}{f' ({who})' if who else ''}: wait "
+                    f"until it has ended, or give another folder"
+                ) from error
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
+            file.close()  # whoever held it has just removed it
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        file.truncate(0)
+        file.write(f"process {os.getpid()}: {command:.200}".encode(errors="replace"))
+        file.flush()
+    try:
+        yield Lock(file)
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 @contextmanager

@@ -52,7 +52,8 @@ def open_picture(
         reason = "the image is missing" + (": a folder has its name" if path.is_dir() else "")
         raise refused(reason, "Put it there", MissingFileError)
     try:
-        with Image.open(path) as image:
+        # by its path, Pillow maps a plain TIFF into memory, and turns its pixels but not its sides
+        with path.open("rb") as file, Image.open(file) as image:
             greys = _greys_of(image)
             image.load()
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -215,22 +215,39 @@ class Implants(Mapping[str, Implant]):
         return self[ex.module_of(name)].at_sites(name)
 
 
-def learner(model: nn.Module, name: str) -> nn.Module | None:
+def learner(model: nn.Module, name: str, implants: Container[str]) -> nn.Module | None:
     """Find the part of a model that ``train=name`` means.
 
     ``"host"`` means all of it, ``"host.head"`` the sub-module at that path; None is returned for
     any other name, which is an implanted module's.
 
     Raises:
-        UnknownNameError: if nothing is at that path.
+        UnknownNameError: if nothing is at that path, or the name is that of a part of the model.
     """
     if name != "host" and not name.startswith("host."):
+        own = _meant(model, name)
+        if own and name.partition(".")[0] not in implants:
+            raise UnknownNameError(
+                f"train={name!r}: no module is implanted under this name; the host's own part is "
+                f"train={'host.' + own[0]!r}"
+            )
         return None
     try:
+        if name.endswith("."):
+            raise AttributeError("no part of the host has an empty name")
         return model.get_submodule(name.removeprefix("host").removeprefix("."))
     except AttributeError as error:
         children = ", ".join(f"'host.{child}'" for child, _ in model.named_children())
         raise UnknownNameError(f"train={name!r}: {error}; there are {children}") from error
+
+
+def _meant(model: nn.Module, name: str) -> list[str]:
+    """Return the paths of what ``name`` may mean in a model: its end, with another beginning, or
+    with one of its weights."""
+    paths = [path for path, _ in model.named_modules() if path]
+    exact = [path for path in paths if f".{path}".endswith(f".{name}")]
+    words = name.split(".")[-2:]
+    return exact or [w for w in reversed(words) if len(words) > 1 and w in paths]
 
 
 def learning_parts(model: nn.Module) -> frozenset[str]:

@@ -5,16 +5,11 @@ Each row of sites begins with a selection that can be given as ``at=``.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.box import Box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from modgraft.core.errors import SiteError
@@ -23,11 +18,11 @@ from modgraft.core.layers import WEIGHTED, open_modules, weight_labels, weight_m
 from modgraft.core.patterns import starred
 from modgraft.core.roles import roles_of
 from modgraft.core.sites import Site, find
+from modgraft.core.tables import Page, Table, table
 from modgraft.engine.implant import Implants
 
 SITES = ("sites at", "number", "first", "shape", "type")
 MODULES = ("module", "method", "sites", "first", "parameters", "of the host", "trains", "in force")
-RIGHT = ("number", "parameters", "of the host", "sites")
 
 
 @dataclass(frozen=True)
@@ -173,19 +168,19 @@ def sites_table(model: nn.Module) -> Table:
 
 def describe(
     model: nn.Module, implants: Implants, composition: Expression | None, waiting: Sequence[str]
-) -> str:
-    """Return what ``print(host)`` shows: plain text, aligned, for a terminal, a notebook or a log.
+) -> Page:
+    """Return what ``print(host)`` shows: plain text, aligned, and tables of HTML in a notebook.
 
     The modules ``waiting`` are loaded, and read from their files at their first use.
     """
     every = nn.ModuleList([model, *implants.values()]).parameters()
     trains = sum(p.numel() for p in every if p.requires_grad)
-    parts = [
+    parts: list[str | Table] = [
         f"Host({type(model).__name__}): {_size(model):,} parameters, {trains:,} train; "
         f"in force: {composition or 'the bare host'}"
     ]
     if len(implants):
-        parts.append(plain(modules_table(model, implants, composition)))
+        parts.append(modules_table(model, implants, composition))
     if waiting:
         more = f" and {len(waiting) - 8:,} more" if len(waiting) > 8 else ""
         parts.append(f"read at the first use: {', '.join(waiting[:8])}{more}")
@@ -195,30 +190,8 @@ def describe(
             f"{type(model).__name__} is of no known family; roles guessed from names and shapes: "
             f"{', '.join(roles.patterns)}"
         )
-    parts.append(plain(sites_table(model)))
-    return "\n\n".join(parts)
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Make a table whose cells are plain text: ``[0/3]`` is no markup."""
-    found = Table(box=_RULE, padding=(0, 1, 0, 0), show_edge=False)
-    for name in columns:
-        side = "right" if name in RIGHT else "left"
-        found.add_column(name, justify=side, overflow="fold", header_style="bold")
-    for row in rows:
-        found.add_row(*(Text(cell) for cell in row))
-    return found
-
-
-def plain(table: Table) -> str:
-    """Print a table to a string, without colour and without wrapping."""
-    out = io.StringIO()
-    Console(file=out, width=1000, color_system=None, force_terminal=False).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
-
-
-_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n")
-"""Two blanks between columns, and one rule below the header."""
+    parts.append(sites_table(model))
+    return Page(*parts)
 
 
 def _first_of(values: Iterable[str]) -> str:

@@ -14,10 +14,11 @@ from modgraft.core.expression import Expression
 from modgraft.core.layers import weight_matrix
 from modgraft.core.patterns import starred
 from modgraft.core.per_example import Each
+from modgraft.core.tables import Page, table
 from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.plan import Entry, Group, Plan
 from modgraft.engine.state import STATE, State
-from modgraft.host.describe import plain, rows_of, table
+from modgraft.host.describe import rows_of
 from modgraft.routing.mixture import RoutedMixture
 
 COLUMNS = ("sites at", "number", "examples", "without gradients", "with gradients")
@@ -37,11 +38,11 @@ def _same(text: str) -> Way:
 _READ = _same("the weight, changed where it is read")
 
 
-def explain(model: nn.Module, composition: Expression | None) -> str:
+def explain(model: nn.Module, composition: Expression | None) -> Page:
     """Explain ``composition`` by a table with a row for sites of one role that compute alike."""
     title = f"{'the bare host' if composition is None else composition}"
     if composition is None:
-        return f"{title}: every site runs as it is"
+        return Page(f"{title}: every site runs as it is")
     roles: dict[tuple[str, object], str] = {
         (site.path, site.part): row.at for row in rows_of(model)[::-1] for site in row.sites
     }
@@ -60,7 +61,7 @@ def explain(model: nn.Module, composition: Expression | None) -> str:
             row = at, f"{count}" if isinstance(composition, Each) else "all", way
             sites[row] = sites.get(row, 0) + 1
     cells = [(at, f"{number}", rows, *way) for (at, rows, way), number in sites.items()]
-    return f"{title}\n\n{plain(table(COLUMNS, cells))}"
+    return Page(title, table(COLUMNS, cells))
 
 
 def _count(group: Group, composition: Expression) -> int:

@@ -34,6 +34,7 @@ from modgraft.core.files import folder_path, writing
 from modgraft.core.layers import STATE, check_computed
 from modgraft.core.per_example import Weighted, joined
 from modgraft.core.sites import At, Site, find, located
+from modgraft.core.tables import Page
 from modgraft.core.tensors import device_of
 from modgraft.engine.examples import ask, check_assumed, signature
 from modgraft.engine.fast_paths import check_weights_stay, leave_fast_paths
@@ -51,11 +52,8 @@ from modgraft.engine.guard import Guard
 from modgraft.engine.implant import (
     Implant,
     Implants,
-    check_learns,
     check_module,
     check_name,
-    learner,
-    learning_parts,
 )
 from modgraft.engine.inputs.caches import check_goes_on
 from modgraft.engine.inputs.padding import count_from_texts, count_padding_too, count_prefix
@@ -94,6 +92,7 @@ from modgraft.host.mixtures import (
 )
 from modgraft.host.probe import probe
 from modgraft.host.probe_result import Probe
+from modgraft.host.train import Trains
 from modgraft.routing.losses import with_routing_losses
 from modgraft.routing.mixture import Mixture
 
@@ -112,10 +111,9 @@ hook_accelerate()
 
 if TYPE_CHECKING:
     from modgraft.store.stored import Stored
-    from modgraft.training.fit import History
 
 
-class Host(AsModel):
+class Host(Trains, AsModel):
     """A model in which modules are implanted, composed and trained.
 
     It is an ``nn.Module`` whose ``forward`` is the model's with two more arguments, ``side`` and
@@ -141,6 +139,7 @@ class Host(AsModel):
         self._implants = Implants(self.implants, self._context)
         self._reader = Reader(self._implants, self._context)
         self._waiting: dict[str, Callable[[], object]] = {}  # loaded, and not used yet
+        self._learned = frozenset()
         self.register_state_dict_pre_hook(self._bring_all)
         self.register_load_state_dict_pre_hook(self._bring_all)
         leave_fast_paths(model)
@@ -587,49 +586,7 @@ class Host(AsModel):
         device = device_of(self.model) if sides else None
         return {n: s if s.tensor.device == device else s.to(device) for n, s in sides.items()}
 
-    # -- training, storing ----------------------------------------------------------------------
-
-    @contextmanager
-    def training_only(self, train: str | Sequence[str] | None) -> Iterator[None]:
-        """Let only some parameters require gradients in a ``with`` block.
-
-        Args:
-            train: names of modules, ``"host"`` for the model's weights, ``"host.head"`` for those
-                of a part; None leaves everything as it is.
-        """
-        names = [train] if isinstance(train, str) else list(train or ())
-        self._bring(names)  # a module that waits comes now, and those that were saved with it
-        before = [(p, p.requires_grad) for p in self.parameters()]
-        if train is not None:
-            chosen = [check_learns(n, learner(self.model, n) or self[n]) for n in names]
-            self.requires_grad_(False)
-            for part in chosen:
-                part.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for parameter, flag in before:
-                parameter.requires_grad_(flag)
-
-    def fit(
-        self, loader: Any, *, train: str | Sequence[str] | None = None, **settings: Any
-    ) -> History:
-        """Train on the batches of ``loader``; see :func:`modgraft.training.fit.fit`.
-
-        Args:
-            loader: yields dictionaries for :meth:`forward` (``labels`` and ``side`` among them).
-            train: names of the modules that learn, ``"host"`` for the model itself, ``"host.head"``
-                for a part of it; None: all parameters that require a gradient now.
-            **settings: steps, lr, schedule, … of ``fit``.
-        """
-        from modgraft.training.fit import fit
-        from modgraft.training.processes import alone
-
-        with alone(self), self.training_only(train):
-            for implant in self._implants.values():
-                if any(p.requires_grad for p in implant.parameters()):
-                    implant.beside |= learning_parts(self.model)
-            return fit(self, loader, **settings)
+    # -- storing --------------------------------------------------------------------------------
 
     def save(
         self,
@@ -749,6 +706,8 @@ class Host(AsModel):
                 "composition now; leave out active=True, and name it where it is to act, in "
                 "host.use(…)"
             )
+        if active is not None and not isinstance(active, bool):
+            raise ModgraftError(f"host.load: active={active!r} is none of True, False and None")
         active = active is not False
         if isinstance(folder, str | PathLike) and os.path.isfile(folder):  # noqa: PTH113, it never raises
             if name is not None or lazy:
@@ -777,7 +736,7 @@ class Host(AsModel):
 
         others = {each: self._waiting.pop(each) for each in names if each in self._waiting}
         try:
-            load(self, found, name, strict, active=False)
+            load(self, found, name, strict, active=False, told=True)
         except BaseException:
             self._waiting |= others
             raise
@@ -841,10 +800,17 @@ class Host(AsModel):
         sources = self._context.side_sources.items()
         return {n: (s, n in active) for n, s in sources if s != EXAMPLE and s not in side}
 
-    def plan(self, composition: Compositions | EllipsisType = ...) -> str:
+    def plan(self, composition: Compositions | EllipsisType = ...) -> Page:
         """Show how a composition is computed at its sites; left out, the one in force."""
         read = self.composition if composition is ... else self.read(composition)
         return explain(self.model, read)
 
     def __repr__(self) -> str:
+        return self._page()
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return self._page()._repr_html_()
+
+    def _page(self) -> Page:
         return describe(self.model, self._implants, self.composition, list(self._waiting))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from modgraft.host.describe import plain, starred, table
+from modgraft.core.patterns import starred
+from modgraft.core.tables import Page, Table, table
 
 SITES = ("site", "module", "called", "acts", "learns", "examples", "features", "merged")
 MODULES = ("module", "merged", "each example by itself")
@@ -91,14 +92,21 @@ class Probe:
         return found
 
     def __str__(self) -> str:
+        return self._page()
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return self._page()._repr_html_()
+
+    def _page(self) -> Page:
         alike = Counter((starred(row.site), row.cells()) for row in self.sites)
         rows = [
             (f"{at} ({n})" if n > 1 else at or "the input", *cells)
             for (at, cells), n in alike.items()
         ]
-        parts = [
-            plain(table(SITES, rows)),
-            plain(table(MODULES, [(v.module, v.merged, v.each) for v in self.modules])),
+        parts: list[str | Table] = [
+            table(SITES, rows),
+            table(MODULES, [(v.module, v.merged, v.each) for v in self.modules]),
         ]
         said: dict[str, list[str]] = {}
         for where, faults in self.faults.items():
@@ -107,7 +115,7 @@ class Probe:
         for fault, places in said.items():
             more = f" and {len(places) - 3} more" if len(places) > 3 else ""
             parts.append(f"{', '.join(places[:3])}{more}: {fault}")
-        return "\n\n".join([*parts, *self.notes, *([] if said else ["Nothing is wrong."])])
+        return Page(*parts, *self.notes, *([] if said else ["Nothing is wrong."]))
 
 
 def _yes(value: bool | None) -> str:

@@ -1,39 +1,37 @@
-"""The vision model of DigitsQA: a small CNN that turns strips of three digits into patches."""
+"""The vision model of DigitsQA: a small CNN that turns strips of digits into patches."""
 
 from __future__ import annotations
 
-import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modgraft.core.errors import DataError, ModgraftError
+from modgraft.core.errors import ModgraftError
 from modgraft.data.digits import CUT, scans
-from modgraft.data.picture import open_picture
 
 PATCHES, FEATURES, POSITION = 12, 64, 16
-"""The number of patches of a strip, of features of a patch, and of values for its position."""
+"""The number of patches of three digits, of features of a patch, of values for its position."""
 
 
 class DigitPatches(nn.Module):
-    """strips [B, 8, 24] -> patches [B, 12, 80]: 64 features and 16 values of position each.
+    """strips [B, 8, 8n] -> patches [B, 4n, 80]: 64 features and 16 values of position each.
 
-    Each of the three 8 x 8 digits goes through the same convolutions separately, down to a 2 x 2
-    map. Patches are in reading order over the strip, two rows of six (`patches.reshape(B, 2, 6,
-    80)`), each over 4 x 4 pixels. The receptive field of every patch is its whole digit, so one
-    patch is enough to recognise it. The position is the digit (one-hot, 3), the patch (one-hot,
-    12), and a constant 1.
+    Each of the n 8 x 8 digits, three in DigitsQA's published form, goes through the same
+    convolutions separately, down to a 2 x 2 map. Patches are in reading order over the strip, two
+    rows of 2n (`patches.reshape(B, 2, 2n, 80)`), each over 4 x 4 pixels. The receptive field of
+    every patch is its whole digit, so one patch is enough to recognise it. The position is the
+    digit (one-hot, 3), the patch (one-hot, 12), and a constant 1; those of other than three digits
+    lie between the three, interpolated.
     """
 
     mean: Tensor
     scale: Tensor
-    where: Tensor
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -49,7 +47,6 @@ class DigitPatches(nn.Module):
         self.head = nn.Linear(FEATURES, 10)
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("scale", torch.ones(FEATURES))
-        self.register_buffer("where", _positions(), persistent=False)
 
     def maps(self, digits: Tensor) -> Tensor:
         """Map digits [N, 8, 8] in 0..1 to their raw 2 x 2 maps, as rows [N, 4, 64]."""
@@ -62,29 +59,24 @@ class DigitPatches(nn.Module):
         return self.head(self.maps(digits))
 
     def forward(self, strips: Tensor) -> Tensor:
-        """Map strips [B, 8, 24] in 0..1, where 1 is ink, to patches [B, 12, 80].
+        """Map strips [B, 8, 8n] in 0..1, where 1 is ink, to patches [B, 4n, 80].
 
         Raises:
-            ModgraftError: The strips are not [B, 8, 24].
+            ModgraftError: The strips are not [B, 8, 8n].
         """
-        if strips.dim() != 3 or strips.shape[1:] != (8, 24):
-            raise ModgraftError(
-                f"DigitPatches: strips are {list(strips.shape)}, not [batch, 8, 24]; "
-                "read an image file with read_strip(path)[None]"
-            )
-        B = len(strips)
-        digits = strips.reshape(B, 8, 3, 8).transpose(1, 2).reshape(3 * B, 8, 8)
-        maps = (self.maps(digits) - self.mean) / self.scale
-        # [3B, 4, 64] -> [B, digit, row, column, 64] -> [B, row, digit, column, 64] -> [B, 12, 64]
-        patches = maps.reshape(B, 3, 2, 2, FEATURES).transpose(1, 2).reshape(B, PATCHES, FEATURES)
-        return torch.cat([patches, self.where.to(patches).expand(B, -1, -1)], dim=-1)
+        digits = tiles(strips)  # [B, n, 8, 8]
+        B, n = digits.shape[:2]
+        maps = (self.maps(digits.flatten(0, 1)) - self.mean) / self.scale
+        # [nB, 4, 64] -> [B, digit, row, column, 64] -> [B, row, digit, column, 64] -> [B, 4n, 64]
+        patches = maps.reshape(B, n, 2, 2, FEATURES).transpose(1, 2).reshape(B, 4 * n, FEATURES)
+        return torch.cat([patches, positions(n).to(patches).expand(B, -1, -1)], dim=-1)
 
     @torch.no_grad()
     def features(self, strips: Tensor | np.ndarray, batch: int = 512) -> Tensor:
-        """Map strips [N, 8, 24] to patches [N, 12, 80] float32, in batches, without gradients."""
+        """Map strips [N, 8, 8n] to patches [N, 4n, 80] float32, in batches, without gradients."""
         strips = torch.as_tensor(strips, dtype=torch.float32)
         if not len(strips):
-            return torch.zeros(0, PATCHES, FEATURES + POSITION)
+            return torch.zeros(0, strips.shape[-1] // 2, FEATURES + POSITION)
         return torch.cat([self(part) for part in strips.split(batch)])
 
 
@@ -96,10 +88,36 @@ def _layer(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
     ]
 
 
-def _positions() -> Tensor:
-    """Return positions [12, 16]: one-hot digit (3), one-hot patch (12), and 1."""
-    digit = F.one_hot(torch.arange(6) // 2, 3).repeat(2, 1)
-    return torch.cat([digit, torch.eye(PATCHES), torch.ones(PATCHES, 1)], dim=1).float()
+def tiles(strips: Tensor) -> Tensor:
+    """Cut strips [B, 8, 8n] into their digits, [B, n, 8, 8].
+
+    Raises:
+        ModgraftError: The strips are not [B, 8, 8n].
+    """
+    if strips.dim() != 3 or strips.shape[1] != 8 or strips.shape[2] % 8 or not strips.shape[2]:
+        raise ModgraftError(
+            f"DigitPatches: strips are {list(strips.shape)}, not [batch, 8, 8 a digit]; "
+            "read an image file with modgraft.models.strips.find_strip(path, eye)"
+        )
+    return strips.unflatten(2, (-1, 8)).transpose(1, 2)  # [B, 8, n, 8] -> [B, n, 8, 8]
+
+
+@cache
+def positions(count: int) -> Tensor:
+    """Return the positions of a strip's patches, [4 count, 16]: digit (3), patch (12), and 1.
+
+    With three digits, digit and patch are one-hot. Another count lies from left to right over the
+    same three places, each digit between the two that it is nearest to.
+    """
+    at = torch.linspace(0, 2, count) if count > 1 else torch.ones(1)
+    digit = (1 - (at[:, None] - torch.arange(3.0)).abs()).clamp_min(0)  # [n, 3]
+    inside = torch.eye(4).reshape(2, 1, 2, 2, 2)  # row, -, column -> row, column
+    patch = torch.einsum(
+        "nk,rocij->rncikj", digit, inside
+    )  # row, digit, column -> row, place, column
+    patch = patch.reshape(4 * count, PATCHES)
+    digit = digit[None, :, None].expand(2, -1, 2, -1).reshape(4 * count, 3)
+    return torch.cat([digit, patch, torch.ones(4 * count, 1)], dim=1)
 
 
 def train_vision(
@@ -200,29 +218,3 @@ def load_vision(path: str | Path) -> DigitPatches:
     except (SafetensorError, RuntimeError) as error:
         raise ModgraftError(f"{path}: not a DigitPatches network ({error})") from error
     return net.eval().requires_grad_(False)
-
-
-def save_strip(strip: np.ndarray | Tensor, path: str | Path, *, zoom: int = 1) -> None:
-    """Save a strip [8, 24] in 0..1, where 1 is ink, as an image file, black on white, enlarged."""
-    grey = np.rint(255 * (1 - np.asarray(strip))).clip(0, 255).astype(np.uint8)
-    Image.fromarray(np.kron(grey, np.ones((zoom, zoom), np.uint8))).save(path)
-
-
-def read_strip(path: str | Path) -> Tensor:
-    """Read an image of three digits side by side as a strip, float32 [8, 24] in 0..1, 1 is ink.
-
-    It is opened by :func:`~modgraft.data.picture.open_picture`, converted to grey, averaged to
-    8 x 24 pixels and stretched to the full range. The less frequent of dark and light is taken for
-    ink.
-
-    Raises:
-        DataError: The file is missing, damaged, not an image, or blank.
-    """
-    grey = open_picture(path).convert("L").convert("F")
-    strip = torch.from_numpy(np.array(grey.resize((24, 8), Image.Resampling.BOX)) / 255.0)
-    low, high = float(strip.min()), float(strip.max())
-    if math.isclose(low, high, abs_tol=0.02):
-        raise DataError("the image is blank", file=path, remedy="Pass an image of three digits")
-    strip = ((strip - low) / (high - low)).float()
-    # there is more paper than ink
-    return 1 - strip if float(strip.mean()) > 0.5 else strip

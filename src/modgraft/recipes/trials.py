@@ -20,17 +20,17 @@ from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from modgraft.core.config import mismatch
 from modgraft.core.errors import CheckpointError, DataError, UnknownNameError
-from modgraft.core.files import folder_path, read_json, write_json, write_text
+from modgraft.core.files import Lock, folder_path, read_json, write_json, write_text
 from modgraft.log.record.runs import RunNote, listed, plain, recorded, settings_row
+from modgraft.recipes.folder import run_folder
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.figures import Scheme, draw
+from modgraft.report.table import print_fitted, terminal_table
 
 NAMES: tuple[str, ...] = ("arithmetic", "flan_vs_modules", "madx")
 """Recipes that this module runs: each defines ``RECIPE`` in ``modgraft/recipes/NAME/recipe.py``."""
@@ -94,6 +94,7 @@ def run(
     seeds: Sequence[int],
     *,
     jobs: int = 2,
+    fresh: bool = False,
     console: Console | None = None,
     note: bool = True,
 ) -> dict[str, Any]:
@@ -107,6 +108,7 @@ def run(
         settings: An instance of the recipe's settings.
         seeds: The seeds; each is one trial.
         jobs: The number of processes at a time, with one thread each.
+        fresh: Whether to delete the run in the folder first.
         console: Where to show progress.
         note: Whether to describe the run and its results in ``note.md``, for the research log.
 
@@ -115,9 +117,18 @@ def run(
 
     Raises:
         CheckpointError: The folder holds a run of another recipe or with other settings.
-        ModgraftError: A seed failed; finished seeds are kept.
+        ModgraftError: A seed failed; finished seeds are kept. Or another process has the folder.
     """
     folder_path(folder, "a run")
+    with run_folder(folder, fresh=fresh) as lock:
+        return _run(recipe, folder, settings, seeds, jobs, lock, console, note)
+
+
+def _run(
+    recipe: Recipe, folder: Path, settings: Any, seeds: Sequence[int], jobs: int, lock: Lock,
+    console: Console | None, note: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Run the seeds in a folder that is held."""
     began, before = time.monotonic(), _read_run_card(recipe, folder, settings)
     if (folder / "results.json").is_file():
         read_results(folder)  # a damaged one is found before hours of training
@@ -133,7 +144,7 @@ def run(
     ]  # fmt: skip
     done = all(job.done for job in work)
     with _recorded_run(recipe, folder, asked, wanted=note and not done):
-        side_by_side(work, jobs, console)
+        side_by_side(work, jobs, console, lock)
         results = _gather(recipe, folder, asked)
         if not done:
             results["wall_seconds"] += round(time.monotonic() - began, 1)
@@ -268,17 +279,14 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _remarks(recipe, results)])
 
 
-def show(folder: Path, console: Console) -> None:
-    """Print a run's table."""
+def show(folder: Path, console: Console, *, wide: bool = False) -> None:
+    """Print a run's table, as `modgraft.report.table.print_fitted` does."""
     results = read_results(folder)
     recipe = find_recipe(results["recipe"])
-    table = Table(title=recipe.title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for header in recipe.columns.values():
-        table.add_column(header, justify="right")
+    table = terminal_table(recipe.title, "", recipe.columns.values())
     for title, cells in _table_lines(recipe, results):
         table.add_row(escape(title), *cells)
-    console.print(table)
+    print_fitted(table, console, folder / "table.md", wide=wide)
     console.print(_remarks(recipe, results), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.files import Lock
 from modgraft.log.record.runs import part_of_a_run
 
 PATIENCE = 30.0
@@ -62,10 +63,13 @@ class Job:
         return self.last_file is not None and self.last_file.exists()
 
 
-def side_by_side(jobs: Sequence[Job], workers: int, console: Console | None = None) -> None:
+def side_by_side(
+    jobs: Sequence[Job], workers: int, console: Console | None = None, lock: Lock | None = None
+) -> None:
     """Run the jobs that are not done, at most ``workers`` at a time, and show their progress.
 
-    Jobs start in order, each as soon as the jobs that it depends on have ended.
+    Jobs start in order, each as soon as the jobs that it depends on have ended. They share the
+    ``lock`` of their run's folder, so that it holds until all of them have ended.
 
     Raises:
         ModgraftError: A job failed, or jobs wait for each other; the others are stopped after they
@@ -87,7 +91,7 @@ def side_by_side(jobs: Sequence[Job], workers: int, console: Console | None = No
                 for job in ready[: workers - len(running)]:
                     waiting.remove(job)
                     board.start(job)
-                    work = job.function, job.args, job.folder
+                    work = job.function, job.args, job.folder, lock
                     process = context.Process(target=_child, args=work, daemon=True)
                     process.start()
                     running[job.key] = job, process
@@ -130,7 +134,9 @@ def _context(jobs: Sequence[Job]) -> Any:
     return context
 
 
-def _child(function: Callable[..., None], args: tuple[Any, ...], folder: Path) -> None:
+def _child(
+    function: Callable[..., None], args: tuple[Any, ...], folder: Path, lock: Lock | None
+) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 from rich.markup import escape
-from rich.table import Table
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.tables import Table
 from modgraft.report.figures import Picture, Scheme, draw, heat_map
 from modgraft.report.table import terminal_table
 

@@ -6,7 +6,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from modgraft.report.run import Point, Row
-from modgraft.report.statistics import Figure, Read, ReadSeveral, figure, figures
+from modgraft.report.statistics import Figure, Read, ReadSeveral, figure, figures, interval
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,26 @@ SCALE = 180
 """Pixels per inch of a saved figure."""
 
 
+WIDTH = 6.2
+"""Inches of a figure as wide as the page: its letters can be read at 500 pixels too."""
+
+
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure: PNG bytes for both schemes, its size in CSS pixels, its alternative text."""
+    """A drawn figure: PNG bytes for both schemes, its size in CSS pixels, its alternative text.
 
-    light: bytes
-    dark: bytes | None
+    A notebook shows the light one.
+    """
+
+    light: bytes = field(repr=False)
+    dark: bytes | None = field(repr=False)
     width: int
     height: int
     alt: str
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, Any]]:
+        """Return the light PNG, and the size at which it is shown."""
+        return self.light, {"width": self.width, "height": self.height, "alt": self.alt}
 
 
 def draw(
@@ -125,10 +136,13 @@ def heat_map(
     axes.tick_params(length=0)
 
 
-def overview(rows: Sequence[Row], read: Read, level: float | None, what: str) -> Picture | None:
+def overview(
+    rows: Sequence[Row], read: Read, level: float | None, what: str, n: int
+) -> Picture | None:
     """Draw a line for each row: a dot for every seed, a bar for the mean, a dashed line for chance.
 
-    Returns None if no row has the figure.
+    A band shows each row's 95 % interval over `n` questions; 0 leaves it out. Returns None if no
+    row has the figure.
     """
     found = [(row, value) for row in rows if (value := figure(row, read)) is not None]
     if not found:
@@ -140,17 +154,20 @@ def overview(rows: Sequence[Row], read: Read, level: float | None, what: str) ->
         for place, (row, value) in enumerate(found):
             shade = scheme.warn if row.leaks else shades.get(row.group, scheme.faint)
             axes.plot([0, value.mean], [place, place], color=shade, lw=1.4, alpha=0.45)
+            low, high = interval(value.mean, n) if n else (value.mean, value.mean)
+            axes.barh(place, high - low, 0.34, low, color=shade, alpha=0.25)
             fill = scheme.paper if row.leaks else shade
             places = [place] * len(value.values)
             axes.plot(value.values, places, "o", ms=6, mec=shade, mfc=fill, alpha=0.85)
             axes.plot([value.mean] * 2, [place - 0.26, place + 0.26], color=shade, lw=2.2)
             text = f"{value}  leak" if row.leaks else str(value)
             axes.annotate(
-                text, (max(value.values), place), (9, 0), textcoords="offset points", va="center",
-                fontsize=8.5, color=shade,
+                text, (max(high, *value.values), place), (7, 0), textcoords="offset points",
+                va="center", fontsize=8.5, color=shade,
+                bbox={"facecolor": scheme.paper, "edgecolor": "none", "pad": 1},
             )  # fmt: skip
         _chance(axes, level, scheme)
-        axes.set_yticks(range(len(found)), [short(row.title, 40) for row, _ in found])
+        axes.set_yticks(range(len(found)), [short(row.title, 30) for row, _ in found])
         axes.tick_params(axis="y", length=0, labelcolor=scheme.ink)
         axes.set_ylim(len(found) - 0.4, -0.9 if level is not None else -0.6)
         axes.set_xlim(0, 112)
@@ -160,7 +177,7 @@ def overview(rows: Sequence[Row], read: Read, level: float | None, what: str) ->
         axes.spines["left"].set_visible(False)
 
     alt = f"Accuracy on {what}: " + "; ".join(f"{row.title} {value}" for row, value in found)
-    return draw((7.8, 0.9 + 0.31 * len(found)), alt, paint)
+    return draw((WIDTH, 0.9 + 0.31 * len(found)), alt, paint)
 
 
 def _chance(axes: Axes, level: float | None, scheme: Scheme) -> None:
@@ -220,7 +237,7 @@ def bars(
         canvas.legend(
             handles=handles,
             loc="outside upper left",
-            ncols=len(handles) if sum(len(str(h.get_label())) + 6 for h in handles) < 100 else 2,
+            ncols=len(handles) if sum(len(str(h.get_label())) + 6 for h in handles) < 80 else 2,
             handletextpad=0.5,
         )
 
@@ -229,7 +246,7 @@ def bars(
         + ", ".join(f"{n} {v}" for n, v in zip(names, found, strict=True) if v is not None)
         for row, found in values
     )
-    return draw((7.8, 3.1), f"Accuracy by {what}, in percent. " + "; ".join(spoken), paint)
+    return draw((WIDTH, 3.1), f"Accuracy by {what}, in percent. " + "; ".join(spoken), paint)
 
 
 def _name_groups(axes: Axes, names: Sequence[str]) -> None:
@@ -312,12 +329,13 @@ def loss(title: str, seeds: Mapping[int, Sequence[Point]]) -> Picture | None:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return the centred moving average over a fortieth of the curve, with less at both ends."""
+    """Return the centred moving average over a fortieth of the curve, at both ends over the half
+    of it that there is: one step alone would draw its noise there, not the mean."""
     half = len(values) // 80
     total = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(places, len(values) - 1 - places))
-    return (total[places + reach + 1] - total[places - reach]) / (2 * reach + 1)
+    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    return (total[last] - total[first]) / (last - first)
 
 
 def short(text: str, most: int) -> str:

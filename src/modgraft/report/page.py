@@ -10,6 +10,7 @@ from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -25,10 +26,17 @@ from modgraft.report.table import NONE, build
 MOST_QUESTIONS = 6
 """The number of questions whose gates the page shows; gates.json has all."""
 
+COLUMNS = {
+    "NAT": "natural science", "SOC": "social science", "LAN": "language science",
+    "TXT": "has a hint", "IMG": "has an image", "NO": "has neither", "G1-6": "school grades 1 to 6",
+    "G7-12": "school grades 7 to 12", "Avg": "all questions",
+}  # fmt: skip
+"""Column → its questions, in words."""
+
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Accuracy by column or family: a figure of the main rows, and all rows as numbers.
+    """Accuracy by column or family: a figure of the main rows, all rows as numbers, and chance.
 
     `empty` are names without a measurement, `left_out` are rows without a bar in the figure;
     `unfolded` is whether the numbers are what a reader has come for.
@@ -37,7 +45,9 @@ class Breakdown:
     title: str
     picture: Picture | None
     names: list[str]
+    meanings: list[str]
     lines: list[tuple[Row, list[str]]]
+    chance: list[str] | None
     empty: list[str]
     left_out: list[str]
     unfolded: bool
@@ -89,17 +99,13 @@ def _results(
 ) -> dict[str, Any]:
     seen = chance.image if chance else None
     what = "questions with an image"
-    overview = figures.overview(results.rows, lambda m: m.image, seen, what)
+    n = chance.n_image if chance else 0
+    overview = figures.overview(results.rows, lambda m: m.image, seen, what, n)
     if overview is None:
-        what = "all questions"
-        overview = figures.overview(
-            results.rows, lambda m: m.accuracy, chance.all if chance else None, what
-        )
+        what, every, n = "all questions", chance.all if chance else None, chance.n if chance else 0
+        overview = figures.overview(results.rows, lambda m: m.accuracy, every, what, n)
     if overview is not None:
         pictures["results"] = overview
-    levels = {"Avg": chance.all} if chance else {}
-    if chance and chance.image is not None:
-        levels["IMG"] = chance.image
     main = next((row for row in results.rows if row.group == "main" and row.seeds), None)
     by_seed = {} if main is None else run.predictions.get(main.key, {})
     seed, predictions = min(by_seed.items(), default=(None, []))
@@ -108,16 +114,25 @@ def _results(
         "overview": overview,
         "overview_of": what,
         "breakdowns": [
-            _breakdown(results, "column", lambda m: m.columns, levels, pictures),
+            _breakdown(
+                results, "column", lambda m: m.columns, chance.columns if chance else {}, pictures
+            ),
             _families(results, chance, pictures),
         ],
         "main": main,
         "tiles": _tiles(main, chance) if main is not None else [],
         "counts": wrong_answers.counts(run, results),
+        "links": {row.key: _links(run, row) for row in results.rows},
         "classes": wrong_answers.examples(run, predictions),
         "examples_seed": seed,
         "answered": len(predictions),
     }
+
+
+def _links(run: Run, row: Row) -> dict[int, str]:
+    """Return seed → the address of a row's predictions, beside the page."""
+    seeds = sorted(run.predictions.get(row.key, ()))
+    return {seed: quote(f"seed{seed}/{row.key}/predictions.jsonl") for seed in seeds}
 
 
 def _tiles(main: Row, chance: Chance | None) -> list[tuple[str, str]]:
@@ -153,8 +168,13 @@ def _breakdown(
     if picture is not None:
         pictures["columns" if what == "column" else "families"] = picture
     left_out = [row.title for row, _ in lines if row not in drawn]
+    meant = COLUMNS if what == "column" else {}
+    meanings = [f"{name}: {meant[name]}" for name in names if name in meant]
+    known = [f"{levels[name]:.1f}" if name in levels else NONE for name in names]
     empty, unfolded = [n for n in asked if n not in names], what == "column" and results.scienceqa
-    return Breakdown(what, picture, names, lines, empty, left_out, unfolded)
+    return Breakdown(
+        what, picture, names, meanings, lines, known if levels else None, empty, left_out, unfolded
+    )
 
 
 def _families(results: Results, chance: Chance | None, pictures: dict[str, Picture]) -> Breakdown:

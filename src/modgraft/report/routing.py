@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from rich.markup import escape
-from rich.table import Table
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.tables import Table
 from modgraft.report.figures import Picture, Scheme, draw, heat_map
 from modgraft.report.table import terminal_table
 
@@ -22,15 +22,22 @@ if TYPE_CHECKING:  # the report is written without torch
 NETWORK = "the network"  # where one choice holds for all of it
 
 
-def routing_table(uses: Sequence[Usage]) -> Table:
+class Counted(Protocol):
+    """A module whose routers' choices are counted: the handle of a mixture."""
+
+    def stats(self) -> list[Usage]: ...  # noqa: D102
+
+
+def routing_table(uses: Sequence[Usage] | Counted) -> Table:
     """Return a table with a row for each router: each module's share, entropy, spread, problems.
 
     Args:
-        uses: ``host["skills"].stats()``.
+        uses: ``host["skills"]``, or its ``stats()``.
 
     Raises:
-        ModgraftError: Nothing has been routed yet.
+        ModgraftError: Nothing has been routed yet, or the module is no mixture.
     """
+    uses = uses if isinstance(uses, Sequence) else uses.stats()
     names = _names(uses)
     title = f"Use of {len(names)} modules, share of the weight in percent"
     table = terminal_table(title, "site", (*names, "choices", "entropy", "spread"))
@@ -52,20 +59,21 @@ def routing_table(uses: Sequence[Usage]) -> Table:
     return table
 
 
-def routing_figure(uses: Sequence[Usage]) -> Picture:
+def routing_figure(uses: Sequence[Usage] | Counted) -> Picture:
     """Draw each module's share at each site as a heat map, beside the entropies of the choices.
 
     A cross marks a module that was never chosen, a red name a site that has collapsed.
 
     Args:
-        uses: ``host["skills"].stats()``.
+        uses: ``host["skills"]``, or its ``stats()``.
 
     Returns:
         PNG bytes for light and dark pages.
 
     Raises:
-        ModgraftError: Nothing has been routed yet.
+        ModgraftError: Nothing has been routed yet, or the module is no mixture.
     """
+    uses = uses if isinstance(uses, Sequence) else uses.stats()
     names = _names(uses)
     labels = _short([use.path for use in uses])
 
@@ -84,7 +92,7 @@ def routing_figure(uses: Sequence[Usage]) -> Picture:
     collapsed = sum(use.collapsed for use in uses if use.choices)
     alt = f"Use of {', '.join(names)} at {len(uses)} sites; {collapsed} collapsed"
     width = 3.4 + max(2.2, 0.62 * len(names)) + 0.07 * max(map(len, labels))
-    return draw((width, 1.25 + 0.3 * len(uses)), alt, paint)
+    return draw((width, 1.4 + 0.3 * len(uses)), alt, paint)
 
 
 def _paint_shares(axes: Axes, scheme: Scheme, uses: Sequence[Usage]) -> None:
@@ -103,7 +111,7 @@ def _paint_shares(axes: Axes, scheme: Scheme, uses: Sequence[Usage]) -> None:
         if not use.choices:
             middle = (count - 1) / 2
             axes.text(middle, row, "no choices", ha="center", va="center", color=scheme.faint)
-    axes.set_title("Share of the weight, % (×: never picked)")
+    axes.set_title("Share of the weight, %\n×: never picked")
 
 
 def _paint_entropy(axes: Axes, scheme: Scheme, uses: Sequence[Usage]) -> None:
@@ -117,7 +125,7 @@ def _paint_entropy(axes: Axes, scheme: Scheme, uses: Sequence[Usage]) -> None:
     axes.plot(of_all, rows, "s", color=scheme.series[0], label="of all choices")
     axes.axvline(most, color=scheme.faint, lw=1, ls="--")
     axes.set_xlim(-0.04 * most, 1.06 * most)
-    axes.set_title("Entropy, bits (dashed: even use)")
+    axes.set_title("Entropy, bits\ndashed: even use")
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
 

@@ -29,7 +29,11 @@ class _Model(BaseModel):
 
 
 class Metrics(_Model):
-    """The results of one row with one seed. Percentages are in 0..100; None is not measured."""
+    """The results of one row with one seed. Percentages are in 0..100; None is not measured.
+
+    `chance` is the accuracy of guessing by column. `parameters` are all of the models that the row
+    trained, `trained` and `fusion` parts of them; a row that tests another one's models has none.
+    """
 
     accuracy: Percent | None = None
     image: Percent | None = None
@@ -42,8 +46,10 @@ class Metrics(_Model):
     exact: Percent | None = None
     facts: Percent | None = None
     errors: dict[str, int] | None = None
+    chance: dict[str, Percent | None] = Field(default_factory=dict)
     parameters: int | None = None
     trained: int | None = None
+    fusion: int | None = None
     seconds: float | None = None
     n: int | None = None
 
@@ -69,6 +75,7 @@ class Row(_Model):
 class Results(_Model):
     """The contents of `results.json`.
 
+    `task` says what is asked of the models; `command`, `commit` and `versions` wrote the results.
     `titles` maps the folders of trained models to their titles; `notes` are for the reader. `split`
     was tested; `scienceqa` is whether its questions have ScienceQA's columns; `not_shown` maps a
     section of the page to why there is nothing to show.
@@ -76,6 +83,10 @@ class Results(_Model):
 
     name: str
     created: str = ""
+    task: str = ""
+    command: str = ""
+    commit: str = ""
+    versions: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
     seeds: list[int] = Field(default_factory=list)
     titles: dict[str, str] = Field(default_factory=dict)

@@ -1,11 +1,11 @@
-"""Summarise metrics over seeds: mean, spread, chance, and which rows are best."""
+"""Summarise metrics over seeds: mean, spread, interval, chance, and which rows are best."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from scipy import stats
 
@@ -16,6 +16,9 @@ ReadSeveral = Callable[[Metrics], Mapping[str, float | None]]
 
 LEVEL = 0.05
 """Two rows differ if Welch's test over their seeds gives a p below this."""
+
+Z = float(stats.norm.ppf(0.975))
+"""The quantile of a two-sided interval of 95 %."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,17 @@ def figures(row: Row, read: ReadSeveral, names: Iterable[str]) -> list[Figure | 
     return [figure(row, lambda m, name=name: read(m).get(name)) for name in names]
 
 
+def interval(percent: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of an accuracy over `n` questions, both in percent.
+
+    Wilson's score interval (1927), which holds for few questions and near 0 and 100 too.
+    """
+    share, z2 = percent / 100, Z * Z / n
+    middle = share + z2 / 2
+    reach = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4)
+    return 100 * (middle - reach) / (1 + z2), 100 * (middle + reach) / (1 + z2)
+
+
 def apart(a: Figure, b: Figure) -> bool:
     """Return whether two figures differ significantly (Welch's t-test, two-sided, `LEVEL`)."""
     if a.spread is None or b.spread is None:
@@ -83,14 +97,16 @@ def best(rows: Iterable[Row], read: Read) -> set[str]:
 
 @dataclass(frozen=True)
 class Chance:
-    """The accuracy of guessing an option, in percent, and the number of questions."""
+    """The accuracy of guessing an option, in percent: of all questions, of those with an image, by
+    family and by column; and the number of questions."""
 
     all: float
     n: int
     image: float | None
     n_image: int
     families: dict[str, float]
-    family_sizes: dict[str, int]
+    family_sizes: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, predictions: list[Prediction]) -> Chance | None:
@@ -114,16 +130,23 @@ class Chance:
             {name: len(some) for name, some in families.items()},
         )
 
-    def sampling_error(self) -> float:
-        """Return the standard error in points of an accuracy of 50 % over this many image
-        questions."""
-        return 50 / math.sqrt(self.n_image or self.n)
-
 
 def chance_of(run: Run) -> Chance | None:
-    """Compute chance over the questions of the run, from the first row that has predictions."""
+    """Compute chance over the questions of the run, from the first row that has predictions.
+
+    That of columns is among the row's metrics; without it, those of images and of all are known.
+    """
     for seeds in run.predictions.values():
         for _, predictions in sorted(seeds.items()):
-            if predictions:
-                return Chance.of(predictions)
+            found = Chance.of(predictions)
+            if found is not None:
+                return replace(found, columns=_by_column(run, found))
     return None
+
+
+def _by_column(run: Run, found: Chance) -> dict[str, float]:
+    known = {"IMG": found.image, "Avg": found.all}
+    rows = run.results.rows if run.results else []
+    measured = (metrics.chance for row in rows for _, metrics in sorted(row.seeds.items()))
+    known |= next((each for each in measured if each), {})
+    return {name: value for name, value in known.items() if value is not None}

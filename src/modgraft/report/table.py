@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from modgraft.core.errors import DataError, MissingFileError
 from modgraft.core.files import write_text
+from modgraft.core.tables import Markdown, Table
 from modgraft.report.family_groups import group_families
-from modgraft.report.run import Results, Row, check, read_results, read_run
-from modgraft.report.statistics import Chance, Read, best, chance_of, figure, figures
+from modgraft.report.run import Metrics, Results, Row, check, read_results, read_run
+from modgraft.report.statistics import Chance, Read, best, chance_of, figure, figures, interval
 
 GROUPS = {"main": "Models", "ablation": "Ablations", "control": "Controls (not competitors)"}
 NOT_RUN = "not run"
@@ -26,22 +26,28 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title on the page and in the terminal, what it reads, and whether rows compete.
+    """A column: its title on the page and in the terminal, and what it reads.
 
-    Rows compete for the highest accuracy; no other figure makes one the best. A column of
-    `scienceqa` stands in tables of its questions alone.
+    An accuracy is a share of `questions`, and has an interval. Rows compete for the highest
+    accuracy; no other figure makes one the best. A column of `scienceqa` stands in tables of its
+    questions alone.
     """
 
     title: str
     short: str
     read: Read
-    wins: bool = False
+    questions: Callable[[Chance], int] | None = None
     scienceqa: bool = False
+
+    @property
+    def wins(self) -> bool:
+        """Whether rows compete in this column."""
+        return self.questions is not None
 
 
 PERCENT = (
-    Column("Image questions", "Image", lambda m: m.image, wins=True),
-    Column("All questions", "All", lambda m: m.accuracy, wins=True),
+    Column("Image questions", "Image", lambda m: m.image, lambda c: c.n_image),
+    Column("All questions", "All", lambda m: m.accuracy, lambda c: c.n),
     Column("ROUGE-L", "ROUGE-L", lambda m: m.rouge_l),
     Column("BLEU-1", "BLEU-1", lambda m: m.bleu_1, scienceqa=True),
     Column("BLEU-4", "BLEU-4", lambda m: m.bleu_4, scienceqa=True),
@@ -59,10 +65,11 @@ def _columns(results: Results) -> tuple[list[Column], list[Column]]:
 
 @dataclass(frozen=True)
 class Cell:
-    """The text of a cell, and whether its row is among the best in this column."""
+    """The text of a cell, its interval, and whether its row is among the best in this column."""
 
     text: str
     best: bool = False
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,21 +93,23 @@ class ResultTable:
 
 
 def build(results: Results, chance: Chance | None = None) -> ResultTable:
-    """Lay out results: percentages as mean ± spread, then trained parameters and time."""
+    """Lay out results: percentages as mean ± spread, then what was trained, and time."""
     kept, dropped = _columns(results)
+    costs = [c for c in COSTS if _costs_something(c, results)]
     winners = {c.title: best(results.rows, c.read) for c in kept if c.wins}
     groups = []
     for group, title in GROUPS.items():
-        lines = [_line(row, kept, winners, results) for row in results.rows if row.group == group]
+        rows = [row for row in results.rows if row.group == group]
+        lines = [_line(row, kept, costs, winners, results, chance) for row in rows]
         if lines:
             groups.append((title, lines))
     guess = None
     if chance is not None:
         known = {"Image questions": chance.image, "All questions": chance.all}
         row = [known.get(column.title) for column in kept]
-        guess = [NONE if value is None else f"{value:.1f}" for value in row] + [NONE, NONE]
+        guess = [NONE if value is None else f"{value:.1f}" for value in row] + [NONE] * len(costs)
     return ResultTable(
-        [c.title for c in kept] + ["Trained parameters", "Time"],
+        [c.title for c in [*kept, *costs]],
         groups,
         guess,
         [c.title for c in dropped],
@@ -108,21 +117,31 @@ def build(results: Results, chance: Chance | None = None) -> ResultTable:
     )
 
 
-def _line(row: Row, kept: list[Column], winners: dict[str, set[str]], results: Results) -> Line:
+def _costs_something(column: Cost, results: Results) -> bool:
+    found = (figure(row, column.read) for row in results.rows)
+    return not column.optional or any(each is not None and each.mean > 0 for each in found)
+
+
+def _line(
+    row: Row,
+    kept: list[Column],
+    costs: list[Cost],
+    winners: dict[str, set[str]],
+    results: Results,
+    chance: Chance | None,
+) -> Line:
     if not row.seeds:
         return Line(row, [], [NOT_RUN])
     cells = []
     for column in kept:
         found = figure(row, column.read)
         won = row.key in winners.get(column.title, ())
-        cells.append(Cell(NONE if found is None else str(found), won))
-    trained, size, time = (
-        None if (found := figure(row, read)) is None else found.mean
-        for read in (lambda m: m.trained, lambda m: m.parameters, lambda m: m.seconds)
-    )
-    share = f" ({100 * trained / size:.0f} %)" if trained and size and trained < size else ""
-    cells.append(Cell(count(trained) + share))
-    cells.append(Cell(seconds(time)))
+        n = column.questions(chance) if chance is not None and column.questions else 0
+        ends = "" if found is None or not n else "[{:.1f}, {:.1f}]".format(*interval(found.mean, n))
+        cells.append(Cell(NONE if found is None else str(found), won, ends))
+    for column in costs:
+        found = figure(row, column.read)
+        cells.append(Cell(column.write(None if found is None else found.mean)))
     marks = ["leak"] if row.leaks else []
     if len(row.seeds) < len(results.seeds):
         marks.append(f"{len(row.seeds)} of {len(results.seeds)} seeds")
@@ -144,10 +163,12 @@ def _remarks(results: Results, chance: Chance | None, winners: dict[str, set[str
     else:
         remarks.append("In percent, of one seed: no spread, so no row is called best.")
     if chance is not None:
-        what = f"{chance.n_image} image questions" if chance.n_image else f"{chance.n} questions"
+        what = f"{chance.n_image} image questions of {chance.n}" if chance.n_image else chance.n
         remarks.append(
-            f"The spread is not the error of a finite test set: {what} leave up to "
-            f"± {chance.sampling_error():.1f} points (one standard error). "
+            "Brackets: the 95 % interval (Wilson) around a row's mean for one test set of this "
+            f"size ({what}); the spread over seeds leaves that out."
+        )
+        remarks.append(
             "Chance is the expectation of a uniform guess among each question's own options."
         )
     else:
@@ -158,11 +179,14 @@ def _remarks(results: Results, chance: Chance | None, winners: dict[str, set[str
         )
     if any(not row.seeds for row in results.rows):
         remarks.append(f"“{NOT_RUN}”: the run holds nothing of this row.")
+    tested = [row for row in results.rows if row.seeds]
+    if 0 < sum(figure(row, lambda m: m.trained) is None for row in tested) < len(tested):
+        remarks.append("A row without parameters tests the models of another row.")
     remarks.append(f"“{NONE}”: not measured.")
     return remarks
 
 
-def table(results: Results | Mapping[str, Any] | Path | str) -> str:
+def table(results: Results | Mapping[str, Any] | Path | str) -> Markdown:
     """Return the table of results as Markdown.
 
     Args:
@@ -191,17 +215,21 @@ def table(results: Results | Mapping[str, Any] | Path | str) -> str:
         lines.append(f"| *{title}* |" + " |" * width)
         for line in members:
             marks = "".join(f" ({mark})" for mark in line.marks)
-            cells = [f"**{c.text}**" if c.best else c.text for c in line.cells] or [""] * width
+            cells = [_markdown_cell(cell) for cell in line.cells] or [""] * width
             lines.append(f"| {_escaped(line.row.title)}{marks} | " + " | ".join(cells) + " |")
     if laid.chance is not None:
         lines.append("| *Chance* | " + " | ".join(laid.chance) + " |")
     notes = [f"{_escaped(row.title)}: {_escaped(row.note)}" for row in results.rows if row.note]
-    return "\n".join(
-        [*lines, "", " ".join(laid.remarks), *(["", "; ".join(notes) + "."] if notes else [])]
-    )
+    said = [*lines, "", " ".join(laid.remarks), *(["", "; ".join(notes) + "."] if notes else [])]
+    return Markdown("\n".join(said))
 
 
-def families(results: Results) -> str:
+def _markdown_cell(cell: Cell) -> str:
+    text = f"**{cell.text}**" if cell.best else cell.text
+    return f"{text} {cell.interval}".rstrip()
+
+
+def families(results: Results) -> Markdown:
     """Return accuracy by family as Markdown, mean ± spread over seeds."""
     results = group_families(results)
     names = _family_names(results)
@@ -210,7 +238,7 @@ def families(results: Results) -> str:
         cells = figures(row, lambda m: m.families, names)
         shown = " | ".join(NONE if cell is None else str(cell) for cell in cells)
         lines.append(f"| {_escaped(row.title)}{' (leak)' if row.leaks else ''} | {shown} |")
-    return "\n".join(lines)
+    return Markdown("\n".join(lines))
 
 
 def _markdown_head(columns: Sequence[str]) -> list[str]:
@@ -279,14 +307,37 @@ def seconds(number: float | None) -> str:
     return f"{number / 60:.1f} min" if number < 5400 else f"{number / 3600:.1f} h"
 
 
+@dataclass(frozen=True)
+class Cost:
+    """A column of what a row's own training took; an `optional` one goes where all rows have 0."""
+
+    title: str
+    read: Read
+    write: Callable[[float | None], str] = count
+    optional: bool = False
+
+
+def _frozen(metrics: Metrics) -> int | None:
+    if metrics.parameters is None or metrics.trained is None:
+        return None
+    return metrics.parameters - metrics.trained
+
+
+COSTS = (
+    Cost("Trained parameters", lambda m: m.trained),
+    Cost("of these fusion", lambda m: m.fusion, optional=True),
+    Cost("Frozen parameters", _frozen, optional=True),
+    Cost("Time", lambda m: m.seconds, seconds),
+)
+
+
 # -- in the terminal ---------------------------------------------------------------------------
 
 
-def print_results(run: Path, console: Console) -> None:
-    """Print every row's figures, mean over seeds, then its accuracy by family.
+def print_results(run: Path, console: Console, *, wide: bool = False) -> None:
+    """Print every row's figures, mean over seeds, then its accuracy by family; see `print_fitted`.
 
-    Of ScienceQA's questions, its accuracy by their published columns is between. A table that is
-    too wide for the terminal comes in several, each with some of the columns.
+    Of ScienceQA's questions, its accuracy by their published columns is between.
     """
     results = group_families(read_results(run / "results.json"))
     tested, seeds = results.tested, ", ".join(map(str, results.seeds))
@@ -299,33 +350,46 @@ def print_results(run: Path, console: Console) -> None:
         f: lambda m, f=f: m.families.get(f) for f in _family_names(results)
     }
     for title, columns in tables.items():
-        for part in _fitting(title, results, columns, console):
-            console.print(part)
+        table = _terminal_table(title, results, columns)
+        print_fitted(table, console, run / "report.html", wide=wide)
 
 
 def terminal_table(title: str, first: str, columns: Iterable[str]) -> Table:
-    """Begin a table of numbers, with titles for its first column and for the others."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column(first, no_wrap=True)
+    """Begin a table of numbers, with titles for its first column and for the others.
+
+    Where the terminal is too narrow, the first column alone is folded.
+    """
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, overflow="fold")
     for name in columns:
         table.add_column(escape(name), justify="right", no_wrap=True)
     return table
 
 
-def _fitting(
-    title: str, results: Results, columns: Mapping[str, Read], console: Console
-) -> Iterator[Table]:
-    """Lay out columns in as many tables as the console's width asks for."""
-    wide, fitting, part = console.options.update_width(10_000), dict[str, Read](), None
-    for name, read in columns.items():
-        longer = _terminal_table(title, results, fitting | {name: read})
-        if part is not None and console.measure(longer, options=wide).maximum > console.width:
-            yield part
-            title, fitting = "", {}
-        fitting[name] = read
-        part = _terminal_table(title, results, fitting)
-    if part is not None:
-        yield part
+def print_fitted(table: Table, console: Console, file: Path, *, wide: bool = False) -> None:
+    """Print a table, on a terminal with as many of its columns as there is room for.
+
+    Args:
+        table: The table, none of whose columns wraps.
+        console: Where to.
+        file: Where all columns are, for the line that says which are left out.
+        wide: Whether to print all of it, however wide; so it is where there is no terminal.
+    """
+    everything = console.options.update(max_width=10_000)
+    left_out = []
+    while (
+        console.is_terminal
+        and not wide
+        and len(table.columns) > 2
+        and console.measure(table, options=everything).maximum > console.width
+    ):
+        left_out.insert(0, str(table.columns.pop().header))
+    before, console.width = console.width, console.measure(table, options=everything).maximum
+    console.print(table)
+    console.width = before
+    if left_out:
+        more = f"{len(left_out)} more columns ({', '.join(left_out)}): --wide, or {file}"
+        console.print(more, markup=False, highlight=False, soft_wrap=True)
 
 
 def _terminal_table(title: str, results: Results, columns: dict[str, Read]) -> Table:

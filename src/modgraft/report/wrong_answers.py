@@ -1,4 +1,4 @@
-"""Count wrong answers by class, and show examples with their differences from the truth."""
+"""Count wrong answers by class, and show them with their differences from the truth."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ MEANINGS = {
 
 UNSORTED = "unclassified"
 EXAMPLES = 3
+"""The number of wrong answers of a class that stand open on the page."""
+
+MOST = 500
+"""The number of wrong answers of a class on the page at most; predictions.jsonl has all."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,13 @@ class Example:
 
 @dataclass(frozen=True)
 class ErrorClass:
-    """One class of error with some examples, out of `total` wrong answers."""
+    """One class of error: some `examples` of its `total` wrong answers, and the `others`."""
 
     name: str
     meaning: str
     total: int
     examples: list[Example]
+    others: list[Example]
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,17 @@ def _per_seed(run: Run, row: Row) -> Sequence[Mapping[str, int]]:
 
 
 def examples(run: Run, predictions: Iterable[Prediction]) -> list[ErrorClass]:
-    """Group wrong answers by class, the most frequent first, and choose examples of each."""
+    """Group wrong answers by class, the most frequent first; examples are of many categories."""
     grouped: dict[str, list[Prediction]] = {}
     for each in predictions:
         if not each.correct:
             grouped.setdefault(each.error or UNSORTED, []).append(each)
     classes = []
     for name, members in sorted(grouped.items(), key=lambda item: -len(item[1])):
-        shown = [_example(run, each) for each in _diverse(members)]
-        classes.append(ErrorClass(name, MEANINGS.get(name, ""), len(members), shown))
+        chosen = _diverse(members)
+        rest = [each for each in members if each not in chosen][: MOST - len(chosen)]
+        shown, others = ([_example(run, each) for each in some] for some in (chosen, rest))
+        classes.append(ErrorClass(name, MEANINGS.get(name, ""), len(members), shown, others))
     return classes
 
 

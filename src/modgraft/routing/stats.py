@@ -21,7 +21,7 @@ class Usage:
         share: ``[N]``, each module's share of all weight.
         picked: ``[N]``, the share of choices in which its weight was not 0.
         entropy: the mean entropy of a choice's probabilities, in bits, from 0 (certain) to log₂ N.
-        spread: the entropy of the mean probabilities, in bits, from 0 (collapse) to log₂ N (even).
+        spread: the entropy of ``share``, in bits, from 0 (collapse) to log₂ N (even).
     """
 
     path: str
@@ -55,7 +55,6 @@ class UsageCounter:
         self.choices = 0
         self.weight = torch.zeros(self.size, dtype=torch.float64)
         self.picked = torch.zeros(self.size, dtype=torch.float64)
-        self.probability = torch.zeros(self.size, dtype=torch.float64)
         self.entropy = 0.0
 
     @torch.no_grad()
@@ -69,14 +68,13 @@ class UsageCounter:
         self.choices += len(weights)
         self.weight += weights.sum(0)
         self.picked += weights.ne(0).sum(0)
-        self.probability += probabilities.sum(0)
         self.entropy += float(torch.special.entr(probabilities).sum()) / math.log(2)
 
     def usage(self, path: str, names: tuple[str, ...]) -> Usage:
         """Return the statistics of the choices counted so far."""
         many = max(1, self.choices)
         share = self.weight / self.weight.sum().clamp_min(1e-300)
-        spread = float(torch.special.entr(self.probability / many).sum()) / math.log(2)
+        spread = float(torch.special.entr(share).sum()) / math.log(2)
         return Usage(
             path, names, self.choices, tuple(share.tolist()),
             tuple((self.picked / many).tolist()), self.entropy / many, spread,

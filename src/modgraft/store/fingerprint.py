@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -45,19 +47,24 @@ _SAMPLES = 256  # values of each tensor that the first format's fingerprint read
 _PATIENCE = 20  # what was read in a second is not read again for so many, so that it costs 5 %
 
 
+_Digests = dict[str, tuple[tuple[Any, ...], bytes]]
+
+
 @dataclass
 class _Read:
     """What was read of a host.
 
     Attributes:
         digests: the hash of each tensor by name, with what tells whether it was written to since.
+        rounded: the same of the tensors as they would be in each precision that was asked for.
         at: when all of them were read last.
         took: how long that took, in seconds.
         outline: see :func:`outline`,
         trace: and what it was made of.
     """
 
-    digests: dict[str, tuple[tuple[Any, ...], bytes]] = field(default_factory=dict)
+    digests: _Digests = field(default_factory=dict)
+    rounded: dict[torch.dtype, _Digests] = field(default_factory=dict)
     at: float = 0.0
     took: float = 0.0
     outline: dict[str, Any] = field(default_factory=dict)
@@ -210,6 +217,23 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
     }
 
 
+def fingerprint_of_part(
+    model: nn.Module, path: str, without: Collection[str] = ()
+) -> dict[str, Any]:
+    """Identify the part of a host at ``path`` as :func:`fingerprint` does a host, after the host.
+
+    What was read of the host just now is not read again.
+    """
+    part, start, whole = model.get_submodule(path), f"{bare(path)}.", _read.get(model, _Read())
+
+    def own(digests: _Digests) -> _Digests:
+        return {n.removeprefix(start): d for n, d in digests.items() if n.startswith(start)}
+
+    rounded = {dtype: own(digests) for dtype, digests in whole.rounded.items()}
+    _read[part] = _Read(own(whole.digests), rounded, whole.at, whole.took)
+    return fingerprint(part, without)
+
+
 @reads_offloaded
 def rounded_fingerprints(model: nn.Module, without: Collection[str] = ()) -> dict[str, str]:
     """Return the hash of the weights as they would be in each lower precision, by its name.
@@ -221,15 +245,19 @@ def rounded_fingerprints(model: nn.Module, without: Collection[str] = ()) -> dic
     found = {}
     for name, dtype in PRECISIONS.items():
         if dtype.itemsize < widest:
-            found[name] = _rounded(parts.parameters, dtype, without)
+            found[name] = _rounded(model, parts.parameters, dtype, without)
             if any(map(_is_float, parts.buffers.values())):
-                found[f"{name} buffers"] = _rounded(parts.buffers, dtype, without)
+                found[f"{name} buffers"] = _rounded(model, parts.buffers, dtype, without)
     return found
 
 
-def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype, without: Collection[str]) -> str:
-    digests = {n: _digest(t, dtype if _is_float(t) else None) for n, t in tensors.items()}
-    return _combined(digests, without)
+def _rounded(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    without: Collection[str],
+) -> str:
+    return _combined(_each(model, tensors, dtype), without)
 
 
 def _is_float(tensor: Tensor) -> bool:
@@ -331,22 +359,87 @@ def is_in_another_precision(
         weights, others = there.get(name), there.get(f"{name} buffers")
         return (
             here["weights"] == weights
-            or _rounded(parts.parameters, dtype, without) == there["weights"]
+            or _rounded(model, parts.parameters, dtype, without) == there["weights"]
         ) and (
             "buffers" not in differs
             or here["buffers"] == others
-            or _rounded(parts.buffers, dtype, without) == there["buffers"]
+            or _rounded(model, parts.buffers, dtype, without) == there["buffers"]
         )
 
     return any(is_rounded(*precision) for precision in PRECISIONS.items())
+
+
+@reads_offloaded
+def sketches(model: nn.Module, without: Collection[str] = ()) -> dict[str, str]:
+    """Return of each weight and buffer of a host a short hash, and a few of its values.
+
+    By these it can be said which of them another host has otherwise, and by about how much.
+    """
+    parts = _Parts(model)
+    tensors = {n: t for n, t in (parts.parameters | parts.buffers).items() if n not in without}
+    digests = _each(model, tensors)
+    return {
+        name: f"{digests[name].hex()[:8]}:{b64encode(_some(t).tobytes()).decode()}"
+        for name, t in tensors.items()
+    }
+
+
+def _some(tensor: Tensor) -> np.ndarray:
+    """Return some numbers of a tensor, evenly spaced, in half precision ``[≤ 8 of each part]``."""
+    some = torch.cat([torch.empty(0), *map(_some_of_part, dense_parts(tensor))])
+    return some.clamp(-65504, 65504).to(torch.float16).numpy()
+
+
+def _some_of_part(part: Tensor) -> Tensor:
+    """Return some numbers of a dense tensor; none where its type has no numbers, such as bits."""
+    flat = part.reshape(-1)
+    some = flat[:: max(1, flat.numel() // 8)][:8].cpu()
+    try:
+        real = torch.view_as_real(some).reshape(-1) if some.is_complex() else some
+        return real.to(torch.float32)
+    except NotImplementedError:  # as PyTorch says of a type that it does not compute with
+        return torch.empty(0)
+
+
+def changed(
+    model: nn.Module, there: Mapping[str, Any], without: Collection[str] = ()
+) -> dict[str, float]:
+    """Return which weights and buffers of a host differ from :func:`sketches`, and by how much.
+
+    Returns:
+        The name of each, with ‖there − here‖ / max(‖there‖, ‖here‖) of the values that are known:
+        about 1.4 where they have nothing to do with each other, and 0 where none of those tells.
+    """
+    found = {}
+    for name, ours in sketches(model, without).items():
+        theirs = str(there.get(name, ours))
+        if ours.partition(":")[0] != theirs.partition(":")[0]:
+            a, b = _numbers(ours), _numbers(theirs)
+            found[name] = 0.0
+            if len(a) == len(b) and (largest := max(np.linalg.norm(a), np.linalg.norm(b))) > 0:
+                found[name] = float(np.linalg.norm(a - b) / largest)
+    return found
+
+
+def _numbers(sketch: str) -> np.ndarray:
+    """Return the numbers of a sketch; none where some are NaN, or the card was changed."""
+    try:
+        some = np.frombuffer(b64decode(sketch.partition(":")[2]), np.float16).astype(np.float64)
+    except ValueError:
+        return np.empty(0)
+    return some if np.isfinite(some).all() else np.empty(0)
 
 
 def _name(item: tuple[str, Tensor]) -> str:
     return item[0]
 
 
-def _each(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+def _each(
+    model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, bytes]:
     """Hash tensors: all where that was long ago, and else those that were written to since.
+
+    Numbers with a fraction are rounded to ``dtype`` before.
 
     A write that PyTorch does not count, through ``.data`` or numpy, is seen when all are read.
     """
@@ -354,11 +447,15 @@ def _each(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     begin = time.monotonic()
     if begin - known.at > _PATIENCE * known.took:
         known.digests.clear()
+        known.rounded.clear()
     with torch.no_grad():
         traces = {name: _trace(tensor) for name, tensor in tensors.items()}
-    of = known.digests
+    of = known.digests if dtype is None else known.rounded.setdefault(dtype, {})
     new = [name for name, trace in traces.items() if of.get(name, (None,))[0] != trace]
-    if new:
+    if new and dtype is not None:  # one after the other: each is a copy
+        for n in new:
+            of[n] = traces[n], _digest(tensors[n], dtype if _is_float(tensors[n]) else None)
+    elif new:
         with ThreadPoolExecutor() as pool:  # hashing lets other threads run
             made = list(pool.map(lambda name: _digest(tensors[name]), new))
         if not of:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,14 +44,24 @@ from modgraft.store.file import (
 )
 from modgraft.store.fingerprint import (
     are_of_values,
+    changed,
     differences,
     fingerprint,
     is_in_another_precision,
     rounded_fingerprints,
+    sketches,
 )
 from modgraft.store.formats.base import found_in
 from modgraft.store.readme import WRITTEN, readme
 from modgraft.store.stored import Stored
+from modgraft.store.within import (
+    INNER,
+    SKETCHES,
+    beside_within,
+    inner,
+    placed,
+    sketches_of,
+)
 from modgraft.training.host_like import HostLike
 
 FILE = "module.safetensors"
@@ -126,7 +137,12 @@ def packed(
         composition=str(now) if is_kept else None,
         together=together,
         beside=beside,
-        host={**fingerprint(model, beside), **rounded_fingerprints(model, beside)},
+        host={
+            **fingerprint(model, beside),
+            **rounded_fingerprints(model, beside),
+            SKETCHES: sketches(model, beside),
+            **inner(model, [path for i in implants for path in i.paths], beside),
+        },
         tensors=digest_of(tensors),
         base_model=_hub_name(model),
     )
@@ -206,7 +222,7 @@ def stored(folder: Path, model: nn.Module) -> Stored:
         CheckpointError: for a folder without modules, or a file that is damaged or none of them.
     """
     if is_there(folder / FILE):
-        return native(folder)
+        return placed(native(folder), model)
     try:
         other = found_in(folder)
         if other is not None:
@@ -253,8 +269,10 @@ def native(folder: Path) -> Stored:
     return Stored(folder, card, lambda: file.entries, read)
 
 
-def check_host(host: HostLike, modules: Stored, strict: bool) -> dict[str, Any] | None:
-    """Refuse a host that the modules were not trained in.
+def check_host(
+    host: HostLike, modules: Stored, strict: bool, stacklevel: int | None = 3
+) -> dict[str, Any] | None:
+    """Refuse a host that the modules were not trained in, or warn of it.
 
     What other modules have brought of it, such as a head, counts as what it replaced too, so that
     the order in which modules are loaded does not matter.
@@ -262,7 +280,9 @@ def check_host(host: HostLike, modules: Stored, strict: bool) -> dict[str, Any] 
     Args:
         host: the host.
         modules: the modules.
-        strict: whether its weights must be the same, and not its architecture alone.
+        strict: whether its weights must be the same, and not its architecture alone. A host that
+            differs by more than its precision is warned of otherwise.
+        stacklevel: of the warning, as ``warnings.warn`` has it; None: there is none.
 
     Returns:
         The fingerprint of the host they were trained in, where that is another one.
@@ -270,20 +290,24 @@ def check_host(host: HostLike, modules: Stored, strict: bool) -> dict[str, Any] 
     Raises:
         CheckpointError: with what differs.
     """
-    card, there, model = modules.card, modules.card.host, host.model
+    there = modules.card.host
+    model, beside = host.model.get_submodule(modules.within), beside_within(modules)
     if not there:  # another tool's, which says nothing of it
         return None
-    differs = differences(model, there, card.beside)
+    differs = differences(model, there, beside)
     if not differs:
         return None
     of_values = are_of_values(differs)
     if of_values and any(implant.replaced for implant in host._implants.values()):
-        with host._implants.taken_back_for_now(model):
-            if not differences(model, there, card.beside):
+        with host._implants.taken_back_for_now(host.model):
+            if not differences(model, there, beside):
                 return None
+    rounded = is_in_another_precision(model, there, differs, beside)
     if of_values and not strict:
-        return dict(there)
-    rounded = is_in_another_precision(model, there, differs, card.beside)
+        if stacklevel is not None and not rounded:
+            words = _another(modules, model, differs)
+            warnings.warn(words, stacklevel=stacklevel)
+        return {key: said for key, said in there.items() if key not in (SKETCHES, INNER)}
     other = "this host in another precision" if rounded else "another host"
     remedy = ", or say strict=False to try it all the same" if of_values else ""
     raise CheckpointError(
@@ -293,11 +317,57 @@ def check_host(host: HostLike, modules: Stored, strict: bool) -> dict[str, Any] 
     )
 
 
+def _another(modules: Stored, model: nn.Module, differs: Sequence[str]) -> str:
+    """Say what of a host is other than what modules were trained with, by name and by how much."""
+    names, each = modules.card.names, sketches_of(modules.card.host)
+    kinds = [kind for kind in differs if ":" not in kind]  # "weights", "buffers"
+    rest = [_in_words(*kind.split(": ", 1)) for kind in differs if ":" in kind]
+    found = changed(model, each, beside_within(modules)) if kinds else {}
+    if found:
+        tensors = [
+            f"{name} by {f'{100 * much:.3g} %' if much else 'an unknown amount'}"
+            for name, much in sorted(found.items(), key=lambda item: -item[1])
+        ]
+        said = f"{len(found)} of its {len(each)} tensors: {_first_of(tensors)}"
+        rest.insert(0, f"{said}; measured on a few values of each")
+    elif kinds:
+        rest.insert(0, f"its {' and '.join(kinds)}; which and by how much was not saved")
+    remedy = (
+        "Load the weights it was trained with into this host. A part that learned too, such as a "
+        "head, is in the folder if it was trained with it: "
+        f"host.fit(…, train=[{names[0]!r}, 'host.classifier'])"
+        if kinds
+        else "Make this host as it was there"
+    )
+    are, they_were = ("is", "it was") if len(names) == 1 else ("are", "they were")
+    return (
+        f"{modules.folder}: {', '.join(names)} {are} loaded into another host than {they_were} "
+        f"trained in ({_first_of(rest, '; ')}). {remedy}"
+    )
+
+
+def _in_words(part: str, what: str) -> str:
+    """Say a difference of settings, or of what else layers hold."""
+    return f"the setting {what[:300]}" if part == "settings" else f"{what}, which a layer holds"
+
+
+def _first_of(texts: Sequence[str], between: str = ", ") -> str:
+    """Join the first few texts, and say how many more there are."""
+    more = f" and {len(texts) - 6} more" if len(texts) > 6 else ""
+    return between.join(texts[:6]) + more
+
+
 # -- loading -------------------------------------------------------------------------------------
 
 
 def load(
-    host: HostLike, modules: Stored, name: str | None, strict: bool, active: bool
+    host: HostLike,
+    modules: Stored,
+    name: str | None,
+    strict: bool,
+    active: bool,
+    *,
+    told: bool = False,
 ) -> list[Implant]:
     """Implant the modules of a folder; an equal one that is there already is left as it is.
 
@@ -308,6 +378,7 @@ def load(
             those begin with that were one module of another tool; None: as saved.
         strict: whether the host must be the one they were trained in, weight for weight.
         active: whether they join the composition in force, or bring the one they were saved with.
+        told: whether it was warned of another host already.
 
     Returns:
         Those that were asked for when they were saved.
@@ -317,7 +388,7 @@ def load(
             module needs otherwise, or modules trained in another host. The host is then as it was.
     """
     with naming(modules.folder):
-        return _load(host, modules, name, strict, active)
+        return _load(host, modules, name, strict, active, told)
 
 
 @contextmanager
@@ -336,10 +407,11 @@ def naming(folder: Path) -> Iterator[None]:
 
 
 def _load(
-    host: HostLike, modules: Stored, name: str | None, strict: bool, active: bool
+    host: HostLike, modules: Stored, name: str | None, strict: bool, active: bool, told: bool
 ) -> list[Implant]:
     card, before = modules.card, host.composition
-    trained_in = check_host(host, modules, strict)
+    called = None if told else 5  # who called host.load
+    trained_in = check_host(host, modules, strict, called)
     names = names_here(modules, name)
     methods = {saved.name: saved.method(modules.folder) for saved in card.modules}
     tensors = modules.read()

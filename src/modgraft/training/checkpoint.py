@@ -15,7 +15,6 @@ therefore exists complete or not at all.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import re
@@ -25,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -75,7 +74,7 @@ def fingerprint(host: nn.Module) -> dict[str, Any]:
     for name, module in host.named_modules():
         if isinstance(module, Implant):
             found[name] = f"{module.method!r} at {', '.join(module.paths)}"
-            found["composition"] = str(getattr(host, "composition", None))
+            found["composition"] = str(getattr(host, "acting", None))
         elif not module._parameters and not module._buffers and (text := module.extra_repr()):
             found[name] = f"{type(module).__name__}({text})"
     config: Any = getattr(host, "config", None)
@@ -178,15 +177,14 @@ class Checkpoints:
         if keep < 1:
             raise ModgraftError(f"keep={keep}: at least the latest checkpoint must stay")
         self.folder, self.root, self.keep = folder, folder / "checkpoints", keep
-        self._lock: IO[bytes] | None = None
 
     def open(self, *, resume: bool) -> None:
-        """Lock the folder for this process, and remove what a killed process left unfinished.
+        """Remove what a killed process left unfinished, from a folder that is held.
 
         With `resume=False` the run in the folder is deleted.
 
         Raises:
-            ModgraftError: another process is training here, or the folder's metrics are not ours.
+            ModgraftError: the folder's metrics are not ours.
         """
         if resume and (self.folder / METRICS).exists() and not self.root.is_dir():
             raise ModgraftError(
@@ -195,14 +193,6 @@ class Checkpoints:
             )
         self.root.mkdir(parents=True, exist_ok=True)
         sync(self.folder)
-        self._lock = (self.root / ".lock").open("ab")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
-            raise ModgraftError(
-                f"another process is training in {self.folder}: wait for it or give another folder="
-            ) from error
         for path in self.root.iterdir():
             if path.name.startswith(_TEMPORARY):
                 shutil.rmtree(path)
@@ -210,12 +200,6 @@ class Checkpoints:
             for path in self.paths():
                 self._remove(path)
             (self.folder / METRICS).unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Unlock the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
 
     def paths(self, until: float = math.inf) -> list[Path]:
         """Return the checkpoints, oldest first, up to that of step `until`."""

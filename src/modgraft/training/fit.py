@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -63,7 +64,7 @@ def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
 def _no_setting(name: str) -> ModgraftError:
     """Say that there is no such setting, and which there are."""
     known = [f.name for f in fields(Settings)]
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name, [*known, "train", "modules"], n=1)
     if "loss" in name.split("_"):
         why = "the loss is what the model returns as .loss; compute it in the model's forward"
     elif near:
@@ -102,10 +103,18 @@ def planned(
     rank, world = accelerator.process_index, accelerator.num_processes
     stream = Stream(loader, seed=given.seed, rank=rank, world=world)
     first = {} if given.folder is None else stream.first()
+    key = digest(first)
+    if given.folder is not None and (why := stream.unrepeatable(key)):
+        warnings.warn(
+            f"fit(folder={str(given.folder)!r}): {why}; a run that is resumed may not be the "
+            f"uninterrupted one to the bit. Random numbers have to come from torch, random or "
+            f"numpy, or from a generator of theirs that the loader holds",
+            stacklevel=4,
+        )
     settings = given.decided(
         batches=stream.length,
         first_ids=ids_of(first, given.ignore) if stream.indexed else None,
         processes=world,
         beside=beside,
     )
-    return Run(host, stream, settings, accelerator, part, digest(first))
+    return Run(host, stream, settings, accelerator, part, key)

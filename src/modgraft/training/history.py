@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.tables import Page, Table, table
 
 #: the metrics file's name within a run's folder
 METRICS = "metrics.jsonl"
+#: how many evaluations ``print(history)`` shows; all of them are in `History.evaluations`
+SHOWN = 8
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class History:
     """The record of one run of `fit`, resumed parts included.
 
@@ -58,6 +61,45 @@ class History:
             raise ModgraftError("this history holds no step: fit was asked for none")
         return self.losses[-1]
 
+    def __repr__(self) -> str:
+        return self._summary()
+
+    def __str__(self) -> str:
+        return self._page()
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return self._page()._repr_html_()
+
+    def _summary(self) -> str:
+        """Tell the run in one line."""
+        if not self.steps:
+            return "History: no step was taken"
+        said = [f"{self.steps[-1]:,} steps in {self.seconds:.1f} s"]
+        said += [f"loss {self.losses[0]:.4g} at first, {self.losses[-1]:.4g} at last"]
+        if self.best is not None:
+            value, step = self.best[self.monitor], self.best["step"]
+            said.append(f"best {self.monitor} {value:.4g} at step {step:,}")
+        if self.resumed_from is not None:
+            said.append(f"resumed from step {self.resumed_from:,}")
+        if self.untouched:
+            said.append(f"{len(self.untouched)} tensors never had a gradient")
+        if self.stopped not in (None, "steps"):
+            said.append(f"stopped: {self.stopped}" + (f" ({self.error})" if self.error else ""))
+        return f"History: {'; '.join(said)}"
+
+    def _page(self) -> Page:
+        """Return the summary, and a table of the last evaluations."""
+        parts: list[str | Table] = [self._summary()]
+        last = self.evaluations[-SHOWN:]
+        if len(self.evaluations) > len(last):
+            parts.append(f"The last {len(last)} of {len(self.evaluations)} evaluations:")
+        if last:
+            names = list(dict.fromkeys(name for each in last for name in each))
+            cells = [[_number(each.get(name)) for name in names] for each in last]
+            parts.append(table(names, cells, right=names))
+        return Page(*parts)
+
     def add(self, line: dict[str, Any]) -> None:
         """Add one line of `metrics.jsonl`."""
         if line["split"] == "train":
@@ -66,6 +108,11 @@ class History:
             self.parts.append(line.get("parts", {}))
         else:
             self.evaluations.append({k: v for k, v in line.items() if k != "split"})
+
+
+def _number(value: float | None) -> str:
+    """Format a figure of an evaluation; – where it was not measured, or is not finite."""
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def numbers(measured: Any) -> dict[str, float | None]:

@@ -13,7 +13,8 @@ import torch
 
 from modgraft.core.errors import ModgraftError
 from modgraft.training.parts import together
-from modgraft.training.stream import Batch, Stream, fold
+from modgraft.training.randomness import fold
+from modgraft.training.stream import Batch, Stream
 
 TEMPERATURES = {"proportional": 1.0, "equal": math.inf}
 

@@ -1,13 +1,18 @@
-"""Show the progress of a run: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress of a run: a bar on a terminal and in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Mapping
+from html import escape
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from transformers.utils.notebook import NotebookProgressBar
 
 #: seconds between two plain lines
 EVERY = 5.0
@@ -18,8 +23,9 @@ SHOWN = 6
 class Show:
     """Show loss, learning rate, steps a second and time left during a run.
 
-    On a terminal it is a bar; in a pipe or a log file, a line at the start, at the end and every
-    `EVERY` seconds. Both go to standard error, apart from the program's output.
+    On a terminal and in a notebook it is a bar; in a pipe or a log file, a line at the start, at
+    the end and every `EVERY` seconds. Bar and lines go to standard error, apart from the program's
+    output; a notebook has its bar below the cell.
 
     Args:
         label: stands first on the line.
@@ -34,7 +40,14 @@ class Show:
         self._began = self._shown = time.monotonic()
         self._parts: dict[str, float] = {}
         self._bar: Progress | None = None
-        if enabled and self.console.is_terminal:
+        self._notebook: NotebookProgressBar | None = None
+        if enabled and self.console.is_jupyter:
+            # HTML alone: rich and tqdm need ipywidgets, and their bars are lost with the kernel.
+            from transformers.utils.notebook import NotebookProgressBar
+
+            self._notebook = NotebookProgressBar(total, prefix=escape(label))
+            self._notebook.update(start)
+        elif enabled and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
@@ -67,7 +80,11 @@ class Show:
         of_parts = "".join(
             f"  {name} {value:.4f}" for name, value in list(self._parts.items())[:SHOWN]
         )
-        text = f"loss {loss:.4f}{of_parts}  lr {lr:.2e}  {rate:.2f} steps/s"
+        text = f"loss {loss:.4f}{of_parts}  lr {lr:.2e}"
+        if self._notebook is not None:
+            self._notebook.update(step, comment=escape(text))
+            return
+        text += f"  {rate:.2f} steps/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=text)
         elif step in (self.start + 1, self.total) or now - self._shown >= EVERY:
@@ -81,6 +98,8 @@ class Show:
             return
         if self._bar is not None:
             self.console.print(f"{self.label}: {text}", markup=False)
+        elif self._notebook is not None:
+            print(f"{self.label}: {text}")  # a notebook shows standard error as if it were one
         else:
             # rich would wrap a long line at 80 columns where there is no terminal to fit
             print(f"{self.label}: {text}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property
 from itertools import islice
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
-from modgraft.core.files import folder_path
+from modgraft.core.files import folder_path, held
 from modgraft.core.offloaded import is_offloaded
 from modgraft.core.tensors import device_of
 from modgraft.training import checkpoint as disk
@@ -34,6 +35,7 @@ from modgraft.training.optim import (
 )
 from modgraft.training.processes import Interrupt
 from modgraft.training.progress import Show
+from modgraft.training.randomness import generators_in, own_randomness, seed_everything
 from modgraft.training.settings import Decided
 from modgraft.training.stream import Batch, Stream
 
@@ -85,6 +87,11 @@ class Run:
 
     # --- the run --------------------------------------------------------------------------------
 
+    @cached_property
+    def own(self) -> list[Any]:
+        """The random generators that the host and its evaluation have of their own."""
+        return generators_in(self.host, self.settings.evaluate, self.settings.weigh)
+
     def start(self) -> History:
         """Set up, resume, train, and restore modes."""
         with ExitStack() as stack:
@@ -121,7 +128,7 @@ class Run:
         if self.store is None:
             return
         if self.accelerator.is_main_process:
-            stack.callback(self.store.close)
+            stack.enter_context(held(self.store.folder, "training"))
             self.store.open(resume=self.settings.resume)
         self.accelerator.wait_for_everyone()
         self.fingerprint = dict(fingerprint or disk.fingerprint(self.host))
@@ -223,7 +230,7 @@ class Run:
         while self.history.stopped is None:
             batches, self.at, place = next(groups)
             self.complete = False
-            with data.own_randomness():
+            with own_randomness(self.own):
                 line = self._take(batches)
             self.record(line, place)
             self.complete = True
@@ -290,7 +297,8 @@ class Run:
         losses: list[Tensor] = []
         parts: list[dict[str, float]] = []
         for i, batch in enumerate(batches):
-            data.seed_everything(s.seed, "step", step, i, self.accelerator.process_index)
+            rank = self.accelerator.process_index
+            seed_everything(s.seed, "step", step, i, rank, own=self.own)
             last = i == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss, of_parts = self.forward.training_loss(self.model, batch, self.parameters)
@@ -362,8 +370,8 @@ class Run:
         """Measure, record, and return whether it is the best so far."""
         self.host.eval()
         self.interrupt.hold = self.accelerator.num_processes > 1
-        with torch.no_grad(), data.own_randomness():
-            data.seed_everything(self.settings.seed, "evaluate", self.step)
+        with torch.no_grad(), own_randomness(self.own):
+            seed_everything(self.settings.seed, "evaluate", self.step, own=self.own)
             measured = self._measure()
         self.interrupt.hold = True
         self.host.train()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any, cast
 
@@ -16,68 +13,18 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError, an
+from modgraft.training.randomness import (
+    fold,
+    generators_in,
+    next_numbers,
+    own_randomness,
+    seed_everything,
+    set_states,
+    states,
+)
 
 #: what a loader yields: named tensors, `modgraft.Side`s, a list of ids
 Batch = Mapping[str, Any]
-
-
-def fold(*numbers: int | str) -> int:
-    """Return a 63-bit seed that depends on all of `numbers` and nothing else, equal on every
-    machine."""
-    return int.from_bytes(sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
-
-
-def seed_everything(*position: int | str) -> None:
-    """Seed torch (every device), numpy and python from a position, such as (seed, "step", 12)."""
-    seed = fold(*position)
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-#: held by whoever seeds the generators of the process, so that two threads do not share a seed
-_SEEDED = threading.RLock()
-
-
-@contextmanager
-def own_randomness() -> Iterator[None]:
-    """Leave the caller's torch, numpy and python generators as they were found.
-
-    No other thread is in such a block at the same time: all of them draw from one generator.
-    """
-    with _SEEDED:
-        state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        try:
-            yield
-        finally:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
-            torch.set_rng_state(state[2])
-            if cuda:
-                torch.cuda.set_rng_state_all(cuda)
-
-
-def _generators(loader: object) -> list[torch.Generator]:
-    """Return the generators of a loader and of its samplers, each once."""
-    found: dict[int, torch.Generator] = {}
-    queue: list[object] = [loader]
-    while queue:
-        owner = queue.pop()
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            found[id(generator)] = generator
-        owned = [getattr(owner, name, None) for name in ("sampler", "batch_sampler")]
-        queue += [x for x in owned if x is not None]
-    return list(found.values())
-
-
-def _seed_loader(loader: object, *position: int | str) -> None:
-    """Seed every generator that orders a loader from a position that ends in the epoch."""
-    seed_everything(*position)
-    for i, generator in enumerate(_generators(loader)):
-        generator.manual_seed(fold(*position, i))
-    _set_epoch(loader, int(position[-1]))
 
 
 def _set_epoch(loader: object, epoch: int) -> None:
@@ -97,8 +44,9 @@ class Stream:
     and pinning; its order is drawn once an epoch with every generator seeded from (seed, epoch),
     and what is random in fetching batch b from (seed, epoch, b). Any other iterable (an
     `IterableDataset`, a list of batches) is re-read from its start each epoch with the generators
-    seeded from (seed, epoch), and batches before the position are read and dropped. With worker
-    processes what is random *inside* a worker is not replayed; the order is.
+    seeded from (seed, epoch), and batches before the position are read and dropped. The generators
+    are those of the process and those that the loader holds (`randomness.generators_in`). With
+    worker processes what is random *inside* a worker is not replayed; the order is.
 
     With `world` processes, process `rank` takes every `world`-th batch; where the number of
     batches does not divide, a few from the start of the epoch are read twice, so that every
@@ -135,6 +83,7 @@ class Stream:
             and not isinstance(loader.dataset, IterableDataset)
             and loader.batch_sampler is not None
         )
+        self.own = generators_in(loader)
         self._order: tuple[int, list[list[int]]] | None = None
         self.length = self._length()  # batches an epoch and process; None = known after an epoch
 
@@ -153,15 +102,14 @@ class Stream:
     def order(self, epoch: int) -> list[list[int]]:
         """Return the dataset indices of every batch of an epoch (map-style loaders only)."""
         if self._order is None or self._order[0] != epoch:
-            generators = _generators(self.loader)
-            before = [g.get_state() for g in generators]
-            with own_randomness():
-                _seed_loader(self.loader, self.seed, "order", epoch)
-                batches = [list(b) for b in cast(DataLoader, self.loader).batch_sampler or ()]
-            for generator, state in zip(generators, before, strict=True):
-                generator.set_state(state)
-            self._order = epoch, batches
+            self._order = epoch, self._drawn_order(epoch)
         return self._order[1]
+
+    def _drawn_order(self, epoch: int) -> list[list[int]]:
+        with own_randomness(self.own):
+            seed_everything(self.seed, "order", epoch, own=self.own)
+            _set_epoch(self.loader, epoch)
+            return [list(b) for b in cast(DataLoader, self.loader).batch_sampler or ()]
 
     def read(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this process's batches of an epoch from its `start`-th on."""
@@ -178,7 +126,7 @@ class Stream:
         """Read the first batch of all, by which the data are recognised."""
         if self.indexed or isinstance(self.loader, Sequence):
             return self.reread(0, 0)
-        return _Isolated(self.loader, (self.seed, "order", 0)).next() or {}
+        return self._isolated(0).next() or {}
 
     @property
     def rereads(self) -> bool:
@@ -190,11 +138,52 @@ class Stream:
         """Read the first process's batch at a position, where batches have positions."""
         if isinstance(self.loader, Sequence):
             return self.loader[batch * self.world % len(self.loader)]
-        loader, order = cast(DataLoader, self.loader), self.order(epoch)
-        with own_randomness():
-            seed_everything(self.seed, "batch", epoch, batch, 0)
-            rows = [loader.dataset[i] for i in order[batch * self.world % len(order)]]
-            return cast(Batch, loader.collate_fn(rows))
+        with own_randomness(self.own):
+            seed_everything(self.seed, "batch", epoch, batch, 0, own=self.own)
+            rows = self._rows(epoch, batch)
+            return cast(Batch, cast(DataLoader, self.loader).collate_fn(rows))
+
+    def _rows(self, epoch: int, batch: int) -> list[Any]:
+        order = self.order(epoch)
+        data = cast(DataLoader, self.loader).dataset
+        return [data[i] for i in order[batch * self.world % len(order)]]
+
+    def unrepeatable(self, first: str) -> str:
+        """Say what keeps a resumed run from reading what an uninterrupted one reads, "" if nothing.
+
+        A sampler and a data set are asked twice; what both times is the same is a function of the
+        generators that were found.
+
+        Args:
+            first: the digest of the first batch.
+        """
+        if self.indexed and self._drawn_order(0) != self.order(0):
+            sampler = cast(DataLoader, self.loader).batch_sampler
+            inner = getattr(sampler, "sampler", sampler)
+            return f"the order of {type(inner).__name__} is another one at every reading"
+        if digest(self.first()) != first:
+            if self.indexed and self._digest_of_rows() == self._digest_of_rows():
+                return "the loader's collate_fn makes other batches of the same rows"
+            data = getattr(self.loader, "dataset", self.loader)
+            return f"{an(type(data).__name__)} gives other rows at every reading"
+        workers = getattr(self.loader, "num_workers", 0) if self.indexed else 0
+        if workers:
+            with own_randomness(self.own):
+                seed_everything(self.seed, own=self.own)
+                before = next_numbers(self.own)
+                seed_everything(self.seed, own=self.own)
+                cast(DataLoader, self.loader).collate_fn(self._rows(0, 0))
+                if next_numbers(self.own) != before:
+                    return (
+                        f"rows are drawn at random in {workers} worker processes, which begin anew "
+                        f"(num_workers=0 does not)"
+                    )
+        return ""
+
+    def _digest_of_rows(self) -> str:
+        with own_randomness(self.own):
+            seed_everything(self.seed, own=self.own)
+            return digest({"rows": self._rows(0, 0)})
 
     def _indexed(self, epoch: int, start: int) -> Iterator[Batch]:
         loader, order = cast(DataLoader, self.loader), self.order(epoch)
@@ -215,13 +204,16 @@ class Stream:
             )
         )
         for i in range(start, len(mine)):
-            with own_randomness():
-                seed_everything(self.seed, "batch", epoch, i, self.rank)
+            with own_randomness(self.own):
+                seed_everything(self.seed, "batch", epoch, i, self.rank, own=self.own)
                 batch = next(batches)
             yield batch
 
+    def _isolated(self, epoch: int) -> _Isolated:
+        return _Isolated(self.loader, self.own, (self.seed, "order", epoch))
+
     def _iterated(self, epoch: int, start: int) -> Iterator[Batch]:
-        read = _Isolated(self.loader, (self.seed, "order", epoch))
+        read = self._isolated(epoch)
         position = 0
         first: list[Batch] = []
         while group := [b for _ in range(self.world) if (b := read.next()) is not None]:
@@ -244,23 +236,22 @@ class _Isolated:
     alone, whatever the training step draws in between.
     """
 
-    def __init__(self, source: Iterable[Batch], position: tuple[int | str, ...]) -> None:
-        with own_randomness():
-            _seed_loader(source, *position)
+    def __init__(
+        self, source: Iterable[Batch], own: Sequence[Any], position: tuple[int | str, ...]
+    ) -> None:
+        self._own = own
+        with own_randomness(own):
+            seed_everything(*position, own=own)
+            _set_epoch(source, int(position[-1]))
             self._iterator = iter(source)
-            self._keep_states()
-
-    def _keep_states(self) -> None:
-        self._states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+            self._states = states(own)
 
     def next(self) -> Batch | None:
         """Return the next batch, None at the end."""
-        with own_randomness():
-            random.setstate(self._states[0])
-            np.random.set_state(self._states[1])
-            torch.set_rng_state(self._states[2])
+        with own_randomness(self._own):
+            set_states(self._states, self._own)
             batch = next(self._iterator, None)
-            self._keep_states()
+            self._states = states(self._own)
         return batch
 
 

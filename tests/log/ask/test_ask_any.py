@@ -85,6 +85,7 @@ def test_a_key_that_begins_like_another_is_not_that_other(tmp_path: Path) -> Non
             "dewSails2021b": "full_read", "ROEboats2020c": "skimmed", "roeBoats2020b": "read"
         }  # fmt: skip
         for question, text in (
+            ("what is still to be read?", "1 to read in full"),  # an example of the command's help
             ("did I read @roeBoats2020b?", "Yes: it was read, at boat.md:2"),
             ("did I skim @roeBoats2020c?", "Yes: it was skimmed"),
             ("did I read @roeBoats2020?", "neither skimmed nor read"),

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modgraft.core.errors import DataError
 from modgraft.data.docstrings import Texts, before_habit, has_citation, has_session
 from modgraft.host.host import Host
-from modgraft.training.stream import fold, own_randomness
+from modgraft.training.randomness import fold, own_randomness
 
 END = "<end>"
 """The token between excerpts; its id is 0."""

@@ -26,7 +26,7 @@ from modgraft.recipes.arithmetic.language_model import OPTIONS, Corpus, Evaluato
 from modgraft.recipes.trials import Recipe
 from modgraft.report.figures import Scheme
 from modgraft.training.fit import fit
-from modgraft.training.stream import fold, own_randomness
+from modgraft.training.randomness import fold, own_randomness
 
 HABITS = ("doctest", "citation")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_type_hints
@@ -23,7 +23,8 @@ from modgraft.data.records import Questions, Skipped, Skips
 from modgraft.data.scienceqa import load_scienceqa
 from modgraft.data.text import find_form
 from modgraft.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from modgraft.models.vision import save_strip, save_vision, train_vision
+from modgraft.models.strips import save_strip
+from modgraft.models.vision import DigitPatches, save_vision, train_vision
 from modgraft.recipes.mmcot.recipe import Net, Settings, gold_rationales, nets_of, steps_of
 
 FORMS_READ = ("rationale", "answer", "direct", "explain")
@@ -43,7 +44,8 @@ def settings_of(folder: Path) -> Settings:
     remedy = f"Train it first: modgraft mmcot train --run {folder}"
     asked = read_json(folder / "run.json", what="a run's settings", remedy=remedy)
     try:
-        return Settings(**asked["settings"])
+        # a run of before DigitsQA could be varied is one of its own words alone
+        return Settings(**{"varied": 0.0} | asked["settings"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder / 'run.json'}: not this version's settings ({error}); train the run anew "
@@ -104,6 +106,7 @@ def _check_settings(settings: Settings, rows: Sequence[str]) -> None:
         "lr": (s.lr > 0, "positive"),
         "weight_decay": (s.weight_decay >= 0, "0 or more"),
         "beta2": (0 <= s.beta2 < 1, "from 0 to below 1"),
+        "varied": (0 <= s.varied <= 1, "from 0 to 1"),
     }
     steps = min((steps_of(net, s) for net in nets_of(rows)), default=s.steps_answer)
     checks["warmup"] = (0 <= s.warmup < steps, f"from 0 to below the {steps} steps of a training")
@@ -186,7 +189,9 @@ def prepare_text(folder: Path, seed: int) -> None:
     """Write questions in ScienceQA's format and a tokenizer into ``seed<k>/data``."""
     settings, data = settings_of(folder), folder / f"seed{seed}" / "data"
     if settings.data == "digits":
-        qa = digits_qa(settings.train, settings.val, settings.test, seed=seed)
+        qa = digits_qa(
+            settings.train, settings.val, settings.test, seed=seed, varied=settings.varied
+        )
         write_json(data / "problems.json", qa.problems)
         write_json(data / "pid_splits.json", qa.splits)
         strips = {qid: torch.from_numpy(s).contiguous() for qid, s in qa.strips.items()}
@@ -282,19 +287,24 @@ def _prepare_digit_images(folder: Path, seed: int, settings: Settings) -> None:
     eye = train_vision(seed, steps=settings.steps_eye)
     save_vision(eye, data / "vision.safetensors")
     strips = load_strips(folder, seed)
-    ids = list(strips)
-    features = eye.features(torch.stack([strips[qid] for qid in ids]))
     questions = load_questions(folder, seed, features=False)
     for record in questions.split(tested_split(questions, settings)):
         if record.id in strips:
             image = questions.image_path(record)
             image.parent.mkdir(parents=True, exist_ok=True)
             save_strip(strips[record.id], image)
-    # The array comes last: it marks the job as done, and its file of rows must exist by then.
-    path = data / "features.safetensors"
-    write_json(path.with_suffix(".json"), {qid: i for i, qid in enumerate(ids)})
-    with whole(path) as part:
-        save_file({"features": features}, part)
+    # The features come last: they mark the job as done.
+    with whole(data / "features.safetensors") as part:
+        save_file(look_at(strips, eye), part)
+
+
+def look_at(strips: Mapping[str, Tensor], eye: DigitPatches) -> dict[str, Tensor]:
+    """Return id → the features of its strip, float32 [4n, 80], looked at by width."""
+    seen = dict[str, Tensor]()
+    for width in {strip.shape[1] for strip in strips.values()}:
+        ids = [qid for qid, strip in strips.items() if strip.shape[1] == width]
+        seen |= zip(ids, eye.features(torch.stack([strips[qid] for qid in ids])), strict=True)
+    return {qid: seen[qid].contiguous() for qid in strips}
 
 
 def _write_skipped(data: Path, questions: Questions) -> None:
@@ -347,7 +357,7 @@ def load_skipped(folder: Path, seed: int) -> list[dict[str, str]]:
 
 
 def load_strips(folder: Path, seed: int) -> dict[str, Tensor]:
-    """Load DigitsQA's images: id → float32 [8, 24] in 0..1."""
+    """Load DigitsQA's images: id → float32 [8, 8 a digit] in 0..1."""
     return load_file(folder / f"seed{seed}" / "data" / "strips.safetensors")
 
 

@@ -76,6 +76,9 @@ COLUMNS: dict[str, Callable[[Record], bool]] = {
 }
 """Column → its questions (Lu et al. 2022). TXT: with a hint, NO: with neither hint nor image."""
 
+DIGITS_COLUMNS = ("TXT", "IMG", "NO", "Avg")
+"""The columns that mean something on DigitsQA, whose subjects and grades only fill the format."""
+
 
 def accuracy_by_column(
     records: Sequence[Record], correct: Mapping[str, bool]
@@ -93,9 +96,13 @@ def accuracy_by_column(
         if record.id not in correct:
             remedy = "Predict every question: the accuracy over a part is not the accuracy"
             raise DataError("the question has no prediction", id=record.id, remedy=remedy)
-    return {
-        name: percent(correct[r.id] for r in records if has(r)) for name, has in COLUMNS.items()
-    }
+    return _by_column(records, lambda record: correct[record.id])
+
+
+def _by_column(
+    records: Sequence[Record], value: Callable[[Record], float]
+) -> dict[str, float | None]:
+    return {name: percent(value(r) for r in records if has(r)) for name, has in COLUMNS.items()}
 
 
 def percent(hits: Iterable[bool | float]) -> float | None:
@@ -186,9 +193,7 @@ def evaluate_predictions(
     records: Sequence[Record],
     *,
     facts: ReadFacts | None = None,
-    parameters: int | None = None,
-    trained: int | None = None,
-    seconds: float | None = None,
+    columns: Iterable[str] = tuple(COLUMNS),
 ) -> dict[str, Any]:
     """Compute all figures of one model; a figure that cannot be measured is None, never 0.
 
@@ -196,29 +201,29 @@ def evaluate_predictions(
         predictions: One for each question, in any order.
         records: The questions.
         facts: Reads a rationale's facts; None leaves the accuracy of facts out.
-        parameters: The number of the model's parameters.
-        trained: The number of parameters that were trained.
-        seconds: The duration of training.
+        columns: The names of `COLUMNS` to give.
 
     Returns:
         accuracy (all questions), image and text (questions with and without an image), columns and
-        families (by category), in percent; family_sizes (their numbers of questions); rouge_l,
-        bleu_1, bleu_4 (0..100), exact and facts (percent) over questions with both rationales;
-        errors {class: count}; unclassified (wrong answers without a class); parameters, trained,
-        seconds; n (the number of questions).
+        families (by category), and chance (by column, a uniform guess among each question's own
+        options), in percent; family_sizes (their numbers of questions); rouge_l, bleu_1, bleu_4
+        (0..100), exact and facts (percent) over questions with both rationales; errors
+        {class: count}; unclassified (wrong answers without a class); n (the number of questions).
 
     Raises:
         DataError: A question has no prediction or several, or a prediction has no question.
     """
     _check_complete(predictions, records)
-    columns = accuracy_by_column(records, {p.id: p.correct for p in predictions})
+    measured = accuracy_by_column(records, {p.id: p.correct for p in predictions})
+    guessed = _by_column(records, lambda record: 1 / len(record.choices))
     families = Counter(record.category for record in records)
     wrong = [p for p in predictions if not p.correct]
     return {
-        "accuracy": columns["Avg"],
-        "image": columns["IMG"],
+        "accuracy": measured["Avg"],
+        "image": measured["IMG"],
         "text": percent(p.correct for p in predictions if not p.image),
-        "columns": columns,
+        "columns": {name: measured[name] for name in columns},
+        "chance": {name: guessed[name] for name in columns},
         "families": {
             name: percent(p.correct for p in predictions if p.category == name) for name in families
         },
@@ -226,9 +231,6 @@ def evaluate_predictions(
         **_rationale_scores(predictions, facts),
         "errors": {name: sum(p.error == name for p in wrong) for name in ERRORS},
         "unclassified": sum(p.error is None for p in wrong),
-        "parameters": parameters,
-        "trained": trained,
-        "seconds": seconds,
         "n": len(records),
     }
 

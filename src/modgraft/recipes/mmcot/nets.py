@@ -70,6 +70,7 @@ def train_net(folder: Path, seed: int, key: str) -> None:
         host.save(name, home / key / name)
     size = sum(p.numel() for p in host.parameters())
     card = {"modules": list(host.implants), "parameters": size, "trained": trained}
+    card["fusion"] = host["fusion"].size if "fusion" in host else 0
     card |= {"seconds": seconds, "host": fingerprint(host.model)}
     write_json(home / key / "net.json", card)
     shutil.rmtree(home / key / "checkpoints", ignore_errors=True)
@@ -108,7 +109,7 @@ def _reading(model: Path | str | None, remedy: str) -> Iterator[None]:
 
 
 def read_card(folder: Path, seed: int, key: str) -> dict[str, Any]:
-    """Read ``net.json`` of a trained model: modules, parameters, trained, seconds, host.
+    """Read ``net.json`` of a trained model: modules, parameters, trained, fusion, seconds, host.
 
     Raises:
         MissingFileError: It is not trained.

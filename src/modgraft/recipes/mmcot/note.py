@@ -19,11 +19,30 @@ from modgraft.report.table import Line, build
 GROUP_LABELS = {"main": "", "ablation": " (ablation)", "control": " (control)"}
 """Group of a row → what is added to its label."""
 
-LAYOUT_REMARKS = ("Bold", "No row is in bold", "“–”")
+LAYOUT_REMARKS = ("Bold", "No row is in bold", "Brackets", "“–”")
 """Beginnings of remarks on the table's layout, which the note leaves out."""
 
 TOLD_ELSEWHERE = ("data", "features", "model", "train", "val", "test", "split")
 """Settings that other lines of the note already tell."""
+
+
+def task(settings: Settings) -> str:
+    """Say in full sentences what is asked of the models."""
+    written = (
+        "The model writes a rationale and then an answer, both decoded greedily, unless a row says "
+        "otherwise; an answer that names none of the options is wrong."
+    )
+    if settings.data == "digits":
+        return (
+            "DigitsQA: multiple-choice questions about a strip of handwritten digits (real scans, "
+            "8 × 8 pixels each), or about a text without a picture: read a digit, compare two, add "
+            f"two, count the even ones, or look one up in a table. {written}"
+        )
+    seen = f" made with {settings.features}" if settings.features else ""
+    return (
+        f"Multiple-choice questions in ScienceQA's format, from {settings.data}; the model sees "
+        f"pictures as features{seen}. {written}"
+    )
 
 
 def recorded_run(

@@ -37,6 +37,8 @@ class Settings:
         rationale, answer, direct, explain: The text forms of stage 1, of stage 2 and of the two
             one-stage controls.
         train, val, test: The number of DigitsQA's questions in each split.
+        varied: The share of DigitsQA's training questions with two to eight options, about strips
+            of one to four digits.
         split: The split to test; None takes test, or val if there is no test.
         steps_eye: Training steps of DigitsQA's vision model.
         d_model, d_ff, heads, layers: The small T5's shape.
@@ -61,6 +63,7 @@ class Settings:
     train: int = 12_000
     val: int = 480
     test: int = 900
+    varied: float = 0.25
     split: str | None = None
     steps_eye: int = 1500
     d_model: int = 128
@@ -173,7 +176,7 @@ ROWS = {
         Row("forced", "Teacher-forced", "stage2", "stage1", forced=True,
             note="rationales decoded along the gold ones: not a result but its leak"),
         Row("forced-text", "Text only, teacher-forced", "stage2-text", "stage1-text",
-            forced=True, note="the leak alone lifts a model that needs_features nothing"),
+            forced=True, note="the leak alone lifts a model that sees nothing"),
         Row("direct", "One stage, QCM→A", "direct", None, "ablation"),
         Row("explain", "One stage, QCM→EA", "explain", None, "ablation"),
         Row("released", "Two stages, released fusion", "stage2-released", "stage1-released",
@@ -304,6 +307,27 @@ def write_rationales(
     form = find_form(settings.rationale)
     texts = write(host, net, questions, tokenizer, settings, forced=forced)
     return {qid: rationale_of(text, form) for qid, text in texts.items()}
+
+
+@torch.no_grad()
+def score(
+    host: mg.Host, net: Net, questions: Questions, tokenizer: PreTrainedTokenizerBase,
+    settings: Settings, rationales: Mapping[str, str] | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Return id → the log-probability of each token of the record's target, float32 [t]."""
+    host.eval()
+    form, part, found = find_form(getattr(settings, net.form)), _visible(questions, net), {}
+    dataset = QADataset(part, rationales if form.reads_rationale else None)
+    collate = Collate(tokenizer, form, settings.max_input, width=questions.width)
+    device = next(host.parameters()).device
+    for batch in DataLoader(dataset, settings.decode_batch, collate_fn=collate):  # type: ignore[arg-type]
+        ids, batch = batch.pop("ids"), to_device(batch, device)
+        if net.fusion is None:
+            batch.pop("side", None)
+        logs, labels = host(**batch).logits.log_softmax(-1), batch["labels"]  # [B, t, v], [B, t]
+        chosen = logs.gather(2, labels.clamp_min(0)[..., None])[..., 0].cpu()  # [B, t]
+        found |= {q: row[to != -100] for q, row, to in zip(ids, chosen, labels.cpu(), strict=True)}
+    return found
 
 
 def nets_of(rows: Iterable[str]) -> list[Net]:

@@ -21,8 +21,10 @@ from rich.console import Console
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError, UnknownNameError
-from modgraft.core.files import folder_path, read_json, write_json
+from modgraft.core.files import Lock, folder_path, read_json, write_json
 from modgraft.data.digits import facts
+from modgraft.log.record.runs import command, commit, versions
+from modgraft.recipes.folder import run_folder
 from modgraft.recipes.mmcot.data import (
     check,
     images_done_file,
@@ -37,13 +39,22 @@ from modgraft.recipes.mmcot.data import (
     tested_split,
     text_done_file,
 )
-from modgraft.recipes.mmcot.metrics import evaluate_predictions, write_predictions
+from modgraft.recipes.mmcot.depth import depth_file, measure_depth
+from modgraft.recipes.mmcot.metrics import (
+    COLUMNS,
+    DIGITS_COLUMNS,
+    evaluate_predictions,
+    write_predictions,
+)
 from modgraft.recipes.mmcot.nets import NO_GATES, gates, predict, read_card, train_net
-from modgraft.recipes.mmcot.note import recorded_run
+from modgraft.recipes.mmcot.note import recorded_run, task
 from modgraft.recipes.mmcot.recipe import ROWS, Settings, nets_of, steps_of
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.page import write as write_report
 from modgraft.report.run import read_results
+
+COSTS = ("parameters", "trained", "fusion", "seconds")
+"""What the training of a model took, as its ``net.json`` says."""
 
 
 def run(
@@ -54,6 +65,7 @@ def run(
     *,
     jobs: int = 2,
     evaluate_only: bool = False,
+    fresh: bool = False,
     console: Console | None = None,
     note: bool = True,
 ) -> dict[str, Any]:
@@ -63,7 +75,8 @@ def run(
     seeds may be added to a run. Other settings are refused once a model has begun to train; only
     ``skip_bad`` may change at any time.
 
-    Unless ``note`` is false, ``note.md`` describes the run and its results.
+    Unless ``note`` is false, ``note.md`` describes the run and its results. With ``fresh``, the run
+    in the folder is deleted first.
 
     Returns:
         The results, as in ``results.json``.
@@ -72,33 +85,42 @@ def run(
         UnknownNameError: There is no such row.
         DataError: The data cannot be used, or ``results.json`` is damaged; nothing is written.
         CheckpointError: The folder holds a run with other settings.
-        ModgraftError: A job failed; finished jobs are kept.
+        ModgraftError: A job failed; finished jobs are kept. Or another process has the folder.
     """
     for row in rows:
         if row not in ROWS:
             raise UnknownNameError.among("row", row, ROWS)
     check(settings, rows)
     folder_path(folder, "a run")
-    path = folder / "results.json"
-    if path.is_file():
-        read_results(path)  # a damaged one is found before hours of training
     if evaluate_only:
         for seed in seeds:
             for net in nets_of(rows):
                 read_card(folder, seed, net.key)
+    with run_folder(folder, fresh=fresh) as lock:
+        return _run(folder, settings, rows, seeds, jobs, evaluate_only, lock, console, note)
+
+
+def _run(
+    folder: Path, settings: Settings, rows: Sequence[str], seeds: Sequence[int], jobs: int,
+    evaluate_only: bool, lock: Lock, console: Console | None, note: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Train and test in a folder that is held."""
+    path = folder / "results.json"
+    if path.is_file():
+        read_results(path)  # a damaged one is found before hours of training
     began, asked = time.monotonic(), _write_run_card(folder, settings, rows, seeds)
     todo = []
     for before, seed in zip([None, *seeds], seeds, strict=False):
         if not evaluate_only:
             todo += _training(folder, settings, rows, seed, before)
-        todo += _testing(folder, rows, seed, again=evaluate_only)
+        todo += _testing(folder, settings, rows, seed, again=evaluate_only)
     done = all(job.done for job in todo)
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     shown = {"rows": [r["key"] for r in results.get("rows", [])], "seeds": results.get("seeds")}
     if done and shown == asked:
         return results
     with recorded_run(folder, settings, asked, wanted=note):
-        side_by_side(todo, jobs, console)
+        side_by_side(todo, jobs, console, lock)
         spent = (time.monotonic() - began) * (not evaluate_only)
         results = _gather(folder, asked, settings, results.get("wall_seconds", 0.0) + spent)
         write_json(path, results)
@@ -170,9 +192,11 @@ def _training(
     return made
 
 
-def _testing(folder: Path, rows: Sequence[str], seed: int, *, again: bool) -> list[Job]:
+def _testing(
+    folder: Path, settings: Settings, rows: Sequence[str], seed: int, *, again: bool
+) -> list[Job]:
     home = folder / f"seed{seed}"
-    return [
+    made = [
         Job(
             f"{seed}/row/{row}", f"seed {seed}: test, {ROWS[row].title}", evaluate_row,
             (folder, seed, row), home / row, after=tuple(f"{seed}/{n}" for n in ROWS[row].nets),
@@ -180,6 +204,20 @@ def _testing(folder: Path, rows: Sequence[str], seed: int, *, again: bool) -> li
         )
         for row in rows
     ]  # fmt: skip
+    asked = ("stage1", "stage2")
+    if (
+        settings.data == "digits"
+        and settings.val
+        and {net.key for net in nets_of(rows)}.issuperset(asked)
+    ):
+        made.append(
+            Job(
+                f"{seed}/ask", f"seed {seed}: what it can be asked", measure_depth,
+                (folder, seed), home / "ask", after=tuple(f"{seed}/{n}" for n in asked),
+                last_file=None if again else depth_file(folder, seed),
+            )
+        )  # fmt: skip
+    return made
 
 
 def evaluate_row(folder: Path, seed: int, key: str) -> None:
@@ -189,13 +227,13 @@ def evaluate_row(folder: Path, seed: int, key: str) -> None:
     questions = load_questions(folder, seed, features=sees)
     questions = questions.split(tested_split(questions, settings))
     predictions = predict(folder, seed, row, questions, settings)
-    reader = facts if settings.data == "digits" else None
-    cards = [read_card(folder, seed, n) for n in dict.fromkeys(row.nets)]
+    digits = settings.data == "digits"
     figures = evaluate_predictions(
-        predictions, questions, facts=reader,
-        parameters=sum(c["parameters"] for c in cards), trained=sum(c["trained"] for c in cards),
-        seconds=sum(c["seconds"] for c in cards),
+        predictions, questions, facts=facts if digits else None,
+        columns=DIGITS_COLUMNS if digits else tuple(COLUMNS),
     )  # fmt: skip
+    cards = {net: read_card(folder, seed, net) for net in row.nets}
+    figures["nets"] = {net: {c: card.get(c) for c in COSTS} for net, card in cards.items()}
     write_predictions(home / key / "predictions.jsonl", predictions)
     if key == "fused":
         write_json(home / "gates.json", gates(folder, seed, questions, settings, predictions))
@@ -206,13 +244,16 @@ def _gather(
     folder: Path, asked: dict[str, Any], settings: Settings, seconds: float
 ) -> dict[str, Any]:
     rows, images, first = [], {}, asked["seeds"][0]
+    own = _own_nets(asked["rows"])
     for key in asked["rows"]:
         row, found = ROWS[key], {}
         for seed in asked["seeds"]:
             path = folder / f"seed{seed}" / key / "figures.json"
             if path.is_file():
                 remedy = "Delete it, and run the same command again"
-                found[str(seed)] = read_json(path, what="a row's figures", remedy=remedy)
+                figures = read_json(path, what="a row's figures", remedy=remedy)
+                nets = figures.pop("nets", None)  # an older version gave all rows' costs
+                found[str(seed)] = figures if nets is None else figures | _costs(nets, own[key])
         about = {"key": key, "title": row.title, "group": row.group, "note": row.note}
         rows.append({**about, "leak": row.forced, "seeds": found})
     questions = load_questions(folder, first, features=False)
@@ -225,6 +266,10 @@ def _gather(
     return {
         "name": folder.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "task": task(settings),
+        "command": command(),
+        "commit": commit(),
+        "versions": versions(),
         "settings": asdict(settings),
         "split": tested,
         "scienceqa": settings.data != "digits",
@@ -236,3 +281,21 @@ def _gather(
         "wall_seconds": round(seconds, 1),
         "rows": rows,
     }
+
+
+def _own_nets(rows: Sequence[str]) -> dict[str, list[str]]:
+    """Return row → the models that it is the first of ``rows`` to need, in the order of `ROWS`.
+
+    Controls test the models of the main row: they have trained none.
+    """
+    own: dict[str, list[str]] = {}
+    for key in (key for key in ROWS if key in rows):
+        others = {net for nets in own.values() for net in nets}
+        own[key] = [net for net in ROWS[key].nets if net not in others]
+    return own
+
+
+def _costs(nets: dict[str, dict[str, Any]], own: Sequence[str]) -> dict[str, Any]:
+    """Add up what the training of a row's own models took; None for what is not known."""
+    found = {cost: [nets[net][cost] for net in own] for cost in COSTS}
+    return {c: sum(v) if v and None not in v else None for c, v in found.items()}

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.files import finish
 from modgraft.core.plain import full_name, plain, plain_name
 from modgraft.core.sites import located
 from modgraft.engine.implant import Implant, check_name
-from modgraft.store.file import Entry
 from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike
 
@@ -118,31 +117,7 @@ def _for_wrapped(found: Stored, model: nn.Module) -> Stored:
     def label(site: str) -> str:
         return located(model, [full_name(model, site)])[0].label
 
-    def key(text: str) -> str:
-        module, _, rest = text.partition(":")
-        site, colon, name = rest.rpartition(":")
-        return f"{module}:{labels[site]}:{name}" if colon else f":{full_name(model, name)}"
-
-    def read() -> Mapping[str, Tensor]:
-        return {key(text): tensor for text, tensor in found.read().items()}
-
-    labels = {site: label(site) for saved in found.card.modules for site in saved.sites}
-    modules = [
-        saved.model_copy(
-            update={
-                "sites": [labels[site] for site in saved.sites],
-                "beside": [full_name(model, name) for name in saved.beside],
-            }
-        )
-        for saved in found.card.modules
-    ]
-    beside = sorted(full_name(model, name) for name in found.card.beside)
-    card = found.card.model_copy(update={"modules": modules, "beside": beside})
-
-    def entries() -> Mapping[str, Entry]:
-        return {key(text): entry for text, entry in found.entries().items()}
-
-    return replace(found, card=card, entries=entries, read=read)
+    return found.named(label, lambda name: full_name(model, name))
 
 
 def found_in(folder: Path) -> Format | None:

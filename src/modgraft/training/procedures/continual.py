@@ -18,7 +18,8 @@ from modgraft.engine.implant import check_name, learner
 from modgraft.training.forward import own_modes
 from modgraft.training.history import History
 from modgraft.training.host_like import HostLike
-from modgraft.training.stream import Batch, own_randomness, seed_everything
+from modgraft.training.randomness import own_randomness, seed_everything
+from modgraft.training.stream import Batch
 
 #: measures a host on a task: more is better
 Measure = Callable[[HostLike, str], float]
@@ -123,7 +124,8 @@ def continual(
         )
     if not loaders:
         raise ModgraftError("continual(host, {}, …): give a loader for each task")
-    if into is not None and learner(host.model, into) is None and host[into].names != [into]:
+    own = None if into is None else learner(host.model, into, host)
+    if into is not None and own is None and host[into].names != [into]:
         raise ModgraftError(
             f"into={into!r} has tasks of its own, {', '.join(host[into].names)}; name one module "
             f"that all tasks train"

@@ -29,9 +29,10 @@ from modgraft.training.optim import gradient_norm
 from modgraft.training.parts import together
 from modgraft.training.processes import Interrupt, accelerator_for, alone
 from modgraft.training.progress import Show
+from modgraft.training.randomness import own_randomness, seed_everything
 from modgraft.training.run import Run
 from modgraft.training.settings import Settings
-from modgraft.training.stream import Batch, own_randomness, seed_everything
+from modgraft.training.stream import Batch
 
 SHARED = ("seed", "precision", "ignore", "resume", "progress", "label", "fused", "folder", "note")
 
@@ -189,7 +190,7 @@ class _Pass:
             self._judge({n: run for n, run in self.going().items() if run.judge_now}, show)
             while going := self.going():
                 read = {name: next(groups[name]) for name in going}
-                with own_randomness():
+                with own_randomness(self.first.own):
                     self._step(going, read, show)
                 self._judge(going, show)
                 if self.interrupt.requested and self.going():
@@ -202,7 +203,7 @@ class _Pass:
         tagged = self._tagged(batches)
         whole = together(list(tagged.values()), list(tagged), self.padding)
         self._check(tagged, whole)
-        seed_everything(self.first.settings.seed, "step", step, 0, 0)
+        seed_everything(self.first.settings.seed, "step", step, 0, 0, own=self.first.own)
         losses = self.first.forward.losses(self.first.host, whole)  # [N]
         if not losses.requires_grad:
             raise ModgraftError(

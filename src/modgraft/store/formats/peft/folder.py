@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from modgraft.computation.base import Computation
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.layers import WEIGHTED
-from modgraft.core.patterns import bare
+from modgraft.core.patterns import bare, joined
+from modgraft.core.roles import known_models
 from modgraft.core.sites import Site
 from modgraft.store.file import Entry, TensorFile
 from modgraft.store.formats.peft.options import CONFIG, Targeted
@@ -35,6 +36,38 @@ def another_path(model: nn.Module, path: str) -> str | None:
     layer = model.get_submodule(path)
     every = model.named_modules(remove_duplicate=False)
     return next((p for p, m in every if m is layer and p != path), None) if path else None
+
+
+def _moved(keys: Collection[str], model: nn.Module) -> tuple[str, str]:
+    """Return what the paths of layers begin with in a folder, and with what instead in a host.
+
+    A model may be trained by itself and stand under a head in this host, or the other way round.
+    """
+    paths = [key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX)]
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    first = paths[0].split(".") if paths else []
+
+    def are_there(before: str, here: str) -> bool:
+        moved = [_under(PREFIX + path, before, here).removeprefix(PREFIX) for path in paths]
+        own = len(here.split(".")) if here else 0
+        starts = {".".join(path.split(".")[: own + 2]) for path in moved if path.startswith(here)}
+        return bool(starts) and starts <= modules
+
+    found = [
+        (before, path)
+        for before in (".".join(first[:n]) for n in range(min(4, len(first))))
+        for path, _, _ in known_models(model)
+        if are_there(before, path)
+    ]
+    return found[0] if len(found) == 1 and not are_there("", "") else ("", "")
+
+
+def _under(key: str, before: str, here: str) -> str:
+    """Return a key of a layer under ``before`` as one of the layer under ``here``."""
+    start = joined(PREFIX.removesuffix("."), before) + "."
+    if not key.startswith(start):
+        return key
+    return joined(joined(PREFIX.removesuffix("."), here), key.removeprefix(start))
 
 
 @dataclass(frozen=True)
@@ -67,15 +100,20 @@ class Folder:
         entries: its tensors' types and shapes by their keys, in which ``torch.compile`` and its
             like, around a layer, are not named.
         left: the tensors that nobody has taken yet.
+        before: what paths of layers begin with in the folder, where the host has another in place.
     """
 
     path: Path
     file: TensorFile
     model: nn.Module
     left: set[str] = field(init=False)
+    before: str = field(init=False)
 
     def __post_init__(self) -> None:
         self._keys = {bare(key): key for key in self.file.entries}
+        self.before, here = _moved(self._keys, self.model)
+        if self.before != here:
+            self._keys = {_under(key, self.before, here): own for key, own in self._keys.items()}
         self.entries = {key: self.file.entries[own] for key, own in self._keys.items()}
         if len(self.entries) < len(self.file.entries):
             self.refuse("tensors of a layer stand there with and without torch.compile around it")

@@ -85,6 +85,7 @@ def read(folder: Path, model: nn.Module) -> Stored:
         )
     chosen = options(_OPTIONS[kind], said, path)
     found = Folder(folder, TensorFile(folder / TENSORS), model)
+    chosen = _below(chosen, found.before)
     host = HostWeights(found, chosen)
     groups = _groups(found, chosen, host.keys)
     host.check(groups)
@@ -98,6 +99,18 @@ def read(folder: Path, model: nn.Module) -> Stored:
         found.refuse(f"there are no tensors of {kind} in {TENSORS}; copy the folder again")
     _warn_of_another_model(folder, chosen, model)
     return _stored(found, chosen, groups, host)
+
+
+def _below(said: Options, before: str) -> Options:
+    """Name the layers in options without what comes ``before``: PEFT goes by the ends of paths."""
+    changed = {}
+    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        value = getattr(said, name, None)
+        if isinstance(value, list):
+            changed[name] = [path.removeprefix(f"{before}.") for path in value]
+        elif isinstance(value, dict):
+            changed[name] = {path.removeprefix(f"{before}."): v for path, v in value.items()}
+    return said.model_copy(update=changed) if before else said
 
 
 def _groups(folder: Folder, said: Options, host: Mapping[str, str]) -> list[Group]:

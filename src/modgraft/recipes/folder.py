@@ -1,0 +1,47 @@
+"""The folder of a recipe's run: held by one command at a time, and emptied for a fresh run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modgraft.core.errors import DataError
+from modgraft.core.files import LOCK, Lock, held
+
+CARD = "run.json"
+"""What every run's folder has, and no other folder."""
+
+
+@contextmanager
+def run_folder(folder: Path, *, fresh: bool) -> Iterator[Lock]:
+    """Hold the folder of a run in a `with` block, before anything in it is read or written.
+
+    Args:
+        folder: The folder; it is made where there is none.
+        fresh: Whether to delete the run in it first.
+
+    Raises:
+        ModgraftError: Another process has it.
+        DataError: The folder holds other things than a run, among which a run's would be lost, and
+            they with the run by ``fresh``.
+    """
+    _contents(folder)
+    with held(folder, "at work") as lock:
+        for path in _contents(folder) if fresh else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield lock
+
+
+def _contents(folder: Path) -> list[Path]:
+    """Return what is in a run's folder, its card last, so that a killed deletion can go on."""
+    inside = [p for p in folder.iterdir() if p.name != LOCK] if folder.is_dir() else []
+    theirs = [path.name for path in inside if not path.name.startswith(".")]
+    if theirs and not (folder / CARD).is_file():
+        raise DataError(
+            f"this folder holds no run, and other things ({', '.join(sorted(theirs)[:3])}, …): a "
+            f"run has a folder to itself, which --fresh deletes", file=folder,
+            remedy="Take another --run, a new folder or an empty one",
+        )  # fmt: skip
+    return sorted(inside, key=lambda path: path.name == CARD)
