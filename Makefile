@@ -51,7 +51,7 @@ damage: $(STAMP)  ## kill 200 saves, pulls, fetches, pushes and merges, load 20,
 	  tests/store/merging/test_checkpoints.py::test_a_killed_merge_is_whole_or_not_there tests/store/test_mutated.py
 
 examples: $(STAMP)  ## run every example of the command line's help, each in a fresh folder (five minutes)
-	EXAMPLES=all $(BIN)/python -m pytest tests/cli/test_examples.py -v
+	EXAMPLES=all $(BIN)/python -m pytest tests/cli/test_help_examples.py -v
 
 stranger: $(STAMP)  ## go the README's way to a module on one's own text, in a fresh clone (needs a package index)
 	$(BIN)/python -m benchmarks.stranger
