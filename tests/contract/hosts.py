@@ -10,24 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
 
 import modgraft as mg
+from modgraft.testing.hosts import SPECIAL, VOCAB, WIDTH, small_bert, small_gpt2, small_t5
 
 DEVICE = torch.device(os.environ.get("MODGRAFT_TEST_DEVICE", "cpu"))  # make gpu sets it
-WIDTH, FEATURES, BATCH = 16, 6, 3
-VOCAB = {"vocab_size": 41}
-SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+FEATURES, BATCH = 6, 3
 
 
 @dataclass(frozen=True)
@@ -96,52 +89,6 @@ def side(rows: int = BATCH, seed: int = 2, dtype: torch.dtype = torch.float32) -
     mask[1] = False
     mask[-1, 2:] = False
     return mg.Side(features, mask).to(DEVICE)
-
-
-def _t5(layers: int = 2) -> nn.Module:
-    return T5ForConditionalGeneration(
-        T5Config(
-            **VOCAB,
-            d_model=WIDTH,
-            d_kv=8,
-            d_ff=24,
-            num_layers=layers,
-            num_heads=2,
-            decoder_start_token_id=0,
-            dropout_rate=0.0,
-        )
-    )
-
-
-def _bert(layers: int = 2) -> nn.Module:
-    return BertForMaskedLM(
-        BertConfig(
-            **VOCAB,
-            hidden_size=WIDTH,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=32,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
-
-
-def _gpt2(layers: int = 2) -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            **VOCAB,
-            **SPECIAL,
-            n_embd=WIDTH,
-            n_layer=layers,
-            n_head=2,
-            n_positions=64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    )
 
 
 def _llama(layers: int = 2) -> nn.Module:
@@ -264,16 +211,17 @@ HOSTS = {
     case.name: case
     for case in (
         HostCase(
-            "t5", _t5, lambda: {**_masked(ids()), "labels": ids(5, 5)}, QV, "encoder.output",
+            "t5", small_t5, lambda: {**_masked(ids()), "labels": ids(5, 5)}, QV, "encoder.output",
             generates=True, text=True,
             deep=True,
         ),
         HostCase(
-            "bert", _bert, lambda: _masked(ids()), QV, "encoder.output", text=True,
+            "bert", small_bert, lambda: _masked(ids()), QV, "encoder.output", text=True,
             parallel_at="attention", deep=True,
         ),
         HostCase(
-            "gpt2", _gpt2, _decoder, QV, "decoder.output", generates=True, text=True, deep=True,
+            "gpt2", small_gpt2, _decoder, QV, "decoder.output", generates=True, text=True,
+            deep=True,
         ),
         HostCase(
             "llama", _llama, _decoder, QV, "decoder.output", generates=True, text=True, deep=True,

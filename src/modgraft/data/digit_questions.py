@@ -126,36 +126,41 @@ def restated(question: str, hint: str = "", count: int = 3) -> str | None:
         count: The number of digits in the picture.
     """
     text = _marked(question, count)
-    if count == 2:
-        text = _PAIR.sub("", text)
-    parts = _parts_of(text, count)
-    if not parts.places and not parts.numbers:  # where there is nothing else, they are meant
-        if count == 2 and parts.tasks in ({"add"}, {"larger"}, {"smaller"}):
-            parts.places = [0, 1]
-        elif count == 1 and parts.tasks == {"lookup"}:
-            parts.places = [0]
+    parts = _parts_of(_PAIR.sub("", text) if count == 2 else text, count)
     if _NOT_A_DIGIT.search(text) or parts.unknown or (parts.places and parts.numbers):
         return None
-    if "even" in parts.tasks and not {"larger", "smaller", "lookup"} & parts.tasks:
-        named = parts.places or parts.numbers or _OF_AN_EVEN.search(text)
-        return own_words("even", ()) if _HOW_MANY.search(text) and not named else None
+    names = [PLACES[count][place] for place in sorted(_places(parts, count))] or parts.numbers
+    if "even" in parts.tasks and parts.tasks <= {"even", "add"}:  # "the total number of even ones"
+        asked = _HOW_MANY.search(text) and not names and not _OF_AN_EVEN.search(text)
+        return own_words("even", ()) if asked else None
     if len(parts.tasks) > 1 or re.search(r"\ball\b", text):
         return None
-    names = [PLACES[count][place] for place in sorted(parts.places)] or parts.numbers
-    task = next(iter(parts.tasks), None)
-    if task is None and len(names) == 2 and _SUM.search(text):
-        task = "add"
-    if task is None:
+    task = next(iter(parts.tasks), "add" if len(names) == 2 and _SUM.search(text) else "read")
+    if task == "read":
         if parts.numbers or len(names) > 1 or (not names and count > 1):
             return None
         return own_words("read" if count > 1 else "single", names)
     if task == "lookup":
         return own_words(task, names) if len(names) == 1 and _TABLE_ROW.search(hint) else None
-    # so do "how much larger", "left less right" and "what is added to left to get right"
-    difference = _DIFFERENCE.search(text) or (task != "add" and "how" in text.split())
-    if len(names) != 2 or difference:
+    if len(names) != 2 or _is_difference(text, task):
         return None
     return own_words(task if task == "add" else "compare", names, task)
+
+
+def _places(parts: _Parts, count: int) -> list[int]:
+    """Return the places that a question is of; where it names nothing, those that it must mean."""
+    if not parts.places and not parts.numbers:
+        if count == 2 and parts.tasks in ({"add"}, {"larger"}, {"smaller"}):
+            return [0, 1]
+        if count == 1 and parts.tasks == {"lookup"}:
+            return [0]
+    return parts.places
+
+
+def _is_difference(text: str, task: str) -> bool:
+    """Return whether a question is "how much larger", "left less right", or "what is added to left
+    to get right"."""
+    return bool(_DIFFERENCE.search(text)) or (task != "add" and "how" in text.split())
 
 
 def unread(question: str, count: int = 3) -> list[str]:
