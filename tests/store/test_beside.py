@@ -147,3 +147,39 @@ def test_another_host_is_told_by_name_and_by_how_much(tmp_path: Path) -> None:
     other.save("qa", tmp_path / "again")
     with pytest.warns(UserWarning, match="another host"):  # and of what is saved here
         fresh(head=3).load(tmp_path / "again", strict=False)
+
+
+@pytest.mark.parametrize(("form", "whose"), [("peft", "PEFT"), ("adapterhub", "adapters")])
+def test_a_head_that_another_tools_folder_lacks_is_named(
+    tmp_path: Path, form: str, whose: str
+) -> None:
+    """Neither tool keeps anything that tells one head from another."""
+    host = fresh()
+    host.implant("qa", mg.LoRA(rank=4), at=["query", "value"])
+    with pytest.warns(
+        UserWarning, match=r"classifier.bias, classifier.weight .* 'host.classifier'"
+    ):
+        host.save("qa", tmp_path / "qa", format=form)
+    with pytest.warns(UserWarning, match=r"does not hold classifier.bias, class") as said:
+        fresh(head=2).load(tmp_path / "qa")
+    assert [each.filename for each in said] == [__file__]
+    whole = trained()  # with its head, nothing is lacking
+    whole.save("qa", tmp_path / whose, format=form)
+    fresh(head=2).load(tmp_path / whose)
+
+
+def test_the_names_of_classes_are_kept_with_a_head(tmp_path: Path) -> None:
+    host = trained()
+    names = dict(enumerate("abcd"))
+    host.model.config.id2label = names  # type: ignore[union-attr]
+    host.save("qa", tmp_path)
+    for here, said in ((None, "are not named"), (dict(enumerate("dcba")), r"\['d', 'c', 'b', 'a'")):
+        other = fresh()
+        if here is not None:
+            other.model.config.id2label = here  # type: ignore[union-attr]
+        with pytest.warns(UserWarning, match=rf"\['a', 'b', 'c', 'd'\], and .*{said}") as told:
+            other.load(tmp_path)
+        assert [each.filename for each in told] == [__file__]
+    same = fresh()
+    same.model.config.id2label = names  # type: ignore[union-attr]
+    same.load(tmp_path)

@@ -14,6 +14,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
 )
 
@@ -39,6 +40,17 @@ class Own(nn.Module):
         return self.head(self.parts["encoder"](**batch).last_hidden_state[:, 0])
 
 
+class Around(nn.Module):
+    """A model within another that gives what it gives."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.model(**batch)
+
+
 def _encoder() -> BertModel:
     torch.manual_seed(0)
     return BertModel(CONFIG).eval()
@@ -54,13 +66,27 @@ def _under(kind: type) -> Callable[[], nn.Module]:
     return make
 
 
+def _without_pooler() -> nn.Module:
+    torch.manual_seed(2)
+    model = BertForTokenClassification(CONFIG)
+    model.bert.load_state_dict(_encoder().state_dict(), strict=False)
+    return model.eval()
+
+
 HOSTS: dict[str, Callable[[], nn.Module]] = {
     "encoder": _encoder,
+    "tokens": _without_pooler,
     "classifier": _under(BertForSequenceClassification),
     "masked": _under(BertForMaskedLM),
     "own": lambda: Own(_encoder()),
 }
-PATHS = {"encoder": "", "classifier": "bert.", "masked": "bert.", "own": "parts.encoder."}
+PATHS = {
+    "encoder": "",
+    "classifier": "bert.",
+    "masked": "bert.",
+    "tokens": "bert.",
+    "own": "parts.encoder.",
+}
 
 
 def _hidden(host: mg.Host, name: str) -> Tensor:
@@ -86,6 +112,7 @@ def _saved(name: str, folder: Path, format: str = "modgraft") -> Tensor:
     return _hidden(host, name)
 
 
+@pytest.mark.filterwarnings("ignore:.*(does not hold|did not train with)")  # of PEFT's folders
 @pytest.mark.parametrize("format", ["modgraft", "peft"])
 @pytest.mark.parametrize("there", HOSTS)
 def test_a_module_loads_into_another_model_around_its_own(
@@ -126,7 +153,8 @@ def test_the_model_within_in_another_precision_is_called_that(
     there: str, precision: torch.dtype, tmp_path: Path
 ) -> None:
     _saved(there, tmp_path / "qa")
-    for make in HOSTS.values():
+    whole = HOSTS.keys() - {"tokens"}  # without a pooler, rounded weights are other weights
+    for make in map(HOSTS.__getitem__, whole):
         host = mg.Host(make().to(precision))
         with pytest.raises(mg.ModgraftError, match="was trained in this host in another precis"):
             host.load(tmp_path / "qa")
@@ -149,3 +177,70 @@ def test_what_cannot_be_placed_is_refused(tmp_path: Path) -> None:
     prompt.save("p", tmp_path / "p")
     with pytest.raises(mg.ModgraftError, match="another host"):
         mg.Host(HOSTS["classifier"]()).load(tmp_path / "p")
+
+
+@pytest.mark.parametrize("format", ["modgraft", "peft"])
+def test_a_module_and_its_head_load_where_the_classifier_is_within_another_model(
+    format: str, tmp_path: Path
+) -> None:
+    wraps = (
+        HOSTS["classifier"],
+        *(lambda w=w: w(HOSTS["classifier"]()) for w in (Around, nn.DataParallel)),
+    )
+    for i, there in enumerate(wraps):
+        host = mg.Host(there())
+        host.implant("qa", mg.LoRA(rank=2), at="query")
+        host.model.requires_grad_(False)
+        for name, parameter in host.model.named_parameters():
+            parameter.requires_grad_("classifier" in name)
+        labelled = BATCH | {"labels": torch.tensor([0, 1])}
+        host.fit([labelled], train=["qa"], steps=2, progress=False)
+        host.save("qa", tmp_path / str(i), format=format)
+        want = host.eval()(**BATCH).logits
+        for here in wraps:
+            other = mg.Host(here()).eval()
+            other.load(tmp_path / str(i))
+            assert torch.equal(other(**BATCH).logits, want)
+
+
+def test_a_model_without_a_part_in_the_middle_is_another(tmp_path: Path) -> None:
+    """What both have is compared: a part that only one has is left out if it is a whole child."""
+    _saved("tokens", tmp_path / "qa")
+    moved = HOSTS["encoder"]()
+    moved.encoder.layer[1].output.dense.bias.data[0] += 1  # type: ignore[union-attr,index]
+    with pytest.raises(mg.ModgraftError, match=r"another host \(weights differ"):
+        mg.Host(moved).load(tmp_path / "qa")
+    with pytest.warns(UserWarning, match=r"encoder.layer.1.output.dense.bias by \d"):
+        mg.Host(moved).load(tmp_path / "qa", strict=False)
+    deeper = BertConfig(**{**CONFIG.to_dict(), "num_hidden_layers": 3})
+    other = BertConfig(**{**CONFIG.to_dict(), "layer_norm_eps": 1e-3})
+    for config in (deeper, other):
+        torch.manual_seed(0)
+        with pytest.raises(mg.ModgraftError, match="another host"):
+            mg.Host(BertModel(config)).load(tmp_path / "qa", strict=False)
+
+
+class Chain(nn.Module):
+    """Layers in a row, any of which may be left out."""
+
+    def __init__(self, *parts: str) -> None:
+        super().__init__()
+        self.parts = parts
+        for i, part in enumerate(("front", "middle", "end")):
+            torch.manual_seed(i)
+            if part in parts:
+                setattr(self, part, nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = getattr(self, part)(x)
+        return x
+
+
+def test_a_part_in_front_makes_another_model(tmp_path: Path) -> None:
+    """What the sites read is other numbers then."""
+    host = mg.Host(Chain("front", "middle", "end"))
+    host.implant("a", mg.LoRA(rank=1), at="middle")
+    host.save("a", tmp_path)
+    with pytest.raises(mg.ModgraftError, match="another host"):
+        mg.Host(Chain("middle", "end")).load(tmp_path, strict=False)

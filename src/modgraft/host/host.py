@@ -696,9 +696,10 @@ class Host(Trains, AsModel):
             ModgraftError: for an address whose module cannot be fetched, or ``lazy`` and
                 ``active``.
         """
-        from modgraft.store.folder import check_host, load, names_here, naming, stored
+        from modgraft.store.folder import load, names_here, naming, read
         from modgraft.store.hub import lock
         from modgraft.store.hub.address import local
+        from modgraft.store.same_host import checked
 
         if lazy and active:
             raise ModgraftError(
@@ -719,10 +720,10 @@ class Host(Trains, AsModel):
                 return lock.load(self, Path(folder), strict, active)[-1]
         path = local(folder, "host.load")
         with self._guard.gate.change(f"host.load({str(path)!r})"):
-            found = stored(path, self.model)
+            found = read(path, self.model)
             if not lazy:
                 return load(self, found, name, strict, active)[-1]
-            check_host(self, found, strict)
+            found, _ = checked(self, found, strict)
             new = [names_here(found, name)[each] for each in found.card.names]
             with naming(path):
                 for each in new:

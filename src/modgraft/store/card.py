@@ -72,6 +72,8 @@ class Card(BaseModel):
             composition, where one module joins what is in force.
         beside: the names of the host's weights and buffers that are in the file too; those that no
             module has beside itself belong to the last of ``names``.
+        labels: what the host calls its classes, in their order, where a head is in the file and
+            somebody has named them.
         host: the fingerprint of the host, without those, and that in half precision.
         tensors: the SHA-256 of the tensors.
         versions: of what they were saved with.
@@ -94,6 +96,7 @@ class Card(BaseModel):
     composition: str | None = None
     together: bool = False
     beside: list[str] = []
+    labels: list[str] = []
     host: dict[str, Any] = {}
     tensors: str = ""
     versions: dict[str, str] = Field(

@@ -297,7 +297,7 @@ def differences(
         found += [
             called + _in_words(name, theirs[name], ours[name])
             for name in ours
-            if name in theirs and not _agrees(name, theirs[name], ours[name])
+            if name in theirs and not means_the_same(name, theirs[name], ours[name])
         ]
     theirs, ours = _part(there, "held"), here.get("held", {})
     found += [
@@ -326,7 +326,7 @@ def are_of_values(differs: Collection[str]) -> bool:
     return all(each.partition(":")[0] in VALUES for each in differs)
 
 
-def _agrees(name: str, there: Any, here: Any) -> bool:
+def means_the_same(name: str, there: Any, here: Any) -> bool:
     """Return whether two values of one setting mean the same."""
     unset = None in (there, here) and name.endswith("token_id")  # set by whoever tokenizes
     return there == here or unset

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,24 +42,18 @@ from modgraft.store.file import (
     write_tensors,
 )
 from modgraft.store.fingerprint import (
-    are_of_values,
-    changed,
-    differences,
     fingerprint,
-    is_in_another_precision,
     rounded_fingerprints,
     sketches,
 )
 from modgraft.store.formats.base import found_in
 from modgraft.store.readme import WRITTEN, readme
+from modgraft.store.same_host import checked, labels_of, warn_of_labels
 from modgraft.store.stored import Stored
 from modgraft.store.within import (
-    INNER,
     SKETCHES,
-    beside_within,
     inner,
     placed,
-    sketches_of,
 )
 from modgraft.training.host_like import HostLike
 
@@ -137,6 +130,7 @@ def packed(
         composition=str(now) if is_kept else None,
         together=together,
         beside=beside,
+        labels=labels_of(model) if beside else [],
         host={
             **fingerprint(model, beside),
             **rounded_fingerprints(model, beside),
@@ -212,6 +206,13 @@ def _hub_name(model: nn.Module) -> str | None:
 
 
 def stored(folder: Path, model: nn.Module) -> Stored:
+    """Read the card of the modules in a folder as :func:`read` does, and name them as a host does
+    that has their model at another path."""
+    found = read(folder, model)
+    return placed(found, model) if found.card.host else found
+
+
+def read(folder: Path, model: nn.Module) -> Stored:
     """Read the card of the modules in a folder; the tensors wait in the file.
 
     Args:
@@ -222,7 +223,7 @@ def stored(folder: Path, model: nn.Module) -> Stored:
         CheckpointError: for a folder without modules, or a file that is damaged or none of them.
     """
     if is_there(folder / FILE):
-        return placed(native(folder), model)
+        return native(folder)
     try:
         other = found_in(folder)
         if other is not None:
@@ -267,94 +268,6 @@ def native(folder: Path) -> Stored:
         return file.tensors()
 
     return Stored(folder, card, lambda: file.entries, read)
-
-
-def check_host(
-    host: HostLike, modules: Stored, strict: bool, stacklevel: int | None = 3
-) -> dict[str, Any] | None:
-    """Refuse a host that the modules were not trained in, or warn of it.
-
-    What other modules have brought of it, such as a head, counts as what it replaced too, so that
-    the order in which modules are loaded does not matter.
-
-    Args:
-        host: the host.
-        modules: the modules.
-        strict: whether its weights must be the same, and not its architecture alone. A host that
-            differs by more than its precision is warned of otherwise.
-        stacklevel: of the warning, as ``warnings.warn`` has it; None: there is none.
-
-    Returns:
-        The fingerprint of the host they were trained in, where that is another one.
-
-    Raises:
-        CheckpointError: with what differs.
-    """
-    there = modules.card.host
-    model, beside = host.model.get_submodule(modules.within), beside_within(modules)
-    if not there:  # another tool's, which says nothing of it
-        return None
-    differs = differences(model, there, beside)
-    if not differs:
-        return None
-    of_values = are_of_values(differs)
-    if of_values and any(implant.replaced for implant in host._implants.values()):
-        with host._implants.taken_back_for_now(host.model):
-            if not differences(model, there, beside):
-                return None
-    rounded = is_in_another_precision(model, there, differs, beside)
-    if of_values and not strict:
-        if stacklevel is not None and not rounded:
-            words = _another(modules, model, differs)
-            warnings.warn(words, stacklevel=stacklevel)
-        return {key: said for key, said in there.items() if key not in (SKETCHES, INNER)}
-    other = "this host in another precision" if rounded else "another host"
-    remedy = ", or say strict=False to try it all the same" if of_values else ""
-    raise CheckpointError(
-        f"{modules.folder}: the module was trained in {other} ({', '.join(differs)[:300]} differ: "
-        f"{there.get('architecture')} there, {type(model).__name__} here); load it into the host "
-        f"it was trained in{remedy}"
-    )
-
-
-def _another(modules: Stored, model: nn.Module, differs: Sequence[str]) -> str:
-    """Say what of a host is other than what modules were trained with, by name and by how much."""
-    names, each = modules.card.names, sketches_of(modules.card.host)
-    kinds = [kind for kind in differs if ":" not in kind]  # "weights", "buffers"
-    rest = [_in_words(*kind.split(": ", 1)) for kind in differs if ":" in kind]
-    found = changed(model, each, beside_within(modules)) if kinds else {}
-    if found:
-        tensors = [
-            f"{name} by {f'{100 * much:.3g} %' if much else 'an unknown amount'}"
-            for name, much in sorted(found.items(), key=lambda item: -item[1])
-        ]
-        said = f"{len(found)} of its {len(each)} tensors: {_first_of(tensors)}"
-        rest.insert(0, f"{said}; measured on a few values of each")
-    elif kinds:
-        rest.insert(0, f"its {' and '.join(kinds)}; which and by how much was not saved")
-    remedy = (
-        "Load the weights it was trained with into this host. A part that learned too, such as a "
-        "head, is in the folder if it was trained with it: "
-        f"host.fit(…, train=[{names[0]!r}, 'host.classifier'])"
-        if kinds
-        else "Make this host as it was there"
-    )
-    are, they_were = ("is", "it was") if len(names) == 1 else ("are", "they were")
-    return (
-        f"{modules.folder}: {', '.join(names)} {are} loaded into another host than {they_were} "
-        f"trained in ({_first_of(rest, '; ')}). {remedy}"
-    )
-
-
-def _in_words(part: str, what: str) -> str:
-    """Say a difference of settings, or of what else layers hold."""
-    return f"the setting {what[:300]}" if part == "settings" else f"{what}, which a layer holds"
-
-
-def _first_of(texts: Sequence[str], between: str = ", ") -> str:
-    """Join the first few texts, and say how many more there are."""
-    more = f" and {len(texts) - 6} more" if len(texts) > 6 else ""
-    return between.join(texts[:6]) + more
 
 
 # -- loading -------------------------------------------------------------------------------------
@@ -409,9 +322,11 @@ def naming(folder: Path) -> Iterator[None]:
 def _load(
     host: HostLike, modules: Stored, name: str | None, strict: bool, active: bool, told: bool
 ) -> list[Implant]:
-    card, before = modules.card, host.composition
     called = None if told else 5  # who called host.load
-    trained_in = check_host(host, modules, strict, called)
+    modules, trained_in = checked(host, modules, strict, called)
+    card, before = modules.card, host.composition
+    if called:
+        warn_of_labels(host, modules, called)
     names = names_here(modules, name)
     methods = {saved.name: saved.method(modules.folder) for saved in card.modules}
     tensors = modules.read()

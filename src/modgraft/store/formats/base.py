@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.files import finish
 from modgraft.core.plain import full_name, plain, plain_name
 from modgraft.core.sites import located
-from modgraft.engine.implant import Implant, check_name
+from modgraft.engine.implant import Implant, check_name, learning_parts
+from modgraft.store.formats.heads import head_weights
 from modgraft.store.stored import Stored
 from modgraft.training.host_like import HostLike
 
@@ -76,12 +78,29 @@ def named(name: str) -> Format:
         found = reader.read(folder, plain(model))
         if _stamps(folder) != before:  # its files may be of two saves
             raise CheckpointError(f"{folder} was written to while it was read; load it again")
+        if lacking := head_weights(plain(model)) - set(found.card.beside):
+            warnings.warn(
+                f"{folder} does not hold {', '.join(sorted(lacking))}, and nothing tells what they "
+                f"were where it was trained: in this host they stay as they are (a head that "
+                f"from_pretrained made anew answers at random)",
+                stacklevel=4,
+            )
         return _for_wrapped(found, model)
 
     def write(host: HostLike, names: Sequence[str], folder: Path) -> None:
         is_plain = plain(host.model) is host.model
         unwrapped: Any = host if is_plain else _Unwrapped(host)
         writer.write(unwrapped, names, folder)
+        kept = {n for name in names for n in unwrapped._implants[name].beside}
+        if lacking := head_weights(unwrapped.model) - kept - learning_parts(unwrapped.model):
+            layers = sorted({f"host.{name.rpartition('.')[0]}" for name in lacking})
+            warnings.warn(
+                f"{', '.join(sorted(lacking))} of this host did not train with {', '.join(names)}, "
+                f"so that {folder} is without, and this format keeps nothing that tells one head "
+                f"from another: give the host away too, or train the head as well: "
+                f"host.fit(…, train={[names[0], *layers]})",
+                stacklevel=3,
+            )
 
     return Format(reader.holds, read, write)
 

@@ -59,7 +59,17 @@ def _moved(keys: Collection[str], model: nn.Module) -> tuple[str, str]:
         for path, _, _ in known_models(model)
         if are_there(before, path)
     ]
-    return found[0] if len(found) == 1 and not are_there("", "") else ("", "")
+    if len(found) != 1 or are_there("", ""):
+        return "", ""
+    before, here = found[0]
+    # a head beside the model has moved with it where it is within what the host holds
+    others = [path.rpartition(".")[0] for path in paths if not path.startswith(f"{before}.")]
+    while before and here and before.rpartition(".")[2] == here.rpartition(".")[2]:
+        around = before.rpartition(".")[0], here.rpartition(".")[0]
+        if not all(_under(PREFIX + o, *around).removeprefix(PREFIX) in modules for o in others):
+            break
+        before, here = around
+    return before, here
 
 
 def _under(key: str, before: str, here: str) -> str:

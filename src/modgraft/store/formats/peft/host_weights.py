@@ -13,9 +13,9 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from modgraft.engine.implant import moving_buffers, tensor_at
 from modgraft.store.formats.found import Waiting
+from modgraft.store.formats.heads import asked
 from modgraft.store.formats.peft.folder import PREFIX, Folder, Group
 from modgraft.store.formats.peft.options import CONFIG, Options, PrefixOptions, PromptOptions
-from modgraft.store.formats.peft.targets import asked
 
 _TIED_NAMES = {"embed_tokens", "lm_head"}
 

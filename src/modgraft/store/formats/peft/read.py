@@ -104,7 +104,8 @@ def read(folder: Path, model: nn.Module) -> Stored:
 def _below(said: Options, before: str) -> Options:
     """Name the layers in options without what comes ``before``: PEFT goes by the ends of paths."""
     changed = {}
-    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+    patterns = ("rank_pattern", "alpha_pattern")
+    for name in ("target_modules", "exclude_modules", "modules_to_save", *patterns):
         value = getattr(said, name, None)
         if isinstance(value, list):
             changed[name] = [path.removeprefix(f"{before}.") for path in value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.layers import LINEAR
+from modgraft.store.formats.heads import asked
 from modgraft.store.formats.peft.options import CONFIG, Targeted
 
 
@@ -46,15 +47,6 @@ def _every_linear(said: Targeted, layers: Mapping[str, nn.Module], model: nn.Mod
             heads = (getattr(model, name, None) for name in ("score", "classifier"))
             head = next((each for each in heads if each is not None), None)
     return [path for path, m in layers.items() if isinstance(m, LINEAR) and m is not head]
-
-
-def asked(model: nn.Module, name: str) -> nn.Module | None:
-    """Ask a transformers model for one of its layers, None where it has none."""
-    ask: Callable[[], Any] | None = getattr(model, name, None)
-    try:
-        return None if ask is None else ask()
-    except NotImplementedError:
-        return None
 
 
 def _is_target(said: Targeted, path: str) -> bool:

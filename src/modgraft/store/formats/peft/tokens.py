@@ -11,6 +11,7 @@ from modgraft.computation.trainable_tokens import TrainableTokens
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import stored
 from modgraft.core.sites import Site
+from modgraft.store.formats.heads import asked
 from modgraft.store.formats.peft.folder import (
     PREFIX,
     Folder,
@@ -20,7 +21,6 @@ from modgraft.store.formats.peft.folder import (
     check_whole,
 )
 from modgraft.store.formats.peft.options import TokensOptions
-from modgraft.store.formats.peft.targets import asked
 
 
 def read(folder: Folder, said: TokensOptions) -> list[Group]:
