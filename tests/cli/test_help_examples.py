@@ -37,8 +37,8 @@ from transformers import (
 )
 
 import modgraft as mg
+from command import SMALL, modgraft
 from modgraft.cli.app import app
-from recipes.command import SMALL, modgraft
 
 ALL = os.environ.get("EXAMPLES") == "all"
 TINY = ["--quick", "0.02", "--seeds", "0", "--jobs", "1", *SMALL]

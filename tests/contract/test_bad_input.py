@@ -411,7 +411,7 @@ def test_the_types_of_a_method_of_ones_own() -> None:
         Damped(by="2")  # type: ignore[arg-type]
     with pytest.raises(mg.ModgraftError, match=r"of is dict\[str, tuple\[int, \.\.\.\]\] \| None"):
         Damped(of={"a": ("1",)})  # type: ignore[dict-item]
-    with pytest.raises(TypeError, match="unexpected keyword argument 'times'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'times'; it has by, of"):
         Damped(times=2)  # type: ignore[call-arg]
 
 

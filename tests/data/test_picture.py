@@ -83,6 +83,15 @@ def test_numbers_in_no_known_range_are_refused(tmp_path: Path, low: float, high:
         open_picture(path)
 
 
+@pytest.mark.parametrize("kind", ["char", "short"])
+def test_signed_greys_are_refused(tmp_path: Path, kind: str) -> None:
+    vips = pytest.importorskip("pyvips", reason="pyvips is not installed (extra dev)")
+    path = tmp_path / "signed.tiff"
+    vips.Image.new_from_array(GREY // 2).cast(kind).write_to_file(str(path))
+    with pytest.raises(DataError, match=r"signed.tiff: its numbers may be negative .* unsigned"):
+        open_picture(path)
+
+
 def shapes() -> tuple[np.ndarray, np.ndarray]:
     """A black square on nothing at all, and how much of it is there."""
     alpha = np.zeros((HEIGHT, WIDTH), np.uint8)

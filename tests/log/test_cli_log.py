@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import modgraft.log as package
-from recipes.command import Result, modgraft
+from command import Result, modgraft
 
 BIB = """@article{huLowRank2021,
   title = {Low-Rank Adaptation of Large Language Models},

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import QUICK, train
 
+from command import QUICK, train
 from modgraft.recipes.mmcot.run import train_net
 from modgraft.recipes.workers import Job, _context
 

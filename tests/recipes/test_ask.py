@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.ask_items import items, questions
-from command import modgraft, refused
 from PIL import Image
 
 import modgraft as mg
+from command import modgraft, refused
 from modgraft.data.digits import digits_qa
 from modgraft.data.records import Record
 from modgraft.data.text import find_form

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from command import QUICK, files, modgraft, refused, train
 from transformers import T5ForConditionalGeneration, T5PreTrainedModel
 
 import modgraft as mg
+from command import QUICK, files, modgraft, refused, train
 from modgraft.data.text import find_form
 from modgraft.log import parse
 from modgraft.models.t5 import small_t5
@@ -317,8 +317,8 @@ def test_a_run_that_is_a_file(tmp_path: Path) -> None:
     file.write_text("dear")
     refused(train(file, *QUICK), f"{file} is a file")
     refused(modgraft("recipe", "arithmetic", "--run", file), f"{file} is a file")
-    refused(modgraft("mmcot", "evaluate", "--run", file), "no such file")
-    refused(modgraft("report", file), "no such file")
+    refused(modgraft("mmcot", "evaluate", "--run", file), "run is a file, and no folder")
+    refused(modgraft("report", file), "run is a file, and no folder")
     assert file.read_text() == "dear"
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import Result, files, modgraft, refused, train
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from command import Result, files, modgraft, refused, train
 from modgraft.data.tokenizer import train_tokenizer
 from modgraft.models.t5 import small_t5
 from modgraft.recipes.mmcot.data import load_questions

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import chores
 import pytest
-from command import files, modgraft, refused, train
 
+from command import files, modgraft, refused, train
 from modgraft.core.errors import ModgraftError
 from modgraft.core.files import LOCK, held
 from modgraft.recipes.folder import run_folder

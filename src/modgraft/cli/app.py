@@ -1,6 +1,8 @@
 """The ``modgraft`` command. Each command imports what is slow to import only when it runs."""
 
 import sys
+import warnings
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -92,12 +94,28 @@ def report(
 
 
 def entry() -> None:
-    """Run the command line; print an error of the library as one line, not as a traceback."""
+    """Run the command line; say errors and warnings in a line each, not with lines of source."""
     from modgraft.core.errors import ModgraftError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal of few letters, or half a character
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _line
     try:
         app()
     except ModgraftError as error:
-        text = f"[red]error:[/red] {escape(str(error))}"
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        _say("[red]error:[/red]", str(error))
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:  # of no file that was named
+            raise
+        _say("[red]error:[/red]", f"{error.strerror}: {error.filename}")
+        sys.exit(1)
+
+
+def _line(message: Warning | str, *_: object, **__: object) -> str:
+    return f"warning: {message}\n"
+
+
+def _say(what: str, text: str) -> None:
+    Console(stderr=True).print(f"{what} {escape(text)}", highlight=False, soft_wrap=True)

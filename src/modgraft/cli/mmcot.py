@@ -120,7 +120,8 @@ def mmcot_evaluate(
     from modgraft.recipes.mmcot.run import run as run_recipe
 
     settings, console = settings_of(run), Console()
-    asked = read_json(run / "run.json", what="a run", remedy="modgraft mmcot train")
+    remedy = "modgraft mmcot train"
+    asked = read_json(run / "run.json", what="a run", remedy=remedy, keys=["rows", "seeds"])
     chosen = _rows(rows) if rows else asked["rows"]
     which = seeds_of(seeds) if seeds else asked["seeds"]
     with stoppable():

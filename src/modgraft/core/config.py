@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, wraps
-from inspect import formatannotation
+from inspect import formatannotation, signature
 from types import FunctionType, UnionType
 from typing import (
     Any,
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import modgraft
-from modgraft.core.errors import ModgraftError, UnknownNameError
+from modgraft.core.errors import ArgumentError, ModgraftError, UnknownNameError
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -116,6 +116,12 @@ def _check_types(cls: type) -> None:
         except Exception as error:  # such as of "8" < 1
             if wrong := _wrong(self):
                 raise ModgraftError(wrong) from error
+            known = signature(type(self)).parameters
+            if others := [repr(name) for name in kwargs if name not in known]:
+                raise ArgumentError(
+                    f"{type(self).__name__} got an unexpected keyword argument {others[0]}; it has "
+                    f"{', '.join(known) or 'none'}"
+                ) from error
             raise
         if wrong := _wrong(self):
             raise ModgraftError(wrong)

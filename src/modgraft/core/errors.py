@@ -37,6 +37,10 @@ class UnknownNameError(ModgraftError, KeyError):
         return cls(f"no {kind} is named {name!r}; there are: {shown}{more}")
 
 
+class ArgumentError(ModgraftError, TypeError):
+    """An argument that a method has not."""
+
+
 class SiteError(ModgraftError):
     """A selection of sites that matched nothing, too few or too many, or the wrong kind."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -322,21 +323,38 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path, *, what: str, remedy: str) -> dict[str, Any]:
+def is_file(path: str | Path) -> bool:
+    """Return whether a file is there; a name that is too long for any is none of one."""
+    try:
+        return Path(path).is_file()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
+
+
+def read_json(
+    path: str | Path, *, what: str, remedy: str, keys: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
     Args:
         path: The file.
         what: What it holds, for the message of a missing file.
         remedy: What to do when it is missing or broken.
+        keys: What the object has at least.
 
     Raises:
         MissingFileError: no such file.
-        DataError: not UTF-8, not JSON (with line and column), not an object, or a key twice.
+        DataError: not UTF-8, not JSON (with line and column), not an object, a key twice, or one
+            that is lacking.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"there is no such file ({what})", file=path, remedy=remedy)
+    if not is_file(path):
+        why = "there is no such file"
+        if is_file(path.parent):
+            why = f"{path.parent.name} is a file, and no folder"
+        raise MissingFileError(f"{why} ({what})", file=path, remedy=remedy)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -359,4 +377,6 @@ def read_json(path: str | Path, *, what: str, remedy: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         reason = f"holds a {type(value).__name__}, not an object {{id: …}}"
         raise DataError(reason, file=path, remedy=remedy)
+    if lacking := [key for key in keys if key not in value]:
+        raise DataError(f"lacks {lacking[0]!r} ({what})", file=path, remedy=remedy)
     return value

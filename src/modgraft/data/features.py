@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modgraft.core.errors import DataError, MissingFileError
-from modgraft.core.files import read_json
+from modgraft.core.files import is_file, read_json
 from modgraft.data.records import OR_SKIP, Record, Skips
 
 _AGAIN = "Extract the features again (modgraft.data.extract_features)"
@@ -54,7 +54,7 @@ def load_features(
             message names file, id and remedy.
     """
     file = Path(path)
-    if not file.is_file():
+    if not is_file(file):
         raise MissingFileError("there is no such file (vision features)", file=file, remedy=_AGAIN)
     records = list(records)
     if file.suffix == ".npy":
@@ -147,7 +147,7 @@ def _read_npy(file: Path) -> np.ndarray:
     try:
         # "c": torch warns of arrays that cannot be written, and none is written to
         return np.lib.format.open_memmap(file, mode="c")
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # a header is read as Python's literals, which fail in many ways
         reason = f"not a whole .npy array of numbers ({error})"
         raise DataError(reason, file=file, remedy=_AGAIN) from error
 

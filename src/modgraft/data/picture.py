@@ -6,6 +6,7 @@ beside the pixels, all but 256 of the 65,536 greys of a scan, what is transparen
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from modgraft.core.errors import DataError, MissingFileError
+from modgraft.core.files import is_file
 
 
 def open_picture(
@@ -42,14 +44,15 @@ def open_picture(
             that is not known.
         ValueError: ``ground`` is no colour.
     """
-    path, behind = Path(path), ImageColor.getrgb(ground)
+    path, behind = Path(path), _colour(ground)
 
     def refused(reason: str, remedy: str, kind: type[DataError] = DataError) -> DataError:
         remedy = ", ".join(filter(None, (remedy, otherwise)))
         return kind(reason, id=id, file=path, remedy=remedy)
 
-    if not path.is_file():
-        reason = "the image is missing" + (": a folder has its name" if path.is_dir() else "")
+    if not is_file(path):
+        is_folder = os.path.isdir(path)  # noqa: PTH112, it never raises
+        reason = "the image is missing" + (": a folder has its name" if is_folder else "")
         raise refused(reason, "Put it there", MissingFileError)
     try:
         # by its path, Pillow maps a plain TIFF into memory, and turns its pixels but not its sides
@@ -65,7 +68,9 @@ def open_picture(
         )
         raise refused(reason, "Fetch or save the file again") from error
     except _UnknownColoursError as error:
-        raise refused(str(error), "Save it in RGB or grey, with 8 or 16 bits a channel") from error
+        raise refused(
+            str(error), "Save it in RGB or grey, with 8 or 16 bits a channel, unsigned"
+        ) from error
     except Image.DecompressionBombError as error:
         raise refused(f"too large an image ({error})", "Save it with fewer pixels") from error
     except Exception as error:  # of a damaged file, decoders raise what they happen to meet
@@ -73,6 +78,12 @@ def open_picture(
     if frames > 1:
         warnings.warn(f"{path} has {frames} frames; the first is read", stacklevel=2)
     return picture
+
+
+def _colour(ground: str) -> tuple[int, ...]:
+    if not isinstance(ground, str):
+        raise ValueError(f"ground={ground!r:.40}: a colour is a text, as 'white' or '#ffffff'")
+    return ImageColor.getrgb(ground)
 
 
 class _UnknownColoursError(Exception):
@@ -100,6 +111,12 @@ _STEP = {"L;2": 85, "L;4": 17}
 def _greys_of(image: Image.Image) -> _Greys:
     """Read what the file says of its greys, before its pixels are loaded."""
     file: Any = image  # its type does not know what a file adds
+    tags = getattr(file, "tag_v2", {})
+    if tags.get(_SAMPLES, (1,))[0] == _SIGNED and tags.get(_BITS, (1,))[0] <= 16:
+        raise _UnknownColoursError(
+            "its numbers may be negative (signed ones of 8 or 16 bits), and nothing tells which "
+            "of them are black and white"
+        )
     how = file.tile[0].args if file.tile else ""
     stored = how[0] if isinstance(how, tuple) else how
     clear = image.info.get("transparency")
@@ -112,13 +129,14 @@ def _greys_of(image: Image.Image) -> _Greys:
     white = 4095 if stored == "I;12" else None
     if white is None and (is_pgm or image.mode.startswith("I;16")):
         white = 65535
-    tags = getattr(file, "tag_v2", {})
     inverted = image.mode.startswith(_DEEP) and tags.get(_PHOTOMETRIC) == 0
     return _Greys(white, inverted, clear * _STEP.get(stored, 1) if isinstance(clear, int) else None)
 
 
 _PHOTOMETRIC = 262
 """The tag of a TIFF that says with 0 that 0 is white."""
+_SAMPLES, _SIGNED, _BITS = 339, 2, 258
+"""The tag of a TIFF that says what its numbers are, the word for signed ones, and their bits."""
 
 
 def _in_range(image: Image.Image, greys: _Greys) -> Image.Image:

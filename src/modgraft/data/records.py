@@ -49,7 +49,7 @@ class Record:
 
     def __post_init__(self) -> None:
         if reason := _problem_of(self):
-            raise DataError(reason, id=self.id, remedy=_FIX)
+            raise DataError(reason, id=self.id, remedy="Correct it")
 
     @property
     def letter(self) -> str:
@@ -93,7 +93,9 @@ class Record:
         try:
             return cls(id=qid, **values, caption=caption)
         except DataError as error:
-            raise DataError(error.reason, id=qid, file=file, remedy=error.remedy) from None
+            # an id that cannot be written down cannot be listed as skipped
+            remedy = _FIX if _is_unicode(qid) else "Correct the id"
+            raise DataError(error.reason, id=qid, file=file, remedy=remedy) from None
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as an entry of `problems.json`, without id and caption."""

@@ -37,7 +37,7 @@ def routing_table(uses: Sequence[Usage] | Counted) -> Table:
     Raises:
         ModgraftError: Nothing has been routed yet, or the module is no mixture.
     """
-    uses = uses if isinstance(uses, Sequence) else uses.stats()
+    uses = _uses(uses)
     names = _names(uses)
     title = f"Use of {len(names)} modules, share of the weight in percent"
     table = terminal_table(title, "site", (*names, "choices", "entropy", "spread"))
@@ -73,7 +73,7 @@ def routing_figure(uses: Sequence[Usage] | Counted) -> Picture:
     Raises:
         ModgraftError: Nothing has been routed yet, or the module is no mixture.
     """
-    uses = uses if isinstance(uses, Sequence) else uses.stats()
+    uses = _uses(uses)
     names = _names(uses)
     labels = _short([use.path for use in uses])
 
@@ -128,6 +128,15 @@ def _paint_entropy(axes: Axes, scheme: Scheme, uses: Sequence[Usage]) -> None:
     axes.set_title("Entropy, bits\ndashed: even use")
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
+
+
+def _uses(of: Sequence[Usage] | Counted) -> Sequence[Usage]:
+    """Return what routers have counted, of a mixture or of what it has counted."""
+    if isinstance(of, str) or not (isinstance(of, Sequence) or hasattr(of, "stats")):
+        raise ModgraftError(
+            f"{of!r:.60} counts no choices; give a mixture's handle, host['skills'], or its stats()"
+        )
+    return of if isinstance(of, Sequence) else of.stats()
 
 
 def _names(uses: Sequence[Usage]) -> tuple[str, ...]:

@@ -101,9 +101,13 @@ class Asker:
             hint: Text context.
 
         Raises:
-            DataError: The question is empty, there are too few or too many options, or the image
-                cannot be read.
+            DataError: The question is empty, there are too few or too many options, one is no
+                text, or the image cannot be read.
         """
+        texts = {"the question": question, "the hint": hint}
+        for what, text in (texts | {f"option {i + 1}": c for i, c in enumerate(choices)}).items():
+            if not isinstance(text, str):
+                raise DataError(f"{what} is {text!r:.40}, not a text", remedy="Write it as one")
         if not question.strip() or not 2 <= len(choices) <= len(LETTERS):
             raise DataError(
                 f"a question needs words and 2 to {len(LETTERS)} options; here are {len(choices)}",
@@ -113,14 +117,14 @@ class Asker:
         asked = None
         if self._reader is not None:
             asked = restated(question, hint, 3 if strip is None else len(strip.digits))
-        texts, unknown, new = self._read(asked or question, hint, choices)
+        read, unknown, new = self._read(asked or question, hint, choices)
         if self._reader is not None and asked is None:  # which is a flag by itself
             unknown = [word for word in unknown if word in WORDS.findall(hint)]
         blank = dict.fromkeys(
             ("task", "grade", "subject", "topic", "category", "skill", "lecture", "solution"), ""
         )
         record = Record(
-            id="asked", question=texts[0], choices=tuple(texts[2:]), answer=0, hint=texts[1],
+            id="asked", question=read[0], choices=tuple(read[2:]), answer=0, hint=read[1],
             image=image.name if image else None, split="test", **blank,
         )  # fmt: skip
         questions = Questions((record,), {} if features is None else {"asked": features})
@@ -131,7 +135,7 @@ class Asker:
             *self._doubts(record, said, strip),
         ]
         return Answer(
-            said.rationale, said.text, said.choice, said.probabilities, tuple(flags), tuple(texts)
+            said.rationale, said.text, said.choice, said.probabilities, tuple(flags), tuple(read)
         )
 
     def _read(
@@ -245,7 +249,9 @@ class Asker:
 
 
 def _seed(folder: Path, seed: int | None) -> int:
-    seeds = read_json(folder / "run.json", what="a run", remedy="modgraft mmcot train")["seeds"]
+    remedy = "modgraft mmcot train"
+    run = read_json(folder / "run.json", what="a run", remedy=remedy, keys=["seeds"])
+    seeds = run["seeds"]
     if seed is not None and seed not in seeds:
         remedy = f"Take one of {', '.join(map(str, seeds))}"
         raise DataError(f"the run has no seed {seed}", file=folder, remedy=remedy)

@@ -113,10 +113,12 @@ def read_card(folder: Path, seed: int, key: str) -> dict[str, Any]:
 
     Raises:
         MissingFileError: It is not trained.
+        DataError: It is damaged.
     """
     path = folder / f"seed{seed}" / key / "net.json"
     remedy = f"Train it: modgraft mmcot train --run {folder}, with a row that needs it"
-    return read_json(path, what=f"the trained net {NETS[key].title!r}", remedy=remedy)
+    keys = ("modules", "parameters", "trained", "fusion", "seconds")
+    return read_json(path, what=f"the trained net {NETS[key].title!r}", remedy=remedy, keys=keys)
 
 
 def predict(
