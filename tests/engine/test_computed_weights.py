@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import modgraft as mg
 
@@ -144,6 +145,9 @@ def test_a_weight_of_a_layer_that_is_also_called(how: str) -> None:
     if how in ("vmap", "TorchScript", "an autograd function"):
         words = "TorchScript int" if how == "TorchScript" else "l1, which this host also calls"
         with pytest.raises((mg.ModgraftError, RuntimeError), match=words):
+            host(X).sum().backward()
+        flops = FlopCounterMode(display=False)  # which looks at what autograd has passed on
+        with flops, pytest.raises((mg.ModgraftError, RuntimeError), match=words):
             host(X).sum().backward()
         return
     host(X).square().sum().backward()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import modgraft as mg
@@ -185,62 +187,190 @@ def test_a_gradient_through_what_moved() -> None:
 
 
 class Follower(nn.Module):
-    """A teacher that follows its student by the weights, by ``.data`` or in a buffer's mean."""
+    """A teacher that follows its student by the weights, in some way, or in a buffer's mean."""
 
-    def __init__(self, how: str, every: int = 1) -> None:
+    def __init__(self, how: str, begins: int = 1) -> None:
         super().__init__()
         self.student, self.teacher = nn.Linear(4, 4), nn.Linear(4, 4)
         self.register_buffer("mean", torch.zeros(4))
-        self.how, self.every, self.calls = how, every, 0
+        self.how, self.begins, self.calls = how, begins, 0
+        self.double()
+        self.alias, self.kept = self.mean, list(self.teacher.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.student(x) if self.how != "read" else x @ self.student.weight.T + self.student.bias
+        y = self.student(x)
         self.calls += 1
-        if self.calls % self.every == 0:
-            self.follow(y)
+        if self.calls >= self.begins:
+            with torch.no_grad():
+                self.follow(y)
         return y - self.teacher(y) + self.mean
 
-    @torch.no_grad()
     def follow(self, y: Tensor) -> None:
         own, new = self.teacher.weight, self.student.weight
-        if self.how == "buffer":
-            self.mean.mul_(0.5).add_(y.mean(0), alpha=0.5)
-        elif self.how == "data":
-            own.data = 0.5 * own.data + 0.5 * new.data
-        else:
-            own.mul_(0.5).add_(new, alpha=0.5)
+        match self.how:
+            case "buffer":
+                self.mean.mul_(0.5).add_(y.mean(0), alpha=0.5)
+            case "alias":
+                self.alias.mul_(0.5).add_(y.mean(0), alpha=0.5)
+            case "data":
+                own.data.mul_(0.5).add_(new, alpha=0.5)
+            case "exchanged":
+                own.data = 0.5 * own.data + 0.5 * new.data
+            case "replaced":
+                self.teacher.weight = nn.Parameter(0.5 * own + 0.5 * new, requires_grad=False)
+            case "kept":
+                for each in self.kept:
+                    each.mul_(0.5)
+            case "where it acts":
+                self.student.weight.mul_(0.5)
+            case "weights":
+                own.mul_(0.5).add_(new, alpha=0.5)
 
 
-@pytest.mark.parametrize("how", ["weights", "read", "data", "buffer"])
-@pytest.mark.parametrize("training", [False, True])
-def test_what_follows_the_modules_does_not_stay(how: str, training: bool) -> None:
-    """A call is that of the host with θ + Δ, and its gradient too; the host is then as before."""
+def followed(how: str, begins: int = 1, training: bool = False) -> mg.Host:
     torch.manual_seed(0)
-    host = mg.Host(Follower(how).double())
+    host = mg.Host(Follower(how, begins))
     host.implant("a", mg.LoRA(rank=2), at="student")
     host.double()
     with torch.no_grad():
         host["a"].places[0].B.normal_()
-    host.train(training)
+    return host.train(training)
+
+
+WAYS = ["weights", "data", "exchanged", "replaced", "kept", "alias", "where it acts"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_write_to_what_is_frozen_is_refused_and_put_back(
+    how: str, training: bool, gradients: bool
+) -> None:
+    host = followed(how, training=training)
     before = copy.deepcopy(host.model.state_dict())
-    twin = copy.deepcopy(host).merge("a")
+    own = dict(host.model.named_parameters())
+    with torch.set_grad_enabled(gradients):
+        for _ in range(3):
+            with pytest.raises(mg.ModgraftError, match=r"writes to .* put back"):
+                host(batches()[0].double())
+    assert host.model.calls == 0  # attributes too
+    for name, value in host.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for name, parameter in host.model.named_parameters():
+        assert parameter is own[name]
+
+
+@pytest.mark.parametrize("how", ["weights", "replaced", "kept", "where it acts", "data"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_write_that_begins_later_is_refused_as_well(how: str, training: bool) -> None:
+    host = followed(how, begins=5, training=training)
     x = batches()[0].double()
-    place = host["a"].places[0]
+    before = host.model.teacher.weight.clone()
+    for _ in range(4):
+        host(x)
+    with pytest.raises(mg.ModgraftError, match="writes to"):
+        host(x)
+    if how in ("replaced", "data"):  # the 5th call is watched
+        assert torch.equal(host.model.teacher.weight, before)
+    host = followed(how, begins=4, training=training)
+    for _ in range(3):
+        host(x)
+    said = "put back" if how == "replaced" else "is still there.*anew"
+    if how == "data":
+        host(x)  # which PyTorch does not count
+        said = "put back"
+    with pytest.raises(mg.ModgraftError, match=said):
+        host(x)
+
+
+def test_a_call_that_fails_is_not_the_first() -> None:
+    host = followed("data")
+    before = host.model.teacher.weight.clone()
+    handle = host.model.teacher.register_forward_hook(lambda *_: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            host(batches()[0].double())
+        assert torch.equal(host.model.teacher.weight, before)
+    handle.remove()
+    with pytest.raises(mg.ModgraftError, match=r"writes to teacher.weight.*put back"):
+        host(batches()[0].double())
+
+
+@pytest.mark.parametrize("how", ["codebook", "buffer"])
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_code_writes_to_copies(how: str, training: bool) -> None:
+    host = host_of(codebook).train(training) if how == "codebook" else followed(how, 1, training)
+    x = batches()[0].to(next(host.parameters()).dtype)
+    before = copy.deepcopy(host.model.state_dict())
+    compiled = torch.compile(host, backend="aot_eager", fullgraph=True)
+    outs = [compiled(x) for _ in range(2)]
+    with warnings.catch_warnings(action="ignore"):
+        right = host(x)
+    for out in outs:
+        torch.testing.assert_close(out, right)
+    for name, value in host.model.state_dict().items():
+        assert torch.equal(value, before[name]) or name.endswith("cache"), name
+
+
+def test_what_is_refused_may_train_or_prepare_itself_bare() -> None:
+    x = batches()[0].double()
+    host = followed("weights")
+    host.model.teacher.requires_grad_(True)
+    host(x)
+    assert not torch.equal(host.model.teacher.weight, followed("weights").model.teacher.weight)
+
+    class Prepared(Follower):
+        ready = False
+
+        def follow(self, y: Tensor) -> None:
+            if not self.ready:
+                self.teacher.weight.mul_(0.5)
+            self.ready = True
+
+    torch.manual_seed(0)
+    host = mg.Host(Prepared(""))
+    host.implant("a", mg.LoRA(rank=2), at="student")
+    host.double()
+    for _ in range(2):  # still unprepared after the first
+        with pytest.raises(mg.ModgraftError, match="prepares itself"):
+            host(x)
+    bare = host(x, modules=None)
+    host(x)
+    assert torch.equal(host(x, modules=None), bare)
+
+
+def test_equal_numbers_may_be_written_until_they_are_others() -> None:
+    """A teacher is its student to begin with, and a LoRA that is new changes nothing."""
+    host = followed("data")
+    host.model.student.load_state_dict(host.model.teacher.state_dict())
+    B = host["a"].places[0].B
+    value = B.detach().clone()
+    with torch.no_grad():
+        B.zero_()
+    host(batches()[0].double())
+    host(batches()[0].double())
+    with torch.no_grad():
+        B.copy_(value)
+    with pytest.raises(mg.ModgraftError, match=r"writes to teacher.weight.*put back"):
+        host(batches()[0].double())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mean_that_follows_the_modules_does_not_stay(training: bool) -> None:
+    """A call is that of the host with θ + Δ, and its gradient too; the host is then as before."""
+    host = followed("buffer", training=training)
+    before = copy.deepcopy(host.model.state_dict())
+    x, place = batches()[0].double(), host["a"].places[0]
     theta = host.model.student.weight + place.delta(None)
     y = x @ theta.T + host.model.student.bias
-    teacher, mean = host.model.teacher.weight, host.model.mean
-    if how == "buffer":
-        mean = 0.5 * y.detach().mean(0)
-    else:
-        teacher = 0.5 * teacher + 0.5 * theta.detach()
-    right = y - (y @ teacher.T + host.model.teacher.bias) + mean
+    right = y - host.model.teacher(y) + 0.5 * y.detach().mean(0)
     gradient = torch.autograd.grad(right.square().sum(), [place.A, place.B])
-    torch.testing.assert_close(twin(x), right)
-    if how == "buffer" and training:
+    if training:
         assert torch.equal(host(x), host(x))
     else:
-        with pytest.warns(UserWarning, match=r"writes to (teacher.weight|mean)\..*stays as it is"):
+        with pytest.warns(UserWarning, match=r"writes to mean\..*stays as it is") as told:
             assert torch.equal(host(x), host(x))
+        assert [each.filename for each in told] == [__file__]
     out = host(x)
     torch.testing.assert_close(out, right)
     torch.testing.assert_close(
@@ -250,42 +380,104 @@ def test_what_follows_the_modules_does_not_stay(how: str, training: bool) -> Non
         assert torch.equal(value, before[name]), name
 
 
-def test_the_first_gradient_is_right_as_well() -> None:
+class Odd(nn.Module):
+    """Buffers of which none is like the next: None as yet, NaN, and two views of one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("filled", None)
+        self.register_buffer("nan", torch.full((3,), torch.nan))
+        both = torch.zeros(8)
+        self.register_buffer("first", both[:4])
+        self.register_buffer("whole", both)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if self.filled is None:
+            self.filled = y.detach().mean(0)
+        self.first += 1
+        return y + self.whole[:4]
+
+
+def test_odd_buffers() -> None:
+    host = mg.Host(Odd()).eval()
+    host.implant("a", mg.LoRA(rank=2), at="inner")
+    x = batches()[0]
+    with pytest.warns(UserWarning, match=r"writes to filled, first, whole\.") as told:
+        out = host(x)
+    assert "nan" not in str(told[0].message)
+    assert host.model.filled is None
+    assert host.model.whole.eq(0).all()
+    torch.testing.assert_close(out, host.model.inner(x) + 1)
+    assert torch.equal(host(x), out)
+
+
+class Counts(nn.Linear):
+    """A linear layer of one's own, which counts its calls in a buffer that it assigns."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("calls", torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x) * self.calls
+
+
+def test_what_a_layer_with_modules_assigns_is_its_own() -> None:
+    host = mg.Host(nn.Sequential(Counts())).eval()
+    host.implant("a", mg.LoRA(rank=2), at="0")
+    x, twin = batches()[0], Counts()
+    twin.load_state_dict(host.model[0].state_dict())
+    for _ in range(3):
+        torch.testing.assert_close(host(x, modules=None), twin(x))
+    assert host.model[0].calls == 3
+    with pytest.warns(UserWarning, match="writes to 0.calls"):
+        host(x)
+    assert host.model[0].calls == 3
+
+
+def test_calls_in_threads_do_not_share_a_copy() -> None:
+    host = host_of(codebook).train()
+    xs = batches()
+    alone = [host(x).detach() for x in xs]
+    with ThreadPoolExecutor(5) as pool:
+        for _ in range(10):
+            for right, out in zip(alone, pool.map(host, xs), strict=True):
+                torch.testing.assert_close(out, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_block_that_is_computed_once_more_moves_nothing(reentrant: bool) -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=reentrant)
+
     torch.manual_seed(0)
-    host = mg.Host(Follower("weights"))
-    host.implant("a", mg.LoRA(rank=2), at="student")
-    first, second = [], []
-    for found in (first, second):
-        host.implants.zero_grad()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            host(batches()[0]).square().sum().backward()
-        found += [p.grad.clone() for p in host["a"].parameters()]
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
-def test_a_host_that_begins_to_write_later_says_what_it_has_written() -> None:
-    host = mg.Host(Follower("weights", every=3)).eval()
-    host.implant("a", mg.LoRA(rank=2), at="student")
-    x, before = batches()[0], host.model.teacher.weight.clone()
-    host(x), host(x)
-    with pytest.warns(UserWarning, match="teacher.weight.*is still there.*anew"):
-        host(x)
-    with torch.no_grad():
-        host.model.teacher.weight.copy_(before)
-    for _ in range(4):
-        host(x)
-    assert torch.equal(host.model.teacher.weight, before)
+    plain = host_of(codebook).train()
+    host = mg.Host(Checkpointed(*codebook()))
+    host.model.load_state_dict(plain.model.state_dict())
+    host.implant("a", mg.LoRA(rank=2), at="0")
+    host["a"].load_state_dict(plain["a"].state_dict())
+    host.train()
+    before = copy.deepcopy(host.model[1].state_dict())
+    x = batches()[0].requires_grad_()
+    for each in (host, plain):
+        each(x).square().sum().backward()
+    for name, value in host.model[1].state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for one, other in zip(host["a"].parameters(), plain["a"].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_a_bare_host_and_one_that_trains_move_in_evaluation_as_they_did() -> None:
-    host = mg.Host(Follower("buffer")).eval()
-    host.implant("a", mg.LoRA(rank=2), at="student", active=False)
-    host(batches()[0])
+    host, x = followed("buffer"), batches()[0].double()
+    host(x, modules=None)
     assert host.model.mean.any()
     host.model.mean.zero_()
     host.model.requires_grad_(True)
-    host(batches()[0], modules="a")
+    host(x, modules="a")
     assert host.model.mean.any()
 
 

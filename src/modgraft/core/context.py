@@ -9,7 +9,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -137,6 +137,8 @@ class Call:
         layout: where the examples lie; None: not asked.
         alike: whether this is a run of a part of the host in which all examples are treated as one
             of them; see :mod:`modgraft.engine.divided`.
+        keeping: keeps what the host writes to itself out of it, where a part of the call is run
+            again in backward.
     """
 
     composition: Expression | None
@@ -151,6 +153,7 @@ class Call:
     reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
     layout: Layout | None = None
     alike: bool = False
+    keeping: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, compare=False)
 
     def snapshot(self) -> Callable[[], None]:
         """Return what takes back all that a run of the host leaves here, and the random numbers

@@ -7,14 +7,38 @@ either can be caught.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 def an(noun: str) -> str:
     """Return a class's name with its article: ``an Adapter``, ``a LoRA``."""
     return f"{'an' if noun[:1] in 'AEIOaeio' else 'a'} {noun}"
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of several names, and how many others there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def warn(words: str) -> None:
+    """Warn of ``words``, at the line outside of libraries that has led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _room(frame.f_globals) in _LIBRARIES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(words, stacklevel=level)
+
+
+_LIBRARIES = {"modgraft", "torch", "transformers", "accelerate", "contextlib", "functools"}
+
+
+def _room(of: dict[str, Any]) -> str:
+    return str(of.get("__name__")).partition(".")[0]
 
 
 class ModgraftError(ValueError):

@@ -3,41 +3,49 @@
 Statistics and codebooks follow what a model sees in training; the teacher of BYOL or MoCo follows
 the weights, and its forward writes it in evaluation too. In a host with modules that would carry
 what they do into the host, where ``host.remove`` does not reach it, and other modules would see it.
+So a call writes to copies of buffers, and one that writes to frozen weights is refused.
 """
 
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, nullcontext
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
+from modgraft.core.errors import ModgraftError, some, warn
 from modgraft.core.patterns import joined
-from modgraft.core.tensors import is_plain, tensors_in
-from modgraft.engine.writes import can_watch, kept, storage_of
+from modgraft.core.tensors import is_plain
+from modgraft.engine.writes import Written, attributes_of, can_watch, kept, same, storage_of
 
 STATISTICS = (_NormBase, _SpectralNorm)
 """Layers that training moves, and that compute in evaluation mode from where they are."""
 
 _LARGE = 2**20
-"""Numbers in a buffer that is lent only if the first call moves it."""
+"""Numbers in a buffer of which training gets a copy only where it is known to write to it."""
 
-WRITES = (
+_LENT = (
     "The forward of this host writes to {what}. While modules are in force each call finds there "
     "what the host came with, and what it writes ends with it, so that the frozen host stays as it "
     "is; a forward that reads what an earlier one wrote there does not find it."
 )
 
-_FIRST = (
-    " What this call has written, the first to do so, is still there, and may have the change of "
-    "the modules in it: load the host's weights anew."
+_REFUSED = (
+    "the forward of this host writes to {what}, frozen as it is: with modules in force what it "
+    "writes may have their change in it, and would stay when they are removed. {now}. Where this "
+    "is to follow what trains, as a moving average does, let it: {part}.requires_grad_(True); "
+    "where the host prepares itself in its first call, make that one bare: host(…, modules=None)"
 )
+
+_PUT_BACK = "It was put back"
+_STILL_THERE = "What was written now is still there: load the host's weights anew"
 
 
 class Place(NamedTuple):
@@ -68,9 +76,12 @@ class Frozen:
       frozen batch normalisation of detection models does: it computes in training what it computes
       afterwards.
     - What other layers keep in buffers (the mean of a codebook, a counter) is lent as a copy to
-      each call in training, and to each call with modules in force.
-    - So is a frozen weight that the forward writes to, with modules in force. Which weights these
-      are, the first such call shows.
+      each call in training, and to each call with modules in force. Calls that are lent any wait
+      for each other.
+    - A call with modules in force that leaves anything else in a frozen weight, or in the tensor
+      that a buffer's copy was made of, is refused. In the 1st, 5th, 21st, 85th … call each write is
+      watched and put back. In the others PyTorch's count of writes is compared, which one through
+      ``.data`` does not change.
 
     Where the parameters train, all of them move as usual, and in a bare host what moves in
     evaluation.
@@ -80,12 +91,11 @@ class Frozen:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._turn = threading.Lock()
-        self._lent: list[tuple[Place, Tensor, Tensor]] = []
-        self._calls = 0  # that have what is lent
-        self._seen: set[bool] = set()  # whether the first call in training, in evaluation was seen
-        self._written: set[str] = set()  # weights that the forward writes to
-        self._still: set[tuple[str, bool]] = set()  # large buffers that it does not write to
+        self._turn = threading.RLock()
+        self._lent: list[tuple[Place, Tensor | None, Tensor | None]] = []
+        self._calls: Counter[tuple[bool, bool]] = Counter()  # in training, and with gradients
+        self._still: set[tuple[str, bool]] = set()  # buffers that the host does not write to
+        self._writes_same = False  # whether the host writes to weights what is there
         self._told: set[str] = set()
         self.look(model)
 
@@ -93,16 +103,18 @@ class Frozen:
         return {name: value for name, value in self.__dict__.items() if name != "_turn"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _turn=threading.Lock())
+        self.__dict__.update(state, _turn=threading.RLock())
 
     def look(self, model: nn.Module) -> None:
         """See what of the model its forward may move."""
         self._statistics = [
             (layer, part) for _, layer, part in parts_of(model) if isinstance(layer, STATISTICS)
         ]
-        places = list(movable(model))
-        self._buffers = [p for p in places if not isinstance(p.own, nn.Parameter)]
-        self._weights = [p for p in places if isinstance(p.own, nn.Parameter)]
+        self._places = list(movable(model))
+        held = {id(layer._buffers) for layer, _ in self._statistics}
+        buffers = [place for place in self._places if not isinstance(place.own, nn.Parameter)]
+        self._buffers = [place for place in buffers if id(place.of) not in held]
+        self._lendable = {place.path for place in self._buffers}
         self._hold()
 
     def hold(self, model: nn.Module) -> None:
@@ -120,125 +132,169 @@ class Frozen:
 
     # -- a call
 
-    def run(
-        self,
-        model: nn.Module,
-        call: Callable[[], Any],
-        training: bool,
-        in_force: bool,
-        snapshot: Callable[[], Callable[[], None]],
-    ) -> Any:
-        """Return ``call()``, in which what the host may write to itself is a copy.
+    @contextmanager
+    def keeping(self, model: nn.Module, training: bool, in_force: bool) -> Iterator[None]:
+        """Keep what is frozen as it is in a ``with`` block, which runs the host.
 
         Args:
             model: the host's.
-            call: runs the host.
             training: whether the host is in training mode.
             in_force: whether modules are.
-            snapshot: returns what takes back all that ``call()`` leaves beside the host.
+
+        Raises:
+            ModgraftError: with modules in force, where the block has written to what is frozen.
         """
         if not in_force:
-            with self.lending(training, in_force=False):
-                return call()
-        if training in self._seen or not can_watch():
-            return self._watching_versions(training, call)
-        self._seen.add(training)
-        take_back = snapshot()
-        frozen = [(place, own) for place, own in self._own() if is_frozen(place.part)]
-        with self.lending(training, in_force=True), kept(own for _, own in frozen) as written:
-            out = call()
-        found = [place for place, own in frozen if storage_of(own) in written]
-        if not found:
-            return out
-        self._note(found)
-        if not any(t.requires_grad for t in tensors_in(out)):
-            return out
-        take_back()  # what was written and taken back may be in the graph
-        return self.run(model, call, training, in_force, snapshot)
-
-    def _watching_versions(self, training: bool, call: Callable[[], Any]) -> Any:
-        """Return ``call()``, and warn where it writes to weights as no call before it did."""
-        own = self._own()
-        before = [tensor._version for _, tensor in own]
-        with self.lending(training, in_force=True):
-            out = call()
-        after = [tensor._version for _, tensor in own]
-        if after != before:
-            places = [p for (p, _), a, b in zip(own, before, after, strict=True) if a != b]
-            new = [p for p in places if p.path not in self._written and is_frozen(p.part)]
-            self._note(new, _FIRST)
-        return out
-
-    def _own(self) -> list[tuple[Place, Tensor]]:
-        """Return the weights, each with its place."""
-        return [(p, own) for p in self._weights if (own := p.own) is not None]
-
-    def _note(self, weights: list[Place], more: str = "") -> None:
-        """Note weights that the forward writes to."""
-        paths = [place.path for place in weights]
-        self._written |= set(paths)
-        self._tell(paths, more)
-
-    def _tell(self, paths: list[str], more: str = "") -> None:
-        new = [path for path in paths if path not in self._told]
-        if new:
-            self._told |= set(new)
-            warnings.warn(WRITES.format(what=", ".join(new)) + more, stacklevel=2)
+            with self.lending(training, in_force):
+                yield
+            return
+        self._hold()
+        lent = self._to_lend(training)
+        with self._turn if lent else nullcontext():
+            if self._lent:  # a call within a call
+                yield
+                return
+            own = [place.own for place in self._places]
+            counts = _writes(own)
+            kind = training, torch.is_grad_enabled()
+            number = 3 * self._calls[kind] + 4  # a power of 4 at the 1st, 5th, 21st, 85th …
+            watch = (number & (number - 1) == 0 or self._writes_same) and can_watch()
+            put_back = attributes_of(model.modules()) if watch else None
+            watching = kept(self._frozen(own)) if watch else nullcontext(Written())
+            with self._lending(lent, training), watching as written:
+                yield
+            self._judge(own, counts, written, put_back)
+            self._calls[kind] += 1  # one that fails is none
 
     @contextmanager
     def lending(self, training: bool, in_force: bool) -> Iterator[None]:
-        """Let a call of the host write to copies in a ``with`` block.
+        """Let a ``with`` block write to copies of frozen buffers, and say where it has.
 
         Args:
             training: whether the host is in training mode.
-            in_force: whether modules are in force.
+            in_force: whether modules are.
         """
         self._hold()  # one may have been frozen, or put into training mode by itself
-        if not (training or in_force) or not (self._buffers or self._written):
+        lent = self._to_lend(training) if training or in_force else []
+        with self._turn if lent else nullcontext(), self._lending(lent, training):
+            yield
+
+    def copies(self, training: bool) -> dict[str, Tensor]:
+        """Return copies of the buffers that a call may write to, by path, for compiled code."""
+        own = {place.path: place.own for place in self._to_lend(training)}
+        return {path: tensor.clone() for path, tensor in own.items() if tensor is not None}
+
+    def _to_lend(self, training: bool) -> list[Place]:
+        """Return the places of buffers that a call gets copies of."""
+        still = self._still
+        return [p for p in self._buffers if (p.path, training) not in still and is_frozen(p.part)]
+
+    @contextmanager
+    def _lending(self, places: list[Place], training: bool) -> Iterator[None]:
+        if self._lent or not places:  # a call within a call, or nothing that could move
             yield
             return
-        with self._turn:
-            if not self._calls:
-                self._lend(training)
-            self._calls += 1
+        users = Counter(storage_of(own) for place in places if (own := place.own) is not None)
+        copies: dict[int, UntypedStorage] = {}
+        for place in places:
+            own = copy = place.own
+            if own is not None and users[storage_of(own)] > 1:  # which share their numbers
+                memory = own.untyped_storage()
+                copies[storage_of(own)] = copies.get(storage_of(own)) or memory.clone()
+                copy = _view_as(own, copies[storage_of(own)])
+            elif own is not None:
+                copy = own.clone()
+            place.of[place.name] = copy
+            self._lent.append((place, own, copy))
         try:
             yield
         finally:
-            with self._turn:
-                self._calls -= 1
-                if not self._calls:
-                    self._give_back(training)
-
-    def _lend(self, training: bool) -> None:
-        copies: dict[Tensor, Tensor] = {}  # tied weights have one
-        for place in self._buffers:
-            own = place.own
-            still = (place.path, training) in self._still
-            if own is not None and not still and is_frozen(place.part):
-                copies[own] = own.clone()
-                self._exchange(place, own, copies[own])
-        for place, own in self._own() if self._written else ():
-            if place.path in self._written and is_frozen(place.part):
-                if own not in copies:
-                    copies[own] = nn.Parameter(own.detach().clone(), requires_grad=False)
-                self._exchange(place, own, copies[own])
-
-    def _exchange(self, place: Place, own: Tensor, copy: Tensor) -> None:
-        place.of[place.name] = copy
-        self._lent.append((place, own, copy))
-
-    def _give_back(self, training: bool) -> None:
-        moved = []
-        for place, own, copy in self._lent:
-            if not isinstance(own, nn.Parameter):
-                if place.own is not copy or not torch.equal(own, copy):
-                    moved.append(place.path)
-                elif own.numel() > _LARGE:
-                    self._still.add((place.path, training))
-            place.of[place.name] = own
-        self._lent.clear()
+            moved = self._give_back(training)
         if not training:
             self._tell(moved)
+
+    def _tell(self, moved: list[str]) -> None:
+        if new := [path for path in moved if path not in self._told]:
+            self._told |= set(new)
+            warn(_LENT.format(what=some(new)))
+
+    def _give_back(self, training: bool) -> list[str]:
+        """Put buffers back, and return the paths of those whose copies were written to."""
+        moved = []
+        for place, own, copy in self._lent:
+            if place.own is not copy or not (own is None or copy is None or same(own, copy)):
+                moved.append(place.path)
+            elif not training or (own is not None and own.numel() > _LARGE):
+                self._still.add((place.path, training))
+            place.of[place.name] = own
+        self._lent.clear()
+        return moved
+
+    def _frozen(self, own: list[Tensor | None]) -> list[Tensor]:
+        """Return those tensors that are frozen."""
+        frozen = [t for p, t in zip(self._places, own, strict=True) if is_frozen(p.part)]
+        return [t for t in frozen if t is not None and not t.is_inference()]
+
+    def _judge(
+        self,
+        own: list[Tensor | None],
+        counts: list[int],
+        written: Written,
+        put_back: Callable[[], None] | None,
+    ) -> None:
+        """Put back what a call has replaced, and refuse what it has written.
+
+        Args:
+            own: what was in each place before the call.
+            counts: of the writes to these, then.
+            written: what was written to, and is put back.
+            put_back: the same for attributes; None: the call was not watched.
+
+        Raises:
+            ModgraftError: with the paths of what is frozen, and the remedy.
+        """
+        now = [place.own for place in self._places]
+        if not written.to and all(map(is_, own, now)) and counts == _writes(now):
+            return
+        back, there, lent = [], [], []
+        for place, tensor, count in zip(self._places, own, counts, strict=True):
+            new, storage = place.own, None if tensor is None else storage_of(tensor)
+            if new is tensor and storage not in written.to and _writes([new]) == [count]:
+                continue
+            if not is_frozen(place.part) or any(t is not None and t.is_meta for t in (tensor, new)):
+                continue  # an offloaded weight comes and goes
+            if new is not tensor:
+                place.of[place.name] = tensor
+                if tensor is None or new is None or not same(tensor, new):
+                    (lent if place.path in self._lendable else back).append(place)
+            elif storage in written.changed:
+                back.append(place)
+            elif put_back is None:
+                there.append(place)
+            else:
+                self._writes_same = True
+        self._still -= {(place.path, mode) for place in lent for mode in (True, False)}
+        self._tell([place.path for place in lent])
+        if found := [*there, *back]:
+            if put_back is not None:
+                put_back()
+            raise ModgraftError(_refusal(found, _STILL_THERE if there else _PUT_BACK))
+
+
+def _refusal(places: list[Place], now: str) -> str:
+    """Say that a host writes to what is frozen, what became of that now, and what to do."""
+    layer = places[0].path.rpartition(".")[0]
+    part = f"host.model.get_submodule({layer!r})" if layer else "host.model"
+    return _REFUSED.format(what=some([place.path for place in places]), now=now, part=part)
+
+
+def what_moves(model: nn.Module, written: Container[int]) -> list[str]:
+    """Say what it means for modules that a forward of ``model`` writes to some storages."""
+    own = [p for p in movable(model) if p.own is not None and storage_of(p.own) in written]
+    frozen = [p for p in own if isinstance(p.own, nn.Parameter) and is_frozen(p.part)]
+    buffers = [p.path for p in own if not isinstance(p.own, nn.Parameter)]
+    notes = [_LENT.format(what=some(buffers))] if buffers else []
+    return [*notes, *([_refusal(frozen, "Such a call is refused")] if frozen else [])]
 
 
 def let_go(model: nn.Module) -> None:
@@ -264,13 +320,15 @@ def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
 def movable(model: nn.Module) -> Iterator[Place]:
     """Yield the tensors of ``model`` that its forward may write to, and that are saved.
 
-    Running statistics are none of them, nor a table that shortens its own rows, by ``max_norm``.
+    A buffer that is None as yet is one. A table that shortens its own rows, by ``max_norm``, is
+    none.
     """
     for path, layer, part in parts_of(model):
         if isinstance(layer, torch.jit.ScriptModule):  # whose code keeps them elsewhere
             continue
-        if not isinstance(layer, STATISTICS):
-            for name, _ in kept_buffers(layer):
+        for name, own in layer._buffers.items():
+            passing = name in layer._non_persistent_buffers_set
+            if not passing and (own is None or is_plain(own)):
                 yield Place(layer._buffers, name, joined(path, name), part)
         if getattr(layer, "max_norm", None) is None:
             for name, own in layer._parameters.items():
@@ -289,3 +347,14 @@ def kept_buffers(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def is_frozen(part: nn.Module) -> bool:
     """Return whether nothing in a part learns."""
     return not any(p.requires_grad for p in part.parameters())
+
+
+def _writes(tensors: list[Tensor | None]) -> list[int]:
+    """Return how often each tensor was written to, by PyTorch's count; some have none."""
+    return [-1 if t is None or t.is_inference() else t._version for t in tensors]
+
+
+def _view_as(tensor: Tensor, storage: UntypedStorage) -> Tensor:
+    """Return what ``tensor`` is of its own memory, of ``storage``."""
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]

@@ -9,6 +9,7 @@ forward), and by whatever name it was imported, comes past there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
@@ -35,8 +36,11 @@ def _again(function: Callable[..., Any], reenters: bool = False) -> Callable[...
 
     def run(*args: Any, **kwargs: Any) -> Any:
         token = reentrant.set(reenters)
+        again = [call for owner, call in calls if not owner.under_way(call)]
         try:
-            with under(calls):
+            with under(calls), ExitStack() as stack:
+                for call in again:
+                    stack.enter_context(call.keeping())
                 return function(*args, **kwargs)
         finally:
             reentrant.reset(token)

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from operator import is_
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from modgraft.core.errors import ModgraftError
@@ -100,31 +99,37 @@ class Guard:
                 self._places.explain(error)
                 raise
 
-    def run(
-        self,
-        host: nn.Module,
-        call: Callable[[], Any],
-        in_force: bool,
-        snapshot: Callable[[], Callable[[], None]],
-    ) -> Any:
-        """Return ``call()``, in which a frozen host may write to copies of its tensors alone.
+    def keeping(self, host: nn.Module, in_force: bool) -> AbstractContextManager[None]:
+        """Keep what is frozen as it is in a ``with`` block, which runs the host.
 
         Args:
             host: the host.
-            call: runs it.
             in_force: whether modules are.
-            snapshot: returns what takes back all that ``call()`` leaves beside the host.
+
+        Raises:
+            ModgraftError: where the block has written to a frozen weight.
         """
         model = host.get_submodule("model")
         training = host.training or model.training
         in_force = in_force and not self.gate.is_changing()  # a probe puts back what is written
-        return self._frozen.run(model, call, training, in_force, snapshot)
+        return self._frozen.keeping(model, training, in_force)
+
+    def copies(self, host: nn.Module) -> dict[str, Tensor]:
+        """Return copies of what compiled code may write to, by their paths in the model.
+
+        Whether modules are in force, and which weights are written to, it cannot ask.
+        """
+        return self._frozen.copies(host.training or host.get_submodule("model").training)
+
+    def again(self, host: nn.Module, in_force: bool) -> AbstractContextManager[None]:
+        """Let a part of a call that is computed once more, in backward, write to copies."""
+        training = host.training or host.get_submodule("model").training
+        return self._frozen.lending(training, in_force)
 
     @contextmanager
     def later(self, host: nn.Module, in_force: bool) -> Iterator[None]:
-        """Do the same for a part of a call that runs later, in a ``with`` block."""
-        training = host.training or host.get_submodule("model").training
-        with self.state(host), self._frozen.lending(training, in_force):
+        """Do all of this for a part of a call that runs later, in a ``with`` block."""
+        with self.state(host), self.keeping(host, in_force):
             yield
 
 

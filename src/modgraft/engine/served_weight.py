@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._ops import OpOverload
 from torch.autograd.function import Function
 from torch.nn.utils import stateless
 from torch.utils._pytree import tree_map
@@ -106,7 +107,8 @@ class ServedWeight(Tensor):
         bare = partial(tree_map, partial(_stands_for, bare=True))
         if func in FACTS:
             return func(*bare(args), **bare(kwargs or {}))
-        lost = not torch.is_grad_enabled() and _is_in_autograd_function()
+        lost = isinstance(func, OpOverload) and _is_below_autograd()
+        lost = lost or (not torch.is_grad_enabled() and _is_in_autograd_function())
         real = partial(tree_map, partial(_stands_for, bare=False, lost=str(func) if lost else ""))
         return func(*bare(written), *real(others), **real(kwargs or {}))
 
@@ -141,6 +143,13 @@ def _stands_for(value: Any, bare: bool, lost: str = "") -> Any:
             f"1 * layer.{name}, or without gradients"
         )
     return theta if bare else state.changed(layer, name, theta)
+
+
+def _is_below_autograd() -> bool:
+    """Return whether this runs where a mode looks at what autograd has passed on already."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(
+        torch._C.DispatchKey.AutogradFunctionality
+    )  # type: ignore[attr-defined]
 
 
 def _is_in_autograd_function() -> bool:

@@ -8,8 +8,11 @@ that one is copied before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,9 +21,25 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_FILLED = (dict, OrderedDict, defaultdict, list, set)
+"""Attributes that a layer's forward may fill; its hooks and buffers are in some."""
+
+
+@dataclass
+class Written:
+    """Which tensors a ``with`` block has written to, by their storages.
+
+    Attributes:
+        to: all of them.
+        changed: those that held other numbers after that.
+    """
+
+    to: set[int] = field(default_factory=set)
+    changed: set[int] = field(default_factory=set)
+
 
 @contextmanager
-def taken_back(model: nn.Module) -> Iterator[set[int]]:
+def taken_back(model: nn.Module) -> Iterator[Written]:
     """Run a ``with`` block, and leave parameters and buffers of ``model`` as they were before it;
     else as :func:`kept`."""
     with kept([*model.parameters(), *model.buffers()]) as written:
@@ -28,10 +47,10 @@ def taken_back(model: nn.Module) -> Iterator[set[int]]:
 
 
 @contextmanager
-def kept(tensors: Iterable[Tensor]) -> Iterator[set[int]]:
+def kept(tensors: Iterable[Tensor]) -> Iterator[Written]:
     """Run a ``with`` block, and leave ``tensors`` as they were before it.
 
-    Yields a set that holds, after the block, the storages of those that it had to leave so.
+    Yields what tells, after the block, which of them it has written to.
 
     What a function writes by PyTorch's own account is seen, under whatever view or ``.data`` it is
     written, and so is another tensor that was put into ``.data``.
@@ -39,16 +58,18 @@ def kept(tensors: Iterable[Tensor]) -> Iterator[set[int]]:
     own = [t for t in tensors if t.layout is torch.strided]
     data = [t.data for t in own]
     watch = _Watch(data)
-    written: set[int] = set()
+    written = Written()
     try:
         with watch:
             yield written
     finally:
-        written |= watch.take_back()
+        written.changed |= watch.take_back()
+        written.to |= watch.written
         for tensor, before in zip(own, data, strict=True):
             if storage_of(tensor) != storage_of(before):
-                if not torch.equal(tensor.data, before.to(tensor.dtype)):  # more than a cast
-                    written.add(storage_of(before))
+                if not same(tensor.data, before.to(tensor.dtype)):  # more than a cast
+                    written.to.add(storage_of(before))
+                    written.changed.add(storage_of(before))
                 tensor.data = before
 
 
@@ -90,6 +111,11 @@ class _Watch(TorchDispatchMode):
         if key in self._own and key not in self._before:
             self._before[key] = self._own[key].clone()
 
+    @property
+    def written(self) -> set[int]:
+        """The storages that were written to."""
+        return set(self._before)
+
     def take_back(self) -> set[int]:
         """Write back what the storages held, and return which of them held something else."""
         changed = set()
@@ -111,6 +137,33 @@ def can_watch() -> bool:
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
+    )
+
+
+def attributes_of(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Return what puts back the attributes of modules, and what they hold."""
+    attributes = [(m, dict(m.__dict__)) for m in modules]
+    held = [(v, copy(v)) for _, kept in attributes for v in kept.values() if type(v) in _FILLED]
+
+    def put_back() -> None:
+        for module, kept in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(kept)
+        for value, before in held:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(before)
+
+    return put_back
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are of one type and hold the same numbers, NaN too."""
+    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
+        return False
+    if torch.equal(one, other):
+        return True
+    return torch.equal(
+        *(t.detach().reshape(-1).contiguous().view(torch.uint8) for t in (one, other))
     )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
+from torch.func import functional_call
 from transformers.utils.generic import ModelOutput
 
 from modgraft.computation.base import (
@@ -441,8 +442,13 @@ class Host(Trains, AsModel):
             if self._context.routed:
                 call = routed(self.model, self._implants, call, args, kwargs)
             call = self._context.compiled.filled(call)
+            copies = self._guard.copies(self)
             with self._context.call(call):
-                out = self.model(*args, **kwargs)
+                out = (
+                    functional_call(self.model, copies, args, kwargs)
+                    if copies
+                    else self.model(*args, **kwargs)
+                )
             return with_routing_losses(out, call.routings, kwargs) if call.routings else out
         if callable(eval_frame.get_eval_frame_callback()):
             warnings.warn(NOT_COMPILED, stacklevel=4)
@@ -472,9 +478,9 @@ class Host(Trains, AsModel):
         with self._guard.state(self):
             call = self._call(side, modules, generating)
             run: Any = self.model.generate if generating else self.model
-            whole = partial(self._run, run, call, args, kwargs)
             try:
-                out = self._guard.run(self, whole, call.composition is not None, call.snapshot)
+                with self._guard.keeping(self, call.composition is not None):
+                    out = self._run(run, call, args, kwargs)
             except (ValueError, TypeError) as error:
                 alone = kwargs and kwargs.keys() <= TARGETS and not (args or generating)
                 if isinstance(error, ModgraftError) or not alone:
@@ -572,7 +578,8 @@ class Host(Trains, AsModel):
         given = {**now.side, **self._placed({} if side is None else side)}
         if self._context.side_sources:
             check_sides(composition, given, self._context.side_sources)
-        return Call(composition, given, generating, in_forward=True, kept={})
+        keeping = partial(self._guard.again, self, composition is not None)
+        return Call(composition, given, generating, in_forward=True, kept={}, keeping=keeping)
 
     def _placed(self, sides: Mapping[str, Side]) -> dict[str, Side]:
         if not isinstance(sides, Mapping):

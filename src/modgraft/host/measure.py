@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +13,13 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from modgraft.core.tensors import is_plain, rebuilt, tensors_in, with_contents
 from modgraft.engine.graft import undivide
+from modgraft.engine.writes import attributes_of
 
 CLOSE = 1e-3
 """How far a result may be off, as a share of the effect that is looked for."""
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 3e-5}
 """The same, as a share of the output: what its type loses on the way; another type, 3 %."""
-
-_FILLED = (dict, OrderedDict, defaultdict, list, set)
-"""Attributes that a layer's forward may fill; its hooks and buffers are in some."""
 
 Look = Callable[[str, tuple, dict, Tensor], None]
 
@@ -87,7 +83,7 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
     """
     undivide(model)  # what is found again when it is needed
     every = [*model.modules(), *modules.modules()]
-    put_back = [_attributes(every), _tensors(model, modules), _parameters(modules)]
+    put_back = [attributes_of(every), _tensors(model, modules), _parameters(modules)]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         try:
@@ -99,22 +95,6 @@ def as_it_was(model: nn.Module, modules: nn.Module) -> Iterator[None]:
             undivide(model)
             for one in put_back:
                 one()
-
-
-def _attributes(every: Sequence[nn.Module]) -> Callable[[], None]:
-    """Return what puts back the attributes of modules, and what they hold."""
-    attributes = [(m, dict(m.__dict__)) for m in every]
-    held = [(v, copy(v)) for _, kept in attributes for v in kept.values() if type(v) in _FILLED]
-
-    def put_back() -> None:
-        for module, kept in attributes:
-            module.__dict__.clear()
-            module.__dict__.update(kept)
-        for value, before in held:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(before)
-
-    return put_back
 
 
 def _tensors(model: nn.Module, modules: nn.Module) -> Callable[[], None]:

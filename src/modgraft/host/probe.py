@@ -39,7 +39,7 @@ from modgraft.core.offloaded import is_offloaded
 from modgraft.core.sites import WEIGHTED, Site, find, joined
 from modgraft.core.tensors import rebuilt, tensors_in
 from modgraft.engine.batch import lists_in
-from modgraft.engine.frozen import WRITES, movable
+from modgraft.engine.frozen import what_moves
 from modgraft.engine.graft import restored
 from modgraft.engine.implant import Implants
 from modgraft.engine.kernels.functional_call import new_weights, with_tensors
@@ -155,9 +155,7 @@ class _Host:
             raise ModgraftError("host.probe takes a batch of two different examples at least")
         with watched(self.layers) as self.alone:
             out = self.run(batch, None)
-        own = {p.path: p.own for p in movable(model) if p.own is not None}
-        if written := [path for path, t in own.items() if storage_of(t) in self.written]:
-            self.notes.append(WRITES.format(what=", ".join(written)))
+        self.notes += what_moves(model, self.written)
         self.out = floats(out)
         if not self.out:
             raise ModgraftError(
@@ -174,7 +172,7 @@ class _Host:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices), taken_back(self.model) as written:
             yield
-        self.written |= written
+        self.written |= written.changed
 
     def run(self, batch: Mapping[str, Any], modules: Any) -> Any:
         """Call the host with modules alone in force; None: bare."""

@@ -90,14 +90,18 @@ def run(
     """Run ``forward`` of ``layer`` with changed weights."""
     changed = with_tensors(layer, new_weights(layer, changes))
     changed.__dict__[COPIED] = True
-    before = dict(changed.__dict__)
+    if torch.compiler.is_dynamo_compiling():
+        return forward(changed, *args, **kwargs)
+    pairs = [(changed.__dict__, layer.__dict__)]
+    pairs += [
+        (changed.__dict__[kind], layer.__dict__[kind]) for kind in ("_buffers", "_parameters")
+    ]
+    before = [dict(new) for new, _ in pairs]
     out = forward(changed, *args, **kwargs)
-    if (
-        not torch.compiler.is_dynamo_compiling()
-    ):  # attributes that the layer set while it ran are its own
-        for name, value in changed.__dict__.items():
-            if name not in before or before[name] is not value:
-                layer.__dict__[name] = value
+    for (new, own), was in zip(pairs, before, strict=True):
+        for name, value in new.items():
+            if name not in was or was[name] is not value:  # what a layer sets as it runs is its own
+                own[name] = value
     return out
 
 
