@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -380,6 +381,95 @@ def test_a_mean_that_follows_the_modules_does_not_stay(training: bool) -> None:
         assert torch.equal(value, before[name]), name
 
 
+class Made(nn.Module):
+    """What is saved, and is made or exchanged while the host runs, or later than the host."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner, self.other, self.how = nn.Linear(4, 4), nn.Linear(4, 4), how
+        self.proto = nn.Parameter(torch.ones(4))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        with torch.no_grad():
+            if self.how == "a buffer" and not hasattr(self, "mean"):
+                self.register_buffer("mean", y.mean(0))
+            elif self.how == "a part":
+                self.other = copy.deepcopy(self.other)
+                self.other.weight.data.mul_(0.5)
+            elif self.how == "beside what trains":
+                self.proto.lerp_(y.mean(0), 0.5)
+        return self.head(self.other(y) * self.proto)
+
+
+@pytest.mark.parametrize("how", ["a buffer", "a part", "beside what trains"])
+def test_what_is_made_or_exchanged_in_a_call_is_refused(how: str) -> None:
+    torch.manual_seed(0)
+    host = mg.Host(Made(how)).eval()
+    host.implant("a", mg.LoRA(rank=2), at="inner")
+    host.model.head.requires_grad_(True)
+    before, other = copy.deepcopy(host.model.state_dict()), host.model.other
+    for _ in range(2):
+        with pytest.raises(mg.ModgraftError, match=r"writes to .* put back"):
+            host(batches()[0])
+    assert host.model.other is other
+    assert host.model.state_dict().keys() == before.keys()
+    for name, value in host.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_part_that_came_after_the_host_is_kept_too() -> None:
+    host = host_of(codebook).eval()
+    host.model[2] = Follower("weights").float().requires_grad_(False)
+    before = copy.deepcopy(host.model.state_dict())
+    with pytest.raises(mg.ModgraftError, match=r"writes to 2.teacher.weight"):
+        host(batches()[0])
+    for name, value in host.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_maximum_that_rises_later_does_not_stay() -> None:
+    class Maximum(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("most", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.most.copy_(torch.maximum(self.most, x.abs().max()))
+            return super().forward(x) / self.most
+
+    host = mg.Host(nn.Sequential(nn.Linear(4, 4), Maximum())).eval()
+    host.implant("a", mg.LoRA(rank=2), at="0")
+    host(batches()[0] * 1e-3)
+    with pytest.warns(UserWarning, match=r"writes to 1.most"):
+        host(batches()[0] * 10)
+    assert host.model[1].most == 1
+
+
+def test_a_call_that_is_interrupted_says_what_it_has_written() -> None:
+    host = followed("weights", begins=2)
+    host(x := batches()[0].double())
+    handle = host.model.teacher.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as raised:
+        host(x)
+    assert "writes to teacher.weight" in raised.value.__notes__[0]
+    handle.remove()
+
+
+def test_weights_in_one_memory_of_which_some_train() -> None:
+    host = followed("weights")
+    flat = torch.cat([p.data.flatten() for p in host.model.parameters()])
+    begin = 0
+    for p in host.model.parameters():
+        p.data = flat[begin : begin + p.numel()].view_as(p)
+        begin += p.numel()
+    host.model.teacher.requires_grad_(True)
+    before = host.model.teacher.weight.detach().clone()
+    host(batches()[0].double())
+    assert not torch.equal(host.model.teacher.weight, before)
+
+
 class Odd(nn.Module):
     """Buffers of which none is like the next: None as yet, NaN, and two views of one memory."""
 
@@ -438,6 +528,32 @@ def test_what_a_layer_with_modules_assigns_is_its_own() -> None:
     assert host.model[0].calls == 3
 
 
+def test_a_bare_call_beside_another_moves_as_it_would_alone() -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        if threading.current_thread().name == "with a module":
+            inside.set()
+            go.wait(10)
+
+    host, twin, x = followed("buffer"), followed("buffer"), batches()[0].double()
+    right = twin(x, modules=None)
+    host.model.teacher.register_forward_hook(wait)
+    outs: dict[str, Tensor] = {}
+    with warnings.catch_warnings(action="ignore"):
+        module = threading.Thread(target=lambda: host(x), name="with a module")
+        bare = threading.Thread(target=lambda: outs.update(bare=host(x, modules=None)))
+        module.start()
+        inside.wait(10)
+        bare.start()
+        bare.join(0.2)
+        go.set()
+        module.join()
+        bare.join()
+    torch.testing.assert_close(outs["bare"], right)
+    assert torch.equal(host.model.mean, twin.model.mean)
+
+
 def test_calls_in_threads_do_not_share_a_copy() -> None:
     host = host_of(codebook).train()
     xs = batches()
@@ -446,6 +562,43 @@ def test_calls_in_threads_do_not_share_a_copy() -> None:
         for _ in range(10):
             for right, out in zip(alone, pool.map(host, xs), strict=True):
                 torch.testing.assert_close(out, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_block_that_is_computed_once_more_reads_what_it_read(
+    reentrant: bool, training: bool
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.register_buffer("scale", torch.ones(4))
+            self.checkpoints = False
+
+        def block(self, y: Tensor) -> Tensor:
+            return torch.tanh(self.lin(y) * self.scale)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale.copy_(x.detach().abs().mean(0))
+            if self.checkpoints:
+                return checkpoint(self.block, x, use_reentrant=reentrant)
+            return self.block(x)
+
+    torch.manual_seed(0)
+    host = mg.Host(Net()).train(training)
+    host.implant("a", mg.LoRA(rank=2), at="lin")
+    with torch.no_grad():
+        for parameter in host["a"].parameters():
+            parameter.normal_()
+    found = []
+    with warnings.catch_warnings(action="ignore"):
+        for host.model.checkpoints in (False, True):
+            host.zero_grad()
+            host(batches()[0].requires_grad_()).square().sum().backward()
+            found.append([p.grad.clone() for p in host["a"].parameters()])
+    torch.testing.assert_close(found[0], found[1])
+    assert host.model.scale.eq(1).all()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

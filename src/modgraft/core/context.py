@@ -137,8 +137,8 @@ class Call:
         layout: where the examples lie; None: not asked.
         alike: whether this is a run of a part of the host in which all examples are treated as one
             of them; see :mod:`modgraft.engine.divided`.
-        keeping: keeps what the host writes to itself out of it, where a part of the call is run
-            again in backward.
+        entering: returns what lets a part of the call that begins now find again what it finds, as
+            it is run once more in backward.
     """
 
     composition: Expression | None
@@ -153,7 +153,9 @@ class Call:
     reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
     layout: Layout | None = None
     alike: bool = False
-    keeping: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, compare=False)
+    entering: Callable[[], Callable[[], AbstractContextManager[None]]] = field(
+        default=lambda: nullcontext, compare=False
+    )
 
     def snapshot(self) -> Callable[[], None]:
         """Return what takes back all that a run of the host leaves here, and the random numbers

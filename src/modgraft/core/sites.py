@@ -5,7 +5,6 @@ A site is a sub-module, or one parameter of a sub-module with several (attention
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from modgraft.core.errors import SiteError
+from modgraft.core.errors import SiteError, warn
 from modgraft.core.layers import (
     CONVOLUTIONS,
     LINEAR,
@@ -259,10 +258,9 @@ def _warn_of_experts(model: nn.Module, found: Mapping[str, Site]) -> None:
     ]
     if left:
         some = ", ".join(map(repr, dict.fromkeys(map(starred, left))))
-        warnings.warn(
+        warn(
             f"linear layers are selected, and {len(left)} weights of experts, which are parameters "
             f"and no layers, are left out; at=[nn.Linear, {some}] takes them too",
-            stacklevel=4,
         )
 
 

@@ -7,14 +7,13 @@ beside the pixels, all but 256 of the 65,536 greys of a scan, what is transparen
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from modgraft.core.errors import DataError, MissingFileError
+from modgraft.core.errors import DataError, MissingFileError, warn
 from modgraft.core.files import is_file
 
 
@@ -76,7 +75,7 @@ def open_picture(
     except Exception as error:  # of a damaged file, decoders raise what they happen to meet
         raise refused(f"a damaged image ({error})", "Fetch or save the file again") from error
     if frames > 1:
-        warnings.warn(f"{path} has {frames} frames; the first is read", stacklevel=2)
+        warn(f"{path} has {frames} frames; the first is read")
     return picture
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -40,8 +40,9 @@ _LENT = (
 _REFUSED = (
     "the forward of this host writes to {what}, frozen as it is: with modules in force what it "
     "writes may have their change in it, and would stay when they are removed. {now}. Where this "
-    "is to follow what trains, as a moving average does, let it: {part}.requires_grad_(True); "
-    "where the host prepares itself in its first call, make that one bare: host(…, modules=None)"
+    "is to follow what trains, as a moving average does, let it: {part}.requires_grad_(True), or "
+    "fit(train=[…, {fit!r}]); where the host prepares itself in its first call, make that one "
+    "bare: host(…, modules=None)"
 )
 
 _PUT_BACK = "It was put back"
@@ -76,8 +77,8 @@ class Frozen:
       frozen batch normalisation of detection models does: it computes in training what it computes
       afterwards.
     - What other layers keep in buffers (the mean of a codebook, a counter) is lent as a copy to
-      each call in training, and to each call with modules in force. Calls that are lent any wait
-      for each other.
+      each call in training, and to each call with modules in force. Calls of a host that has such
+      buffers wait for each other.
     - A call with modules in force that leaves anything else in a frozen weight, or in the tensor
       that a buffer's copy was made of, is refused. In the 1st, 5th, 21st, 85th … call each write is
       watched and put back. In the others PyTorch's count of writes is compared, which one through
@@ -94,8 +95,8 @@ class Frozen:
         self._turn = threading.RLock()
         self._lent: list[tuple[Place, Tensor | None, Tensor | None]] = []
         self._calls: Counter[tuple[bool, bool]] = Counter()  # in training, and with gradients
-        self._still: set[tuple[str, bool]] = set()  # buffers that the host does not write to
-        self._writes_same = False  # whether the host writes to weights what is there
+        self._still: set[tuple[str, bool]] = set()  # large buffers that the host does not write to
+        self._watches = False  # whether each call is watched: one has written what was there
         self._told: set[str] = set()
         self.look(model)
 
@@ -112,16 +113,19 @@ class Frozen:
         ]
         self._places = list(movable(model))
         held = {id(layer._buffers) for layer, _ in self._statistics}
-        buffers = [place for place in self._places if not isinstance(place.own, nn.Parameter)]
-        self._buffers = [place for place in buffers if id(place.of) not in held]
-        self._lendable = {place.path for place in self._buffers}
+        weights = {storage_of(p.own) for p in self._places if isinstance(p.own, nn.Parameter)}
+        self._buffers = [
+            place
+            for place in self._places
+            if not isinstance(place.own, nn.Parameter)
+            and id(place.of) not in held
+            and (place.own is None or storage_of(place.own) not in weights)
+        ]
         self._hold()
 
     def hold(self, model: nn.Module) -> None:
         """Put layers of running statistics into the mode of their model, frozen ones excepted."""
-        now = [layer for layer in model.modules() if isinstance(layer, STATISTICS)]
-        if not {layer for layer, _ in self._statistics}.issuperset(now):
-            self.look(model)  # some were replaced, by synchronised ones for instance
+        self.look(model)  # some may be new, as synchronised ones
         for layer, part in self._statistics:
             layer.__dict__["training"] = model.training and not is_frozen(part)
 
@@ -144,45 +148,33 @@ class Frozen:
         Raises:
             ModgraftError: with modules in force, where the block has written to what is frozen.
         """
-        if not in_force:
-            with self.lending(training, in_force):
-                yield
-            return
-        self._hold()
-        lent = self._to_lend(training)
-        with self._turn if lent else nullcontext():
+        self._hold()  # one may have been frozen, or put into training mode by itself
+        kind = training, torch.is_grad_enabled()
+        number = 3 * self._calls[kind] + 4  # a power of 4 in the 1st, 5th, 21st, 85th …
+        watch = in_force and (self._watches or number & (number - 1) == 0) and can_watch()
+        with self._turn if watch or self._buffers else nullcontext():
             if self._lent:  # a call within a call
                 yield
                 return
-            own = [place.own for place in self._places]
-            counts = _writes(own)
-            kind = training, torch.is_grad_enabled()
-            number = 3 * self._calls[kind] + 4  # a power of 4 at the 1st, 5th, 21st, 85th …
-            watch = (number & (number - 1) == 0 or self._writes_same) and can_watch()
-            put_back = attributes_of(model.modules()) if watch else None
-            watching = kept(self._frozen(own)) if watch else nullcontext(Written())
-            with self._lending(lent, training), watching as written:
-                yield
-            self._judge(own, counts, written, put_back)
+            if watch:
+                self.look(model)  # a part may be new
+            lent = self._to_lend(training) if training or in_force else []
+            if not in_force:
+                with self._lending(lent, training):
+                    yield
+                return
+            call = _Call(model, self._places, watch)
+            try:
+                with self._lending(lent, training), call.watching():
+                    yield
+            except BaseException as error:
+                if refusal := call.refusal():
+                    error.add_note(refusal)
+                raise
+            if refusal := call.refusal():
+                raise ModgraftError(refusal)
             self._calls[kind] += 1  # one that fails is none
-
-    @contextmanager
-    def lending(self, training: bool, in_force: bool) -> Iterator[None]:
-        """Let a ``with`` block write to copies of frozen buffers, and say where it has.
-
-        Args:
-            training: whether the host is in training mode.
-            in_force: whether modules are.
-        """
-        self._hold()  # one may have been frozen, or put into training mode by itself
-        lent = self._to_lend(training) if training or in_force else []
-        with self._turn if lent else nullcontext(), self._lending(lent, training):
-            yield
-
-    def copies(self, training: bool) -> dict[str, Tensor]:
-        """Return copies of the buffers that a call may write to, by path, for compiled code."""
-        own = {place.path: place.own for place in self._to_lend(training)}
-        return {path: tensor.clone() for path, tensor in own.items() if tensor is not None}
+            self._watches |= call.has_written
 
     def _to_lend(self, training: bool) -> list[Place]:
         """Return the places of buffers that a call gets copies of."""
@@ -191,9 +183,7 @@ class Frozen:
 
     @contextmanager
     def _lending(self, places: list[Place], training: bool) -> Iterator[None]:
-        if self._lent or not places:  # a call within a call, or nothing that could move
-            yield
-            return
+        """Let a ``with`` block write to copies, and say in evaluation where it has."""
         users = Counter(storage_of(own) for place in places if (own := place.own) is not None)
         copies: dict[int, UntypedStorage] = {}
         for place in places:
@@ -210,11 +200,7 @@ class Frozen:
             yield
         finally:
             moved = self._give_back(training)
-        if not training:
-            self._tell(moved)
-
-    def _tell(self, moved: list[str]) -> None:
-        if new := [path for path in moved if path not in self._told]:
+        if not training and (new := [path for path in moved if path not in self._told]):
             self._told |= set(new)
             warn(_LENT.format(what=some(new)))
 
@@ -224,77 +210,132 @@ class Frozen:
         for place, own, copy in self._lent:
             if place.own is not copy or not (own is None or copy is None or same(own, copy)):
                 moved.append(place.path)
-            elif not training or (own is not None and own.numel() > _LARGE):
+            elif own is not None and own.numel() > _LARGE:
                 self._still.add((place.path, training))
             place.of[place.name] = own
         self._lent.clear()
         return moved
 
-    def _frozen(self, own: list[Tensor | None]) -> list[Tensor]:
-        """Return those tensors that are frozen."""
-        frozen = [t for p, t in zip(self._places, own, strict=True) if is_frozen(p.part)]
-        return [t for t in frozen if t is not None and not t.is_inference()]
+    def entering(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what lets a block that begins now find its buffers again, run once more later."""
+        now = [(place, own.clone()) for place, *_ in self._lent if (own := place.own) is not None]
 
-    def _judge(
-        self,
-        own: list[Tensor | None],
-        counts: list[int],
-        written: Written,
-        put_back: Callable[[], None] | None,
-    ) -> None:
-        """Put back what a call has replaced, and refuse what it has written.
+        @contextmanager
+        def again() -> Iterator[None]:
+            with self._turn if now else nullcontext():
+                before = [place.own for place, _ in now]
+                for place, value in now:
+                    place.of[place.name] = value.clone()
+                try:
+                    yield
+                finally:
+                    for (place, _), own in zip(now, before, strict=True):
+                        place.of[place.name] = own
 
-        Args:
-            own: what was in each place before the call.
-            counts: of the writes to these, then.
-            written: what was written to, and is put back.
-            put_back: the same for attributes; None: the call was not watched.
+        return again
 
-        Raises:
-            ModgraftError: with the paths of what is frozen, and the remedy.
+    def copies(self) -> dict[str, Tensor]:
+        """Return copies of the buffers that are frozen, by path, for compiled code.
+
+        It drops those that it does not write to.
         """
-        now = [place.own for place in self._places]
-        if not written.to and all(map(is_, own, now)) and counts == _writes(now):
+        own = {place.path: place.own for place in self._buffers if is_frozen(place.part)}
+        return {path: tensor.clone() for path, tensor in own.items() if tensor is not None}
+
+
+class _Call:
+    """What a call with modules in force finds in a model that is frozen, and leaves there.
+
+    Args:
+        model: the host's.
+        places: of the tensors that it may write to.
+        watch: whether each write is seen, and put back.
+
+    Attributes:
+        has_written: whether it has written what was there.
+    """
+
+    def __init__(self, model: nn.Module, places: list[Place], watch: bool) -> None:
+        self._model, self._places = model, places
+        self._own = [place.own for place in places]
+        self._counts = _writes(self._own)
+        self._put_back = attributes_of(model.modules()) if watch else None
+        self._written = Written()
+        self.has_written = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Put back what a ``with`` block writes to frozen tensors, if it is watched."""
+        if self._put_back is None:
+            yield
             return
-        back, there, lent = [], [], []
-        for place, tensor, count in zip(self._places, own, counts, strict=True):
+        own = [(t, is_frozen(p.part)) for p, t in zip(self._places, self._own, strict=True)]
+        trains = {storage_of(t) for t, frozen in own if t is not None and not frozen}
+        frozen = [t for t, frozen in own if frozen and t is not None and not t.is_inference()]
+        with kept(t for t in frozen if storage_of(t) not in trains) as self._written:
+            yield
+
+    def refusal(self) -> str:
+        """Put back what was replaced, and say what was written to; "": nothing that is frozen."""
+        now = [place.own for place in self._places]
+        if (
+            self._put_back is None
+            and all(map(is_, self._own, now))
+            and self._counts == _writes(now)
+        ):
+            return ""
+        back, there = self._other_places(), []
+        for place, tensor, count in zip(self._places, self._own, self._counts, strict=True):
             new, storage = place.own, None if tensor is None else storage_of(tensor)
-            if new is tensor and storage not in written.to and _writes([new]) == [count]:
+            if new is tensor and storage not in self._written.to and _writes([new]) == [count]:
                 continue
             if not is_frozen(place.part) or any(t is not None and t.is_meta for t in (tensor, new)):
                 continue  # an offloaded weight comes and goes
             if new is not tensor:
                 place.of[place.name] = tensor
                 if tensor is None or new is None or not same(tensor, new):
-                    (lent if place.path in self._lendable else back).append(place)
-            elif storage in written.changed:
+                    back.append(place)
+            elif storage in self._written.changed:
                 back.append(place)
-            elif put_back is None:
+            elif self._put_back is None:
                 there.append(place)
             else:
-                self._writes_same = True
-        self._still -= {(place.path, mode) for place in lent for mode in (True, False)}
-        self._tell([place.path for place in lent])
-        if found := [*there, *back]:
-            if put_back is not None:
-                put_back()
-            raise ModgraftError(_refusal(found, _STILL_THERE if there else _PUT_BACK))
+                self.has_written = True
+        if not (found := [*there, *back]):
+            return ""
+        if self._put_back is not None:
+            self._put_back()
+        return _refusal(found, _STILL_THERE if there else _PUT_BACK)
+
+    def _other_places(self) -> list[Place]:
+        """Return the places that are new, or in a part that was exchanged, if it is watched."""
+        if self._put_back is None:
+            return []
+        known = {place.path: id(place.of) for place in self._places}
+        found = [place for place in movable(self._model) if known.get(place.path) != id(place.of)]
+        return [place for place in found if is_frozen(place.part)]
 
 
 def _refusal(places: list[Place], now: str) -> str:
     """Say that a host writes to what is frozen, what became of that now, and what to do."""
-    layer = places[0].path.rpartition(".")[0]
-    part = f"host.model.get_submodule({layer!r})" if layer else "host.model"
-    return _REFUSED.format(what=some([place.path for place in places]), now=now, part=part)
+    part = places[0].path.rpartition(".")[0]
+    what = f"host.model.get_submodule({part!r})" if part else "host.model"
+    fit = f"host.{part}" if part else "host"
+    paths = some([place.path for place in places])
+    return _REFUSED.format(what=paths, now=now, part=what, fit=fit)
 
 
-def what_moves(model: nn.Module, written: Container[int]) -> list[str]:
-    """Say what it means for modules that a forward of ``model`` writes to some storages."""
+def what_moves(model: nn.Module, written: Container[int]) -> tuple[list[str], list[str]]:
+    """Say what it means for modules that a forward of ``model`` writes to some storages.
+
+    Returns:
+        What is to be known, and what is refused.
+    """
     own = [p for p in movable(model) if p.own is not None and storage_of(p.own) in written]
-    frozen = [p for p in own if isinstance(p.own, nn.Parameter) and is_frozen(p.part)]
+    weights = [p for p in own if isinstance(p.own, nn.Parameter) and is_frozen(p.part)]
     buffers = [p.path for p in own if not isinstance(p.own, nn.Parameter)]
     notes = [_LENT.format(what=some(buffers))] if buffers else []
-    return [*notes, *([_refusal(frozen, "Such a call is refused")] if frozen else [])]
+    return notes, [_refusal(weights, "Such a call is refused")] if weights else []
 
 
 def let_go(model: nn.Module) -> None:
@@ -345,8 +386,9 @@ def kept_buffers(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def is_frozen(part: nn.Module) -> bool:
-    """Return whether nothing in a part learns."""
-    return not any(p.requires_grad for p in part.parameters())
+    """Return whether nothing of a part's own learns, or of what it holds if it has nothing."""
+    own = [p for p in part._parameters.values() if p is not None]
+    return not any(p.requires_grad for p in (own or part.parameters()))
 
 
 def _writes(tensors: list[Tensor | None]) -> list[int]:

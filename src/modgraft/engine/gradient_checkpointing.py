@@ -34,13 +34,15 @@ def _again(function: Callable[..., Any], reenters: bool = False) -> Callable[...
     if not calls:  # there is no host
         return function
 
+    entered = [(owner, call, call.entering()) for owner, call in calls]
+
     def run(*args: Any, **kwargs: Any) -> Any:
         token = reentrant.set(reenters)
-        again = [call for owner, call in calls if not owner.under_way(call)]
+        again = [enter for owner, call, enter in entered if not owner.under_way(call)]
         try:
             with under(calls), ExitStack() as stack:
-                for call in again:
-                    stack.enter_context(call.keeping())
+                for enter in again:
+                    stack.enter_context(enter())
                 return function(*args, **kwargs)
         finally:
             reentrant.reset(token)

@@ -114,17 +114,16 @@ class Guard:
         in_force = in_force and not self.gate.is_changing()  # a probe puts back what is written
         return self._frozen.keeping(model, training, in_force)
 
-    def copies(self, host: nn.Module) -> dict[str, Tensor]:
+    def copies(self) -> dict[str, Tensor]:
         """Return copies of what compiled code may write to, by their paths in the model.
 
         Whether modules are in force, and which weights are written to, it cannot ask.
         """
-        return self._frozen.copies(host.training or host.get_submodule("model").training)
+        return self._frozen.copies()
 
-    def again(self, host: nn.Module, in_force: bool) -> AbstractContextManager[None]:
-        """Let a part of a call that is computed once more, in backward, write to copies."""
-        training = host.training or host.get_submodule("model").training
-        return self._frozen.lending(training, in_force)
+    def entering(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what lets a block that begins now find its buffers again, run once more later."""
+        return self._frozen.entering()
 
     @contextmanager
     def later(self, host: nn.Module, in_force: bool) -> Iterator[None]:

@@ -13,7 +13,6 @@ Hooks tell when the host runs: it is called through :class:`~modgraft.host.host.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -30,7 +29,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from modgraft.core.context import Context
-from modgraft.core.errors import ModgraftError, UndividedError
+from modgraft.core.errors import ModgraftError, UndividedError, warn
 from modgraft.core.layers import STATE, stored
 from modgraft.core.patterns import joined
 from modgraft.core.tensors import check_whole
@@ -383,11 +382,10 @@ def warn_of_kept(model: nn.Module, name: str, paths: Mapping[nn.Module, str]) ->
     """
     for layer, keeper in kept_elsewhere(model, list(paths)).items():
         path = paths[layer]
-        warnings.warn(
+        warn(
             f"the model keeps a weight of {path} itself, in its attribute {keeper}: {name!r} acts "
             f"where {path} is called or its weight is read there, and not in what computes with "
             f"{keeper}; read {path}.weight in the forward",
-            stacklevel=5,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
@@ -29,7 +28,7 @@ from modgraft.computation.base import (
 from modgraft.core import expression as ex
 from modgraft.core.compiled import NOT_COMPILED, eagerly
 from modgraft.core.context import EXAMPLE, UNSEEN, Call, Context, Layout, Side
-from modgraft.core.errors import ModgraftError, UndividedError, an
+from modgraft.core.errors import ModgraftError, UndividedError, an, warn
 from modgraft.core.expression import module_of
 from modgraft.core.files import folder_path, writing
 from modgraft.core.layers import STATE, check_computed
@@ -442,7 +441,7 @@ class Host(Trains, AsModel):
             if self._context.routed:
                 call = routed(self.model, self._implants, call, args, kwargs)
             call = self._context.compiled.filled(call)
-            copies = self._guard.copies(self)
+            copies = self._guard.copies()
             with self._context.call(call):
                 out = (
                     functional_call(self.model, copies, args, kwargs)
@@ -451,7 +450,7 @@ class Host(Trains, AsModel):
                 )
             return with_routing_losses(out, call.routings, kwargs) if call.routings else out
         if callable(eval_frame.get_eval_frame_callback()):
-            warnings.warn(NOT_COMPILED, stacklevel=4)
+            warn(NOT_COMPILED)
         return self._call_eagerly(False, side, modules, args, kwargs)
 
     def generate(
@@ -578,8 +577,8 @@ class Host(Trains, AsModel):
         given = {**now.side, **self._placed({} if side is None else side)}
         if self._context.side_sources:
             check_sides(composition, given, self._context.side_sources)
-        keeping = partial(self._guard.again, self, composition is not None)
-        return Call(composition, given, generating, in_forward=True, kept={}, keeping=keeping)
+        entering = self._guard.entering
+        return Call(composition, given, generating, in_forward=True, kept={}, entering=entering)
 
     def _placed(self, sides: Mapping[str, Side]) -> dict[str, Side]:
         if not isinstance(sides, Mapping):

@@ -110,6 +110,7 @@ def probe(
             if source:
                 words = _UNFED.format(name=name, source=source)
                 (verdict.faults if in_force else found.notes).append(words)
+            verdict.faults += host.refused
             found.sites += rows
             found.modules.append(verdict)
     return found
@@ -126,6 +127,7 @@ class _Host:
             soon as a module is there.
         notes: what holds for the host as a whole.
         written: the storages that its forward has written to.
+        refused: why calls with modules in force are refused.
     """
 
     def __init__(
@@ -155,7 +157,8 @@ class _Host:
             raise ModgraftError("host.probe takes a batch of two different examples at least")
         with watched(self.layers) as self.alone:
             out = self.run(batch, None)
-        self.notes += what_moves(model, self.written)
+        notes, self.refused = what_moves(model, self.written)
+        self.notes += notes
         self.out = floats(out)
         if not self.out:
             raise ModgraftError(

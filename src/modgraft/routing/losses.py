@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from modgraft.core.errors import warn
 
 Routings = Sequence[tuple[Any, Any]]
 """Mixtures, and what their routers chose."""
@@ -113,7 +114,7 @@ def with_routing_losses(out: Any, routings: Routings, kwargs: dict[str, Any]) ->
     loss, logits = out[:2] if in_tuple else (getattr(out, n, None) for n in ("loss", "logits"))
     if not isinstance(loss, Tensor) or loss.dim():
         if any(routing.adds_to_loss for _, routing in routings):
-            warnings.warn(_NO_LOSS.format(type(out).__name__), stacklevel=2)
+            warn(_NO_LOSS.format(type(out).__name__))
         return out
     each = example_losses(logits, kwargs.get("labels"), loss)
     for mixture, routing in routings:

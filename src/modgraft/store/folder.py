@@ -322,11 +322,10 @@ def naming(folder: Path) -> Iterator[None]:
 def _load(
     host: HostLike, modules: Stored, name: str | None, strict: bool, active: bool, told: bool
 ) -> list[Implant]:
-    called = None if told else 5  # who called host.load
-    modules, trained_in = checked(host, modules, strict, called)
+    modules, trained_in = checked(host, modules, strict, told)
     card, before = modules.card, host.composition
-    if called:
-        warn_of_labels(host, modules, called)
+    if not told:
+        warn_of_labels(host, modules)
     names = names_here(modules, name)
     methods = {saved.name: saved.method(modules.folder) for saved in card.modules}
     tensors = modules.read()

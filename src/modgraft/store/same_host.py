@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from modgraft.core.errors import CheckpointError
+from modgraft.core.errors import CheckpointError, warn
 from modgraft.store.fingerprint import (
     are_of_values,
     changed,
@@ -21,7 +20,7 @@ from modgraft.training.host_like import HostLike
 
 
 def checked(
-    host: HostLike, modules: Stored, strict: bool, stacklevel: int | None = 3
+    host: HostLike, modules: Stored, strict: bool, told: bool = False
 ) -> tuple[Stored, dict[str, Any] | None]:
     """Refuse a host that the modules were not trained in, or warn of it.
 
@@ -33,7 +32,7 @@ def checked(
         modules: the modules.
         strict: whether its weights must be the same, and not its architecture alone. A host that
             differs by more than its precision is warned of otherwise.
-        stacklevel: of the warning, as ``warnings.warn`` has it; None: there is none.
+        told: whether that has been said already.
 
     Returns:
         The modules, named as this host names its layers where it has their model at another path
@@ -58,9 +57,8 @@ def checked(
                 return modules, None
     rounded = is_in_another_precision(model, there, differs, beside)
     if of_values and not strict:
-        if stacklevel is not None and not rounded:
-            words = _another(modules, model, differs)
-            warnings.warn(words, stacklevel=stacklevel)
+        if not told and not rounded:
+            warn(_another(modules, model, differs))
         known = {key: said for key, said in there.items() if key not in (SKETCHES, INNER)}
         return modules, known
     other = "this host in another precision" if rounded else "another host"
@@ -136,13 +134,12 @@ def labels_of(model: nn.Module) -> list[str]:
     return [] if labels == [f"LABEL_{i}" for i in range(len(labels))] else labels
 
 
-def warn_of_labels(host: HostLike, modules: Stored, stacklevel: int) -> None:
+def warn_of_labels(host: HostLike, modules: Stored) -> None:
     """Warn where a head comes with the modules and the host calls its classes otherwise."""
     there, here = modules.card.labels, labels_of(host.model)
     if there and there != here:
-        warnings.warn(
+        warn(
             f"{modules.folder}: the classes of its head are {there!r:.200}, and this host's are "
             f"{f'{here!r:.200}' if here else 'not named'}; to have those names: "
             f"host.model.config.id2label = dict(enumerate([…]))",
-            stacklevel=stacklevel,
         )

@@ -19,7 +19,6 @@ import json
 import math
 import re
 import shutil
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
@@ -31,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, warn
 from modgraft.core.files import sync
 from modgraft.engine.implant import Implant
 from modgraft.training.history import METRICS
@@ -155,11 +154,10 @@ def check_goes_on(found: Checkpoint, here: Mapping[str, Any]) -> None:
         ModgraftError: with what differs.
     """
     if found.state["format"] == FORMER:
-        warnings.warn(
+        warn(
             f"{found.path} was written by an earlier version of modgraft, which kept nothing of "
             f"the data, the modules' hyper-parameters and the composition: that they are the same "
             f"cannot be told",
-            stacklevel=2,
         )
         here = {name: said for name, said in here.items() if isinstance(said, dict)}
     refuse_other(found.path, "another model", found.fingerprint, here)

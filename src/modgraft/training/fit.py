@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -13,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, warn
 from modgraft.training.history import History
 from modgraft.training.note import noted
 from modgraft.training.optim import trainable
@@ -105,11 +104,10 @@ def planned(
     first = {} if given.folder is None else stream.first()
     key = digest(first)
     if given.folder is not None and (why := stream.unrepeatable(key)):
-        warnings.warn(
+        warn(
             f"fit(folder={str(given.folder)!r}): {why}; a run that is resumed may not be the "
             f"uninterrupted one to the bit. Random numbers have to come from torch, random or "
             f"numpy, or from a generator of theirs that the loader holds",
-            stacklevel=4,
         )
     settings = given.decided(
         batches=stream.length,

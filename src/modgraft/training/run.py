@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
@@ -16,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, warn
 from modgraft.core.files import folder_path, held
 from modgraft.core.offloaded import is_offloaded
 from modgraft.core.tensors import device_of
@@ -205,11 +204,10 @@ class Run:
             names = ", ".join(self.history.untouched[:4])
             show.say(f"{len(self.history.untouched)} tensors never had a gradient: {names} …")
         if self.optimizer.state and not self._has_learned():
-            warnings.warn(
+            warn(
                 f"nothing has learned in {self.step} steps: the gradient of all that trains "
                 f"({', '.join(list(self.parameters)[:4])}, …) was 0 at each of them, as where a "
                 f"composition takes away what it adds, or the loss depends on none of it",
-                stacklevel=4,
             )
 
     def _has_learned(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -11,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from modgraft.core.errors import MissingFileError
+from modgraft.core.errors import MissingFileError, warn
 from modgraft.log.index.database import WAIT, CorruptIndexError, Database, T
 from modgraft.log.index.indexer import Indexed, Indexer
 from modgraft.log.index.query import Hit, Owed, Query
@@ -130,7 +129,7 @@ class Index:
         try:
             return ask()
         except CorruptIndexError as error:
-            warnings.warn(f"{self.database.path}: the index {error}", stacklevel=3)
+            warn(f"{self.database.path}: the index {error}")
             self.database.rebuild(str(error))
             self.update()
             return ask()

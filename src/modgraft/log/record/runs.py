@@ -13,7 +13,6 @@ import shlex
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from modgraft.core.errors import warn
 from modgraft.log.record.editing import append, create, empty, replace, rewrite, section
 from modgraft.log.syntax.parse import parse
 
@@ -143,9 +143,9 @@ def _warn_on_error(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001  (a run must not fail over its note; a warning tells)
         why = f"{type(error).__name__}: {error}"
-        warnings.warn(
+        warn(
             f"{path}: the run's note could not be written ({why}). The run and its results are "
-            "not concerned", stacklevel=4,
+            "not concerned",
         )  # fmt: skip
 
 

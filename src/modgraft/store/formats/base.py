@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from modgraft.core.errors import CheckpointError, ModgraftError
+from modgraft.core.errors import CheckpointError, ModgraftError, warn
 from modgraft.core.files import finish
 from modgraft.core.plain import full_name, plain, plain_name
 from modgraft.core.sites import located
@@ -79,11 +78,10 @@ def named(name: str) -> Format:
         if _stamps(folder) != before:  # its files may be of two saves
             raise CheckpointError(f"{folder} was written to while it was read; load it again")
         if lacking := head_weights(plain(model)) - set(found.card.beside):
-            warnings.warn(
+            warn(
                 f"{folder} does not hold {', '.join(sorted(lacking))}, and nothing tells what they "
                 f"were where it was trained: in this host they stay as they are (a head that "
                 f"from_pretrained made anew answers at random)",
-                stacklevel=4,
             )
         return _for_wrapped(found, model)
 
@@ -94,12 +92,11 @@ def named(name: str) -> Format:
         kept = {n for name in names for n in unwrapped._implants[name].beside}
         if lacking := head_weights(unwrapped.model) - kept - learning_parts(unwrapped.model):
             layers = sorted({f"host.{name.rpartition('.')[0]}" for name in lacking})
-            warnings.warn(
+            warn(
                 f"{', '.join(sorted(lacking))} of this host did not train with {', '.join(names)}, "
                 f"so that {folder} is without, and this format keeps nothing that tells one head "
                 f"from another: give the host away too, or train the head as well: "
                 f"host.fit(…, train={[names[0], *layers]})",
-                stacklevel=3,
             )
 
     return Format(reader.holds, read, write)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modgraft.core.errors import CheckpointError
+from modgraft.core.errors import CheckpointError, warn
 from modgraft.core.files import read_json
 from modgraft.store.merging.weights import Checkpoint
 
@@ -46,10 +45,9 @@ def _check_tensors(one: Checkpoint, other: Checkpoint) -> None:
         )
     for name in sorted(lost):
         there, not_there = (one, other) if name in one.entries else (other, one)
-        warnings.warn(
+        warn(
             f"{name} is in {there.folder} alone, and not in {not_there.folder}; whole numbers are "
             f"not merged: the first one's stay, others are left out",
-            stacklevel=5,  # who called merge_checkpoints
         )
         if there is other:
             other.leave_out(name)
@@ -93,8 +91,7 @@ def _compare_configurations(one: Checkpoint, other: Checkpoint) -> None:
     ours, theirs = map(_said, paths)
     keys = sorted((ours.keys() | theirs.keys()) - _BESIDE)
     if differ := [key for key in keys if ours.get(key) != theirs.get(key)]:
-        warnings.warn(
+        warn(
             f"the configurations of {one.folder} and {other.folder} differ in "
             f"{', '.join(differ)[:200]}; the first one's is written",
-            stacklevel=5,  # who called merge_checkpoints
         )

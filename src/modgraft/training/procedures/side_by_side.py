@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, warn
 from modgraft.core.expression import module_of
 from modgraft.engine.implant import check_learns
 from modgraft.engine.writes import taken_back
@@ -319,7 +318,7 @@ class _Pass:
                 run.save()
         for run in lost:
             show.say(f"{run.history.error}")
-            warnings.warn(f"{run.history.error}; the others go on", stacklevel=6)
+            warn(f"{run.history.error}; the others go on")
 
     def _interrupted(self, show: Show) -> str:
         store = self.first.store

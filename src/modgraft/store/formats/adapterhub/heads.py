@@ -7,7 +7,6 @@ where a class of transformers computes the same, its head is read into a host of
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.errors import CheckpointError, ModgraftError, an
+from modgraft.core.errors import CheckpointError, ModgraftError, an, warn
 from modgraft.engine.implant import moving_buffers
 from modgraft.store.file import TensorFile
 from modgraft.store.formats.adapterhub.layout import (
@@ -251,10 +250,9 @@ def _check_labels(path: Path, labels: Any, of: Any) -> None:
     if not isinstance(labels, dict) or {kind_of(one) for one in labels.values()} - {int}:
         raise CheckpointError(f"{path}: label2id={labels!r:.60} is not understood")
     if labels != of.label2id:
-        warnings.warn(
+        warn(
             f"{path}: its labels are {labels!r:.200}, and the host's {of.label2id!r:.200}; say "
             f"host.model.config.label2id = … to have its names",
-            stacklevel=2,
         )
 
 

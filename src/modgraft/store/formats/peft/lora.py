@@ -8,7 +8,6 @@ from the host's here.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.lora import LoRA
-from modgraft.core.errors import an
+from modgraft.core.errors import an, warn
 from modgraft.core.layers import (
     CONVOLUTIONS,
     WEIGHTED,
@@ -66,10 +65,9 @@ def _warn_of_patterns(folder: Folder, said: LoraOptions, paths: Sequence[str]) -
     for name, patterns in (("rank", said.rank_pattern), ("alpha", said.alpha_pattern)):
         left = [each for each in patterns or {} if not any(by_pattern({each: 1}, p) for p in paths)]
         if left:
-            warnings.warn(
+            warn(
                 f"{folder.path}: {name}_pattern has {left[0]!r:.80}, which matches no layer that "
                 f"is changed; it means nothing, in PEFT too",
-                stacklevel=2,
             )
 
 

@@ -8,14 +8,13 @@ option that is set and not understood is refused, and so are tensors that are la
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.errors import CheckpointError
+from modgraft.core.errors import CheckpointError, warn
 from modgraft.core.patterns import WRAPPERS
 from modgraft.store.file import Entry, TensorFile, read_json, read_small
 from modgraft.store.formats.base import module_name
@@ -139,10 +138,9 @@ def _groups(folder: Folder, said: Options, host: Mapping[str, str]) -> list[Grou
 def _warn_of_another_model(folder: Path, said: Options, model: nn.Module) -> None:
     there, here = said.base_model_name_or_path, name_of(model)
     if there and here and there != here:
-        warnings.warn(
+        warn(
             f"{folder} was trained in {there!r:.120}, and this host is {here!r:.120}; PEFT keeps "
             f"nothing that tells whether their weights are the same",
-            stacklevel=2,
         )
 
 
