@@ -219,6 +219,8 @@ class Follower(nn.Module):
                 own.data = 0.5 * own.data + 0.5 * new.data
             case "replaced":
                 self.teacher.weight = nn.Parameter(0.5 * own + 0.5 * new, requires_grad=False)
+            case "replaced by one that trains":
+                self.teacher.weight = nn.Parameter(0.5 * own + 0.5 * new)
             case "kept":
                 for each in self.kept:
                     each.mul_(0.5)
@@ -238,7 +240,16 @@ def followed(how: str, begins: int = 1, training: bool = False) -> mg.Host:
     return host.train(training)
 
 
-WAYS = ["weights", "data", "exchanged", "replaced", "kept", "alias", "where it acts"]
+WAYS = [
+    "weights",
+    "data",
+    "exchanged",
+    "replaced",
+    "replaced by one that trains",
+    "kept",
+    "alias",
+    "where it acts",
+]
 
 
 @pytest.mark.parametrize("how", WAYS)

@@ -289,10 +289,10 @@ class _Call:
             new, storage = place.own, None if tensor is None else storage_of(tensor)
             if new is tensor and storage not in self._written.to and _writes([new]) == [count]:
                 continue
+            place.of[place.name] = tensor  # which tells whether the part is frozen
             if not is_frozen(place.part) or any(t is not None and t.is_meta for t in (tensor, new)):
-                continue  # an offloaded weight comes and goes
-            if new is not tensor:
-                place.of[place.name] = tensor
+                place.of[place.name] = new  # as an offloaded weight, which comes and goes
+            elif new is not tensor:
                 if tensor is None or new is None or not same(tensor, new):
                     back.append(place)
             elif storage in self._written.changed:
