@@ -184,6 +184,16 @@ def test_bad_files(tmp_path: Path) -> None:
         load_features(file, RECORDS)
 
 
+@pytest.mark.parametrize("shape", [str(ARRAY.shape).replace("4", "3"), str((1, *ARRAY.shape[1:]))])
+def test_a_header_that_tells_of_another_size(tmp_path: Path, shape: str) -> None:
+    path = write_rows(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(str(ARRAY.shape).encode(), shape.encode()))
+    assert path.read_bytes() != whole
+    with pytest.raises(DataError, match=r"its header tells of"):
+        load_features(path, RECORDS)
+
+
 def test_a_width_that_changes_names_the_question(tmp_path: Path) -> None:
     save_file({"11": torch.ones(2, 4), "13": torch.ones(2, 5)}, tmp_path / "a.safetensors")
     with pytest.raises(DataError, match=r"a.safetensors, question '13': the features are 5 wide"):

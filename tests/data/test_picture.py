@@ -92,6 +92,40 @@ def test_signed_greys_are_refused(tmp_path: Path, kind: str) -> None:
         open_picture(path)
 
 
+def test_a_byte_that_was_changed_is_seen_by_the_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "strip.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(path, compress_level=0)
+    assert np.array_equal(read(path), pixels)
+    whole = bytearray(path.read_bytes())
+    place = whole.index(b"IDAT") + 100
+    whole[place] ^= 255
+    path.write_bytes(bytes(whole))
+    with pytest.raises(DataError, match="damaged image"):
+        open_picture(path)
+
+
+def test_deep_channels_one_after_another_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "planes.tif"
+    tags: list[tuple[int, int, int]] = [  # width, height, bits, no compression, RGB, …, planes
+        (256, 3, 4), (257, 3, 2), (258, 3, 0), (259, 3, 1), (262, 3, 2), (273, 4, 0), (277, 3, 3),
+        (278, 3, 2), (279, 4, 0), (284, 3, 2),
+    ]  # fmt: skip
+    after = 8 + 2 + 12 * len(tags) + 4
+    fields = b""
+    for tag, kind, value in tags:
+        count, held = {258: (3, after), 273: (3, after + 6), 279: (3, after + 18)}.get(
+            tag, (1, value)
+        )
+        fields += struct.pack("<HHII", tag, kind, count, held)
+    begins = [after + 30 + 16 * i for i in range(3)]
+    more = struct.pack("<3H3I3I", 16, 16, 16, *begins, 16, 16, 16)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + b"\0" * 4
+    path.write_bytes(head + more + bytes(48))
+    with pytest.raises(DataError, match="one after another"):
+        open_picture(path)
+
+
 def shapes() -> tuple[np.ndarray, np.ndarray]:
     """A black square on nothing at all, and how much of it is there."""
     alpha = np.zeros((HEIGHT, WIDTH), np.uint8)

@@ -92,3 +92,8 @@ def test_titles_stand_apart(names: tuple[str, ...], monkeypatch: pytest.MonkeyPa
     routing_figure([replace(USES[0], names=names, share=some, picked=some)])
     for first, second in boxes:
         assert first.x1 < second.x0
+
+
+def test_what_has_counted_nothing_is_refused_in_a_line() -> None:
+    with pytest.raises(ModgraftError, match=r"^a str \(skills\) counts no choices; give"):
+        routing_table("skills")  # type: ignore[arg-type]

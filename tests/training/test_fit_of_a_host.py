@@ -84,3 +84,23 @@ def test_a_run_in_which_nothing_can_learn_says_so():
     host.use("qa - qa")
     with pytest.warns(UserWarning, match="nothing has learned in 3 steps.*qa"):
         host.fit(batches(), train="qa", steps=3, progress=False)
+
+
+def test_a_head_that_trains_on_without_its_module_is_told():
+    torch.manual_seed(0)
+    host = mg.Host(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)))
+    for name in "ab":
+        host.implant(name, mg.LoRA(rank=1), at="0", active=False)
+    host.model.forward = lambda x: {"loss": host.model[1](host.model[0](x)).square().mean()}
+    data = [{"x": torch.ones(2, 3)}]
+    for name in "aa":
+        host.fit(data, train=[name, "host.1"], modules=name, steps=1, progress=False)
+    with pytest.warns(UserWarning, match=r"1.bias, 1.weight trained with 'a' and trains on"):
+        host.fit(data, train=["b", "host.1"], modules="b", steps=1, progress=False)
+    host.fit(data, train=["a", "b", "host.1"], modules="a + b", steps=1, progress=False)
+
+
+def test_a_mixture_of_what_is_not_there_names_itself():
+    host = fused()
+    with pytest.raises(mg.ModgraftError, match=r"Mixture\(\['qa', 'nope'\]\): no module 'nope'"):
+        host.implant("mix", mg.Mixture(["qa", "nope"]))

@@ -240,3 +240,42 @@ def test_a_system_generator_is_told(tmp_path: Path) -> None:
     loader = DataLoader(Noisy(15, random.SystemRandom()), 3)
     with pytest.warns(UserWarning, match="other rows at every reading"):
         fit(Line(), loader, folder=tmp_path, **{**GIVEN, "steps": 2})
+
+
+class Outside(Noisy):
+    """Adds noise by a generator that nobody finds, from the second epoch on."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(i)
+        return {k: v + _OUTSIDE.random() for k, v in row.items()} if self.epoch else row
+
+
+_OUTSIDE = random.Random(3)
+
+
+def test_a_resumed_run_says_that_it_reads_other_rows(tmp_path: Path) -> None:
+    data = DataLoader(Outside(15, random.Random(3)), 3)
+    line, count = Line(), 0
+
+    def stops(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > 10:
+            raise StopError
+
+    handle = line.register_forward_pre_hook(stops)
+    with pytest.raises(StopError):
+        fit(line, data, folder=tmp_path, **{**GIVEN, "steps": 12})
+    handle.remove()
+    with pytest.warns(UserWarning, match="rows that were read before it stopped are others"):
+        fit(
+            Line(),
+            DataLoader(Outside(15, random.Random(3)), 3),
+            folder=tmp_path,
+            **{**GIVEN, "steps": 12},
+        )

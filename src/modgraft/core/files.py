@@ -367,7 +367,9 @@ def read_json(
         return value
 
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+    except RecursionError as error:
+        raise DataError("not JSON: brackets in brackets", file=path, remedy=remedy) from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise DataError(f"not JSON: {error.msg} at {where}", file=path, remedy=remedy) from error

@@ -48,7 +48,7 @@ _PLAIN = """\
 a about according all am among an and any appear appears are as at be been being between big box
 both by calculate can check choose come comes compare compared comparing compute consider contain
 contains could count counted counting decide depicted determine did display displayed do does
-drawn each equal equals far farthest find for found furthest from get gets give given gives go
+drawn each equal equals find for found from get gets give given gives go
 goes going got had hand handwritten has have having hello here hey hi how i identify if image in
 inside into is it its it's i'd i'm kindly know let lets let's like listed locate located look
 looking make makes making many mark may me might much my name named need now of ok on one ones
@@ -66,6 +66,7 @@ match matches matching mean means meaning translate translates"""
 _SILENT_OF = {"lookup": frozenset(_OF_LOOKUP.split())}
 """What is to be done → more such words beside it."""
 
+_NOUNS_OF_ONE = "|".join(noun for noun, _ in NOUNS)
 _PLURALS = f"(?:{'|'.join(plural for _, plural in NOUNS)})"
 _TWO = re.compile(
     r"\b(?:(first|last|leftmost|rightmost|middle|central|inner) (?:two|2)|(outer)(?: (?:two|2))?"
@@ -83,12 +84,20 @@ _TOKEN = re.compile(r"@\d|\d+(?:st|nd|rd|th)\b|\d+|[^\W\d_]+(?:['-][^\W\d_]+)*|[
 _OPENING = "is are plus + add and or of to between compare has have for row digit number"
 _BEFORE_A_NUMBER = frozenset(_OPENING.split())
 _HOW_MANY = re.compile(r"\bhow many\b|\bquantity of\b|\bnumber of\b|\bcount\w*\b|^\W*evens?\b")
+_ALL_OR_HOW_MANY = re.compile(rf"\ball\b|\bhow many\b|\bcounts?\b|\bnumber of (?:the )?{_PLURALS}")
 _OF_AN_EVEN = re.compile(r"\ban? even\b|^\W*(?:is|are|do|does|has|have|was|were)\b")
 _DIFFERENCE = re.compile(
     r"\b(?:get|gets|give|gives|make|makes) (?:the |a )?[@\d]"
     r"|\d(?: (?:digit|number|one))? (?:less|fewer)\b(?!\W*$)"
 )
-_SUM = re.compile(r"\bhow much (?:is|are)\b|\bmakes?\W*$")
+_SUM = re.compile(
+    r"\bhow much (?:is|are)\b(?=.*\b(?:and|with)\b)"
+    r"(?!.*\b(?:take[ns]?|taking|from|by|between|to)\b)|\bmakes?\W*$"
+)
+_NOT_WHAT_IS_THERE = re.compile(
+    r"\b(?:which|what)(?: is| are|'s)?(?: the)? (?:position|place|spot)\b|\bhands?\b"
+)
+"""Where a digit is, or what wrote it."""
 _NOT_A_DIGIT = re.compile(
     r"(?:^|[^\w@])[-−]\d|\d*[.,]\d|\d!(?! *$)|\d-\d|@\d (?:code|letter|row|symbol)\b"
 )
@@ -99,7 +108,9 @@ _PAIR = re.compile(
 )
 _ALIKE = (
     (re.compile(r"\blook(?:ing)? up\b|\bstands? for\b"), "lookup"),
-    (re.compile(r"\b(left|right)[ -](?:end|hand|side|most)\b"), r"\1"),
+    (re.compile(r"\b(?:far|farthest|furthest)(?: (?:to|on|at) the)? (left|right)\b"), r"\1"),
+    (re.compile(rf"\b(left|right)[ -]hand (?=side|end|one|{_NOUNS_OF_ONE})"), r"\1 "),
+    (re.compile(r"\b(left|right)[ -](?:end|side|most)\b"), r"\1"),
     (re.compile(r"\b(read|work|find|point|pick|figure|comes?|make) (?:out|off)\b"), r"\1"),
     (re.compile(r"\bout of\b"), "of"),
     (re.compile(r"\b(?:of|is|are) the (?:two|2)\b(?! and| or| plus| middle| inner| central)"), ""),
@@ -115,6 +126,7 @@ class _Parts:
     places: list[int] = field(default_factory=list)
     numbers: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    said: int = 0  # how often it names a place
 
 
 def restated(question: str, hint: str = "", count: int = 3) -> str | None:
@@ -129,11 +141,15 @@ def restated(question: str, hint: str = "", count: int = 3) -> str | None:
     parts = _parts_of(_PAIR.sub("", text) if count == 2 else text, count)
     if _NOT_A_DIGIT.search(text) or parts.unknown or (parts.places and parts.numbers):
         return None
+    if _NOT_WHAT_IS_THERE.search(text) or parts.said > max(2, len(parts.places)):
+        return None
     names = [PLACES[count][place] for place in sorted(_places(parts, count))] or parts.numbers
+    if len(names) != 2 and re.search(r"\bmakes?\b", text):  # what several make together
+        return None
     if "even" in parts.tasks and parts.tasks <= {"even", "add"}:  # "the total number of even ones"
         asked = _HOW_MANY.search(text) and not names and not _OF_AN_EVEN.search(text)
         return own_words("even", ()) if asked else None
-    if len(parts.tasks) > 1 or re.search(r"\ball\b", text):
+    if len(parts.tasks) > 1 or _ALL_OR_HOW_MANY.search(text):
         return None
     task = next(iter(parts.tasks), "add" if len(names) == 2 and _SUM.search(text) else "read")
     if task == "read":
@@ -217,6 +233,7 @@ def _parts_of(text: str, count: int) -> _Parts:
     for token in _TOKEN.findall(text):
         word = token.replace("-", "") if len(token) > 1 else token
         if word[0] == "@":
+            parts.said += 1
             if int(word[1:]) not in parts.places:
                 parts.places.append(int(word[1:]))
         elif word in _CUES:

@@ -146,7 +146,10 @@ def _read_npy(file: Path) -> np.ndarray:
         raise DataError(reason, file=file, remedy="Save the one array with numpy.save")
     try:
         # "c": torch warns of arrays that cannot be written, and none is written to
-        return np.lib.format.open_memmap(file, mode="c")
+        array = np.lib.format.open_memmap(file, mode="c")
+        if (size := file.stat().st_size) != (told := array.offset + array.nbytes):
+            raise ValueError(f"it has {size} bytes, and its header tells of {told}")
+        return array
     except Exception as error:  # a header is read as Python's literals, which fail in many ways
         reason = f"not a whole .npy array of numbers ({error})"
         raise DataError(reason, file=file, remedy=_AGAIN) from error

@@ -56,6 +56,9 @@ def open_picture(
     try:
         # by its path, Pillow maps a plain TIFF into memory, and turns its pixels but not its sides
         with path.open("rb") as file, Image.open(file) as image:
+            if image.format == "PNG":
+                image.verify()  # by its checksums, which Pillow does not compare when it decodes
+        with path.open("rb") as file, Image.open(file) as image:
             greys = _greys_of(image)
             image.load()
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
@@ -116,6 +119,8 @@ def _greys_of(image: Image.Image) -> _Greys:
             "its numbers may be negative (signed ones of 8 or 16 bits), and nothing tells which "
             "of them are black and white"
         )
+    if tags.get(_PLANES, 1) == 2 and max(tags.get(_BITS, (1,))) > 8:  # which Pillow mixes up
+        raise _UnknownColoursError("its channels of more than 8 bits lie one after another")
     how = file.tile[0].args if file.tile else ""
     stored = how[0] if isinstance(how, tuple) else how
     clear = image.info.get("transparency")
@@ -134,7 +139,7 @@ def _greys_of(image: Image.Image) -> _Greys:
 
 _PHOTOMETRIC = 262
 """The tag of a TIFF that says with 0 that 0 is white."""
-_SAMPLES, _SIGNED, _BITS = 339, 2, 258
+_SAMPLES, _SIGNED, _BITS, _PLANES = 339, 2, 258, 284
 """The tag of a TIFF that says what its numbers are, the word for signed ones, and their bits."""
 
 

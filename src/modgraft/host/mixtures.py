@@ -14,7 +14,7 @@ from modgraft.computation.attempt import Attempt
 from modgraft.computation.base import Computation
 from modgraft.core.context import EXAMPLE, Call, Side
 from modgraft.core.embeddings import token_table
-from modgraft.core.errors import ModgraftError, SideError
+from modgraft.core.errors import CompositionError, ModgraftError, SideError
 from modgraft.core.expression import Name, module_of
 from modgraft.core.parse import parse
 from modgraft.core.sites import RESIDUAL, Site, find
@@ -33,7 +33,10 @@ def mixed_sites(model: nn.Module, implants: Implants, mixture: Mixture) -> list[
     paths: dict[str, None] = {}
     members = []
     for name in mixture.over:
-        read = parse(name, implants.names)
+        try:
+            read = parse(name, implants.names)
+        except CompositionError as error:
+            raise CompositionError(f"Mixture({list(mixture.over)}): {error}") from error
         if not isinstance(read, Name) or read.name != name:
             raise ModgraftError(
                 f"Mixture({list(mixture.over)}): {name!r} is a composition; a mixture is over "

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from rich.markup import escape
 
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, an
 from modgraft.core.tables import Table
 from modgraft.report.figures import Picture, Scheme, draw, heat_map
 from modgraft.report.table import terminal_table
@@ -134,7 +134,8 @@ def _uses(of: Sequence[Usage] | Counted) -> Sequence[Usage]:
     """Return what routers have counted, of a mixture or of what it has counted."""
     if isinstance(of, str) or not (isinstance(of, Sequence) or hasattr(of, "stats")):
         raise ModgraftError(
-            f"{of!r:.60} counts no choices; give a mixture's handle, host['skills'], or its stats()"
+            f"{an(type(of).__name__)} ({str(of).partition(chr(10))[0]:.40}) counts no choices; "
+            f"give a mixture's handle, host['skills'], or its stats()"
         )
     return of if isinstance(of, Sequence) else of.stats()
 

@@ -172,12 +172,17 @@ class Run:
             self.store.prune()
 
     def _check_rows(self, found: disk.Checkpoint) -> None:
-        """Refuse to go on with other data; rows that differ at every reading tell nothing."""
+        """Refuse to go on with other data, and warn where rows differ at every reading."""
         there, here = found.state["rows"], self._rows()
         if there == here:
             return
         if data.digest(self.stream.first()) == self.first and self._rows() == here:
             disk.refuse_other(found.path, "other data", there, here)
+        warn(
+            f"{found.path}: rows that were read before it stopped are others when they are read "
+            f"again, by random numbers that are not kept with the run: the resumed run is not the "
+            f"uninterrupted one to the bit"
+        )
 
     def finish(self) -> None:
         """Restore the best weights, where that was asked for."""

@@ -110,7 +110,8 @@ class Asker:
                 raise DataError(f"{what} is {text!r:.40}, not a text", remedy="Write it as one")
         if not question.strip() or not 2 <= len(choices) <= len(LETTERS):
             raise DataError(
-                f"a question needs words and 2 to {len(LETTERS)} options; here are {len(choices)}",
+                f"a question needs words and 2 to {len(LETTERS)} options; "
+                f"here are {len(choices) if question.strip() else 'no words'}",
                 remedy='For example: modgraft mmcot ask strip.png "What is the left digit?" 3 5 8',
             )
         strip, features = (None, None) if image is None else self._look(image)
