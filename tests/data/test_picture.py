@@ -105,6 +105,18 @@ def test_a_byte_that_was_changed_is_seen_by_the_checksum(tmp_path: Path) -> None
         open_picture(path)
 
 
+def test_greys_that_are_multiplied_by_their_alpha(tmp_path: Path) -> None:
+    path = tmp_path / "grey.tif"
+    tags = [
+        (256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 2, 8 | 8 << 16), (259, 3, 1, 1), (262, 3, 1, 1),
+        (273, 4, 1, 134), (277, 3, 1, 2), (278, 3, 1, 1), (279, 4, 1, 4), (338, 3, 1, 1),
+    ]  # fmt: skip
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    fields = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    path.write_bytes(head + fields + bytes(4) + bytes([50, 128, 255, 255]))
+    assert read(path)[0, :, 0].tolist() == [50 + 255 - 128, 255]
+
+
 def test_deep_channels_one_after_another_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "planes.tif"
     tags: list[tuple[int, int, int]] = [  # width, height, bits, no compression, RGB, …, planes

@@ -175,6 +175,8 @@ def _on_ground(image: Image.Image, behind: tuple[int, ...]) -> Image.Image:
     """Return an image as RGB, on a ground where it is transparent."""
     if image.mode == "LAB":
         raise _UnknownColoursError("its colours are of the kind LAB, which is not read")
+    if image.mode == "La":  # greys that are multiplied by their alpha: there is one way out
+        image = image.convert("LA")
     if not image.has_transparency_data:
         return image.convert("RGB")
     ground = Image.new("RGBA", image.size, (*behind[:3], 255))
