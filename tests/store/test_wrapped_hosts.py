@@ -121,3 +121,28 @@ def test_a_prompt_before_a_part_that_is_compiled_is_refused() -> None:
     ):
         host.implant("p", mg.SoftPrompt(length=2))
     assert not host.implants
+
+
+@pytest.mark.parametrize("there", ["plain", "compiled", "compiled layers"])
+@pytest.mark.parametrize("here", ["plain", *WRAPS])
+def test_a_head_that_trained_in_one_is_loaded_into_another(
+    there: str, here: str, tmp_path: Path
+) -> None:
+    wraps = {**WRAPS, "plain": lambda model: model}
+    base = model_of("bert").eval()
+    host = mg.Host(wraps[there](copy.deepcopy(base))).eval()
+    host.implant("a", mg.LoRA(rank=2), at=["query"])
+    _drawn(host)
+    head = next(n for n, _ in host.model.named_parameters() if n.endswith("classifier.weight"))
+    part = host.model.get_submodule(head.removesuffix(".weight"))
+    host._implants["a"].beside = frozenset({head, head.replace("weight", "bias")})
+    with torch.no_grad():
+        part.weight.add_(0.1)
+    host.save("a", tmp_path / "a")
+    other = mg.Host(wraps[here](copy.deepcopy(base))).eval()
+    other.load(tmp_path / "a")
+    with torch.no_grad():
+        torch.testing.assert_close(other(**BATCH).logits, host(**BATCH).logits)
+    other.remove("a")
+    with torch.no_grad():
+        torch.testing.assert_close(other(**BATCH).logits, base(**BATCH).logits)

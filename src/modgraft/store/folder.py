@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from modgraft.core.expression import Expression, module_of
 from modgraft.core.files import locked, write_text
 from modgraft.core.parse import parse
 from modgraft.core.patterns import bare
+from modgraft.core.plain import full_name
 from modgraft.core.sites import located
 from modgraft.engine.implant import Implant, learning_parts, moving_buffers, tensor_at
 from modgraft.store import former
@@ -109,9 +111,10 @@ def packed(
     for implant in implants:
         located(model, implant.paths)  # what is written is found again, or refused now
     learns = learning_parts(model)
-    beside = sorted(learns.union(*(i.beside for i in implants)))
+    own = {bare(name): name for name in learns.union(*(i.beside for i in implants))}
+    beside = sorted(own)
     tensors = {f"{i.name}:{key}": t for i in implants for key, t in i.tensors().items()}
-    tensors |= {f":{name}": tensor_at(model, name) for name in beside}
+    tensors |= {f":{name}": tensor_at(model, own[name]) for name in beside}
     now = host.composition
     known = {name for implant in implants for name in implant.names}
     is_kept = now is not None and not now.of_batch and known.issuperset(now.names())
@@ -122,7 +125,7 @@ def packed(
                 name=i.name,
                 **to_json(i.method),
                 sites=list(i.paths),
-                beside=sorted(i.beside | learns),
+                beside=sorted(map(bare, i.beside | learns)),
                 trained_in=i.trained_in,
             )
             for i in implants
@@ -140,10 +143,10 @@ def packed(
         tensors=digest_of(tensors),
         base_model=_hub_name(model),
     )
-    own = {i.name: i.provenance for i in implants if i.provenance}
+    given = {i.name: i.provenance for i in implants if i.provenance}
     more = about.get("provenance", {})
-    if own and isinstance(more, Mapping):
-        about = {**about, "provenance": {**own, **more}}
+    if given and isinstance(more, Mapping):
+        about = {**about, "provenance": {**given, **more}}
     return tensors, card.described(about)
 
 
@@ -323,6 +326,8 @@ def _load(
     host: HostLike, modules: Stored, name: str | None, strict: bool, active: bool, told: bool
 ) -> list[Implant]:
     modules, trained_in = checked(host, modules, strict, told)
+    if modules.card.beside:  # in this host it may stand in a wrapper, as that of torch.compile
+        modules = modules.named(str, partial(full_name, host.model))
     card, before = modules.card, host.composition
     if not told:
         warn_of_labels(host, modules)
