@@ -70,7 +70,7 @@ class Settings:
     d_ff: int = 256
     heads: int = 4
     layers: int = 2
-    steps_rationale: int = 2000
+    steps_rationale: int = 3000
     steps_answer: int = 600
     batch: int = 32
     lr: float = 1e-3
