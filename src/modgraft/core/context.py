@@ -118,6 +118,10 @@ def _kind(value: object) -> str:
 EXAMPLE = "example"  # the side input that examples are routed by
 
 
+def _as_it_is() -> Callable[[], AbstractContextManager[None]]:
+    return nullcontext
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a host, and what its sites work out once for all of them.
@@ -154,7 +158,7 @@ class Call:
     layout: Layout | None = None
     alike: bool = False
     entering: Callable[[], Callable[[], AbstractContextManager[None]]] = field(
-        default=lambda: nullcontext, compare=False
+        default=_as_it_is, compare=False
     )
 
     def snapshot(self) -> Callable[[], None]:

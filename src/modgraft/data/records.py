@@ -137,15 +137,10 @@ def _problem_of(record: Record) -> str | None:
         return f"the record has {'only one choice' if count else 'no choices'}"
     if count > len(LETTERS):
         return f"{count} choices, but only {len(LETTERS)} letters"
-    if blank := [i for i, text in enumerate(record.choices) if not text.strip()]:
-        return f"option {LETTERS[blank[0]]} is empty"
     if not 0 <= record.answer < count:
         return (
             f"answer index {record.answer} is out of range for {count} choices (0 to {count - 1})"
         )
-    right = record.choices[record.answer].strip()
-    if sum(text.strip() == right for text in record.choices) > 1:
-        return f"two options are {right!r}, the right one"
     return None
 
 
