@@ -56,13 +56,13 @@ def open_picture(
     try:
         # by its path, Pillow maps a plain TIFF into memory, and turns its pixels but not its sides
         with path.open("rb") as file, Image.open(file) as image:
-            if image.format == "PNG":
-                image.verify()  # by its checksums, which Pillow does not compare when it decodes
-        with path.open("rb") as file, Image.open(file) as image:
             greys = _greys_of(image)
             image.load()
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             picture = _on_ground(_in_range(ImageOps.exif_transpose(image), greys), behind)
+        with path.open("rb") as file, Image.open(file) as image:
+            if image.format == "PNG":
+                image.verify()  # by its checksums, which Pillow does not compare when it decodes
     except UnidentifiedImageError as error:
         reason = (
             "not an image, a damaged one, or one of a kind that is not read; PNG, JPEG, WebP, GIF, "
