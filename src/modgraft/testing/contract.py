@@ -96,9 +96,7 @@ def check(
     """
     if not isinstance(method, Computation):
         what = method.__name__ if isinstance(method, type) else type(method).__name__
-        raise ModgraftError(
-            f"check({what}): give a method with its arguments, check(MyLoRA(rank=4))"
-        )
+        raise ModgraftError(f"check({what}): write check({what}(…)), a method by its arguments")
     if batch is not None and not isinstance(batch, Mapping):
         raise ModgraftError(
             f"check(…, batch={type(batch).__name__}): it holds arguments of the model's forward "
