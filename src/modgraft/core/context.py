@@ -118,8 +118,7 @@ def _kind(value: object) -> str:
 EXAMPLE = "example"  # the side input that examples are routed by
 
 
-def _as_it_is() -> Callable[[], AbstractContextManager[None]]:
-    return nullcontext
+Entering = Callable[[], Callable[[], AbstractContextManager[None]]]
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,8 @@ class Call:
         layout: where the examples lie; None: not asked.
         alike: whether this is a run of a part of the host in which all examples are treated as one
             of them; see :mod:`modgraft.engine.divided`.
-        entering: returns what lets a part of the call that begins now find again what it finds, as
-            it is run once more in backward.
+        entering: where a part of the call begins that is run once more in backward, returns what
+            lets it find there what it finds now; None: nothing is to be found again.
     """
 
     composition: Expression | None
@@ -157,9 +156,7 @@ class Call:
     reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
     layout: Layout | None = None
     alike: bool = False
-    entering: Callable[[], Callable[[], AbstractContextManager[None]]] = field(
-        default=_as_it_is, compare=False
-    )
+    entering: Entering | None = field(default=None, compare=False)
 
     def snapshot(self) -> Callable[[], None]:
         """Return what takes back all that a run of the host leaves here, and the random numbers

@@ -139,12 +139,8 @@ def restated(question: str, hint: str = "", count: int = 3) -> str | None:
     """
     text = _marked(question, count)
     parts = _parts_of(_PAIR.sub("", text) if count == 2 else text, count)
-    if _NOT_A_DIGIT.search(text) or parts.unknown or (parts.places and parts.numbers):
-        return None
-    if _NOT_WHAT_IS_THERE.search(text) or parts.said > max(2, len(parts.places)):
-        return None
     names = [PLACES[count][place] for place in sorted(_places(parts, count))] or parts.numbers
-    if len(names) != 2 and re.search(r"\bmakes?\b", text):  # what several make together
+    if _is_another(text, parts, len(names)):
         return None
     if "even" in parts.tasks and parts.tasks <= {"even", "add"}:  # "the total number of even ones"
         asked = _HOW_MANY.search(text) and not names and not _OF_AN_EVEN.search(text)
@@ -161,6 +157,15 @@ def restated(question: str, hint: str = "", count: int = 3) -> str | None:
     if len(names) != 2 or _is_difference(text, task):
         return None
     return own_words(task if task == "add" else "compare", names, task)
+
+
+def _is_another(text: str, parts: _Parts, operands: int) -> bool:
+    """Return whether a question asks for what none of DigitsQA's does, whatever its task."""
+    if _NOT_A_DIGIT.search(text) or _NOT_WHAT_IS_THERE.search(text) or parts.unknown:
+        return True
+    if (parts.places and parts.numbers) or parts.said > max(2, len(parts.places)):
+        return True
+    return operands != 2 and bool(re.search(r"\bmakes?\b", text))  # what several make together
 
 
 def _places(parts: _Parts, count: int) -> list[int]:

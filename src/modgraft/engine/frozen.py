@@ -277,25 +277,16 @@ class _Call:
 
     def refusal(self) -> str:
         """Put back what was replaced, and say what was written to; "": nothing that is frozen."""
-        now = [place.own for place in self._places]
-        if (
-            self._put_back is None
-            and all(map(is_, self._own, now))
-            and self._counts == _writes(now)
-        ):
-            return ""
         back, there = self._other_places(), []
-        for place, tensor, count in zip(self._places, self._own, self._counts, strict=True):
-            new, storage = place.own, None if tensor is None else storage_of(tensor)
-            if new is tensor and storage not in self._written.to and _writes([new]) == [count]:
-                continue
+        for place, tensor in self._touched():
+            new = place.own
             place.of[place.name] = tensor  # which tells whether the part is frozen
-            if not is_frozen(place.part) or any(t is not None and t.is_meta for t in (tensor, new)):
-                place.of[place.name] = new  # as an offloaded weight, which comes and goes
+            if not is_frozen(place.part) or _is_offloaded(tensor) or _is_offloaded(new):
+                place.of[place.name] = new
             elif new is not tensor:
                 if tensor is None or new is None or not same(tensor, new):
                     back.append(place)
-            elif storage in self._written.changed:
+            elif tensor is not None and storage_of(tensor) in self._written.changed:
                 back.append(place)
             elif self._put_back is None:
                 there.append(place)
@@ -306,6 +297,19 @@ class _Call:
         if self._put_back is not None:
             self._put_back()
         return _refusal(found, _STILL_THERE if there else _PUT_BACK)
+
+    def _touched(self) -> list[tuple[Place, Tensor | None]]:
+        """Return the places whose tensors were written to or exchanged, each with its own."""
+        now = [place.own for place in self._places]
+        written = self._written.to
+        if not written and all(map(is_, self._own, now)) and self._counts == _writes(now):
+            return []
+        rows = zip(self._places, self._own, now, self._counts, _writes(now), strict=True)
+        return [
+            (place, own)
+            for place, own, new, before, after in rows
+            if own is not new or before != after or (own is not None and storage_of(own) in written)
+        ]
 
     def _other_places(self) -> list[Place]:
         """Return the places that are new, or in a part that was exchanged, if it is watched."""
@@ -394,6 +398,11 @@ def is_frozen(part: nn.Module) -> bool:
 def _writes(tensors: list[Tensor | None]) -> list[int]:
     """Return how often each tensor was written to, by PyTorch's count; some have none."""
     return [-1 if t is None or t.is_inference() else t._version for t in tensors]
+
+
+def _is_offloaded(tensor: Tensor | None) -> bool:
+    """Return whether a tensor is there only while its layer runs."""
+    return tensor is not None and tensor.is_meta
 
 
 def _view_as(tensor: Tensor, storage: UntypedStorage) -> Tensor:

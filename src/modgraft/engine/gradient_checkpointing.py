@@ -34,7 +34,7 @@ def _again(function: Callable[..., Any], reenters: bool = False) -> Callable[...
     if not calls:  # there is no host
         return function
 
-    entered = [(owner, call, call.entering()) for owner, call in calls]
+    entered = [(owner, call, call.entering()) for owner, call in calls if call.entering]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         token = reentrant.set(reenters)
