@@ -1,4 +1,4 @@
-"""The library's exceptions: each says what went wrong, where, and what to do about it.
+"""The library's exceptions and warnings: each says what went wrong, where, and what to do about it.
 
 All derive from `ModgraftError`, which is a `ValueError`; where a built-in says more (an unknown
 name is a `KeyError`, a missing file a `FileNotFoundError`), the class derives from that too, so
@@ -20,8 +20,8 @@ def an(noun: str) -> str:
     return f"{'an' if noun[:1] in 'AEIOaeio' else 'a'} {noun}"
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
-    """Return the first of several names, and how many others there are."""
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Join names with commas; of many, the first, and count the rest."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -55,10 +55,8 @@ class UnknownNameError(ModgraftError, KeyError):
     @classmethod
     def among(cls, kind: str, name: object, known: Iterable[object]) -> UnknownNameError:
         """Make the error for `name`, which is no `kind`; `known` are the names that exist."""
-        names = sorted(str(k) for k in known)
-        shown = ", ".join(repr(n) for n in names[:12]) or "none"
-        more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-        return cls(f"no {kind} is named {name!r}; there are: {shown}{more}")
+        names = [repr(each) for each in sorted(map(str, known))]
+        return cls(f"no {kind} is named {name!r}; there are: {listed(names) or 'none'}")
 
 
 class ArgumentError(ModgraftError, TypeError):

@@ -20,7 +20,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from modgraft.core.errors import ModgraftError, some, warn
+from modgraft.core.errors import ModgraftError, listed, warn
 from modgraft.core.patterns import joined
 from modgraft.core.tensors import is_plain
 from modgraft.engine.writes import Written, attributes_of, can_watch, kept, same, storage_of
@@ -202,7 +202,7 @@ class Frozen:
             moved = self._give_back(training)
         if not training and (new := [path for path in moved if path not in self._told]):
             self._told |= set(new)
-            warn(_LENT.format(what=some(new)))
+            warn(_LENT.format(what=listed(new, 5)))
 
     def _give_back(self, training: bool) -> list[str]:
         """Put buffers back, and return the paths of those whose copies were written to."""
@@ -325,7 +325,7 @@ def _refusal(places: list[Place], now: str) -> str:
     part = places[0].path.rpartition(".")[0]
     what = f"host.model.get_submodule({part!r})" if part else "host.model"
     fit = f"host.{part}" if part else "host"
-    paths = some([place.path for place in places])
+    paths = listed([place.path for place in places], 5)
     return _REFUSED.format(what=paths, now=now, part=what, fit=fit)
 
 
@@ -338,7 +338,7 @@ def what_moves(model: nn.Module, written: Container[int]) -> tuple[list[str], li
     own = [p for p in movable(model) if p.own is not None and storage_of(p.own) in written]
     weights = [p for p in own if isinstance(p.own, nn.Parameter) and is_frozen(p.part)]
     buffers = [p.path for p in own if not isinstance(p.own, nn.Parameter)]
-    notes = [_LENT.format(what=some(buffers))] if buffers else []
+    notes = [_LENT.format(what=listed(buffers, 5))] if buffers else []
     return notes, [_refusal(weights, "Such a call is refused")] if weights else []
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modgraft.core.context import Context
-from modgraft.core.errors import ModgraftError, some, warn
+from modgraft.core.errors import ModgraftError, listed, warn
 from modgraft.core.expression import Expression, module_of
 from modgraft.engine.implant import Implants, check_learns, learner, learning_parts
 from modgraft.host.compositions import Compositions
@@ -78,8 +78,8 @@ class Trains(nn.Module):
                 implant.beside |= now
             elif shared := sorted(implant.beside & now):
                 warn(
-                    f"{some(shared)} trained with {name!r} and trains on without it: {name!r} acts "
-                    f"with what comes of it, and is saved with that; host.save({name!r}, …) first, "
+                    f"{listed(shared, 5)} trained with {name!r} and trains on without it: {name!r} "
+                    f"acts with what comes of it, and is saved with that; host.save({name!r}, …) first, "
                     f"or give each a part of its own"
                 )
 

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from modgraft.core.config import mismatch
-from modgraft.core.errors import CheckpointError, DataError, UnknownNameError
+from modgraft.core.errors import CheckpointError, DataError, UnknownNameError, listed
 from modgraft.core.files import Lock, folder_path, read_json, write_json, write_text
-from modgraft.log.record.runs import RunNote, listed, plain, recorded, settings_row
+from modgraft.log.record.runs import RunNote, plain, recorded, settings_row
 from modgraft.recipes.folder import run_folder
 from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.figures import Scheme, draw

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from modgraft.core.errors import listed
 from modgraft.engine.implant import Implants
-from modgraft.log.record.runs import RunNote, code, listed, plain, recorded, settings_row
+from modgraft.log.record.runs import RunNote, code, plain, recorded, settings_row
 
 if TYPE_CHECKING:
     from modgraft.training.run import Run

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, listed
 from modgraft.log.index.query import Hit, Query
 from modgraft.log.index.times import readable
 
@@ -156,8 +156,7 @@ def all_lines(hit: Hit) -> list[Evidence]:
 
 def places(hits: Sequence[Hit]) -> str:
     """List the first three files and lines, and count the rest."""
-    first = ", ".join(h.place for h in hits[:3])
-    return f"{first} and {len(hits) - 3} more" if len(hits) > 3 else first
+    return listed([hit.place for hit in hits], 3)
 
 
 def date_of(hit: Hit) -> str:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modgraft.core.errors import MissingFileError, ModgraftError
+from modgraft.core.errors import MissingFileError, ModgraftError, listed
 from modgraft.log.settings import FOLDERS, VARIABLE, read_table
 
 if TYPE_CHECKING:
@@ -90,5 +90,4 @@ def _notes(settings: Settings) -> dict[str, Path]:
 
 def _existing(settings: Settings) -> str:
     names = list(_notes(settings))
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"there are: {', '.join(names[:8])}{more}" if names else "there is none yet"
+    return f"there are: {listed(names, 8)}" if names else "there is none yet"

@@ -313,12 +313,6 @@ def code(text: str) -> str:
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
-def listed(names: Sequence[str], most: int = 12) -> str:
-    """Join names with commas; of many, the first, and count the rest."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
-
-
 def settings_row(record: Mapping[str, object], leave: Sequence[str] = ()) -> str:
     """Format settings as one line of code, without those in ``leave``."""
     given = {name: value for name, value in record.items() if name not in leave}

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from modgraft.core.errors import listed
 from modgraft.core.files import read_json
-from modgraft.log.record.runs import RunNote, code, listed, plain, recorded, settings_row
+from modgraft.log.record.runs import RunNote, code, plain, recorded, settings_row
 from modgraft.recipes.mmcot.data import load_questions
 from modgraft.recipes.mmcot.recipe import ROWS, Settings, nets_of
 from modgraft.report.run import Results, check, read_run
