@@ -140,7 +140,8 @@ def _greys_of(image: Image.Image) -> _Greys:
 _PHOTOMETRIC = 262
 """The tag of a TIFF that says with 0 that 0 is white."""
 _SAMPLES, _SIGNED, _BITS, _PLANES = 339, 2, 258, 284
-"""The tag of a TIFF that says what its numbers are, the word for signed ones, and their bits."""
+"""The tags of a TIFF for what its numbers are (with the word for signed ones), for their bits, and
+for whether its channels lie one after another."""
 
 
 def _in_range(image: Image.Image, greys: _Greys) -> Image.Image:

@@ -79,8 +79,8 @@ class Trains(nn.Module):
             elif shared := sorted(implant.beside & now):
                 warn(
                     f"{listed(shared, 5)} trained with {name!r} and trains on without it: {name!r} "
-                    f"acts with what comes of it, and is saved with that; host.save({name!r}, …) first, "
-                    f"or give each a part of its own"
+                    f"acts with what comes of it, and is saved with that; save it first, "
+                    f"host.save({name!r}, …), or give each a part of its own"
                 )
 
     def _learner(self, name: str) -> nn.Module:
