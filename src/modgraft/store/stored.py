@@ -43,7 +43,9 @@ class Stored:
         def key(text: str) -> str:
             module, _, rest = text.partition(":")
             site, colon, name = rest.rpartition(":")
-            return f"{module}:{labels[bare(site)]}:{name}" if colon else f":{weight(name)}"
+            if not colon:
+                return f":{weight(name)}"
+            return f"{module}:{labels.get(bare(site), site)}:{name}"
 
         labels = {bare(site): label(site) for saved in self.card.modules for site in saved.sites}
         modules = [
