@@ -34,12 +34,12 @@ from .computation.sparse import SparseSubnetwork as SparseSubnetwork
 from .computation.sparse import Supermask as Supermask
 from .computation.trainable_tokens import TrainableTokens as TrainableTokens
 from .computation.vera import VeRA as VeRA
-from .core.context import Side as Side
 from .core.errors import ModgraftError as ModgraftError
 from .core.parse import average as average
 from .core.parse import concat as concat
 from .core.per_example import Each as Each
 from .core.per_example import Weighted as Weighted
+from .core.side import Side as Side
 from .core.sites import Site as Site
 from .host.add_task import add_task as add_task
 from .host.host import Host as Host

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from modgraft.core.context import Side
 from modgraft.core.errors import DataError
+from modgraft.core.side import Side
 from modgraft.data.batches import IGNORE, Collate, Example, QADataset
 from modgraft.data.records import Questions
 from modgraft.data.text import FORMS

@@ -18,8 +18,8 @@ from modgraft.computation._checks import (
     real_width,
 )
 from modgraft.computation.base import FunctionComposition
-from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
+from modgraft.core.side import Side
 from modgraft.core.sites import Site
 
 Nonlinearity = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from modgraft.computation._checks import check_at_least_one, distinct_names
 from modgraft.computation.base import Computation, TokenComposition
 from modgraft.computation.prompts import SoftPrompt
-from modgraft.core.context import EXAMPLE, Side
 from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SideError, an
+from modgraft.core.side import EXAMPLE, Side
 from modgraft.core.sites import Site
 
 

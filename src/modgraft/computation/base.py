@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from modgraft.computation._checks import check_features, check_weight
 from modgraft.core.config import Configured
-from modgraft.core.context import Side
 from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.layers import linear_map
 from modgraft.core.precision import parameter_type, wide
+from modgraft.core.side import Side
 from modgraft.core.sites import Site
 from modgraft.core.tensors import device_of
 

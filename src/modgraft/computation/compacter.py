@@ -12,8 +12,8 @@ from modgraft.computation._checks import check_at_least_one, check_output
 from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.adapter import NONLINEARITIES, Nonlinearity, bottleneck, check_options
 from modgraft.computation.base import Computation, FunctionComposition
-from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
+from modgraft.core.side import Side
 from modgraft.core.sites import Site
 
 

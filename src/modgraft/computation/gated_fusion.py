@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from modgraft.computation._checks import check_output, real_width
 from modgraft.computation.base import FunctionComposition
-from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
+from modgraft.core.side import Side
 from modgraft.core.sites import Site
 
 

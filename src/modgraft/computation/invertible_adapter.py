@@ -11,8 +11,8 @@ from modgraft.computation._checks import check_output, real_width
 from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.adapter import NONLINEARITIES, Nonlinearity, check_options
 from modgraft.computation.base import Computation, FunctionComposition
-from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
+from modgraft.core.side import Side
 from modgraft.core.sites import Site
 
 

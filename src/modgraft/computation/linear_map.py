@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from modgraft.computation._checks import check_at_least_one
 from modgraft.computation.base import TokenComposition
-from modgraft.core.context import Side
 from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError
+from modgraft.core.side import Side
 from modgraft.core.sites import Site
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.base import Computation, KeyValueComposition
 from modgraft.core.attention import asks_registry
-from modgraft.core.context import Side
 from modgraft.core.embeddings import not_given
 from modgraft.core.errors import ModgraftError, SiteError
+from modgraft.core.side import Side
 from modgraft.core.sites import Site
 
 # the names that models give to the width of a head, the number of heads, and the key projection

@@ -1,4 +1,4 @@
-"""What one call carries to its sites: the composition that acts, and the side inputs.
+"""The composition in force on a host, and the calls under way in a thread or task.
 
 A host's ``forward`` has no argument for an image or a task, so the sites read both from here.
 """
@@ -9,224 +9,23 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from modgraft.core.call import Call, Layout
 from modgraft.core.compiled import Compiled, switched
-from modgraft.core.errors import ModgraftError, SideError
+from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import Expression
 
 R = TypeVar("R")
 
-Layout = Mapping[str, int | None]
-"""By a layer's path, the axis of its output on which the examples lie; None where none is."""
-
 LAYOUTS = 64
 """How many kinds of calls a host remembers its layouts of."""
-
-UNSEEN = -1
-"""The axis of a layer that did not run when this was asked, as an expert without tokens."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """A tensor that a module needs and the host's ``forward`` has no argument for.
-
-    Args:
-        tensor: ``[B, m, d]`` floating point: ``m`` vectors of ``d`` features for each example.
-        mask: ``[B, m]`` bool, True where there is something to see; None: everything is seen. What
-            is behind False is read as 0, whatever it is. An example whose row is all False has no
-            such input, and is left exactly as it was.
-
-    Raises:
-        SideError: for a tensor that is not ``[B, m, d]`` floating point, or a mask of another
-            shape or type.
-    """
-
-    tensor: Tensor
-    mask: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        tensor, mask = self.tensor, self.mask
-        if not isinstance(tensor, Tensor) or tensor.dim() != 3 or not tensor.is_floating_point():
-            raise SideError(
-                f"a side input is a floating-point tensor [batch, m, d], got {_kind(tensor)}; one "
-                f"vector an example is written tensor[:, None]"
-            )
-        shape = tensor.shape[:2]
-        if mask is not None and (
-            not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape
-        ):
-            raise SideError(
-                f"the mask of a side input is bool {list(shape)} (True where there is something to "
-                f"see), got {_kind(mask)}"
-            )
-        if mask is not None and mask.device != tensor.device:
-            object.__setattr__(self, "mask", mask.to(tensor.device))
-
-    def to(self, *args: object, **kwargs: object) -> Side:
-        """Move it to a device (or to a floating type), as :meth:`torch.Tensor.to` does."""
-        return Side(self.tensor.to(*args, **kwargs), self.mask)  # type: ignore[arg-type]
-
-    def pin_memory(self) -> Side:
-        """Copy it to page-locked memory, as ``DataLoader(pin_memory=True)`` asks."""
-        return Side(self.tensor.pin_memory(), None if self.mask is None else self.mask.pin_memory())
-
-    def seen(self) -> Tensor:
-        """Return the mask ``[B, m]``, all True where none was given."""
-        if self.mask is not None:
-            return self.mask
-        return torch.ones(self.tensor.shape[:2], dtype=torch.bool, device=self.tensor.device)
-
-    def shown(self) -> Side:
-        """Put 0 where the mask hides what is there, so that it reaches no value and no gradient.
-
-        A weight of 0 would not do: 0 · NaN is NaN.
-        """
-        if self.mask is None:
-            return self
-        return Side(self.tensor.masked_fill(~self.mask[..., None], 0.0), self.mask)
-
-    def picked(self, rows: Tensor) -> Side:
-        """Take the examples ``rows`` alone."""
-        return Side(self.tensor[rows], None if self.mask is None else self.mask[rows])
-
-    def follow(self, rows: int) -> Side:
-        """Repeat each example's row for a batch that ``generate`` expanded to ``rows``.
-
-        The beams of one example are neighbours there and stay together.
-        """
-        times = rows // self.tensor.shape[0]
-        if times == 1:
-            return self
-        mask = None if self.mask is None else self.mask.repeat_interleave(times, dim=0)
-        return Side(self.tensor.repeat_interleave(times, dim=0), mask)
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-EXAMPLE = "example"  # the side input that examples are routed by
-
-
-Entering = Callable[[], Callable[[], AbstractContextManager[None]]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a host, and what its sites work out once for all of them.
-
-    Attributes:
-        composition: which modules act.
-        side: the side inputs by name.
-        generating: whether this is a ``generate``.
-        in_forward: whether the host runs, and not only a ``using`` block.
-        spliced: what the input modules have put into this call already, and where.
-        choices: the routers' choices that hold at all sites, by (router, task).
-        routings: each mixture that is learning with its choice, for the losses that they add.
-        outputs: outputs computed ahead, of layers that share an input with one that has run.
-        kept: what :func:`kept_in_call` keeps until the call ends; None for one without an end of
-            its own, such as a ``using`` block.
-        reads: what checks, when the host has run, that a layer whose weight was read was called.
-        layout: where the examples lie; None: not asked.
-        alike: whether this is a run of a part of the host in which all examples are treated as one
-            of them; see :mod:`modgraft.engine.divided`.
-        entering: where a part of the call begins that is run once more in backward, returns what
-            lets it find there what it finds now; None: nothing is to be found again.
-    """
-
-    composition: Expression | None
-    side: Mapping[str, Side] = field(default_factory=dict)
-    generating: bool = False
-    in_forward: bool = False
-    spliced: Any = None
-    choices: dict[Hashable, Any] = field(default_factory=dict, compare=False)
-    routings: list[tuple[Any, Any]] = field(default_factory=list, compare=False)
-    outputs: dict[Hashable, Any] = field(default_factory=dict, compare=False)
-    kept: dict[Hashable, Any] | None = field(default=None, compare=False)
-    reads: list[Callable[[], None]] = field(default_factory=list, compare=False)
-    layout: Layout | None = None
-    alike: bool = False
-    entering: Entering | None = field(default=None, compare=False)
-
-    def snapshot(self) -> Callable[[], None]:
-        """Return what takes back all that a run of the host leaves here, and the random numbers
-        that it draws, so that the host can be run again."""
-        choices, routings, random = dict(self.choices), len(self.routings), torch.get_rng_state()
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-        def take_back() -> None:
-            self.choices.clear()
-            self.choices.update(choices)
-            del self.routings[routings:]
-            for made in (self.outputs, self.kept or {}, self.reads):
-                made.clear()
-            torch.set_rng_state(random)
-            for device, state in enumerate(devices):
-                torch.cuda.set_rng_state(state, device)
-
-        return take_back
-
-    def forget(self) -> None:
-        """Let go of what sites have worked out, before another call begins in its place."""
-        self.choices.clear()
-        self.routings.clear()
-        self.outputs.clear()
-
-    def resolve(
-        self,
-        source: str,
-        name: str,
-        batch: int,
-        rows: Tensor | None = None,
-        several: bool = False,
-    ) -> Side:
-        """Return the side input ``source`` that the module ``name`` reads at a site, masked.
-
-        Args:
-            source: the side input's name.
-            name: the module's name, for the error.
-            batch: how many examples the site works on; in ``generate`` an example's beams share
-                its side input.
-            rows: int64, the examples to take of the batch; None: all.
-            several: whether an example is known to have several rows there, as windows.
-
-        Raises:
-            SideError: if the call has no such side input, or it has another number of examples.
-        """
-        side = self.side.get(source)
-        if side is None:
-            raise missing_side(name, source)
-        have = side.tensor.shape[0]
-        if have != batch:
-            if not (self.generating or several) or batch % have:
-                raise SideError(
-                    f"side input {source!r} has {have} examples where {name!r} meets a first axis "
-                    f"of {batch}; pass one row for each example of the batch. If you did, this "
-                    f"axis is not the batch (flattened tokens, [n, B, d]): implant {name!r} at a "
-                    f"layer that has the batch first"
-                )
-            side = side.follow(batch)
-        return (side if rows is None else side.picked(rows)).shown()
-
-
-def missing_side(name: str, source: str) -> SideError:
-    """Return the error of a call without a side input that an active module needs."""
-    return SideError(
-        f"module {name!r} needs the side input {source!r} and this call has none; pass "
-        f"host(..., side={{{source!r}: mg.Side(tensor, mask)}}), with an all-False mask row for an "
-        f"example without one, or leave the module out with host.use(None)"
-    )
-
 
 # The calls under way, the innermost last: each with its host's context, and with the backward pass
 # that it was begun in, NO_BACKWARD outside of any.

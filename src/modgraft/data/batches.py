@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from modgraft.core.context import Side
 from modgraft.core.errors import DataError
+from modgraft.core.side import Side
 from modgraft.data.records import OR_SKIP, Questions, Record, Skips
 from modgraft.data.text import Form, find_form
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from modgraft.computation.base import FunctionComposition
-from modgraft.core.context import EXAMPLE
 from modgraft.core.errors import SideError, SiteError
 from modgraft.core.expression import Weight, weighted
 from modgraft.core.layers import WEIGHTED, feature_axis, weight_matrix, with_own_gradient
 from modgraft.core.parts import share
 from modgraft.core.precision import as_the_layer
+from modgraft.core.side import EXAMPLE
 from modgraft.core.tensors import tensor_input
 from modgraft.engine.kernels.batched import Batched
 from modgraft.engine.kernels.linear import Change

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from modgraft.core.context import EXAMPLE, Call, Context
+from modgraft.core.call import Call
+from modgraft.core.context import Context
 from modgraft.core.errors import CompositionError
 from modgraft.core.expression import Expression, walk
 from modgraft.core.per_example import Each, Weighted
+from modgraft.core.side import EXAMPLE
 from modgraft.core.tensors import contents
 from modgraft.engine.capturing import add_captured, captured_apart
 from modgraft.engine.state import STATE, State

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modgraft.core.context import UNSEEN, Layout
+from modgraft.core.call import UNSEEN, Layout
 from modgraft.core.errors import CompositionError
 from modgraft.core.layers import STATE
 from modgraft.core.roles import known_models

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from modgraft.core.context import Call, Context
+from modgraft.core.call import Call
+from modgraft.core.context import Context
 from modgraft.core.errors import UndividedError
 from modgraft.core.patterns import starred
 from modgraft.engine.divided import PART

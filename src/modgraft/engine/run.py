@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import FunctionComposition
-from modgraft.core.context import Call
+from modgraft.core.call import Call
 from modgraft.core.errors import ModgraftError, UndividedError
 from modgraft.core.expression import Expression, Weight, weighted
 from modgraft.core.per_example import Each

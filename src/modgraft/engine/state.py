@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import Computation, TokenComposition
-from modgraft.core.context import UNSEEN, Call, Context, Layout, kept_in_call
+from modgraft.core.call import UNSEEN, Call, Layout
+from modgraft.core.context import Context, kept_in_call
 from modgraft.core.embeddings import Reading
 from modgraft.core.errors import CompositionError, SiteError, UndividedError
 from modgraft.core.expression import Expression, Weight

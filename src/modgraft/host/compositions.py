@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from modgraft.core import expression as ex
-from modgraft.core.context import EXAMPLE, Context, Layout, Side, missing_side
+from modgraft.core.call import Layout
+from modgraft.core.context import Context
 from modgraft.core.errors import CompositionError, SideError
 from modgraft.core.parse import parse
 from modgraft.core.per_example import Each, Weighted
+from modgraft.core.side import EXAMPLE, Side, missing_side
 from modgraft.core.tensors import first_tensor, tensors_in
 from modgraft.engine.batch import lists_in
 from modgraft.engine.implant import Implants

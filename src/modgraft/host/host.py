@@ -26,13 +26,15 @@ from modgraft.computation.base import (
     TokenComposition,
 )
 from modgraft.core import expression as ex
+from modgraft.core.call import UNSEEN, Call, Layout
 from modgraft.core.compiled import NOT_COMPILED, eagerly
-from modgraft.core.context import EXAMPLE, UNSEEN, Call, Context, Layout, Side
+from modgraft.core.context import Context
 from modgraft.core.errors import ModgraftError, UndividedError, an, warn
 from modgraft.core.expression import module_of
 from modgraft.core.files import folder_path, writing
 from modgraft.core.layers import STATE, check_computed
 from modgraft.core.per_example import Weighted, joined
+from modgraft.core.side import EXAMPLE, Side
 from modgraft.core.sites import At, Site, find, located
 from modgraft.core.tables import Page
 from modgraft.core.tensors import device_of

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from modgraft.computation.attempt import Attempt
 from modgraft.computation.base import Computation
-from modgraft.core.context import EXAMPLE, Call, Side
+from modgraft.core.call import Call
 from modgraft.core.embeddings import token_table
 from modgraft.core.errors import CompositionError, ModgraftError, SideError
 from modgraft.core.expression import Name, module_of
 from modgraft.core.parse import parse
+from modgraft.core.side import EXAMPLE, Side
 from modgraft.core.sites import RESIDUAL, Site, find
 from modgraft.engine.implant import Implant, Implants
 from modgraft.engine.inputs.rows import IGNORED

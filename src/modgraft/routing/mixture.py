@@ -16,10 +16,12 @@ from modgraft.aggregation.representation import Average
 from modgraft.computation._checks import distinct_names
 from modgraft.computation._redirect import ModuleTensors, redirect
 from modgraft.computation.base import Computation, KeyValueComposition, TokenComposition
-from modgraft.core.context import EXAMPLE, Call, reentrant
+from modgraft.core.call import Call
+from modgraft.core.context import reentrant
 from modgraft.core.embeddings import token_width
 from modgraft.core.errors import ModgraftError, SiteError
 from modgraft.core.precision import HALF, wide
+from modgraft.core.side import EXAMPLE
 from modgraft.core.sites import Site
 from modgraft.routing.base import Router, Routing
 from modgraft.routing.learned import Soft

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import Computation
-from modgraft.core.context import Side
 from modgraft.core.errors import ContractError, ModgraftError
+from modgraft.core.side import Side
 from modgraft.core.sites import At
 from modgraft.core.tables import table
 from modgraft.host.host import Host

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from modgraft.computation.base import FunctionComposition, ParameterComposition
-from modgraft.core.context import Side
 from modgraft.core.errors import ContractError, ModgraftError, UndividedError
 from modgraft.core.layers import STATE, weight_matrix
+from modgraft.core.side import Side
 from modgraft.core.sites import located
 from modgraft.host.host import Host
 from modgraft.host.measure import watched

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import Computation, InputComposition, TokenComposition
-from modgraft.core.context import Side
 from modgraft.core.errors import ContractError
+from modgraft.core.side import Side
 from modgraft.core.sites import At
 from modgraft.core.tensors import tensor_of
 from modgraft.host.host import Host

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError
+from modgraft.core.side import Side
 from modgraft.training.stream import Batch
 
 PARTS = "parts"  # the key of `Parts` in a batch

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from modgraft.core.context import Side
 from modgraft.core.errors import ModgraftError, an
+from modgraft.core.side import Side
 from modgraft.training.randomness import (
     fold,
     generators_in,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.core.context import Call
+from modgraft.core.call import Call
 from modgraft.engine.inputs.splice import Splice
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from modgraft.computation.base import TokenComposition
+from modgraft.core.call import Call
 from modgraft.core.compiled import switched
-from modgraft.core.context import Call
 from modgraft.core.embeddings import Reading
 from modgraft.core.errors import CompositionError, ModgraftError
 from modgraft.core.expression import Expression
