@@ -64,6 +64,60 @@ def test_every_public_name_comes_from_its_home() -> None:
         assert getattr(modgraft, name) is getattr(importlib.import_module(home), name), name
 
 
+def test_no_room_imports_the_whole() -> None:
+    """The list of public names is the root's, and imports every room: below, only names are read.
+
+    ``core/config.py`` asks it for the class of a name in a folder, and others for the version.
+    """
+    for path in SOURCES.rglob("*.py"):
+        where = path.relative_to(SOURCES).as_posix()
+        if where.startswith(("cli/", "recipes/")):  # which use the library as a stranger does
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "modgraft":
+                assert [alias.name for alias in node.names] == ["__version__"], where
+            elif isinstance(node, ast.Import) and "modgraft" in [a.name for a in node.names]:
+                assert where in ("core/config.py", "store/card.py"), where
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                assert not ast.unparse(node.args[0]).startswith(("'modgraft", "f'modgraft")), where
+
+
+@pytest.mark.parametrize("package", ["modgraft", "modgraft.log", "modgraft.report"])
+def test_a_module_that_fails_is_not_taken_for_a_name_that_is_missing(package: str) -> None:
+    code = (
+        "import importlib, sys\n"
+        "package = importlib.import_module(sys.argv[1])\n"
+        "find = importlib.import_module\n"
+        "def broken(name, *rest):\n"
+        "    raise AttributeError('this version has no f')\n"
+        "importlib.import_module = broken\n"
+        "try:\n"
+        "    hasattr(package, package.__all__[-1])\n"
+        "except ImportError as error:\n"
+        "    assert 'this version has no f' in str(error), error\n"
+        "    assert not hasattr(package, 'nothing')\n"
+        "    print('told')"
+    )
+    done = python(code, package)
+    assert done.stdout == "told\n", done.stderr
+
+
+def test_to_import_draws_no_random_number() -> None:
+    code = (
+        "import random, sys\n"
+        "before = random.getstate()\n"
+        "import modgraft\n"
+        "import torch\n"
+        "drawn = torch.get_rng_state()\n"
+        "for name in modgraft.__all__:\n"
+        "    getattr(modgraft, name)\n"
+        "    assert random.getstate() == before, name\n"
+        "assert torch.equal(torch.get_rng_state(), drawn)"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names_are_listed_once() -> None:
     """No room lists a public name again, in ``__all__`` or by importing it in ``__init__.py``."""
     for path in SOURCES.rglob("*.py"):

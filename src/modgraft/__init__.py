@@ -4,7 +4,7 @@ The public names and their homes stand in ``__init__.pyi``. Each is imported whe
 what needs no torch does not wait for it.
 """
 
-import lazy_loader
+from modgraft.core.public import attach_stub
 
 __version__ = "0.1.0"
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

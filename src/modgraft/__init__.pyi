@@ -1,5 +1,7 @@
 """The public names of modgraft and where they live: the one list, read by the lazy import too."""
 
+from . import log as log
+from . import report as report
 from . import testing as testing
 from .aggregation.base import Aggregation as Aggregation
 from .aggregation.representation import Average as Average

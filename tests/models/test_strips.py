@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image, ImageOps
 
 from modgraft.core.errors import ModgraftError
 from modgraft.data.digits import CUT, scans
-from modgraft.models.strips import Reader, read_strip, save_strip
+from modgraft.models.strips import Reader, save_strip
 from modgraft.models.vision import train_vision
 
 
@@ -26,16 +27,20 @@ def strips(count: int, digits: int = 3) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(list(picked.transpose(1, 0, 2, 3)), axis=2))
 
 
+def found(reader: Reader, path: Path) -> torch.Tensor:
+    return reader.find(path, math.inf).ink
+
+
 @pytest.mark.parametrize("zoom", [1, 7])
 @pytest.mark.parametrize("invert", [False, True])
 @pytest.mark.parametrize("name", ["strip.png", "strip.bmp"])
-def test_a_strip_survives_a_file_in_either_polarity(tmp_path, zoom, invert, name) -> None:
+def test_a_strip_survives_a_file_in_either_polarity(reader, tmp_path, zoom, invert, name) -> None:
     strip = strips(2)[1]
     save_strip(1 - strip if invert else strip, tmp_path / name, zoom=zoom)
-    torch.testing.assert_close(read_strip(tmp_path / name), strip, atol=0.005, rtol=0)
+    torch.testing.assert_close(found(reader, tmp_path / name), strip, atol=0.005, rtol=0)
 
 
-def test_colour_transparency_and_other_modes_are_read(tmp_path):
+def test_colour_transparency_and_other_modes_are_read(reader, tmp_path):
     strip = strips(1)[0]
     ink = np.rint(255 * strip.numpy()).astype(np.uint8)
     clear = np.zeros((8, 24, 4), np.uint8)
@@ -44,10 +49,10 @@ def test_colour_transparency_and_other_modes_are_read(tmp_path):
     Image.fromarray(255 - ink).convert("RGB").save(tmp_path / "colour.jpg", quality=100)
     Image.fromarray(255 - ink).convert("P").save(tmp_path / "palette.gif")
     for name, tolerance in (("clear.png", 0.005), ("colour.jpg", 0.1), ("palette.gif", 0.1)):
-        torch.testing.assert_close(read_strip(tmp_path / name), strip, atol=tolerance, rtol=0)
+        torch.testing.assert_close(found(reader, tmp_path / name), strip, atol=tolerance, rtol=0)
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path):
+def test_files_that_cannot_be_read_are_named(reader, tmp_path):
     good = tmp_path / "good.png"
     save_strip(strips(1)[0], good, zoom=20)
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:120])
@@ -63,7 +68,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         "": "the image is missing",
     }.items():
         with pytest.raises(ModgraftError, match=message):
-            read_strip(tmp_path / name)
+            reader.find(tmp_path / name, math.inf)
 
 
 @pytest.mark.parametrize("digits", [1, 2, 3, 4])
@@ -72,7 +77,7 @@ def test_a_strip_is_found_whole_and_within_margins(reader, tmp_path: Path, digit
     for number, strip in enumerate(strips(10, digits)):
         save_strip(strip, path, zoom=10)
         whole = reader.find(path, limit=float("inf"))
-        torch.testing.assert_close(whole.ink, read_strip(path, digits))
+        torch.testing.assert_close(whole.ink, strip, atol=0.005, rtol=0)
         assert whole.digits == reader.look(strip).digits
         margin = (10 + 3 * number, 25, 40 - 2 * number, 15)
         ImageOps.expand(Image.open(path), margin, fill=255).save(path)

@@ -142,3 +142,26 @@ def test_a_disk_that_is_full_after_the_module(
     other.load(tmp_path / "a")
     x = torch.randn(2, 4)
     assert torch.equal(other(x), one(x))
+
+
+def test_a_class_of_ones_own_with_a_public_name(tmp_path: Path) -> None:
+    """Its folder would be read as the library's class, or as whichever was defined last."""
+    one, first = host("c"), mg.OFT  # which is defined when it is first asked for
+
+    class OFT(mg.ParameterComposition):
+        k: float = 1.0
+
+        def build(self, site: mg.Site) -> None:
+            self.d = nn.Parameter(torch.zeros(4, 4))
+
+        def delta(self, weight: Tensor) -> Tensor:
+            return self.d * self.k
+
+    one.implant("own", OFT(k=2.0), at="layers.c")
+    with pytest.raises(mg.ModgraftError, match=r"OFT is a class of your own .* call it otherwise"):
+        one.save("own", tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    one.implant("oft", first(block=2), at="layers.c")
+    one.save("oft", tmp_path / "oft")
+    there = mg.Host(Named("c")).load(tmp_path / "oft")
+    assert type(there.method) is first

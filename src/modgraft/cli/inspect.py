@@ -79,35 +79,19 @@ def read_model(
             or there is no such class.
     """
     import torch
-    import transformers
     from transformers import AutoConfig
 
     from modgraft.core.errors import DataError, ModgraftError
 
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise DataError(
-            "no config.json here", file=folder,
-            remedy="Give a folder that model.save_pretrained(folder) wrote, or a hub name",
-        )  # fmt: skip
-    if folder.is_file() or (not folder.exists() and not _may_be_on_a_hub(name)):
-        raise DataError(
-            "this is no folder", file=name,
-            remedy="Give a folder with a config.json, or a hub name such as bert-base-uncased",
-        )  # fmt: skip
-    cached = False
-    if not folder.exists():
-        what = "config.json and the weights" if weights else "config.json, no weights,"
-        typer.echo(f"fetching {what} of {name} from the Hugging Face hub", err=True)
-        if cached := not _answers():
-            typer.echo("the hub cannot be reached: what is not in its cache is missing", err=True)
-    given = " ".join(f"--set {key}={value}" for key, value in (settings or {}).items())
+    _check_is_a_model(name)
+    values = dict(settings or {})
+    cached = not Path(name).exists() and not _fetches(name, weights)
     try:
         found: Any = AutoConfig.from_pretrained(
-            name, **(settings or {}), return_unused_kwargs=True, local_files_only=cached
+            name, **values, return_unused_kwargs=True, local_files_only=cached
         )
         config, unused = found
-        if unknown := unused.keys() & (settings or {}).keys():
+        if unknown := unused.keys() & values.keys():
             raise DataError(
                 f"a {type(config).__name__} has no {', '.join(sorted(unknown))}", file=name,
                 remedy="See its config.json for those that --set can change",
@@ -120,19 +104,59 @@ def read_model(
     except ModgraftError:
         raise
     except Exception as error:  # transformers has others for each thing that may be wrong
-        if isinstance(error, OSError | ValueError) and not given and kind is None:
-            remedy = (
-                "See whether its config.json is whole, and its model_type one that "
-                f"transformers {transformers.__version__} knows; any other model: "
-                f"print(mg.Host(model)) in Python"
-                if folder.exists()
-                else "See the name and the network, or give a folder that you have"
-            )
-        else:
-            asked = " ".join(filter(None, [f"--class {kind}" if kind else "", given]))
-            remedy = f"See whether {asked or 'its config.json'} is right for these weights"
+        asked = [f"--set {key}={value}" for key, value in values.items()]
+        asked = [*([] if kind is None else [f"--class {kind}"]), *asked]
         first = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-        raise DataError(first.rstrip(".:"), file=name, remedy=remedy) from error
+        raise DataError(
+            first.rstrip(".:"), file=name, remedy=_remedy(name, error, " ".join(asked))
+        ) from error
+
+
+def _check_is_a_model(name: str) -> None:
+    """Refuse what is neither a folder with a config nor the name of a model on a hub."""
+    from modgraft.core.errors import DataError
+
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise DataError(
+            "no config.json here", file=folder,
+            remedy="Give a folder that model.save_pretrained(folder) wrote, or a hub name",
+        )  # fmt: skip
+    if folder.is_file() or (not folder.exists() and not _may_be_on_a_hub(name)):
+        raise DataError(
+            "this is no folder", file=name,
+            remedy="Give a folder with a config.json, or a hub name such as bert-base-uncased",
+        )  # fmt: skip
+
+
+def _fetches(name: str, weights: bool) -> bool:
+    """Say what is fetched of a hub; return whether that can be reached."""
+    what = "config.json and the weights" if weights else "config.json, no weights,"
+    typer.echo(f"fetching {what} of {name} from the Hugging Face hub", err=True)
+    reached = _answers()
+    if not reached:
+        typer.echo("the hub cannot be reached: what is not in its cache is missing", err=True)
+    return reached
+
+
+def _remedy(name: str, error: Exception, asked: str) -> str:
+    """Return what to do where transformers did not make the model.
+
+    Args:
+        name: the folder's, or the hub's.
+        error: its error.
+        asked: the options that asked for another model than the config's own.
+    """
+    import transformers
+
+    if asked or not isinstance(error, OSError | ValueError):
+        return f"See whether {asked or 'its config.json'} is right for these weights"
+    if not Path(name).exists():
+        return "See the name and the network, or give a folder that you have"
+    return (
+        "See whether its config.json is whole, and its model_type one that transformers "
+        f"{transformers.__version__} knows; any other model: print(mg.Host(model)) in Python"
+    )
 
 
 def _class_named(kind: str, config: Any, name: str) -> Any:

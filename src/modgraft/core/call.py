@@ -36,8 +36,8 @@ class Call:
         choices: the routers' choices that hold at all sites, by (router, task).
         routings: each mixture that is learning with its choice, for the losses that they add.
         outputs: outputs computed ahead, of layers that share an input with one that has run.
-        kept: what :func:`kept_in_call` keeps until the call ends; None for one without an end of
-            its own, such as a ``using`` block.
+        kept: what :func:`modgraft.core.context.kept_in_call` keeps until the call ends; None for
+            one without an end of its own, such as a ``using`` block.
         reads: what checks, when the host has run, that a layer whose weight was read was called.
         layout: where the examples lie; None: not asked.
         alike: whether this is a run of a part of the host in which all examples are treated as one

@@ -113,7 +113,6 @@ class Compiled:
 
     Attributes:
         order: the implanted modules, each with its place among the weights.
-        device: where the weights are made.
         host: the number by which the operator finds the host.
         program: the one that was put in force, or called for, last.
         call: the call that was begun last, for parts of a model that are compiled by themselves.

@@ -24,7 +24,7 @@ from typing import (
 import torch
 from torch import nn
 
-import modgraft
+import modgraft  # for its list of public names: what is asked for of it is imported then
 from modgraft.core.errors import ArgumentError, ModgraftError, UnknownNameError
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -160,18 +160,27 @@ def resolve(name: str, kind: type[C]) -> type[C]:
     Raises:
         UnknownNameError: if no such class has been defined.
     """
-    if name not in REGISTRY:  # a public class is defined when it is first asked for
-        for public in dir(modgraft):
-            getattr(modgraft, public)
-    found = REGISTRY.get(name)
+    found = public(name) or REGISTRY.get(name)
     if found is not None and issubclass(found, kind):
         return found
-    known = sorted(n for n, each in REGISTRY.items() if issubclass(each, kind) and final(each))
+    every = {n: each for n in dir(modgraft) if (each := public(n))}
+    known = sorted(
+        n for n, each in (REGISTRY | every).items() if issubclass(each, kind) and final(each)
+    )
     what = "computation, router or aggregation" if kind is Configured else kind.__name__.lower()
     raise UnknownNameError(
         f"no {what} {name!r}; known: {', '.join(known)}. "
         f"If it is your own class, import the file that defines it first"
     )
+
+
+def public(name: str) -> type[Configured] | None:
+    """Return the class of this name in the library; None where it has none.
+
+    It is so whatever a user's class is called, and whichever of them was defined last.
+    """
+    found = getattr(modgraft, name) if name in dir(modgraft) else None
+    return found if isinstance(found, type) and issubclass(found, Configured) else None
 
 
 def final(kind: type[Configured]) -> bool:

@@ -307,7 +307,7 @@ def _source(module: str) -> str:
 
 
 def _position_rows(reader: nn.Module) -> Iterator[int]:
-    """Yield how many positions each table of them has that ``reader`` looks them up in."""
+    """Yield the number of rows of each table in which ``reader`` looks up positions."""
     eyes = tuple(f"{path}." for path, m in reader.named_modules() if path and _is_eye(m, reader))
     for path, module in reader.named_modules():
         if not _POSITIONS.fullmatch(path.rpartition(".")[2]) or path.startswith(eyes):

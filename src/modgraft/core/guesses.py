@@ -59,20 +59,29 @@ def guess(model: nn.Module, without: Sequence[str] = ()) -> Mapping[str, tuple[s
             roles += _attends(path)
         for role, label in dict.fromkeys(roles):
             found[role].append(label)
-    for path, module in modules.items():
-        blocks = [joined(path, name) for name, _ in module.named_children()]
-        if isinstance(module, nn.ModuleList) and blocks and all(
-            any(label.startswith(f"{b}.") for label in found[role])
-            for b in blocks for role in ("query", "down")
-        ):  # fmt: skip
-            found["block"] += blocks
-    inner = {b for b in found["block"] for other in found["block"] if b.startswith(f"{other}.")}
-    if inner:  # stages of blocks are none
-        found["block"] = [
-            b for b in found["block"] if not any(i.startswith(f"{b}.") for i in inner)
-        ]
+    found["block"] += _blocks(modules, found["query"], found["down"])
     labels = [*every, *(label for p, m in every.items() for label, _ in weight_labels(p, m))]
     return {role: _patterns(some, labels) for role, some in found.items() if some}
+
+
+def _blocks(
+    modules: Mapping[str, nn.Module], queries: Sequence[str], downs: Sequence[str]
+) -> list[str]:
+    """Return the entries of lists, each of which attends and has a feed-forward.
+
+    Stages, whose own entries do, are none.
+    """
+
+    def has(block: str, labels: Sequence[str]) -> bool:
+        return any(label.startswith(f"{block}.") for label in labels)
+
+    found: list[str] = []
+    for path, module in modules.items():
+        blocks = [joined(path, name) for name, _ in module.named_children()]
+        listed = isinstance(module, nn.ModuleList)
+        if listed and all(has(b, queries) and has(b, downs) for b in blocks):
+            found += blocks
+    return [block for block in found if not has(block, found)]
 
 
 def _attention(path: str, module: nn.Module) -> list[tuple[str, str]]:

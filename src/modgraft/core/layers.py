@@ -164,7 +164,7 @@ def weight_matrix(
     The weights of experts are ``[experts, out, in]``.
 
     Raises:
-        SiteError: where there is no such weight; :func:`check_weight` says what to select instead.
+        SiteError: where there is no such weight.
     """
     if parameter is None and not isinstance(layer, WEIGHTED):
         raise SiteError(f"a {type(layer).__name__} is not linear in one weight")

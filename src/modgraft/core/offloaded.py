@@ -61,12 +61,12 @@ class _Away(NamedTuple):
     """A tensor that is offloaded.
 
     Attributes:
-        path: what the model calls it.
-        tensors: the dictionary of the layer that has it,
-        name: and its name there.
-        own: what is there, without data.
-        kept: what its hook keeps,
-        key: and its name there.
+        path: its name in the model.
+        tensors: the layer's dictionary that holds it, of its parameters or of its buffers.
+        name: its name in that dictionary.
+        own: the tensor in that dictionary, which has no data.
+        kept: the tensors with data that the layer's hook keeps.
+        key: its name among these.
     """
 
     path: str

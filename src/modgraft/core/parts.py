@@ -22,7 +22,10 @@ _WRITTEN = re.compile(r"(.*)\[(\d+)(?::(\d+))?/(\d+)(?:x(\d+))?\]")
 
 @dataclass(frozen=True, order=True)
 class Part:
-    """In each of ``groups`` equal groups, the units ``first`` to ``end`` of ``count`` equal ones.
+    """A part of a fused projection, such as the query's rows where one layer makes q, k and v.
+
+    In each of ``groups`` equal groups of rows, the units ``first`` to ``end`` of ``count`` equal
+    ones.
 
     Attributes:
         first: the first unit, from 0.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from typing import Any
 
-import rich.table
-from rich.box import Box
-from rich.console import Console
-from rich.text import Text
+_drawn = random.getstate()  # rich draws a number when it is imported
+
+import rich.table  # noqa: E402
+from rich.box import Box  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.text import Text  # noqa: E402
+
+random.setstate(_drawn)
 
 RIGHT = ("number", "parameters", "of the host", "sites")
 """Columns of numbers, which stand at the right."""

@@ -138,7 +138,7 @@ def restated(question: str, hint: str = "", count: int = 3) -> str | None:
         count: The number of digits in the picture.
     """
     text = _marked(question, count)
-    parts = _parts_of(_PAIR.sub("", text) if count == 2 else text, count)
+    parts = _parts_of(_PAIR.sub("", text) if count == 2 else text)
     names = [PLACES[count][place] for place in sorted(_places(parts, count))] or parts.numbers
     if _is_another(text, parts, len(names)):
         return None
@@ -186,7 +186,7 @@ def _is_difference(text: str, task: str) -> bool:
 
 def unread(question: str, count: int = 3) -> list[str]:
     """Return the words of a question that stand in none of DigitsQA's."""
-    return _parts_of(_marked(question, count), count).unknown
+    return _parts_of(_marked(question, count)).unknown
 
 
 def _marked(question: str, count: int) -> str:
@@ -232,7 +232,7 @@ def _place(word: str, count: int) -> int | None:
     return {"left": 0, "right": count - 1}.get(side or "")
 
 
-def _parts_of(text: str, count: int) -> _Parts:
+def _parts_of(text: str) -> _Parts:
     """Take a marked question apart."""
     parts, before = _Parts(), "is"
     for token in _TOKEN.findall(text):

@@ -1,8 +1,8 @@
 """Copies of a host, and of its model alone: only the first has the modules.
 
 Layers with modules, and hooks that follow a host's calls, copy and pickle themselves as what they
-were before. A host takes with it what it has put there (:func:`put_into`), and puts it there again
-in its copy.
+were before. A host takes with it what it has put there
+(:func:`modgraft.engine.graft.implanted_in`), and puts it there again in its copy.
 """
 
 from __future__ import annotations

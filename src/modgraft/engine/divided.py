@@ -302,7 +302,7 @@ def _holds_tensors(value: Any) -> bool:
     return type(value).__module__ == Cache.__module__ or isinstance(value, Cache)
 
 
-def _copied(of: tuple) -> tuple:
+def _copied(arguments: tuple) -> tuple:
     """Return what a part is called with, with copies of the caches that it writes to."""
     known: dict[int, Any] = {}
 
@@ -314,7 +314,7 @@ def _copied(of: tuple) -> tuple:
             return type(value)(map(own, value))
         return {k: own(v) for k, v in value.items()} if type(value) is dict else value
 
-    return own(of)
+    return own(arguments)
 
 
 def _caches(value: Any) -> Iterator[Cache]:

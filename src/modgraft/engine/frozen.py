@@ -53,13 +53,13 @@ class Place(NamedTuple):
     """Where a model keeps a tensor.
 
     Attributes:
-        of: the parameters or the buffers of a layer, by name.
-        name: the tensor's, there.
-        path: the tensor's, in the model.
-        part: what is frozen or trains.
+        tensors: the layer's dictionary that holds it, of its parameters or of its buffers.
+        name: the tensor's name in that dictionary.
+        path: its name in the model.
+        part: the part of the model by which it is decided whether it is frozen.
     """
 
-    of: dict[str, Any]
+    tensors: dict[str, Any]
     name: str
     path: str
     part: nn.Module
@@ -67,7 +67,7 @@ class Place(NamedTuple):
     @property
     def own(self) -> Tensor | None:
         """What is there."""
-        return self.of.get(self.name)
+        return self.tensors.get(self.name)
 
 
 class Frozen:
@@ -118,7 +118,7 @@ class Frozen:
             place
             for place in self._places
             if not isinstance(place.own, nn.Parameter)
-            and id(place.of) not in held
+            and id(place.tensors) not in held
             and (place.own is None or storage_of(place.own) not in weights)
         ]
         self._hold()
@@ -194,7 +194,7 @@ class Frozen:
                 copy = _view_as(own, copies[storage_of(own)])
             elif own is not None:
                 copy = own.clone()
-            place.of[place.name] = copy
+            place.tensors[place.name] = copy
             self._lent.append((place, own, copy))
         try:
             yield
@@ -212,7 +212,7 @@ class Frozen:
                 moved.append(place.path)
             elif own is not None and own.numel() > _LARGE:
                 self._still.add((place.path, training))
-            place.of[place.name] = own
+            place.tensors[place.name] = own
         self._lent.clear()
         return moved
 
@@ -225,12 +225,12 @@ class Frozen:
             with self._turn if now else nullcontext():
                 before = [place.own for place, _ in now]
                 for place, value in now:
-                    place.of[place.name] = value.clone()
+                    place.tensors[place.name] = value.clone()
                 try:
                     yield
                 finally:
                     for (place, _), own in zip(now, before, strict=True):
-                        place.of[place.name] = own
+                        place.tensors[place.name] = own
 
         return again
 
@@ -280,9 +280,9 @@ class _Call:
         back, there = self._other_places(), []
         for place, tensor in self._touched():
             new = place.own
-            place.of[place.name] = tensor  # which tells whether the part is frozen
+            place.tensors[place.name] = tensor  # which tells whether the part is frozen
             if not is_frozen(place.part) or _is_offloaded(tensor) or _is_offloaded(new):
-                place.of[place.name] = new
+                place.tensors[place.name] = new
             elif new is not tensor:
                 if tensor is None or new is None or not same(tensor, new):
                     back.append(place)
@@ -315,8 +315,10 @@ class _Call:
         """Return the places that are new, or in a part that was exchanged, if it is watched."""
         if self._put_back is None:
             return []
-        known = {place.path: id(place.of) for place in self._places}
-        found = [place for place in movable(self._model) if known.get(place.path) != id(place.of)]
+        known = {place.path: id(place.tensors) for place in self._places}
+        found = [
+            place for place in movable(self._model) if known.get(place.path) != id(place.tensors)
+        ]
         return [place for place in found if is_frozen(place.part)]
 
 

@@ -239,7 +239,7 @@ class Places:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The layers."""
+        """The layers that have modules."""
         return list(self._shapes)
 
     def update(self, host: nn.Module) -> None:

@@ -202,7 +202,7 @@ class Implants(Mapping[str, Implant]):
                     tensor_at(model, name).copy_(own)
 
     def _beside(self, implant: Implant) -> dict[str, Implant]:
-        """Return by name what of the host belongs beside another module, and which."""
+        """Return the weights and buffers of the host that trained with others: name → module."""
         others = [other for other in self.values() if other is not implant]
         return {name: other for other in reversed(others) for name in other.beside}
 

@@ -110,7 +110,7 @@ def _changed(layer: nn.Module, group: Group) -> Way | None:
 
 
 def _routed(entry: Entry, state: State, group: Group) -> Way:
-    """Say how a mixture is computed: few picks in one batch, stacked, else one by one."""
+    """Say how a mixture is computed: in one batch where few modules are picked, else in turn."""
     routed = entry.module
     assert isinstance(routed, RoutedMixture)  # noqa: S101
     mixture, members = routed.mixture, [group.entries.get(n, ()) for n in routed.members]

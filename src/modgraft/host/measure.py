@@ -190,7 +190,7 @@ def changed(value: Any, axis: int, count: int, listed: bool = False) -> Any:
         value: the batch, or a part of it.
         axis: of the examples.
         count: how many they are.
-        listed: whether they are the entries of each list of as many.
+        listed: whether an example is an entry of each list that has ``count``, and no row.
     """
 
     def part(value: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -15,11 +15,9 @@ from modgraft.core.errors import ModgraftError, listed, warn
 from modgraft.core.expression import Expression, module_of
 from modgraft.engine.implant import Implants, check_learns, learner, learning_parts
 from modgraft.host.compositions import Compositions
+from modgraft.training.history import History
 from modgraft.training.settings import Evaluate, Settings
 from modgraft.training.stream import Batch, Weigh
-
-if TYPE_CHECKING:
-    from modgraft.training.history import History
 
 
 class Trains(nn.Module):

@@ -4,6 +4,6 @@ The public names and their homes stand in ``__init__.pyi``. Each is imported whe
 and none of them needs torch.
 """
 
-import lazy_loader
+from modgraft.core.public import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

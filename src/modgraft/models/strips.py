@@ -29,31 +29,24 @@ def save_strip(strip: np.ndarray | Tensor, path: str | Path, *, zoom: int = 1) -
     Image.fromarray(np.kron(grey, np.ones((zoom, zoom), np.uint8))).save(path)
 
 
-def read_strip(path: str | Path, count: int = 3) -> Tensor:
-    """Read an image of digits side by side as a strip, float32 [8, 8 count] in 0..1, 1 is ink.
-
-    It is opened by :func:`~modgraft.data.picture.open_picture`, converted to grey, averaged to
-    8 x 8 pixels a digit and stretched to the full range. The less frequent of dark and light is
-    taken for ink.
-
-    Raises:
-        DataError: The file is missing, damaged, not an image, or blank.
-    """
-    return _as_strip(_grey(path), count, path)
-
-
 def _grey(path: str | Path) -> Image.Image:
     return open_picture(path).convert("L").convert("F")
 
 
 def _as_strip(grey: Image.Image, count: int, path: str | Path) -> Tensor:
+    """Return a picture as a strip [8, 8 count]: averaged, stretched to 0..1, where 1 is ink.
+
+    The less frequent of dark and light is taken for ink.
+
+    Raises:
+        DataError: The picture is blank.
+    """
     small = grey.resize((8 * count, 8), Image.Resampling.BOX)
     strip = torch.from_numpy(np.array(small) / 255.0)
     low, high = float(strip.min()), float(strip.max())
     if math.isclose(low, high, abs_tol=LEAST_CONTRAST):
         raise DataError("the image is blank", file=path, remedy="Pass an image of digits")
     strip = ((strip - low) / (high - low)).float()
-    # there is more paper than ink
     return 1 - strip if float(strip.mean()) > 0.5 else strip
 
 

@@ -4,6 +4,6 @@ The public names and their homes stand in ``__init__.pyi``; each is imported whe
 so that reading a run's predictions waits for no plots.
 """
 
-import lazy_loader
+from modgraft.core.public import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -342,8 +342,8 @@ def _parse(adapter: TypeAdapter[T], text: str, path: Path, line: int | None = No
         raise DataError(where + _reasons(error.errors()), file=path, remedy=REMEDY) from error
 
 
-def _reasons(errors: Sequence[Any], most: int = 3) -> str:
-    shown = []
+def _reasons(errors: Sequence[Any]) -> str:
+    shown, most = [], 3
     for error in errors[:most]:
         place = ".".join(str(part) for part in error["loc"]) or "the whole"
         found = repr(error["input"])

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import modgraft
 from modgraft.computation.base import Computation
-from modgraft.core.config import C, Configured, resolve
+from modgraft.core.config import C, Configured, public, resolve
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.store.file import CARD, broken, read_json
 
@@ -234,12 +234,21 @@ def to_json(method: Configured) -> dict[str, Any]:
 
     Returns:
         ``{"type": "LoRA", "config": {"rank": 8, …}}``.
+
+    Raises:
+        ModgraftError: for a class of one's own that is called as a public one is.
     """
+    kind = type(method)
+    if public(kind.__name__) not in (None, kind):
+        raise ModgraftError(
+            f"{kind.__module__}.{kind.__qualname__} is a class of your own with the name of "
+            f"modgraft's {kind.__name__}, as which it would be read again; call it otherwise"
+        )
     config = {
         key: to_json(value) if isinstance(value, Configured) else value
         for key, value in method.config().items()
     }
-    return {"type": type(method).__name__, "config": config}
+    return {"type": kind.__name__, "config": config}
 
 
 def from_json(said: Any, folder: Path, kind: type[C]) -> C:

@@ -32,7 +32,7 @@ INNER, PATH = "inner", "path"
 """The entry of a host's fingerprint for the model inside, and in that the entry for its path."""
 
 SKETCHES = "each"
-"""The entry that tells the weights apart, by name (:func:`fingerprint.sketches`)."""
+"""The entry that tells the weights apart, by name (:func:`modgraft.store.fingerprint.sketches`)."""
 
 
 def inner(model: nn.Module, sites: Sequence[str], beside: Collection[str]) -> dict[str, Any]:

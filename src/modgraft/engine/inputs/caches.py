@@ -49,22 +49,22 @@ def modules_in(composition: Expression, tokens: Collection[str]) -> tuple[tuple[
     return tuple(tuple(n for n in row.names() if n in tokens) if row else () for row in rows)
 
 
-def filled(of: Any) -> Any | None:
+def filled(values: Any) -> Any | None:
     """Return the cache among the arguments of a call, if it holds something already."""
-    cache = _cache(of)
+    cache = _cache(values)
     count = getattr(cache, "get_seq_length", None)
     return cache if cache is not None and (count is None or count()) else None
 
 
-def mark(of: Any, held: Held | None) -> None:
+def mark(values: Any, held: Held | None) -> None:
     """Note on the cache among a call's arguments, or its outputs, which tokens are in it."""
-    cache = _cache(of)
+    cache = _cache(values)
     if held is not None and hasattr(cache, "get_seq_length"):
         setattr(cache, _MARK, held)
 
 
-def _cache(of: Any) -> Any | None:
-    found = (of.get(name) for name in _NAMES) if isinstance(of, Mapping) else ()
+def _cache(values: Any) -> Any | None:
+    found = (values.get(name) for name in _NAMES) if isinstance(values, Mapping) else ()
     return next((cache for cache in found if cache is not None), None)
 
 

@@ -47,7 +47,7 @@ class Rows:
 
         Args:
             kwargs: its arguments.
-            what: the name of the text's.
+            what: the name of the argument that is the text.
             text: ids ``[B, T]`` or embeddings ``[B, T, d]``.
             mask: ``[B, T]``; None: all of it is seen.
             others: the arguments that hold something else for each token, ``[B, T, …]``.

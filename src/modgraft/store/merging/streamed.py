@@ -1,8 +1,8 @@
 """Merges the tensors of checkpoints one by one, and writes them as the files of a new checkpoint.
 
 A tensor is read in blocks from every checkpoint, merged, and written: what is in memory at a time
-are a few blocks of :data:`weights.BLOCK` numbers for each checkpoint. The methods of matrices
-(``isotropic``, ``tsv``, ``knots``) hold one matrix of each checkpoint at a time.
+are a few blocks of :data:`modgraft.store.merging.weights.BLOCK` numbers for each checkpoint. The
+methods of matrices (``isotropic``, ``tsv``, ``knots``) hold one matrix of each at a time.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -200,27 +200,42 @@ def _saved_beside(
             found[f"{path}.base_layer.weight"] = parameters[name]
             left.discard(name)
     owners = {name.rpartition(".")[0] for name in left}
-    among = {h for h in heads for o in owners if f"{o}.".startswith(f"{h}.")}
-    if kind in _BEFORE_INPUT:
-        among = set(heads)
-    whole = {o for o in owners if not any(f"{o}.".startswith(f"{h}.") for h in among)} | among
-    whole = sorted(whole)
+    whole = _whole(owners, heads, every=kind in _BEFORE_INPUT)
     _check_untied(model, whole)
     for path in whole:
-        meant = [p for p in modules if p.endswith(path) and p not in whole]
-        inside = [p for p in written.paths if f"{p}.".startswith(f"{path}.")]
-        if not path or meant or inside:
-            raise ModgraftError(
-                f"weights of {path or 'the host itself'} trained with the module, and PEFT saves "
-                f"the whole of a layer by its name: "
-                f"{'it is changed by the module too' if inside else 'others are called so'}; "
-                f"save it without format='peft'"
-            )
-        module = modules[path]
-        found |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+        _check_alone(path, whole, written.paths, modules)
+        found |= {f"{path}.{name}": t for name, t in modules[path].state_dict().items()}
     if whole:
         written.options["modules_to_save"] = whole
     return found
+
+
+def _whole(owners: set[str], heads: Sequence[str], every: bool) -> list[str]:
+    """Return the layers that PEFT saves whole: a head as one, and others that trained.
+
+    Args:
+        owners: the layers whose own weights trained.
+        heads: what PEFT takes for heads in this host.
+        every: whether it saves all of these.
+    """
+    trained = {
+        head for head in heads if every or any(f"{o}.".startswith(f"{head}.") for o in owners)
+    }
+    return sorted({o for o in owners if not _is_in(f"{o}.", trained)} | trained)
+
+
+def _check_alone(
+    path: str, whole: Sequence[str], changed: Sequence[str], modules: Mapping[str, nn.Module]
+) -> None:
+    """Refuse a layer whose name means others too for PEFT, or in which the module changes one."""
+    inside = any(f"{p}.".startswith(f"{path}.") for p in changed)
+    if not path or inside or any(p.endswith(path) and p not in whole for p in modules):
+        raise ModgraftError(
+            f"weights of {path or 'the host itself'} trained with the module, and PEFT saves the "
+            f"whole of a layer by its name: "
+            f"{'it is changed by the module too' if inside else 'others are called so'}; save it "
+            f"without format='peft'"
+        )
 
 
 def _biases(
@@ -252,7 +267,7 @@ def _check_untied(model: nn.Module, whole: Sequence[str]) -> None:
             )
 
 
-def _is_in(name: str, paths: Sequence[str]) -> bool:
+def _is_in(name: str, paths: Iterable[str]) -> bool:
     return any(name.startswith(f"{path}.") for path in paths)
 
 
