@@ -45,6 +45,13 @@ def outputs(book: Any, ends_with: str) -> list[Any]:
     return cell.outputs
 
 
+def printed(book: Any, ends_with: str) -> str:
+    """Return what a cell prints, which comes in one piece or in several."""
+    found = outputs(book, ends_with)
+    assert {each.output_type for each in found} == {"stream"}
+    return "".join(each.text for each in found)
+
+
 def shown(book: Any, ends_with: str) -> Any:
     """Return what a cell's last expression shows, by type."""
     (output,) = [o for o in outputs(book, ends_with) if o.output_type == "execute_result"]
@@ -76,15 +83,13 @@ def test_a_table_is_html_and_its_text_is_whole(ran: Any, cell: str, words: tuple
 
 
 def test_text_returns_its_tables_and_shows_nothing_beside(ran: Any) -> None:
-    (printed,) = outputs(ran, "print(text)")
-    assert printed.output_type == "stream"
+    text = printed(ran, "print(text)")
     for words in ("math    LoRA(rank=2)", "sites at", "query"):
-        assert words in printed.text
+        assert words in text
 
 
 def test_a_history_is_short(ran: Any) -> None:
-    (printed,) = outputs(ran, "print(history)")
-    lines = printed.text.splitlines()
+    lines = printed(ran, "print(history)").splitlines()
     assert len(lines) < 16
     assert lines[0].startswith("History: 40 steps in ")
     assert "The last 8 of 10 evaluations:" in lines

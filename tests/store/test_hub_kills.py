@@ -84,7 +84,8 @@ def test_kills_at_random_moments(
         return f"version {hashes[found.hash]}"
 
     def fetched() -> str:
-        places = [each for each in cache().iterdir() if not each.name.startswith(".")]
+        made = cache().iterdir() if cache().is_dir() else ()  # it may be killed before
+        places = [each for each in made if not each.name.startswith(".")]
         for place in places:
             if any(place.iterdir()):  # the child removes them, too
                 assert (verify(place).whole, verify(place).hash) == (True, place.name)
@@ -105,21 +106,20 @@ def test_kills_at_random_moments(
     }[what]  # fmt: skip
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), *sys.path]))
     seen, draw = Counter[str](), random.Random(0)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", CODE, what, str(tmp_path)], env=os.environ | {"PYTHONPATH": paths},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdin
-    assert process.stdout
-    for _ in range(KILLS):
-        process.stdin.write("\n")
-        process.stdin.flush()
-        child = int(process.stdout.readline())
-        time.sleep(draw.uniform(0.005, 0.15))
-        os.kill(child, signal.SIGKILL)
-        assert int(process.stdout.readline()) == signal.SIGKILL
-        seen[look()] += 1
-    process.communicate(timeout=60)
+    ) as process:  # fmt: skip
+        assert process.stdin
+        assert process.stdout
+        for _ in range(KILLS):
+            process.stdin.write("\n")
+            process.stdin.flush()
+            child = int(process.stdout.readline())
+            time.sleep(draw.uniform(0.005, 0.15))
+            os.kill(child, signal.SIGKILL)
+            assert int(process.stdout.readline()) == signal.SIGKILL
+            seen[look()] += 1
     print(f"{KILLS} kills of {what}: {dict(seen)}")
     assert len(seen) > 1
     for version in (1, 2):  # and the next one works
