@@ -60,6 +60,7 @@ def test_the_former_name_of_the_log_tells_the_new_one() -> None:
 
 def test_every_public_name_comes_from_its_home() -> None:
     assert sorted(modgraft.__all__) == sorted(PUBLIC)
+    assert {*PUBLIC, "__version__", "__doc__"} <= {*dir(modgraft)}
     for name, home in PUBLIC.items():
         assert getattr(modgraft, name) is getattr(importlib.import_module(home), name), name
 

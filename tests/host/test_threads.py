@@ -171,7 +171,10 @@ def test_each_thread_of_a_compiled_host_runs_its_own_composition(plain: bool) ->
     host = host_of("a", "b")
     host.use("0.5*a")
     torch._dynamo.reset()
-    compiled = torch.compile(host, backend="eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    # Not with fullgraph=True: PyTorch 2.13 counts the compiled frames of all threads together, and
+    # raises "found no compiled frames" once in some thousand calls, also of a plain nn.Linear.
+    compiled = torch.compile(host, backend="eager")
     texts = ["a", "b", "a - 0.5*b", None]
     wanted = {text: run(host, modules=text) for text in texts}
     in_force = run(host)
@@ -190,6 +193,7 @@ def test_each_thread_of_a_compiled_host_runs_its_own_composition(plain: bool) ->
     calls = [compiled, host] if plain else [compiled, compiled]
     together([*(task(text, calls[i % 2]) for i, text in enumerate(texts)), one_in_force])
     torch.testing.assert_close(run(compiled), in_force)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_what_weights_cannot_express_runs_in_one_thread_or_is_refused() -> None:
@@ -201,7 +205,7 @@ def test_what_weights_cannot_express_runs_in_one_thread_or_is_refused() -> None:
             for parameter in host[name].parameters():
                 parameter.normal_()
     torch._dynamo.reset()
-    compiled = torch.compile(host, backend="eager", fullgraph=True)
+    compiled = torch.compile(host, backend="eager")  # for threads: see the test above
     texts = ["f >> g", "g >> f", "f + g"]
     wanted = {text: run(host, modules=text) for text in texts}
     for text in texts * 2:  # in turn it is right

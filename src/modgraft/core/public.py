@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ def attach_stub(
         package: its name.
         file: its ``__init__.py``.
     """
-    find, names, public = lazy_loader.attach_stub(package, file)
+    find, _, public = lazy_loader.attach_stub(package, file)
 
     def get(name: str) -> Any:
         try:
@@ -27,5 +28,9 @@ def attach_stub(
                 raise
             # of a module that failed: Python would take it for a name that the package has not
             raise ImportError(f"{package}.{name} cannot be imported: {error}") from error
+
+    def names() -> list[str]:
+        own = vars(sys.modules[package])
+        return sorted({*public, *(name for name in own if name.startswith("__"))})
 
     return get, names, public
