@@ -59,9 +59,18 @@ def contents(wheel: Path, sdist: Path) -> None:
     print(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB: {', '.join(folders)}")
 
 
+def is_there(python: str) -> bool:
+    """Return whether a Python runs; pyenv has a command for each that it knows, and not for all."""
+    found = shutil.which(python)
+    return (
+        found is not None
+        and not subprocess.run([found, "--version"], capture_output=True).returncode
+    )
+
+
 def main() -> None:
     """Build, check, install and run."""
-    wanted = sys.argv[1:] or [name for name in VERSIONS if shutil.which(name)]
+    wanted = sys.argv[1:] or [name for name in VERSIONS if is_there(name)]
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         tools = environment(sys.executable, scratch / "tools")
