@@ -25,7 +25,7 @@ from modgraft.data.batches import Collate, QADataset
 from modgraft.data.digits import digits_qa
 from modgraft.data.records import Questions
 from modgraft.data.tokenizer import train_tokenizer
-from modgraft.models.t5 import small_t5
+from modgraft.models.transformers_t5 import small_t5
 from modgraft.recipes.mmcot.recipe import NETS, Settings, build_host
 
 WIDTH, PATCHES, TOKENS = 80, 12, 64

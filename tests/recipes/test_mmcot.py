@@ -19,7 +19,7 @@ import modgraft as mg
 from command import QUICK, files, modgraft, refused, train
 from modgraft.data.text import find_form
 from modgraft.log import parse
-from modgraft.models.t5 import small_t5
+from modgraft.models.transformers_t5 import small_t5
 from modgraft.recipes.mmcot import nets, recipe
 from modgraft.recipes.mmcot import run as mmcot_run
 from modgraft.recipes.mmcot.data import load_questions, load_run_tokenizer, settings_of

@@ -17,7 +17,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from command import Result, files, modgraft, refused, train
 from modgraft.data.tokenizer import train_tokenizer
-from modgraft.models.t5 import small_t5
+from modgraft.models.transformers_t5 import small_t5
 from modgraft.recipes.mmcot.data import load_questions
 from modgraft.report.run import read_run
 from questions import SAMPLE, needs_sample

@@ -71,10 +71,13 @@ def same_input(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """Return the family of a Hugging Face model, by its ``config.model_type``.
+    """Return the family that a model's class declares as ``family``, or that a Hugging Face model
+    is of by its ``config.model_type``.
 
     None for any other.
     """
+    if isinstance(own := getattr(type(model), "family", None), Family):
+        return own
     kind = getattr(getattr(model, "config", None), "model_type", None)
     return next((family for family in FAMILIES if kind in family.types), None)
 

@@ -18,7 +18,8 @@ from modgraft.data.batches import SortedBatches
 from modgraft.data.families import Example, Split, plain_texts, split
 from modgraft.data.pairs import Denoising, Pairs, collate
 from modgraft.data.tokenizer import load_tokenizer, save_tokenizer, train_pieces
-from modgraft.models.t5 import copy_init, small_t5
+from modgraft.models.copy_init import copy_init
+from modgraft.models.transformers_t5 import small_t5
 
 SENTINELS = 8
 Rows = Pairs | Denoising

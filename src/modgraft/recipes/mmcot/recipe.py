@@ -22,7 +22,8 @@ import modgraft as mg
 from modgraft.data.batches import Collate, QADataset, SortedBatches
 from modgraft.data.records import Questions
 from modgraft.data.text import find_form, gold_rationale, rationale_of
-from modgraft.models.t5 import copy_init, small_t5
+from modgraft.models.copy_init import copy_init
+from modgraft.models.transformers_t5 import small_t5
 from modgraft.training.stream import to_device
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from modgraft.models.t5 import copy_init, small_t5
+from modgraft.models.copy_init import copy_init
+from modgraft.models.transformers_t5 import small_t5
 
 
 def attentions(model: T5ForConditionalGeneration):
