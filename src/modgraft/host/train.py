@@ -97,7 +97,8 @@ class Trains(nn.Module):
         schedule: str = Settings.schedule,
         warmup: int | float = Settings.warmup,
         weight_decay: float = Settings.weight_decay,
-        betas: tuple[float, float] = Settings.betas,
+        optimizer: str = Settings.optimizer,
+        betas: tuple[float, float] | None = Settings.betas,
         eps: float = Settings.eps,
         clip: float | None = Settings.clip,
         accumulate: int = Settings.accumulate,
@@ -122,7 +123,7 @@ class Trains(nn.Module):
         note: bool = Settings.note,
         **unknown: Any,
     ) -> History:
-        """Train on the batches of ``loader``, by AdamW.
+        """Train on the batches of ``loader``, by AdamW or another optimiser.
 
         The run is a function of the host, the loader, the settings and the seed. With ``folder=``
         the same call goes on with a run that was interrupted, on a CPU to the same bit. See
@@ -140,7 +141,10 @@ class Trains(nn.Module):
             epochs: passes over the loader.
             lr: peak learning rate; ``schedule`` ("linear", "cosine", "constant") and ``warmup``
                 (steps, or a fraction of the run) shape it.
-            weight_decay: on matrices only. ``betas``, ``eps``, ``fused``: AdamW's.
+            weight_decay: on matrices only.
+            optimizer: "adamw", "lion", or "muon", which is Muon for matrices and AdamW for the
+                rest; ``betas`` are the decay rates of its moments, None those it was published
+                with. ``eps``, ``fused``: AdamW's.
             clip: largest global gradient norm, None for no clipping.
             accumulate: batches a step.
             precision: "no" or "bf16" autocast.

@@ -119,6 +119,10 @@ def norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, config.norm_eps, bias=config.bias)
 
 
+class Output(nn.Linear):
+    """W x + b, added to the residual path: with 2 L of them in all, each is smaller at first."""
+
+
 class Attention(nn.Module):
     """softmax(Q Kᵀ / √d_h + M) V Wₒ, where M hides from a token what comes after it."""
 
@@ -132,7 +136,7 @@ class Attention(nn.Module):
         self.query = nn.Linear(d, config.num_attention_heads * width, bias=config.bias)
         self.key = nn.Linear(d, config.num_key_value_heads * width, bias=config.bias)
         self.value = nn.Linear(d, config.num_key_value_heads * width, bias=config.bias)
-        self.output = nn.Linear(config.num_attention_heads * width, d, bias=config.bias)
+        self.output = Output(config.num_attention_heads * width, d, bias=config.bias)
 
     def forward(
         self,
@@ -169,7 +173,7 @@ class FeedForward(nn.Module):
         if self.activation == "swiglu":
             self.gate = nn.Linear(d, inner, bias=config.bias)
         self.up = nn.Linear(d, inner, bias=config.bias)
-        self.down = nn.Linear(inner, d, bias=config.bias)
+        self.down = Output(inner, d, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         match self.activation:
@@ -277,15 +281,14 @@ class GPT(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
+        if isinstance(module, Output):
+            std = (
+                0.0 if self.config.zero_start else std / (2 * self.config.num_hidden_layers) ** 0.5
+            )
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, Block):  # they add to the residual 2 L times in all
-            small = 0 if self.config.zero_start else std / (2 * len(self.blocks)) ** 0.5
-            for last in (module.attention.output, module.feedforward.down):
-                nn.init.normal_(last.weight, std=small)
-
         if module is self and self.config.positions != "learned":  # made anew by from_pretrained
             self.inv_freq.copy_(self._frequencies())
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -88,8 +89,8 @@ class Attention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(d, d) for _ in range(3))
         self.output = nn.Linear(d, d)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Attend from each token of ``x`` ``[B, 1 + n, d]`` to all."""
+    def forward(self, x: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Attend from each token of ``x`` ``[B, 1 + n, d]`` to all, or to those of the mask."""
         apart = (*x.shape[:2], -1, self.width)
         q = self.query(x).view(apart).transpose(1, 2)  # [B, h, 1 + n, d_h]
         k = self.key(x).view(apart).transpose(1, 2)
@@ -101,7 +102,7 @@ class Attention(nn.Module):
             self.config._attn_implementation or "sdpa", sdpa_attention_forward
         )
         dropout = self.config.dropout if self.training else 0.0
-        y, _ = attend(self, q, k, v, None, dropout=dropout, scaling=self.width**-0.5)
+        y, _ = attend(self, q, k, v, mask, dropout=dropout, scaling=self.width**-0.5)
         return self.output(y.reshape(x.shape))
 
 
@@ -127,9 +128,14 @@ class Block(GradientCheckpointingLayer):
         self.feedforward_norm, self.feedforward = nn.LayerNorm(d, eps), FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        turn: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Return ``[B, 1 + n, d]`` of ``[B, 1 + n, d]``."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), turn))
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, turn))
         return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
 
 
@@ -212,6 +218,7 @@ class ViT(PreTrainedModel):
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ImageClassifierOutput:
@@ -220,6 +227,7 @@ class ViT(PreTrainedModel):
         Args:
             pixel_values: float ``[B, channels, height, width]``.
             labels: int64 ``[B]``, their classes.
+            attention_mask: ``[B, 1 + n]``, 0 at tokens that are not seen.
             output_hidden_states: whether to return the input of each block, and the last norm's
                 output.
             return_dict: leave it; a tuple is ``.to_tuple()`` of what is returned.
@@ -238,9 +246,12 @@ class ViT(PreTrainedModel):
             )
         x, states = self.embeddings(pixel_values), []
         turn = None if self.config.positions == "learned" else self._turn(x)
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask
+        )
         for block in self.blocks:
             states.append(x)
-            x = block(x, turn)
+            x = block(x, mask, turn)
         x = self.layernorm(x)
         logits = self.head(x[:, 0])
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)

@@ -95,11 +95,13 @@ def undecayed(host: nn.Module) -> set[int]:
     return found
 
 
-def parameter_groups(host: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
-    """Return the trainable parameters in two groups, decayed and not, in the order of the host's
-    tree."""
+def parameter_groups(
+    host: nn.Module, *, weight_decay: float, of: Iterable[nn.Parameter] | None = None
+) -> list[dict[str, object]]:
+    """Return the trainable parameters, or those of them in `of`, in two groups, decayed and not, in
+    the order of the host's tree."""
     exempt = undecayed(host)
-    parameters = list(trainable(host).values())
+    parameters = list(trainable(host).values() if of is None else of)
     groups: list[dict[str, object]] = [
         {"params": [p for p in parameters if id(p) not in exempt], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) in exempt], "weight_decay": 0.0},

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from modgraft.core.config import mismatch
 from modgraft.core.errors import ModgraftError
 from modgraft.training.optim import SCHEDULES, warmup_steps
+from modgraft.training.optimizers import BETAS, OPTIMIZERS
 from modgraft.training.stream import Batch, Weigh
 
 #: measures a host: a mapping of names to numbers
@@ -37,7 +38,11 @@ class Settings:
         epochs: passes over the loader, ⌈batches / accumulate⌉ steps each.
         lr: peak learning rate; `schedule` ("linear", "cosine", "constant") and `warmup` (steps,
             or a float fraction of the run) shape it: see `optim.learning_rate`.
-        weight_decay: on matrices only, see `optim.undecayed`. `betas`, `eps`, `fused`: AdamW's.
+        optimizer: "adamw", "lion", or "muon", which is Muon for matrices and AdamW for embeddings,
+            heads and the rest; see `optimizers`. What is moved by what is said at the start.
+        weight_decay: on matrices only, see `optim.undecayed`.
+        betas: the decay rates of AdamW's or Lion's moments; None: (0.9, 0.999) or (0.9, 0.99).
+        eps, fused: AdamW's.
         clip: largest global gradient norm, None for no clipping.
         accumulate: batches a step; the last step of an epoch may have fewer.
         precision: "no" or "bf16" autocast; None is what `accelerate launch` said, or "no".
@@ -74,7 +79,8 @@ class Settings:
     schedule: str = "linear"
     warmup: int | float = 0
     weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
+    optimizer: str = "adamw"
+    betas: tuple[float, float] | None = None
     eps: float = 1e-8
     clip: float | None = 1.0
     accumulate: int = 1
@@ -140,6 +146,7 @@ class Settings:
                 "steps": total,
                 "precision": self.precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
                 "evaluate_every": self.evaluate_every or epoch,
+                "betas": self.betas or BETAS.get(self.optimizer),
                 "mode": self.mode or ("min" if "loss" in self.monitor else "max"),
                 "restore_best": self.patience is not None if best is None else best,
                 "save_every": self.save_every or max(1, total // 10),
@@ -181,6 +188,7 @@ class Decided(Settings):
             "steps": (self.steps >= 1, "at least 1"),
             "lr": (self.lr > 0, "positive"),
             "schedule": (self.schedule in SCHEDULES, f"one of {sorted(SCHEDULES)}"),
+            "optimizer": (self.optimizer in OPTIMIZERS, f"one of {sorted(OPTIMIZERS)}"),
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
             "clip": (self.clip is None or self.clip > 0, "positive, or None not to clip"),
             "precision": (self.precision in PRECISIONS, f"one of {list(PRECISIONS)}"),

@@ -1,0 +1,1 @@
+"""A character GPT, naive and fast, beside what counting characters gives."""

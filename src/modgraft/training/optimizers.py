@@ -1,0 +1,186 @@
+"""The optimisers by name: AdamW, Lion, and Muon for matrices with AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from modgraft.training.optim import adamw, parameter_groups, trainable, undecayed
+
+
+class Lion(Optimizer):
+    """θ ← θ − η (sign(β₁ m + (1 − β₁) g) + λ θ);  m ← β₂ m + (1 − β₂) g.
+
+    Each entry moves by η, whatever its gradient's size, so that η is best three to ten times
+    smaller than AdamW's, and λ as much larger. Chen et al. 2023 (arXiv:2302.06675).
+
+    Args:
+        params: parameters, or groups of them.
+        lr: η.
+        betas: β₁ and β₂.
+        weight_decay: λ.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            some = [p for p in group["params"] if p.grad is not None]
+            if not some:
+                continue
+            grads: list[Tensor] = [p.grad for p in some]
+            for p in some:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+            means: list[Tensor] = [self.state[p]["exp_avg"] for p in some]
+            first, second = group["betas"]
+            moves = torch._foreach_lerp(means, grads, 1 - first)
+            torch._foreach_sign_(moves)
+            torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(some, moves, alpha=-group["lr"])
+            torch._foreach_lerp_(means, grads, 1 - second)
+        return loss
+
+
+class Several(Optimizer):
+    """Several optimisers, each of parameters of its own, as one.
+
+    Args:
+        parts: the optimisers.
+    """
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        self.parts = list(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let each part work on its groups of this one, and keep its state here."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        super().load_state_dict(dict(state_dict))
+        self._share()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def lion(
+    host: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    **_: Any,
+) -> Optimizer:
+    """Make Lion for what trains in ``host``, with decay where :func:`undecayed` allows it."""
+    return Lion(parameter_groups(host, weight_decay=weight_decay), lr, betas, weight_decay)
+
+
+def muon(
+    host: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    fused: bool,
+) -> Optimizer:
+    """Make Muon for the matrices that train in ``host``, and AdamW for the rest.
+
+    Muon moves a matrix by its momentum with all singular values near 1 (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon), here times 0.2 √max(rows, columns), as large as AdamW's
+    moves are (Liu et al. 2025, arXiv:2502.16982), so that both have one learning rate. The rest are
+    vectors and scalars, embeddings and heads, whose rows are tokens or classes and no directions.
+
+    Args:
+        host: any module; only its parameters with ``requires_grad`` are taken.
+        lr: the learning rate of both.
+        betas, eps, fused: AdamW's.
+        weight_decay: of both, on matrices alone.
+    """
+    matrices, rest = matrices_of(host)
+    parts: list[Optimizer] = []
+    if matrices:
+        parts.append(
+            torch.optim.Muon(matrices.values(), lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    if rest:
+        groups = parameter_groups(host, weight_decay=weight_decay, of=rest.values())
+        parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused))
+    return Several(parts)
+
+
+def matrices_of(host: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Return the parameters that train in ``host``: matrices between layers, and the rest.
+
+    The rest are embeddings, heads, which are told by their name (:data:`HEADS`), the parameters of
+    norms, and what is no matrix.
+    """
+    apart = undecayed(host)
+    for path, module in host.named_modules():
+        if path.rpartition(".")[2] in HEADS:
+            apart |= {id(p) for p in module.parameters(recurse=False)}
+    found = trainable(host)
+    matrices = {n: p for n, p in found.items() if p.ndim == 2 and id(p) not in apart}
+    return matrices, {n: p for n, p in found.items() if n not in matrices}
+
+
+HEADS = ("head", "lm_head", "embed_out", "classifier", "score", "qa_outputs")
+"""What layers that give logits are called in transformers, timm and this library."""
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": adamw, "lion": lion, "muon": muon}
+"""Name → what makes the optimiser of a host, from ``lr``, ``betas``, ``eps``, ``weight_decay`` and
+``fused``."""
+
+BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99), "muon": (0.9, 0.999)}
+"""Name → the decay rates that it has by default."""
+
+
+def described(optimizer: Optimizer, names: Mapping[int, str]) -> str:
+    """Say which parameters each part of an optimiser moves.
+
+    Args:
+        optimizer: the optimiser.
+        names: id → name of its parameters.
+    """
+    said = []
+    for part in getattr(optimizer, "parts", [optimizer]):
+        some = [p for group in part.param_groups for p in group["params"]]
+        first = ", ".join(names[id(p)] for p in some[:2])
+        more = ", …" if len(some) > 2 else ""
+        count = sum(p.numel() for p in some)
+        said.append(
+            f"{type(part).__name__}: {len(some)} tensors, {count:,} numbers ({first}{more})"
+        )
+    return "; ".join(said)

@@ -1,0 +1,146 @@
+"""Lion, Muon with AdamW beside it, and their places in a fit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import modgraft as mg
+from modgraft.core.errors import ModgraftError
+from modgraft.models.gpt import GPT, GPTConfig
+from modgraft.training.fit import fit
+from modgraft.training.optimizers import OPTIMIZERS, Lion, Several, described, matrices_of
+from training.test_checkpoint import GIVEN, StopError, curve, same, stop_after
+from training.tiny import loader, t5
+
+GIVEN_TO_ALL = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
+
+
+def gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+
+
+def gradients(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def test_lion_is_the_published_update():
+    model, lr, (b1, b2), decay = gpt().double(), 1e-2, (0.9, 0.99), 0.1
+    want = {n: p.detach().clone() for n, p in model.named_parameters()}
+    means = {n: torch.zeros_like(p) for n, p in want.items()}
+    optimizer = Lion(model.parameters(), lr, (b1, b2), decay)
+    for step in range(4):
+        gradients(model, step)
+        for name, p in model.named_parameters():
+            move = (b1 * means[name] + (1 - b1) * p.grad).sign()
+            want[name] -= lr * (move + decay * want[name])
+            means[name] = b2 * means[name] + (1 - b2) * p.grad
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), want[name])
+
+
+def test_muon_moves_matrices_and_adamw_the_rest_as_torch_does():
+    model, alone = gpt(), gpt()
+    matrices, rest = matrices_of(model)
+    assert sorted(n.rpartition("attention.")[2] for n in matrices) == sorted(
+        [f"{n}.weight" for n in ("query", "key", "value", "output")]
+        + [f"blocks.0.feedforward.{n}.weight" for n in ("up", "down")]
+    )
+    assert "embedding.weight" in rest  # the head is tied to it
+    ours = OPTIMIZERS["muon"](model, **GIVEN_TO_ALL)
+    theirs = dict(alone.named_parameters())
+    parts = [
+        torch.optim.Muon([theirs[n] for n in matrices], 0.01, 0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([theirs[n] for n in rest], 0.01, (0.9, 0.99), weight_decay=0.0),
+    ]
+    for step in range(3):
+        gradients(model, step)
+        gradients(alone, step)
+        ours.step()
+        for part in parts:
+            part.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, theirs[name])
+
+
+def test_an_untied_head_and_a_classifier_are_no_matrices_of_muons():
+    untied = GPT(GPTConfig(hidden_size=16, tie_word_embeddings=False))
+    assert "head.weight" in matrices_of(untied)[1]
+    host = mg.Host(gpt())
+    host.implant("l", mg.LoRA(rank=2), at="query")
+    matrices, rest = matrices_of(host)
+    assert len(matrices) == 2  # A and B
+    assert not rest
+
+
+@pytest.mark.parametrize("name", ["lion", "muon"])
+def test_state_is_saved_and_loaded(name):
+    model, again = gpt(), gpt()
+    optimizer = OPTIMIZERS[name](model, **GIVEN_TO_ALL)
+    for step in range(2):
+        gradients(model, step)
+        optimizer.step()
+    again.load_state_dict(model.state_dict())
+    loaded = OPTIMIZERS[name](again, **GIVEN_TO_ALL)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in (*optimizer.param_groups, *loaded.param_groups):
+        group["lr"] = 0.003  # as a schedule sets it, and it reaches every part
+    for each, of in ((optimizer, model), (loaded, again)):
+        gradients(of, 7)
+        each.step()
+    assert same(model, again)
+
+
+@pytest.mark.parametrize("name", ["lion", "muon"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, name):
+    given = GIVEN | {"optimizer": name}
+    whole, parts = t5(), t5()
+    fit(whole, loader(), folder=tmp_path / "whole", **given)
+    with pytest.raises(StopError):
+        fit(parts, stop_after(loader(), 8), folder=tmp_path / "parts", **given)
+    resumed = fit(parts, loader(), folder=tmp_path / "parts", **given)
+    assert resumed.resumed_from == 6
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert same(whole, parts)
+    with pytest.raises(ModgraftError, match="optimizer"):
+        fit(parts, loader(), folder=tmp_path / "parts", **(given | {"optimizer": "adamw"}))
+
+
+def test_what_is_moved_by_what_is_printed(capsys):
+    model = gpt()
+    batch = {"input_ids": torch.randint(65, (2, 8)), "labels": torch.randint(65, (2, 8))}
+    fit(model, [batch], steps=2, optimizer="muon")
+    said = capsys.readouterr().err
+    assert "Muon: 6 tensors, 3,072 numbers (blocks.0.attention.query.weight, " in said
+    assert "AdamW: 17 tensors" in said
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert "AdamW: 23 tensors" in described(OPTIMIZERS["adamw"](model, **GIVEN_TO_ALL), names)
+
+
+def test_an_unknown_optimiser_is_refused():
+    with pytest.raises(ModgraftError, match=r"optimizer='sgd': it must be one of .*'muon'"):
+        fit(gpt(), [{}], steps=1, optimizer="sgd")
+
+
+def test_each_learns():
+    torch.manual_seed(0)
+    ids = torch.randint(65, (8, 16))
+    for name, lr in (("adamw", 1e-2), ("lion", 3e-3), ("muon", 1e-2)):
+        history = fit(gpt(), [{"input_ids": ids, "labels": ids}], steps=60, lr=lr, optimizer=name,
+                      progress=False)  # fmt: skip
+        assert history.losses[-1] < 0.6 * history.losses[0], name
+
+
+def test_several_parts_share_one_state():
+    model = gpt()
+    optimizer = OPTIMIZERS["muon"](model, **GIVEN_TO_ALL)
+    assert isinstance(optimizer, Several)
+    gradients(model, 0)
+    optimizer.step()
+    assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters()}
