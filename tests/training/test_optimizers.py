@@ -118,9 +118,9 @@ def test_what_is_moved_by_what_is_printed(capsys):
     fit(model, [batch], steps=2, optimizer="muon")
     said = capsys.readouterr().err
     assert "Muon: 6 tensors, 3,072 numbers (blocks.0.attention.query.weight, " in said
-    assert "AdamW: 17 tensors" in said
+    assert "AdamW: 14 tensors" in said
     names = {id(p): n for n, p in model.named_parameters()}
-    assert "AdamW: 23 tensors" in described(OPTIMIZERS["adamw"](model, **GIVEN_TO_ALL), names)
+    assert "AdamW: 20 tensors" in described(OPTIMIZERS["adamw"](model, **GIVEN_TO_ALL), names)
 
 
 def test_an_unknown_optimiser_is_refused():
@@ -131,8 +131,8 @@ def test_an_unknown_optimiser_is_refused():
 def test_each_learns():
     torch.manual_seed(0)
     ids = torch.randint(65, (8, 16))
-    for name, lr in (("adamw", 1e-2), ("lion", 3e-3), ("muon", 1e-2)):
-        history = fit(gpt(), [{"input_ids": ids, "labels": ids}], steps=60, lr=lr, optimizer=name,
+    for name in OPTIMIZERS:
+        history = fit(gpt(), [{"input_ids": ids, "labels": ids}], steps=60, lr=1e-2, optimizer=name,
                       progress=False)  # fmt: skip
         assert history.losses[-1] < 0.6 * history.losses[0], name
 
