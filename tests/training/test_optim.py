@@ -8,7 +8,6 @@ from torch import nn
 
 from modgraft.core.errors import ModgraftError
 from modgraft.training.optim import (
-    adamw,
     clip_gradients,
     gradient_norm,
     learning_rate,
@@ -17,6 +16,7 @@ from modgraft.training.optim import (
     undecayed,
     warmup_steps,
 )
+from modgraft.training.optimizers import make_optimizer
 from training.tiny import Line, t5
 
 
@@ -73,7 +73,9 @@ def test_nothing_to_train_is_an_error():
 def test_adamw_is_the_published_update(fused):
     host = nn.Linear(2, 2, dtype=torch.float64)
     lr, (b1, b2), eps, decay = 0.1, (0.8, 0.9), 1e-6, 0.3
-    optimizer = adamw(host, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay, fused=fused)
+    optimizer = make_optimizer(
+        "adamw", host, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay, fused=fused
+    )
     for p, rate in ((host.weight, decay), (host.bias, 0.0)):
         x = p.detach().clone()
         m, v = torch.zeros_like(x), torch.zeros_like(x)
@@ -97,3 +99,16 @@ def test_clipping_scales_the_whole_gradient():
     assert parameters[0].grad.tolist() == [3.0, 0.0]
     clip_gradients(parameters, norm, 1.0)
     assert torch.cat([p.grad for p in parameters[:2]]).tolist() == pytest.approx([0.6, 0, 0.8])
+
+
+def test_sparse_gradients_count_and_are_clipped_as_dense_ones():
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        table, head = nn.Embedding(9, 3, sparse=sparse), nn.Linear(3, 1)
+        parameters = [*table.parameters(), *head.parameters()]
+        head(table(torch.tensor([1, 4, 4, 7]))).square().sum().backward()
+        norm = gradient_norm(parameters)
+        clip_gradients(parameters, norm, 0.1)
+        found.append([norm, *(p.grad.to_dense() for p in parameters)])
+    torch.testing.assert_close(found[0], found[1])

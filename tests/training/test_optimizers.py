@@ -11,16 +11,24 @@ import modgraft as mg
 from modgraft.core.errors import ModgraftError
 from modgraft.models.gpt import GPT, GPTConfig
 from modgraft.training.fit import fit
-from modgraft.training.optimizers import OPTIMIZERS, Lion, Several, described, matrices_of
+from modgraft.training.optim import trainable
+from modgraft.training.optimizers import (
+    OPTIMIZERS,
+    Lion,
+    Several,
+    described,
+    make_optimizer,
+    matrices_of,
+)
 from training.test_checkpoint import GIVEN, StopError, curve, same, stop_after
 from training.tiny import loader, t5
 
 GIVEN_TO_ALL = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
 
 
-def gpt() -> GPT:
+def gpt(**more) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    return GPT(GPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **more))
 
 
 def gradients(model: torch.nn.Module, seed: int) -> None:
@@ -47,13 +55,14 @@ def test_lion_is_the_published_update():
 
 def test_muon_moves_matrices_and_adamw_the_rest_as_torch_does():
     model, alone = gpt(), gpt()
-    matrices, rest = matrices_of(model)
+    matrices = matrices_of(model, trainable(model))
+    rest = [n for n in trainable(model) if n not in matrices]
     assert sorted(n.rpartition("attention.")[2] for n in matrices) == sorted(
         [f"{n}.weight" for n in ("query", "key", "value", "output")]
         + [f"blocks.0.feedforward.{n}.weight" for n in ("up", "down")]
     )
     assert "embedding.weight" in rest  # the head is tied to it
-    ours = OPTIMIZERS["muon"](model, **GIVEN_TO_ALL)
+    ours = make_optimizer("muon", model, **GIVEN_TO_ALL)
     theirs = dict(alone.named_parameters())
     parts = [
         torch.optim.Muon([theirs[n] for n in matrices], 0.01, 0.1, adjust_lr_fn="match_rms_adamw"),
@@ -71,23 +80,22 @@ def test_muon_moves_matrices_and_adamw_the_rest_as_torch_does():
 
 def test_an_untied_head_and_a_classifier_are_no_matrices_of_muons():
     untied = GPT(GPTConfig(hidden_size=16, tie_word_embeddings=False))
-    assert "head.weight" in matrices_of(untied)[1]
+    assert "head.weight" not in matrices_of(untied, trainable(untied))
     host = mg.Host(gpt())
     host.implant("l", mg.LoRA(rank=2), at="query")
-    matrices, rest = matrices_of(host)
-    assert len(matrices) == 2  # A and B
-    assert not rest
+    assert len(matrices_of(host, trainable(host))) == 2  # A and B, and nothing else trains
+    assert len(trainable(host)) == 2
 
 
 @pytest.mark.parametrize("name", ["lion", "muon"])
 def test_state_is_saved_and_loaded(name):
     model, again = gpt(), gpt()
-    optimizer = OPTIMIZERS[name](model, **GIVEN_TO_ALL)
+    optimizer = make_optimizer(name, model, **GIVEN_TO_ALL)
     for step in range(2):
         gradients(model, step)
         optimizer.step()
     again.load_state_dict(model.state_dict())
-    loaded = OPTIMIZERS[name](again, **GIVEN_TO_ALL)
+    loaded = make_optimizer(name, again, **GIVEN_TO_ALL)
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for group in (*optimizer.param_groups, *loaded.param_groups):
         group["lr"] = 0.003  # as a schedule sets it, and it reaches every part
@@ -120,7 +128,7 @@ def test_what_is_moved_by_what_is_printed(capsys):
     assert "Muon: 6 tensors, 3,072 numbers (blocks.0.attention.query.weight, " in said
     assert "AdamW: 14 tensors" in said
     names = {id(p): n for n, p in model.named_parameters()}
-    assert "AdamW: 20 tensors" in described(OPTIMIZERS["adamw"](model, **GIVEN_TO_ALL), names)
+    assert "AdamW: 20 tensors" in described(make_optimizer("adamw", model, **GIVEN_TO_ALL), names)
 
 
 def test_an_unknown_optimiser_is_refused():
@@ -139,8 +147,41 @@ def test_each_learns():
 
 def test_several_parts_share_one_state():
     model = gpt()
-    optimizer = OPTIMIZERS["muon"](model, **GIVEN_TO_ALL)
+    optimizer = make_optimizer("muon", model, **GIVEN_TO_ALL)
     assert isinstance(optimizer, Several)
     gradients(model, 0)
     optimizer.step()
     assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_tables_with_sparse_gradients_are_trained_and_resumed(tmp_path, name):
+    given = GIVEN | {"optimizer": name}
+    ids = torch.randint(65, (40, 9), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+
+    def data():
+        return torch.utils.data.DataLoader(Rows(rows), 4, shuffle=True)
+
+    whole, parts = (gpt(ngram_rows=(4356, 900)) for _ in range(2))
+    before = [table.weight.detach().clone() for table in whole.ngrams.tables]
+    fit(whole, data(), folder=tmp_path / "whole", **given)
+    for table, then in zip(whole.ngrams.tables, before, strict=True):
+        moved = (table.weight != then).any(1)
+        assert 0 < moved.sum() < len(then)
+    with pytest.raises(StopError):
+        fit(parts, stop_after(data(), 8), folder=tmp_path / "parts", **given)
+    fit(parts, data(), folder=tmp_path / "parts", **given)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert same(whole, parts)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]

@@ -212,14 +212,15 @@ class Ngrams(nn.Module):
     """Σ_n T_n[h(x_{t−n+1}, …, x_t)]: a vector for the pair that ends at a token, the triple, …
 
     A table with a row for every n-gram (V^n of them) is read at the n-gram itself, a smaller one at
-    a hash of it. Where a text begins, what would be before it is token −1.
+    a hash of it. Where a text begins, what would be before it is token −1. Gradients are sparse: a
+    step moves the rows of its batch, so that its cost does not grow with the table.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.vocab = config.vocab_size + 1  # token −1 beside them
         self.tables = nn.ModuleList(
-            nn.Embedding(rows, config.hidden_size) for rows in config.ngram_rows
+            nn.Embedding(rows, config.hidden_size, sparse=True) for rows in config.ngram_rows
         )
 
     def forward(self, ids: Tensor, new: int) -> Tensor:

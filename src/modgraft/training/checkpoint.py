@@ -367,10 +367,11 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Restore the state that `optimizer_tensors` saved."""
-    entries: dict[str, dict[str, Tensor]] = {}
+    entries: dict[str, dict[str, Tensor | int]] = {}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition("#")
-        entries.setdefault(parameter, {})[key] = tensor
+        counts = tensor.dim() == 0 and tensor.dtype == torch.int64  # SparseAdam's steps, an int
+        entries.setdefault(parameter, {})[key] = int(tensor) if counts else tensor
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: e for i, p in enumerate(parameters) if (e := entries.get(names[id(p)]))}
     groups = optimizer.state_dict()["param_groups"]

@@ -109,37 +109,27 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def adamw(
-    host: nn.Module,
-    *,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    fused: bool = True,
-) -> torch.optim.AdamW:
-    """Make the optimiser of θ ← θ − η·(m̂/(√v̂ + ε) + λθ), λ only on matrices.
-
-    See Loshchilov and Hutter 2019.
-
-    Args:
-        host: any module; only its parameters with `requires_grad` are taken.
-        lr: η, the peak learning rate.
-        betas: decay rates of the first and second moment.
-        eps: ε.
-        weight_decay: λ; see `undecayed` for what is exempt.
-        fused: one kernel for the whole update instead of several a tensor. The arithmetic is the
-            same up to rounding.
-    """
-    groups = parameter_groups(host, weight_decay=weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
-
-
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return ‖g‖₂ over all gradients, a scalar tensor."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Return ‖g‖₂ over all gradients, a scalar tensor; sparse ones are coalesced."""
+    return torch.nn.utils.get_total_norm([_dense(p) for p in parameters if p.grad is not None])
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, clip: float) -> None:
     """Set g ← g · min(1, clip / ‖g‖₂), given ‖g‖₂ = `norm`, which must be finite."""
-    torch.nn.utils.clip_grads_with_norm_(list(parameters), clip, norm)
+    dense: list[nn.Parameter] = []
+    for p in parameters:
+        if p.grad is not None and p.grad.is_sparse:
+            _dense(p).mul_((clip / (norm + 1e-6)).clamp(max=1.0))
+        else:
+            dense.append(p)
+    torch.nn.utils.clip_grads_with_norm_(dense, clip, norm)
+
+
+def _dense(p: nn.Parameter) -> Tensor:
+    """Return the gradient of a parameter, or of those of its rows that have one."""
+    grad = p.grad
+    assert grad is not None  # noqa: S101
+    if not grad.is_sparse:
+        return grad
+    p.grad = grad = grad.coalesce()
+    return grad._values()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from modgraft.training.optim import adamw, parameter_groups, trainable, undecayed
+from modgraft.training.optim import parameter_groups, trainable, undecayed
 
 
 class Lion(Optimizer):
@@ -94,74 +94,100 @@ class Several(Optimizer):
         return loss
 
 
-def lion(
+def make_optimizer(
+    name: str,
     host: nn.Module,
     *,
     lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    **_: Any,
+    betas: tuple[float, float] | None = None,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    fused: bool = True,
 ) -> Optimizer:
-    """Make Lion for what trains in ``host``, with decay where :func:`undecayed` allows it."""
-    return Lion(parameter_groups(host, weight_decay=weight_decay), lr, betas, weight_decay)
+    """Make the optimiser of what trains in ``host``.
+
+    Tables of ``nn.Embedding(…, sparse=True)`` go to ``torch.optim.SparseAdam`` beside any of them:
+    it moves the rows of a batch alone, so that a step's cost does not grow with the table.
+
+    Args:
+        name: of :data:`OPTIMIZERS`.
+        host: any module; only its parameters with ``requires_grad`` are taken.
+        lr: the peak learning rate.
+        betas: the decay rates of the moments; None: :data:`BETAS`.
+        eps, fused: AdamW's.
+        weight_decay: on matrices only, see :func:`~modgraft.training.optim.undecayed`.
+    """
+    betas, every = betas or BETAS[name], trainable(host)
+    tables = {
+        id(m.weight)
+        for m in host.modules()
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
+    }
+    rows = [p for p in every.values() if id(p) in tables]
+    rest = {n: p for n, p in every.items() if id(p) not in tables}
+    given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused}
+    parts = OPTIMIZERS[name](host, rest, **given) if rest else []
+    if rows:
+        parts.append(torch.optim.SparseAdam(rows, lr, betas, eps))
+    return parts[0] if len(parts) == 1 else Several(parts)
 
 
-def muon(
-    host: nn.Module,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    fused: bool,
-) -> Optimizer:
-    """Make Muon for the matrices that train in ``host``, and AdamW for the rest.
+def _adamw(
+    host: nn.Module, of: Mapping[str, nn.Parameter], *, weight_decay: float, **given: Any
+) -> list[Optimizer]:
+    groups = parameter_groups(host, weight_decay=weight_decay, of=of.values())
+    return [torch.optim.AdamW(groups, **given)]
+
+
+def _lion(
+    host: nn.Module, of: Mapping[str, nn.Parameter], *, lr: float, betas: tuple[float, float],
+    weight_decay: float, **_: Any,
+) -> list[Optimizer]:  # fmt: skip
+    groups = parameter_groups(host, weight_decay=weight_decay, of=of.values())
+    return [Lion(groups, lr, betas)]
+
+
+def _muon(
+    host: nn.Module, of: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float, **given: Any
+) -> list[Optimizer]:
+    """Make Muon for matrices, and AdamW for the rest.
 
     Muon moves a matrix by its momentum with all singular values near 1 (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon), here times 0.2 √max(rows, columns), as large as AdamW's
     moves are (Liu et al. 2025, arXiv:2502.16982), so that both have one learning rate. The rest are
     vectors and scalars, embeddings and heads, whose rows are tokens or classes and no directions.
-
-    Args:
-        host: any module; only its parameters with ``requires_grad`` are taken.
-        lr: the learning rate of both.
-        betas, eps, fused: AdamW's.
-        weight_decay: of both, on matrices alone.
     """
-    matrices, rest = matrices_of(host)
+    matrices = matrices_of(host, of)
+    rest = {n: p for n, p in of.items() if n not in matrices}
     parts: list[Optimizer] = []
     if matrices:
         parts.append(
             torch.optim.Muon(matrices.values(), lr, weight_decay, adjust_lr_fn="match_rms_adamw")
         )
-    if rest:
-        groups = parameter_groups(host, weight_decay=weight_decay, of=rest.values())
-        parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused))
-    return Several(parts)
+    return parts + (_adamw(host, rest, lr=lr, weight_decay=weight_decay, **given) if rest else [])
 
 
-def matrices_of(host: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Return the parameters that train in ``host``: matrices between layers, and the rest.
+def matrices_of(host: nn.Module, of: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return those of some parameters of ``host`` that are matrices between layers.
 
-    The rest are embeddings, heads, which are told by their name (:data:`HEADS`), the parameters of
+    Others are embeddings, heads, which are told by their name (:data:`HEADS`), the parameters of
     norms, and what is no matrix.
     """
     apart = undecayed(host)
     for path, module in host.named_modules():
         if path.rpartition(".")[2] in HEADS:
             apart |= {id(p) for p in module.parameters(recurse=False)}
-    found = trainable(host)
-    matrices = {n: p for n, p in found.items() if p.ndim == 2 and id(p) not in apart}
-    return matrices, {n: p for n, p in found.items() if n not in matrices}
+    return {n: p for n, p in of.items() if p.ndim == 2 and id(p) not in apart}
 
 
 HEADS = ("head", "lm_head", "embed_out", "classifier", "score", "qa_outputs")
 """What layers that give logits are called in transformers, timm and this library."""
 
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": adamw, "lion": lion, "muon": muon}
-"""Name → what makes the optimiser of a host, from ``lr``, ``betas``, ``eps``, ``weight_decay`` and
-``fused``."""
+OPTIMIZERS: dict[str, Callable[..., list[Optimizer]]] = {
+    "adamw": _adamw, "lion": _lion, "muon": _muon,
+}  # fmt: skip
+"""Name → what makes the optimisers of some parameters of a host."""
 
 BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99), "muon": (0.9, 0.999)}
 """Name → the decay rates that it has by default."""

@@ -31,7 +31,7 @@ from modgraft.training.optim import (
     trainable,
     warmup_steps,
 )
-from modgraft.training.optimizers import OPTIMIZERS, described
+from modgraft.training.optimizers import Several, described, make_optimizer
 from modgraft.training.processes import Interrupt
 from modgraft.training.progress import Show
 from modgraft.training.randomness import generators_in, own_randomness, seed_everything
@@ -115,7 +115,7 @@ class Run:
         self.names = {id(p): name for name, p in self.parameters.items()}
         s = self.settings
         adam = {"betas": s.betas, "eps": s.eps, "weight_decay": s.weight_decay, "fused": s.fused}
-        self.optimizer = OPTIMIZERS[s.optimizer](self.part, lr=s.lr, **adam)
+        self.optimizer = make_optimizer(s.optimizer, self.part, lr=s.lr, **adam)
         self.optimizer.zero_grad(set_to_none=True)
         stack.callback(self.optimizer.zero_grad, set_to_none=True)
         self.buffers = {name: b.detach().cpu().clone() for name, b in self.part.named_buffers()}
@@ -201,7 +201,7 @@ class Run:
         with show:
             if self.step and self.store is not None:
                 show.say(f"resumed from step {self.step}, {self.store.folder}")
-            if s.optimizer != "adamw":
+            if isinstance(self.optimizer, Several):
                 show.say(described(self.optimizer, self.names))
             try:
                 self._loop(show)
