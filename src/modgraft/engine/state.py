@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modgraft.computation.base import Computation, TokenComposition
+from modgraft.computation.base import TokenComposition
 from modgraft.core.call import UNSEEN, Call, Layout
 from modgraft.core.context import Context, kept_in_call
 from modgraft.core.embeddings import Reading
@@ -97,13 +97,21 @@ class State:
         """Return the modules here."""
         return [entry for some in self.entries.values() for entry in some]
 
-    def of_kind(self, kind: type[Computation]) -> list[Entry]:
-        """Return the modules here of one kind."""
-        return [entry for entry in self.every() if isinstance(entry.module, kind)]
+    def of_kind(self, kind: type[Any], names: Iterable[str] | None = None) -> list[Entry]:
+        """Return the modules here of one kind, or those of some names in their order.
+
+        What is asked for by name costs nothing for the modules that are here beside.
+        """
+        found = self.every() if names is None else self.named(names)
+        return [entry for entry in found if isinstance(entry.module, kind)]
+
+    def named(self, names: Iterable[str]) -> list[Entry]:
+        """Return the modules here of some names, in their order."""
+        return [entry for name in names for entry in self.entries.get(name, ())]
 
     def token_modules(self, names: Sequence[str]) -> list[Entry]:
         """Return those of ``names`` that put tokens before the host's input, in that order."""
-        return [e for name in names for e in self.of_kind(TokenComposition) if e.name == name]
+        return self.of_kind(TokenComposition, names)
 
     def groups(self, composition: Expression) -> list[Group]:
         """Return what ``composition`` comes to here: compiled code plans while it is traced."""

@@ -42,20 +42,16 @@ class Lion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            some = [p for p in group["params"] if p.grad is not None]
-            if not some:
-                continue
-            grads: list[Tensor] = [p.grad for p in some]
-            for p in some:
+            first, second = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if not self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
-            means: list[Tensor] = [self.state[p]["exp_avg"] for p in some]
-            first, second = group["betas"]
-            moves = torch._foreach_lerp(means, grads, 1 - first)
-            torch._foreach_sign_(moves)
-            torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(some, moves, alpha=-group["lr"])
-            torch._foreach_lerp_(means, grads, 1 - second)
+                mean: Tensor = self.state[p]["exp_avg"]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(mean.lerp(p.grad, 1 - first).sign_(), alpha=group["lr"])
+                mean.lerp_(p.grad, 1 - second)
         return loss
 
 

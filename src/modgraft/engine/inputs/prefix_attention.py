@@ -9,7 +9,7 @@ sees them once. Any other layer gets the function that it asked for, with the ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -171,8 +171,11 @@ def _before(state: State, key: Tensor, value: Tensor) -> Before | None:
     composition = call.composition
     if composition is None:
         return None
-    entries = {entry.name: entry for entry in state.of_kind(KeyValueComposition)}
-    mixed = _mixtures(state, entries)
+    asked = None if switched(composition) else composition.names()
+    mixed = _mixtures(state, asked)
+    if asked is not None:
+        asked = (*asked, *(member for mixture in mixed.values() for member in mixture.members))
+    entries = {entry.name: entry for entry in state.of_kind(KeyValueComposition, asked)}
     if not any(name in entries or name in mixed for name in composition.names()):
         return None
     names = ", ".join(map(repr, entries))
@@ -203,14 +206,14 @@ def _before(state: State, key: Tensor, value: Tensor) -> Before | None:
     return _by_example(names, composition, (key, value), of)
 
 
-def _mixtures(state: State, entries: Mapping[str, Entry]) -> dict[str, RoutedMixture]:
-    """Return the mixtures here that are over modules with keys and values, by name."""
-    return {
-        entry.name: entry.module
-        for entry in state.every()
-        if isinstance(entry.module, RoutedMixture)
-        and any(m in entries for m in entry.module.members)
-    }
+def _mixtures(state: State, names: Iterable[str] | None) -> dict[str, RoutedMixture]:
+    """Return those of some names, or all, that are mixtures of modules with keys and values."""
+    found: dict[str, RoutedMixture] = {}
+    for entry in state.every() if names is None else state.named(names):
+        module = entry.module
+        if isinstance(module, RoutedMixture) and state.of_kind(KeyValueComposition, module.members):
+            found[entry.name] = module
+    return found
 
 
 def _by_example(
