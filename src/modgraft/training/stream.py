@@ -143,10 +143,14 @@ class Stream:
             rows = self._rows(epoch, batch)
             return cast(Batch, cast(DataLoader, self.loader).collate_fn(rows))
 
-    def _rows(self, epoch: int, batch: int) -> list[Any]:
+    def _rows(self, epoch: int, batch: int) -> Any:
+        """Read the rows of a batch as a `DataLoader` does, which asks for all of them at once where
+        the data set lets it."""
         order = self.order(epoch)
+        places = order[batch * self.world % len(order)]
         data = cast(DataLoader, self.loader).dataset
-        return [data[i] for i in order[batch * self.world % len(order)]]
+        at_once = getattr(data, "__getitems__", None)
+        return [data[i] for i in places] if at_once is None else at_once(places)
 
     def unrepeatable(self, first: str) -> str:
         """Say what keeps a resumed run from reading what an uninterrupted one reads, "" if nothing.

@@ -1,0 +1,338 @@
+"""A GPT of characters: counted, naive and fast, on one text.
+
+How much of what a language model learns could be counted, and how fast can the rest be learned? On
+one text and one split there are: tables of counts (:mod:`.counting`); the naive GPT
+(:mod:`.naive`, in nanoGPT's published setting for a CPU); and a fast one, which is
+:class:`modgraft.models.gpt.GPT` with what speeds it up, trained by Muon:
+
+- **tables of pairs, triples and quadruples** beside the token's own vector. What follows a short
+  context is most of what there is to learn at first; a table learns it as fast as it is seen, and a
+  row costs nothing until its n-gram comes. They are learned by gradients as all else is.
+- **rotary positions, RMS norms, squared ReLU**: each a little better or cheaper than what it
+  replaces.
+- **projections that start at zero**, so that each block is the identity at first and the tables
+  learn undisturbed.
+- **Muon** for the matrices of the blocks, where they are many and the budget is long.
+
+A fast model is trained twice: until it is as good as the naive one, and about as long.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer
+from torch import nn
+
+from modgraft.core.errors import ModgraftError
+from modgraft.data.corpus import read_corpus, split
+from modgraft.data.shards import Windows, bpe_tokenizer, character_tokenizer, tokens_of
+from modgraft.models.gpt import GPT, GPTConfig
+from modgraft.recipes.chargpt.counting import Counts
+from modgraft.recipes.chargpt.naive import NaiveGPT
+from modgraft.recipes.trials import Recipe
+from modgraft.report.figures import Scheme
+from modgraft.training.fit import fit
+from modgraft.training.randomness import own_randomness
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a trial.
+
+    Attributes:
+        corpus: The path of a text; "": the source of Python's standard library.
+        bpe: The number of byte pairs to make tokens of; 0: characters.
+        length, batch: The tokens of a window, and the windows of a step.
+        width, heads, layers: The naive GPT's shape.
+        steps, lr: Its steps and learning rate.
+        orders: The n of the n-grams that are counted, at most.
+        fast_width, fast_heads, fast_lr: The fast GPT's shape and learning rate.
+        short_layers, short_steps: Its layers and steps, until it is as good as the naive one.
+        long_layers, long_steps: The same, about as long as the naive one.
+        rows: The rows of its tables, separated by blanks: of pairs, of triples, …
+        small_width, small_heads, small_layers, small_lr, small_rows: The same for one that has no
+            more parameters than the naive one.
+        small_short_steps, small_long_steps: Its steps.
+    """
+
+    corpus: str = ""
+    bpe: int = 0
+    length: int = 64
+    batch: int = 12
+    width: int = 128
+    heads: int = 4
+    layers: int = 4
+    steps: int = 2000
+    lr: float = 1e-3
+    orders: int = 5
+    fast_width: int = 128
+    fast_heads: int = 4
+    fast_lr: float = 1e-2
+    short_layers: int = 1
+    short_steps: int = 200
+    long_layers: int = 2
+    long_steps: int = 2000
+    rows: str = "4356 65536 131072"
+    small_width: int = 64
+    small_heads: int = 4
+    small_layers: int = 2
+    small_lr: float = 1e-2
+    small_rows: str = "4356 4096"
+    small_short_steps: int = 400
+    small_long_steps: int = 2000
+
+
+ROWS = {
+    "uniform": "Every token alike",
+    "bigram": "Pairs, counted",
+    "ngram": "Up to {n} tokens, counted",
+    "naive": "Naive GPT",
+    "fast_short": "Fast GPT, until as good",
+    "fast_long": "Fast GPT, about as long",
+    "small_short": "Small fast GPT, until as good",
+    "small_long": "Small fast GPT, about as long",
+}
+
+COLUMNS = {
+    "loss": "Loss, nats a token",
+    "bits": "Bits a byte",
+    "seconds": "Seconds",
+    "share": "% of the naive's",
+    "parameters": "Parameters, M",
+}
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus as tokens, and in which bytes they are.
+
+    Attributes:
+        tokenizer: what made them.
+        training, test: int64 ``[N]``, the first 90 % and the rest.
+        bytes_a_token: of the test part.
+    """
+
+    tokenizer: Tokenizer
+    training: np.ndarray
+    test: np.ndarray
+    bytes_a_token: float
+
+    @classmethod
+    def read(cls, corpus: str, bpe: int) -> Text:
+        """Read a corpus; a byte-pair encoding is trained on the first 90 % alone."""
+        text = read_corpus(corpus or None)
+        first = text[: int(0.9 * len(text))]
+        made = bpe_tokenizer(first, bpe) if bpe else character_tokenizer(text)
+        training, test = split(tokens_of(made, text, corpus or "the standard library"))
+        size = len(made.decode(test.tolist()).encode())
+        return cls(made, training, test, size / len(test))
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens."""
+        return self.tokenizer.get_vocab_size()
+
+
+@torch.no_grad()
+def loss_on_test(model: nn.Module, text: Text, length: int) -> float:
+    """Return the mean loss over the whole test part, in windows side by side."""
+    count = (len(text.test) - 1) // length
+    read = torch.from_numpy(text.test[: count * length]).view(count, length)
+    follows = torch.from_numpy(text.test[1 : count * length + 1]).view(count, length)
+    total = 0.0
+    for at in range(0, count, 64):
+        some = slice(at, at + 64)
+        loss = model.eval()(input_ids=read[some], shift_labels=follows[some]).loss
+        total += float(loss) * len(read[some])
+    return total / count
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def naive_gpt(text: Text, settings: Settings) -> NaiveGPT:
+    """Make the naive GPT."""
+    s = settings
+    return NaiveGPT(text.vocabulary, s.length, s.width, s.heads, s.layers)
+
+
+def fast_gpt(
+    text: Text, settings: Settings, *, width: int, heads: int, layers: int, rows: str
+) -> GPT:
+    """Make a fast GPT."""
+    config = GPTConfig(
+        vocab_size=text.vocabulary,
+        max_position_embeddings=settings.length,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        positions="rotary",
+        norm="rms",
+        activation="relu2",
+        bias=False,
+        tie_word_embeddings=False,
+        zero_start=True,
+        ngram_rows=tuple(map(int, rows.split())),
+        use_cache=False,
+    )
+    return GPT(config)
+
+
+def trainings(text: Text, s: Settings) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """Yield each row that is trained: its key, its model, and the settings of `fit`."""
+    adamw = {"betas": (0.9, 0.99), "weight_decay": 0.1, "schedule": "cosine", "warmup": 0.05}
+    yield "naive", naive_gpt(text, s), adamw | {"steps": s.steps, "lr": s.lr}
+    muon = {"optimizer": "muon", "betas": (0.9, 0.99), "weight_decay": 0.1, "warmup": 0.05}
+    shape = {"width": s.fast_width, "heads": s.fast_heads, "rows": s.rows}
+    for key, layers, steps in (
+        ("fast_short", s.short_layers, s.short_steps),
+        ("fast_long", s.long_layers, s.long_steps),
+    ):
+        yield (
+            key,
+            fast_gpt(text, s, layers=layers, **shape),
+            muon | {"steps": steps, "lr": s.fast_lr},
+        )
+    shape = {"width": s.small_width, "heads": s.small_heads, "rows": s.small_rows}
+    for key, steps in (("small_short", s.small_short_steps), ("small_long", s.small_long_steps)):
+        model = fast_gpt(text, s, layers=s.small_layers, **shape)
+        yield key, model, muon | {"steps": steps, "lr": s.small_lr}
+
+
+# -- a trial -----------------------------------------------------------------------------------
+
+
+def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
+    """Count, train and test everything on one text; the seed is of weights and windows."""
+    text = Text.read(settings.corpus, settings.bpe)
+    folder.mkdir(parents=True, exist_ok=True)
+    text.tokenizer.save(str(folder / "tokenizer.json"))
+    rows = dict(counted(text, settings))
+    series: dict[str, Any] = {}
+    windows = Windows(text.training, settings.length, seed)
+    with own_randomness():
+        torch.manual_seed(seed)
+        models = list(trainings(text, settings))
+    for key, model, given in models:
+        history = fit(
+            model, windows.loader(settings.batch), seed=seed, folder=folder / key, progress=False,
+            note=False, **given,
+        )  # fmt: skip
+        found = loss_on_test(model, text, settings.length)
+        rows[key] = row(text, found, history.seconds, parameters(model))
+        series[key] = curve(history)
+        if isinstance(model, GPT):
+            model.save_pretrained(folder / key / "model")
+    for key in series:
+        rows[key]["share"] = 100 * rows[key]["seconds"] / rows["naive"]["seconds"]
+    return {"rows": rows, "series": series}
+
+
+def counted(text: Text, settings: Settings) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield what counting gives; how much a shorter context is worth is chosen on training text."""
+    yield "uniform", row(text, math.log(text.vocabulary))
+    for key, order in (("bigram", 2), ("ngram", settings.orders)):
+        learned, held = split(text.training)
+        tried = {w: Counts(learned, text.vocabulary, order, w).loss(held) for w in (1, 4, 16, 64)}
+        began = time.perf_counter()
+        counts = Counts(text.training, text.vocabulary, order, min(tried, key=tried.__getitem__))
+        took = time.perf_counter() - began
+        yield key, row(text, counts.loss(text.test), took)
+
+
+def row(
+    text: Text, loss: float, seconds: float | None = None, count: int | None = None
+) -> dict[str, float]:
+    """Return the numbers of a row."""
+    found = {"loss": loss, "bits": loss / math.log(2) / text.bytes_a_token}
+    if seconds is not None:
+        found["seconds"] = seconds
+    if count is not None:
+        found["parameters"] = count / 1e6
+    return found
+
+
+def parameters(model: nn.Module) -> int:
+    """Return the number of parameters; a tied one counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def curve(history: Any) -> list[tuple[float, float]]:
+    """Return up to 60 pairs of seconds and the mean loss around them."""
+    losses = np.array(history.losses)
+    cuts = np.array_split(np.arange(len(losses)), min(60, len(losses)))
+    each = history.seconds / len(losses)
+    return [(round(float((c[-1] + 1) * each), 2), round(float(losses[c].mean()), 4)) for c in cuts]
+
+
+# -- picture ---------------------------------------------------------------------------------------
+
+SHOWN = {"naive": "naive", "fast_long": "fast", "small_long": "small fast"}
+
+
+def paint(canvas: Figure, scheme: Scheme, results: Mapping[str, Any]) -> None:
+    """Plot the training loss against seconds, and what counting gives on the test part."""
+    axes = canvas.subplots()
+    for (key, label), colour in zip(SHOWN.items(), scheme.series, strict=False):
+        for i, series in enumerate(results["series"].values()):
+            x, y = zip(*series[key], strict=True)
+            axes.plot(x, y, lw=1.4, color=colour, alpha=1 if i == 0 else 0.4,
+                      label=label if i == 0 else None)  # fmt: skip
+    for key in ("bigram", "ngram"):
+        level = np.mean([found["loss"] for found in results["rows"][key].values()])
+        axes.axhline(level, color=scheme.faint, lw=1, ls="--")
+        axes.annotate(RECIPE.rows[key], (1, level), (-4, 3), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", ha="right", color=scheme.faint)  # fmt: skip
+    axes.set(xscale="log", xlabel="seconds", ylabel="loss, nats a token")
+    axes.legend()
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def writer(folder: Path) -> tuple[GPT, Tokenizer]:
+    """Load the best model of a run's first seed, and its tokenizer.
+
+    Raises:
+        ModgraftError: there is none.
+    """
+    homes = sorted(folder.glob("seed*/fast_long/model"))
+    if not homes:
+        raise ModgraftError(
+            f"{folder}: no trained model is here; modgraft recipe chargpt --run {folder}"
+        )
+    model = GPT.from_pretrained(homes[0], local_files_only=True).eval()
+    return model, Tokenizer.from_file(str(homes[0].parents[1] / "tokenizer.json"))
+
+
+RECIPE = Recipe(
+    name="chargpt",
+    title="A GPT of characters: counted, naive, fast",
+    rows={key: title.format(n=Settings.orders) for key, title in ROWS.items()},
+    columns=COLUMNS,
+    settings=Settings(),
+    scaled={
+        "steps": 20, "short_steps": 10, "long_steps": 20, "small_short_steps": 10,
+        "small_long_steps": 20,
+    },
+    trial=trial,
+    paint=paint,
+    size=(7.2, 4.0),
+    formats={"loss": ".3f", "bits": ".3f", "share": ".2f", "parameters": ".2f"},
+    notes=(
+        "The loss is over all of the last 10 % of the text.",
+        "Seconds are of training alone, on one thread.",
+    ),
+)  # fmt: skip
