@@ -120,7 +120,7 @@ def test_windows_read_every_token_once_an_epoch(n, length, epoch):
     batch = windows.__getitems__(range(len(windows)))
     read = batch["input_ids"].flatten()
     assert torch.equal(read, torch.arange(int(read[0]), int(read[0]) + len(read)))
-    assert torch.equal(batch["shift_labels"].flatten(), read + 1)
+    assert torch.equal(batch["targets"].flatten(), read + 1)
     assert len(read) > n - 3 * length
 
 

@@ -130,7 +130,7 @@ def test_the_written_out_equation():
 def test_ngram_tables_hold_the_ngrams_that_end_at_each_token():
     model = gpt("learned", ngram_rows=(66**2, 66**3))
     text = ids(5)
-    got = model.ngrams(text, 5)
+    got = model.ngrams(text, torch.arange(5)[None])
     pairs, triples = (table.weight for table in model.ngrams.tables)
     for row in range(3):
         told = [0, 0, *(text[row] + 1).tolist()]  # token −1 before the text
@@ -138,6 +138,72 @@ def test_ngram_tables_hold_the_ngrams_that_end_at_each_token():
             a, b, c = told[i : i + 3]
             want = pairs[c + 66 * b] + triples[c + 66 * b + 66**2 * a]
             torch.testing.assert_close(got[row, i], want)
+
+
+@pytest.mark.parametrize("rows", [(), (4356, 5000)])
+def test_padding_packing_and_a_cache_of_one_size_change_nothing(rows):
+    model, text = gpt("rotary", ngram_rows=rows), ids(9)
+    alone = model(text, use_cache=False).logits
+    padded = torch.nn.functional.pad(text, (3, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(text), (3, 0))
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    for more in ({}, {"position_ids": places}):
+        got = model(padded, attention_mask=mask, **more).logits[:, 3:]
+        torch.testing.assert_close(got, alone, atol=1e-4, rtol=1e-4)
+    written = model.generate(text, max_new_tokens=6, do_sample=False)
+    left = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert torch.equal(left[:, 3:], written)
+    row = torch.cat([text[0], text[1], text[2]])[None]
+    packed = model(row, position_ids=torch.arange(9).repeat(3)[None], use_cache=False).logits
+    torch.testing.assert_close(packed.view(3, 9, -1), alone, atol=1e-4, rtol=1e-4)
+    how = {"max_new_tokens": 5, "do_sample": False, "output_logits": True}
+    both = [
+        model.generate(text, cache_implementation=kind, return_dict_in_generate=True, **how).logits
+        for kind in (None, "static")
+    ]
+    torch.testing.assert_close(both[0], both[1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_is_no_token_of_an_ngram():
+    model, text = gpt("learned", ngram_rows=(4356, 5000)), ids(7)
+    host = mg.Host(model).eval()
+    host.implant("s", mg.SoftPrompt(length=3), active=False)
+    host.implant("a", mg.SoftPrompt(length=2), active=False)
+    whole = host(text, modules="s").logits
+    each = host(text, modules=["a", "s", None]).logits
+    torch.testing.assert_close(each[1], whole[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(each[2], host(text, modules=None).logits[2], atol=1e-4, rtol=1e-4)
+    twice = host(text[:1].expand(2, -1), modules="s").logits
+    torch.testing.assert_close(twice[0], twice[1], atol=1e-5, rtol=1e-5)
+
+
+def test_targets_are_what_labels_are_one_later_also_with_a_prompt():
+    host = mg.Host(gpt("learned")).eval()
+    text = ids(9)
+    shifted = torch.nn.functional.pad(text[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(host(text, targets=shifted).loss, host(text, labels=text).loss)
+    host.implant("s", mg.SoftPrompt(length=2))
+    out = host(text, targets=shifted)
+    want = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), text[:, 1:].flatten()
+    )
+    torch.testing.assert_close(out.loss, want)
+
+
+def test_the_trainer_finds_a_loss_to_choose_the_best_by(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in ids(9)]
+    host = mg.Host(gpt("learned"))
+    host.implant("l", mg.LoRA(rank=2), at="query")
+    given = TrainingArguments(
+        tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, save_steps=1, report_to=[],
+        load_best_model_at_end=True, disable_tqdm=True, use_cpu=True,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = Trainer(host, given, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert "eval_loss" in trainer.evaluate()
 
 
 def test_rotary_scores_depend_on_differences_alone():

@@ -51,7 +51,13 @@ class OFT(ParameterComposition):
             raise ModgraftError(f"OFT(terms={self.terms}): a series has at least 3 terms")
 
     def build(self, site: Site) -> None:
-        width = weight_matrix(site.module, site.part, site.parameter).shape[-1]
+        weight = weight_matrix(site.module, site.part, site.parameter)
+        if weight.is_complex():
+            raise ModgraftError(
+                f"OFT at {site.label}: its weight is {weight.dtype}, and rotations are real; "
+                f"LoRA(rank=8) changes complex ones"
+            )
+        width = weight.shape[-1]
         size = self.block if self.blocks is None else width // self.blocks
         if size < 1 or width % size or (self.blocks and size * self.blocks != width):
             what = f"blocks={self.blocks}" if self.blocks else f"block={self.block}"

@@ -18,7 +18,10 @@ from modgraft.core.errors import ModgraftError
 
 _ANOTHER = re.compile(r"(\w+_)(input_ids|hidden_states|feats|features)")
 _SHAPE = r"^ *{} \(.*?\bshape `?\(+([^)]*)\)"
-_KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels"}
+_KNOWN = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels",
+    "targets",
+}  # fmt: skip
 _LENGTH = re.compile(r"(token_)?seq(uence)?_?len(gth)?")
 
 

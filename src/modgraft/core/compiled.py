@@ -35,6 +35,12 @@ NOT_COMPILED = (
     "parts that can be"
 )
 
+NOT_EXPORTED = (
+    "torch.export(strict=True) would keep a program that asks this host for the composition in "
+    "force whenever it runs; export with strict=False, which keeps the one in force now, or export "
+    "what host.merge() gives, where that can be merged"
+)
+
 _numbers = itertools.count()  # of the process: threads never draw one twice
 
 

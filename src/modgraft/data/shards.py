@@ -272,11 +272,11 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         return {name: rows[0] for name, rows in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return windows as one batch: ``input_ids`` and ``shift_labels``, ``[B, n]``."""
+        """Return windows as one batch: ``input_ids`` and ``targets``, ``[B, n]``."""
         n = self.length
         rows = np.stack([self.tokens[(at := self.first + i * n) : at + n + 1] for i in indices])
         both = torch.from_numpy(rows.astype(np.int64, copy=False))
-        return {"input_ids": both[:, :-1], "shift_labels": both[:, 1:]}
+        return {"input_ids": both[:, :-1], "targets": both[:, 1:]}
 
     def loader(self, batch: int) -> DataLoader[dict[str, torch.Tensor]]:
         """Return batches of windows in random order, for `fit`."""

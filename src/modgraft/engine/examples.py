@@ -55,6 +55,8 @@ def signature(args: tuple, kwargs: Mapping[str, Any], count: int | None) -> Hash
 
 
 def _shape(value: Any, within: frozenset[int] = frozenset()) -> Hashable:
+    if isinstance(value, Tensor) and value.is_nested:  # a strided one has no shape to ask for
+        return value.layout, value.dim()
     if isinstance(value, Tensor):
         square = value.dim() > 1 and value.shape[0] == value.shape[1]
         return tuple(value.shape) if square else value.dim()
@@ -89,6 +91,12 @@ def ask(
     Raises:
         CompositionError: where the host does not run on some of the examples.
     """
+    if any(t.is_nested and t.layout is torch.strided for t in tensors_in((args, kwargs))):
+        raise CompositionError(
+            "a nested tensor with layout=torch.strided does not say where its examples lie, so "
+            "that a composition cannot be given for each; make it with layout=torch.jagged, or "
+            "pad it: torch.nested.to_padded_tensor(x, 0.0)"
+        )
     batch, own, error = _told(twin_of(model), args, kwargs, count)
     nested = any(value.is_nested for value in tensors_in((args, kwargs)))  # its layers say more
     if batch is None and not nested and next(batches(args, kwargs, count), None) is not None:

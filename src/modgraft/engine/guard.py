@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from modgraft.core.errors import ModgraftError
-from modgraft.core.offloaded import REMEDY
+from modgraft.core.offloaded import REMEDY, hooks_of
 from modgraft.core.plain import full_name
 from modgraft.engine.frozen import STATISTICS, Frozen
+from modgraft.engine.plan import Entry
 from modgraft.engine.state import STATE, State
 
 
@@ -233,6 +234,7 @@ class Places:
         self._modules: list[nn.Module] = []
         self._shapes: dict[nn.Module, dict[str, list[int]]] = {}  # of the layers' own weights
         self._kinds: list[type] = []  # the layers' classes
+        self._empty: list[tuple[nn.Module, Entry]] = []  # modules without data, as on meta
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_kinds": []}  # classes that are made here cannot be pickled
@@ -262,6 +264,12 @@ class Places:
         self._names = [name for _, name in steps.values()]
         self._modules, self._shapes = list(steps), shapes
         self._kinds = list(map(type, shapes))
+        self._empty = [
+            (layer, entry)
+            for layer in shapes
+            for entry in layer.__dict__[STATE].every()
+            if any(p.is_meta for p in entry.module.parameters())
+        ]
 
     def check(self, host: nn.Module) -> None:
         """Refuse a call when a layer with modules is no longer part of the model.
@@ -273,6 +281,8 @@ class Places:
         """
         # C over whole lists: this is asked at every call
         self.check_kinds()
+        for layer, entry in self._empty:  # torch multiplies a tensor by one without data unasked
+            _compare(f"{entry.name!r} at {layer.__dict__[STATE].path}", layer, entry.module)
         if all(map(is_, map(dict.get, self._children, self._names), self._modules)):
             return
         found = set(host.get_submodule("model").modules())
@@ -332,16 +342,21 @@ def _shapes(layer: nn.Module) -> dict[str, list[int]]:
     return {name: list(p.shape) for name, p in layer._parameters.items() if p is not None}
 
 
-def _compare(at: str, layer: nn.Module, module: object, error: Exception) -> None:
+def _compare(at: str, layer: nn.Module, module: object, error: Exception | None = None) -> None:
     """Refuse a module on another device than its layer, or of another type where types met."""
     theirs = next((p for p in layer.parameters() if p.is_floating_point()), None)
     own = next(module.parameters(), None) if isinstance(module, nn.Module) else None
     if own is None or theirs is None:
         return
-    if theirs.is_meta:
+    if theirs.is_meta and hooks_of(layer):
         raise ModgraftError(
             f"{at}: the weights of this {type(layer).__name__} are offloaded, and are there only "
             f"while it runs; {REMEDY}"
+        ) from error
+    if own.is_meta and not theirs.is_meta:
+        raise ModgraftError(
+            f"{at} has no data, since the layer was on the meta device when it was implanted; "
+            f"host.remove it and implant it anew, now that the layer has weights"
         ) from error
     types = "type" in str(error)  # torch's words: the same dtype, a scalar type
     if own.device != theirs.device or (types and own.dtype != theirs.dtype):

@@ -27,7 +27,7 @@ from modgraft.computation.base import (
 )
 from modgraft.core import expression as ex
 from modgraft.core.call import UNSEEN, Call, Layout
-from modgraft.core.compiled import NOT_COMPILED, eagerly
+from modgraft.core.compiled import NOT_COMPILED, NOT_EXPORTED, eagerly
 from modgraft.core.context import Context
 from modgraft.core.errors import ModgraftError, UndividedError, an, warn
 from modgraft.core.expression import module_of
@@ -104,7 +104,7 @@ _IMPLANTED = "_implanted"
 _AT_ONCE = (Tensor, ModelOutput)
 """What a forward nearly always returns, in which nothing is left to be run."""
 
-TARGETS = {"labels", "return_loss", "num_items_in_batch"}
+TARGETS = {"labels", "targets", "return_loss", "num_items_in_batch"}
 """What a call may be given beside its input."""
 
 hook_checkpoints()
@@ -439,6 +439,8 @@ class Host(Trains, AsModel):
             ModgraftError: if an active module's side input is missing.
         """
         if torch.compiler.is_dynamo_compiling():
+            if torch.compiler.is_exporting() and self.implants:
+                raise ModgraftError(NOT_EXPORTED)
             call = self._call(side, modules)
             if self._context.routed:
                 call = routed(self.model, self._implants, call, args, kwargs)

@@ -212,8 +212,9 @@ class Ngrams(nn.Module):
     """Σ_n T_n[h(x_{t−n+1}, …, x_t)]: a vector for the pair that ends at a token, the triple, …
 
     A table with a row for every n-gram (V^n of them) is read at the n-gram itself, a smaller one at
-    a hash of it. Where a text begins, what would be before it is token −1. Gradients are sparse: a
-    step moves the rows of its batch, so that its cost does not grow with the table.
+    a hash of it. Where a text begins, what would be before it is token −1, and so is padding and
+    what is no token of the vocabulary. Gradients are sparse: a step moves the rows of its batch, so
+    that its cost does not grow with the table.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -223,18 +224,31 @@ class Ngrams(nn.Module):
             nn.Embedding(rows, config.hidden_size, sparse=True) for rows in config.ngram_rows
         )
 
-    def forward(self, ids: Tensor, new: int) -> Tensor:
-        """Return ``[B, new, d]`` for the last ``new`` of the ids ``[B, n]``."""
+    def forward(self, ids: Tensor, places: Tensor) -> Tensor:
+        """Return ``[B, n, d]`` for the last n of some tokens.
+
+        Args:
+            ids: int64 ``[B, past + n]``; −1 is none.
+            places: int64 ``[B or 1, n]``, how many tokens of its text are before each of the n.
+        """
+        new = places.shape[1]
         ids = F.pad(ids + 1, (len(self.tables), 0))
-        code, total = ids[:, -new:], ids.new_zeros(())
+        own = ids[:, -new:]
+        code, total = own, torch.zeros((), device=ids.device)
         for back, table in enumerate(self.tables, 1):
             before = ids[:, ids.shape[1] - new - back : ids.shape[1] - back]
-            code = code + before * self.vocab**back
+            code = code + before.where(places >= back, 0) * self.vocab**back
             rows = table.num_embeddings
             exact = self.vocab ** (back + 1) <= rows
             # Knuth's multiplicative hash spreads codes that differ in one token
             total = total + table(code if exact else (code * 2654435761 % 2**32) % rows)
-        return total
+        return total.where((own > 0)[..., None], 0.0)
+
+
+class Ids(DynamicLayer):
+    """The ids that a cache was made of, as a layer more of it, so that they follow its beams."""
+
+    is_compileable = True  # it changes nothing of how a cache of one size is read
 
 
 class GPT(PreTrainedModel, GenerationMixin):
@@ -317,7 +331,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
+        targets: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
@@ -332,7 +346,8 @@ class GPT(PreTrainedModel, GenerationMixin):
             past_key_values: keys and values of what came before, which grows.
             inputs_embeds: ``[B, n, d]`` instead of the ids.
             labels: int64 ``[B, n]``, the tokens themselves, −100 where none is to be predicted.
-            shift_labels: int64 ``[B, n]``, what comes after each token, instead of ``labels``.
+            targets: int64 ``[B, n]``, what comes after each token, instead of ``labels``; −100
+                where that is not to be predicted.
             use_cache: whether to return such a cache; None: in evaluation, as the config says.
             logits_to_keep: how many of the last positions, or which, get logits; 0: all.
             output_hidden_states: whether to return the input of each block, and the last norm's
@@ -365,7 +380,7 @@ class GPT(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
         )
         if self.config.ngram_rows:
-            x = x + self._ngrams(input_ids, cache)
+            x = x + self._ngrams(input_ids, attention_mask, position_ids, cache)
         turn = None
         if self.config.positions == "learned":
             x = x + self.positions(position_ids)
@@ -382,10 +397,10 @@ class GPT(PreTrainedModel, GenerationMixin):
         else:
             logits = self.head(x[:, -logits_to_keep:])  # -0 is the first
         if labels is not None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         loss = None
-        if shift_labels is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), shift_labels.flatten())
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -412,14 +427,23 @@ class GPT(PreTrainedModel, GenerationMixin):
         by = angles(config.positions, position_ids, self.inv_freq, config.grid)[:, None]
         return by.cos().to(dtype), by.sin().to(dtype)
 
-    def _ngrams(self, ids: Tensor | None, cache: Cache | None) -> Tensor:
-        """Return what the n-grams add; the cache keeps the ids, as one layer more of it."""
+    def _ngrams(
+        self, ids: Tensor | None, mask: Tensor | None, places: Tensor, cache: Cache | None
+    ) -> Tensor:
+        """Return what the n-grams add to the ids ``[B, n]`` at these places of their texts."""
         if ids is None:
             raise ValueError("GPT: n-grams are of ids; give input_ids, not inputs_embeds")
-        new = ids.shape[1]
+        known = (ids >= 0) & (ids < self.config.vocab_size)  # a prompt's tokens are none
+        if mask is not None and mask.dim() == 2:
+            known &= mask[:, -ids.shape[1] :] != 0
+        elif mask is not None:  # [B, 1, n, keys], as generate makes one for a cache of one size
+            at = torch.arange(ids.shape[1], device=ids.device)
+            own = mask[:, 0, at, at + (0 if cache is None else cache.get_seq_length())]
+            known &= own if own.dtype == torch.bool else own == 0
+        ids = ids.where(known, -1)
         if cache is not None:
-            kept = ids[:, None, :, None]  # [B, 1, n, 1]
             if len(cache.layers) == len(self.blocks):
-                cache.layers.append(DynamicLayer())
+                cache.layers.append(Ids())
+            kept = ids[:, None, :, None]  # [B, 1, n, 1]
             ids = cache.update(kept, kept, len(self.blocks))[0][:, 0, :, 0]  # [B, past + n]
-        return self.ngrams(ids, new)
+        return self.ngrams(ids, places)

@@ -300,7 +300,7 @@ class T5(PreTrainedModel, GenerationMixin):
         attention="attention", cross="cross",
         query="query", key="key", value="value", output="output",
         feedforward="feedforward", up="feedforward.{gate,up}", down="feedforward.down",
-        embedding="embedding", encoder="encoder.norm", decoder="decoder.norm",
+        embedding="{encoder,decoder}.embedding", encoder="encoder.norm", decoder="decoder.norm",
     )  # fmt: skip
 
     config: T5Config  # type: ignore[assignment]

@@ -32,7 +32,7 @@ from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.figures import Scheme, draw
 from modgraft.report.table import print_fitted, terminal_table
 
-NAMES: tuple[str, ...] = ("arithmetic", "flan_vs_modules", "madx")
+NAMES: tuple[str, ...] = ("arithmetic", "bigram", "chargpt", "flan_vs_modules", "madx")
 """Recipes that this module runs: each defines ``RECIPE`` in ``modgraft/recipes/NAME/recipe.py``."""
 
 
@@ -53,6 +53,8 @@ class Recipe:
         size: The picture's size in inches.
         formats: Column key → format of its numbers, where it is not ``.1f``.
         notes: Sentences under the table: what is measured, on how many examples, what chance gives.
+        sample: ``(folder, text, tokens=, temperature=, top_k=, top_p=, seed=)`` → what a model of
+            the run writes after a text, piece by piece; None where there is nothing to write.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Recipe:
     size: tuple[float, float] = (7.2, 3.6)
     formats: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    sample: Callable[..., Iterator[str]] | None = None
 
     def smaller(self, share: float) -> Any:
         """Scale data and steps of the default settings down to ``share``, for a quick look."""

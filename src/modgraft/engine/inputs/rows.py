@@ -15,7 +15,7 @@ IGNORED = -100
 """The label that transformers' losses leave out."""
 
 MASK, LABELS, POSITIONS = "attention_mask", "labels", "position_ids"
-LABELED = (LABELS, "shift_labels")  # of what is read at a position, of what is predicted there
+LABELED = (LABELS, "shift_labels", "targets")  # of what is read at a position, or predicted there
 _OF_TEXT = ("langs", "lang_ids", "task_type_ids")  # which a whole text has in common
 
 

@@ -110,12 +110,12 @@ class NaiveGPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
-    def forward(self, input_ids: Tensor, shift_labels: Tensor | None = None) -> CausalLMOutput:
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> CausalLMOutput:
         """Predict what comes after each character.
 
         Args:
             input_ids: int64 ``[B, n]``.
-            shift_labels: int64 ``[B, n]``, what does come.
+            targets: int64 ``[B, n]``, what does come.
 
         Returns:
             The logits ``[B, n, vocabulary]``, with the mean cross-entropy if that is given.
@@ -124,9 +124,9 @@ class NaiveGPT(nn.Module):
         x = self.norm(self.blocks(self.dropout(x)))
         # a head that is the table of tokens scores each by how near it is to what is expected
         logits = F.linear(x, self.tokens.weight)
-        if shift_labels is None:
+        if targets is None:
             return CausalLMOutput(logits=logits)
-        loss = F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return CausalLMOutput(loss=loss, logits=logits)
 
 
@@ -145,13 +145,13 @@ class TorchGPT(nn.Module):
         self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(d), False)
         self.hidden = nn.Buffer(nn.Transformer.generate_square_subsequent_mask(length))
 
-    def forward(self, input_ids: Tensor, shift_labels: Tensor | None = None) -> CausalLMOutput:
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> CausalLMOutput:
         """As :meth:`NaiveGPT.forward`."""
         n = input_ids.shape[1]
         x = self.tokens(input_ids) + self.places.weight[:n]
         x = self.blocks(x, mask=self.hidden[:n, :n], is_causal=True)
         logits = F.linear(x, self.tokens.weight)
-        if shift_labels is None:
+        if targets is None:
             return CausalLMOutput(logits=logits)
-        loss = F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return CausalLMOutput(loss=loss, logits=logits)

@@ -32,12 +32,12 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 from torch import nn
 
-from modgraft.core.errors import ModgraftError
 from modgraft.data.corpus import read_corpus, split
 from modgraft.data.shards import Windows, bpe_tokenizer, character_tokenizer, tokens_of
 from modgraft.models.gpt import GPT, GPTConfig
 from modgraft.recipes.chargpt.counting import Counts
 from modgraft.recipes.chargpt.naive import NaiveGPT
+from modgraft.recipes.chargpt.sampling import writer, written
 from modgraft.recipes.trials import Recipe
 from modgraft.report.figures import Scheme
 from modgraft.training.fit import fit
@@ -55,13 +55,9 @@ class Settings:
         width, heads, layers: The naive GPT's shape.
         steps, lr: Its steps and learning rate.
         orders: The n of the n-grams that are counted, at most.
-        fast_width, fast_heads, fast_lr: The fast GPT's shape and learning rate.
-        short_layers, short_steps: Its layers and steps, until it is as good as the naive one.
-        long_layers, long_steps: The same, about as long as the naive one.
-        rows: The rows of its tables, separated by blanks: of pairs, of triples, …
-        small_width, small_heads, small_layers, small_lr, small_rows: The same for one that has no
-            more parameters than the naive one.
-        small_short_steps, small_long_steps: Its steps.
+        short_steps, long_steps: Steps of the fast GPT until it is as good as the naive one, and
+            about as long; their shapes are :data:`SHAPES`.
+        small_short_steps, small_long_steps: The same for the small one.
     """
 
     corpus: str = ""
@@ -74,22 +70,37 @@ class Settings:
     steps: int = 2000
     lr: float = 1e-3
     orders: int = 5
-    fast_width: int = 128
-    fast_heads: int = 4
-    fast_lr: float = 1e-2
-    short_layers: int = 1
-    short_steps: int = 200
-    long_layers: int = 2
-    long_steps: int = 2000
-    rows: str = "4356 65536 131072"
-    small_width: int = 64
-    small_heads: int = 4
-    small_layers: int = 2
-    small_lr: float = 1e-2
-    small_rows: str = "4356 4096"
+    short_steps: int = 120
+    long_steps: int = 3000
     small_short_steps: int = 400
-    small_long_steps: int = 2000
+    small_long_steps: int = 4000
 
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a fast GPT.
+
+    Attributes:
+        width, layers, heads: of the blocks.
+        rows: of the tables of pairs, of triples, …
+        lr: the peak learning rate.
+    """
+
+    width: int
+    layers: int
+    rows: tuple[int, ...]
+    lr: float
+    heads: int = 4
+
+
+SHAPES = {
+    "fast_short": Shape(64, 1, (4356, 65536, 131072), 0.02),
+    "fast_long": Shape(128, 2, (4356, 16384, 32768), 0.01),
+    "small_short": Shape(64, 2, (4356, 4096), 0.01),
+    "small_long": Shape(64, 2, (4356, 4096), 0.01),
+}
+"""Row → the shape of its model. Few layers where the budget is short; "small" has no more
+parameters than the naive GPT."""
 
 ROWS = {
     "uniform": "Every token alike",
@@ -146,15 +157,15 @@ class Text:
 
 
 @torch.no_grad()
-def loss_on_test(model: nn.Module, text: Text, length: int) -> float:
-    """Return the mean loss over the whole test part, in windows side by side."""
-    count = (len(text.test) - 1) // length
-    read = torch.from_numpy(text.test[: count * length]).view(count, length)
-    follows = torch.from_numpy(text.test[1 : count * length + 1]).view(count, length)
+def mean_loss(model: nn.Module, tokens: np.ndarray, length: int) -> float:
+    """Return a model's mean loss over all of ``tokens``, in windows side by side."""
+    count = (len(tokens) - 1) // length
+    read = torch.from_numpy(tokens[: count * length]).view(count, length)
+    follows = torch.from_numpy(tokens[1 : count * length + 1]).view(count, length)
     total = 0.0
     for at in range(0, count, 64):
         some = slice(at, at + 64)
-        loss = model.eval()(input_ids=read[some], shift_labels=follows[some]).loss
+        loss = model.eval()(input_ids=read[some], targets=follows[some]).loss
         total += float(loss) * len(read[some])
     return total / count
 
@@ -168,23 +179,21 @@ def naive_gpt(text: Text, settings: Settings) -> NaiveGPT:
     return NaiveGPT(text.vocabulary, s.length, s.width, s.heads, s.layers)
 
 
-def fast_gpt(
-    text: Text, settings: Settings, *, width: int, heads: int, layers: int, rows: str
-) -> GPT:
+def fast_gpt(text: Text, settings: Settings, shape: Shape) -> GPT:
     """Make a fast GPT."""
     config = GPTConfig(
         vocab_size=text.vocabulary,
         max_position_embeddings=settings.length,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
         positions="rotary",
         norm="rms",
         activation="relu2",
         bias=False,
         tie_word_embeddings=False,
         zero_start=True,
-        ngram_rows=tuple(map(int, rows.split())),
+        ngram_rows=shape.rows,
         use_cache=False,
     )
     return GPT(config)
@@ -195,20 +204,9 @@ def trainings(text: Text, s: Settings) -> Iterator[tuple[str, nn.Module, dict[st
     adamw = {"betas": (0.9, 0.99), "weight_decay": 0.1, "schedule": "cosine", "warmup": 0.05}
     yield "naive", naive_gpt(text, s), adamw | {"steps": s.steps, "lr": s.lr}
     muon = {"optimizer": "muon", "betas": (0.9, 0.99), "weight_decay": 0.1, "warmup": 0.05}
-    shape = {"width": s.fast_width, "heads": s.fast_heads, "rows": s.rows}
-    for key, layers, steps in (
-        ("fast_short", s.short_layers, s.short_steps),
-        ("fast_long", s.long_layers, s.long_steps),
-    ):
-        yield (
-            key,
-            fast_gpt(text, s, layers=layers, **shape),
-            muon | {"steps": steps, "lr": s.fast_lr},
-        )
-    shape = {"width": s.small_width, "heads": s.small_heads, "rows": s.small_rows}
-    for key, steps in (("small_short", s.small_short_steps), ("small_long", s.small_long_steps)):
-        model = fast_gpt(text, s, layers=s.small_layers, **shape)
-        yield key, model, muon | {"steps": steps, "lr": s.small_lr}
+    for key, shape in SHAPES.items():
+        steps = getattr(s, f"{key.removeprefix('fast_')}_steps")
+        yield key, fast_gpt(text, s, shape), muon | {"steps": steps, "lr": shape.lr}
 
 
 # -- a trial -----------------------------------------------------------------------------------
@@ -227,10 +225,10 @@ def trial(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
         models = list(trainings(text, settings))
     for key, model, given in models:
         history = fit(
-            model, windows.loader(settings.batch), seed=seed, folder=folder / key, progress=False,
-            note=False, **given,
+            model, windows.loader(settings.batch), seed=seed, folder=folder / key,
+            save_every=max(1, given["steps"] // 2), progress=False, note=False, **given,
         )  # fmt: skip
-        found = loss_on_test(model, text, settings.length)
+        found = mean_loss(model, text.test, settings.length)
         rows[key] = row(text, found, history.seconds, parameters(model))
         series[key] = curve(history)
         if isinstance(model, GPT):
@@ -291,7 +289,7 @@ def paint(canvas: Figure, scheme: Scheme, results: Mapping[str, Any]) -> None:
             axes.plot(x, y, lw=1.4, color=colour, alpha=1 if i == 0 else 0.4,
                       label=label if i == 0 else None)  # fmt: skip
     for key in ("bigram", "ngram"):
-        level = np.mean([found["loss"] for found in results["rows"][key].values()])
+        level = float(np.mean([found["loss"] for found in results["rows"][key].values()]))
         axes.axhline(level, color=scheme.faint, lw=1, ls="--")
         axes.annotate(RECIPE.rows[key], (1, level), (-4, 3), xycoords=("axes fraction", "data"),
                       textcoords="offset points", ha="right", color=scheme.faint)  # fmt: skip
@@ -299,22 +297,9 @@ def paint(canvas: Figure, scheme: Scheme, results: Mapping[str, Any]) -> None:
     axes.legend()
 
 
-# -- writing ---------------------------------------------------------------------------------------
-
-
-def writer(folder: Path) -> tuple[GPT, Tokenizer]:
-    """Load the best model of a run's first seed, and its tokenizer.
-
-    Raises:
-        ModgraftError: there is none.
-    """
-    homes = sorted(folder.glob("seed*/fast_long/model"))
-    if not homes:
-        raise ModgraftError(
-            f"{folder}: no trained model is here; modgraft recipe chargpt --run {folder}"
-        )
-    model = GPT.from_pretrained(homes[0], local_files_only=True).eval()
-    return model, Tokenizer.from_file(str(homes[0].parents[1] / "tokenizer.json"))
+def sample(folder: Path, text: str, **how: Any) -> Iterator[str]:
+    """Yield what the fast GPT of a run's first seed writes after a text; see `written`."""
+    return written(*writer(folder), text, **how)
 
 
 RECIPE = Recipe(
@@ -329,6 +314,7 @@ RECIPE = Recipe(
     },
     trial=trial,
     paint=paint,
+    sample=sample,
     size=(7.2, 4.0),
     formats={"loss": ".3f", "bits": ".3f", "share": ".2f", "parameters": ".2f"},
     notes=(

@@ -1,0 +1,1 @@
+"""The simplest language model: a table of what follows each token."""
