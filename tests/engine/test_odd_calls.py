@@ -8,6 +8,7 @@ from torch import nn
 
 import modgraft as mg
 from modgraft.core.errors import ModgraftError
+from modgraft.testing.hosts import small_gpt2, small_t5
 
 
 def linear(**more) -> mg.Host:
@@ -111,3 +112,28 @@ def test_rotations_of_complex_weights_are_refused():
     with pytest.raises(ModgraftError, match=r"OFT at 0: its weight is torch\.complex64"):
         host.implant("o", mg.OFT(block=2), at="0")
     assert "o" not in host
+
+
+# -- words beside modules where they are looked up -------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [mg.LoRA(rank=2), mg.Adapter(reduction=2), mg.Rescale()])
+@pytest.mark.parametrize("make", [small_gpt2, small_t5])
+def test_a_prompt_of_words_beside_a_module_at_the_embedding(method, make):
+    torch.manual_seed(0)
+    model = make().eval()
+    host = mg.Host(model)
+    host.implant("p", mg.Prompt("x", ids=(5, 6)), active=False)
+    host.implant("e", method, at="embedding", active=False)
+    with torch.no_grad():
+        for parameter in host["e"].parameters():
+            parameter.normal_(std=0.3)
+    ids = torch.randint(3, 30, (4, 7))
+    more = {"labels": ids} if model.config.is_encoder_decoder else {}
+    rows = ["e", "p", None, "e >> p"]
+    each = host(input_ids=ids, modules=rows, **more).logits
+    for i, row in enumerate(rows):
+        alone = host(input_ids=ids, modules=row, **more).logits
+        torch.testing.assert_close(each[i], alone[i], atol=1e-4, rtol=1e-4)
+    embedded = host(inputs_embeds=model.get_input_embeddings()(ids), modules=rows, **more).logits
+    assert embedded.shape == each.shape

@@ -47,7 +47,7 @@ def call_with_tokens(
     """
     reading = _reading(host, state)
     kwargs = {**dict(zip(reading.arguments, args, strict=False)), **kwargs}
-    plan = splice(host, reading, kwargs, _source(reading, entries, call))
+    plan = splice(host, reading, kwargs, _source(reading, state, entries, call))
     held = _held(call, entries, plan)
     with state.context.call(replace(call, spliced=plan)):
         if torch.compiler.is_dynamo_compiling():
@@ -81,7 +81,7 @@ def generate_with_tokens(
     if text is not None:
         kwargs["input_ids"] = text
     reading = _reading(host, state)
-    plan = splice(host, reading, kwargs, _source(reading, entries, call), generating=True)
+    plan = splice(host, reading, kwargs, _source(reading, state, entries, call), generating=True)
     held = _held(call, entries, plan)
     check_goes_on(kwargs, held)
     mark(kwargs, held)
@@ -187,7 +187,7 @@ def _check_served(host: nn.Module, plan: Splice, entries: Sequence[Entry]) -> No
         )
 
 
-def _source(reading: Reading, entries: Sequence[Entry], call: Call) -> Source:
+def _source(reading: Reading, state: State, entries: Sequence[Entry], call: Call) -> Source:
     """Return what gives, for a batch of so many examples, the tokens that go before each."""
     named = {entry.name: entry for entry in entries}
 
@@ -218,7 +218,11 @@ def _source(reading: Reading, entries: Sequence[Entry], call: Call) -> Source:
         some = []
         for row, examples in composition.different.items():
             rows = torch.tensor([i * times + k for i in examples for k in range(times)])
-            some.append((rows, [] if row is None else of(row, batch, rows)))
+            if row is None:
+                some.append((rows, []))
+                continue
+            with state.context.call(replace(call, composition=row)):  # words are looked up
+                some.append((rows, of(row, batch, rows)))
         return _padded(batch, some)
 
     return tokens
