@@ -8,6 +8,7 @@ from torch import nn
 
 import modgraft as mg
 from modgraft.core.errors import ModgraftError
+from modgraft.models.t5 import T5, T5Config
 from modgraft.testing.hosts import small_gpt2, small_t5
 
 
@@ -137,3 +138,75 @@ def test_a_prompt_of_words_beside_a_module_at_the_embedding(method, make):
         torch.testing.assert_close(each[i], alone[i], atol=1e-4, rtol=1e-4)
     embedded = host(inputs_embeds=model.get_input_embeddings()(ids), modules=rows, **more).logits
     assert embedded.shape == each.shape
+
+
+# -- tied weights ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [small_t5, lambda: T5(T5Config(vocab_size=40, hidden_size=16))])
+@pytest.mark.parametrize("method", [mg.LoRA(rank=2), mg.Adapter(reduction=2)])
+def test_a_table_that_others_run_with_is_refused_and_its_role_acts(make, method):
+    model = make().eval()
+    host, ids = mg.Host(model), torch.randint(3, 30, (2, 5))
+    batch = {"input_ids": ids, "labels": ids}
+    host.implant("e", method, at="shared")
+    with pytest.raises(
+        ModgraftError, match=r"'e' had no effect at shared: this Embedding never runs"
+    ):
+        host(**batch)
+    host.remove("e")
+    host.implant("e", method, at="embedding", expect=2)
+    with torch.no_grad():
+        for parameter in host["e"].parameters():
+            parameter.normal_(std=0.3)
+    assert not torch.allclose(host(**batch).logits, host(**batch, modules=None).logits)
+
+
+def test_a_tied_table_that_runs_is_no_fault():
+    host = mg.Host(small_gpt2()).eval()
+    host.implant("e", mg.LoRA(rank=2), at="embedding")
+    ids = torch.randint(3, 30, (2, 5))
+    host(input_ids=ids)
+    host(input_ids=ids, modules=["e", None])
+
+
+# -- an autograd function of the host's own --------------------------------------------------------
+
+
+class Product(torch.autograd.Function):
+    """x Wᵀ, whose backward reads the weight from the layer."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.layer.weight, None
+
+
+class ByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.layer = (nn.Linear(6, 6, bias=False) for _ in "ab")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Product.apply(self.before(x), self.layer)
+
+
+def test_a_weight_that_is_read_in_backward_is_the_changed_one():
+    torch.manual_seed(0)
+    host = mg.Host(ByHand())
+    host.implant("a", mg.LoRA(rank=2), at=["before", "layer"])
+    with torch.no_grad():
+        for parameter in host["a"].parameters():
+            parameter.normal_()
+    x = torch.randn(4, 6, requires_grad=True)
+    host(x).sum().backward()
+    got, x.grad = x.grad, None
+    host.merge("a")(x).sum().backward()
+    torch.testing.assert_close(got, x.grad, atol=1e-4, rtol=1e-4)
+    host(x, modules=None)  # now it has run under two
+    with pytest.raises(ModgraftError, match="its weight is read there"):
+        host(x).sum().backward()

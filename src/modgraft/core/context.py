@@ -333,9 +333,14 @@ class Context:
             if other.composition is not None and acts(other.composition):
                 self._refuse_thread("a layer's weight is read", self.current(), other, True)
 
+    @staticmethod
+    def in_backward() -> bool:
+        """Return whether gradients are computed in this thread."""
+        return _backward() != NO_BACKWARD
+
     def _elsewhere(self) -> list[Call]:
         """Return the innermost forward of each thread in which the host runs."""
-        if _backward() != NO_BACKWARD:
+        if self.in_backward():
             return []
         return [call for some in list(self._running.values()) for _, call in some[-1:]]
 
@@ -378,10 +383,11 @@ class Context:
         """
         if len(self._graphs) == 2 or (self._graphs and self._graphs[0] != self.composition):
             raise ModgraftError(
-                "a layer is computed again in backward, outside of the call of its forward, and "
-                "this host has run under several compositions or with side inputs, so which of "
-                "them it was cannot be told; checkpoint it with torch.utils.checkpoint.checkpoint, "
-                "which modgraft follows, or call host(...) there, not host.model(...)"
+                "a layer is computed again in backward, or its weight is read there, outside of "
+                "the call of its forward, and this host has run under several compositions or "
+                "with side inputs, so which of them it was cannot be told; checkpoint it with "
+                "torch.utils.checkpoint.checkpoint, which modgraft follows, call host(...) there, "
+                "not host.model(...), or save the weight in the forward of an autograd function"
             )
 
 

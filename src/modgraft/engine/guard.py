@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from operator import is_
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.expression import Expression
 from modgraft.core.offloaded import REMEDY, hooks_of
 from modgraft.core.plain import full_name
 from modgraft.engine.frozen import STATISTICS, Frozen
@@ -99,6 +100,14 @@ class Guard:
             except (RuntimeError, LookupError, AttributeError) as error:
                 self._places.explain(error)
                 raise
+
+    def check_ran(self, composition: Expression | None) -> None:
+        """Refuse a composition that had no effect at a layer, at the end of a call.
+
+        Raises:
+            ModgraftError: with the layer's path and the remedy.
+        """
+        self._places.check_ran(composition)
 
     def keeping(self, host: nn.Module, in_force: bool) -> AbstractContextManager[None]:
         """Keep what is frozen as it is in a ``with`` block, which runs the host.
@@ -235,6 +244,7 @@ class Places:
         self._shapes: dict[nn.Module, dict[str, list[int]]] = {}  # of the layers' own weights
         self._kinds: list[type] = []  # the layers' classes
         self._empty: list[tuple[nn.Module, Entry]] = []  # modules without data, as on meta
+        self._tied: list[tuple[nn.Module, list[str]]] = []  # layers, and who has their weights too
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_kinds": []}  # classes that are made here cannot be pickled
@@ -263,6 +273,7 @@ class Places:
         self._children = [parent._modules for parent, _ in steps.values()]
         self._names = [name for _, name in steps.values()]
         self._modules, self._shapes = list(steps), shapes
+        self._tied = _tied(host.get_submodule("model"), shapes)
         self._kinds = list(map(type, shapes))
         self._empty = [
             (layer, entry)
@@ -297,6 +308,24 @@ class Places:
                     f"host.remove({next(iter(state.entries))!r}), and implant it anew"
                 )
         self.update(host)
+
+    def check_ran(self, composition: Expression | None) -> None:
+        """Refuse a composition that acts at a layer that never runs and whose weight nobody reads
+        there: others have the weight too, and are run with it as it is.
+
+        Raises:
+            ModgraftError: with their paths.
+        """
+        for layer, others in self._tied if composition is not None else ():
+            state: State = layer.__dict__[STATE]
+            names = [name for name in composition.names() if name in state.entries]  # type: ignore[union-attr]
+            if names and not (state.called or state.read):
+                raise ModgraftError(
+                    f"{', '.join(map(repr, names))} had no effect at {state.path}: this "
+                    f"{type(layer).__name__} never runs, and its weight is that of "
+                    f"{', '.join(others)} too, which run with it as it is; "
+                    f"host.remove({names[0]!r}), and implant it at={others[:2]!r}"
+                )
 
     def check_kinds(self) -> None:
         """Refuse layers that are of another class since a module was implanted."""
@@ -336,6 +365,25 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
+
+
+def _tied(model: nn.Module, layers: Iterable[nn.Module]) -> list[tuple[nn.Module, list[str]]]:
+    """Return those of ``layers`` that have a parameter in common with others of the model, and the
+    paths of these."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((path, module))
+    found = []
+    for layer in layers:
+        own = [id(p) for p in layer._parameters.values() if p is not None]
+        others = [
+            path for key in own for path, module in owners.get(key, ()) if module is not layer
+        ]
+        if others:
+            found.append((layer, others))
+    return found
 
 
 def _shapes(layer: nn.Module) -> dict[str, list[int]]:

@@ -55,6 +55,7 @@ class State:
         relink: there, works it out anew and grafts the layers where tokens come in or leave.
         by_weight: what computes the layer by its weight; None where it has to run itself.
         called: whether the layer has run.
+        read: whether its weight was read by others, as modules change it.
         served: its weight and bias as others read them.
         serves: of a layer of several weights, whether others read these as modules change them.
         compiled_bare: whether compiled code runs the layer's own forward, which reads θ.
@@ -75,6 +76,7 @@ class State:
     relink: Callable[[], Reading] | None = None
     by_weight: Callable[..., Tensor] | None = None
     called: bool = False
+    read: bool = False
     served: Shells = field(default_factory=Shells)
     serves: bool = False
     compiled_bare: bool = False
@@ -186,6 +188,8 @@ class State:
             )
         # a graph is bound to nothing that is not the same at its next run
         eager = not torch.compiler.is_dynamo_compiling()
+        if eager:
+            self.read = True
         if eager and len(used) < len(entries) and not self.called:
             call.reads.append(partial(self._check_called, entries))
         return self.with_changes(

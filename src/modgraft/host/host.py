@@ -484,6 +484,7 @@ class Host(Trains, AsModel):
             try:
                 with self._guard.keeping(self, call.composition is not None):
                     out = self._run(run, call, args, kwargs)
+                self._guard.check_ran(call.composition)
             except (ValueError, TypeError) as error:
                 alone = kwargs and kwargs.keys() <= TARGETS and not (args or generating)
                 if isinstance(error, ModgraftError) or not alone:

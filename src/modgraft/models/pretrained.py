@@ -386,7 +386,7 @@ def _to_t5(config: T5Config) -> dict[str, Any]:
 
 def _t5_rows() -> dict[str, list[str]]:
     rows = {
-        "shared": ["embedding"],
+        "shared": ["shared"],
         "encoder.embed_tokens": ["encoder.embedding"],
         "decoder.embed_tokens": ["decoder.embedding"],
         "lm_head": ["head"],

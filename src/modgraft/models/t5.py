@@ -304,7 +304,7 @@ class T5(PreTrainedModel, GenerationMixin):
     )  # fmt: skip
 
     config: T5Config  # type: ignore[assignment]
-    embedding: nn.Embedding
+    shared: nn.Embedding
     head: nn.Module
     config_class = T5Config
     base_model_prefix = ""
@@ -314,14 +314,14 @@ class T5(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
     _no_split_modules = ["Block"]  # noqa: RUF012
     _tied_weights_keys = {  # noqa: RUF012
-        "encoder.embedding.weight": "embedding.weight",
-        "decoder.embedding.weight": "embedding.weight",
-        "head.weight": "embedding.weight",
+        "encoder.embedding.weight": "shared.weight",
+        "decoder.embedding.weight": "shared.weight",
+        "head.weight": "shared.weight",
     }
 
     def __init__(self, config: T5Config) -> None:
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.shared = nn.Embedding(config.vocab_size, config.hidden_size)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -342,7 +342,7 @@ class T5(PreTrainedModel, GenerationMixin):
         elif isinstance(module, RelativeBias):
             nn.init.normal_(module.table.weight, std=d**-0.5)
         elif module is self:
-            nn.init.normal_(self.embedding.weight)
+            nn.init.normal_(self.shared.weight)
             if not self.config.tie_word_embeddings:
                 nn.init.normal_(self.get_parameter("head.weight"))
 
@@ -353,10 +353,10 @@ class T5(PreTrainedModel, GenerationMixin):
         return self.decoder
 
     def get_input_embeddings(self) -> nn.Module:  # noqa: D102
-        return self.embedding
+        return self.shared
 
     def set_input_embeddings(self, value: nn.Module) -> None:  # noqa: D102
-        self.embedding = self.encoder.embedding = self.decoder.embedding = value  # type: ignore[assignment]
+        self.shared = self.encoder.embedding = self.decoder.embedding = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module:  # noqa: D102
         return self.head
