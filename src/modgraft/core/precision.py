@@ -38,11 +38,6 @@ def wide(tensor: Tensor) -> Tensor:
 
 def as_the_layer(y: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which float32 modules compute as a layer does that put out ``y``."""
-    if y.dtype not in HALF or autocast_is_on(y):
+    if y.dtype not in HALF or y.is_meta or torch.is_autocast_enabled(y.device.type):
         return _AS_IT_IS
-    return _AS_IT_IS if y.is_meta else torch.autocast(y.device.type, dtype=y.dtype)
-
-
-def autocast_is_on(y: Tensor) -> bool:
-    """Return whether ``torch.autocast`` is on where ``y`` is; it is nowhere on the meta device."""
-    return not y.is_meta and torch.is_autocast_enabled(y.device.type)
+    return torch.autocast(y.device.type, dtype=y.dtype)

@@ -18,7 +18,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from modgraft.core.errors import ModgraftError
 from modgraft.core.expression import Expression
-from modgraft.core.offloaded import REMEDY, hooks_of
+from modgraft.core.layers import WEIGHTED
+from modgraft.core.offloaded import REMEDY
 from modgraft.core.plain import full_name
 from modgraft.engine.frozen import STATISTICS, Frozen
 from modgraft.engine.plan import Entry
@@ -279,7 +280,8 @@ class Places:
             (layer, entry)
             for layer in shapes
             for entry in layer.__dict__[STATE].every()
-            if any(p.is_meta for p in entry.module.parameters())
+            if isinstance(entry.module, nn.Module)
+            and any(p.is_meta for p in entry.module.parameters())
         ]
 
     def check(self, host: nn.Module) -> None:
@@ -368,11 +370,11 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _tied(model: nn.Module, layers: Iterable[nn.Module]) -> list[tuple[nn.Module, list[str]]]:
-    """Return those of ``layers`` that have a parameter in common with others of the model, and the
-    paths of these."""
+    """Return those of ``layers`` that have a parameter in common with other layers of the model,
+    and the paths of these."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
-        for parameter in module._parameters.values():
+        for parameter in module._parameters.values() if isinstance(module, WEIGHTED) else ():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((path, module))
     found = []
@@ -396,7 +398,7 @@ def _compare(at: str, layer: nn.Module, module: object, error: Exception | None 
     own = next(module.parameters(), None) if isinstance(module, nn.Module) else None
     if own is None or theirs is None:
         return
-    if theirs.is_meta and hooks_of(layer):
+    if theirs.is_meta and not own.is_meta:
         raise ModgraftError(
             f"{at}: the weights of this {type(layer).__name__} are offloaded, and are there only "
             f"while it runs; {REMEDY}"

@@ -24,7 +24,6 @@ from modgraft.computation.base import ParameterComposition
 from modgraft.core.context import kept_in_call, seen_in_call
 from modgraft.core.layers import bias_vector, stored, weight_matrix, with_own_gradient
 from modgraft.core.parts import Part
-from modgraft.core.precision import autocast_is_on
 from modgraft.engine.kernels.low_rank import LowRank
 
 _LINEAR = (nn.Linear, Conv1D)
@@ -161,7 +160,7 @@ def _plain_weight(layer: nn.Module, x: Tensor, changes: Sequence[Change]) -> Ten
     weight = weight.T if isinstance(layer, Conv1D) else weight
     if type(weight) not in (Tensor, nn.Parameter):  # a quantised weight adds in a way of its own
         return None
-    if x.dtype != weight.dtype or autocast_is_on(x):
+    if x.dtype != weight.dtype or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
         return None
     return weight
 
