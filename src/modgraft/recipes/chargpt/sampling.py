@@ -75,7 +75,7 @@ def written(
         if cache is None or cache.get_seq_length() + 1 > room:
             cache, new = DynamicCache(), ids[:, -(room if cache is None else room // 2) :]
         out = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = shaped(ids, out.logits[:, -1])  # [1, V]
+        logits = shaped(ids, out.logits[:, -1])  # type: ignore[arg-type]  # [1, V]
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:
