@@ -39,6 +39,8 @@ from transformers import (
 import modgraft as mg
 from command import SMALL, modgraft
 from modgraft.cli.app import app
+from modgraft.data.shards import character_tokenizer
+from modgraft.models.gpt import GPT, GPTConfig
 
 ALL = os.environ.get("EXAMPLES") == "all"
 TINY = ["--quick", "0.02", "--seeds", "0", "--jobs", "1", *SMALL]
@@ -46,9 +48,12 @@ TINY = ["--quick", "0.02", "--seeds", "0", "--jobs", "1", *SMALL]
 LONG: dict[str, list[str]] = {
     "mmcot train": TINY,
     "mmcot train --rows all --seeds 0,1,2 --run runs/table": [*TINY, "--rows", "fused"],
+    "recipe chargpt --set corpus=shakespeare.txt": [
+        "--quick", "0.01", "--seeds", "0", "--jobs", "1", "--run", "runs/chars",
+    ],
     "recipe madx --seeds 0,1,2": ["--quick", "0.01", "--seeds", "0", "--jobs", "1"],
     "recipe madx --quick 0.1 --seeds 0 --run runs/look": ["--quick", "0.01", "--jobs", "1"],
-}
+}  # fmt: skip
 """Examples that take minutes, with what makes them small (a later option replaces an earlier)."""
 
 NEEDS_A_RUN = ("mmcot evaluate", "mmcot ask", "report ")
@@ -131,6 +136,10 @@ def _build(folder: Path) -> None:
     """Write models, modules, a hub, a lock file and a log, as the examples name them."""
     for name in ("my-model", "bert-base-uncased", "pretrained", "before"):
         _model(0).save_pretrained(folder / name)
+    (folder / "shakespeare.txt").write_text("Now is the winter of our discontent\n" * 200)
+    home, writes = folder / "runs" / "chargpt" / "seed0", GPTConfig(vocab_size=96, hidden_size=8)
+    GPT(writes).save_pretrained(home / "fast_long" / "model")
+    character_tokenizer("\n" + "".join(map(chr, range(32, 127)))).save(f"{home}/tokenizer.json")
     for seed, name in enumerate(("seed0", "seed1", "seed2", "math", "code", "after"), 1):
         model = _model(0)
         with torch.no_grad():

@@ -98,8 +98,7 @@ def _write(found: "Recipe", folder: Path, text: str, how: dict[str, Any]) -> Non
     """Write on from a text to standard output, as it comes."""
     if found.sample is None:
         raise ModgraftError(f"--sample: the models of {found.name} write no text; chargpt's do")
-    sys.stdout.write(text)
-    for piece in found.sample(folder, text, **how):
-        sys.stdout.write(piece)
+    for number, piece in enumerate(found.sample(folder, text, **how)):
+        sys.stdout.write(piece if number else text + piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
