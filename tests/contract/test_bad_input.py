@@ -360,7 +360,7 @@ def test_an_argument_of_another_type(make: Callable[[], object], says: str) -> N
         ({"steps": 3, "lr": "1e-3"}, "fit(lr='1e-3'): lr is float, not str"),
         ({"steps": 3, "seed": None}, "fit(seed=None): seed is int, not NoneType"),
         ({"steps": 3, "clip": math.nan}, "fit(clip=nan): clip is float | None, not NaN"),
-        ({"steps": 3, "betas": ("0.9", 0.99)}, "betas is tuple[float, float], not tuple"),
+        ({"steps": 3, "betas": ("0.9", 0.99)}, "betas is tuple[float, float] | None, not tuple"),
         ({"steps": 3, "save_every": "10"}, "save_every is int | None, not str"),
     ],
 )

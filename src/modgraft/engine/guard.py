@@ -235,6 +235,10 @@ class Gate:
         self._turn.notify_all()
 
 
+Owners = list[tuple[str, nn.Module]]
+"""Layers that have a parameter, with their paths."""
+
+
 class Places:
     """The layers of a host that have modules, each where it stands in the tree ``host.model``."""
 
@@ -245,7 +249,7 @@ class Places:
         self._shapes: dict[nn.Module, dict[str, list[int]]] = {}  # of the layers' own weights
         self._kinds: list[type] = []  # the layers' classes
         self._empty: list[tuple[nn.Module, Entry]] = []  # modules without data, as on meta
-        self._tied: list[tuple[nn.Module, list[str]]] = []  # layers, and who has their weights too
+        self._tied: list[tuple[nn.Module, Owners]] = []  # layers, and who has their weights too
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_kinds": []}  # classes that are made here cannot be pickled
@@ -320,13 +324,19 @@ class Places:
         """
         for layer, others in self._tied if composition is not None else ():
             state: State = layer.__dict__[STATE]
-            names = [name for name in composition.names() if name in state.entries]  # type: ignore[union-attr]
+            acts = [m.__dict__[STATE].entries for _, m in others if STATE in m.__dict__]
+            names = [
+                name
+                for name in composition.names()  # type: ignore[union-attr]
+                if name in state.entries and not any(name in entries for entries in acts)
+            ]
             if names and not (state.called or state.read):
+                paths = [path for path, _ in others]
                 raise ModgraftError(
                     f"{', '.join(map(repr, names))} had no effect at {state.path}: this "
                     f"{type(layer).__name__} never runs, and its weight is that of "
-                    f"{', '.join(others)} too, which run with it as it is; "
-                    f"host.remove({names[0]!r}), and implant it at={others[:2]!r}"
+                    f"{', '.join(paths)} too, which run with it as it is; "
+                    f"host.remove({names[0]!r}), and implant it at={paths[:2]!r}"
                 )
 
     def check_kinds(self) -> None:
@@ -369,10 +379,10 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _tied(model: nn.Module, layers: Iterable[nn.Module]) -> list[tuple[nn.Module, list[str]]]:
+def _tied(model: nn.Module, layers: Iterable[nn.Module]) -> list[tuple[nn.Module, Owners]]:
     """Return those of ``layers`` that have a parameter in common with other layers of the model,
-    and the paths of these."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    and these."""
+    owners: dict[int, Owners] = {}
     for path, module in model.named_modules():
         for parameter in module._parameters.values() if isinstance(module, WEIGHTED) else ():
             if parameter is not None:
@@ -380,9 +390,7 @@ def _tied(model: nn.Module, layers: Iterable[nn.Module]) -> list[tuple[nn.Module
     found = []
     for layer in layers:
         own = [id(p) for p in layer._parameters.values() if p is not None]
-        others = [
-            path for key in own for path, module in owners.get(key, ()) if module is not layer
-        ]
+        others = [each for key in own for each in owners.get(key, ()) if each[1] is not layer]
         if others:
             found.append((layer, others))
     return found
