@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from modgraft.core.errors import ModgraftError
-from modgraft.models.gpt import GPT, GPTConfig
-from modgraft.models.t5 import T5, T5Config
-from modgraft.models.vit import ViT, ViTConfig
+from modgraft.models.gpt import GPT
+from modgraft.models.t5 import T5
+from modgraft.models.vit import ViT
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,89 @@ class Layout:
     """How a family of transformers and a model of ours correspond.
 
     Attributes:
+        name: the family's, for errors.
         ours: our class.
         theirs: their class.
         rows: their layer or parameter → ours, in which ``*`` is a block's number. Several of ours
             are one of theirs, one after another.
-        read: their config → ours, as arguments.
-        write: our config → theirs, as arguments; where that family has no such model, it raises.
-        transposed: whether their layers but embeddings hold W as ``[in, out]``.
+        settings: their setting → ours; a dot leads into a dictionary. Several of theirs may be one
+            of ours, and are then alike.
+        given: what else theirs must be set to.
+        fixed: what ours is set to.
+        follows: our setting → what it must be, by the others.
+        words: our setting → their value → ours, where they are called otherwise.
+        transposed: the rows whose weight is ``[in, out]`` with them.
     """
 
+    name: str
     ours: type[PreTrainedModel]
     theirs: type[PreTrainedModel]
     rows: Mapping[str, Sequence[str]]
-    read: Callable[[Any], dict[str, Any]]
-    write: Callable[[Any], dict[str, Any]]
+    settings: Mapping[str, str]
+    given: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    follows: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     transposed: Sequence[str] = ()
+
+    def read(self, config: Any) -> dict[str, Any]:
+        """Return our settings for a config of theirs.
+
+        Raises:
+            ModgraftError: for one that ours has not.
+        """
+        for setting, wanted in self.given.items():
+            self._check(setting, _setting(config, setting), wanted)
+        found: dict[str, dict[str, Any]] = {}
+        for theirs, ours in self.settings.items():
+            value = _setting(config, theirs)
+            if ours in self.words:
+                if value not in self.words[ours]:
+                    self._check(theirs, value, " or ".join(self.words[ours]))
+                value = self.words[ours][value]
+            found.setdefault(ours, {})[theirs] = value
+        for several in found.values():
+            if len(set(map(str, several.values()))) > 1:
+                said = ", ".join(f"{k}={v!r}" for k, v in several.items())
+                raise ModgraftError(f"{self.name}: {said}; ours has one value for them")
+        return {**self.fixed, **{k: next(iter(some.values())) for k, some in found.items()}}
+
+    def write(self, config: Any) -> dict[str, Any]:
+        """Return their settings for a config of ours.
+
+        Raises:
+            ModgraftError: where their family has no such model.
+        """
+        wanted = {**self.fixed, **{name: of(config) for name, of in self.follows.items()}}
+        for setting, value in wanted.items():
+            self._check(setting, getattr(config, setting), value)
+        made: dict[str, Any] = {}
+        values = dict(self.given)
+        for theirs, ours in self.settings.items():
+            value = getattr(config, ours)
+            if ours in self.words:
+                known = {own: word for word, own in reversed(list(self.words[ours].items()))}
+                if value not in known:
+                    self._check(ours, value, " or ".join(known))
+                value = known[value]
+            values[theirs] = value
+        for theirs, value in values.items():
+            outer, _, inner = theirs.partition(".")
+            if inner:
+                made.setdefault(outer, {})[inner] = value
+            else:
+                made[outer] = value
+        return made
+
+    def _check(self, setting: str, value: Any, wanted: Any) -> None:
+        if value != wanted:
+            raise ModgraftError(f"{self.name}: {setting}={value!r}; there is {wanted!r} alone")
+
+
+def _setting(config: Any, name: str) -> Any:
+    outer, _, inner = name.partition(".")
+    value: Any = getattr(config, outer, None)
+    return value.get(inner, "default") if inner else value
 
 
 def from_transformers(model: PreTrainedModel | str | Path) -> GPT | T5 | ViT:
@@ -153,96 +221,11 @@ def _blocks(row: str, config: Any) -> int:
     return config.num_decoder_layers if row.startswith("decoder") else config.num_hidden_layers
 
 
-def _refuse(what: str, **settings: tuple[Any, Any]) -> None:
-    """Raise for settings that are not what they must be.
-
-    Args:
-        what: whose settings.
-        settings: name → value, what it must be.
-    """
-    for name, (value, wanted) in settings.items():
-        if value != wanted:
-            raise ModgraftError(f"{what}: {name}={value!r}; ours is for {wanted!r}")
-
-
-def _one(what: str, **settings: Any) -> Any:
-    """Return the one value of several settings."""
-    if len(set(settings.values())) > 1:
-        several = ", ".join(f"{k}={v!r}" for k, v in settings.items())
-        raise ModgraftError(f"{what}: {several}; ours has one value for them")
-    return next(iter(settings.values()))
-
-
-_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-
-
-def _tokens(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name, None) for name in _TOKENS}
-
-
-# -- GPT-2 -----------------------------------------------------------------------------------------
-
-_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-
-
-def _from_gpt2(config: Any) -> dict[str, Any]:
-    _refuse(
-        "GPT-2",
-        scale_attn_weights=(config.scale_attn_weights, True),
-        scale_attn_by_inverse_layer_idx=(config.scale_attn_by_inverse_layer_idx, False),
-        add_cross_attention=(config.add_cross_attention, False),
-    )
-    if config.activation_function not in _GELU:
-        raise ModgraftError(f"GPT-2: activation_function={config.activation_function!r}")
-    return _tokens(config) | {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.n_positions,
-        "hidden_size": config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "intermediate_size": config.n_inner,
-        "activation": _GELU[config.activation_function],
-        "norm_eps": config.layer_norm_epsilon,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.initializer_range,
-        "dropout": _one(
-            "GPT-2",
-            embd_pdrop=config.embd_pdrop,
-            attn_pdrop=config.attn_pdrop,
-            resid_pdrop=config.resid_pdrop,
-        ),
-    }
-
-
-def _to_gpt2(config: GPTConfig) -> dict[str, Any]:
-    _refuse(
-        "GPT-2",
-        positions=(config.positions, "learned"),
-        norm=(config.norm, "layer"),
-        bias=(config.bias, True),
-        ngram_rows=(config.ngram_rows, ()),
-        num_key_value_heads=(config.num_key_value_heads, config.num_attention_heads),
-        head_dim=(config.head_dim, config.hidden_size // config.num_attention_heads),
-    )
-    name = {ours: theirs for theirs, ours in reversed(_GELU.items())}.get(config.activation)
-    if name is None:
-        raise ModgraftError(f"GPT-2: activation={config.activation!r}")
-    return _tokens(config) | {
-        "vocab_size": config.vocab_size,
-        "n_positions": config.max_position_embeddings,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_inner": config.intermediate_size,
-        "activation_function": name,
-        "layer_norm_epsilon": config.norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.initializer_range,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-    }
-
+_TOKENS = {name: name for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+_ALIKE = {
+    name: name
+    for name in ("vocab_size", "tie_word_embeddings", "initializer_range", *_TOKENS)
+}  # fmt: skip
 
 _GPT2_ROWS = {
     "transformer.wte": ["embedding"],
@@ -258,65 +241,6 @@ _GPT2_ROWS = {
     "transformer.ln_f": ["norm"],
     "lm_head": ["head"],
 }
-
-# -- Llama -----------------------------------------------------------------------------------------
-
-
-def _from_llama(config: Any) -> dict[str, Any]:
-    rope = config.rope_parameters
-    _refuse(
-        "Llama",
-        hidden_act=(config.hidden_act, "silu"),
-        rope_type=(rope.get("rope_type", "default"), "default"),
-        attention_dropout=(config.attention_dropout, 0.0),
-    )
-    return _tokens(config) | {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "positions": "rotary",
-        "rope_theta": rope["rope_theta"],
-        "norm": "rms",
-        "norm_eps": config.rms_norm_eps,
-        "activation": "swiglu",
-        "bias": _one("Llama", attention_bias=config.attention_bias, mlp_bias=config.mlp_bias),
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.initializer_range,
-    }
-
-
-def _to_llama(config: GPTConfig) -> dict[str, Any]:
-    _refuse(
-        "Llama",
-        positions=(config.positions, "rotary"),
-        norm=(config.norm, "rms"),
-        activation=(config.activation, "swiglu"),
-        ngram_rows=(config.ngram_rows, ()),
-        dropout=(config.dropout, 0.0),
-    )
-    return _tokens(config) | {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rms_norm_eps": config.norm_eps,
-        "attention_bias": config.bias,
-        "mlp_bias": config.bias,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.initializer_range,
-    }
-
-
 _LLAMA_ROWS = {
     "model.embed_tokens": ["embedding"],
     "model.layers.*.input_layernorm": ["blocks.*.attention_norm"],
@@ -331,57 +255,6 @@ _LLAMA_ROWS = {
     "model.norm": ["norm"],
     "lm_head": ["head"],
 }
-
-# -- T5 --------------------------------------------------------------------------------------------
-
-_T5_ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu"}
-
-
-def _from_t5(config: Any) -> dict[str, Any]:
-    if config.feed_forward_proj not in _T5_ACTIVATIONS:
-        raise ModgraftError(f"T5: feed_forward_proj={config.feed_forward_proj!r}")
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "head_dim": config.d_kv,
-        "intermediate_size": config.d_ff,
-        "num_encoder_layers": config.num_layers,
-        "num_hidden_layers": config.num_decoder_layers,
-        "num_attention_heads": config.num_heads,
-        "buckets": config.relative_attention_num_buckets,
-        "max_distance": config.relative_attention_max_distance,
-        "activation": _T5_ACTIVATIONS[config.feed_forward_proj],
-        "dropout": config.dropout_rate,
-        "norm_eps": config.layer_norm_epsilon,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "scale_output": config.scale_decoder_outputs,
-        "pad_token_id": config.pad_token_id,
-        "eos_token_id": config.eos_token_id,
-        "decoder_start_token_id": config.decoder_start_token_id,
-    }
-
-
-def _to_t5(config: T5Config) -> dict[str, Any]:
-    theirs = {ours: name for name, ours in _T5_ACTIVATIONS.items()}
-    return {
-        "vocab_size": config.vocab_size,
-        "d_model": config.hidden_size,
-        "d_kv": config.head_dim,
-        "d_ff": config.intermediate_size,
-        "num_layers": config.num_encoder_layers,
-        "num_decoder_layers": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "relative_attention_num_buckets": config.buckets,
-        "relative_attention_max_distance": config.max_distance,
-        "feed_forward_proj": theirs[config.activation],
-        "dropout_rate": config.dropout,
-        "layer_norm_epsilon": config.norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "scale_decoder_outputs": config.scale_output,
-        "pad_token_id": config.pad_token_id,
-        "eos_token_id": config.eos_token_id,
-        "decoder_start_token_id": config.decoder_start_token_id,
-    }
 
 
 def _t5_rows() -> dict[str, list[str]]:
@@ -406,50 +279,6 @@ def _t5_rows() -> dict[str, list[str]]:
     return rows
 
 
-# -- ViT -------------------------------------------------------------------------------------------
-
-
-def _from_vit(config: Any) -> dict[str, Any]:
-    _refuse("ViT", hidden_act=(config.hidden_act, "gelu"), qkv_bias=(config.qkv_bias, True))
-    return {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": config.num_channels,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "norm_eps": config.layer_norm_eps,
-        "initializer_range": config.initializer_range,
-        "id2label": config.id2label,
-        "label2id": config.label2id,
-        "dropout": _one(
-            "ViT",
-            hidden_dropout_prob=config.hidden_dropout_prob,
-            attention_probs_dropout_prob=config.attention_probs_dropout_prob,
-        ),
-    }
-
-
-def _to_vit(config: ViTConfig) -> dict[str, Any]:
-    _refuse("ViT", positions=(config.positions, "learned"))
-    return {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": config.num_channels,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "layer_norm_eps": config.norm_eps,
-        "initializer_range": config.initializer_range,
-        "id2label": config.id2label,
-        "label2id": config.label2id,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-    }
-
-
 _VIT_ROWS = {
     "vit.embeddings.cls_token": ["embeddings.cls_token"],
     "vit.embeddings.position_embeddings": ["embeddings.positions"],
@@ -468,10 +297,93 @@ _VIT_ROWS = {
 
 LAYOUTS = {
     "gpt2": Layout(
-        GPT, GPT2LMHeadModel, _GPT2_ROWS, _from_gpt2, _to_gpt2,
+        "GPT-2", GPT, GPT2LMHeadModel, _GPT2_ROWS,
+        settings=_ALIKE | {
+            "n_positions": "max_position_embeddings",
+            "n_embd": "hidden_size",
+            "n_layer": "num_hidden_layers",
+            "n_head": "num_attention_heads",
+            "n_inner": "intermediate_size",
+            "activation_function": "activation",
+            "layer_norm_epsilon": "norm_eps",
+            "embd_pdrop": "dropout", "attn_pdrop": "dropout", "resid_pdrop": "dropout",
+        },
+        given={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        fixed={"positions": "learned", "norm": "layer", "bias": True, "ngram_rows": ()},
+        follows={
+            "num_key_value_heads": lambda ours: ours.num_attention_heads,
+            "head_dim": lambda ours: ours.hidden_size // ours.num_attention_heads,
+        },
+        words={
+            "activation": {
+                "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
+            }
+        },
         transposed=[row for row in _GPT2_ROWS if ".c_" in row],
     ),
-    "llama": Layout(GPT, LlamaForCausalLM, _LLAMA_ROWS, _from_llama, _to_llama),
-    "t5": Layout(T5, T5ForConditionalGeneration, _t5_rows(), _from_t5, _to_t5),
-    "vit": Layout(ViT, ViTForImageClassification, _VIT_ROWS, _from_vit, _to_vit),
+    "llama": Layout(
+        "Llama", GPT, LlamaForCausalLM, _LLAMA_ROWS,
+        settings=_ALIKE | {
+            "max_position_embeddings": "max_position_embeddings",
+            "hidden_size": "hidden_size",
+            "num_hidden_layers": "num_hidden_layers",
+            "num_attention_heads": "num_attention_heads",
+            "num_key_value_heads": "num_key_value_heads",
+            "head_dim": "head_dim",
+            "intermediate_size": "intermediate_size",
+            "rope_parameters.rope_theta": "rope_theta",
+            "rms_norm_eps": "norm_eps",
+            "attention_bias": "bias", "mlp_bias": "bias",
+        },
+        given={
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "rope_parameters.rope_type": "default",
+        },
+        fixed={
+            "positions": "rotary", "norm": "rms", "activation": "swiglu", "ngram_rows": (),
+            "dropout": 0.0,
+        },
+    ),
+    "t5": Layout(
+        "T5", T5, T5ForConditionalGeneration, _t5_rows(),
+        settings={
+            "vocab_size": "vocab_size",
+            "d_model": "hidden_size",
+            "d_kv": "head_dim",
+            "d_ff": "intermediate_size",
+            "num_layers": "num_encoder_layers",
+            "num_decoder_layers": "num_hidden_layers",
+            "num_heads": "num_attention_heads",
+            "relative_attention_num_buckets": "buckets",
+            "relative_attention_max_distance": "max_distance",
+            "feed_forward_proj": "activation",
+            "dropout_rate": "dropout",
+            "layer_norm_epsilon": "norm_eps",
+            "tie_word_embeddings": "tie_word_embeddings",
+            "scale_decoder_outputs": "scale_output",
+            "pad_token_id": "pad_token_id",
+            "eos_token_id": "eos_token_id",
+            "decoder_start_token_id": "decoder_start_token_id",
+        },
+        words={"activation": {"relu": "relu", "gated-gelu": "geglu"}},
+    ),
+    "vit": Layout(
+        "ViT", ViT, ViTForImageClassification, _VIT_ROWS,
+        settings={
+            **{name: name for name in (
+                "image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers",
+                "num_attention_heads", "intermediate_size", "initializer_range", "id2label",
+                "label2id",
+            )},
+            "layer_norm_eps": "norm_eps",
+            "hidden_dropout_prob": "dropout", "attention_probs_dropout_prob": "dropout",
+        },
+        given={"hidden_act": "gelu", "qkv_bias": True},
+        fixed={"positions": "learned"},
+    ),
 }  # fmt: skip

@@ -12,7 +12,25 @@ from torch.optim import Optimizer
 from modgraft.training.optim import parameter_groups, trainable, undecayed
 
 
-class Lion(Optimizer):
+class Stepwise(Optimizer):
+    """An optimiser whose step is :meth:`update`, after what a closure computes."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update()
+        return loss
+
+    def update(self) -> None:
+        """Update the parameters that have a gradient."""
+        raise NotImplementedError
+
+
+class Lion(Stepwise):
     """θ ← θ − η (sign(β₁ m + (1 − β₁) g) + λ θ);  m ← β₂ m + (1 − β₂) g.
 
     Each entry moves by η, whatever its gradient's size, so that η is best three to ten times
@@ -34,13 +52,7 @@ class Lion(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:  # noqa: D102
         for group in self.param_groups:
             first, second = group["betas"]
             for p in group["params"]:
@@ -52,10 +64,9 @@ class Lion(Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(mean.lerp(p.grad, 1 - first).sign_(), alpha=group["lr"])
                 mean.lerp_(p.grad, 1 - second)
-        return loss
 
 
-class Muon(Optimizer):
+class Muon(Stepwise):
     """M ← μ M + (1 − μ) g;  θ ← θ − η (0.2 √max(r, c) NS(μ M + (1 − μ) g) + λ θ).
 
     NS(X) is near U Vᵀ, where U S Vᵀ = X is the singular value decomposition: it moves a matrix in
@@ -85,13 +96,7 @@ class Muon(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.iterations = iterations
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the matrices that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:  # noqa: D102
         for group in self.param_groups:
             alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
             for p in group["params"]:
@@ -99,7 +104,6 @@ class Muon(Optimizer):
                     alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
             for some in alike.values():
                 self._move(some, group)
-        return loss
 
     def _move(self, some: Sequence[nn.Parameter], group: Mapping[str, Any]) -> None:
         """Update matrices of one shape."""
@@ -133,7 +137,7 @@ def orthogonal(x: Tensor, iterations: int) -> Tensor:
     return (y if wide else y.mT).to(x.dtype)
 
 
-class Several(Optimizer):
+class Several(Stepwise):
     """Several optimisers, each of parameters of its own, as one.
 
     Args:
@@ -157,15 +161,9 @@ class Several(Optimizer):
         super().load_state_dict(dict(state_dict))
         self._share()
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:  # noqa: D102
         for part in self.parts:
             part.step()
-        return loss
 
 
 def make_optimizer(
