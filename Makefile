@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test zoo gpu damage examples stranger dist docs check format clean
+.PHONY: help setup demo test zoo gpu damage compiled examples stranger dist docs check format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -49,6 +49,9 @@ zoo: $(STAMP)  ## try every kind of module on 180 small hosts, and print what ho
 damage: $(STAMP)  ## kill 200 saves, pulls, fetches, pushes and merges, load 20,000 damaged files (a quarter of an hour)
 	KILLS=200 MUTATIONS=20000 $(BIN)/python -m pytest -s tests/store/test_kills.py tests/store/test_formats_whole.py tests/store/test_hub_kills.py \
 	  tests/store/merging/test_checkpoints.py::test_a_killed_merge_is_whole_or_not_there tests/store/test_mutated.py
+
+compiled: $(STAMP)  ## compile every kind of module on every host of the contract (half an hour)
+	COMPILED=all $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/contract/test_compiled_once.py
 
 examples: $(STAMP)  ## run every example of the command line's help, each in a fresh folder (five minutes)
 	EXAMPLES=all $(BIN)/python -m pytest tests/cli/test_help_examples.py -v

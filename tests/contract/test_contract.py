@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import modgraft as mg
-from common import counted
 from contract.hosts import BATCH, DEVICE, FEATURES, HOSTS, HostCase, side, tensor_of
 from contract.modules import MODULES, ModuleCase, implanted
 
@@ -299,23 +298,6 @@ def test_float32_modules_on_a_host_in_bfloat16(case: HostCase, module: ModuleCas
             assert (born - bare).abs().mean() < 0.02 * bare.abs().mean()
         else:
             assert torch.equal(born, bare)
-
-
-@torch._dynamo.config.patch(allow_rnn=True)  # it would break the graph there
-def test_compiled_once_for_every_composition(case: HostCase, module: ModuleCase) -> None:
-    host = implanted(case, module, shallow=True)  # a layer more is traced in the same way
-    host.implant("n", module.make(), at=module.at(case))
-    compiled, graphs = counted(host)
-    scaled = () if module.chains_only else ("0.3*n", "m >> 2*n")
-    shapes = [None, "m", "n", "m >> n", "n >> m"]  # tokens before the input: a graph for each
-    kinds = [*shapes, *shapes[::-1]] if module.before_input else ["m", None, "n", "m >> n"]
-    for composition in (*kinds, *scaled):
-        host.use(composition)
-        torch.testing.assert_close(
-            run(compiled, case, **extra(module)), run(host, case, **extra(module)),
-            rtol=1e-4, atol=1e-5,
-        )  # fmt: skip
-    assert len(graphs) == (len(shapes) if module.before_input else 1)
 
 
 def test_deepcopy_is_another_host(case: HostCase, module: ModuleCase) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import contract.test_compiled_once
 import contract.test_contract
 import modgraft as mg
 from contract.hosts import HOSTS
@@ -35,6 +36,7 @@ NAME = METHOD.__name__
 RULES = {
     name: rule for name, rule in vars(contract.test_contract).items() if name.startswith("test_")
 }
+RULES["test_compiled"] = contract.test_compiled_once.test_compiled_once_for_every_composition
 assert len(RULES) > 10
 globals().update(RULES)
 
