@@ -22,8 +22,9 @@ from modgraft.recipes.bigram.recipe import RECIPE as BIGRAM
 from modgraft.recipes.bigram.recipe import Bigram, optimum
 from modgraft.recipes.chargpt.counting import Counts
 from modgraft.recipes.chargpt.naive import NaiveGPT, TorchGPT
-from modgraft.recipes.chargpt.recipe import RECIPE, SHAPES, Text, fast_gpt, mean_loss, parameters
+from modgraft.recipes.chargpt.recipe import RECIPE, SHAPES, fast_gpt
 from modgraft.recipes.chargpt.sampling import writer, written
+from modgraft.recipes.language import Text, mean_loss, parameters
 
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles.\n" for i in range(300))
 

@@ -19,6 +19,7 @@ import modgraft as mg
 from command import QUICK, files, modgraft, refused, train
 from modgraft.data.text import find_form
 from modgraft.log import parse
+from modgraft.models.t5 import T5
 from modgraft.models.transformers_t5 import small_t5
 from modgraft.recipes.mmcot import nets, recipe
 from modgraft.recipes.mmcot import run as mmcot_run
@@ -438,6 +439,22 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(run: Path, tmp_path: Path
 def losses(run: Path, key: str) -> list[tuple[int, str, float]]:
     lines = (run / "seed0" / key / "metrics.jsonl").read_text().splitlines()
     return [(d["step"], d["split"], d["loss"]) for d in map(json.loads, lines)]
+
+
+def test_our_own_t5_takes_the_same_steps(run: Path, tmp_path: Path) -> None:
+    result = train(tmp_path / "own", "--rows", "fused,modular", "--t5", "modgraft", *QUICK)
+    assert result.code == 0, result
+    assert isinstance(load_net(tmp_path / "own", 0, "stage2-modular").model, T5)
+    for key in ("stage1", "stage2", "stage1-modular", "stage2-modular"):
+        ours, theirs = losses(tmp_path / "own", key), losses(run, key)
+        assert [line[:2] for line in ours] == [line[:2] for line in theirs]
+        for (*_, mine), (*_, other) in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(other, abs=1e-4)
+    assert figures(tmp_path / "own", "fused")["all"] == figures(run, "fused")["all"]
+
+
+def test_whose_t5_is_named(tmp_path: Path) -> None:
+    refused(train(tmp_path / "r", "--t5", "mine", *QUICK), "t5", "mine", "modgraft")
 
 
 def test_settings_of_another_version(tmp_path: Path) -> None:

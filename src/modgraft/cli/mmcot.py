@@ -50,6 +50,9 @@ def mmcot_train(
     model: Annotated[
         str | None, typer.Option(help="A pretrained T5, folder or hub name; none: a small new one.")
     ] = None,
+    t5: Annotated[
+        str, typer.Option(help="Whose T5 computes: transformers', or modgraft's own, one page.")
+    ] = "transformers",
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of every net, for both stages.")
     ] = None,
@@ -86,7 +89,7 @@ def mmcot_train(
         base = smaller(base, quick)
     settings = replace(
         base, data=data if data == "digits" else _path(data), features=_path(features),
-        model=_path(model), split=split, skip_bad=skip_bad,
+        model=_path(model), t5=t5, split=split, skip_bad=skip_bad,
     )  # fmt: skip
     if steps is not None:
         warmup = min(settings.warmup, steps - 1)

@@ -32,7 +32,10 @@ from modgraft.recipes.workers import Job, side_by_side
 from modgraft.report.figures import Scheme, draw
 from modgraft.report.table import print_fitted, terminal_table
 
-NAMES: tuple[str, ...] = ("arithmetic", "bigram", "chargpt", "flan_vs_modules", "madx")
+NAMES: tuple[str, ...] = (
+    "arithmetic", "bigram", "chargpt", "code_book", "flan_vs_modules", "madx", "optimizers",
+    "students",
+)  # fmt: skip
 """Recipes that this module runs: each defines ``RECIPE`` in ``modgraft/recipes/NAME/recipe.py``."""
 
 

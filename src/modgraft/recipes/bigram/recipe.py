@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
 
 from modgraft.data.shards import Windows
-from modgraft.recipes.chargpt.recipe import Text, curve, mean_loss
+from modgraft.recipes.language import Text, curve, mean_loss
 from modgraft.recipes.trials import Recipe
 from modgraft.report.figures import Scheme
 from modgraft.training.fit import fit

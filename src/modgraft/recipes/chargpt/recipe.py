@@ -29,15 +29,15 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tokenizers import Tokenizer
 from torch import nn
 
-from modgraft.data.corpus import read_corpus, split
-from modgraft.data.shards import Windows, bpe_tokenizer, character_tokenizer, tokens_of
+from modgraft.data.corpus import split
+from modgraft.data.shards import Windows
 from modgraft.models.gpt import GPT, GPTConfig
 from modgraft.recipes.chargpt.counting import Counts
 from modgraft.recipes.chargpt.naive import NaiveGPT
 from modgraft.recipes.chargpt.sampling import writer, written
+from modgraft.recipes.language import Text, curve, mean_loss, parameters, row
 from modgraft.recipes.trials import Recipe
 from modgraft.report.figures import Scheme
 from modgraft.training.fit import fit
@@ -122,54 +122,6 @@ COLUMNS = {
 }
 
 
-# -- data ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Text:
-    """A corpus as tokens, and in which bytes they are.
-
-    Attributes:
-        tokenizer: what made them.
-        training, test: int64 ``[N]``, the first 90 % and the rest.
-        bytes_a_token: of the test part.
-    """
-
-    tokenizer: Tokenizer
-    training: np.ndarray
-    test: np.ndarray
-    bytes_a_token: float
-
-    @classmethod
-    def read(cls, corpus: str, bpe: int) -> Text:
-        """Read a corpus; a byte-pair encoding is trained on the first 90 % alone."""
-        text = read_corpus(corpus or None)
-        first = text[: int(0.9 * len(text))]
-        made = bpe_tokenizer(first, bpe) if bpe else character_tokenizer(text)
-        training, test = split(tokens_of(made, text, corpus or "the standard library"))
-        size = len(made.decode(test.tolist()).encode())
-        return cls(made, training, test, size / len(test))
-
-    @property
-    def vocabulary(self) -> int:
-        """The number of tokens."""
-        return self.tokenizer.get_vocab_size()
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, tokens: np.ndarray, length: int) -> float:
-    """Return a model's mean loss over all of ``tokens``, in windows side by side."""
-    count = (len(tokens) - 1) // length
-    read = torch.from_numpy(tokens[: count * length]).view(count, length)
-    follows = torch.from_numpy(tokens[1 : count * length + 1]).view(count, length)
-    total = 0.0
-    for at in range(0, count, 64):
-        some = slice(at, at + 64)
-        loss = model.eval()(input_ids=read[some], targets=follows[some]).loss
-        total += float(loss) * len(read[some])
-    return total / count
-
-
 # -- models ----------------------------------------------------------------------------------------
 
 
@@ -248,31 +200,6 @@ def counted(text: Text, settings: Settings) -> Iterator[tuple[str, dict[str, flo
         counts = Counts(text.training, text.vocabulary, order, min(tried, key=tried.__getitem__))
         took = time.perf_counter() - began
         yield key, row(text, counts.loss(text.test), took)
-
-
-def row(
-    text: Text, loss: float, seconds: float | None = None, count: int | None = None
-) -> dict[str, float]:
-    """Return the numbers of a row."""
-    found = {"loss": loss, "bits": loss / math.log(2) / text.bytes_a_token}
-    if seconds is not None:
-        found["seconds"] = seconds
-    if count is not None:
-        found["parameters"] = count / 1e6
-    return found
-
-
-def parameters(model: nn.Module) -> int:
-    """Return the number of parameters; a tied one counts once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def curve(history: Any) -> list[tuple[float, float]]:
-    """Return up to 60 pairs of seconds and the mean loss around them."""
-    losses = np.array(history.losses)
-    cuts = np.array_split(np.arange(len(losses)), min(60, len(losses)))
-    each = history.seconds / len(losses)
-    return [(round(float((c[-1] + 1) * each), 2), round(float(losses[c].mean()), 4)) for c in cuts]
 
 
 # -- picture ---------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from modgraft.data.text import find_form
 from modgraft.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from modgraft.models.strips import save_strip
 from modgraft.models.vision import DigitPatches, save_vision, train_vision
-from modgraft.recipes.mmcot.recipe import Net, Settings, gold_rationales, nets_of, steps_of
+from modgraft.recipes.mmcot.recipe import T5S, Net, Settings, gold_rationales, nets_of, steps_of
 
 FORMS_READ = ("rationale", "answer", "direct", "explain")
 """The settings that name text forms."""
@@ -107,6 +107,7 @@ def _check_settings(settings: Settings, rows: Sequence[str]) -> None:
         "weight_decay": (s.weight_decay >= 0, "0 or more"),
         "beta2": (0 <= s.beta2 < 1, "from 0 to below 1"),
         "varied": (0 <= s.varied <= 1, "from 0 to 1"),
+        "t5": (s.t5 in T5S, " or ".join(T5S)),
     }
     steps = min((steps_of(net, s) for net in nets_of(rows)), default=s.steps_answer)
     checks["warmup"] = (0 <= s.warmup < steps, f"from 0 to below the {steps} steps of a training")

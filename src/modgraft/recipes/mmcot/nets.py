@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import T5ForConditionalGeneration
 
 import modgraft as mg
 from modgraft.core.errors import CheckpointError
@@ -28,6 +27,7 @@ from modgraft.recipes.mmcot.data import (
 from modgraft.recipes.mmcot.metrics import grade_answer
 from modgraft.recipes.mmcot.recipe import (
     NETS,
+    T5S,
     Row,
     Settings,
     build_host,
@@ -87,7 +87,7 @@ def load_net(folder: Path, seed: int, key: str) -> mg.Host:
     card, model = read_card(folder, seed, key), home / (NETS[key].base or key) / "model"
     again = f"delete {home / key} and train again: modgraft mmcot train --run {folder}"
     with _reading(model, again):
-        t5 = T5ForConditionalGeneration.from_pretrained(model, local_files_only=True)
+        t5 = T5S[settings_of(folder).t5].from_pretrained(model, local_files_only=True)
     if differences(t5, card.get("host") or fingerprint(t5)):
         raise CheckpointError(
             f"{model} holds another T5 than the one that was trained for {home / key}; put that "

@@ -16,13 +16,15 @@ from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5ForConditionalGeneration
 
 import modgraft as mg
 from modgraft.data.batches import Collate, QADataset, SortedBatches
 from modgraft.data.records import Questions
 from modgraft.data.text import find_form, gold_rationale, rationale_of
 from modgraft.models.copy_init import copy_init
+from modgraft.models.pretrained import from_transformers
+from modgraft.models.t5 import T5
 from modgraft.models.transformers_t5 import small_t5
 from modgraft.training.stream import to_device
 
@@ -35,6 +37,8 @@ class Settings:
         data: ``"digits"`` for DigitsQA, or a folder in ScienceQA's format.
         features: For a folder: a file of features, or a vision model to extract them with.
         model: A pretrained T5 (folder or hub name); None trains a small one from scratch.
+        t5: Whose T5 computes: ``"transformers"``, or ``"modgraft"``, :class:`modgraft.models.t5.T5`
+            with the same weights.
         rationale, answer, direct, explain: The text forms of stage 1, of stage 2 and of the two
             one-stage controls.
         train, val, test: The number of DigitsQA's questions in each split.
@@ -57,6 +61,7 @@ class Settings:
     data: str = "digits"
     features: str | None = None
     model: str | None = None
+    t5: Literal["transformers", "modgraft"] = "transformers"
     rationale: str = "QCM-E"
     answer: str = "QCMG-VA"
     direct: str = "QCM-VA"
@@ -192,17 +197,25 @@ DEMO = ("fused", "shuffled", "text", "gold", "forced")
 
 # -- the model ----------------------------------------------------------------------------------
 
+T5S: dict[str, type[PreTrainedModel]] = {
+    "transformers": T5ForConditionalGeneration, "modgraft": T5,
+}  # fmt: skip
+"""Whose T5 → its class."""
 
-def text_t5(settings: Settings, vocabulary: int, seed: int) -> T5ForConditionalGeneration:
+
+def text_t5(settings: Settings, vocabulary: int, seed: int) -> PreTrainedModel:
     """Return the T5 without modules: a pretrained one, or a small new one."""
     if settings.model is not None:
-        return T5ForConditionalGeneration.from_pretrained(settings.model)
-    shape = {k: getattr(settings, k) for k in ("d_model", "d_ff", "heads", "layers")}
-    # 4 back in the decoder: from before the letter to the value, in "7 . The answer is (B)"
-    return copy_init(small_t5(vocabulary, **shape, seed=seed), decoder_offsets=(-1, -4), seed=seed)
+        t5 = T5ForConditionalGeneration.from_pretrained(settings.model)
+    else:
+        shape = {k: getattr(settings, k) for k in ("d_model", "d_ff", "heads", "layers")}
+        t5 = small_t5(vocabulary, **shape, seed=seed)
+        # 4 back in the decoder: from before the letter to the value, in "7 . The answer is (B)"
+        copy_init(t5, decoder_offsets=(-1, -4), seed=seed)
+    return from_transformers(t5) if settings.t5 == "modgraft" else t5
 
 
-def build_host(t5: T5ForConditionalGeneration, net: Net, dim: int, settings: Settings) -> mg.Host:
+def build_host(t5: PreTrainedModel, net: Net, dim: int, settings: Settings) -> mg.Host:
     """Make the T5 multimodal: implant fusion, and LoRA for the modular variant."""
     host = mg.Host(t5, freeze=net.base is not None)
     if net.fusion is not None:

@@ -1,0 +1,1 @@
+"""Characters or byte pairs: a larger code book and fewer tokens, or the other way round."""
