@@ -137,6 +137,13 @@ def test_gradients_are_the_same(name):
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
+def test_the_random_state_is_the_callers():
+    theirs = made("llama")
+    before = torch.get_rng_state()
+    to_transformers(from_transformers(theirs))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_folder_is_read_and_the_dtype_is_kept(tmp_path):
     theirs = made("llama").to(torch.float64)
     theirs.save_pretrained(tmp_path)

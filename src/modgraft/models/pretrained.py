@@ -181,7 +181,8 @@ def to_transformers(model: GPT | T5 | ViT) -> PreTrainedModel:
 
 def _made(kind: type[PreTrainedModel], arguments: Mapping[str, Any]) -> Any:
     config: Any = kind.config_class
-    return kind(config(**arguments))
+    with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
+        return kind(config(**arguments))
 
 
 def _layout(kind: str) -> Layout:

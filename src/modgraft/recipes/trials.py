@@ -33,8 +33,8 @@ from modgraft.report.figures import Scheme, draw
 from modgraft.report.table import print_fitted, terminal_table
 
 NAMES: tuple[str, ...] = (
-    "arithmetic", "bigram", "chargpt", "code_book", "flan_vs_modules", "madx", "optimizers",
-    "students",
+    "arithmetic", "bigram", "chargpt", "code_book", "flan_vs_modules",
+    "instruction_prompt_tuning", "madx", "optimizers", "students",
 )  # fmt: skip
 """Recipes that this module runs: each defines ``RECIPE`` in ``modgraft/recipes/NAME/recipe.py``."""
 

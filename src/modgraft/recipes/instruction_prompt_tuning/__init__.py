@@ -1,0 +1,1 @@
+"""A soft prompt beside examples in the text, against either alone."""
