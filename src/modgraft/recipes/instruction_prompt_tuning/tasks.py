@@ -18,7 +18,7 @@ WIDTH = 3
 """The tokens of an example: first, second, label."""
 
 Thing = tuple[int, int]
-THINGS: list[Thing] = list(product(range(VALUES), repeat=2))
+THINGS: list[Thing] = list(product(range(VALUES), range(VALUES)))
 
 
 @dataclass(frozen=True)

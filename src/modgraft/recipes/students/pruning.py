@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError
 from modgraft.models.gpt import GPT
@@ -67,7 +67,8 @@ def importance(model: GPT, batches: Iterable[dict[str, Any]]) -> tuple[list[Tens
         ModgraftError: there is no batch.
     """
     mode = model.training
-    layers = [layer for b in model.blocks for layer in (b.attention.output, b.feedforward.down)]
+    blocks: Any = model.blocks
+    layers: list[nn.Linear] = [x for b in blocks for x in (b.attention.output, b.feedforward.down)]
     totals = [torch.zeros(layer.in_features) for layer in layers]
     count = 0
     for batch in batches:
