@@ -79,11 +79,11 @@ def main() -> None:
         wheel, sdist = (next((scratch / "dist").glob(p)) for p in ("*.whl", "*.tar.gz"))
         print(run(tools, "-m", "twine", "check", "--strict", wheel, sdist, cwd=scratch).strip())
         contents(wheel, sdist)
-        for python in wanted:
+        for place, python in enumerate(wanted):
             ways = (wheel, sdist) if python == wanted[0] else (wheel,)
             for number, package in enumerate(ways):
                 start = time.monotonic()
-                home = scratch / f"{Path(python).name}-{number}"
+                home = scratch / f"{place}-{Path(python).name}-{number}"  # of one name, maybe
                 own = environment(python, home)
                 run(own, "-m", "pip", "install", "--quiet", package, cwd=scratch)
                 (elsewhere := scratch / f"elsewhere-{home.name}").mkdir()

@@ -91,15 +91,19 @@ class Batch:
         lists = [each for each in lists_in(self.args, self.kwargs) if len(each) == self.count]
         return [sum(t.numel() for t in tensors_in(each[i])) for each in lists]
 
-    def thrice(self) -> tuple[int, tuple[list[int], list[int], list[int]]]:
+    def thrice(self, whole: bool = False) -> tuple[int, tuple[list[int], list[int], list[int]]]:
         """Return a number of examples, and which: those, with one behind them, with another.
 
         Of a list they are the shortest and the longest, so that none fills the others up less.
+
+        Args:
+            whole: whether to take all of them, not only a few.
         """
         few = list(range(self.count)) if self.count > 1 else [0, 0]
         if self.listed:
             few.sort(key=self._size)
-        few = [*few[:2], *few[2:][-2:]] if self.listed else few[:4]
+        if not whole:
+            few = [*few[:2], *few[2:][-2:]] if self.listed else few[:4]
         return len(few), (few, [*few, few[0]], [few[-1], *few[1:]])
 
 

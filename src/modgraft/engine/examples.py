@@ -11,7 +11,7 @@ its input, the host's own output says which one holds the examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from enum import Enum
 from typing import Any
 
@@ -26,6 +26,7 @@ from modgraft.core.layers import STATE
 from modgraft.core.roles import known_models
 from modgraft.core.tensors import contents, is_of_a_library, tensors_in, walk
 from modgraft.engine.batch import Batch, batches
+from modgraft.engine.placing import placed_by_values
 from modgraft.engine.twin import REFUSALS, SITE, run_twin, twin_of
 
 Seen = dict[str, list[Tensor]]
@@ -86,7 +87,8 @@ def ask(
 
     Returns:
         The axes, and whether they hold for calls that are alike: not where all examples are equal,
-        as in a batch of zeros, which shows less.
+        as in a batch of zeros, which shows less, and not where the numbers of the batch decide
+        whose rows are which.
 
     Raises:
         CompositionError: where the host does not run on some of the examples.
@@ -97,14 +99,19 @@ def ask(
             "that a composition cannot be given for each; make it with layout=torch.jagged, or "
             "pad it: torch.nested.to_padded_tensor(x, 0.0)"
         )
-    batch, own, error = _told(twin_of(model), args, kwargs, count)
+    twin = twin_of(model)
+    batch, own, error = _told(twin, args, kwargs, count)
+    sites = [path for path, layer in twin.named_modules() if SITE in layer.__dict__]
+    by_values = placed_by_values(twin, args, kwargs, sites)
+    if batch is not None and by_values:
+        own = _told_by_each(twin, batch, own, by_values)
     nested = any(value.is_nested for value in tensors_in((args, kwargs)))  # its layers say more
     if batch is None and not nested and next(batches(args, kwargs, count), None) is not None:
         check_assumed(model, {}, args, kwargs, error)
-        own = _in_towers(model)
+        own = {**_in_towers(model), **dict.fromkeys(by_values)}
     says = STATE in model.__dict__ or own.get("") == 1  # what the whole host has second, it says
     found = {path: axis for path, axis in own.items() if path or says}
-    return found, batch is None or batch.count == 1 or batch.differ
+    return found, not by_values and (batch is None or batch.count == 1 or batch.differ)
 
 
 def _told(
@@ -218,8 +225,36 @@ def _untold(found: Mapping[str, int | None]) -> int:
     return sum(axis is None for path, axis in found.items() if path)
 
 
-def _ask_along(twin: nn.Module, batch: Batch) -> dict[str, int | None]:
-    count, rows = batch.thrice()
+def _told_by_each(
+    twin: nn.Module, batch: Batch, own: Mapping[str, int | None], by_values: Set[str]
+) -> dict[str, int | None]:
+    """Ask again, of all the examples and of each alone, where the numbers of the batch decide.
+
+    Args:
+        twin: the host's.
+        batch: how the examples are taken.
+        own: what a few of them have told.
+        by_values: the layers where the numbers decide.
+    """
+    none = {**own, **dict.fromkeys(by_values)}
+    try:
+        found = _ask_along(twin, batch, whole=True)
+        each = [_outputs(twin, *batch.of([i])) for i in range(batch.count)]
+        every = _outputs(twin, *batch.of(list(range(batch.count))))
+    except REFUSALS:
+        return none
+
+    def alike(path: str, axis: int) -> bool:
+        rows = [[out.shape[axis] for out in outputs.get(path, ())] for outputs in each]
+        whole = [out.shape[axis] / batch.count for out in every.get(path, ())]
+        return all(some == whole for some in rows)
+
+    told = {path: axis for path, axis in found.items() if path in by_values and axis is not None}
+    return none | {path: axis for path, axis in told.items() if axis < 0 or alike(path, axis)}
+
+
+def _ask_along(twin: nn.Module, batch: Batch, whole: bool = False) -> dict[str, int | None]:
+    count, rows = batch.thrice(whole)
     before, more, other = (_outputs(twin, *batch.of(some)) for some in rows)
     entries, grown = (seen.pop(_ENTRIES, None) for seen in (before, more))
     other.pop(_ENTRIES, None)

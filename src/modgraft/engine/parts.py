@@ -66,7 +66,8 @@ def divide_around(
             divide(model, part, _state(model, path), context)
             new[PART + part] = axes[part]
     layout = {**known, **new}
-    context.remember(kind, layout)
+    if kind in context.layouts:  # what was found holds for calls that are alike
+        context.remember(kind, layout)
     return replace(call, layout=layout)
 
 

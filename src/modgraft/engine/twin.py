@@ -7,7 +7,7 @@ random generators nor the modes of the caller know of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
 from types import GeneratorType
 from typing import Any
@@ -55,10 +55,23 @@ def _computes(hook: Callable[..., Any]) -> bool:
     return type(hook).__module__.startswith("torch.") or captures(hook)
 
 
-def run_twin(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: list[Any]) -> None:
+def run_twin(
+    twin: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    handles: list[Any],
+    watched: AbstractContextManager[None] | None = None,
+) -> None:
     """Run ``twin``, and take off the hooks that look at it.
 
     Modes of the caller, as one that takes losses apart, are none of a question's.
+
+    Args:
+        twin: what runs.
+        args: what it is called with.
+        kwargs: what it is called with by name.
+        handles: of the hooks.
+        watched: what it runs within.
     """
     try:
         devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
@@ -68,6 +81,7 @@ def run_twin(twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], handles: l
             stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
             stack.enter_context(torch.no_grad())
             stack.enter_context(taken_back(twin))
+            stack.enter_context(watched or nullcontext())
             all_steps(twin(*args, **kwargs))
     finally:
         for handle in handles:
