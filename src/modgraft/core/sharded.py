@@ -31,7 +31,9 @@ def sharded_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the parts of a model that ``fully_shard`` has spread over processes, by path; just now
     they may have their whole weights."""
     fsdp: Any = sys.modules.get(_ROOM)  # it takes long to import
-    for path, part in model.named_modules() if fsdp is not None else ():
+    if fsdp is None:
+        return
+    for path, part in model.named_modules():
         if issubclass(type(part), fsdp.FSDPModule):  # a host says that it is its model
             yield path, part
 

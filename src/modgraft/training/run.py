@@ -162,6 +162,9 @@ class Run:
             return
         found = self.store.load(paths[-1])
         settings = self.settings.record()
+        disk.refuse_other(
+            found.path, "other data", found.state.get("made_by", {}), self.stream.made_by
+        )
         disk.refuse_other(found.path, "other settings", found.state["settings"], settings)
         disk.check_goes_on(found, self.fingerprint)
         state, history = found.state, self.history
@@ -486,6 +489,7 @@ class Run:
                 "error": self.history.error,
                 "settings": self.settings.record(),
                 "at": list(self.at),
+                "made_by": dict(self.stream.made_by),
                 "rows": self._rows(),
             }
             self.store.save(

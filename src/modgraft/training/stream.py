@@ -33,9 +33,13 @@ class Repeated(dict[str, Any]):
     others; it counts nothing."""
 
 
-def _set_epoch(loader: object, epoch: int) -> None:
-    """Call `set_epoch` of the samplers and the data set that have it (`DistributedSampler`)."""
-    for name in ("batch_sampler", "sampler", "dataset"):
+OWNERS = ("batch_sampler", "sampler", "dataset")
+"""Parts of a loader that may have a `set_epoch`, as `DistributedSampler` has."""
+
+
+def _set_epoch(loader: object, epoch: int, owners: Sequence[str] = OWNERS) -> None:
+    """Call `set_epoch` of the samplers and the data set that have it."""
+    for name in owners:
         owner = getattr(loader, name, None)
         if callable(method := getattr(owner, "set_epoch", None)):
             method(epoch)
@@ -133,6 +137,11 @@ class Stream:
         return self._isolated(0).next() or {}
 
     @property
+    def made_by(self) -> Mapping[str, str]:
+        """What the data set says of how its rows were made, such as its tokenizer."""
+        return getattr(getattr(self.loader, "dataset", None), "made_by", {})
+
+    @property
     def rereads(self) -> bool:
         """Whether a batch can be read again by itself, as it was."""
         replayed = isinstance(self.loader, DataLoader) and self.loader.num_workers == 0
@@ -151,6 +160,7 @@ class Stream:
         """Read the rows of a batch as a `DataLoader` does, which asks for all of them at once where
         the data set lets it."""
         order = self.order(epoch)
+        _set_epoch(self.loader, epoch, ["dataset"])
         places = order[batch * self.world % len(order)]
         data = cast(DataLoader, self.loader).dataset
         at_once = getattr(data, "__getitems__", None)
@@ -213,6 +223,7 @@ class Stream:
         )
         for i in range(start, len(mine)):
             with own_randomness(self.own):
+                _set_epoch(loader, epoch, ["dataset"])  # which an evaluation may read meanwhile
                 seed_everything(self.seed, "batch", epoch, i, self.rank, own=self.own)
                 batch = next(batches)
             yield batch if places[i] < len(order) else _repeated(batch)
