@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from modgraft.core.errors import ModgraftError
 from modgraft.data.shards import (
@@ -113,6 +114,31 @@ def test_bad_input_says_what_and_where(tmp_path):
     shards.check_tokenizer(character_tokenizer("cba\n"))
 
 
+def test_a_run_is_not_resumed_with_tokens_of_another_tokenizer(tmp_path):
+    """Of as many tokens, so that nothing else would fail."""
+    text, given = TEXT[:2000], {"folder": tmp_path / "run", "progress": False, "note": False}
+    tokenizers = (bpe_tokenizer(text, 270), bpe_tokenizer(text[::-1], 270))
+    shards = [write_shards(tmp_path / str(i), t, [text]) for i, t in enumerate(tokenizers)]
+    sizes = {"vocab_size": 270, "hidden_size": 8, "num_attention_heads": 1}
+    loaders = [Windows(each, 16).loader(4) for each in shards]
+    fit(GPT(GPTConfig(**sizes)), loaders[0], steps=2, **given)
+    with pytest.raises(ModgraftError, match=r"made with other data .*the tokenizer: .* there"):
+        fit(GPT(GPTConfig(**sizes)), loaders[1], steps=2, **given)
+    with pytest.raises(ValueError, match=r"of a vocabulary of 60; .*another tokenizer"):
+        fit(GPT(GPTConfig(**{**sizes, "vocab_size": 60})), loaders[0], steps=2, progress=False)
+    short = GPT(GPTConfig(**sizes, max_position_embeddings=8))
+    with pytest.raises(ValueError, match=r"position 15 of a model with 8 learned positions"):
+        fit(short, loaders[0], steps=2, progress=False)
+
+
+def test_a_character_that_a_vocabulary_of_pairs_lacks_is_told():
+    known = {"?": 0, "a": 1, "b": 2, "\n": 3, "ab": 4}
+    pairs = Tokenizer(models.BPE(known, [("a", "b")], unk_token="?"))
+    assert tokens_of(pairs, "abba").tolist() == [4, 2, 1]
+    with pytest.raises(ModgraftError, match=r"line 2: the character 'c' is none of the 5 tokens"):
+        tokens_of(pairs, "ab\nac")
+
+
 @given(st.integers(20, 300), st.integers(1, 9), st.integers(0, 5))
 def test_windows_read_every_token_once_an_epoch(n, length, epoch):
     windows = Windows(np.arange(n), length, seed=3)
@@ -141,3 +167,20 @@ def test_a_fit_reads_the_same_windows_again_and_others_each_epoch(tmp_path):
     half = len(seen) // 2
     assert seen[:half] == seen[half:]
     assert sorted(map(str, seen[: half // 2])) != sorted(map(str, seen[half // 2 : half]))
+
+
+def test_an_evaluation_of_the_same_windows_moves_no_window():
+    """It reads them as in the first epoch, and training as in its own."""
+    tokens = tokens_of(character_tokenizer(TEXT), TEXT)
+    windows = Windows(tokens, 32, seed=1)
+    seen = []
+
+    class Spy(GPT):
+        def forward(self, input_ids, **more):
+            seen.extend([input_ids.tolist()] if self.training else [])
+            return super().forward(input_ids, **more)
+
+    for evaluate in (None, windows.loader(16)):
+        model = Spy(GPTConfig(vocab_size=int(tokens.max()) + 1, hidden_size=8))
+        fit(model, windows.loader(8), epochs=3, evaluate=evaluate, evaluate_every=2, progress=False)
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]

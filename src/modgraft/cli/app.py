@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from modgraft.cli.convert import convert
+from modgraft.cli.data import data
 from modgraft.cli.diff import diff
 from modgraft.cli.hub import hub
 from modgraft.cli.inspect import inspect
@@ -33,6 +34,7 @@ app.add_typer(mmcot, name="mmcot")
 app.command("inspect")(inspect)
 app.command("convert")(in_options(convert, format="to"))
 app.add_typer(hub, name="hub")
+app.add_typer(data, name="data")
 app.command("merge")(in_options(merge))
 app.command("diff")(in_options(diff))
 app.command("recipe")(recipe)

@@ -130,8 +130,8 @@ def verify(names: Names = None, where: Where = None, as_json: Json = False) -> N
 def _print_rows(place: "Hub", rows: "Sequence[Listed]", as_json: bool, none: str) -> None:
     """Print versions as a table, or as JSON with their cards; say how many cannot be read."""
     from modgraft.cli.inspect import show as show_table
+    from modgraft.core.files import in_bytes
     from modgraft.core.tables import table
-    from modgraft.store.hub.remote import in_bytes
 
     if broken := place.broken():
         typer.echo(f"broken: {', '.join(broken)}; `modgraft hub verify` says why", err=True)

@@ -16,8 +16,8 @@ from modgraft.core.layers import (
     weight_labels,
     weight_matrix,
 )
+from modgraft.core.sharded import check_whole
 from modgraft.core.sites import Site
-from modgraft.core.tensors import check_whole
 
 
 def check_at_least_one(method: str, **values: int | None) -> None:

@@ -17,6 +17,20 @@ from typing import IO, Any
 from modgraft.core.errors import CheckpointError, DataError, MissingFileError, ModgraftError
 
 
+def cache() -> Path:
+    """Return the folder of what was fetched: ``$XDG_CACHE_HOME/modgraft``, else in ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "modgraft"
+
+
+def in_bytes(size: int) -> str:
+    """Write a number of bytes for people."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000  # type: ignore[assignment]
+    return f"{size:,.3g} GB"
+
+
 def folder_path(folder: object, what: str) -> Path:
     """Return the path of a folder that may be written.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from modgraft.core.errors import ModgraftError
+from modgraft.core.sharded import is_sharded
 
 
 def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
@@ -191,27 +192,8 @@ def with_tensor(out: Any, value: Tensor) -> Any:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor has numbers of its own, one after another, and is no sparse one."""
-    return tensor.layout is torch.strided and not tensor.is_meta
-
-
-def check_whole(weight: Tensor, where: str) -> None:
-    """Refuse a weight that lies in parts on several devices, as a ``DTensor`` does.
-
-    Args:
-        weight: of a layer.
-        where: the layer, for the error.
-
-    Raises:
-        ModgraftError: with what holds instead.
-    """
-    if type(weight) not in (Tensor, nn.Parameter) and getattr(weight, "device_mesh", None):
-        raise ModgraftError(
-            f"the weight of {where} is a {type(weight).__name__}, spread over devices by "
-            f"fully_shard or a tensor-parallel plan, and no whole matrix that a module could "
-            f"change; wrap the host in FullyShardedDataParallel(host, use_orig_params=True) or "
-            f"DistributedDataParallel(host), which leave a layer its weight while it runs"
-        )
+    """Return whether a tensor has numbers of its own, all of them here and one after another."""
+    return tensor.layout is torch.strided and not tensor.is_meta and not is_sharded(tensor)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -86,7 +86,10 @@ def tokens_of(tokenizer: Tokenizer, text: str, name: str = "the text") -> np.nda
 def _known(tokenizer: Tokenizer, text: str) -> set[str]:
     """Return the characters of a text that a tokenizer has tokens for."""
     if isinstance(tokenizer.model, models.BPE):
-        return set(text)  # it has every byte
+        unknown = tokenizer.model.unk_token  # None: it has every byte
+        if unknown is None:
+            return set(text)
+        return {c for c in set(text) if unknown not in tokenizer.encode(c).tokens}
     return {c for c in set(text) if tokenizer.token_to_id(c) is not None}
 
 
@@ -260,6 +263,11 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
                 f"or a shorter window"
             )
         self.tokens, self.length, self.seed, self.first = tokens, length, seed, 0
+
+    @property
+    def made_by(self) -> dict[str, str]:
+        """What tells these tokens from those of another tokenizer, for a run that is resumed."""
+        return {"the tokenizer": self.tokens.tokenizer} if isinstance(self.tokens, Shards) else {}
 
     def set_epoch(self, epoch: int) -> None:
         """Set where the windows of an epoch begin."""

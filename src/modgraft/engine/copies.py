@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from modgraft.core.errors import ModgraftError
+from modgraft.core.sharded import sharded_parts
 from modgraft.core.tensors import walk
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -79,7 +81,17 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     Args:
         model: the model.
         memo: what stands for what in the copy, by identity.
+
+    Raises:
+        ModgraftError: where its weights are sharded over processes.
     """
+    for path, _ in sharded_parts(model):
+        raise ModgraftError(
+            f"this needs a copy of the model, and fully_shard has spread {path or 'it'} over "
+            f"processes. Merge modules in one process that has the model whole; where a side "
+            f"input, or a composition for each example, asks where the examples lie, call the host "
+            f"once with such a batch before fully_shard, which tells"
+        )
     memo = {} if memo is None else memo
     try:
         return copy.deepcopy(model, dict(memo))

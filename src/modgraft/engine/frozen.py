@@ -22,6 +22,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from modgraft.core.errors import ModgraftError, listed, warn
 from modgraft.core.patterns import joined
+from modgraft.core.sharded import is_sharded
 from modgraft.core.tensors import is_plain
 from modgraft.engine.writes import Written, attributes_of, can_watch, kept, same, storage_of
 
@@ -271,7 +272,9 @@ class _Call:
             return
         own = [(t, is_frozen(p.part)) for p, t in zip(self._places, self._own, strict=True)]
         trains = {storage_of(t) for t, frozen in own if t is not None and not frozen}
-        frozen = [t for t, frozen in own if frozen and t is not None and not t.is_inference()]
+        frozen = [
+            t for t, f in own if f and t is not None and not (t.is_inference() or is_sharded(t))
+        ]
         with kept(t for t in frozen if storage_of(t) not in trains) as self._written:
             yield
 
@@ -281,7 +284,7 @@ class _Call:
         for place, tensor in self._touched():
             new = place.own
             place.tensors[place.name] = tensor  # which tells whether the part is frozen
-            if not is_frozen(place.part) or _is_offloaded(tensor) or _is_offloaded(new):
+            if not is_frozen(place.part) or _is_elsewhere(tensor) or _is_elsewhere(new):
                 place.tensors[place.name] = new
             elif new is not tensor:
                 if tensor is None or new is None or not same(tensor, new):
@@ -379,7 +382,9 @@ def movable(model: nn.Module) -> Iterator[Place]:
                 yield Place(layer._buffers, name, joined(path, name), part)
         if getattr(layer, "max_norm", None) is None:
             for name, own in layer._parameters.items():
-                if own is not None and is_plain(own) and not own.is_inference():
+                if own is None or own.is_inference():
+                    continue
+                if is_plain(own) or is_sharded(own):  # which is whole while its layer runs
                     yield Place(layer._parameters, name, joined(path, name), part)
 
 
@@ -402,9 +407,9 @@ def _writes(tensors: list[Tensor | None]) -> list[int]:
     return [-1 if t is None or t.is_inference() else t._version for t in tensors]
 
 
-def _is_offloaded(tensor: Tensor | None) -> bool:
-    """Return whether a tensor is there only while its layer runs."""
-    return tensor is not None and tensor.is_meta
+def _is_elsewhere(tensor: Tensor | None) -> bool:
+    """Return whether a tensor is there, or there as a whole, only while its layer runs."""
+    return tensor is not None and (tensor.is_meta or is_sharded(tensor))
 
 
 def _view_as(tensor: Tensor, storage: UntypedStorage) -> Tensor:

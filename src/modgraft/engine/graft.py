@@ -245,9 +245,17 @@ def _grafted(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
             return forward(self, *args, **kwargs)  # a patched forward calls the layer's
         return run(self, args, kwargs)
 
+    def is_exchanged(self: nn.Module, name: str, value: Any) -> bool:
+        """Return whether a parameter takes the place of one that modules change, and that
+        ``nn.Module`` would read before: ``fully_shard`` does so while the host runs."""
+        own = name in names and kind.__setattr__ is nn.Module.__setattr__
+        return own and isinstance(value, nn.Parameter) and name in self._parameters
+
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if name == "forward":
             _patch(self, value)
+        elif is_exchanged(self, name, value):
+            self._parameters[name] = value
         else:
             kind.__setattr__(self, name, value)
         if name == "training" and STATE in self.__dict__:  # the modules, no children, follow it

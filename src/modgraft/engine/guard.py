@@ -348,9 +348,9 @@ class Places:
                 state: State = layer.__dict__[STATE]
                 raise ModgraftError(
                     f"{state.path or 'the model'} is of another class since "
-                    f"{', '.join(map(repr, state.entries))} was implanted, as a parametrisation "
-                    f"makes it: {type(layer).__name__}. Take that off again, change the model "
-                    f"first and implant then"
+                    f"{', '.join(map(repr, state.entries))} was implanted, as a parametrisation or "
+                    f"fully_shard makes it: {type(layer).__name__}. Take that off again, change "
+                    f"the model first and implant then"
                 )
 
     def explain(self, error: Exception) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from modgraft.core.compiled import eagerly
 from modgraft.core.errors import ModgraftError
 from modgraft.core.layers import STATE, WEIGHTED, linear_forward, stored
+from modgraft.core.sharded import before_sharding
 from modgraft.engine.kernels import functional_call
 from modgraft.engine.kernels.linear import Change
 from modgraft.engine.served_weight import serving
@@ -30,6 +31,11 @@ def original(layer: nn.Module) -> type[nn.Module]:
     """Return the layer's class as it is without modules."""
     kind = type(layer)
     return kind.__mro__[1] if STATE in layer.__dict__ else kind
+
+
+def own_class(layer: nn.Module) -> type[nn.Module]:
+    """Return the class that the layer's model has written for it: without modules, not sharded."""
+    return before_sharding(original(layer))
 
 
 def by_weight(layer: nn.Module) -> Callable[..., Tensor] | None:

@@ -32,7 +32,7 @@ from modgraft.core.context import Context
 from modgraft.core.errors import ModgraftError, UndividedError, warn
 from modgraft.core.layers import STATE, stored
 from modgraft.core.patterns import joined
-from modgraft.core.tensors import check_whole
+from modgraft.core.sharded import is_sharded
 from modgraft.engine.copies import OfHost
 from modgraft.routing.losses import with_routing_losses
 
@@ -168,8 +168,8 @@ def served(name: str, original: property | None) -> property:
     """
 
     def read(layer: nn.Module) -> Any:
-        if (own := layer._parameters.get(name)) is not None and own.is_meta:
-            return own  # with an offloaded weight nothing is computed
+        if (own := layer._parameters.get(name)) is not None and (own.is_meta or is_sharded(own)):
+            return own  # nothing is computed with an offloaded weight, or a part of one
         own, state = stored(layer, name), layer.__dict__.get(STATE)
         if own is None or state is None or COPIED in layer.__dict__:
             return own
@@ -206,7 +206,6 @@ def _shown(layer: nn.Module, state: Any, name: str, own: Tensor) -> Tensor:
         return own
     if not state.changes_now():
         return own
-    check_whole(own, state.path)
     several = isinstance(layer, nn.ParameterList | nn.ParameterDict)  # a slice takes leaves alone
     if not state.called and not several:  # it may never be, and any code may compute with it
         with suppress(UndividedError):  # only its shape may be asked for

@@ -52,9 +52,9 @@ class AsModel(nn.Module):
     @__class__.setter
     def __class__(self, kind: type) -> None:
         raise ModgraftError(
-            f"a host's class was to become {kind.__name__}, as fully_shard does, which spreads "
-            f"weights that modules change over devices; wrap the host, in "
-            f"FullyShardedDataParallel(host, use_orig_params=True) or DistributedDataParallel(host)"
+            f"a host's class was to become {kind.__name__}, as fully_shard does; call that for the "
+            f"blocks of host.model, and for host.model itself, whose weights stay frozen, and not "
+            f"for the modules, which each process has whole"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -358,11 +358,12 @@ class GPT(PreTrainedModel, GenerationMixin):
             The logits ``[B, n, vocab_size]``, with the mean cross-entropy if there are labels.
 
         Raises:
-            ValueError: for ids and embeddings both, or neither; for more positions than learned.
+            ValueError: for ids and embeddings both, or neither; for more positions than learned;
+                on a CPU, for a token that is none of the vocabulary.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("GPT: give either input_ids or inputs_embeds")
-        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -407,6 +408,16 @@ class GPT(PreTrainedModel, GenerationMixin):
             past_key_values=cache if use_cache else None,
             hidden_states=(*states, x) if output_hidden_states else None,
         )
+
+    def _embedded(self, ids: Tensor | None) -> Tensor:
+        try:
+            return self.embedding(ids)
+        except IndexError as error:
+            raise ValueError(
+                f"GPT: token {int(ids.max())} of a vocabulary of {self.config.vocab_size}; the "  # type: ignore[union-attr]
+                f"text was made by another tokenizer than this model was: make its tokens with "
+                f"the model's own, or a model of its tokenizer's vocab_size"
+            ) from error
 
     def _check_room(self, length: int, position_ids: Tensor) -> None:
         """Refuse positions that there are none for; padding before a text takes none."""

@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from modgraft.core.errors import CheckpointError, ModgraftError
 from modgraft.core.offloaded import reads_offloaded
 from modgraft.core.patterns import bare, wraps
-from modgraft.engine.own_forward import original
+from modgraft.core.sharded import is_sharded
+from modgraft.engine.own_forward import own_class
 from modgraft.store.file import DTYPES
 from modgraft.store.settings import agrees, by_class, dense_parts, held, is_beside, settings
 
@@ -93,7 +94,7 @@ class _Parts:
         every = model.named_modules(remove_duplicate=False)  # what stands twice runs twice
         self.model = model
         self.layers = [(bare(path), layer) for path, layer in every if not wraps(layer)]
-        self.kinds = [original(layer) for _, layer in self.layers]
+        self.kinds = [own_class(layer) for _, layer in self.layers]
         self.settings = settings(self.layers)
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}  # those that belong to the model's state
@@ -456,7 +457,9 @@ def _each(
         for n in new:
             of[n] = traces[n], _digest(tensors[n], dtype if _is_float(tensors[n]) else None)
     elif new:
-        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        # hashing lets other threads run; what is gathered from processes comes in one order
+        one = any(is_sharded(tensors[name]) for name in new)
+        with ThreadPoolExecutor(1 if one else None) as pool:
             made = list(pool.map(lambda name: _digest(tensors[name]), new))
         if not of:
             known.at = time.monotonic()
@@ -518,7 +521,7 @@ def _former(
     shape = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters(), key=_name):
         shape.update(f"{name}{list(tensor.shape)};".encode())
-    here = {"architecture": original(model).__name__, "shape": shape.hexdigest()[:16]}
+    here = {"architecture": own_class(model).__name__, "shape": shape.hexdigest()[:16]}
     if values:
         here["weights"] = _sample(model, without, torch.float32)
     return [key for key in here if here[key] != there.get(key)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from modgraft.computation.base import Computation
 from modgraft.core.errors import CheckpointError, ModgraftError
@@ -30,6 +30,7 @@ from modgraft.core.files import locked, write_text
 from modgraft.core.parse import parse
 from modgraft.core.patterns import bare
 from modgraft.core.plain import full_name
+from modgraft.core.sharded import sharded_parts
 from modgraft.core.sites import located
 from modgraft.engine.implant import Implant, learning_parts, moving_buffers, tensor_at
 from modgraft.store import former
@@ -71,6 +72,9 @@ def save(
 ) -> Path:
     """Write modules to ``folder``, with those they need and what of the host trained with them.
 
+    Where ``fully_shard`` has spread the host's weights over processes, all of these have to call
+    this, and the first one writes.
+
     Args:
         host: theirs.
         names: the modules' names.
@@ -85,7 +89,12 @@ def save(
     if folder.is_dir() and any(folder.iterdir()) and not holds_module(folder):
         raise CheckpointError(f"{folder} is there and holds no module; choose another folder")
     tensors, card = packed(host, names, about, together)
-    write(card, tensors, folder)
+    if not any(sharded_parts(host.model)):
+        write(card, tensors, folder)
+        return folder
+    if distributed.get_rank() == 0:  # all processes were needed for the fingerprint
+        write(card, tensors, folder)
+    distributed.barrier()
     return folder
 
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from modgraft.engine.own_forward import original
+from modgraft.core.sharded import is_sharded, whole
+from modgraft.engine.own_forward import own_class
 
 BESIDE_THE_FUNCTION = {
     "training", "gradient_checkpointing", "use_cache", "transformers_version", "dtype",
@@ -112,7 +113,7 @@ def settings(layers: Layers) -> list[Setting]:
     """Return what layers hold and is no state, in their order."""
     found: list[Setting] = []
     for path, layer in layers:
-        kind, held = original(layer), layer.__dict__
+        kind, held = own_class(layer), layer.__dict__
         seen = None if layer._non_persistent_buffers_set else _seen.get(layer)
         if seen is None or not seen.is_as(path, kind, held):
             own = list(_settings_of(path, kind, layer))
@@ -257,6 +258,8 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     own = tensor.detach()
     if own.is_meta:
         return []
+    if is_sharded(own):
+        return dense_parts(whole(own))
     if is_traceable_wrapper_subclass(own):
         parts = own.__tensor_flatten__()[0]
         return [dense for part in parts for dense in dense_parts(getattr(own, part))]

@@ -17,7 +17,7 @@ from torch import nn
 from modgraft.core.errors import CheckpointError
 from modgraft.core.patterns import bare, joined
 from modgraft.core.roles import known_models
-from modgraft.engine.own_forward import original
+from modgraft.engine.own_forward import own_class
 from modgraft.store.fingerprint import (
     differences,
     fingerprint,
@@ -97,7 +97,7 @@ def _models(model: nn.Module, said: Mapping[str, Any]) -> list[str]:
     known = [path for path, _, _ in known_models(model)]
     kind = said.get("architecture")
     every = model.named_modules()
-    return [*dict.fromkeys([*known, *(p for p, m in every if original(m).__name__ == kind)])]
+    return [*dict.fromkeys([*known, *(p for p, m in every if own_class(m).__name__ == kind)])]
 
 
 def _fitting(

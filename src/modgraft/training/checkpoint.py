@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from modgraft.core.errors import ModgraftError, warn
 from modgraft.core.files import sync
+from modgraft.core.sharded import whole
 from modgraft.engine.implant import Implant
 from modgraft.training.history import METRICS
 
@@ -40,7 +41,7 @@ FORMER = "modgraft.checkpoint/2"
 """It tells the host by its tensors alone, and nothing of the data."""
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = (".tmp-", ".old-")
-_SHOWN = 4  # differences that an error lists
+SHOWN = 4  # differences that an error lists
 _UNREADABLE = (OSError, ValueError, KeyError, AttributeError, SafetensorError)
 
 
@@ -98,7 +99,7 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
 
 
 def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = whole(tensor.detach()).cpu().contiguous().reshape(-1)
     return sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
 
 
@@ -135,9 +136,9 @@ def refuse_other(path: Path, what: str, there: Mapping[str, Any], here: Mapping[
     lines = differences(there, here)
     if not lines:
         return
-    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     raise ModgraftError(
-        f"{path} was made with {what} ({len(lines)} differ): {'; '.join(lines[:_SHOWN])}{more}. "
+        f"{path} was made with {what} ({len(lines)} differ): {'; '.join(lines[:SHOWN])}{more}. "
         "Use what it was made with to go on, or another folder=, or resume=False to start over, "
         "which deletes the run in this folder"
     )

@@ -101,7 +101,7 @@ def planned(
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     stream = Stream(loader, seed=given.seed, rank=rank, world=world)
-    first = {} if given.folder is None else stream.first()
+    first = {} if given.folder is None and world == 1 else stream.first()
     key = digest(first)
     if given.folder is not None and (why := stream.unrepeatable(key)):
         warn(

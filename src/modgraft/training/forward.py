@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modgraft.core.errors import ModgraftError
 from modgraft.core.plain import plain
 from modgraft.training.parts import PARTS, Apart, Parts
-from modgraft.training.stream import Batch, Stream, Weigh, to_device
+from modgraft.training.stream import Batch, Repeated, Stream, Weigh, to_device
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Forward:
     """Compute the loss of a host.
 
     Attributes:
-        host: the host, for messages; the model that is called may be a wrapper of it.
+        host: the host.
         ignore: names in a batch that ``forward`` does not take.
         device: where batches are moved to.
         precision: "no", or "bf16" autocast.
@@ -34,16 +34,21 @@ class Forward:
     precision: str
 
     def training_loss(
-        self, model: nn.Module, batch: Batch, learners: Mapping[str, Tensor]
+        self, of: Callable[[Batch], Tensor], batch: Batch, learners: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
         """Return the loss ``[]`` to minimise, and the losses of the batch's parts by name.
 
         A part's loss is the mean over its examples; the loss is the mean over the parts.
 
+        Args:
+            of: :meth:`losses`, or a wrapper of it.
+            batch: the batch.
+            learners: what trains, by name.
+
         Raises:
             ModgraftError: as :meth:`losses`, or if the loss depends on none of ``learners``.
         """
-        losses = self.losses(model, batch)
+        losses = of(batch)
         if torch.is_grad_enabled() and not losses.requires_grad:
             raise ModgraftError(
                 "the loss depends on none of the parameters that train: "
@@ -54,22 +59,22 @@ class Forward:
             return losses, {}
         return losses.mean(), _by_name(batch[PARTS].names, losses.detach().tolist())
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+    def losses(self, batch: Batch) -> Tensor:
         """Return the ``loss`` that ``forward`` returns: a scalar, or ``[N]`` for a batch of N
         parts.
 
         Raises:
             ModgraftError: if there is none, or not one for each part.
         """
-        return self.with_losses(model, batch)[1]
+        return self.with_losses(batch)[1]
 
-    def with_losses(self, model: nn.Module, batch: Batch) -> tuple[Any, Tensor]:
+    def with_losses(self, batch: Batch) -> tuple[Any, Tensor]:
         """Return what ``forward`` returns, and its loss as :meth:`losses` does."""
         parts: Parts | None = batch.get(PARTS)
         given = {k: v for k, v in batch.items() if k not in self.ignore and k != PARTS}
         with self._autocast(), nullcontext() if parts is None else Apart(parts.rows):
             try:
-                output = model(**to_device(given, self.device))
+                output = self.host(**to_device(given, self.device))
             except TypeError as error:
                 self._check_taken(given, error)
                 raise
@@ -143,10 +148,12 @@ def mean_loss(
         world: the number of processes, which share the batches.
     """
     sums = [0.0, 0.0]
-    for batch in Stream(loader, seed=0, rank=rank, world=world, pad=False).read(0):
-        weight = float(_examples(batch)) if weigh is None else weigh(batch)
-        sums[0] += weight * forward.losses(forward.host, batch).mean().item()
-        sums[1] += weight
+    for batch in Stream(loader, seed=0, rank=rank, world=world).read(0):
+        loss = forward.losses(batch).mean().item()  # all processes run the host as often
+        if not isinstance(batch, Repeated):
+            weight = float(_examples(batch)) if weigh is None else weigh(batch)
+            sums[0] += weight * loss
+            sums[1] += weight
     total, count = add(sums)
     if count == 0:
         raise ModgraftError("the evaluation loader holds nothing to average over")

@@ -1,20 +1,25 @@
-"""The processes and threads of a run: device, number, and an interruption at a safe moment."""
+"""The processes and threads of a run: device, number, what they share, and an interruption."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from modgraft.core.errors import ModgraftError
+from modgraft.core.errors import ModgraftError, listed
+from modgraft.core.patterns import joined
+from modgraft.core.sharded import sharded_parts
+from modgraft.engine.frozen import is_frozen, parts_of
 from modgraft.training.malloc import keep_freed_memory
+from modgraft.training.stream import Batch
 
 #: where launchers say how many processes they start
 ANNOUNCED = ("WORLD_SIZE", "ACCELERATE_NUM_PROCESSES")
@@ -72,6 +77,85 @@ def check_world(found: int, expected: int | None = None) -> None:
             "accelerate launch was asked for several processes and started one, as it does with "
             f"--cpu; use {launch}. If one is right, say so: fit(..., world=1)"
         )
+
+
+class _Losses(nn.Module):
+    """A host as DDP sees it: of what it returns, only the losses.
+
+    DDP is to look for parameters that a step does not use, since a composition may leave modules
+    out; where it finds none, it warns of the time. It finds the number ``unused`` always.
+    """
+
+    def __init__(self, host: nn.Module, losses: Callable[[Batch], Tensor]) -> None:
+        super().__init__()
+        self.host, self.losses = host, losses
+        like = next(p for p in host.parameters() if p.requires_grad)
+        self.unused = nn.Parameter(like.new_zeros(()))
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.losses(batch)
+
+
+def check_learns_whole(host: nn.Module) -> None:
+    """Refuse to train weights that ``fully_shard`` has spread over processes.
+
+    Raises:
+        ModgraftError: with their names.
+    """
+    for path, part in sharded_parts(host):
+        if learns := [joined(path, n) for n, p in part.named_parameters() if p.requires_grad]:
+            raise ModgraftError(
+                f"{listed(learns, 4)} would train in parts, as fully_shard has spread them over "
+                f"processes: in a sharded host fit trains modules, train='qa', and what of the "
+                f"host fully_shard was not called for"
+            )
+
+
+def in_parallel(host: nn.Module, losses: Callable[[Batch], Tensor]) -> DistributedDataParallel:
+    """Wrap the losses of a host so that `backward` averages gradients over all processes.
+
+    What trains begins as it is in the first process. Nothing else is sent: neither frozen weights,
+    nor the buffers of frozen parts. What no process has used in a step gets no gradient there.
+
+    Args:
+        host: the host; its frozen weights may be sharded by ``fully_shard``.
+        losses: of a batch, by the host.
+    """
+    model = _Losses(host, losses)
+    moving = {joined("host", name) for name in moving_buffers(host)}
+    stay = [name for name, p in model.named_parameters() if not p.requires_grad]
+    stay += [name for name, _ in model.named_buffers() if name not in moving]
+    model._ddp_params_and_buffers_to_ignore = stay  # type: ignore[assignment]
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+@contextmanager
+def beside_others() -> Iterator[None]:
+    """Say in a ``with`` block what it means that another process is no longer there.
+
+    Raises:
+        ModgraftError: instead of what the network says of it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):
+            raise ModgraftError(
+                "another process of this run has ended, so this one cannot go on; why, is what "
+                "that process says. The same command goes on from the last checkpoint"
+            ) from error
+        raise
+
+
+def moving_buffers(host: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of parts that train, such as running statistics, by name."""
+    found = {}
+    for path, layer, part in parts_of(host):
+        if part is host and next(layer.parameters(), None) is not None:
+            part = layer  # the model in it, beside the modules
+        if not is_frozen(part):
+            found |= {joined(path, n): b for n, b in layer._buffers.items() if b is not None}
+    return found
 
 
 @contextmanager

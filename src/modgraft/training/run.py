@@ -12,10 +12,10 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from modgraft.core.errors import ModgraftError, warn
+from modgraft.core.errors import ModgraftError, listed, warn
 from modgraft.core.files import folder_path, held
 from modgraft.core.offloaded import is_offloaded
 from modgraft.core.tensors import device_of
@@ -32,11 +32,18 @@ from modgraft.training.optim import (
     warmup_steps,
 )
 from modgraft.training.optimizers import Several, described, make_optimizer
-from modgraft.training.processes import Interrupt
+from modgraft.training.parts import PARTS
+from modgraft.training.processes import (
+    Interrupt,
+    beside_others,
+    check_learns_whole,
+    in_parallel,
+    moving_buffers,
+)
 from modgraft.training.progress import Show
 from modgraft.training.randomness import generators_in, own_randomness, seed_everything
 from modgraft.training.settings import Decided
-from modgraft.training.stream import Batch, Stream
+from modgraft.training.stream import Batch, Repeated, Stream
 
 
 class Run:
@@ -84,6 +91,11 @@ class Run:
         self.seconds_before = 0.0  # of training before it was interrupted and resumed
         self.began = time.monotonic()
 
+    @property
+    def many(self) -> bool:
+        """Whether several processes train."""
+        return self.accelerator.num_processes > 1
+
     # --- the run --------------------------------------------------------------------------------
 
     @cached_property
@@ -95,9 +107,12 @@ class Run:
         """Set up, resume, train, and restore modes."""
         with ExitStack() as stack:
             stack.enter_context(own_modes(self.host.modules()))
+            if self.many:
+                stack.enter_context(beside_others())
             self.prepare(stack)
             self.open(stack)
             self.resume()
+            self.check_alike()
             if self.history.stopped is None:
                 stack.enter_context(self.noted())
                 self._train(stack)
@@ -111,6 +126,7 @@ class Run:
             self.device = device_of(self.host)
         else:
             self.host.to(self.device)
+        check_learns_whole(self.host)
         self.parameters = trainable(self.part)
         self.names = {id(p): name for name, p in self.parameters.items()}
         s = self.settings
@@ -124,15 +140,15 @@ class Run:
 
     def open(self, stack: ExitStack, fingerprint: Mapping[str, Any] | None = None) -> None:
         """Take the folder until `stack` closes; the host's fingerprint is computed unless given."""
-        if self.store is None:
-            return
-        if self.accelerator.is_main_process:
-            stack.enter_context(held(self.store.folder, "training"))
-            self.store.open(resume=self.settings.resume)
-        self.accelerator.wait_for_everyone()
-        self.fingerprint = dict(fingerprint or disk.fingerprint(self.host))
-        self.metrics = Metrics(self.store.folder, write=self.accelerator.is_main_process)
-        stack.callback(self.metrics.close)
+        if self.store is not None:
+            if self.accelerator.is_main_process:
+                stack.enter_context(held(self.store.folder, "training"))
+                self.store.open(resume=self.settings.resume)
+            self.accelerator.wait_for_everyone()
+            self.metrics = Metrics(self.store.folder, write=self.accelerator.is_main_process)
+            stack.callback(self.metrics.close)
+        if self.store is not None or self.many:
+            self.fingerprint = dict(fingerprint or disk.fingerprint(self.host))
 
     def resume(self, until: float = math.inf) -> None:
         """Resume from the last checkpoint up to step `until`, if there is one.
@@ -146,6 +162,9 @@ class Run:
             return
         found = self.store.load(paths[-1])
         settings = self.settings.record()
+        disk.refuse_other(
+            found.path, "other data", found.state.get("made_by", {}), self.stream.made_by
+        )
         disk.refuse_other(found.path, "other settings", found.state["settings"], settings)
         disk.check_goes_on(found, self.fingerprint)
         state, history = found.state, self.history
@@ -184,14 +203,32 @@ class Run:
             f"uninterrupted one to the bit"
         )
 
+    def check_alike(self) -> None:
+        """Refuse processes that differ in the host, the data, the settings or the step.
+
+        Raises:
+            ModgraftError: in each of them, with what differs.
+        """
+        if not self.many:
+            return
+        mine = {"the first batch": self.first, "the step to go on from": self.step}
+        every = gather_object([self.fingerprint | self.settings.record() | mine])
+        for rank, other in enumerate(every):
+            if lines := disk.differences(other, every[0]):
+                raise ModgraftError(
+                    f"process {rank} (there) differs from process 0 (here): "
+                    f"{listed(lines, disk.SHOWN)}. Each process makes the same host with the same "
+                    f"modules, after the same torch.manual_seed, and gives fit the same loader, "
+                    f"settings and folder; fit itself gives each its own share of the batches"
+                )
+
     def finish(self) -> None:
         """Restore the best weights, where that was asked for."""
         if self.settings.restore_best and self.best_tensors is not None:
             disk.restore(self.part, self.best_tensors)
 
     def _train(self, stack: ExitStack) -> None:
-        many = self.accelerator.num_processes > 1
-        self.model = self.accelerator.prepare_model(self.host) if many else self.host
+        self.losses = in_parallel(self.host, self.forward.losses) if self.many else None
         self.host.train()
         self.began = time.monotonic()
         stack.enter_context(self.interrupt)
@@ -295,22 +332,23 @@ class Run:
         """Σ_i w_i·loss_i / Σ w over the batches of all processes, its gradient, one update."""
         s, world = self.settings, self.accelerator.num_processes
         epoch, step = self.at[0], self.step + 1
-        weights = [1.0 if s.weigh is None else s.weigh(b) for b in batches]
+        weights = [self._weight(b) for b in batches]
         (total,) = self._sum([sum(weights)])
         if total <= 0:
             raise ModgraftError(f"step {step}: weigh= counts no targets in {self._where(batches)}")
         losses: list[Tensor] = []
         parts: list[dict[str, float]] = []
+        of = self.losses or self.forward.losses
         for i, batch in enumerate(batches):
             rank = self.accelerator.process_index
             seed_everything(s.seed, "step", step, i, rank, own=self.own)
             last = i == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, of_parts = self.forward.training_loss(self.model, batch, self.parameters)
+            with self.losses.no_sync() if self.losses and not last else nullcontext():
+                loss, of_parts = self.forward.training_loss(of, batch, self.parameters)
                 # DDP averages over processes, and this is to be summed: hence the factor `world`
-                self.accelerator.backward(loss * (weights[i] * world / total))
+                (loss * (weights[i] * world / total)).backward()
             losses.append(loss.detach())
-            parts.append(of_parts)
+            parts += [of_parts] if of_parts and weights[i] else []
         norm = gradient_norm(self.parameters.values())
         # all numbers in one transfer from the device: unless all are finite, nothing is updated
         wide = torch.promote_types(losses[0].dtype, torch.float32)
@@ -322,7 +360,14 @@ class Run:
             raise ModgraftError(self.not_finite(batches, values, grad_norm))
         self.update(norm)
         line = {"loss": mean, "lr": self.lr, "grad_norm": grad_norm, "epoch": epoch}
-        return line | ({"parts": mean_parts(parts)} if any(parts) else {})
+        if PARTS in batches[0]:
+            line["parts"] = mean_parts(gather_object(parts) if self.many else parts)
+        return line
+
+    def _weight(self, batch: Batch) -> float:
+        if isinstance(batch, Repeated):
+            return 0.0
+        return 1.0 if self.settings.weigh is None else self.settings.weigh(batch)
 
     def update(self, norm: Tensor) -> None:
         """Clip the gradients, whose norm is `norm`, and update the parameters."""
@@ -359,7 +404,7 @@ class Run:
 
     def _sum(self, values: list[float]) -> list[float]:
         """Sum over all processes."""
-        if self.accelerator.num_processes == 1:
+        if not self.many:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         return cast(Tensor, self.accelerator.reduce(tensor, "sum")).tolist()
@@ -374,14 +419,16 @@ class Run:
     def _evaluate(self, show: Show) -> bool:
         """Measure, record, and return whether it is the best so far."""
         self.host.eval()
-        self.interrupt.hold = self.accelerator.num_processes > 1
+        self.interrupt.hold = self.many
+        if self.many:
+            broadcast(moving_buffers(self.host))
         with torch.no_grad(), own_randomness(self.own):
             seed_everything(self.settings.seed, "evaluate", self.step, own=self.own)
             measured = self._measure()
         self.interrupt.hold = True
         self.host.train()
         values = numbers(measured)
-        if self.accelerator.num_processes > 1:  # all processes decide by the first one's values
+        if self.many:  # all processes decide by the first one's values
             (values,) = broadcast_object_list([values])
         value = check_monitor(values, self.settings.monitor, self.step)
         line = {"step": self.step, "split": "eval"} | values | {"seconds": self._seconds()}
@@ -442,6 +489,7 @@ class Run:
                 "error": self.history.error,
                 "settings": self.settings.record(),
                 "at": list(self.at),
+                "made_by": dict(self.stream.made_by),
                 "rows": self._rows(),
             }
             self.store.save(
@@ -456,7 +504,7 @@ class Run:
     def _interrupted(self, show: Show) -> str:
         """Save if that is possible, and return how to go on."""
         # several processes can only save at a moment that all of them agree on: after a step
-        possible = self.accelerator.num_processes == 1 or self.interrupt.requested
+        possible = not self.many or self.interrupt.requested
         if self.store is None:
             text = f"interrupted after step {self.step}; nothing is kept, since fit has no folder="
         elif not (self.complete and possible and self.step):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from hashlib import sha256
+from itertools import cycle, islice
 from typing import Any, cast
 
 import numpy as np
@@ -27,9 +28,18 @@ from modgraft.training.randomness import (
 Batch = Mapping[str, Any]
 
 
-def _set_epoch(loader: object, epoch: int) -> None:
-    """Call `set_epoch` of the samplers and the data set that have it (`DistributedSampler`)."""
-    for name in ("batch_sampler", "sampler", "dataset"):
+class Repeated(dict[str, Any]):
+    """A batch that is read a second time in an epoch, so that each process has as many as the
+    others; it counts nothing."""
+
+
+OWNERS = ("batch_sampler", "sampler", "dataset")
+"""Parts of a loader that may have a `set_epoch`, as `DistributedSampler` has."""
+
+
+def _set_epoch(loader: object, epoch: int, owners: Sequence[str] = OWNERS) -> None:
+    """Call `set_epoch` of the samplers and the data set that have it."""
+    for name in owners:
         owner = getattr(loader, name, None)
         if callable(method := getattr(owner, "set_epoch", None)):
             method(epoch)
@@ -49,15 +59,14 @@ class Stream:
     worker processes what is random *inside* a worker is not replayed; the order is.
 
     With `world` processes, process `rank` takes every `world`-th batch; where the number of
-    batches does not divide, a few from the start of the epoch are read twice, so that every
-    process takes as many steps.
+    batches does not divide, a few from the start of the epoch are read twice, as `Repeated`, so
+    that every process takes as many steps.
 
     Args:
         loader: a `DataLoader` or another iterable that can be iterated more than once.
         seed: seed of the order.
         rank: this process.
         world: number of processes.
-        pad: whether to read batches twice, as above; False leaves some processes a batch short.
 
     Raises:
         ModgraftError: a loader that is an iterator (it can be read only once), or is empty.
@@ -70,14 +79,13 @@ class Stream:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
-        pad: bool = True,
     ) -> None:
         if isinstance(loader, Iterator):
             raise ModgraftError(
                 f"the loader is {an(type(loader).__name__)}, which can be read only once; give a "
                 "DataLoader, a list of batches or an object whose __iter__ starts anew"
             )
-        self.loader, self.seed, self.rank, self.world, self.pad = loader, seed, rank, world, pad
+        self.loader, self.seed, self.rank, self.world = loader, seed, rank, world
         self.indexed = (
             isinstance(loader, DataLoader)
             and not isinstance(loader.dataset, IterableDataset)
@@ -129,6 +137,11 @@ class Stream:
         return self._isolated(0).next() or {}
 
     @property
+    def made_by(self) -> Mapping[str, str]:
+        """What the data set says of how its rows were made, such as its tokenizer."""
+        return getattr(getattr(self.loader, "dataset", None), "made_by", {})
+
+    @property
     def rereads(self) -> bool:
         """Whether a batch can be read again by itself, as it was."""
         replayed = isinstance(self.loader, DataLoader) and self.loader.num_workers == 0
@@ -147,6 +160,7 @@ class Stream:
         """Read the rows of a batch as a `DataLoader` does, which asks for all of them at once where
         the data set lets it."""
         order = self.order(epoch)
+        _set_epoch(self.loader, epoch, ["dataset"])
         places = order[batch * self.world % len(order)]
         data = cast(DataLoader, self.loader).dataset
         at_once = getattr(data, "__getitems__", None)
@@ -192,7 +206,7 @@ class Stream:
     def _indexed(self, epoch: int, start: int) -> Iterator[Batch]:
         loader, order = cast(DataLoader, self.loader), self.order(epoch)
         places = range(self.rank, (self.length or 0) * self.world, self.world)
-        mine = [order[i % len(order)] for i in places if self.pad or i < len(order)]
+        mine = [order[i % len(order)] for i in places]
         batches: Iterator[Batch] = iter(
             DataLoader(
                 loader.dataset,
@@ -209,9 +223,10 @@ class Stream:
         )
         for i in range(start, len(mine)):
             with own_randomness(self.own):
+                _set_epoch(loader, epoch, ["dataset"])  # which an evaluation may read meanwhile
                 seed_everything(self.seed, "batch", epoch, i, self.rank, own=self.own)
                 batch = next(batches)
-            yield batch
+            yield batch if places[i] < len(order) else _repeated(batch)
 
     def _isolated(self, epoch: int) -> _Isolated:
         return _Isolated(self.loader, self.own, (self.seed, "order", epoch))
@@ -223,14 +238,16 @@ class Stream:
         while group := [b for _ in range(self.world) if (b := read.next()) is not None]:
             # a short last group is filled from the start of the epoch, as in `_indexed`
             first += group[: self.world - len(first)]
-            if self.pad:
-                group += first[: self.world - len(group)]
-                group = [group[i % len(group)] for i in range(self.world)]
-            if position >= start and self.rank < len(group):
+            group += map(_repeated, islice(cycle(first), self.world - len(group)))
+            if position >= start:
                 yield group[self.rank]
             position += 1
         if position == 0:
             raise ModgraftError("the loader has no batches")
+
+
+def _repeated(batch: Batch) -> Batch:
+    return Repeated(batch) if isinstance(batch, Mapping) else batch
 
 
 class _Isolated:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from modgraft.core.errors import CheckpointError, MissingFileError, ModgraftError
-from modgraft.core.files import sync
+from modgraft.core.files import cache, in_bytes, sync
 from modgraft.store.card import Card
 from modgraft.store.file import CARD, Header, TensorFile, is_there
 from modgraft.store.folder import FILE, native
@@ -26,11 +25,6 @@ KINDS = (".safetensors", ".json", ".md")
 """What is fetched of a folder, and nothing else: none of it is run."""
 
 _OLD = 86_400  # seconds after which a killed process's half of a folder is removed
-
-
-def cache() -> Path:
-    """Return the folder of what was fetched: ``$XDG_CACHE_HOME/modgraft``, else in ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "modgraft"
 
 
 def filesystem(address: str) -> tuple[AbstractFileSystem, str]:
@@ -199,15 +193,6 @@ def _placed(part: Path, place: Path) -> Path:
 def tell(address: str, sizes: dict[str, int], does: str = "fetching") -> None:
     """Say on standard error what is about to be fetched or sent, and how large it is."""
     print(f"{does} {address}: {', '.join(sizes)}, {in_bytes(sum(sizes.values()))}", file=sys.stderr)
-
-
-def in_bytes(size: int) -> str:
-    """Write a number of bytes for people."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000  # type: ignore[assignment]
-    return f"{size:,.3g} GB"
 
 
 def bar(name: str) -> Any:

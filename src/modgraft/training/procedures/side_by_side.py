@@ -203,7 +203,7 @@ class _Pass:
         whole = together(list(tagged.values()), list(tagged), self.padding)
         self._check(tagged, whole)
         seed_everything(self.first.settings.seed, "step", step, 0, 0, own=self.first.own)
-        losses = self.first.forward.losses(self.first.host, whole)  # [N]
+        losses = self.first.forward.losses(whole)  # [N]
         if not losses.requires_grad:
             raise ModgraftError(
                 f"the loss depends on no parameter of {', '.join(going)}; do the modules act?"
@@ -262,14 +262,14 @@ class _Pass:
         with own_modes(host.modules()), taken_back(host):
             host.train(train)
             before = _drawn_from()
-            output, losses = forward.with_losses(host, whole)
+            output, losses = forward.with_losses(whole)
             if not all(map(torch.equal, before, _drawn_from())):
                 return False
             near = _rounding(host, losses, self.first.settings.precision)
             found = dict(zip(tagged, losses, strict=True))
             for name in self._differing(tagged):
                 loss = found[name]
-                own, alone = forward.with_losses(host, tagged[name])
+                own, alone = forward.with_losses(tagged[name])
                 parts = {"loss": (alone, loss), **_parts_of_loss(own, output)}
                 for what, (one, other) in parts.items():
                     if not torch.isclose(
