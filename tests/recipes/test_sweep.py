@@ -6,9 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -140,37 +137,32 @@ def test_it_goes_on_where_it_was_interrupted_and_takes_more_seeds(tmp_path: Path
     assert fresh.calls == [(1, 0)]
 
 
-SCRIPT = """
-import sys, time
-import modgraft as mg
-
-def run(x, seed, folder):
-    with open(sys.argv[1] + "/calls", "a") as calls:
-        calls.write(f"{x} {seed}\\n")
-    time.sleep(0.2)
-    return {"value": 10 * x + seed}
-
-if __name__ == "__main__":
-    found = mg.sweep(run, {"x": [1, 2, 3]}, seeds=[0, 1], folder=sys.argv[1] + "/run")
-    print([row["value"].values for row in found.rows])
-"""
-
-
-def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
-    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_killed_sweep_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls = tmp_path / "calls"
-    while not calls.exists() or calls.read_text().count("\n") < 4:
-        assert killed.poll() is None
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[(10.0, 11.0), (20.0, 21.0), (30.0, 31.0)]"
-    assert calls.read_text().count("\n") <= 7  # the one under way was begun again
-    assert "were done before" in done.stderr
-    assert "6/6  x=3, seed 1: value 31" in done.stderr
+
+    def run(x: int, seed: int) -> dict[str, float]:
+        with calls.open("a") as file:
+            file.write(f"{x} {seed}\n")
+        if os.getpid() != parent and (x, seed) == (2, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"value": 10 * x + seed}
+
+    def sweep() -> Any:
+        return mg.sweep(run, {"x": [1, 2, 3]}, seeds=[0, 1], folder=tmp_path / "run")
+
+    parent = os.getpid()
+    if (child := os.fork()) == 0:
+        sweep()
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    found = sweep()
+    assert [row["value"].values for row in found.rows] == [(10, 11), (20, 21), (30, 31)]
+    assert calls.read_text().split("\n")[3:5] == ["2 1", "2 1"]
+    assert len(calls.read_text().split("\n")) == 8
+    said = capsys.readouterr().err
+    assert "sweep: 3 of 6 runs were done before" in said
+    assert "sweep 6/6  x=3, seed 1: value 31" in said
     assert "interrupt(killed)" in (tmp_path / "run" / "note.md").read_text()
 
 
