@@ -95,9 +95,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> No
     assert found.best().settings == {"x": 1}  # the row that failed does not compete
     assert "1 of 2 failed" in str(found)
     assert "Failed: x=2, seed 1: ValueError: too large" in (tmp_path / "table.md").read_text()
-    again = Counted()
+    assert mg.sweep(again := Counted(), {"x": [1, 2]}, errors="keep", **given).failed
+    assert not again.calls  # it is a result
     assert not mg.sweep(again, {"x": [1, 2]}, **given).failed
-    assert again.calls == [(2, 1)]  # tried again, the others are not
+    assert again.calls == [(2, 1)]  # it is tried again, the others are not
 
 
 @pytest.mark.parametrize(
@@ -169,11 +170,11 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_folder_of_another_sweep_is_refused_with_what_differs(tmp_path: Path) -> None:
     given: dict[str, Any] = {"seeds": [0], "folder": tmp_path / "a", **QUIET}
     mg.sweep(square, {"x": [1]}, y=2.0, offset=1.0, **given)
-    with pytest.raises(CheckpointError, match=r"offset: 1.0 there, 2.0 here"):
+    with pytest.raises(CheckpointError, match=r"offset: 1.0, now 2.0"):
         mg.sweep(square, {"x": [1]}, y=2.0, offset=2.0, **given)
-    with pytest.raises(CheckpointError, match=r"settings: \['x'\] there, \['x', 'y'\] here"):
+    with pytest.raises(CheckpointError, match=r"settings: \['x'\], now \['x', 'y'\]"):
         mg.sweep(square, {"x": [1], "y": [2.0]}, offset=1.0, **given)
-    with pytest.raises(CheckpointError, match=r"run: '.*square' there, '.*Counted' here"):
+    with pytest.raises(CheckpointError, match=r"sweep: '.*square', now 'Counted'"):
         mg.sweep(Counted(), {"x": [1]}, **given)
     figures = next((tmp_path / "a").rglob("figures.json"))
     figures.write_text("{")
@@ -327,7 +328,7 @@ def test_modules_that_cannot_be_swept(given: dict[str, Any], words: str) -> None
 def test_a_folder_of_modules_is_refused_with_other_data_or_another_host(tmp_path: Path) -> None:
     call: dict[str, Any] = {"module": mg.LoRA, "at": "query", "steps": 1, "seeds": [0], **QUIET}
     mg.sweep(host(), {"rank": [1]}, loader=loader(), folder=tmp_path, **call)
-    with pytest.raises(CheckpointError, match=r"holds another sweep \(loader: "):
+    with pytest.raises(CheckpointError, match=r"holds another run, no such sweep \(loader: "):
         mg.sweep(host(), {"rank": [1]}, loader=loader(seed=5), folder=tmp_path, **call)
     other = host()
     with torch.no_grad():

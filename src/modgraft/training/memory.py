@@ -7,6 +7,7 @@ running sum is the same in every run. Scratch space inside a library's product i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it would say so on standard error each time
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     results: Any = record.profiler.kineto_results  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Successive halving: many candidates for a few steps, the best of them for more, few to the end."""
+"""Successive halving: many candidates take a few steps, the best of them more, few all."""
 
 from __future__ import annotations
 

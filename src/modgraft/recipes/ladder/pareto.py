@@ -26,11 +26,11 @@ def by_front(points: Sequence[Point]) -> list[int]:
     """Return the places of all points, those of the frontier first.
 
     The frontier of what is left follows, and so on (non-dominated sorting, Deb et al. 2002). Within
-    a front the better quality comes first, and then the earlier point.
+    a front the better quality comes first, then the lower cost, and then the earlier point.
     """
     left, order = list(range(len(points))), list[int]()
     while left:
         front = [left[i] for i in frontier([points[i] for i in left])]
-        order += sorted(front, key=lambda i: (-points[i][0], i))
+        order += sorted(front, key=lambda i: (-points[i][0], *points[i][1:], i))
         left = [i for i in left if i not in front]
     return order

@@ -17,11 +17,11 @@ from types import FunctionType
 from typing import Any, Literal
 
 from modgraft.core.config import Configured
-from modgraft.core.errors import CheckpointError, ModgraftError, listed
+from modgraft.core.errors import ModgraftError, listed
 from modgraft.core.files import folder_path, read_json, write_json, write_text
 from modgraft.host.host import Host
 from modgraft.log.record.runs import RunNote, plain, recorded, settings_row
-from modgraft.recipes.folder import CARD, run_folder
+from modgraft.recipes.folder import run_folder, write_card
 from modgraft.recipes.sweep.passes import in_passes, planned
 from modgraft.recipes.sweep.result import Cell, Row, Sweep, SweepError, failures, told, word
 from modgraft.training.checkpoint import fingerprint
@@ -78,8 +78,8 @@ def sweep(
             with a sweep that was interrupted, and more values or seeds may be added.
         fresh: whether to delete the sweep in the folder first.
         errors: what becomes of runs that fail, or measure what is no finite number, once all others
-            are done: ``"raise"`` an error that names them and holds the results, or ``"keep"`` them
-            in the results. The same call tries them again.
+            are done: ``"raise"`` an error that names them and holds the results; the same call
+            tries them again. Or ``"keep"`` them as results, in the folder too.
         progress: whether to say on standard error what is done.
         label: what stands before that, and in the research log.
         note: whether to describe the sweep in the folder's ``note.md``.
@@ -113,7 +113,9 @@ def sweep(
         _check_call(run, rows, same)
     with nullcontext() if home is None else run_folder(home, fresh=fresh):
         asked = {} if home is None else _about(run, rows, same)
-        done = {} if home is None else _opened(home, asked, cells)
+        if home is not None:
+            write_card(home, asked, "sweep")
+        done = {} if home is None else _found(home, cells, failed=errors == "keep")
         todo = {key: cell for key, cell in cells.items() if key not in done}
 
         def gathered() -> Sweep:
@@ -130,7 +132,7 @@ def sweep(
                 made = _one_by_one(run, todo, home, same)
             for key, cell in _followed(made, len(cells), len(done), label, progress):
                 done[key] = cell
-                if home is not None and not cell.error:
+                if home is not None and (errors == "keep" or not cell.error):
                     write_json(_place(home, key) / "figures.json", told(vars(cell)))
             found = gathered()
             if home is not None:
@@ -221,12 +223,12 @@ def _key(index: int, settings: Mapping[str, Any], seed: int, home: Path | None) 
 def _about(run: Run | Host, rows: Sequence[Mapping[str, Any]], same: Any) -> dict[str, Any]:
     """Return what has to be the same in a folder."""
     asked = {"sweep": _fixed(run), "settings": sorted({name for row in rows for name in row})}
-    fixed = {name: _fixed(value) for name, value in same.items()}
+    asked |= {name: _fixed(value) for name, value in same.items()}
     if isinstance(run, Host):
         asked["sweep"], seen = type(run.model).__name__, json.dumps(fingerprint(run))
-        fixed["host's weights"] = sha256(seen.encode()).hexdigest()[:16]
-        fixed["loader"] = digest(Stream(same.get("loader", ())).first())
-    return {**asked, "same": fixed}
+        asked["host's weights"] = sha256(seen.encode()).hexdigest()[:16]
+        asked["loader"] = digest(Stream(same["loader"]).first())
+    return asked
 
 
 def _fixed(value: Any) -> Any:
@@ -306,34 +308,23 @@ def _place(home: Path, key: str) -> Path:
     return home / "cells" / key
 
 
-def _opened(home: Path, asked: dict[str, Any], cells: Mapping[str, Cell]) -> dict[str, Cell]:
-    """Return the runs that a folder has already.
+def _found(home: Path, cells: Mapping[str, Cell], *, failed: bool) -> dict[str, Cell]:
+    """Return the runs that a folder has already, those that failed only if they are wanted.
 
     Raises:
-        CheckpointError: it holds another sweep.
-        DataError: a file of it is damaged.
+        DataError: a file of them is damaged.
     """
-    remedy = "take another folder=, or fresh=True, which deletes this one"
-    if (home / CARD).is_file():
-        before = read_json(home / CARD, what="a sweep", remedy=remedy)
-        then, now = (_flat(each) for each in (before, asked))
-        if differs := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
-            said = "; ".join(f"{key}: {then.get(key)!r} there, {now.get(key)!r} here"
-                             for key in differs)  # fmt: skip
-            raise CheckpointError(f"{home} holds another sweep ({said}); {remedy}")
-    write_json(home / CARD, asked)
     done = {}
     for key, cell in cells.items():
         path = _place(home, key) / "figures.json"
         if path.is_file():
             kept = read_json(path, what="a run's figures", remedy="delete it, and run again",
-                             keys=("figures", "seconds"))  # fmt: skip
-            done[key] = Cell(cell.settings, cell.seed, kept["figures"], kept["seconds"])
+                             keys=("figures", "seconds", "error"))  # fmt: skip
+            if failed or not kept["error"]:
+                done[key] = Cell(cell.settings, cell.seed, **{
+                    name: kept[name] for name in ("figures", "seconds", "error")
+                })  # fmt: skip
     return done
-
-
-def _flat(asked: Mapping[str, Any]) -> dict[str, Any]:
-    return {"run": asked.get("sweep"), "settings": asked.get("settings"), **asked.get("same", {})}
 
 
 def _write(home: Path, found: Sweep) -> None:
@@ -353,7 +344,7 @@ def _recorded(
 
     def about(said: RunNote) -> None:
         said.context["Sweep"] = plain(f"{asked['sweep']} over {', '.join(asked['settings'])}")
-        said.context["Settings"] = settings_row(asked["same"])
+        said.context["Settings"] = settings_row(asked, ("sweep", "settings"))
 
     def result(said: RunNote) -> None:
         sweep = found()
