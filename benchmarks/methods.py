@@ -10,7 +10,7 @@ once a seed, at the end. Seeds change the head's and the module's start and the 
 Time and memory are measured apart, one thread, nothing beside it: a training step (forward,
 backward, AdamW) in turn with one of full fine-tuning, on one batch of 16 × 64 tokens; memory is the
 peak of what torch allocates in the first two steps, so gradients and the optimiser's state count,
-the weights do not (see :mod:`benchmarks.memory`).
+the weights do not (see :mod:`modgraft.training.memory`).
 
     python -m benchmarks.methods [--seeds 0,1,2] [--jobs 2] [--only lora,dora]
     python -m benchmarks.methods --select [--only lora]       # choose the learning rates again
@@ -36,12 +36,15 @@ from rich.progress import track
 from rich.table import Table
 
 import modgraft as mg
-from benchmarks.memory import peak_bytes
-from benchmarks.minilm import Batches, classifier, folder, majority, split, tokenizer
+from benchmarks.minilm import classifier
 from benchmarks.show import Claim, add_output, show
 from benchmarks.timing import side_by_side
 from benchmarks.train_step import batch as step_batch
+from modgraft.data.labelled import Batches
+from modgraft.data.library_topics import majority, split
+from modgraft.models.minilm import folder, tokenizer
 from modgraft.recipes.workers import end_with_parent
+from modgraft.training.memory import peak_bytes
 
 STEPS, BATCH, WARMUP, ROUNDS = 100, 16, 0.1, 3
 QV, EVERY = ["query", "value"], ["output", "down"]

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modgraft as mg
-from benchmarks.memory import peak_bytes
 from benchmarks.minilm import NAMES, classifier
 from benchmarks.show import Claim, add_output, show
 from benchmarks.timing import in_turn, side_by_side
 from modgraft.engine.kernels.low_rank import LowRank
+from modgraft.training.memory import peak_bytes
 
 RANK, ROWS, LENGTH = 8, 16, 64
 LINEAR = ["query", "key", "value", "output", "up", "down"]

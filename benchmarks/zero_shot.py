@@ -24,8 +24,11 @@ from rich.table import Table
 
 import modgraft as mg
 from benchmarks.methods import BATCH, HEAD, WARMUP
-from benchmarks.minilm import Batches, Example, classifier, split, tokenizer
+from benchmarks.minilm import classifier
 from benchmarks.show import Claim, add_output, show
+from modgraft.data.labelled import Batches
+from modgraft.data.library_topics import Example, split
+from modgraft.models.minilm import tokenizer
 
 #: module → its rank and the labels of its classes; label 9 belongs to none
 GROUPS: dict[str, tuple[int, range]] = {

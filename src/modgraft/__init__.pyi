@@ -47,6 +47,9 @@ from .host.add_task import add_task as add_task
 from .host.host import Host as Host
 from .host.host import Implant as Implant
 from .host.own_module import own_module as own_module
+from .recipes.ladder.ladder import ladder as ladder
+from .recipes.ladder.rungs import Rung as Rung
+from .recipes.sweep.sweep import sweep as sweep
 from .routing.base import Router as Router
 from .routing.fixed import Fixed as Fixed
 from .routing.learned import NoisyTopK as NoisyTopK

@@ -34,12 +34,14 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 import modgraft as mg
 from command import SMALL, modgraft
 from modgraft.cli.app import app
 from modgraft.data.shards import character_tokenizer
+from modgraft.models.bag import train_wordpiece
 from modgraft.models.gpt import GPT, GPTConfig
 
 ALL = os.environ.get("EXAMPLES") == "all"
@@ -48,6 +50,12 @@ TINY = ["--quick", "0.02", "--seeds", "0", "--jobs", "1", *SMALL]
 LONG: dict[str, list[str]] = {
     "mmcot train": TINY,
     "mmcot train --rows all --seeds 0,1,2 --run runs/table": [*TINY, "--rows", "fused"],
+    "ladder docs/log.md docs/routing.md docs/hub.md": ["--steps", "3", "--rungs", "nothing,lora_1"],
+    "ladder reviews.csv --model my-encoder --parameters 100k": ["--steps", "6"],
+    "ladder docstrings --memory 500M": [
+        "--quick", "0.05", "--steps", "3", "--rungs", "nothing,lora_1",
+    ],
+    "ladder digitsqa --rungs nothing,lora_4,full": ["--quick", "0.01", "--steps", "3"],
     "recipe chargpt --set corpus=shakespeare.txt": [
         "--quick", "0.01", "--seeds", "0", "--jobs", "1", "--run", "runs/chars",
     ],
@@ -176,12 +184,23 @@ def _build(folder: Path) -> None:
     for name in ("modules.lock.json", "mix.lock.json"):
         mg.lock("0.5*qa + style", hub=hub).write(folder / name)
 
+    encoder = _model(0, BertForSequenceClassification, num_labels=2)
+    encoder.save_pretrained(folder / "my-encoder")
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=train_wordpiece(["good bad"], 30), pad_token="[PAD]", unk_token="[UNK]"
+    )
+    words.save_pretrained(folder / "my-encoder")
+    reviews = [f"{i} {word},{word}\n" for i in range(20) for word in ("good", "bad")]
+    (folder / "reviews.csv").write_text("text,label\n" + "".join(reviews), "utf-8")
+    (folder / "docs").mkdir()
+    for name in ("log", "routing", "hub"):
+        sentences = [f"The {name} has {i} words of its own.\n" for i in range(12)]
+        (folder / "docs" / f"{name}.md").write_text("".join(sentences), "utf-8")
     (folder / "log").mkdir()
     (folder / "log" / "gated_fusion.md").write_text(NOTE, "utf-8")
     (folder / "log" / "fusion.md").write_text(NOTE.replace("gated_", ""), "utf-8")
     (folder / "log" / "sources.bib").write_text(SOURCES, "utf-8")
     Image.new("L", (24, 8), 0).save(folder / "strip.png")
-    (folder / "docs").mkdir()
     page = "<!-- results:mmcot -->\n<!-- /results -->\n"
     (folder / "docs" / "mmcot.md").write_text(page, "utf-8")
 

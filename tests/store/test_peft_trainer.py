@@ -9,7 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from benchmarks import minilm
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 import modgraft as mg
+from modgraft.models import minilm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def _folder() -> Path:
     try:
         return minilm.folder()
-    except ModuleNotFoundError as error:
+    except mg.ModgraftError as error:
         pytest.skip(str(error))
 
 

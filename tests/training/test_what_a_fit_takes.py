@@ -42,7 +42,7 @@ def _host() -> mg.Host:
             r"fit\(loss=…\) is no setting; the loss is what the model",
         ),
         ({"stepz": 3}, r"fit\(stepz=…\) is no setting; did you mean steps=\?"),
-        ({"q": 3}, r"there are steps, epochs, lr, "),
+        ({"q": 3}, r"there are steps, epochs, until, lr, "),
     ],
 )
 def test_a_setting_that_is_none(settings: dict[str, Any], words: str) -> None:

@@ -15,6 +15,7 @@ from modgraft.cli.data import data
 from modgraft.cli.diff import diff
 from modgraft.cli.hub import hub
 from modgraft.cli.inspect import inspect
+from modgraft.cli.ladder import ladder
 from modgraft.cli.log import ask, log
 from modgraft.cli.log_check import check
 from modgraft.cli.log_serve import lsp, mcp, page
@@ -38,6 +39,7 @@ app.add_typer(data, name="data")
 app.command("merge")(in_options(merge))
 app.command("diff")(in_options(diff))
 app.command("recipe")(recipe)
+app.command("ladder")(in_options(ladder))
 app.add_typer(log, name="log")
 app.command("ask")(ask)
 log.command("check")(check)
@@ -76,21 +78,28 @@ def report(
     """
     from modgraft.core.files import read_json
     from modgraft.recipes import trials
+    from modgraft.recipes.ladder.result import read_ladder, write_ladder
     from modgraft.report import families, insert, read_results, table, write
 
     asked = read_json(run / "run.json", what="a run", remedy="modgraft mmcot train, or recipe")
-    is_trials = "recipe" in asked
+    is_ladder = asked.get("recipe") == "ladder"
+    is_trials = "recipe" in asked and not is_ladder
 
     def text() -> str:
         if is_trials:
             return trials.markdown(trials.read_results(run))
+        if is_ladder:
+            return read_ladder(run).markdown()
         return f"{table(run)}\n\nBy family:\n\n{families(read_results(run / 'results.json'))}"
 
     if readme is not None:  # first: where that fails, nothing is written
         insert(readme, name or asked.get("recipe", "mmcot"), text())
     if is_trials:
         trials.write_report(run)
-    page = run / "plot.png" if is_trials else write(run)  # also of a run that was interrupted
+    elif is_ladder:
+        write_ladder(run, read_ladder(run))
+    # also of a run of mmcot that was interrupted
+    page = run / "plot.png" if "recipe" in asked else write(run)
     typer.echo(text())
     typer.echo(f"\nReport: {page}")
 

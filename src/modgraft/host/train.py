@@ -93,6 +93,7 @@ class Trains(nn.Module):
         modules: Compositions | EllipsisType = ...,
         steps: int | None = Settings.steps,
         epochs: float | None = Settings.epochs,
+        until: int | None = Settings.until,
         lr: float = Settings.lr,
         schedule: str = Settings.schedule,
         warmup: int | float = Settings.warmup,
@@ -139,6 +140,8 @@ class Trains(nn.Module):
                 one under ``"modules"`` runs with that.
             steps: optimiser steps of the whole run; or
             epochs: passes over the loader.
+            until: a step after which this call ends, though the run has more; with ``folder`` a
+                later call goes on from there.
             lr: peak learning rate; ``schedule`` ("linear", "cosine", "constant") and ``warmup``
                 (steps, or a fraction of the run) shape it.
             weight_decay: on matrices only.

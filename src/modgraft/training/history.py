@@ -31,8 +31,9 @@ class History:
         seconds: wall time, added up over interruptions.
         resumed_from: the step this call continued from, None if it started at the beginning.
         parts: at each of `steps` the losses by name, for batches that have parts (`mg.Tasks`).
-        stopped: why it ended: "steps" (all were taken), "patience" (early stopping) or, of modules
-            that train side by side, "diverged"; None while it runs.
+        stopped: why it ended: "steps" (all were taken), "until" (those that this call was to take),
+            "patience" (early stopping) or, of modules that train side by side, "diverged"; None
+            while it runs.
         error: why it diverged.
         untouched: trainable tensors that no step gave a gradient; usually a module that the
             forward pass never reached.

@@ -46,13 +46,14 @@ def noted_together(
     """Record the training of several modules in one pass, in the folder above theirs."""
     first = next(iter(runs.values()))
     folder = None if first.store is None else first.store.folder.parent
+    seeds = listed([f"{seed}" for seed in sorted({run.settings.seed for run in runs.values()})])
 
     def about(said: RunNote) -> None:
         said.context["Host"] = _host(first.host)
         for name, run in runs.items():
             data = _data(loaders[name], run.settings.batches)
             said.context[f"Module {plain(name)}"] = f"{_trains(run)}; data {data}"
-        said.context["Seeds"] = f"{first.settings.seed}"
+        said.context["Seeds"] = seeds
         said.context["Settings"] = settings_row(first.settings.record(), (*ELSEWHERE, "batches"))
         said.context["Device"] = f"{first.device}"
 
@@ -66,7 +67,7 @@ def noted_together(
             if run.history.error:
                 said.learned[f"{plain(name)} diverged"] = plain(run.history.error)
         said.seconds = max(run.history.seconds for run in runs.values())
-        said.headline = f"{len(runs)} modules trained side by side, seed {first.settings.seed}"
+        said.headline = f"{len(runs)} modules trained side by side, seed {seeds}"
 
     return recorded(folder, label, about, result)
 
@@ -114,7 +115,11 @@ def _data(loader: Iterable[Any], batches: int | None) -> str:
 def _result(run: Run, said: RunNote) -> None:
     history = run.history
     steps = history.steps[-1] if history.steps else 0
-    why = {"steps": "all of them", "patience": "no better evaluation for long"}
+    why = {
+        "steps": "all of them",
+        "until": "as far as it was to go for now",
+        "patience": "no better evaluation for long",
+    }
     stopped = why.get(history.stopped or "", history.stopped or "not over")
     said.done["Trained"] = f"{steps} of at most {run.settings.steps} steps ({stopped})"
     if not history.losses:  # it diverged in its first step

@@ -180,6 +180,8 @@ class Run:
         self.evaluated, self.worse = state["evaluated"], state["worse"]
         self.changed |= found.tensors.keys() - self.parameters.keys()
         history.resumed_from, history.stopped = self.step, state["stopped"]
+        if history.stopped == "until" and self.step < self.last:
+            history.stopped = None
         history.best, history.untouched = state["best"], state["untouched"]
         history.error = state.get("error")
         history.seconds = self.seconds_before = state["seconds"]
@@ -292,7 +294,12 @@ class Run:
     @property
     def judge_now(self) -> bool:
         """Whether the last step is to be judged, which an interruption may have prevented."""
-        return self._evaluation_due() or self.step >= self.settings.steps
+        return self._evaluation_due() or self.step >= self.last
+
+    @property
+    def last(self) -> int:
+        """The step after which this call ends: that of the run, or ``until``."""
+        return min(self.settings.steps, self.settings.until or self.settings.steps)
 
     def judge(self, show: Show) -> bool:
         """Evaluate, decide whether to stop, and return whether to save.
@@ -305,6 +312,8 @@ class Run:
             self.history.stopped = "patience"
         elif self.step >= s.steps:
             self.history.stopped = "steps"
+        elif self.step >= self.last:
+            self.history.stopped = "until"
         if self.history.stopped is not None:
             state = self.optimizer.state
             self.history.untouched = [n for n, p in self.parameters.items() if p not in state]

@@ -25,7 +25,7 @@ _ANY_TYPE = (
 #: settings that do not change the loss curve: a run may be resumed with others
 _NOT_RECORDED = (
     "epochs", "evaluate", "folder", "ignore", "keep", "label", "note", "progress", "resume",
-    "save_every", "world",
+    "save_every", "until", "world",
 )  # fmt: skip
 
 
@@ -36,6 +36,8 @@ class Settings:
     Args:
         steps: optimiser steps of the whole run; or
         epochs: passes over the loader, ⌈batches / accumulate⌉ steps each.
+        until: a step after which this call ends, though the run has more: the same call with a
+            later one, or without, goes on to the same bit (with `folder`). None: the last step.
         lr: peak learning rate; `schedule` ("linear", "cosine", "constant") and `warmup` (steps,
             or a float fraction of the run) shape it: see `optim.learning_rate`.
         optimizer: "adamw", "lion", or "muon", which is Muon for matrices and AdamW for embeddings,
@@ -75,6 +77,7 @@ class Settings:
 
     steps: int | None = None
     epochs: float | None = None
+    until: int | None = None
     lr: float = 1e-3
     schedule: str = "linear"
     warmup: int | float = 0
@@ -186,6 +189,7 @@ class Decided(Settings):
     def __post_init__(self) -> None:
         checks = {
             "steps": (self.steps >= 1, "at least 1"),
+            "until": (self.until is None or self.until >= 1, "at least 1, or None"),
             "lr": (self.lr > 0, "positive"),
             "schedule": (self.schedule in SCHEDULES, f"one of {sorted(SCHEDULES)}"),
             "optimizer": (self.optimizer in OPTIMIZERS, f"one of {sorted(OPTIMIZERS)}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,6 +128,28 @@ def test_each_is_what_it_becomes_alone_in_float32() -> None:
     for name in KINDS["bert"]:
         own, _ = alone("bert", name, torch.float32, steps=5, lr=1e-3)
         close(tensors(host, name), tensors(own, name), 1e-5)
+
+
+def test_each_reads_its_data_in_the_order_of_its_seed() -> None:
+    host, seeds = made("bert"), {name: i for i, name in enumerate(KINDS["bert"])}
+    found = mg.fit_side_by_side(host, loaders("bert"), seed=seeds, steps=5, **QUIET)
+    for name, seed in seeds.items():
+        own, history = alone("bert", name, torch.float64, seed=seed, steps=5)
+        close(tensors(host, name), tensors(own, name), 1e-8)
+        assert found[name].losses == pytest.approx(history.losses, rel=1e-8)
+
+
+def test_a_pass_ends_where_it_is_to_and_goes_on(tmp_path: Path) -> None:
+    given = {"steps": 6, "schedule": "cosine", "save_every": 4, **QUIET}
+    whole, parts = made("bert"), made("bert")
+    mg.fit_side_by_side(whole, loaders("bert"), **given)
+    for until in (2, 4, 6):
+        found = mg.fit_side_by_side(
+            parts, loaders("bert"), until=until, folder=tmp_path, note=False, **given
+        )
+        assert {h.steps[-1] for h in found.values()} == {until}
+    for name in KINDS["bert"]:
+        close(tensors(parts, name), tensors(whole, name), 0.0)
 
 
 def test_epochs_evaluations_and_early_stopping_of_each() -> None:
@@ -306,7 +329,7 @@ def bad_inputs() -> dict[str, tuple[Any, dict[str, Any], str]]:
         "nothing": ({"loaders": {}}, {}, "give a loader"),
         "unknown": ({"loaders": {"frr": good}}, {}, "did you mean 'fr'"),
         "setting": (both(good), {"rate": 1}, "rate= is no setting.*lr"),
-        "of the pass": (both(good), {"seed": {"fr": 1, "de": 2}}, "seed= is one for the pass"),
+        "of the pass": (both(good), {"until": {"fr": 1, "de": 2}}, "until= is one for the pass"),
         "one missing": (both(good), {"lr": {"fr": 1e-3}}, r"lr=.* has fr;.*fr, de"),
         "accumulate": (both(good), {"accumulate": 2}, "accumulate=2.*one batch"),
         "keep": (both(good), {"keep": 1}, "keep=1.*at least 2"),

@@ -235,30 +235,37 @@ def train(
     settings: Settings, seed: int, folder: str,
 ) -> float:  # fmt: skip
     """Train one model on gold rationales; return the seconds it took."""
-    form = find_form(getattr(settings, net.form))
-
-    def loader(split: str, shuffle: bool) -> DataLoader:
-        part = _visible(questions.split(split), net)
-        gold = gold_rationales(part, settings) if form.reads_rationale else None
-        collate = Collate(tokenizer, form, settings.max_input, width=questions.width)
-        dataset = QADataset(part, gold)
-        if not shuffle:
-            return DataLoader(dataset, settings.batch, collate_fn=collate)
-        read = dict.fromkeys(part.ids) if gold is None else gold
-        lengths = [len(form.input(record, read[record.id])) for record in part]
-        return DataLoader(
-            dataset, batch_sampler=SortedBatches(lengths, settings.batch), collate_fn=collate
-        )
-
     steps = steps_of(net, settings)
-    held_out = loader("val", False) if (questions.splits or {}).get("val") else None
+    held_out = None
+    if (questions.splits or {}).get("val"):
+        held_out = batches(net, questions, tokenizer, settings, "val")
     history = host.fit(
-        loader("train", True), evaluate=held_out, steps=steps, lr=settings.lr,
+        batches(net, questions, tokenizer, settings), evaluate=held_out, steps=steps,
+        lr=settings.lr,
         warmup=settings.warmup, weight_decay=settings.weight_decay, betas=(0.9, settings.beta2),
         evaluate_every=max(1, steps // 6), seed=seed, folder=folder, progress=False,
         label=net.title,
     )  # fmt: skip
     return history.seconds
+
+
+def batches(
+    net: Net, questions: Questions, tokenizer: PreTrainedTokenizerBase, settings: Settings,
+    split: str = "train",
+) -> DataLoader:  # fmt: skip
+    """Return a model's batches of a split, with gold rationales; those of ``train`` are shuffled,
+    and in a batch of about one length."""
+    form = find_form(getattr(settings, net.form))
+    part = _visible(questions.split(split), net)
+    gold = gold_rationales(part, settings) if form.reads_rationale else None
+    collate = Collate(tokenizer, form, settings.max_input, width=questions.width)
+    dataset = QADataset(part, gold)
+    if split != "train":
+        return DataLoader(dataset, settings.batch, collate_fn=collate)
+    read = dict.fromkeys(part.ids) if gold is None else gold
+    lengths = [len(form.input(record, read[record.id])) for record in part]
+    order = SortedBatches(lengths, settings.batch)
+    return DataLoader(dataset, batch_sampler=order, collate_fn=collate)
 
 
 def steps_of(net: Net, settings: Settings) -> int:

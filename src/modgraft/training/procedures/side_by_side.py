@@ -33,7 +33,7 @@ from modgraft.training.run import Run
 from modgraft.training.settings import Settings
 from modgraft.training.stream import Batch
 
-SHARED = ("seed", "precision", "ignore", "resume", "progress", "label", "fused", "folder", "note")
+SHARED = ("until", "precision", "ignore", "resume", "progress", "label", "fused", "folder", "note")
 
 
 def fit_side_by_side(
@@ -56,9 +56,11 @@ def fit_side_by_side(
             with the composition that it carries under ``"modules"``, which names it and none of the
             others. Texts of unequal length are padded on the right; other shapes have to agree.
         **settings: of :func:`modgraft.training.fit.fit`, but ``accumulate``. Each may be a dict by
-            module, ``lr={"fr": 1e-3, "de": 5e-4}``, but those of the pass: ``seed``, ``precision``,
-            ``folder``, ``resume``. In ``folder`` each module has a folder of its name; the same
-            call goes on where all of them were, bit for bit on a CPU.
+            module, ``lr={"fr": 1e-3, "de": 5e-4}``, but those of the pass: ``precision``,
+            ``until``, ``folder``, ``resume``. A module's ``seed`` decides the order of its data;
+            what ``forward`` draws (dropout) is decided by the first one's. In ``folder`` each
+            module has a folder of its name; the same call goes on where all of them were, bit for
+            bit on a CPU.
 
     Returns:
         The record of each module.
@@ -381,5 +383,5 @@ def _resumes_from(run: Run) -> float:
     paths = [] if run.store is None else run.store.paths()
     if not paths or run.store is None:
         return 0
-    ended = run.store.load(paths[-1]).state["stopped"] is not None
+    ended = run.store.load(paths[-1]).state["stopped"] not in (None, "until")
     return math.inf if ended else disk.step_of(paths[-1])
