@@ -359,7 +359,8 @@ def test_calls_that_tokens_do_not_fit(case: HostCase) -> None:
     host, text = soft(case.model()), ids()
     with pytest.raises(mg.ModgraftError, match="neither"):
         host()
-    with pytest.raises(mg.ModgraftError, match=r"attention_mask is \[3, 7\]"):
+    said = r"attention_mask is \[3, 7\], .* this is \[3, 1, 7, 7\]; .* implant a Prefix"
+    with pytest.raises(mg.ModgraftError, match=said):
         host(input_ids=text, attention_mask=torch.ones(3, 1, 7, 7))
     with pytest.raises(mg.ModgraftError, match="leave the cache out"):
         host(input_ids=text, past_key_values=object())

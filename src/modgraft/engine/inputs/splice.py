@@ -138,8 +138,8 @@ def splice(
     if given is None and MASK in reading.arguments:
         given = _mask_in_other_words(kwargs, text)
     _check_ids(text)
-    _check_mask(given, text)
     check_whole(model, kwargs, generating and what == IDS)
+    _check_mask(given, text)
     decodes = _decodes(model, reading, kwargs, generating)
     groups = source(batch)
     _check_widths(groups, batch, reading.width if what == IDS else text.shape[-1])
@@ -366,7 +366,12 @@ def _check_mask(given: Any, text: Tensor) -> None:
         ModgraftError: with the shape.
     """
     if given is not None and (not isinstance(given, Tensor) or given.shape != text.shape[:2]):
-        raise ModgraftError(f"with an input module, attention_mask is {list(text.shape[:2])}")
+        found = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ModgraftError(
+            f"with an input module, attention_mask is {list(text.shape[:2])}, whether each token "
+            f"of the text is seen, and this is {found}; give that, or implant a Prefix, which "
+            f"takes no place in a text"
+        )
 
 
 def _mask_in_other_words(kwargs: dict[str, Any], text: Tensor) -> Tensor | None:
