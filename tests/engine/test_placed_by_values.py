@@ -216,6 +216,37 @@ def test_pictures_of_several_texts_are_right_or_refused(name, first):
     assert right or name == "idefics3" or first != (1, 1)
 
 
+@pytest.mark.parametrize("first", [(1, 1), (2, 0), (0, 2)])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_prompt_of_pictures_is_continued_right_or_refused(first, named):
+    torch.manual_seed(0)
+    model = llava().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4 if p.ndim > 1 else 1)
+    host = hosted(model, PICTURES["llava"][2])
+    plain = {n: host.merge(n) for n in NAMES}
+    how = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+           "output_logits": True, "return_dict_in_generate": True}  # fmt: skip
+
+    def continued(host, counts, **more):
+        batch = llava_batch(counts)
+        ids = (batch["input_ids"],) if not named else ()
+        given = batch if named else {"pixel_values": batch["pixel_values"]}
+        return torch.stack(host.generate(*ids, **given, **how, **more).logits)  # [steps, B, V]
+
+    for counts in (first, (1, 1), (2, 0), (0, 2)):
+        if counts != (1, 1):
+            with pytest.raises(mg.ModgraftError, match="once for each composition"):
+                continued(host, counts, modules=list(NAMES))
+            continue
+        got = continued(host, counts, modules=list(NAMES))
+        for i, n in enumerate(NAMES):
+            torch.testing.assert_close(
+                got[:, i], continued(plain[n], counts)[:, i], rtol=1e-4, atol=1e-4
+            )
+
+
 # -- what is no such host is asked once ------------------------------------------------------------
 
 TEXT = {"vocab_size": 60, "pad_token_id": 0}

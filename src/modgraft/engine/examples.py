@@ -11,6 +11,7 @@ its input, the host's own output says which one holds the examples.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from enum import Enum
 from typing import Any
@@ -112,6 +113,26 @@ def ask(
     says = STATE in model.__dict__ or own.get("") == 1  # what the whole host has second, it says
     found = {path: axis for path, axis in own.items() if path or says}
     return found, not by_values and (batch is None or batch.count == 1 or batch.differ)
+
+
+_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+
+
+def prompt_of(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what of the arguments of ``generate`` is of the forward that reads the prompt.
+
+    None for a prompt of text alone, whose examples lie first, and for an encoder's text, with which
+    no decoder can run yet.
+    """
+    config = getattr(model, "config", None)
+    takes = inspect.signature(model.forward).parameters
+    text = args[0] if args else kwargs.get("inputs")
+    named = kwargs if text is None else {**kwargs, "input_ids": text}
+    given = {k: v for k, v in named.items() if k in takes and v is not None and _is_data(v)}
+    beside = [k for k, v in given.items() if tensors_in(v) and k not in _TEXT]
+    if not beside or getattr(config, "is_encoder_decoder", False):
+        return None
+    return given
 
 
 def _told(

@@ -38,7 +38,7 @@ from modgraft.core.side import EXAMPLE, Side
 from modgraft.core.sites import At, Site, find, located
 from modgraft.core.tables import Page
 from modgraft.core.tensors import device_of
-from modgraft.engine.examples import ask, check_assumed, signature
+from modgraft.engine.examples import ask, check_assumed, prompt_of, signature
 from modgraft.engine.fast_paths import check_weights_stay, leave_fast_paths
 from modgraft.engine.gradient_checkpointing import hook_checkpoints
 from modgraft.engine.graft import (
@@ -510,6 +510,8 @@ class Host(Trains, AsModel):
             by_example = not self._context.by_example.isdisjoint(composition.names())
             if (composition.of_batch or by_example) and not call.generating:
                 call = replace(call, layout=self._layout(composition, call.side, args, kwargs))
+            elif composition.of_batch or by_example:
+                call = self._of_prompt(composition, call, args, kwargs)
             if composition.of_batch:
                 check_batch(composition, args, kwargs, call.layout or {})
         if self._context.token_modules and not (
@@ -560,6 +562,17 @@ class Host(Trains, AsModel):
             unseen = {path: last[path] for path in found if found[path] == UNSEEN and path in last}
             self._context.remember(kind, {**found, **unseen})
         return layouts[kind]
+
+    def _of_prompt(
+        self, composition: ex.Expression, call: Call, args: tuple, kwargs: dict[str, Any]
+    ) -> Call:
+        """Say where the examples of a prompt with more than text do not lie first."""
+        prompt = prompt_of(self.model, args, kwargs)
+        if prompt is None:
+            return call
+        found = self._layout(composition, call.side, (), prompt)
+        odd = {path: axis for path, axis in found.items() if axis not in (0, UNSEEN)}
+        return replace(call, layout=odd) if odd else call
 
     def _call(
         self,
