@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
 from modgraft.report.figures import Scheme
-
-if TYPE_CHECKING:
-    from modgraft.recipes.ladder.result import Ladder, Line
 
 PANELS = (
     ("parameters", "trained parameters", 1.0),
@@ -22,8 +19,8 @@ PANELS = (
 """A panel's cost, what stands under it, and the unit."""
 
 
-def paint_ladder(canvas: Canvas, scheme: Scheme, ladder: Ladder) -> None:
-    """Draw a panel for each cost."""
+def paint_ladder(canvas: Canvas, scheme: Scheme, ladder: Any) -> None:
+    """Draw a panel for each cost of a :class:`~modgraft.recipes.ladder.result.Ladder`."""
     for axes, (cost, words, unit) in zip(canvas.subplots(2, 2).flat, PANELS, strict=True):
         if cost == "steps":
             _paint_curves(axes, scheme, ladder)
@@ -44,7 +41,7 @@ def paint_ladder(canvas: Canvas, scheme: Scheme, ladder: Ladder) -> None:
     canvas.legend(handles=handles, loc="outside upper left", ncols=4)
 
 
-def _paint_points(axes: Axes, scheme: Scheme, ladder: Ladder, cost: str, unit: float) -> None:
+def _paint_points(axes: Axes, scheme: Scheme, ladder: Any, cost: str, unit: float) -> None:
     front = set(ladder.frontier(cost))
     trained = [line for line in ladder.lines if line.best is not None]
     edge = sorted(_at(line, cost, unit) for line in trained if line.name in front)
@@ -68,7 +65,7 @@ def _paint_points(axes: Axes, scheme: Scheme, ladder: Ladder, cost: str, unit: f
         axes.set_xscale("symlog" if least <= 0 else "log")
 
 
-def _paint_curves(axes: Axes, scheme: Scheme, ladder: Ladder) -> None:
+def _paint_curves(axes: Axes, scheme: Scheme, ladder: Any) -> None:
     """Draw the quality of each rung's best learning rate after each round."""
     for line in ladder.lines:
         curve = [(score.steps, score.quality) for score in line.curve]
@@ -84,6 +81,6 @@ def _paint_curves(axes: Axes, scheme: Scheme, ladder: Ladder) -> None:
         )  # fmt: skip
 
 
-def _at(line: Line, cost: str, unit: float) -> tuple[float, float]:
+def _at(line: Any, cost: str, unit: float) -> tuple[float, float]:
     assert line.best is not None  # noqa: S101
     return line.cost(cost) / unit, line.best.quality
