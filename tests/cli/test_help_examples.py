@@ -74,12 +74,18 @@ REFUSED: dict[str, str] = {
     "hub show hf:me/qa-lora": "hf:me/qa-lora",
     'hub lock "fr >> qa" mix.lock.json --module fr=hf:me/fr-lora': "hf:me/fr-lora",
     "hub list qa --hub s3://team/modules": "s3://team/modules",
+    "data fetch glassllm": "glassllm 0.1.0 could not be fetched by pip",
+    "data fetch flags": "flag-icons",  # npm may be missing
+    "data path glassllm": "modgraft data fetch glassllm",
 }
 """Examples that need a network, a bucket or somebody's data set, and what the refusal says."""
 
 UNSURE = {'ask "what did the last mmcot run': {2}, "mmcot ask": {0, 2, 3}}
 """Examples that here may have no answer, which their exit codes say: no run has left a note for the
 log, and a run as small as can be has learned nothing."""
+
+OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "npm_config_offline": "true"}
+"""What keeps the clients of package registries from the network."""
 
 SERVED = ("log page",)
 
@@ -219,6 +225,8 @@ def fresh(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(template, folder)
     monkeypatch.setenv("MODGRAFT_HUB", str(folder / "hub"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(folder)
     return folder
 
@@ -236,7 +244,7 @@ def started(example: str, *more: str) -> None:
 
 def test_every_command_has_an_example() -> None:
     named = [name for name, text in commands(typer.main.get_command(app)) if "Example" not in text]
-    groups = {"", "hub", "log", "mmcot"}
+    groups = {"", "data", "hub", "log", "mmcot"}
     assert set(named) <= groups, f"without an example: {set(named) - groups}"
     assert len(EXAMPLES) > 50
     assert not [start for start in REFUSED if not any(e.startswith(start) for e in EXAMPLES)]

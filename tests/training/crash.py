@@ -98,8 +98,8 @@ def train_gpt(folder: str, optimizer: str) -> list[int | None]:
     )  # fmt: skip
     host = mg.Host(GPT(config))
     given = {
-        "steps": 60, "lr": 3e-3, "optimizer": optimizer, "evaluate": rest.loader(16),
-        "evaluate_every": 11, "save_every": 5, "restore_best": True, "progress": False,
+        "steps": STEPS, "lr": 3e-3, "optimizer": optimizer, "evaluate": rest.loader(16),
+        "evaluate_every": 7, "save_every": 3, "restore_best": True, "progress": False,
     }  # fmt: skip
     learned = host.fit(first.loader(8), train="host", folder=folder + "/host", **given)
     host.implant("other", mg.LoRA(rank=4), at=["query", "value", "up", "down"])

@@ -380,7 +380,7 @@ def crashed(folder: Path, way: str) -> dict:
     """Train in ways that are killed; see `crash`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     command = [sys.executable, str(Path(__file__).with_name("crash.py")), str(folder), way]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)  # the moments differ in every run
     return json.loads(done.stdout)

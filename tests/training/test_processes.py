@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file
 
 from modgraft.core.errors import ModgraftError
+from modgraft.training import processes
 from modgraft.training.fit import fit
 from modgraft.training.processes import check_world
 from modgraft.training.stream import label_tokens
@@ -177,3 +180,11 @@ def test_accelerate_launch_that_started_one_process_is_caught(tmp_path):
     )  # fmt: skip
     assert done.returncode != 0
     assert "asked for several processes and started one" in done.stderr
+
+
+def test_a_launcher_that_asks_for_another_way_is_told(monkeypatch):
+    """As ``accelerate launch --use_fsdp`` does."""
+    other = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: other)
+    with pytest.raises(ModgraftError, match=r"set to FSDP, and fit trains by DDP.*fully_shard"):
+        processes.accelerator_for()

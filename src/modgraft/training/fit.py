@@ -42,8 +42,8 @@ def fit(host: nn.Module, loader: Iterable[Batch], **settings: Any) -> History:
     Raises:
         ModgraftError: nothing trains; a setting means nothing; a loss or gradient is not finite
             (nothing is written); the folder's checkpoint is damaged, or of another model,
-            composition, data or settings; processes are missing; another thread trains the same
-            host. Each names what, where and the remedy.
+            composition, data or settings; processes are missing, or differ in these; another
+            thread trains the same host. Each names what, where and the remedy.
         KeyboardInterrupt: for Ctrl-C or SIGTERM, after saving a checkpoint; its message says how to
             go on.
     """

@@ -36,7 +36,8 @@ def accelerator_for() -> Accelerator:
     process keeps the memory that a step frees for the next, see `malloc`.
 
     Raises:
-        ModgraftError: an `Accelerator` with mixed precision already exists in this process.
+        ModgraftError: an `Accelerator` with mixed precision already exists in this process, or
+            accelerate was set to train in another way than DDP.
     """
     try:
         accelerator = Accelerator(mixed_precision="no")
@@ -45,6 +46,12 @@ def accelerator_for() -> Accelerator:
             "an accelerate.Accelerator with mixed precision was already made in this process; "
             f'leave it out and give fit(..., precision="bf16"). accelerate says: {error}'
         ) from error
+    kind = str(accelerator.distributed_type.value)
+    if not kind.startswith(("NO", "MULTI_")):
+        raise ModgraftError(
+            f"accelerate is set to {kind}, and fit trains by DDP: start it without; a host that is "
+            f"too large for one device is sharded by fully_shard, see docs/training.md"
+        )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
