@@ -29,9 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=train_wordpiece(["good bad"], 30), pad_token="[PAD]", unk_token="[UNK]"
     )
     words.save_pretrained(folder / "encoder")
-    rows = [
-        f"{'good ' * (i % 3)}{i} {word},{word}\n" for i in range(30) for word in ("good", "bad")
-    ]
+    rows = [f"{i} {word},{word}\n" for i in range(30) for word in ("good", "bad")]
     (folder / "reviews.csv").write_text("text,label\n" + "".join(rows), "utf-8")
     return folder
 
@@ -63,7 +61,9 @@ def test_it_says_which_to_take_and_keeps_it(made: Path, monkeypatch: pytest.Monk
 def test_a_budget_that_is_too_small(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made)
     result = modgraft("ladder", *GIVEN, "--parameters", "20", "--run", "runs/small")
-    said = refused(result, "a budget of --parameters 20 is too small for any rung: Nothing")
+    said = result.err.splitlines()[-1]
+    assert result.code == 1
+    assert said.startswith("error: a budget of --parameters 20 is too small for any rung: Nothing")
     assert re.search(r"Give --parameters \d+ or more", said)
 
 

@@ -89,6 +89,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> No
     with pytest.raises(SweepError, match=r"1 of 4 runs failed: x=2, seed 1 \(ValueError: too") as e:
         mg.sweep(run, {"x": [1, 2]}, seeds=[0, 1], **QUIET)
     assert len(run.calls) == 4
+    assert isinstance(e.value.__cause__, ValueError)
     assert [row.failed for row in e.value.sweep.rows] == [False, True]
     given: dict[str, Any] = {"seeds": [0, 1], "folder": tmp_path, **QUIET}
     found = mg.sweep(run, {"x": [1, 2]}, errors="keep", **given)

@@ -88,8 +88,11 @@ def ladder(
 
       modgraft ladder digitsqa --rungs nothing,lora_4,full
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from modgraft.recipes.ladder.ladder import ladder as climb
 
+    disable_progress_bar()  # loading the weights is quick
     console = Console()
     named = what[0] if len(what) == 1 and what[0] in STEPS else None
     folder = run or Path("runs") / (f"ladder-{named}" if named else "ladder")

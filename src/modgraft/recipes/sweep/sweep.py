@@ -108,6 +108,7 @@ def sweep(
     }
     if len(cells) < len(rows) * len(seeds):
         raise ModgraftError(f"sweep: two of the {len(rows)} choices of settings are the same")
+    raised: list[Exception] = []
     modules = planned(cells, same) if isinstance(run, Host) else {}
     if not isinstance(run, Host):
         _check_call(run, rows, same)
@@ -129,7 +130,7 @@ def sweep(
                 left = [modules[key] for key in todo]
                 made = in_passes(run, left, home, label, progress, **once)
             else:
-                made = _one_by_one(run, todo, home, same)
+                made = _one_by_one(run, todo, home, same, raised)
             for key, cell in _followed(made, len(cells), len(done), label, progress):
                 done[key] = cell
                 if home is not None and (errors == "keep" or not cell.error):
@@ -144,7 +145,7 @@ def sweep(
             + ("" if home is None else f" and in {home}; the same call tries these again")
             + "; errors='keep' returns it",
             found,
-        )
+        ) from next(iter(raised), None)
     return found
 
 
@@ -242,15 +243,18 @@ def _fixed(value: Any) -> Any:
 
 
 def _one_by_one(
-    run: Run, todo: Mapping[str, Cell], home: Path | None, same: Mapping[str, Any]
-) -> Iterator[tuple[str, Cell]]:
+    run: Run, todo: Mapping[str, Cell], home: Path | None, same: Mapping[str, Any],
+    raised: list[Exception],
+) -> Iterator[tuple[str, Cell]]:  # fmt: skip
+    """Call a function for each run; what it raises is the run's error, and added to ``raised``."""
     for key, cell in todo.items():
         own = None if home is None else _place(home, key) / "run"
         began, figures, error = time.monotonic(), {}, ""
         try:
             figures = _figures(run(**_call(run, cell.settings, cell.seed, own, same)))
-        except Exception as raised:  # noqa: BLE001  (it is the result of this run, and told)
-            error = f"{type(raised).__name__}: {raised}"
+        except Exception as failure:  # noqa: BLE001  (it is the result of this run, and told)
+            raised.append(failure)
+            error = f"{type(failure).__name__}: {failure}"
         yield key, Cell(cell.settings, cell.seed, figures, time.monotonic() - began, error)
 
 
