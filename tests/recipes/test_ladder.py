@@ -260,9 +260,7 @@ def test_a_folder_of_another_ladder_is_refused(home: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"no such ladder \(data: "):
         mg.ladder(host(), loader(5), folder=copied, **GIVEN)
     (copied / "results.json").write_text('{"lines": 3}')
-    with pytest.raises(
-        DataError, match=r"results.json: lacks 'choice'.*delete it if it is damaged"
-    ):
+    with pytest.raises(DataError, match="lacks 'choice'"):
         climb(folder=copied)
     assert climb(folder=copied, rungs=(NOTHING,), steps=2, fresh=True).choice == "nothing"
 
