@@ -15,9 +15,10 @@ from ladder_hosts import ALL, FULL, GIVEN, NOTHING, climb, host, loader, lora, r
 from torch import Tensor
 
 import modgraft as mg
-from modgraft.core.errors import CheckpointError, UnknownNameError
+from modgraft.core.errors import CheckpointError, DataError, UnknownNameError
 from modgraft.recipes.ladder.climb import measured
-from modgraft.recipes.ladder.result import Costs, Ladder, Line, Score, choose, read_ladder
+from modgraft.recipes.ladder.lines import Costs, Line, Score, choose
+from modgraft.recipes.ladder.result import Ladder, read_ladder
 from modgraft.recipes.ladder.rungs import RUNGS, rungs_of
 
 
@@ -258,6 +259,9 @@ def test_a_folder_of_another_ladder_is_refused(home: Path, tmp_path: Path) -> No
         climb(folder=copied, seed=1)
     with pytest.raises(CheckpointError, match=r"no such ladder \(data: "):
         mg.ladder(host(), loader(5), folder=copied, **GIVEN)
+    (copied / "results.json").write_text('{"lines": 3}')
+    with pytest.raises(DataError, match="lacks 'choice'"):
+        climb(folder=copied)
     assert climb(folder=copied, rungs=(NOTHING,), steps=2, fresh=True).choice == "nothing"
 
 

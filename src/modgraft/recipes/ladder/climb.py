@@ -17,8 +17,9 @@ from modgraft.core.errors import ModgraftError, listed
 from modgraft.core.tensors import device_of
 from modgraft.host.host import Host
 from modgraft.recipes.ladder.halving import Round, schedule, total
+from modgraft.recipes.ladder.lines import COSTS, Costs, Line, Score, choose, finalists
 from modgraft.recipes.ladder.pareto import by_front
-from modgraft.recipes.ladder.result import COSTS, Costs, Ladder, Line, Score, choose, finalists
+from modgraft.recipes.ladder.result import Ladder
 from modgraft.recipes.ladder.rungs import Rung
 from modgraft.recipes.sweep.result import Row
 from modgraft.recipes.sweep.sweep import sweep

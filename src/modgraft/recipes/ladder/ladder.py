@@ -16,8 +16,9 @@ from modgraft.host.host import Host
 from modgraft.recipes.folder import empty, run_folder, write_card
 from modgraft.recipes.ladder.climb import BudgetError, Climb, Evaluate
 from modgraft.recipes.ladder.halving import schedule
+from modgraft.recipes.ladder.lines import COSTS
 from modgraft.recipes.ladder.note import recorded_ladder
-from modgraft.recipes.ladder.result import COSTS, Ladder, read_ladder, write_ladder
+from modgraft.recipes.ladder.result import Ladder, read_ladder, write_ladder
 from modgraft.recipes.ladder.rungs import Rung, rungs_of
 from modgraft.recipes.sweep.result import told
 from modgraft.training.checkpoint import fingerprint

@@ -7,88 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from modgraft.core.errors import ModgraftError, UnknownNameError
+from matplotlib.figure import Figure as Canvas
+
+from modgraft.core.errors import DataError, UnknownNameError
 from modgraft.core.files import read_json, write_text
 from modgraft.core.tables import Page, Table, table
-from modgraft.recipes.ladder.pareto import frontier
+from modgraft.recipes.ladder.lines import COSTS, Costs, Line, Score, finalists, frontier_of, top
 from modgraft.recipes.ladder.picture import paint_ladder
-from modgraft.report.figures import Picture, draw
+from modgraft.report.figures import Picture, Scheme, draw
 from modgraft.report.table import count, seconds
 
 COLUMNS = ("rung", "parameters", "stored", "memory", "rate", "steps", "quality", "seconds", "")
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a rung takes, whatever comes of it.
-
-    Attributes:
-        parameters: numbers that are trained, in the end.
-        bytes: what is stored of them.
-        memory: bytes in training: the weights, and the peak of what torch allocates in two steps.
-    """
-
-    parameters: int
-    bytes: int
-    memory: int
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a candidate had reached after a round.
-
-    Attributes:
-        rate: its learning rate.
-        steps: those that it had taken.
-        quality: the mean of its validation scores.
-        error: the standard error of that mean; None where it is not known.
-        seconds: of training until there.
-    """
-
-    rate: float
-    steps: int
-    quality: float
-    error: float | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """One rung of a ladder.
-
-    Attributes:
-        name: the rung's name.
-        title: what people read.
-        costs: None where the rung is not defined for the host.
-        left_out: why it was not trained, "" if it was.
-        scores: those of each of its learning rates after each round that it was in.
-        failed: the errors of the learning rates that failed.
-    """
-
-    name: str
-    title: str
-    costs: Costs | None
-    left_out: str = ""
-    scores: tuple[Score, ...] = ()
-    failed: tuple[str, ...] = ()
-
-    @property
-    def best(self) -> Score | None:
-        """The best score among those with the most steps."""
-        return max(self.scores, key=lambda s: (s.steps, s.quality), default=None)
-
-    @property
-    def curve(self) -> list[Score]:
-        """The scores of the best learning rate, by steps."""
-        best = self.best
-        return [] if best is None else [s for s in self.scores if s.rate == best.rate]
-
-    def cost(self, name: str) -> float:
-        """Return a cost by its name: parameters, bytes, memory, steps or seconds."""
-        best = self.best
-        if self.costs is None or best is None:
-            raise ModgraftError(f"{self.title} was not trained: {self.left_out or self.failed}")
-        return getattr(best if name in ("steps", "seconds") else self.costs, name)
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,14 +66,16 @@ class Ladder:
         Args:
             cost: ``"parameters"``, ``"bytes"``, ``"memory"`` or ``"seconds"``.
         """
-        several = self.finalists
-        points = [(line.best.quality, line.cost(cost)) for line in several if line.best]
-        return [several[i].name for i in frontier(points)]
+        return frontier_of(self.finalists, cost)
 
     def figure(self) -> Picture:
         """Draw quality against each cost, with the Pareto frontier and the choice."""
         alt = f"Quality against parameters, memory, steps and seconds. {self.advice()}"
-        return draw((9.0, 7.0), alt, lambda canvas, scheme: paint_ladder(canvas, scheme, self))
+
+        def paint(canvas: Canvas, scheme: Scheme) -> None:
+            paint_ladder(canvas, scheme, self.lines, self.finalists, self.choice)
+
+        return draw((9.0, 7.0), alt, paint)
 
     # -- what is shown --------------------------------------------------------------------------
 
@@ -229,35 +160,6 @@ class Ladder:
         return Page(*parts, "\n".join(self.remarks()))
 
 
-COSTS = tuple(Costs.__dataclass_fields__)
-"""The costs that do not depend on how fast a machine is."""
-
-
-def finalists(lines: Sequence[Line], steps: int) -> list[Line]:
-    """Return the lines with all of the steps."""
-    return [line for line in lines if line.best is not None and line.best.steps >= steps]
-
-
-def top(lines: Sequence[Line]) -> Line:
-    """Return the line of the best quality, of equal ones the first."""
-    return max(lines, key=lambda line: line.best.quality if line.best else float("-inf"))
-
-
-def choose(lines: Sequence[Line], by: str, tolerance: float | None) -> Line:
-    """Return the cheapest line among those within the tolerance of the best.
-
-    Args:
-        lines: lines with scores, in their order, which decides between equal ones.
-        by: the cost.
-        tolerance: how far below the best quality; None: its standard error, 0 if that is unknown.
-    """
-    best = top(lines).best
-    assert best is not None  # noqa: S101
-    reach = (best.error or 0.0) if tolerance is None else tolerance
-    near = [line for line in lines if line.best and line.best.quality >= best.quality - reach]
-    return min(near, key=lambda line: (line.cost(by), -line.best.quality if line.best else 0.0))
-
-
 def read_ladder(folder: Path) -> Ladder:
     """Read the ladder of a folder.
 
@@ -269,19 +171,21 @@ def read_ladder(folder: Path) -> Ladder:
     remedy = "the same call of ladder writes it; delete it if it is damaged"
     keys = list(Ladder.__dataclass_fields__)
     kept = read_json(path, what="a ladder's results", remedy=remedy, keys=keys)
-    kept.pop("recipe", None)
-    lines = [
-        Line(**{
-            **line,
-            "costs": None if line["costs"] is None else Costs(**line["costs"]),
-            "scores": tuple(Score(**score) for score in line["scores"]),
-            "failed": tuple(line["failed"]),
-        })
-        for line in kept.pop("lines")
-    ]  # fmt: skip
-    test = kept.pop("test")
-    rates = {name: tuple(tried) for name, tried in kept.pop("rates").items()}
-    return Ladder(tuple(lines), rates=rates, test=None if test is None else tuple(test), **kept)
+    try:
+        kept["lines"] = tuple(
+            Line(**{
+                **line,
+                "costs": None if line["costs"] is None else Costs(**line["costs"]),
+                "scores": tuple(Score(**score) for score in line["scores"]),
+                "failed": tuple(line["failed"]),
+            })
+            for line in kept["lines"]
+        )  # fmt: skip
+        kept["rates"] = {name: tuple(tried) for name, tried in kept["rates"].items()}
+        kept["test"] = None if kept["test"] is None else tuple(kept["test"])
+        return Ladder(**{name: kept[name] for name in keys})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"no ladder's results ({error})", file=path, remedy=remedy) from error
 
 
 def write_ladder(folder: Path, found: Ladder) -> None:
