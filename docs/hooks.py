@@ -25,6 +25,7 @@ ROOMS = {
     "aggregation": "Aggregations",
     "routing": "Mixtures and routers",
     "training": "Training",
+    "recipes": "Sweeps and ladders",
     "store": "Storing, sharing, merging",
     "testing": "Testing a method",
 }
