@@ -125,6 +125,13 @@ def test_processes_that_read_different_tasks_are_one_with_both(two):
     assert any(len(parts) == 2 for parts in one["parts"])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
+def test_a_whole_model_with_sparse_tables_trains_by_any_optimizer(two, optimizer):
+    one = two_processes.whole_model(8, optimizer)
+    for found in two[1]:
+        assert found["tables"][optimizer] == pytest.approx(one, abs=1e-5)
+
+
 def test_an_evaluation_is_of_one_model_whose_statistics_move(two):
     first, second = (found["moving"] for found in two[1])
     assert first == second

@@ -66,6 +66,15 @@ def over_an_epoch(host: mg.Host, batch: int, **more: Any) -> History:
     )  # fmt: skip
 
 
+def whole_model(batch: int, optimizer: str) -> list[float]:
+    """Train a GPT with tables of pairs, whose gradients are sparse, over the end of an epoch."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    host = mg.Host(GPT(GPTConfig(vocab_size=50, ngram_rows=(64,), **sizes)))
+    given = GIVEN | {"steps": 10, "lr": 1e-3, "optimizer": optimizer}
+    return host.fit(shuffled(batch), train="host", **given).losses
+
+
 def two_tasks(accumulate: int) -> History:
     """Learn two tasks, of which the two processes may read different ones at a step."""
     host = host_of()
@@ -138,6 +147,10 @@ def tasks(folder: Path) -> dict[str, Any]:
     return curve(two_tasks(accumulate=1))
 
 
+def tables(folder: Path) -> dict[str, list[float]]:
+    return {optimizer: whole_model(4, optimizer) for optimizer in ("adamw", "lion", "muon")}
+
+
 def moving(folder: Path) -> list[float]:
     return statistics(Line())
 
@@ -169,7 +182,7 @@ def unlike(folder: Path) -> dict[str, str]:
 
 def main(folder: Path) -> None:
     distributed.init_process_group("gloo")
-    ways = (accumulated, replicated, sent, sharded, tasks, moving, unlike)
+    ways = (accumulated, replicated, sent, sharded, tasks, tables, moving, unlike)
     found = {way.__name__: way(folder) for way in ways}
     every: list[Any] = [None, None]
     distributed.all_gather_object(every, found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from hashlib import sha256
-from itertools import cycle, islice
 from typing import Any, cast
 
 import numpy as np
@@ -29,8 +28,8 @@ Batch = Mapping[str, Any]
 
 
 class Repeated(dict[str, Any]):
-    """A batch that is read a second time in an epoch, so that each process has as many as the
-    others; it counts nothing."""
+    """A batch that another process has, and that this one reads to have as many; it counts
+    nothing."""
 
 
 OWNERS = ("batch_sampler", "sampler", "dataset")
@@ -59,8 +58,8 @@ class Stream:
     worker processes what is random *inside* a worker is not replayed; the order is.
 
     With `world` processes, process `rank` takes every `world`-th batch; where the number of
-    batches does not divide, a few from the start of the epoch are read twice, as `Repeated`, so
-    that every process takes as many steps.
+    batches does not divide, some read the last one too, as `Repeated`, so that every process takes
+    as many steps, and none moves what the step does not: a table's rows, by sparse gradients.
 
     Args:
         loader: a `DataLoader` or another iterable that can be iterated more than once.
@@ -206,7 +205,7 @@ class Stream:
     def _indexed(self, epoch: int, start: int) -> Iterator[Batch]:
         loader, order = cast(DataLoader, self.loader), self.order(epoch)
         places = range(self.rank, (self.length or 0) * self.world, self.world)
-        mine = [order[i % len(order)] for i in places]
+        mine = [order[min(i, len(order) - 1)] for i in places]
         batches: Iterator[Batch] = iter(
             DataLoader(
                 loader.dataset,
@@ -234,11 +233,8 @@ class Stream:
     def _iterated(self, epoch: int, start: int) -> Iterator[Batch]:
         read = self._isolated(epoch)
         position = 0
-        first: list[Batch] = []
         while group := [b for _ in range(self.world) if (b := read.next()) is not None]:
-            # a short last group is filled from the start of the epoch, as in `_indexed`
-            first += group[: self.world - len(first)]
-            group += map(_repeated, islice(cycle(first), self.world - len(group)))
+            group += [_repeated(group[-1])] * (self.world - len(group))
             if position >= start:
                 yield group[self.rank]
             position += 1
